@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run, as one tree of frozen dataclasses: what a .gin file fills and every room reads.
+
+Nothing here imports jax, flax, gin or TensorFlow. `config_file` turns .gin text into this tree and
+back; `Run` is its root. A field has a default only where one value serves nearly everybody.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One tower of layers. T5 and GPT, encoder and decoder differ only in these values.
+
+    `query_scale` multiplies the queries: 1.0 is T5, whose initialisation carries 1/sqrt(head_dim);
+    others want head_dim ** -0.5. `buckets` and `max_distance` belong to relative positions,
+    `rotary_base` to rotary ones.
+    """
+
+    layers: int
+    embed: int
+    heads: int
+    head_dim: int
+    mlp: int
+    kv_heads: int | None = None
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    gated: bool = True
+    positions: Literal["relative", "rotary"] = "relative"
+    buckets: int = 32
+    max_distance: int = 128
+    rotary_base: float = 10000.0
+    query_scale: float = 1.0
+
+    def __post_init__(self):
+        for name in ("layers", "embed", "heads", "head_dim", "mlp"):
+            require(getattr(self, name) >= 1, f"Stack.{name} must be at least 1")
+        require_one_of("Stack.activation", self.activation, ("gelu", "relu", "silu"))
+        require_one_of("Stack.positions", self.positions, ("relative", "rotary"))
+        require(
+            self.heads % self.key_heads == 0,
+            f"Stack.heads ({self.heads}) must be a multiple of Stack.kv_heads ({self.kv_heads})",
+        )
+        require(
+            self.positions != "rotary" or self.head_dim % 2 == 0,
+            f"Stack.head_dim must be even for rotary positions; got {self.head_dim}",
+        )
+
+    @property
+    def key_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder-decoder, a decoder alone (GPT-like) or an encoder alone: by which stacks exist.
+
+    `tied` reads the logits through the embedding table, scaled by embed ** -0.5 as T5 1.0 does.
+    `prefix_lm` lets a lone decoder read its inputs in both directions. `start` begins every
+    decoder input. `activations` is the dtype of activations; weights are kept in float32.
+    """
+
+    vocab: int
+    encoder: Stack | None = None
+    decoder: Stack | None = None
+    tied: bool = False
+    prefix_lm: bool = False
+    start: int = 0
+    dropout: float = 0.0
+    activations: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        require(self.encoder is not None or self.decoder is not None, "Model has no Stack at all")
+        require(self.vocab >= 2, f"Model.vocab must be at least 2; got {self.vocab}")
+        require(0 <= self.start < self.vocab, f"Model.start must be below vocab {self.vocab}")
+        require(0 <= self.dropout < 1, f"Model.dropout must be in [0, 1); got {self.dropout}")
+        require_one_of("Model.activations", self.activations, ("bfloat16", "float32"))
+        require(
+            not self.prefix_lm or self.layout == "joined",
+            "Model.prefix_lm is for a decoder alone: an encoder reads in both directions anyway",
+        )
+        require(
+            self.layout != "pair" or self.encoder.embed == self.decoder.embed,
+            "Model.encoder.embed and Model.decoder.embed must agree: they share one embedding",
+        )
+
+    @property
+    def layout(self) -> Literal["pair", "joined", "aligned"]:
+        """What a batch looks like: inputs and targets apart, one after the other, or in step."""
+        if self.decoder is None:
+            return "aligned"
+        return "joined" if self.encoder is None else "pair"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How text becomes ids. `trained` makes a SentencePiece of `size` pieces from the task's text.
+
+    `extra_ids` adds sentinels at the top of the vocabulary (span corruption needs them).
+    """
+
+    kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained"]
+    path: str | None = None
+    size: int | None = None
+    extra_ids: int = 0
+
+    def __post_init__(self):
+        kinds = ("bytes", "sentencepiece", "tokenizer_json", "trained")
+        require_one_of("Vocabulary.kind", self.kind, kinds)
+        needs_path = self.kind in ("sentencepiece", "tokenizer_json")
+        require(not needs_path or self.path, f"Vocabulary.path is needed for kind {self.kind}")
+        require(self.kind != "trained" or self.size, "Vocabulary.size is needed for kind trained")
+        require(self.extra_ids >= 0, "Vocabulary.extra_ids cannot be negative")
+
+
+@dataclass(frozen=True)
+class Files:
+    """A user's own data, without Python: globs per split, and the names of the fields.
+
+    `format` is read from the file's ending unless given. `inputs` None means text without a
+    source (language modelling). `text` files have one field, "text", per line (or per file if
+    `whole_files`). `broken` says what a line that cannot be read does: skip (counted) or stop.
+    """
+
+    name: str
+    train: str
+    vocabulary: Vocabulary
+    validation: str | None = None
+    test: str | None = None
+    format: Literal["jsonl", "tsv", "text", "parquet"] | None = None
+    inputs: str | None = None
+    targets: str = "targets"
+    metrics: tuple[str, ...] = ("exact_match",)
+    whole_files: bool = False
+    broken: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self):
+        require_one_of("Files.broken", self.broken, ("stop", "skip"))
+        if self.format is not None:
+            require_one_of("Files.format", self.format, ("jsonl", "tsv", "text", "parquet"))
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """T5's denoising: `noise_density` of the tokens hidden in spans of `mean_span` on average."""
+
+    noise_density: float = 0.15
+    mean_span: float = 3.0
+
+    def __post_init__(self):
+        require(0 < self.noise_density < 1, "SpanCorruption.noise_density must be in (0, 1)")
+        require(self.mean_span >= 1, "SpanCorruption.mean_span must be at least 1")
+
+
+@dataclass(frozen=True)
+class PrefixLM:
+    """Text cut at a uniformly drawn place: what is before is the inputs, the rest the targets."""
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """All of the text is targets."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read and how it is laid out in rows.
+
+    `task` names a registered seqio Task or Mixture, or is a `Files`. `objective` None trains on
+    the task's own inputs and targets; otherwise its text is cut up by the objective. `lengths` are
+    tokens per row: {"inputs": 64, "targets": 64}; a decoder alone uses their sum. `stream` reads
+    the source anew instead of caching tokens (sources too large for `cache_dir`).
+    """
+
+    task: str | Files
+    lengths: dict[str, int]
+    objective: SpanCorruption | PrefixLM | CausalLM | None = None
+    pack: bool = True
+    eval_split: str = "validation"
+    vocabulary: Vocabulary | None = None
+    cache_dir: str = "~/.cache/t5x_lite"
+    stream: bool = False
+
+    def __post_init__(self):
+        unknown = set(self.lengths) - {"inputs", "targets"}
+        require(not unknown, f"Data.lengths has unknown features {sorted(unknown)}")
+        require("targets" in self.lengths, 'Data.lengths needs "targets"')
+        for feature, length in self.lengths.items():
+            require(length >= 2, f'Data.lengths["{feature}"] must be at least 2; got {length}')
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The update rule by name: `adafactor` is T5's; `adamw` and any optax optimizer by its name.
+
+    `options` go to the optimizer as they are (b1, b2, decay_rate ...). `clip_norm` limits the
+    global norm of the gradient before it.
+    """
+
+    name: str = "adafactor"
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    options: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate against step. `warmup` steps rise linearly from 0 to `peak`.
+
+    rsqrt: peak * sqrt(warmup / max(step, warmup)). linear and cosine fall to `floor` * peak at the
+    last step. wsd: constant, then linear to the floor over the last `decay` of all steps.
+    """
+
+    kind: Literal["constant", "rsqrt", "linear", "cosine", "wsd"]
+    peak: float
+    warmup: int = 0
+    floor: float = 0.0
+    decay: float = 0.2
+
+    def __post_init__(self):
+        kinds = ("constant", "rsqrt", "linear", "cosine", "wsd")
+        require_one_of("Schedule.kind", self.kind, kinds)
+        require(self.peak > 0, f"Schedule.peak must be positive; got {self.peak}")
+        require(self.warmup >= 0, f"Schedule.warmup cannot be negative; got {self.warmup}")
+        require(0 <= self.floor <= 1, f"Schedule.floor is a share of peak; got {self.floor}")
+        require(0 < self.decay <= 1, f"Schedule.decay is a share of all steps; got {self.decay}")
+        require(self.kind != "rsqrt" or self.warmup > 0, "Schedule.warmup must be set for rsqrt")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Length of the run and what a step does.
+
+    `batch_size` counts rows over all hosts; `microbatches` splits it in time. `remat` recomputes
+    each layer in the backward pass. `patience` is how many steps in a row may have a non-finite
+    gradient (each is skipped) before the run stops.
+    """
+
+    steps: int
+    batch_size: int
+    microbatches: int = 1
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0001
+    remat: bool = False
+    patience: int = 10
+    log_every: int = 10
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "microbatches", "patience", "log_every"):
+            require(getattr(self, name) >= 1, f"Train.{name} must be at least 1")
+        require(
+            self.batch_size % self.microbatches == 0,
+            f"Train.batch_size ({self.batch_size}) must be a multiple of Train.microbatches "
+            f"({self.microbatches})",
+        )
+        require(0 <= self.label_smoothing < 1, "Train.label_smoothing must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """When to evaluate, on how much, and with which metrics (none: the task's own).
+
+    `every` 0 evaluates at the end only. `examples` limits how many are decoded; `batches` how many
+    are scored for the loss.
+    """
+
+    every: int = 0
+    examples: int = 500
+    batches: int = 50
+    batch_size: int = 64
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When to save and what to keep: the last `keep`, and the best by `metric` where it is named.
+
+    `initial` is a run folder whose weights the run begins with.
+    """
+
+    every: int = 1000
+    keep: int = 3
+    metric: str | None = None
+    higher_is_better: bool = False
+    initial: str | None = None
+
+    def __post_init__(self):
+        require(self.every >= 1, "Checkpoint.every must be at least 1")
+        require(self.keep >= 1, "Checkpoint.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How text is written: greedily (temperature 0), by sampling, or by beam search (beams > 1).
+
+    `length` is the most new tokens of a row. `top_k` 0 and `top_p` 1 leave the distribution whole.
+    Beams are ranked by log-probability / ((5 + length) / 6) ** alpha (Wu et al., 2016, eq. 14).
+    """
+
+    length: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    beams: int = 1
+    alpha: float = 0.6
+    n_best: int = 1
+
+    def __post_init__(self):
+        require(self.length >= 1, f"Decode.length must be at least 1; got {self.length}")
+        require(self.temperature >= 0, "Decode.temperature cannot be negative")
+        require(self.top_k >= 0, "Decode.top_k cannot be negative")
+        require(0 < self.top_p <= 1, f"Decode.top_p must be in (0, 1]; got {self.top_p}")
+        require(self.beams >= 1, "Decode.beams must be at least 1")
+        require(
+            1 <= self.n_best <= self.beams,
+            f"Decode.n_best must be in 1..Decode.beams ({self.beams}); got {self.n_best}",
+        )
+        require(
+            self.beams == 1 or self.temperature == 0,
+            "Decode.beams searches for the most probable text: it cannot also sample "
+            "(temperature > 0)",
+        )
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices by axis. `data` and `fsdp` split the batch, `fsdp` and `tensor` split the weights.
+
+    -1 takes all devices that the other axes leave.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(all(size >= 1 or size == -1 for size in sizes), "Mesh axes are at least 1, or -1")
+        require(sizes.count(-1) <= 1, "At most one Mesh axis can be -1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run: everything that decides its numbers, and the folder they go to."""
+
+    model_dir: str
+    model: Model
+    data: Data
+    train: Train
+    schedule: Schedule
+    optimizer: Optimizer = Optimizer()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    decode: Decode = Decode()
+    mesh: Mesh = Mesh()
+    seed: int = 0
+
+    def __post_init__(self):
+        require(
+            self.model.layout != "pair" or "inputs" in self.data.lengths,
+            'Data.lengths needs "inputs": the model has an encoder',
+        )
+        objective = self.data.objective
+        require(
+            not (self.model.layout == "pair" and isinstance(objective, CausalLM)),
+            "CausalLM leaves the encoder nothing to read: use PrefixLM or SpanCorruption",
+        )
