@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The update rule by name: T5's Adafactor, or any of optax's optimizers."""
+
+import dataclasses
+import difflib
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5x_lite import config
+from t5x_lite.training import adafactor
+
+# They need the loss besides the gradient (a line search, the value), which a step does not hand on.
+NEED_THE_LOSS = ("lbfgs", "polyak_sgd")
+
+
+def optax_optimizers() -> dict[str, Any]:
+    """Every optimizer of optax that is made from a learning rate and reads gradients only."""
+    found = {}
+    for name in dir(optax):
+        candidate = getattr(optax, name)
+        if not inspect.isfunction(candidate) or name in NEED_THE_LOSS:
+            continue
+        if "learning_rate" in inspect.signature(candidate).parameters:
+            found[name] = candidate
+    return found
+
+
+def make(
+    cfg: config.Optimizer, schedule: optax.Schedule, axes: Any
+) -> optax.GradientTransformation:
+    """Clipping, the named rule and decoupled weight decay, one after the other.
+
+    `axes` is the tree of axis names of the weights. Raises ValueError for an unknown name or option,
+    naming the near ones.
+    """
+    parts = [] if cfg.clip_norm is None else [optax.clip_by_global_norm(cfg.clip_norm)]
+    parts.append(rule(cfg, schedule, axes))
+    if cfg.weight_decay > 0:
+        parts.append(weight_decay(cfg.weight_decay, schedule, axes))
+    return optax.chain(*parts)
+
+
+def rule(cfg: config.Optimizer, schedule: optax.Schedule, axes: Any):
+    if cfg.name == "adafactor":
+        known = [field.name for field in dataclasses.fields(adafactor.Settings)]
+        check_options(cfg, known)
+        return adafactor.adafactor(schedule, axes, adafactor.Settings(**cfg.options))
+    found = optax_optimizers()
+    if cfg.name not in found:
+        near = difflib.get_close_matches(cfg.name, found, n=3) or sorted(found)
+        raise ValueError(f"Optimizer.name is unknown: {cfg.name!r}. Near: {', '.join(near)}")
+    known = list(inspect.signature(found[cfg.name]).parameters)
+    known.remove("learning_rate")
+    options = dict(cfg.options)
+    if "weight_decay" in known:
+        # Added below for every rule alike, to matrices only.
+        known.remove("weight_decay")
+        options["weight_decay"] = 0.0
+    check_options(cfg, known)
+    return found[cfg.name](learning_rate=schedule, **options)
+
+
+def check_options(cfg: config.Optimizer, known: list[str]) -> None:
+    for option in cfg.options:
+        config.require(
+            option in known,
+            f"Optimizer.options has {option!r}, which {cfg.name} does not take. "
+            f"It takes {', '.join(known)}",
+        )
+
+
+def decays(names: str) -> bool:
+    """Whether a weight of these axes is a matrix: norm scales and position tables do not decay."""
+    axes = [axis for axis in names.split() if axis != "layers"]
+    return len(axes) > 1 and "buckets" not in axes
+
+
+class DecayState(NamedTuple):
+    count: jax.Array
+
+
+def weight_decay(strength: float, schedule: optax.Schedule, axes: Any):
+    """Decoupled decay (Loshchilov and Hutter, 2019): learning rate * strength * weight comes off."""
+
+    def init(weights):
+        return DecayState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, weights):
+        rate = strength * schedule(state.count)
+        shrink = lambda names, u, w: u - rate * w if decays(names) else u
+        return jax.tree.map(shrink, axes, updates, weights), DecayState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step reads and gives back."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes: together with the config it decides all that follows.
+
+    `step` counts batches seen; `skipped` those whose gradient was not finite, `consecutive` how
+    many of them came last in a row.
+    """
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+    skipped: jax.Array
+    consecutive: jax.Array
+
+
+def begin(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; the optimizer's is placed as the weights it belongs to."""
+
+    def make(params):
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+
+    return jax.jit(make, donate_argnums=0)(params)
+
+
+def shapes(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state as a tree of jax.ShapeDtypeStruct with placements, from that of the weights."""
+
+    def make(params):
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+
+    return jax.eval_shape(make, params)
+
+
+def names(tree: Any) -> list[str]:
+    """Each leaf's path, "encoder.layers.attention.query", in the order of jax.tree.leaves."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def size(tree: Any) -> int:
+    """Bytes of all leaves together."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def size_per_device(tree: Any) -> int:
+    """Bytes of the leaves' parts that the fullest device holds."""
+    parts = lambda leaf: leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    count = lambda leaf: jnp.dtype(leaf.dtype).itemsize * int(np.prod(parts(leaf)))
+    return sum(count(leaf) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step: a pure function of the state and a batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5x_lite import config, model
+from t5x_lite.batch import Batch
+from t5x_lite.sharding import spec
+from t5x_lite.training import losses
+from t5x_lite.training.state import TrainState
+
+
+class Sums(NamedTuple):
+    """Totals over target tokens; divided by `weights` once, whatever the microbatches."""
+
+    objective: jax.Array
+    loss: jax.Array
+    correct: jax.Array
+    weights: jax.Array
+    tokens: jax.Array
+
+
+class Metrics(NamedTuple):
+    """What one step tells: sums over its tokens, norms, and whether it was skipped.
+
+    `squares` has the squared norm of every weight's gradient, per layer where layers are stacked:
+    it says where a gradient was not finite.
+    """
+
+    sums: Sums
+    learning_rate: jax.Array
+    gradient_norm: jax.Array
+    skipped: jax.Array
+    consecutive: jax.Array
+    squares: Any
+
+
+def make(
+    run: config.Run, optimizer: optax.GradientTransformation, schedule: optax.Schedule, axes: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step; it takes over (donates) the state it is given.
+
+    Its gradient is that of the loss summed over all target tokens of all microbatches and hosts,
+    divided once by their number. Dropout keys are fold_in(seed, step). A step whose gradient is
+    not finite leaves weights and optimizer as they were.
+    """
+    transformer = model.Transformer(run.model, remat=run.train.remat)
+    sums_and_gradient = jax.value_and_grad(
+        lambda params, batch, key: token_sums(transformer, run.train, params, batch, key),
+        has_aux=True,
+    )
+
+    def step(state: TrainState, batch: Batch):
+        key = None
+        if run.model.dropout > 0:
+            key = jax.random.fold_in(jax.random.key(run.seed), state.step)
+        sums, gradient = accumulate(sums_and_gradient, state.params, batch, key, run.train)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.weights, 1), gradient)
+        squares = jax.tree.map(square_sums, gradient, axes)
+        norm = jnp.sqrt(sum(jnp.sum(part) for part in jax.tree.leaves(squares)))
+        rate = schedule(state.step - state.skipped)
+        state = advance(optimizer, state, gradient, jnp.isfinite(norm))
+        told = (rate, norm, ~jnp.isfinite(norm), state.consecutive, squares)
+        return state, Metrics(sums, *told)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def token_sums(transformer, cfg: config.Train, params, batch: Batch, key):
+    """The objective summed over the target tokens of a batch, and all sums."""
+    logits = transformer.apply({"params": params}, batch, key)
+    weights = batch.loss_weights.astype(jnp.float32)
+    loss = losses.cross_entropy(logits, batch.targets, cfg.label_smoothing, cfg.z_loss)
+    objective = jnp.sum(loss * weights)
+    told = jax.lax.stop_gradient(logits)
+    nll = -losses.log_likelihood(told, batch.targets)
+    sums = Sums(
+        objective=objective,
+        loss=jnp.sum(nll * weights),
+        correct=jnp.sum(losses.correct(told, batch.targets) * weights),
+        weights=jnp.sum(weights),
+        tokens=jnp.sum(tokens(batch)),
+    )
+    return objective, sums
+
+
+def tokens(batch: Batch) -> jax.Array:
+    """How many positions of a batch are not padding, inputs and targets together."""
+    segments = (batch.target_segments, batch.input_segments)
+    return sum(jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
+
+
+def accumulate(sums_and_gradient, params, batch: Batch, key, cfg: config.Train):
+    """Sums and gradient over all microbatches, one after the other in a scan."""
+    if cfg.microbatches == 1:
+        (_, sums), gradient = sums_and_gradient(params, batch, key)
+        return sums, gradient
+
+    def add(totals, microbatch):
+        number, rows = microbatch
+        own_key = None if key is None else jax.random.fold_in(key, number)
+        (_, sums), gradient = sums_and_gradient(params, rows, own_key)
+        return jax.tree.map(jnp.add, totals, (sums, gradient)), None
+
+    zeros = Sums(*[jnp.zeros(())] * 4, jnp.zeros((), jnp.int32))
+    totals = (zeros, jax.tree.map(jnp.zeros_like, params))
+    numbers = jnp.arange(cfg.microbatches)
+    return jax.lax.scan(add, totals, (numbers, split(batch, cfg.microbatches)))[0]
+
+
+def split(batch: Batch, count: int) -> Batch:
+    """Rows [b t] as [count b/count t]: every count-th row, so that no row changes its device."""
+
+    def rows(x):
+        shape = (x.shape[0] // count, count, *x.shape[1:])
+        x = jax.lax.reshape(x, shape, out_sharding=spec("batch whole length"))
+        return jnp.swapaxes(x, 0, 1)
+
+    return jax.tree.map(rows, batch)
+
+
+def square_sums(gradient: jax.Array, axes: str) -> jax.Array:
+    """Sum of squares, one per layer where the first axis is layers."""
+    first = 1 if axes.split()[0] == "layers" else 0
+    return jnp.sum(jnp.square(gradient), axis=tuple(range(first, gradient.ndim)))
+
+
+def advance(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Any, finite: jax.Array
+) -> TrainState:
+    """The next state; weights and optimizer are kept where the gradient is not finite."""
+    updates, new = optimizer.update(gradient, state.optimizer, state.params)
+    keep = lambda old, new: jnp.where(finite, new, old)
+    add = lambda weight, update: jnp.where(finite, weight + update.astype(weight.dtype), weight)
+    return TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(add, state.params, updates),
+        optimizer=jax.tree.map(keep, state.optimizer, new),
+        skipped=state.skipped + ~finite,
+        consecutive=jnp.where(finite, 0, state.consecutive + 1),
+    )
