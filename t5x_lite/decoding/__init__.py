@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ids to ids: one loop for plain and drafted decoding, beam search, and scoring of given targets."""
+"""Ids to ids: one loop for plain and drafted decoding, beam search, scoring of given targets."""
 
 from t5x_lite.decoding.generation import Result, generate
 from t5x_lite.decoding.request import Request, bucket, pad, request

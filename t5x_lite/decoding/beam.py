@@ -42,9 +42,9 @@ class State(NamedTuple):
 
     live: Hypotheses
     finished: Hypotheses
-    length: Int[Array, "b"]
-    prompt: Int[Array, "b"]
-    done: Bool[Array, "b"]
+    length: Int[Array, " b"]
+    prompt: Int[Array, " b"]
+    done: Bool[Array, " b"]
     calls: Int[Array, ""]
     cache: Any
 
@@ -181,7 +181,7 @@ def descend(x: Array, parent: Int[Array, "b k"]) -> Array:
     return jnp.reshape(pick(split, parent), x.shape, out_sharding=place)
 
 
-def choose_rows(where: Bool[Array, "b"], yes: Hypotheses, no: Hypotheses) -> Hypotheses:
+def choose_rows(where: Bool[Array, " b"], yes: Hypotheses, no: Hypotheses) -> Hypotheses:
     """yes in the rows where it holds, no in the others."""
     widen = lambda x: jnp.reshape(where, where.shape + (1,) * (x.ndim - 1))
     return jax.tree.map(lambda x, y: jnp.where(widen(x), x, y), yes, no)

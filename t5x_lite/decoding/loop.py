@@ -37,7 +37,7 @@ class Rules(NamedTuple):
     """When a row stops, and how it draws (None: greedily). limit counts slots, prompt and all."""
 
     eos: int
-    limit: Int[Array, "b"]
+    limit: Int[Array, " b"]
     sampling: sampling.Sampling | None
 
 
@@ -45,10 +45,10 @@ class State(NamedTuple):
     """All that changes. memory is the drafter's; log_probability sums over what a row wrote."""
 
     tokens: Int[Array, "b T"]
-    length: Int[Array, "b"]
-    root: Int[Array, "b"]
-    done: Bool[Array, "b"]
-    log_probability: Float[Array, "b"]
+    length: Int[Array, " b"]
+    root: Int[Array, " b"]
+    done: Bool[Array, " b"]
+    log_probability: Float[Array, " b"]
     calls: Int[Array, ""]
     cache: Any
     memory: Any
@@ -64,7 +64,7 @@ class Verdict(NamedTuple):
     chosen: Int[Array, "b w"]
     log_probability: Float[Array, "b w"]
     hidden: Float[Array, "b w d"]
-    count: Int[Array, "b"]
+    count: Int[Array, " b"]
 
 
 class Drafter(Protocol):
@@ -159,7 +159,7 @@ def commit(state: State, verdict: Verdict, rules: Rules) -> State:
 
 
 def write(
-    tokens: Int[Array, "b T"], block: Int[Array, "b w"], index: Int[Array, "b"]
+    tokens: Int[Array, "b T"], block: Int[Array, "b w"], index: Int[Array, " b"]
 ) -> Int[Array, "b T"]:
     """tokens with block written from index[b] on in each row b."""
     return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of a model, as padded arrays of few different shapes: each shape is compiled once."""
+"""What is asked of a model, as padded arrays of few shapes: each shape is compiled once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

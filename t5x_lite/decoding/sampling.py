@@ -18,11 +18,11 @@ from t5x_lite.sharding import spec
 class Sampling(NamedTuple):
     """How each row draws. temperature 0 is greedy; top_k 0 and top_p 1 leave out nothing."""
 
-    temperature: Float[Array, "b"]
-    top_k: Int[Array, "b"]
-    top_p: Float[Array, "b"]
-    seed: UInt32[Array, "b"]
-    row: UInt32[Array, "b"]
+    temperature: Float[Array, " b"]
+    top_k: Int[Array, " b"]
+    top_p: Float[Array, " b"]
+    seed: UInt32[Array, " b"]
+    row: UInt32[Array, " b"]
 
 
 def choose(
@@ -63,7 +63,7 @@ def kept(logits: Float[Array, "b w v"], sampling: Sampling) -> Float[Array, "b w
 
 
 def heaviest(
-    values: Float[Array, "b w v"], weights: Float[Array, "b w v"], enough: Float[Array, "b #w 1"]
+    values: Float[Array, "b w v"], weights: Float[Array, "b w v"], enough: Float[Array, "#b #w #v"]
 ) -> Bool[Array, "b w v"]:
     """The highest values, as few as together weigh enough.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Transformer made ready to decode: weights unstacked, the request read once, the cache filled."""
+"""A Transformer made ready to decode: weights unstacked, inputs read once, the cache filled."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Prompts(NamedTuple):
     """Decoder tokens that are given, beginning with Model.start; right-padded."""
 
     tokens: Int[Array, "b p"]
-    length: Int[Array, "b"]
+    length: Int[Array, " b"]
 
 
 def precise(cfg: config.Model) -> config.Model:
@@ -41,7 +41,7 @@ def prepare(cfg: config.Model, params: Any) -> Any:
 
 
 def read(
-    cfg: config.Model, params: Any, inputs: Int[Array, "b s"], length: Int[Array, "b"]
+    cfg: config.Model, params: Any, inputs: Int[Array, "b s"], length: Int[Array, " b"]
 ) -> Read:
     """The inputs, of which the first length[b] of row b exist, through the encoder, once."""
     where = jnp.arange(inputs.shape[1])
