@@ -74,7 +74,7 @@ def mean(x, axes):
     return jnp.mean(x, axis=axes, keepdims=True) if axes else x
 
 
-def first_moment_of_squares(weight, names: str, settings: Settings) -> Moment:
+def empty_moment(weight, names: str, settings: Settings) -> Moment:
     """Zeros of the right shapes, split over the mesh as the weight is."""
     axes = split_axes(names)
     zeros = jnp.zeros_like(weight, dtype=jnp.float32)
@@ -118,7 +118,8 @@ def adafactor(
 
     def init(weights):
         leaves, structure = jax.tree.flatten(weights)
-        moments = [first_moment_of_squares(w, a, settings) for w, a in zip(leaves, flat_axes)]
+        pairs = zip(leaves, flat_axes, strict=True)
+        moments = [empty_moment(w, a, settings) for w, a in pairs]
         return State(jnp.zeros((), jnp.int32), structure.unflatten(moments))
 
     def update(gradients, state, weights):

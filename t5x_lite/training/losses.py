@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def hits(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Bool[Array, "b t v"]:
-    """True at each target's logit: a comparison, because a gather cannot cross a split vocabulary."""
+    """True at each target's logit: compared, as a gather cannot cross a split vocabulary."""
     return jnp.arange(logits.shape[-1]) == targets[..., None]
 
 

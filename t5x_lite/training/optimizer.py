@@ -34,8 +34,8 @@ def make(
 ) -> optax.GradientTransformation:
     """Clipping, the named rule and decoupled weight decay, one after the other.
 
-    `axes` is the tree of axis names of the weights. Raises ValueError for an unknown name or option,
-    naming the near ones.
+    `axes` is the tree of axis names of the weights. Raises ValueError for an unknown name or
+    option, naming the near ones.
     """
     parts = [] if cfg.clip_norm is None else [optax.clip_by_global_norm(cfg.clip_norm)]
     parts.append(rule(cfg, schedule, axes))
@@ -84,7 +84,7 @@ class DecayState(NamedTuple):
 
 
 def weight_decay(strength: float, schedule: optax.Schedule, axes: Any):
-    """Decoupled decay (Loshchilov and Hutter, 2019): learning rate * strength * weight comes off."""
+    """Decoupled decay (Loshchilov and Hutter, 2019): takes rate * strength * weight off."""
 
     def init(weights):
         return DecayState(jnp.zeros((), jnp.int32))

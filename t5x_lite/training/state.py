@@ -23,24 +23,26 @@ class TrainState(NamedTuple):
     consecutive: jax.Array
 
 
+def fresh(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; to be traced."""
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+
+
 def begin(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the optimizer's is placed as the weights it belongs to."""
-
-    def make(params):
-        zero = lambda: jnp.zeros((), jnp.int32)
-        return TrainState(zero(), params, optimizer.init(params), zero(), zero())
-
-    return jax.jit(make, donate_argnums=0)(params)
+    """The state before the first step, the optimizer's part placed as the weights are."""
+    return jax.jit(lambda params: fresh(params, optimizer), donate_argnums=0)(params)
 
 
 def shapes(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state as a tree of jax.ShapeDtypeStruct with placements, from that of the weights."""
 
-    def make(params):
-        zero = lambda: jnp.zeros((), jnp.int32)
-        return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+    def place(leaf):
+        spec = leaf.sharding.spec if leaf.sharding else jax.sharding.PartitionSpec()
+        placement = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
-    return jax.eval_shape(make, params)
+    return jax.tree.map(place, jax.eval_shape(lambda params: fresh(params, optimizer), params))
 
 
 def names(tree: Any) -> list[str]:
@@ -56,6 +58,6 @@ def size(tree: Any) -> int:
 
 def size_per_device(tree: Any) -> int:
     """Bytes of the leaves' parts that the fullest device holds."""
-    parts = lambda leaf: leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    parts = lambda leaf: leaf.sharding.shard_shape(leaf.shape)
     count = lambda leaf: jnp.dtype(leaf.dtype).itemsize * int(np.prod(parts(leaf)))
     return sum(count(leaf) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints of a run: saved in the background, the last ones and the best one kept."""
+
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5x_lite import config
+from t5x_lite.training import archive
+from t5x_lite.training.archive import CheckpointError, Damaged, Note
+from t5x_lite.training.state import TrainState
+
+FOLDER = "checkpoints"
+DAMAGED = ".damaged"
+# Renamed before deletion: a run killed while deleting leaves no half checkpoint under its number.
+DELETING = ".deleting"
+UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+def steps(model_dir: str | Path) -> list[int]:
+    """The steps of which a run folder has a whole checkpoint, ascending."""
+    folder = Path(model_dir) / FOLDER
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def best_step(notes: dict[int, Note]) -> int | None:
+    """The step best by the metric that the newest note names; the later one of equals."""
+    if not notes or notes[max(notes)].best is None:
+        return None
+    metric, higher = notes[max(notes)].best
+    sign = 1 if higher else -1
+    scored = [
+        (sign * note.metrics[metric], step)
+        for step, note in notes.items()
+        if np.isfinite(note.metrics.get(metric, np.nan))
+    ]
+    return max(scored)[1] if scored else None
+
+
+class Checkpoints:
+    """Writes and restores the checkpoints of one run folder; one process at a time."""
+
+    def __init__(self, model_dir: str | Path, cfg: config.Checkpoint):
+        import orbax.checkpoint as ocp
+
+        self.folder = Path(model_dir).resolve() / FOLDER
+        self.cfg = cfg
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        self.notes = readable_notes(self.folder)
+        self.pending: Note | None = None
+        self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+    def save(self, state: TrainState, note: Note) -> None:
+        """Begins to write a checkpoint of `state`, after the one before is done.
+
+        Raises:
+          CheckpointError: the one before, or the beginning of this one, could not be written.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        parts = archive.parts(state)
+        note = dataclasses.replace(
+            note,
+            best=(self.cfg.metric, self.cfg.higher_is_better) if self.cfg.metric else None,
+            arrays={item: archive.describe(arrays) for item, arrays in parts.items()},
+        )
+        items = {item: ocp.args.PyTreeSave(arrays) for item, arrays in parts.items()}
+        items["note"] = ocp.args.JsonSave(archive.note_text(note))
+        self.pending = note
+        self.attempt(
+            lambda: self.writer.save(
+                self.folder / str(note.step), args=ocp.args.Composite(**items), force=False
+            )
+        )
+
+    def wait(self) -> None:
+        """Returns when what was begun is on disk, and older checkpoints are removed."""
+        self.attempt(self.writer.wait_until_finished)
+        if self.pending is not None:
+            self.notes[self.pending.step] = self.pending
+            self.pending = None
+            self.prune()
+
+    def attempt(self, write: Callable[[], Any]) -> None:
+        """Runs write; what goes wrong becomes a CheckpointError that says where things stand."""
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:
+            step = self.pending.step if self.pending else "?"
+            self.pending = None
+            raise CheckpointError(self.trouble(step, error)) from error
+
+    def trouble(self, step, error: Exception) -> str:
+        last = f"step {max(self.notes)} is whole" if self.notes else "there is no earlier one"
+        free = shutil.disk_usage(self.folder).free
+        return (
+            f"The checkpoint of step {step} could not be written to {self.folder} "
+            f"({free / 2**20:,.0f} MiB free): {archive.first_line(error)}\n"
+            f"Of the earlier checkpoints, {last}. Make room, then start the same command again."
+        )
+
+    def prune(self) -> None:
+        """Removes all whole checkpoints but the last `keep` and the best."""
+        kept = {*sorted(self.notes)[-self.cfg.keep :], best_step(self.notes)}
+        for step in set(self.notes) - kept:
+            remove(self.folder / str(step))
+            del self.notes[step]
+
+    def restore(self, expected: TrainState, tell: Callable[[str], None]):
+        """The newest usable state with its note, or None where there is no checkpoint.
+
+        A damaged one is told, renamed to <step>.damaged, and the one before it is used.
+
+        Raises:
+          Mismatch: the newest is of another model.
+          Damaged: there are checkpoints and none can be used.
+        """
+        there = steps(self.folder.parent)
+        for step in reversed(there):
+            try:
+                return self.read(step, expected)
+            except Damaged as error:
+                aside = set_aside(self.folder / str(step))
+                self.notes.pop(step, None)
+                tell(f"Damaged checkpoint: {error}\nIt is kept as {aside}; using the one before.")
+        if there:
+            raise Damaged(
+                f"None of the checkpoints in {self.folder} can be read (steps {there}). "
+                "Start in another MODEL_DIR, or put a copy back."
+            )
+        return None
+
+    def read(self, step: int, expected: TrainState) -> tuple[TrainState, Note]:
+        folder = self.folder / str(step)
+        note = archive.read_note(folder)
+        parts = {
+            item: archive.restore(folder, item, note, shapes)
+            for item, shapes in archive.parts(expected).items()
+        }
+        return archive.join(parts, expected), note
+
+    def close(self) -> None:
+        self.wait()
+        self.writer.close()
+
+
+def readable_notes(folder: Path) -> dict[int, Note]:
+    notes = {}
+    for step in steps(folder.parent):
+        try:
+            notes[step] = archive.read_note(folder / str(step))
+        except Damaged:
+            # Told when it is the one to restore; it is no candidate for the best until then.
+            continue
+    return notes
+
+
+def remove(path: Path) -> None:
+    doomed = path.with_name(path.name + DELETING)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run had half written or half deleted."""
+    for path in folder.iterdir():
+        if UNFINISHED in path.name or path.name.endswith(DELETING):
+            shutil.rmtree(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint so that its step can be written again; nothing is deleted."""
+    count, aside = 1, path.with_name(path.name + DAMAGED)
+    while aside.exists():
+        count += 1
+        aside = path.with_name(f"{path.name}{DAMAGED}-{count}")
+    path.rename(aside)
+    return aside
+
+
+def load_params(folder: str | Path, step: int | None = None, best: bool = False):
+    """The weights of a run folder as a nested dict of numpy arrays, and their step.
+
+    The newest checkpoint unless `step` names one or `best` asks for the best by the run's metric; a
+    damaged newest one is warned about and the one before it is used.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    there = steps(folder)
+    root = Path(folder).resolve() / FOLDER
+    if not there:
+        raise CheckpointError(f"{root} holds no checkpoint: is {folder} the MODEL_DIR of a run?")
+    if best:
+        step = best_step(readable_notes(root))
+        if step is None:
+            raise CheckpointError(f"{root}: no metric names the best (set Checkpoint.metric)")
+    if step is not None:
+        if step not in there:
+            raise CheckpointError(f"{root} has no step {step}; it has {there}")
+        return read_params(root / str(step)), step
+    for step in reversed(there):
+        try:
+            return read_params(root / str(step)), step
+        except Damaged as error:
+            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=2)
+    raise CheckpointError(f"None of the checkpoints in {root} can be read (steps {there})")
+
+
+def read_params(folder: Path) -> dict:
+    flat = archive.restore(folder, "params", archive.read_note(folder))
+    nested: dict = {}
+    for name, array in flat.items():
+        *path, last = name.split(".")
+        inner = nested
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = array
+    return nested
