@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: tasks, vocabularies, objectives and packed batches. Knows no model and imports no jax."""
+
+from t5x_lite.data.batches import Batches, Statistics, open_batches
+from t5x_lite.data.datasets import Dataset, open_dataset
+from t5x_lite.data.prefetching import prefetch
+from t5x_lite.data.vocabularies import encode_ended, load_pair, save_pair
+
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Statistics",
+    "encode_ended",
+    "load_pair",
+    "open_batches",
+    "open_dataset",
+    "prefetch",
+    "save_pair",
+]

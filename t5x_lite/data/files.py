@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's own files as rows of text: JSONL, TSV, plain text and Parquet, by globs."""
+
+import csv
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from t5x_lite import config
+from t5x_lite.data.corpora import Row
+
+ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".parquet": "parquet",
+}
+
+
+def splits(cfg: config.Files) -> tuple[str, ...]:
+    names = ("train", "validation", "test")
+    return tuple(name for name in names if getattr(cfg, name) is not None)
+
+
+def paths(cfg: config.Files, split: str) -> list[Path]:
+    """The files of a split in order of their names.
+
+    Raises ValueError if the glob matches none.
+    """
+    pattern = str(Path(getattr(cfg, split)).expanduser())
+    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise ValueError(f"Files.{split} of {cfg.name!r} matches no file: {getattr(cfg, split)}")
+    return found
+
+
+def source(cfg: config.Files, split: str) -> str:
+    """Identifies how the split is read and its files by name, size and time of change."""
+    how = [cfg.format, cfg.inputs, cfg.targets, cfg.whole_files, cfg.broken]
+    for path in paths(cfg, split):
+        stat = path.stat()
+        how.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(how).encode()).hexdigest()
+
+
+def format_of(cfg: config.Files, path: Path) -> str:
+    """The file's format: as configured, else by its ending.
+
+    Raises ValueError if neither says it.
+    """
+    kind = cfg.format or ENDINGS.get(path.suffix)
+    if kind is None:
+        raise ValueError(
+            f"{path}: the ending says no format; set Files.format to jsonl, tsv, text or parquet"
+        )
+    return kind
+
+
+def rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator[Row]:
+    """The examples of a split, file after file.
+
+    A line that cannot be read raises ValueError with its file and number, or, if `broken` is
+    "skip", is counted under "broken_lines".
+    """
+    for path in paths(cfg, split):
+        read = READERS[format_of(cfg, path)]
+        for place, fields in read(cfg, path):
+            if isinstance(fields, str):
+                row, trouble = None, fields
+            else:
+                row, trouble = row_of(cfg, fields)
+            if row is not None:
+                yield row
+            elif cfg.broken == "skip":
+                counts["broken_lines"] = counts.get("broken_lines", 0) + 1
+            else:
+                raise ValueError(
+                    f'{path}, {place}: {trouble}. Mend it, or set Files.broken = "skip" to leave '
+                    "such lines out and count them"
+                )
+
+
+def row_of(cfg: config.Files, fields: dict) -> tuple[Row | None, str]:
+    """The row of a record, or None and what is wrong with it."""
+    wanted = [cfg.targets] if cfg.inputs is None else [cfg.inputs, cfg.targets]
+    for name in wanted:
+        if name not in fields:
+            return None, f"no field {name!r}; there are {', '.join(map(repr, fields))}"
+        value = fields[name]
+        # A list of strings as targets is a list of right answers; the first is trained on.
+        if name == cfg.targets and isinstance(value, list) and value:
+            value = value[0]
+        if not isinstance(value, str):
+            return None, f"field {name!r} is {type(value).__name__}, not text"
+    targets = fields[cfg.targets]
+    answers = tuple(targets) if isinstance(targets, list) else (targets,)
+    inputs = None if cfg.inputs is None else fields[cfg.inputs]
+    return Row(inputs, answers[0], answers), ""
+
+
+def decoded_lines(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Numbered lines without their ends; None for a line that is no UTF-8."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                yield f"line {number}", None
+
+
+def jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    for place, line in decoded_lines(path):
+        if line is None:
+            yield place, "not UTF-8"
+        elif line.strip():
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                yield place, f"not JSON ({error})"
+                continue
+            yield place, fields if isinstance(fields, dict) else "not a JSON object"
+
+
+def tsv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    """Records under the names in the first line; no quoting, as in most TSV corpora."""
+    lines = decoded_lines(path)
+    names = next(lines, ("", ""))[1]
+    if not names:
+        return
+    head = names.rstrip("\r\n").split("\t")
+    for place, line in lines:
+        if line is None:
+            yield place, "not UTF-8"
+        elif line.strip("\r\n"):
+            cells = next(csv.reader([line.rstrip("\r\n")], delimiter="\t", quoting=csv.QUOTE_NONE))
+            if len(cells) == len(head):
+                yield place, dict(zip(head, cells, strict=True))
+            else:
+                yield place, f"{len(cells)} columns where the first line has {len(head)}"
+
+
+def text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    if cfg.whole_files:
+        try:
+            yield "the file", {cfg.targets: path.read_text(encoding="utf-8")}
+        except UnicodeDecodeError:
+            yield "the file", "not UTF-8"
+        return
+    for place, line in decoded_lines(path):
+        if line is None:
+            yield place, "not UTF-8"
+        elif line.strip():
+            yield place, {cfg.targets: line.rstrip("\r\n")}
+
+
+def parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file ({error})") from error
+    names = [name for name in (cfg.inputs, cfg.targets) if name in table.schema_arrow.names]
+    number = 0
+    for batch in table.iter_batches(columns=names or None):
+        for fields in batch.to_pylist():
+            number += 1
+            yield f"row {number}", fields
+
+
+READERS: dict[str, Callable] = {"jsonl": jsonl, "tsv": tsv, "text": text, "parquet": parquet}

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches made ahead of the step that reads them."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+from t5x_lite.batch import Batch
+
+AHEAD = 4
+
+
+class Prefetch(Iterator[tuple[int, Batch]]):
+    """(step, batch) from a thread that stays some batches ahead.
+
+    `waited` is how many seconds the reader has waited for batches in all. An error in the thread
+    is raised where the batch is read. `close` ends the thread; leaving the loop does too.
+    """
+
+    def __init__(self, batches, start: int, stop: int):
+        self.waited = 0.0
+        self.ready: queue.Queue = queue.Queue(maxsize=AHEAD)
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self.fill, args=(batches, start, stop), daemon=True)
+        self.thread.start()
+
+    def fill(self, batches, start: int, stop: int) -> None:
+        try:
+            for step in range(start, stop):
+                if not self.put((step, batches.at(step))):
+                    return
+            self.put(None)
+        except BaseException as error:  # handed to the reader, who raises it
+            self.put(error)
+
+    def put(self, item) -> bool:
+        """False once the reader is gone."""
+        while not self.closed.is_set():
+            try:
+                self.ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> tuple[int, Batch]:
+        if self.closed.is_set():
+            raise StopIteration
+        begin = time.perf_counter()
+        item = self.ready.get()
+        self.waited += time.perf_counter() - begin
+        if item is None:
+            self.close()
+            raise StopIteration
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def close(self) -> None:
+        self.closed.set()
+        self.thread.join(timeout=5.0)
+
+
+def prefetch(batches, start: int, stop: int) -> Prefetch:
+    """(step, batches.at(step)) for start <= step < stop, made ahead in a thread."""
+    return Prefetch(batches, start, stop)

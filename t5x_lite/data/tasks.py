@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks by name: the built-ins, a user's Files, and what is registered in seqio.
+
+A task says which splits it has, what its vocabularies are, how its examples are read, and what
+right answers are measured with. seqio, and with it TensorFlow, is imported only when a name is
+not one of ours.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from t5x_lite import config
+from t5x_lite.data import cache, corpora, files, pieces, vocabularies
+from t5x_lite.data.cache import Chunk
+from t5x_lite.data.corpora import Row
+from t5x_lite.data.vocabularies import Vocabulary
+
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Task:
+    """One source of examples.
+
+    `read(split)` gives chunks of ids that finish with eos; `source(split)` identifies what is
+    read, so that a changed source is seen; `counts` is what reading counted so far.
+    """
+
+    name: str
+    splits: tuple[str, ...]
+    vocabularies: tuple[Vocabulary, Vocabulary]
+    read: Callable[[str], Iterator[Chunk]]
+    source: Callable[[str], str]
+    has_inputs: bool
+    metrics: tuple[str, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    score: Callable[[list[str], list], dict[str, float]] | None = None
+
+
+def with_end(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarray]:
+    """Ids of each text with eos at the end, where the vocabulary ends its sequences."""
+    ids = vocabulary.encode_all(texts)
+    if not vocabulary.ends:
+        return ids
+    end = np.array([vocabulary.eos], np.int32)
+    return [np.concatenate([each, end]) for each in ids]
+
+
+def chunks(rows: Iterable[Row], pair: tuple[Vocabulary, Vocabulary]) -> Iterator[Chunk]:
+    """Rows in ids, some thousands at a time."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, CHUNK)):
+        texts = [row.inputs for row in batch]
+        inputs = None if texts[0] is None else with_end(pair[0], texts)
+        yield Chunk(inputs, with_end(pair[1], [row.targets for row in batch]), batch)
+
+
+def tokens(task: Task, split: str, cache_dir: str) -> cache.Tokens:
+    """The split's ids from the cache, made first if they are not there.
+
+    Raises ValueError if the task has no such split.
+    """
+    if split not in task.splits:
+        raise ValueError(
+            f"{task.name} has no split {split!r}; it has {', '.join(task.splits) or 'none'}"
+        )
+    identity = {
+        "task": task.name,
+        "split": split,
+        "source": task.source(split),
+        "vocabularies": [vocabularies.fingerprint(each) for each in task.vocabularies],
+    }
+    inputs, targets = task.vocabularies
+    entry = cache.Entry(
+        name=f"{task.name}-{split}",
+        identity=identity,
+        chunks=task.read(split),
+        sizes=(inputs.size, targets.size),
+        eos=(inputs.eos, targets.eos),
+        counts=task.counts,
+        # Training text can be read back from its ids; only evaluation needs it to the letter.
+        keep_rows=split != "train",
+    )
+    return cache.tokens(cache_dir, entry)
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A corpus that needs no download. `symbols` None is read as bytes with 100 sentinels."""
+
+    rows: Callable[[str], Iterator[Row]]
+    source: Callable[[str], str]
+    symbols: list[str] | None
+    has_inputs: bool
+    metrics: tuple[str, ...]
+
+    def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        if self.symbols is None:
+            return (vocabularies.Bytes(extra_ids=100),) * 2
+        return (
+            vocabularies.Symbols(self.symbols),
+            vocabularies.Symbols(self.symbols, separator=" "),
+        )
+
+
+BUILT_IN = {
+    "cmudict_g2p": BuiltIn(
+        rows=partial(corpora.cmudict_rows, stress=False),
+        source=corpora.cmudict_source,
+        symbols=corpora.LETTERS + corpora.PHONEMES,
+        has_inputs=True,
+        metrics=("per", "wer"),
+    ),
+    "cmudict_g2p_stress": BuiltIn(
+        rows=partial(corpora.cmudict_rows, stress=True),
+        source=corpora.cmudict_source,
+        symbols=corpora.LETTERS + corpora.STRESSED,
+        has_inputs=True,
+        metrics=("per", "wer"),
+    ),
+    "python_stdlib": BuiltIn(
+        rows=corpora.stdlib_rows,
+        source=corpora.stdlib_source,
+        symbols=None,
+        has_inputs=False,
+        metrics=(),
+    ),
+    "stdlib_docstrings": BuiltIn(
+        rows=corpora.docstring_rows,
+        source=corpora.stdlib_source,
+        symbols=None,
+        has_inputs=True,
+        metrics=("rouge", "bleu", "chrf"),
+    ),
+}
+
+
+def built_in(name: str, vocabulary: config.Vocabulary | None, cache_dir: str) -> Task:
+    """The built-in task, with its own vocabulary unless another is given."""
+    corpus = BUILT_IN[name]
+    if vocabulary is None:
+        pair = corpus.vocabularies()
+    else:
+        source = corpus.source("train")
+        made = make_vocabulary(vocabulary, partial(corpus.rows, "train"), source, cache_dir)
+        pair = (made, made)
+    return Task(
+        name=name,
+        splits=corpora.SPLITS,
+        vocabularies=pair,
+        read=lambda split: chunks(corpus.rows(split), pair),
+        source=corpus.source,
+        has_inputs=corpus.has_inputs,
+        metrics=corpus.metrics,
+    )
+
+
+def from_files(cfg: config.Files, cache_dir: str) -> Task:
+    """A user's own files as a task."""
+    counts: dict[str, int] = {}
+    rows = partial(files.rows, cfg, counts=counts)
+    source = partial(files.source, cfg)
+    made = make_vocabulary(cfg.vocabulary, partial(rows, "train"), source("train"), cache_dir)
+    return Task(
+        name=cfg.name,
+        splits=files.splits(cfg),
+        vocabularies=(made, made),
+        read=lambda split: chunks(rows(split), (made, made)),
+        source=source,
+        has_inputs=cfg.inputs is not None,
+        metrics=cfg.metrics,
+        counts=counts,
+    )
+
+
+def make_vocabulary(
+    cfg: config.Vocabulary,
+    rows: Callable[[], Iterator[Row]],
+    source: str,
+    cache_dir: str,
+) -> Vocabulary:
+    """The vocabulary that the config names; `trained` learns it from rows, once per source."""
+    if cfg.kind == "bytes":
+        return vocabularies.Bytes(cfg.extra_ids)
+    if cfg.kind == "trained":
+        model = trained_pieces(cfg.size, rows, source, cache_dir)
+        return vocabularies.SentencePiece(model, cfg.extra_ids)
+    path = Path(cfg.path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"Vocabulary.path {cfg.path} is not a file")
+    kind = vocabularies.KINDS[cfg.kind]
+    try:
+        return kind(path.read_bytes(), cfg.extra_ids)
+    except Exception as error:  # each library raises its own classes, some of them plain Exception
+        raise ValueError(f"Vocabulary.path {cfg.path} is no {cfg.kind} model: {error}") from error
+
+
+def trained_pieces(
+    size: int, rows: Callable[[], Iterator[Row]], source: str, cache_dir: str
+) -> bytes:
+    """A SentencePiece model of `size` pieces, kept in the cache by source and size."""
+    identity = json.dumps([pieces.FORMAT, size, source]).encode()
+    root = Path(cache_dir).expanduser()
+    path = root / f"pieces-{size}-{hashlib.sha256(identity).hexdigest()[:20]}.model"
+    if path.exists():
+        return path.read_bytes()
+    model = pieces.train((text for row in rows() for text in row[:2] if text), size)
+    root.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(f".{os.getpid()}")
+    partial_path.write_bytes(model)
+    os.replace(partial_path, path)
+    return model
+
+
+def resolve(cfg: config.Data) -> list[tuple[Task, float]]:
+    """The tasks that Data.task stands for, with their rates: one task has rate 1.
+
+    Raises ValueError for an unknown name, listing near ones.
+    """
+    if isinstance(cfg.task, config.Files):
+        if cfg.vocabulary is not None:
+            raise ValueError("Data.vocabulary is for built-in tasks; Files.vocabulary says it here")
+        return [(from_files(cfg.task, cfg.cache_dir), 1.0)]
+    if cfg.task in BUILT_IN:
+        return [(built_in(cfg.task, cfg.vocabulary, cfg.cache_dir), 1.0)]
+    from t5x_lite.data import seqio_tasks
+
+    found = seqio_tasks.find(cfg)
+    if found is None:
+        known = [*BUILT_IN, *seqio_tasks.names()]
+        near = difflib.get_close_matches(cfg.task, known, n=5, cutoff=0.4)
+        listed = f"near: {', '.join(near)}" if near else f"known: {', '.join(sorted(known)[:20])}"
+        raise ValueError(
+            f"Data.task {cfg.task!r} is not registered ({listed}). A seqio Task or Mixture of your "
+            "own must be imported first: --import=your_module"
+        )
+    return found
