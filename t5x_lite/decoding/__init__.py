@@ -3,6 +3,18 @@
 
 from t5x_lite.decoding.generation import Result, generate
 from t5x_lite.decoding.request import Request, bucket, pad, request
+from t5x_lite.decoding.scoring import Scores, score
 from t5x_lite.decoding.target import precise, prepare
 
-__all__ = ["Request", "Result", "bucket", "generate", "pad", "precise", "prepare", "request"]
+__all__ = [
+    "Request",
+    "Result",
+    "Scores",
+    "bucket",
+    "generate",
+    "pad",
+    "precise",
+    "prepare",
+    "request",
+    "score",
+]

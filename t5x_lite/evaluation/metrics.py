@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What predictions are worth: metrics by name, over predictions and their lists of references.
+
+Every metric takes predictions (one text each) and references (the acceptable answers of each) and
+gives numbers by name; shares and error rates are in percent, as they are published.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+
+Predictions = Sequence[str]
+References = Sequence[Sequence[str]]
+Metric = Callable[[Predictions, References], dict[str, float]]
+
+
+def edit_distance(one: Sequence, other: Sequence) -> int:
+    """The fewest insertions, deletions and substitutions from one to other (Levenshtein, 1966)."""
+    row = list(range(len(other) + 1))
+    for i, x in enumerate(one, 1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(other, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def nearest(prediction: str, references: Sequence[str]) -> tuple[int, int]:
+    """The fewest token edits to any reference, and the length of that reference."""
+    tokens = prediction.split()
+    edits = [(edit_distance(tokens, each.split()), len(each.split())) for each in references]
+    return min(edits)
+
+
+def exact_match(predictions: Predictions, references: References) -> dict[str, float]:
+    """Percent of predictions that are one of their references, outer blanks aside."""
+    right = [
+        prediction.strip() in {each.strip() for each in acceptable}
+        for prediction, acceptable in zip(predictions, references, strict=True)
+    ]
+    return {"exact_match": 100 * mean(right)}
+
+
+def token_edit_distance(predictions: Predictions, references: References) -> dict[str, float]:
+    """Edits per text to the nearest reference, tokens being what blanks separate."""
+    pairs = zip(predictions, references, strict=True)
+    return {"edit_distance": mean([nearest(*pair)[0] for pair in pairs])}
+
+
+def phoneme_error_rate(predictions: Predictions, references: References) -> dict[str, float]:
+    """Edits to the nearest pronunciation, as percent of its phonemes; summed over all words.
+
+    With several pronunciations the one with the fewest edits, as published for CMUdict (Yao and
+    Zweig, 2015).
+    """
+    pairs = [nearest(*pair) for pair in zip(predictions, references, strict=True)]
+    edits, lengths = map(sum, zip(*pairs, strict=True))
+    return {"per": 100 * edits / max(lengths, 1)}
+
+
+def word_error_rate(predictions: Predictions, references: References) -> dict[str, float]:
+    """Percent of words of which no pronunciation is matched whole."""
+    tokens = lambda text: tuple(text.split())
+    wrong = [
+        tokens(prediction) not in {tokens(each) for each in acceptable}
+        for prediction, acceptable in zip(predictions, references, strict=True)
+    ]
+    return {"wer": 100 * mean(wrong)}
+
+
+def bleu(predictions: Predictions, references: References) -> dict[str, float]:
+    """Corpus BLEU of sacrebleu, 13a tokens, mixed case (Post, 2018)."""
+    import sacrebleu
+
+    return {"bleu": sacrebleu.corpus_bleu(list(predictions), transposed(references)).score}
+
+
+def chrf(predictions: Predictions, references: References) -> dict[str, float]:
+    """Corpus chrF2 of sacrebleu (Popovic, 2015)."""
+    import sacrebleu
+
+    return {"chrf": sacrebleu.corpus_chrf(list(predictions), transposed(references)).score}
+
+
+def transposed(references: References) -> list[list[str | None]]:
+    """References as sacrebleu wants them: the first of every text, the second of every text ...
+
+    Where a text has fewer than another there is None, which sacrebleu leaves out.
+    """
+    most = max(map(len, references))
+    rows = [[*each, *[None] * (most - len(each))] for each in references]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def rouge(predictions: Predictions, references: References) -> dict[str, float]:
+    """ROUGE-1, -2 and -Lsum F1 (Lin, 2004), stemmed, of the reference with the best one each.
+
+    As T5 reports it, but without its bootstrap: the mean over texts.
+    """
+    from rouge_score import rouge_scorer
+
+    kinds = ("rouge1", "rouge2", "rougeLsum")
+    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
+    scores = [
+        scorer.score_multi(list(acceptable), prediction)
+        for prediction, acceptable in zip(predictions, references, strict=True)
+    ]
+    return {kind: 100 * mean([score[kind].fmeasure for score in scores]) for kind in kinds}
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "edit_distance": token_edit_distance,
+    "per": phoneme_error_rate,
+    "wer": word_error_rate,
+    "bleu": bleu,
+    "chrf": chrf,
+    "rouge": rouge,
+}
+
+
+def find(name: str) -> Metric:
+    """The metric of that name.
+
+    Raises:
+      ValueError: there is none; near names are told.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"There is no metric {name!r}: {hint}There are {', '.join(METRICS)}")
+
+
+def measure(
+    names: Sequence[str], predictions: Predictions, references: References
+) -> dict[str, float]:
+    """The numbers of all named metrics.
+
+    Raises:
+      ValueError: a name is unknown, there is nothing to measure, or a text has no reference.
+    """
+    metrics = [find(name) for name in names]
+    if not predictions:
+        raise ValueError("There are no predictions to measure")
+    for number, acceptable in enumerate(references):
+        if not acceptable:
+            raise ValueError(f"Prediction {number} has no reference to be measured against")
+    numbers: dict[str, float] = {}
+    for metric in metrics:
+        numbers |= metric(predictions, references)
+    return numbers
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

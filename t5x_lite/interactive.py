@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained run in one line, for notebooks and scripts: load it, then generate and score.
+
+    from t5x_lite import interactive
+
+    g2p = interactive.load("runs/g2p")
+    g2p.generate("photograph")                              # 'F OW T AH G R AE F'
+    g2p.generate(["cat", "hats"], beams=4, n_best=2)        # two texts for each
+    g2p.score("cat", "K AE T")                              # log-probability, in nats
+
+Importing this module imports neither JAX nor TensorFlow; loading a run never imports TensorFlow.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from t5x_lite import config
+
+
+class Session:
+    """A model with its weights and vocabularies. `decode` holds what generate does by default."""
+
+    def __init__(self, predictor: Any, decode: config.Decode, step: int = 0):
+        self.predictor = predictor
+        self.decode = decode
+        self.step = step
+
+    def generate(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """What the model writes: a text for a text, a list for a list; with n_best lists of texts.
+
+        options are the fields of `config.Decode`: length, temperature, top_k, top_p, seed, beams,
+        alpha, n_best.
+
+        Raises:
+          ValueError: an unknown option, or one that does not fit the others.
+        """
+        found = self.predict(texts, **options)
+        several = self.settings(options).n_best > 1
+        shown = lambda prediction: prediction.texts if several else prediction.texts[0]
+        return shown(found) if isinstance(texts, str) else [shown(each) for each in found]
+
+    def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
+        """As generate, with scores, log-probabilities and ids (`evaluation.predict.Prediction`)."""
+        if isinstance(texts, str):
+            return self.predictor.predict([texts], self.settings(options))[0]
+        return self.predictor.predict(list(texts), self.settings(options))
+
+    def score(self, inputs: str | Sequence[str], targets: str | Sequence[str]) -> Any:
+        """The log-probability, in nats, of each target after its input; of one pair, a number."""
+        if isinstance(inputs, str) != isinstance(targets, str):
+            raise ValueError("score takes two texts, or two lists of texts")
+        if isinstance(inputs, str):
+            return self.predictor.score([inputs], [targets])[0][0]
+        return [total for total, _ in self.predictor.score(list(inputs), list(targets))]
+
+    def settings(self, options: dict[str, Any]) -> config.Decode:
+        """decode with some fields replaced."""
+        known = [field.name for field in dataclasses.fields(config.Decode)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ValueError(f"Unknown option {name}: {hint}There are {', '.join(known)}")
+        return dataclasses.replace(self.decode, **options)
+
+
+def load(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    mesh: config.Mesh | None = None,
+) -> Session:
+    """The run in a MODEL_DIR, with its newest weights unless a step or the best is asked for.
+
+    Sets the mesh for the process: all devices share the batch unless another one is given.
+
+    Raises:
+      ValueError: path is no run folder, or has no such checkpoint.
+    """
+    from t5x_lite.evaluation import predict, restore
+
+    restored = restore.restore(path, step=step, best=best, mesh=mesh)
+    run = restored.run
+    predictor = predict.Predictor(
+        run.model,
+        restored.params,
+        restored.vocabularies,
+        ended=restore.has_inputs(run),
+        batch_size=run.evaluate.batch_size,
+    )
+    return Session(predictor, run.decode, restored.step)
