@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight in one line, normalisation, dropout, and the feed-forward layer."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from flax.core import meta
+from jaxtyping import Array, Float
+
+from t5x_lite import config
+from t5x_lite.sharding import spec
+
+ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+
+class Named(struct.PyTreeNode, meta.AxisMetadata):
+    """A new weight together with the names of its axes, until initialisation is over."""
+
+    value: Any
+    axes: str = struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, value):
+        return self.replace(value=value)
+
+    def add_axis(self, index, params):
+        raise NotImplementedError("Layers are stacked by Tower, not by a Flax transformation")
+
+    def remove_axis(self, index, params):
+        raise NotImplementedError("Layers are stacked by Tower, not by a Flax transformation")
+
+
+def weight(module: nn.Module, name: str, axes: str, std: float | None = None) -> jax.Array:
+    """One weight, in the dtype of activations, whole along the axis that FSDP splits.
+
+    axes names them, left of the arrow the fan-in: "embed -> heads head_dim" is drawn with
+    fan-in ** -0.5 unless std is given; without an arrow it is a scale and starts at one. Sizes are
+    the module's `sizes`, placement is the rules'.
+    """
+    fan_in, arrow, _ = axes.partition("->")
+    names = axes.replace("->", "").split()
+    shape = tuple(module.sizes[axis] for axis in names)
+    if std is None:
+        std = math.prod(module.sizes[axis] for axis in fan_in.split()) ** -0.5
+    draw = nn.initializers.normal(std) if arrow else nn.initializers.ones
+    value = module.param(name, lambda key: Named(draw(key, shape), " ".join(names)))
+    return gathered(value.astype(module.model.activations), " ".join(names))
+
+
+def gathered(value: jax.Array, axes: str) -> jax.Array:
+    """value whole along `embed`: where FSDP's all-gather (and its reduce-scatter) happens."""
+    return jax.reshard(value, spec(axes.replace("embed", "width")))
+
+
+def rms_norm(x: Float[Array, "b t d"], scale: Float[Array, " d"]) -> Float[Array, "b t d"]:
+    """x over its root mean square, times scale (Zhang and Sennrich, 2019); statistics float32."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype) * scale
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """x with a share of `rate` set to zero and the rest scaled up; x itself without a key."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def split(key: jax.Array | None, count: int) -> list:
+    """count keys, or as many None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+class Mlp(nn.Module):
+    model: config.Model
+    stack: config.Stack
+
+    @property
+    def sizes(self):
+        return {"embed": self.stack.embed, "mlp": self.stack.mlp, "norm": self.stack.embed}
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], key=None) -> Float[Array, "b t d"]:
+        activation = ACTIVATIONS[self.stack.activation]
+        x = rms_norm(x, weight(self, "norm", "norm"))
+        y = activation(jnp.einsum("btd,df->btf", x, weight(self, "gate", "embed -> mlp")))
+        if self.stack.gated:
+            y = y * jnp.einsum("btd,df->btf", x, weight(self, "up", "embed -> mlp"))
+        y = dropout(y, self.model.dropout, key)
+        down = weight(self, "down", "mlp -> embed")
+        return jnp.einsum("btf,fd->btd", y, down, out_sharding=spec("batch length width"))

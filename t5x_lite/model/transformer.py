@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoder-decoder, decoder-only and encoder-only transformers.
+
+One alphabet, here and in every kernel and test:
+  b batch    t query position    s key position    w width of a decoded block    d model width
+  n heads    k key heads         g heads per key head     h head size
+  f mlp width   v vocabulary     (in relative positions: k buckets)
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from t5x_lite import config
+from t5x_lite.batch import Batch
+from t5x_lite.model.cache import Cache
+from t5x_lite.model.layers import dropout, split, weight
+from t5x_lite.model.tower import Tower, View
+from t5x_lite.sharding import spec
+
+
+class Transformer(nn.Module):
+    """The model that `cfg` describes; every method is pure: caches and keys go in and come out.
+
+    scan False wants weights from `unstack`, unrolls the layers and is what decoding uses.
+    """
+
+    cfg: config.Model
+    scan: bool = True
+    remat: bool = False
+
+    @property
+    def model(self):
+        return self.cfg
+
+    @property
+    def sizes(self):
+        stack = self.cfg.decoder or self.cfg.encoder
+        return {"vocab": self.cfg.vocab, "embed": stack.embed}
+
+    def setup(self):
+        cfg, how = self.cfg, {"scan": self.scan, "remat": self.remat}
+        self.embedding = weight(self, "embedding", "-> vocab embed")
+        if not cfg.tied:
+            self.head = weight(self, "head", "embed -> vocab")
+        if cfg.encoder:
+            self.encoder = Tower(cfg, cfg.encoder, both_sides=True, **how)
+        if cfg.decoder:
+            self.decoder = Tower(cfg, cfg.decoder, cross=cfg.encoder is not None, **how)
+
+    def __call__(self, batch: Batch, key=None) -> Float[Array, "b t v"]:
+        """The logits of every target, each seeing only the targets before it."""
+        return self.logits(self.hidden(batch, key))
+
+    def hidden(self, batch: Batch, key=None) -> Float[Array, "b t d"]:
+        """What the logits are read from, for every target of batch."""
+        reader, writer = split(key, 2)
+        if self.cfg.layout == "aligned":
+            return self.encode(batch.inputs, batch.input_segments, batch.input_positions, reader)
+        segments, where = batch.target_segments, batch.target_positions
+        encoded, seen = None, None
+        if self.cfg.layout == "pair":
+            encoded = self.encode(batch.inputs, batch.input_segments, batch.input_positions, reader)
+            seen = same(segments, batch.input_segments)
+        tokens = shift_right(batch.targets, where, self.cfg.start)
+        view = View(where, self.causal(batch), encoded=encoded, seen=seen)
+        embedder, writer = split(writer, 2)
+        return self.decoder(self.embed(tokens, embedder), view, writer)
+
+    def encode(self, inputs, segments, where, key=None) -> Float[Array, "b s d"]:
+        """The encoder's output for inputs [b s]; segment 0 is padding, seen by nobody."""
+        embedder, key = split(key, 2)
+        view = View(where, same(segments, segments))
+        return self.encoder(self.embed(inputs, embedder), view, key)
+
+    def crossed(self, encoded: Float[Array, "b s d"]) -> Cache:
+        """Every decoder layer's cross-attention keys and values."""
+        return self.decoder.crossed(encoded)
+
+    def decode(
+        self,
+        tokens: Int[Array, "b w"],
+        index: Int[Array, " b"],
+        cache: Cache,
+        crossed: Cache | None = None,
+        seen: Bool[Array, "b s"] | None = None,
+        depth: Int[Array, " w"] | None = None,
+        ancestors: Bool[Array, "w w"] | None = None,
+        prefix: Int[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b w d"], Cache]:
+        """Hidden states of a block, and the cache with row b of it in slots index[b]...
+
+        Token i stands at position index + depth[i] (default i) and sees the slots before index and
+        the tokens j of the block with ancestors[i, j] (default j <= i). In prefill of a prefix-LM,
+        the slots before prefix[b] see one another.
+        """
+        slots = (cache.keys if self.scan else cache.keys[0]).shape[-2]
+        depth = jnp.arange(tokens.shape[1]) if depth is None else depth
+        where = index[:, None] + depth
+        mask, stand = block_mask(index, depth, ancestors, slots)
+        if prefix is not None and self.cfg.prefix_lm:
+            inside = jnp.arange(slots) < prefix[:, None]
+            mask = mask | (inside[:, None, :] & (where < prefix[:, None])[:, :, None])
+        seen = None if seen is None else seen[:, None, :]
+        view = View(where, mask, seen=seen, index=index)
+        return self.decoder.decode(self.embed(tokens), view, stand, cache, crossed)
+
+    def embed(self, ids: Int[Array, "b t"], key=None) -> Float[Array, "b t d"]:
+        x = self.embedding.at[ids].get(out_sharding=spec("batch length width"))
+        return dropout(x, self.cfg.dropout, key)
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Float32 logits; through a tied table they are scaled by d ** -0.5, as in T5 1.0."""
+        if self.cfg.tied:
+            hidden = hidden * hidden.shape[-1] ** -0.5
+            logits = jnp.einsum("btd,vd->btv", hidden, self.embedding)
+        else:
+            logits = jnp.einsum("btd,dv->btv", hidden, self.head)
+        return logits.astype(jnp.float32)
+
+    def causal(self, batch: Batch) -> Bool[Array, "b t t"]:
+        """Who sees whom among the targets: the past of the same segment, and a prefix whole."""
+        length = batch.targets.shape[1]
+        past = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
+        if batch.prefix is not None and self.cfg.prefix_lm:
+            # The decoder's input at i is the target before it: the first target's query is still
+            # a token of the prefix, and so is the start token.
+            begins = batch.target_positions == 0
+            inside = begins | jnp.pad(batch.prefix[:, :-1], ((0, 0), (1, 0)))
+            past = past | (inside[:, :, None] & inside[:, None, :])
+        return past & same(batch.target_segments, batch.target_segments)
+
+
+def same(queries: Int[Array, "b t"], keys: Int[Array, "b s"]) -> Bool[Array, "b t s"]:
+    """Pairs of one segment; padding (segment 0) is seen by nobody."""
+    return (queries[:, :, None] == keys[:, None, :]) & (keys > 0)[:, None, :]
+
+
+def shift_right(
+    targets: Int[Array, "b t"], where: Int[Array, "b t"], start: int
+) -> Int[Array, "b t"]:
+    """Decoder inputs: the target before, and start where an example begins."""
+    return jnp.where(where == 0, start, jnp.pad(targets[:, :-1], ((0, 0), (1, 0))))
+
+
+def block_mask(index, depth, ancestors, slots: int):
+    """What a block sees [b w s], and the positions [b s] at which the slots of the cache stand."""
+    width = depth.shape[0]
+    if ancestors is None:
+        ancestors = jnp.tril(jnp.ones((width, width), bool))
+    slot = jnp.arange(slots)[None, :]
+    offset = slot - index[:, None]
+    inside = (offset >= 0) & (offset < width)
+    offset = jnp.clip(offset, 0, width - 1)
+    within = jnp.moveaxis(ancestors.T[offset], 1, 2)
+    mask = (slot < index[:, None])[:, None, :] | (inside[:, None, :] & within)
+    stand = jnp.where(inside, index[:, None] + depth[offset], slot)
+    return mask, stand
