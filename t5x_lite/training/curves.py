@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning curve of a run as a picture."""
+
+from pathlib import Path
+
+import numpy as np
+
+from t5x_lite.training import records
+
+PICTURE = "learning_curve.png"
+TRAINED, HELD_OUT = "#4c78a8", "#e45756"
+
+
+def draw(model_dir: Path) -> Path | None:
+    """Draws loss and held-out metrics against step; None where nothing was recorded."""
+    values = records.read(model_dir)
+    if "train/loss" not in values:
+        return None
+    from matplotlib.figure import Figure
+
+    held_out = {
+        name: points
+        for name, points in values.items()
+        if not name.startswith("train/") and is_curve(points)
+    }
+    losses = {name: points for name, points in held_out.items() if name.endswith("/loss")}
+    others = {name: points for name, points in held_out.items() if name.split("/")[-1] in SHOWN}
+    panels = 1 + bool(others)
+    figure = Figure(figsize=(6.4 * panels, 4.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, panels))
+    draw_losses(axes[0], values["train/loss"], losses)
+    if others:
+        draw_metrics(axes[1], others)
+    figure.suptitle(model_dir.resolve().name)
+    figure.savefig(model_dir / PICTURE, dpi=130)
+    return model_dir / PICTURE
+
+
+SHOWN = ("accuracy", "exact_match", "per", "wer", "edit_distance", "bleu", "chrf", "rouge_l")
+
+
+def is_curve(points: dict[int, float]) -> bool:
+    return all(isinstance(value, int | float) for value in points.values())
+
+
+def draw_losses(axes, trained: dict[int, float], held_out: dict[str, dict[int, float]]) -> None:
+    steps, losses = np.array(list(trained)), np.array(list(trained.values()))
+    axes.plot(steps, losses, color=TRAINED, alpha=0.3, linewidth=1)
+    axes.plot(steps, smooth(losses), color=TRAINED, linewidth=1.8, label="training")
+    for name, points in held_out.items():
+        axes.plot(list(points), list(points.values()), "o-", color=HELD_OUT, markersize=4)
+        axes.lines[-1].set_label(name.rsplit("/", 1)[0])
+    finite = losses[np.isfinite(losses)]
+    if len(finite) and finite.min() > 0 and finite.max() / finite.min() > 5:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="loss (nats per target token)")
+    finish(axes)
+
+
+def draw_metrics(axes, metrics: dict[str, dict[int, float]]) -> None:
+    for name, points in sorted(metrics.items()):
+        axes.plot(list(points), list(points.values()), "o-", markersize=4, label=name)
+    axes.set(xlabel="step", ylabel="held-out metric")
+    finish(axes)
+
+
+def finish(axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a fiftieth of the curve, weighted so that its beginning is not biased."""
+    keep = 1 - 1 / max(1.0, len(values) / 50)
+    out, weight, total = [], 0.0, 0.0
+    for value in values:
+        if np.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + 1 - keep
+        out.append(total / weight if weight else np.nan)
+    return np.array(out)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run would be, without training it."""
+
+import jax
+
+from t5x_lite import config, config_file, model, sharding
+from t5x_lite.training import bar, costs, optimizer, overview, schedules, setup
+from t5x_lite.training import state as states
+
+
+def text(run: config.Run) -> str:
+    """The resolved config, every weight's shape and placement, and the sizes; opens no data.
+
+    Raises ValueError for what `setup.assemble` would refuse without looking at the data.
+    """
+    sharding.use_mesh(run.mesh)
+    setup.check_batch(run.train)
+    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    axes = model.axes(run.model)
+    shapes = states.shapes(model.shapes(run.model), optimizer.make(run.optimizer, schedule, axes))
+    counts = model.count(run.model)
+    flops = costs.step_flops(run.model, run.train.batch_size, run.data.lengths)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return "\n".join(
+        [
+            config_file.text(run),
+            "",
+            *weights(shapes.params, axes),
+            "",
+            f"parameters      {sum(counts.values()):,} ({parts})",
+            f"mesh            {overview.mesh_text()}",
+            f"per device      {overview.bytes_text(shapes)}",
+            f"FLOPs per step  {bar.count(flops)} = {costs.FORMULA}",
+            f"run             {overview.run_text(run)}",
+        ]
+    )
+
+
+def weights(params, axes) -> list[str]:
+    """One line per weight: name, axes, shape, and over which mesh axes it is split."""
+    rows = []
+    for name, leaf, names in zip(
+        states.names(params), jax.tree.leaves(params), jax.tree.leaves(axes), strict=True
+    ):
+        split = [
+            f"{axis} over {place}"
+            for axis, place in zip(names.split(), leaf.sharding.spec, strict=False)
+            if place
+        ]
+        rows.append(f"{name:44} {str(leaf.shape):22} {names:34} {', '.join(split) or 'whole'}")
+    return rows

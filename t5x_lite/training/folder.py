@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MODEL_DIR: one run, one process, one config."""
+
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from t5x_lite import config, config_file
+
+CONFIG = "config.gin"
+VOCABULARY = "vocabulary"
+
+
+class FolderError(ValueError):
+    """MODEL_DIR cannot be used for this run; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def locked(model_dir: Path):
+    """Holds MODEL_DIR for this process; the lock goes with the process, however it ends.
+
+    Raises:
+      FolderError: another process trains there, or the folder cannot be written.
+    """
+    try:
+        model_dir.mkdir(parents=True, exist_ok=True)
+        file = open(model_dir / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise FolderError(f"MODEL_DIR {model_dir} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise FolderError(
+                f"Another process ({file.read().strip() or 'unknown'}) trains in {model_dir}. "
+                "Wait for it, stop it, or choose another MODEL_DIR."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def claim(run: config.Run, tell: Callable[[str], None]) -> None:
+    """Writes the config of the run, after checking that MODEL_DIR holds no other run.
+
+    What does not change the meaning of the steps done so far may change (see `follow`); it is told.
+
+    Raises:
+      FolderError: the folder holds a run of another config; the difference is in the message.
+    """
+    path = Path(run.model_dir) / CONFIG
+    text = config_file.text(run)
+    if path.exists() and path.read_text() != text:
+        before = path.read_text()
+        try:
+            followed = follow(config_file.from_text(before), run)
+        except ValueError as error:
+            raise FolderError(
+                refusal(path, before, text, f"It cannot be read: {error}\n")
+            ) from error
+        if followed != run:
+            raise FolderError(refusal(path, config_file.text(followed), text))
+        tell("Going on with a changed config:\n" + difference(before, text, path, context=0))
+    path.write_text(text)
+
+
+def follow(saved: config.Run, run: config.Run) -> config.Run:
+    """The saved run with the fields of `run` that may change when a run goes on.
+
+    They are: the length of the run, what is logged, evaluated, decoded, saved and when, patience,
+    the mesh, and where the files are. (A longer run stretches a linear, cosine or wsd schedule.)
+    """
+    take = lambda part, source, *names: dataclasses.replace(
+        part, **{name: getattr(source, name) for name in names}
+    )
+    train = take(saved.train, run.train, "steps", "log_every", "tensorboard", "patience")
+    data = take(saved.data, run.data, "cache_dir", "eval_split")
+    free = ("model_dir", "evaluate", "checkpoint", "decode", "mesh")
+    return dataclasses.replace(take(saved, run, *free), train=train, data=data)
+
+
+def refusal(path: Path, before: str, text: str, why: str = "") -> str:
+    return (
+        f"{path.parent} holds the run of another config (- there, + asked for). Choose another "
+        f"MODEL_DIR, or give the same config.\n{why}{difference(before, text, path, context=1)}"
+    )
+
+
+def difference(before: str, after: str, path: Path, context: int) -> str:
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), str(path), "this run", lineterm="", n=context
+    )
+    return "\n".join(lines)

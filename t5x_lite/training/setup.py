@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to everything a run needs, with the checks that need data or devices."""
+
+import difflib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from t5x_lite import config, data, model, sharding
+from t5x_lite.training import archive, checkpoint, optimizer, schedules, state, step
+from t5x_lite.training.archive import CheckpointError
+from t5x_lite.training.state import TrainState
+
+
+class Parts(NamedTuple):
+    """A run assembled: its mesh is set, its data are open, nothing is computed yet."""
+
+    run: config.Run
+    batches: Any
+    vocabularies: tuple
+    optimizer: Any
+    schedule: Any
+    shapes: TrainState
+    step: Any
+
+
+def assemble(run: config.Run) -> Parts:
+    """Sets the mesh, opens the data, and makes the step.
+
+    Raises:
+      ValueError: the batch cannot be split over mesh and microbatches, the vocabulary is larger
+        than the model's, or the optimizer is unknown.
+    """
+    sharding.use_mesh(run.mesh)
+    check_batch(run.train)
+    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    axes = model.axes(run.model)
+    update = optimizer.make(run.optimizer, schedule, axes)
+    batches = data.open_batches(
+        run.data,
+        run.model.layout,
+        run.train.batch_size,
+        run.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+    vocabularies = data.open_dataset(run.data, "train").vocabularies
+    check_vocabularies(run, vocabularies)
+    shapes = state.shapes(model.shapes(run.model), update)
+    made = step.make(run, update, schedule, axes)
+    return Parts(run, batches, vocabularies, update, schedule, shapes, made)
+
+
+def check_batch(cfg: config.Train) -> None:
+    shards, pieces = sharding.batch_shards(), cfg.microbatches
+    below = cfg.batch_size // (shards * pieces) * shards * pieces
+    near = f"{below or shards * pieces} or {below + shards * pieces}"
+    config.require(
+        cfg.batch_size % (shards * pieces) == 0,
+        f"Train.batch_size ({cfg.batch_size}) must be a multiple of {shards * pieces}: the mesh "
+        f"splits it into {shards} (Mesh.data x Mesh.fsdp) and Train.microbatches into {pieces}. "
+        f"Near ones: {near}",
+    )
+
+
+def check_vocabularies(run: config.Run, vocabularies: tuple) -> None:
+    size = max(vocabulary.size for vocabulary in vocabularies)
+    config.require(
+        size <= run.model.vocab,
+        f"The vocabulary of the data has {size} ids, but Model.vocab is {run.model.vocab}: "
+        f"bind Model.vocab = {-(-size // 128) * 128 if size > 128 else size} or more",
+    )
+
+
+def begin(parts: Parts) -> TrainState:
+    """The state of a new run: drawn from Run.seed, or with the weights of Checkpoint.initial."""
+    run = parts.run
+    if run.checkpoint.initial is None:
+        params = model.initialize(run.model, jax.random.key(run.seed))
+    else:
+        params = initial(run.checkpoint.initial, parts.shapes.params)
+    return state.begin(params, parts.optimizer)
+
+
+def initial(folder: str, shapes: Any) -> Any:
+    """The weights of another run's newest checkpoint, placed as `shapes` says.
+
+    Raises:
+      CheckpointError: there is none, or it is of another model; the shapes are named.
+    """
+    params, step = checkpoint.load_params(folder)
+    there, wanted = archive.flatten(params), archive.flatten(shapes)
+    described = {name: {"shape": array.shape} for name, array in there.items()}
+    note = archive.Note(step, "", arrays={"params": described})
+    try:
+        archive.compare_shapes(note, "params", wanted, folder)
+    except archive.Mismatch as error:
+        raise CheckpointError(f"Checkpoint.initial: {error}") from error
+
+    def place(shape, array):
+        array = np.asarray(array, shape.dtype)
+        return jax.make_array_from_callback(array.shape, shape.sharding, lambda part: array[part])
+
+    return jax.tree.map(place, shapes, params)
+
+
+def check_metric(cfg: config.Checkpoint, measured: dict[str, float]) -> None:
+    """Raises ValueError where the metric that names the best checkpoint is not measured."""
+    if cfg.metric is None or cfg.metric in measured:
+        return
+    near = difflib.get_close_matches(cfg.metric, measured, n=3) or sorted(measured)
+    raise ValueError(
+        f"Checkpoint.metric is {cfg.metric!r}, which the evaluation does not measure. "
+        f"It measures {', '.join(near)}"
+    )
