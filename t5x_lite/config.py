@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from t5x_lite.typed import Checked
+
 
 def require(condition: bool, message: str) -> None:
     """Raises ValueError(message) unless condition holds."""
@@ -21,7 +23,7 @@ def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(Checked):
     """One tower of layers. T5 and GPT, encoder and decoder differ only in these values.
 
     `query_scale` multiplies the queries: 1.0 is T5, whose initialisation carries 1/sqrt(head_dim);
@@ -43,7 +45,7 @@ class Stack:
     rotary_base: float = 10000.0
     query_scale: float = 1.0
 
-    def __post_init__(self):
+    def check(self):
         for name in ("layers", "embed", "heads", "head_dim", "mlp"):
             require(getattr(self, name) >= 1, f"Stack.{name} must be at least 1")
         require_one_of("Stack.activation", self.activation, ("gelu", "relu", "silu"))
@@ -63,7 +65,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Checked):
     """An encoder-decoder, a decoder alone (GPT-like) or an encoder alone: by which stacks exist.
 
     `tied` reads the logits through the embedding table, scaled by embed ** -0.5 as T5 1.0 does.
@@ -80,7 +82,7 @@ class Model:
     dropout: float = 0.0
     activations: Literal["bfloat16", "float32"] = "bfloat16"
 
-    def __post_init__(self):
+    def check(self):
         require(self.encoder is not None or self.decoder is not None, "Model has no Stack at all")
         require(self.vocab >= 2, f"Model.vocab must be at least 2; got {self.vocab}")
         require(0 <= self.start < self.vocab, f"Model.start must be below vocab {self.vocab}")
@@ -104,7 +106,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(Checked):
     """How text becomes ids. `trained` makes a SentencePiece of `size` pieces from the task's text.
 
     `extra_ids` adds sentinels at the top of the vocabulary (span corruption needs them).
@@ -115,7 +117,7 @@ class Vocabulary:
     size: int | None = None
     extra_ids: int = 0
 
-    def __post_init__(self):
+    def check(self):
         kinds = ("bytes", "sentencepiece", "tokenizer_json", "trained")
         require_one_of("Vocabulary.kind", self.kind, kinds)
         needs_path = self.kind in ("sentencepiece", "tokenizer_json")
@@ -125,7 +127,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Files:
+class Files(Checked):
     """A user's own data, without Python: globs per split, and the names of the fields.
 
     `format` is read from the file's ending unless given. `inputs` None means text without a
@@ -145,36 +147,36 @@ class Files:
     whole_files: bool = False
     broken: Literal["stop", "skip"] = "stop"
 
-    def __post_init__(self):
+    def check(self):
         require_one_of("Files.broken", self.broken, ("stop", "skip"))
         if self.format is not None:
             require_one_of("Files.format", self.format, ("jsonl", "tsv", "text", "parquet"))
 
 
 @dataclass(frozen=True)
-class SpanCorruption:
+class SpanCorruption(Checked):
     """T5's denoising: `noise_density` of the tokens hidden in spans of `mean_span` on average."""
 
     noise_density: float = 0.15
     mean_span: float = 3.0
 
-    def __post_init__(self):
+    def check(self):
         require(0 < self.noise_density < 1, "SpanCorruption.noise_density must be in (0, 1)")
         require(self.mean_span >= 1, "SpanCorruption.mean_span must be at least 1")
 
 
 @dataclass(frozen=True)
-class PrefixLM:
+class PrefixLM(Checked):
     """Text cut at a uniformly drawn place: what is before is the inputs, the rest the targets."""
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(Checked):
     """All of the text is targets."""
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Checked):
     """What is read and how it is laid out in rows.
 
     `task` names a registered seqio Task or Mixture, or is a `Files`. `objective` None trains on
@@ -192,7 +194,7 @@ class Data:
     cache_dir: str = "~/.cache/t5x_lite"
     stream: bool = False
 
-    def __post_init__(self):
+    def check(self):
         unknown = set(self.lengths) - {"inputs", "targets"}
         require(not unknown, f"Data.lengths has unknown features {sorted(unknown)}")
         require("targets" in self.lengths, 'Data.lengths needs "targets"')
@@ -201,7 +203,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Checked):
     """The update rule by name: `adafactor` is T5's; `adamw` and any optax optimizer by its name.
 
     `options` go to the optimizer as they are (b1, b2, decay_rate ...). `clip_norm` limits the
@@ -215,7 +217,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Checked):
     """Learning rate against step. `warmup` steps rise linearly from 0 to `peak`.
 
     rsqrt: peak * sqrt(warmup / max(step, warmup)). linear and cosine fall to `floor` * peak at the
@@ -228,7 +230,7 @@ class Schedule:
     floor: float = 0.0
     decay: float = 0.2
 
-    def __post_init__(self):
+    def check(self):
         kinds = ("constant", "rsqrt", "linear", "cosine", "wsd")
         require_one_of("Schedule.kind", self.kind, kinds)
         require(self.peak > 0, f"Schedule.peak must be positive; got {self.peak}")
@@ -239,7 +241,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Checked):
     """Length of the run and what a step does.
 
     `batch_size` counts rows over all hosts; `microbatches` splits it in time. `remat` recomputes
@@ -257,7 +259,7 @@ class Train:
     log_every: int = 10
     tensorboard: bool = True
 
-    def __post_init__(self):
+    def check(self):
         for name in ("steps", "batch_size", "microbatches", "patience", "log_every"):
             require(getattr(self, name) >= 1, f"Train.{name} must be at least 1")
         require(
@@ -269,7 +271,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Checked):
     """When to evaluate, on how much, and with which metrics (none: the task's own).
 
     `every` 0 evaluates at the end only. `examples` limits how many are decoded; `batches` how many
@@ -284,7 +286,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Checked):
     """When to save and what to keep: the last `keep`, and the best by `metric` where it is named.
 
     `initial` is a run folder whose weights the run begins with.
@@ -296,13 +298,13 @@ class Checkpoint:
     higher_is_better: bool = False
     initial: str | None = None
 
-    def __post_init__(self):
+    def check(self):
         require(self.every >= 1, "Checkpoint.every must be at least 1")
         require(self.keep >= 1, "Checkpoint.keep must be at least 1")
 
 
 @dataclass(frozen=True)
-class Decode:
+class Decode(Checked):
     """How text is written: greedily (temperature 0), by sampling, or by beam search (beams > 1).
 
     `length` is the most new tokens of a row. `top_k` 0 and `top_p` 1 leave the distribution whole.
@@ -318,7 +320,7 @@ class Decode:
     alpha: float = 0.6
     n_best: int = 1
 
-    def __post_init__(self):
+    def check(self):
         require(self.length >= 1, f"Decode.length must be at least 1; got {self.length}")
         require(self.temperature >= 0, "Decode.temperature cannot be negative")
         require(self.top_k >= 0, "Decode.top_k cannot be negative")
@@ -336,7 +338,7 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Mesh(Checked):
     """Devices by axis. `data` and `fsdp` split the batch, `fsdp` and `tensor` split the weights.
 
     -1 takes all devices that the other axes leave.
@@ -346,14 +348,14 @@ class Mesh:
     fsdp: int = 1
     tensor: int = 1
 
-    def __post_init__(self):
+    def check(self):
         sizes = (self.data, self.fsdp, self.tensor)
         require(all(size >= 1 or size == -1 for size in sizes), "Mesh axes are at least 1, or -1")
         require(sizes.count(-1) <= 1, "At most one Mesh axis can be -1")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Checked):
     """A whole run: everything that decides its numbers, and the folder they go to."""
 
     model_dir: str
@@ -368,7 +370,7 @@ class Run:
     mesh: Mesh = Mesh()
     seed: int = 0
 
-    def __post_init__(self):
+    def check(self):
         require(
             self.model.layout != "pair" or "inputs" in self.data.lengths,
             'Data.lengths needs "inputs": the model has an encoder',

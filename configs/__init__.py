@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The .gin files that ship with the package."""

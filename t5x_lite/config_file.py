@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+""".gin text to the tree of `config.Run`, and back. Nothing else imports gin.
+
+A run file fills `config.Run` by macros in T5X's names and by bindings; `include` finds presets in
+the folder of the file, in the working folder and in the configs that the package ships. What a
+file can import is limited to `t5x_lite.config`: a config is data, not code.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from t5x_lite import config
+
+HEADER = "from __gin__ import dynamic_registration\nfrom t5x_lite import config\n"
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the binding and the remedy."""
+
+
+def load(paths: list[str], bindings: list[str] = ()) -> config.Run:
+    """The run that these files describe, with bindings such as "TRAIN_STEPS=100" on top.
+
+    A binding's value is Python's literal, or else taken as a string: MODEL_DIR=/tmp/x needs no
+    quotes.
+
+    Raises:
+      ConfigError: a file is missing or does not parse, a name is unknown, a value has the wrong
+        type, or two values contradict each other.
+    """
+    lines = [line for path in paths for line in read(path)]
+    return parse(lines, [quoted(binding) for binding in bindings])
+
+
+def from_text(text: str) -> config.Run:
+    """The run of a resolved config, as `text` wrote it."""
+    return parse([Line(line, f"line {i}") for i, line in enumerate(text.splitlines(), 1)], [])
+
+
+class Line(NamedTuple):
+    text: str
+    origin: str
+
+
+def read(path: str) -> list[Line]:
+    """The lines of a .gin file with its includes put in place, each with where it stands."""
+    found = find(path)
+    if found is None:
+        raise ConfigError(f"No config file {path}. Shipped: {', '.join(shipped())}")
+    lines = []
+    for number, line in enumerate(found.read_text(encoding="utf-8").splitlines(), 1):
+        include = re.fullmatch(r"""\s*include\s+(["'])(.+)\1\s*(?:#.*)?""", line)
+        if include:
+            beside = found.parent / include[2]
+            lines += read(str(beside) if beside.is_file() else include[2])
+        else:
+            lines.append(Line(line, f"{found}:{number}"))
+    return lines
+
+
+def configs_folder() -> Path:
+    """Where the shipped .gin files are: inside an installed package, else in the clone."""
+    import t5x_lite.configs
+
+    return Path(next(iter(t5x_lite.configs.__path__)))
+
+
+def find(path: str) -> Path | None:
+    inside = re.sub(r"^(\./)?configs/", "", path)
+    for candidate in (Path(path), configs_folder() / inside):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def shipped() -> list[str]:
+    folder = configs_folder()
+    return sorted(f"configs/{path.relative_to(folder)}" for path in folder.rglob("*.gin"))
+
+
+def quoted(binding: str) -> str:
+    """name = value, with the value quoted unless it is a literal, a macro or a reference."""
+    name, equals, value = binding.partition("=")
+    if not equals:
+        raise ConfigError(f"--gin.{binding} needs a value: --gin.{name}=VALUE")
+    value = value.strip()
+    is_code = value[:1] in "@%{[(\"'-.0123456789" or value in ("True", "False", "None")
+    if value and is_code and not re.fullmatch(r"[./0-9][\w./~-]*/[\w./~-]*|\.", value):
+        return f"{name.strip()} = {value}"
+    return f"{name.strip()} = {value!r}"
+
+
+def parse(lines: list[Line], bindings: list[str]) -> config.Run:
+    import gin
+
+    source = HEADER + "\n".join(without_imports(line) for line in lines)
+    if not re.search(r"^\s*(?:\w+/)*config\.Run\.", source, re.MULTILINE):
+        raise ConfigError(
+            "No config.Run in the config: begin with a file of configs/runs, or bind config.Run"
+        )
+    try:
+        with our_errors(lines):
+            gin.parse_config(source)
+        for binding in bindings:
+            check_macro(binding, source)
+            with our_errors([Line(binding, f"--gin.{binding}")]):
+                gin.parse_config(HEADER + binding)
+        with our_errors(lines):
+            return plain(gin.get_configurable("t5x_lite.config.Run")())
+    finally:
+        gin.clear_config()
+
+
+@contextlib.contextmanager
+def our_errors(lines: list[Line]):
+    """What goes wrong inside, as a ConfigError that says where."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # gin passes on whatever the code under it raises
+        raise ConfigError(explain(error, lines)) from error
+
+
+def without_imports(line: Line) -> str:
+    """line, or nothing where it imports what every config may; gin would run other imports."""
+    words = line.text.split("#")[0].strip()
+    if not re.match(r"(import|from|include)\s", words):
+        return line.text
+    if words not in HEADER.splitlines():
+        raise ConfigError(
+            f"{line.origin}: a config may only have the imports {HEADER.splitlines()}; found "
+            f"{words!r}. Python of yours is named by --import=MODULE"
+        )
+    return ""
+
+
+def check_macro(binding: str, source: str) -> None:
+    """Refuses a macro of the command line that the files never use: gin would ignore it."""
+    name = binding.partition("=")[0].strip()
+    if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and name not in (
+        macros := set(re.findall(r"%([A-Z][A-Z0-9_]*)", source))
+    ):
+        raise ConfigError(
+            f"--gin.{name} is used nowhere in the config.{near(name, sorted(macros))}"
+        )
+
+
+def near(name: str, names: list[str]) -> str:
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean {found[0]}?" if found else f" Known: {', '.join(sorted(names))}."
+
+
+def explain(error: Exception, lines: list[Line]) -> str:
+    """gin's words, with the file and line, and the nearest known name added."""
+    header = len(HEADER.splitlines())
+    place = lambda found: lines[int(found[1]) - header - 1].origin
+    message = re.sub(r"(?:In bindings string )?\bline (\d+)", place, str(error).strip())
+    message = message.replace("In bindings string", "In")
+    parameter = re.search(r"'config\.(\w+)' doesn't have a parameter named '(\w+)'", message)
+    if parameter:
+        fields = [field.name for field in dataclasses.fields(getattr(config, parameter[1]))]
+        return f"{message}\nconfig.{parameter[1]} has no such field.{near(parameter[2], fields)}"
+    attribute = re.search(r"has no attribute '?(\w+)", message)
+    if attribute:
+        return f"{message}\nNo config.{attribute[1]}.{near(attribute[1], dataclass_names())}"
+    missing = re.search(
+        r"(\w+)\.__init__\(\) missing \d+ required .*?arguments?: ([^\n]+)", message
+    )
+    if missing:
+        return f"config.{missing[1]} is not complete: bind {missing[2]}"
+    return message
+
+
+def dataclass_names() -> list[str]:
+    return [name for name, value in vars(config).items() if dataclasses.is_dataclass(value)]
+
+
+def plain(value: Any) -> Any:
+    """value with gin's own subclasses of our dataclasses replaced by ours."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return getattr(config, type(value).__name__)(**fields)
+
+
+def text(run: config.Run) -> str:
+    """run as .gin text with every field written out; `from_text` gives the same run again."""
+    return HEADER + "\n" + "\n".join(bindings_of(run, "")) + "\n"
+
+
+def bindings_of(value: Any, scope: str) -> list[str]:
+    """The bindings of one dataclass and, under scopes of their own, of those inside it."""
+    name, lines, inner = type(value).__name__, [], []
+    prefix = f"{scope}/" if scope else ""
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        written = repr(item)
+        if dataclasses.is_dataclass(item):
+            below = f"{prefix}{field.name}"
+            written = f"@{below}/config.{type(item).__name__}()"
+            inner += ["", *bindings_of(item, below)]
+        lines.append(f"{prefix}config.{name}.{field.name} = {written}")
+    return lines + inner
