@@ -89,7 +89,7 @@ def load(
         run.model,
         restored.params,
         restored.vocabularies,
-        ended=restore.has_inputs(run),
+        ended=predict.has_inputs(run),
         batch_size=run.evaluate.batch_size,
     )
     return Session(predictor, run.decode, restored.step)

@@ -13,6 +13,7 @@ Plain decoding is the loop at width 1.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -70,7 +71,8 @@ class Verdict(NamedTuple):
 class Drafter(Protocol):
     """Guesses the tokens after the root; whatever it guesses, only the speed depends on it.
 
-    `width` counts the root too. A guess of -1 matches nothing: where there is none.
+    `width` counts the root too. A guess of -1 matches nothing: where there is none. A drafter is a
+    frozen dataclass: equal ones share an executable.
     """
 
     width: int
@@ -82,10 +84,11 @@ class Drafter(Protocol):
         """The memory for the next iteration, from the state after the commit and the verdict."""
 
 
+@dataclass(frozen=True)
 class Plain:
     """The drafter that guesses nothing: one token per forward pass."""
 
-    width = 1
+    width: int = 1
 
     def propose(self, memory, state):
         return state.root[:, None][:, :0]

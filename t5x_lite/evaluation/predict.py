@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_lite import config, decoding, sharding
+from t5x_lite.data import tasks
 from t5x_lite.data.vocabularies import Vocabulary
 
 
@@ -127,3 +128,16 @@ class Predictor:
             log_probabilities=result.log_probability[row].tolist(),
             tokens=tokens,
         )
+
+
+def has_inputs(run: config.Run) -> bool:
+    """Whether the run's examples have a source that ends, rather than text to be continued."""
+    if run.model.layout != "joined":
+        return True
+    if run.data.objective is not None:
+        return isinstance(run.data.objective, config.SpanCorruption)
+    if isinstance(run.data.task, config.Files):
+        return run.data.task.inputs is not None
+    if run.data.task in tasks.BUILT_IN:
+        return tasks.BUILT_IN[run.data.task].has_inputs
+    return "inputs" in run.data.lengths

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from t5x_lite import config, config_file, model, sharding
-from t5x_lite.data import tasks, vocabularies
+from t5x_lite.data import vocabularies
 from t5x_lite.training import checkpoint
 
 
@@ -83,16 +83,3 @@ def place(cfg: config.Model, params: Any) -> Any:
 def flat(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def has_inputs(run: config.Run) -> bool:
-    """Whether the run's examples have a source that ends, rather than text to be continued."""
-    if run.model.layout != "joined":
-        return True
-    if run.data.objective is not None:
-        return isinstance(run.data.objective, config.SpanCorruption)
-    if isinstance(run.data.task, config.Files):
-        return run.data.task.inputs is not None
-    if run.data.task in tasks.BUILT_IN:
-        return tasks.BUILT_IN[run.data.task].has_inputs
-    return "inputs" in run.data.lengths

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One split of a run measured: losses, predictions, their metrics, the file they are kept in."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from t5x_lite import config, sharding
+from t5x_lite.data import open_batches, open_dataset
+from t5x_lite.evaluation import losses, metrics
+from t5x_lite.evaluation.predict import Prediction, Predictor, has_inputs
+
+
+class Evaluator:
+    """Measures any weights of a run on one split, which is opened once.
+
+    Raises:
+      ValueError: the split is not there, or a metric's name is unknown.
+    """
+
+    def __init__(self, run: config.Run, split: str | None = None):
+        self.run = run
+        self.split = split or run.data.eval_split
+        self.dataset = open_dataset(run.data, self.split)
+        for name in run.evaluate.metrics:
+            metrics.find(name)
+        shards = sharding.batch_shards()
+        rows = -(-run.evaluate.batch_size // shards) * shards
+        self.batches = open_batches(
+            run.data,
+            run.model.layout,
+            rows,
+            run.seed,
+            split=self.split,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+
+    def __call__(
+        self, params: Any, step: int, told: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
+        """Every measure of these weights, by name; predictions are kept in the run's folder."""
+        return self.losses(params) | self.predictions(params, step, told)
+
+    def losses(self, params: Any) -> dict[str, float]:
+        """Loss, perplexity, accuracy and bits per byte."""
+        if not self.run.evaluate.batches:
+            return {}
+        vocabulary = self.dataset.vocabularies[1]
+        most = self.run.evaluate.batches
+        return losses.measure(self.run.model, params, self.batches, vocabulary, most)
+
+    def predictions(
+        self, params: Any, step: int, told: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
+        """The metrics of decoded text, {} where there is no text to write: a decoder trained on
+        running text, an encoder alone, or no metric at all."""
+        names = self.run.evaluate.metrics or self.dataset.metrics
+        score = self.own_score()
+        count = min(len(self.dataset), self.run.evaluate.examples)
+        if not count or not self.decodes() or not (names or score):
+            return {}
+        predictor = Predictor(
+            self.run.model,
+            params,
+            self.dataset.vocabularies,
+            ended=has_inputs(self.run),
+            batch_size=self.run.evaluate.batch_size,
+        )
+        examples = range(count)
+        texts = [self.dataset.inputs_text(i) for i in examples]
+        references = [self.dataset.references(i) for i in examples]
+        found = predictor.predict(texts, self.run.decode, told=told)
+        written = [each.texts[0] for each in found]
+        numbers = metrics.measure(names, written, references) if names else {}
+        if score:
+            numbers |= score(written, [self.dataset.targets_text(i) for i in examples])
+        self.keep(step, records(texts, found, references))
+        return numbers | {"examples": float(count)}
+
+    def decodes(self) -> bool:
+        """Whether the split has inputs that a text can be written for."""
+        plain = self.run.data.objective is None
+        return self.run.model.decoder is not None and plain and self.dataset.has_inputs
+
+    def own_score(self) -> Callable[[list[str], list], dict[str, float]] | None:
+        """The metric functions that the user's seqio task brings, unless metrics are named."""
+        if self.run.evaluate.metrics:
+            return None
+        return self.dataset.tasks[0].score
+
+    def keep(self, step: int, rows: list[dict]) -> Path | None:
+        """Writes predictions/<split>-<step>.jsonl; one process does."""
+        if jax.process_index():
+            return None
+        folder = Path(self.run.model_dir) / "predictions"
+        return write_anew(folder / f"{self.split}-{step}.jsonl", rows)
+
+
+def evaluate(run: config.Run, params: Any, step: int, split: str | None = None) -> dict[str, float]:
+    """Every measure of params on a split: `Evaluator` for once."""
+    return Evaluator(run, split)(params, step)
+
+
+def records(
+    texts: Sequence[str], found: Sequence[Prediction], references: Sequence[Sequence[str]]
+) -> list[dict]:
+    """Predictions as they are kept: input, prediction, references, score, and the n-best."""
+    rows = []
+    for text, prediction, acceptable in zip(texts, found, references, strict=True):
+        row = {
+            "input": text,
+            "prediction": prediction.texts[0],
+            "references": list(acceptable),
+            "score": round(prediction.scores[0], 6),
+        }
+        if len(prediction.texts) > 1:
+            row["others"] = prediction.texts[1:]
+        rows.append(row)
+    return rows
+
+
+def write_anew(path: Path, rows: list[dict]) -> Path:
+    """Writes rows as JSONL to path, or to path with a number where other content is there.
+
+    The file appears whole or not at all.
+    """
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free, number = path, 1
+    while free.exists() and free.read_text(encoding="utf-8") != content:
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    part = free.with_name(f"{free.name}.{os.getpid()}")
+    part.write_text(content, encoding="utf-8")
+    os.replace(part, free)
+    return free
+
+
+def with_decode(run: config.Run, **options: Any) -> config.Run:
+    """run with some of its Decode fields replaced; None leaves one as it is."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(run, decode=dataclasses.replace(run.decode, **given))

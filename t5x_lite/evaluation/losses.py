@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss, perplexity and bits per byte of a split, teacher-forced."""
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from t5x_lite import config, model, sharding
+from t5x_lite.batch import Batch
+from t5x_lite.data import Batches
+from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.decoding import loop, sampling
+
+
+class Totals(NamedTuple):
+    """Sums over the targets that count: nats, tokens, and those the model would have chosen."""
+
+    nats: jax.Array
+    tokens: jax.Array
+    right: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def totals(cfg: config.Model, params: Any, batch: Batch) -> Totals:
+    logits = sampling.whole(model.Transformer(cfg).apply({"params": params}, batch))
+    nats = -loop.token_log_probability(logits, batch.targets)
+    right = (jnp.argmax(logits, axis=-1) == batch.targets).astype(jnp.float32)
+    total = lambda x: jax.reshard(jnp.sum(x * batch.loss_weights), P())
+    return Totals(total(nats), total(jnp.ones_like(nats)), total(right))
+
+
+def text_bytes(batch: Batch, vocabulary: Vocabulary) -> int:
+    """UTF-8 bytes of the text that the weighted targets of this host's rows stand for."""
+    count = 0
+    for targets, segments, weights in zip(
+        batch.targets, batch.target_segments, batch.loss_weights, strict=True
+    ):
+        for segment in range(1, segments.max(initial=0) + 1):
+            ids = targets[(segments == segment) & (weights > 0)]
+            count += len(vocabulary.decode(ids).encode())
+    return count
+
+
+def measure(
+    cfg: config.Model, params: Any, batches: Batches, vocabulary: Vocabulary, most: int
+) -> dict[str, float]:
+    """Loss (nats per target token), perplexity, accuracy, bits per byte, and the tokens counted.
+
+    Over the first `most` batches of the split in order. Without label smoothing and z-loss,
+    whatever the training adds.
+
+    Raises:
+      ValueError: the split has no targets to predict.
+    """
+    sums, size = np.zeros(3), 0
+    for batch in itertools.islice(batches.evaluation(), most):
+        size += text_bytes(batch, vocabulary)
+        sums += np.array(totals(cfg, params, sharding.place_batch(batch)), np.float64)
+    nats, tokens, right = sums.tolist()
+    if not tokens:
+        raise ValueError("There is no target to predict in this split")
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "accuracy": 100 * right / tokens,
+        "bits_per_byte": nats / math.log(2) / max(everywhere(size), 1),
+        "target_tokens": tokens,
+    }
+
+
+def everywhere(count: int) -> int:
+    """The sum of count over all processes."""
+    if jax.process_count() == 1:
+        return count
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int64(count)).sum())
