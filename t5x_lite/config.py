@@ -131,8 +131,8 @@ class Files(Checked):
     """A user's own data, without Python: globs per split, and the names of the fields.
 
     `format` is read from the file's ending unless given. `inputs` None means text without a
-    source (language modelling). `text` files have one field, "text", per line (or per file if
-    `whole_files`). `broken` says what a line that cannot be read does: skip (counted) or stop.
+    source (language modelling). A `text` file has one example per line (or is one, if
+    `whole_files`): its targets. `broken` says what a line that cannot be read does: skip (counted) or stop.
     """
 
     name: str
@@ -151,6 +151,25 @@ class Files(Checked):
         require_one_of("Files.broken", self.broken, ("stop", "skip"))
         if self.format is not None:
             require_one_of("Files.format", self.format, ("jsonl", "tsv", "text", "parquet"))
+
+
+@dataclass(frozen=True)
+class Mixture(Checked):
+    """Several tasks at once, by name or as Files; `rates` say in what proportion their examples
+    are drawn. All must have the same vocabularies.
+    """
+
+    tasks: tuple[str | Files, ...]
+    rates: tuple[float, ...]
+
+    def check(self):
+        require(len(self.tasks) > 0, "Mixture.tasks is empty")
+        require(
+            len(self.tasks) == len(self.rates),
+            f"Mixture.rates needs one rate for each of the {len(self.tasks)} tasks; got "
+            f"{len(self.rates)}",
+        )
+        require(all(rate > 0 for rate in self.rates), "Mixture.rates must be positive")
 
 
 @dataclass(frozen=True)
@@ -179,13 +198,15 @@ class CausalLM(Checked):
 class Data(Checked):
     """What is read and how it is laid out in rows.
 
-    `task` names a registered seqio Task or Mixture, or is a `Files`. `objective` None trains on
-    the task's own inputs and targets; otherwise its text is cut up by the objective. `lengths` are
-    tokens per row: {"inputs": 64, "targets": 64}; a decoder alone uses their sum. `stream` reads
-    the source anew instead of caching tokens (sources too large for `cache_dir`).
+    `task` names a built-in task or a registered seqio Task or Mixture, or is `Files` or a
+    `Mixture`. `objective` None trains on the task's own inputs and targets; otherwise its text
+    (the targets) is cut up by the objective. `lengths` are tokens per row: {"inputs": 64,
+    "targets": 64}; a decoder alone uses their sum. `vocabulary` replaces that of a built-in task.
+    `stream` reads the training split anew instead of caching its tokens, for sources too large for
+    `cache_dir`.
     """
 
-    task: str | Files
+    task: str | Files | Mixture
     lengths: dict[str, int]
     objective: SpanCorruption | PrefixLM | CausalLM | None = None
     pack: bool = True
