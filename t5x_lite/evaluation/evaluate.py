@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One split of a run measured: losses, predictions, their metrics, the file they are kept in."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,8 @@ from t5x_lite.evaluation.predict import Prediction, Predictor, has_inputs
 class Evaluator:
     """Measures any weights of a run on one split, which is opened once.
 
+    kept is where the latest predictions were written.
+
     Raises:
       ValueError: the split is not there, or a metric's name is unknown.
     """
@@ -26,6 +27,7 @@ class Evaluator:
     def __init__(self, run: config.Run, split: str | None = None):
         self.run = run
         self.split = split or run.data.eval_split
+        self.kept: Path | None = None
         self.dataset = open_dataset(run.data, self.split)
         for name in run.evaluate.metrics:
             metrics.find(name)
@@ -80,7 +82,7 @@ class Evaluator:
         numbers = metrics.measure(names, written, references) if names else {}
         if score:
             numbers |= score(written, [self.dataset.targets_text(i) for i in examples])
-        self.keep(step, records(texts, found, references))
+        self.kept = self.keep(step, records(texts, found, references))
         return numbers | {"examples": float(count)}
 
     def decodes(self) -> bool:
@@ -140,9 +142,3 @@ def write_anew(path: Path, rows: list[dict]) -> Path:
     part.write_text(content, encoding="utf-8")
     os.replace(part, free)
     return free
-
-
-def with_decode(run: config.Run, **options: Any) -> config.Run:
-    """run with some of its Decode fields replaced; None leaves one as it is."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return dataclasses.replace(run, decode=dataclasses.replace(run.decode, **given))

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that the commands eval and infer share. Imports nothing heavy, so --help is quick."""
+
+import argparse
+import difflib
+import sys
+from typing import Any, NoReturn
+
+from t5x_lite import config
+
+DECODE = ("length", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help keeps its examples as written, and that tells near names."""
+
+    def __init__(self, **given: Any):
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **given
+        )
+
+    def parse(self, arguments: list[str] | None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists the options"
+            self.error(f"unknown option {unknown[0]}{hint}")
+        return found
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which weights")
+    group.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="the MODEL_DIR of a training run"
+    )
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)"
+    )
+    which.add_argument(
+        "--best", action="store_true", help="the best checkpoint by Checkpoint.metric of the run"
+    )
+    group.add_argument(
+        "--mesh",
+        type=mesh,
+        metavar="D,F,T",
+        help="devices for data, fsdp and tensor axes, e.g. 1,1,4 for a model too large for one "
+        "device (default: all devices share the batch)",
+    )
+
+
+def add_decode(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how text is written (default: as the run's Decode says)")
+    add = group.add_argument
+    add("--length", type=int, metavar="N", help="the most new tokens of a text")
+    add("--temperature", type=float, metavar="T", help="0 is greedy; 1 draws as the model thinks")
+    add("--top_k", type=int, metavar="K", help="draw among the K most probable tokens only")
+    add("--top_p", type=float, metavar="P", help="draw among the fewest tokens of probability P")
+    add("--seed", type=int, metavar="N", help="the same seed draws the same text for a line")
+    add("--beams", type=int, metavar="N", help="beam search with N beams")
+    add("--alpha", type=float, metavar="A", help="length penalty of beam search; 0 is none")
+    add("--n_best", type=int, metavar="N", help="hand back the N best beams")
+    add("--batch_size", type=int, metavar="N", help="how many texts are written at once")
+
+
+def mesh(text: str) -> config.Mesh:
+    """The mesh that "data,fsdp,tensor" names."""
+    try:
+        return config.Mesh(*map(int, text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not three numbers data,fsdp,tensor ({error})"
+        ) from error
+
+
+def chosen(given: argparse.Namespace) -> dict[str, Any]:
+    """The Decode fields that were named."""
+    return {name: value for name in DECODE if (value := getattr(given, name)) is not None}
+
+
+def stop(command: str, error: Exception | str, status: int = 2) -> NoReturn:
+    """Ends the process with one message and no traceback: the mistake is the user's."""
+    print(f"{command}: error: {error}", file=sys.stderr)
+    raise SystemExit(status)
