@@ -132,7 +132,8 @@ class Files(Checked):
 
     `format` is read from the file's ending unless given. `inputs` None means text without a
     source (language modelling). A `text` file has one example per line (or is one, if
-    `whole_files`): its targets. `broken` says what a line that cannot be read does: skip (counted) or stop.
+    `whole_files`): its targets. `broken` says what a line that cannot be read does: skip (counted)
+    or stop.
     """
 
     name: str

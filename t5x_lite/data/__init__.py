@@ -2,7 +2,7 @@
 """Data: tasks, vocabularies, objectives and packed batches. Knows no model and imports no jax."""
 
 from t5x_lite.data.batches import Batches, Statistics, open_batches
-from t5x_lite.data.datasets import Dataset, open_dataset
+from t5x_lite.data.datasets import Dataset, open_dataset, open_vocabularies
 from t5x_lite.data.prefetching import prefetch
 from t5x_lite.data.vocabularies import encode_ended, load_pair, save_pair
 
@@ -14,6 +14,7 @@ __all__ = [
     "load_pair",
     "open_batches",
     "open_dataset",
+    "open_vocabularies",
     "prefetch",
     "save_pair",
 ]

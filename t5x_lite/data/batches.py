@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches by step: every batch is a function of seed, step and host."""
 
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.data import mixing, randomness, rows, tasks
+from t5x_lite.data import mixing, objectives, randomness, rows, streams, tasks
+from t5x_lite.data.lengths import Lengths, of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,87 +68,98 @@ class Shard:
         return self.batch_size // self.hosts
 
 
-class Batches:
-    """Batches over cached tokens: any of them at any time, without those before it."""
+@dataclass(frozen=True)
+class Part:
+    """One task's rows in the batches, the key of their order, and what a checkpoint keeps."""
 
-    def __init__(
-        self,
-        parts: list[rows.Examples | rows.Windows],
-        mixture: mixing.Mixture,
-        layout: str,
-        lengths: rows.Lengths,
-        shard: Shard,
-    ):
-        self.parts, self.mixture = parts, mixture
-        self.layout, self.lengths, self.shard = layout, lengths, shard
-        self.seed = 0
-        self.digest = ""
-        self.counts: dict[str, int] = {}
+    name: str
+    rows: rows.Examples | rows.Windows | streams.Streamed
+    key: int
+    counts: dict[str, int]
+    state: Callable[[], dict]
+    restore: Callable[[dict], None]
+
+
+class Batches:
+    """Batches of a split, any of them at any time without those before it; of a streamed split
+    only forward, from the last state restored."""
+
+    def __init__(self, parts: list[Part], mixture: mixing.Mixture, lengths: Lengths, shard: Shard):
+        self.parts, self.mixture, self.lengths, self.shard = parts, mixture, lengths, shard
 
     def at(self, step: int) -> Batch:
         """This host's rows [batch_size / hosts, ...] of the batch of a step."""
         first = step * self.shard.batch_size + self.shard.host * self.shard.size
-        turns = np.arange(first, first + self.shard.size)
-        batch = rows.empty(self.layout, self.shard.size, self.lengths)
-        which, ranks = mixing.draw(self.mixture, turns, randomness.key(self.seed, "mixture"))
+        batch = rows.empty(self.shard.size, self.lengths)
+        which, ranks = self.mixture.draw(np.arange(first, first + self.shard.size))
         for number, part in enumerate(self.parts):
             places = np.flatnonzero(which == number)
             if len(places):
-                key = randomness.key(self.seed, "part", number)
-                part.write(batch, places, ranks[places], key)
+                part.rows.write(batch, places, ranks[places], part.key)
         return batch
 
     def evaluation(self) -> Iterator[Batch]:
-        """Every row of the split once, in order; rows beyond the last are padding."""
-        sizes = [part.rows for part in self.parts]
+        """Every row of the split once, in order; rows beyond the last are padding.
+
+        Noise, where an objective draws it, is the same whatever the seed.
+        """
+        sizes = [part.rows.rows for part in self.parts]
         edges = np.concatenate([[0], np.cumsum(sizes)])
         for start in range(0, int(edges[-1]), self.shard.batch_size):
             first = start + self.shard.host * self.shard.size
-            turns = np.arange(first, min(first + self.shard.size, edges[-1]))
-            batch = rows.empty(self.layout, self.shard.size, self.lengths)
+            turns = np.arange(first, min(first + self.shard.size, int(edges[-1])))
+            batch = rows.empty(self.shard.size, self.lengths)
             for number, part in enumerate(self.parts):
                 places = np.flatnonzero((turns >= edges[number]) & (turns < edges[number + 1]))
                 if len(places):
-                    part.write(batch, places, turns[places] - edges[number], None)
+                    part.rows.write(batch, places, turns[places] - edges[number], None)
             yield batch
 
-    @property
+    @functools.cached_property
     def statistics(self) -> Statistics:
-        """One epoch of every part, added up."""
-        shares = [part.shares() for part in self.parts]
-        total = lambda name: sum(getattr(share, name) for share in shares)
-        add = lambda name: {
-            feature: sum(getattr(share, name).get(feature, 0) for share in shares)
-            for share in shares
-            for feature in getattr(share, name)
-        }
-        count = total("rows")
-        tokens = add("tokens")
-        if self.layout == "joined":
-            fill = {"targets": sum(tokens.values()) / (count * self.lengths.row)}
+        """One epoch of every part, added up; of a stream, its first shard."""
+        shares = [part.rows.shares() for part in self.parts]
+        count = sum(share.rows for share in shares)
+        examples = sum(share.examples for share in shares)
+        tokens = added([share.tokens for share in shares])
+        if self.lengths.layout == "joined":
+            fill = {"row": sum(tokens.values()) / (count * self.lengths.row)}
         else:
-            places = {"inputs": self.lengths.inputs, "targets": self.lengths.row}
+            wide = self.lengths.inputs if self.lengths.layout == "pair" else self.lengths.row
+            places = {"inputs": wide, "targets": self.lengths.row}
             fill = {name: tokens[name] / (count * places[name]) for name in tokens}
         return Statistics(
-            examples=total("examples"),
+            examples=examples,
             rows=count,
-            examples_per_row=total("examples") / count,
+            examples_per_row=examples / count,
             fill=fill,
-            truncated=add("truncated"),
-            counts=self.counts,
+            truncated=added([share.truncated for share in shares]),
+            counts=added([part.counts for part in self.parts]),
         )
 
     def state(self) -> dict:
-        """What a checkpoint keeps: which tokens these are. The step says the rest."""
-        return {"tokens": self.digest}
+        """What a checkpoint keeps beside the step, for JSON: which tokens these are, and how far
+        streams have come. It holds for this step and those made ahead of it."""
+        return {part.name: part.state() for part in self.parts}
 
     def restore(self, state: dict) -> None:
-        """Raises ValueError if the tokens are not those of the state."""
-        if state.get("tokens", self.digest) != self.digest:
+        """Goes on where the state was taken.
+
+        Raises ValueError if the data are no longer those of the state.
+        """
+        if state.keys() != {part.name for part in self.parts}:
             raise ValueError(
-                "The training data have changed since the checkpoint was written: the same steps "
-                "would read other examples. Put the old source back, or begin in a new MODEL_DIR"
+                f"The checkpoint was trained on {', '.join(sorted(state))}, but Data.task is now "
+                f"{', '.join(part.name for part in self.parts)}"
             )
+        for part in self.parts:
+            part.restore(state[part.name])
+
+
+def added(counts: list[dict[str, int]]) -> dict[str, int]:
+    """The dictionaries added up, name by name."""
+    names = dict.fromkeys(name for each in counts for name in each)
+    return {name: sum(each.get(name, 0) for each in counts) for name in names}
 
 
 def open_batches(
@@ -157,39 +173,63 @@ def open_batches(
 ) -> Batches:
     """Batches of `batch_size` rows over all hosts, of one split.
 
-    Raises ValueError if the task has no inputs where the layout needs them, or no example fits.
+    `layout` is config.Model.layout. Raises ValueError if the data do not suit the layout or the
+    lengths, and where opening or reading them fails.
     """
     shard = Shard(host, hosts, batch_size)
-    lengths = rows.row_lengths(cfg.lengths, layout)
-    parts, rates, digests, counts = [], [], [], {}
-    for task, rate in tasks.resolve(cfg):
-        if split not in task.splits and len(rates):
-            continue
-        found = tasks.tokens(task, split, cfg.cache_dir)
-        parts.append(part(cfg, task, found, layout, lengths))
-        rates.append(rate)
-        digests.append(found.digest)
-        for name, count in found.counts.items():
-            counts[name] = counts.get(name, 0) + count
-    shares = [each.shares() for each in parts]
-    row_rates = [
-        rate * share.rows / share.examples for rate, share in zip(rates, shares, strict=True)
-    ]
-    batches = Batches(parts, mixing.mixture(row_rates), layout, lengths, shard)
-    batches.seed, batches.digest, batches.counts = seed, "-".join(digests), counts
+    lengths = of(cfg.lengths, layout)
+    parts, rates = [], []
+    for task, rate in tasks.having(cfg, split):
+        check_inputs(cfg, task, lengths)
+        part = open_part(cfg, task, split, lengths, randomness.key(seed, "part", task.name))
+        share = part.rows.shares()
+        parts.append(part)
+        # Rates are of examples, but what is drawn are rows.
+        rates.append(rate * share.rows / share.examples)
+    mixture = mixing.Mixture(rates, randomness.key(seed, "mixture"))
+    batches = Batches(parts, mixture, lengths, shard)
+    log.info("%s, %s: %s", "+".join(part.name for part in parts), split, batches.statistics)
     return batches
 
 
-def part(cfg: config.Data, task: tasks.Task, found, layout: str, lengths: rows.Lengths):
-    """One task's rows, by its own pairs or by the objective."""
+def check_inputs(cfg: config.Data, task: tasks.Task, lengths: Lengths) -> None:
+    """Raises ValueError unless the task has what the layout reads."""
     if cfg.objective is not None:
-        vocabulary = task.vocabularies[1]
-        return rows.Windows(found, layout, lengths, cfg.objective, vocabulary)
-    if found.inputs is None and layout != "joined":
+        return
+    if not task.has_inputs and lengths.layout != "joined":
         raise ValueError(
             f"{task.name} is text without inputs: set Data.objective (SpanCorruption or PrefixLM), "
             "or train a decoder alone"
         )
-    if found.inputs is not None and not lengths.inputs:
+    if task.has_inputs and not lengths.inputs and lengths.layout != "aligned":
         raise ValueError(f'{task.name} has inputs: set Data.lengths["inputs"]')
-    return rows.Examples(found, layout, lengths, cfg.pack)
+
+
+def open_part(cfg: config.Data, task: tasks.Task, split: str, lengths: Lengths, key: int) -> Part:
+    """The task's rows: cached or streamed, by its own pairs or by the objective."""
+    if cfg.objective is None:
+        make = lambda found: rows.Examples(found, lengths, cfg.pack)
+    else:
+        cutter = objectives.cutter(cfg.objective, lengths, task.vocabularies[1])
+        make = lambda found: rows.Windows(found, cutter)
+    if cfg.stream and split == "train":
+        streamed = streams.Streamed(task, split, make)
+        return Part(task.name, streamed, key, task.counts, streamed.state, streamed.restore)
+    found = tasks.tokens(task, split, cfg.cache_dir)
+    return Part(
+        name=task.name,
+        rows=make(found),
+        key=key,
+        counts=found.counts,
+        state=lambda: {"tokens": found.digest},
+        restore=functools.partial(check_digest, task.name, found.digest),
+    )
+
+
+def check_digest(name: str, digest: str, state: dict) -> None:
+    """Raises ValueError if the state is of other tokens."""
+    if state.get("tokens") != digest:
+        raise ValueError(
+            f"The training data of {name} have changed since the checkpoint was written: the same "
+            "steps would read other examples. Put the old source back, or begin in a new MODEL_DIR"
+        )

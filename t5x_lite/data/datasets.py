@@ -2,6 +2,7 @@
 """A split as examples: their text, their right answers and their ids, for evaluation."""
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,15 +17,24 @@ from t5x_lite.data.vocabularies import Vocabulary
 
 @dataclass(frozen=True)
 class Dataset(Sequence):
-    """Examples in the order of their source; of a mixture, one task after the other."""
+    """Examples in the order of their source; of a mixture, one task after the other.
+
+    `metrics` names what answers are measured with; `has_inputs` is false for text alone, of which
+    there is nothing to decode.
+    """
 
     name: str
     split: str
     vocabularies: tuple[Vocabulary, Vocabulary]
     metrics: tuple[str, ...]
     has_inputs: bool
-    parts: tuple[Tokens, ...]
     tasks: tuple[tasks.Task, ...]
+    cache_dir: str
+
+    @functools.cached_property
+    def parts(self) -> tuple[Tokens, ...]:
+        """The tokens of each task, made when they are first asked for."""
+        return tuple(tasks.tokens(task, self.split, self.cache_dir) for task in self.tasks)
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -64,25 +74,58 @@ class Dataset(Sequence):
         row = self[i]
         return list(row.references) or [row.targets]
 
+    def score(self, predictions: Sequence[str]) -> dict[str, float]:
+        """What the metric functions of seqio Tasks say of predictions for the first examples;
+        empty for other tasks. Names begin with the task's where there are several."""
+        result, start = {}, 0
+        for task, part in zip(self.tasks, self.parts, strict=True):
+            own = list(predictions[start : start + len(part)])
+            start += len(part)
+            if task.score is not None and own:
+                prefix = f"{task.name}/" if len(self.tasks) > 1 else ""
+                found = task.score(self.split, own)
+                result |= {f"{prefix}{name}": value for name, value in found.items()}
+        return result
+
 
 def open_dataset(cfg: config.Data, split: str) -> Dataset:
-    """The examples of a split.
+    """The examples of a split; nothing is tokenised before an example is asked for.
 
-    Raises ValueError if the task is not known, has no such split, or cannot be read.
+    Raises ValueError if the task is not known or has no such split.
     """
-    found = [task for task, _ in tasks.resolve(cfg)]
-    having = [task for task in found if split in task.splits] or found[:1]
-    inputs, targets = having[0].vocabularies
-    if isinstance(cfg.objective, config.PrefixLM | config.CausalLM):
-        # These objectives continue a text, so what comes before does not end with eos.
-        inputs = copy.copy(inputs)
-        inputs.ends = False
+    found = [task for task, _ in tasks.having(cfg, split)]
     return Dataset(
-        name=cfg.task if isinstance(cfg.task, str) else cfg.task.name,
+        name=name_of(cfg.task),
         split=split,
-        vocabularies=(inputs, targets),
-        metrics=tuple(dict.fromkeys(name for task in having for name in task.metrics)),
-        has_inputs=having[0].has_inputs,
-        parts=tuple(tasks.tokens(task, split, cfg.cache_dir) for task in having),
-        tasks=tuple(having),
+        vocabularies=vocabularies_of(cfg, found[0]),
+        metrics=tuple(dict.fromkeys(name for task in found for name in task.metrics)),
+        has_inputs=found[0].has_inputs and cfg.objective is None,
+        tasks=tuple(found),
+        cache_dir=cfg.cache_dir,
     )
+
+
+def name_of(task: str | config.Files | config.Mixture) -> str:
+    """What a person calls the task."""
+    match task:
+        case config.Files(name=name):
+            return name
+        case config.Mixture(tasks=parts):
+            return "+".join(map(name_of, parts))
+        case name:
+            return name
+
+
+def vocabularies_of(cfg: config.Data, task: tasks.Task) -> tuple[Vocabulary, Vocabulary]:
+    """The pair for a run: under an objective both sides are of the targets' vocabulary."""
+    inputs, targets = task.vocabularies
+    if cfg.objective is not None:
+        inputs = copy.copy(targets)
+        # A text to be continued does not end with eos; a corrupted one does.
+        inputs.ends = isinstance(cfg.objective, config.SpanCorruption)
+    return inputs, targets
+
+
+def open_vocabularies(cfg: config.Data) -> tuple[Vocabulary, Vocabulary]:
+    """The vocabularies (inputs, targets) of a run, to be saved with it."""
+    return vocabularies_of(cfg, tasks.resolve(cfg)[0][0])

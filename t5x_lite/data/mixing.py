@@ -1,47 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which task each row comes from, so that rates hold and any row can be found by itself."""
 
-from typing import NamedTuple
+import functools
 
 import numpy as np
 
 from t5x_lite.data import randomness
 
-BLOCK = 8192  # rows in which the rates hold exactly, to one row of each task
+BLOCK = 8192  # rows in which the rates hold exactly, but for one row of each task
 
 
-class Mixture(NamedTuple):
-    """Every block of rows takes counts[k] rows of task k; first[k] is where they begin."""
+class Mixture:
+    """Every block of rows takes counts[k] rows of task k, in an order of its own."""
 
-    counts: np.ndarray
-    first: np.ndarray
+    def __init__(self, rates: list[float], key: int):
+        """Raises ValueError for a rate that is not positive."""
+        shares = np.array(rates, np.float64)
+        if not (shares > 0).all() or not np.isfinite(shares).all():
+            raise ValueError(f"Mixture rates must be positive numbers; got {rates}")
+        self.counts, self.key = block_counts(shares / shares.sum()), key
+        self.block = functools.lru_cache(maxsize=2)(self.order)
+
+    def order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each place of a block: the task, and the rank among the task's rows there."""
+        size = int(self.counts.sum())
+        place = randomness.permute(np.arange(size), size, randomness.key(self.key, block))
+        first = np.concatenate([[0], np.cumsum(self.counts)])
+        which = np.searchsorted(first, place, side="right") - 1
+        rank = np.empty(size, np.int64)
+        # Ranks rise with the place, so that streams are read forward.
+        rank[np.argsort(which, kind="stable")] = np.arange(size)
+        return which, rank - first[which]
+
+    def draw(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each row by its number: the task, and which of the task's own rows it is."""
+        if len(self.counts) == 1:
+            return np.zeros_like(turns), turns
+        size = int(self.counts.sum())
+        which, rank = np.empty_like(turns), np.empty_like(turns)
+        for block in np.unique(turns // size):
+            here = turns // size == block
+            tasks, ranks = self.block(int(block))
+            place = turns[here] % size
+            which[here] = tasks[place]
+            rank[here] = block * self.counts[tasks[place]] + ranks[place]
+        return which, rank
 
 
-def mixture(rates: list[float]) -> Mixture:
-    """Shares of a block in proportion to the rates, at least one row for each.
-
-    Raises ValueError for a rate that is not positive.
-    """
-    shares = np.array(rates, np.float64)
-    if not (shares > 0).all() or not np.isfinite(shares).all():
-        raise ValueError(f"Mixture rates must be positive numbers; got {rates}")
-    block = 1 if len(rates) == 1 else BLOCK
-    exact = shares / shares.sum() * block
+def block_counts(shares: np.ndarray) -> np.ndarray:
+    """Rows of a block for each share, at least one; the largest remainders get those left over."""
+    exact = shares * BLOCK
     counts = np.maximum(np.floor(exact).astype(np.int64), 1)
-    # The rows left over go to the largest remainders.
-    left = block - counts.sum()
-    if left > 0:
-        counts[np.argsort(-(exact - counts), kind="stable")[:left]] += 1
-    elif left < 0:
-        counts[np.argmax(counts)] += left
-    return Mixture(counts, np.concatenate([[0], np.cumsum(counts)]))
-
-
-def draw(mixed: Mixture, turns: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each row by its number: the task, and which of the task's own rows it is."""
-    size = int(mixed.first[-1])
-    block, place = turns // size, turns % size
-    if len(mixed.counts) > 1:
-        place = randomness.permute(place, size, randomness.keys(key, block))
-    which = np.searchsorted(mixed.first, place, side="right") - 1
-    return which, block * mixed.counts[which] + place - mixed.first[which]
+    left = max(0, BLOCK - int(counts.sum()))
+    counts[np.argsort(counts - exact, kind="stable")[:left]] += 1
+    return counts

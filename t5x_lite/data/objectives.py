@@ -2,14 +2,20 @@
 """Inputs and targets cut from running text: span corruption, prefix LM, causal LM.
 
 Every function works on a batch of windows, a window being a row of token ids of equal length, and
-is decided by one key per window.
+is decided by one key per window. The batch builder and the seqio preprocessor share them.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from t5x_lite import config
 from t5x_lite.data import randomness
+from t5x_lite.data.lengths import Lengths
+from t5x_lite.data.vocabularies import Vocabulary
+
+Objective = config.SpanCorruption | config.PrefixLM | config.CausalLM
 
 
 class Shape(NamedTuple):
@@ -110,3 +116,115 @@ def cut(windows: np.ndarray, least: int, most: int, keys: np.ndarray) -> tuple[R
         Ragged(windows[before], place),
         Ragged(windows[~before], windows.shape[1] - place),
     )
+
+
+def with_end(rows: Ragged, eos: int) -> Ragged:
+    """Rows with eos after each."""
+    return Ragged(np.insert(rows.tokens, np.cumsum(rows.lengths), eos), rows.lengths + 1)
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """An objective fitted to lengths and a vocabulary: it wants windows of `window` tokens."""
+
+    objective: Objective
+    lengths: Lengths
+    window: int
+    eos: int
+    top: int
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether the ends of examples are tokens of the text; denoising sets its own ends."""
+        return not isinstance(self.objective, config.SpanCorruption)
+
+    def __call__(
+        self, windows: np.ndarray, keys: np.ndarray
+    ) -> tuple[Ragged | None, Ragged, np.ndarray | float]:
+        """Inputs, targets and the targets' weights in the loss, of windows [b t]; t is `window`
+        or, for a last piece, less."""
+        if self.lengths.layout == "aligned":
+            return self.masked(windows, keys)
+        return *self.parts(windows, keys), 1.0
+
+    def masked(self, windows: np.ndarray, keys: np.ndarray) -> tuple[Ragged, Ragged, np.ndarray]:
+        """Each hidden token replaced by the first sentinel, and only those to be predicted (the
+        masked language model of an encoder, with T5's spans)."""
+        tokens = windows.shape[1]
+        density, span = self.objective.noise_density, self.objective.mean_span
+        mask = noise_mask(tokens, density, span, keys).reshape(-1)
+        whole, lengths = windows.reshape(-1), np.full(len(windows), tokens)
+        return (
+            Ragged(np.where(mask, self.top, whole), lengths),
+            Ragged(whole, lengths),
+            mask.astype(np.float32),
+        )
+
+    def parts(self, windows: np.ndarray, keys: np.ndarray) -> tuple[Ragged | None, Ragged]:
+        """Inputs and targets of windows [b t]."""
+        tokens = windows.shape[1]
+        match self.objective:
+            case config.SpanCorruption(density, span):
+                pair = corrupt_spans(windows, density, span, keys, self.top)
+                return with_end(pair[0], self.eos), with_end(pair[1], self.eos)
+            case config.PrefixLM():
+                least, most = 1, tokens - 1
+                if self.lengths.layout == "pair":
+                    least = max(1, tokens - self.lengths.targets)
+                    most = min(most, self.lengths.inputs)
+                return cut(windows, least, most, keys)
+            case config.CausalLM():
+                return None, Ragged(windows.reshape(-1), np.full(len(windows), tokens))
+
+
+def cutter(objective: Objective, lengths: Lengths, vocabulary: Vocabulary) -> Cutter:
+    """The objective with the longest window whose inputs and targets fit the lengths.
+
+    Raises ValueError if none fits, or the vocabulary has too few sentinels.
+    """
+    if lengths.layout == "aligned":
+        check_masking(objective, vocabulary)
+        window = lengths.row
+    elif isinstance(objective, config.SpanCorruption):
+        window = span_window(objective, lengths, vocabulary)
+    elif lengths.layout == "joined":
+        window = lengths.row
+    else:
+        # Every split of it leaves both sides within their lengths, by the bounds in Cutter.
+        window = max(lengths.inputs, lengths.targets)
+    return Cutter(objective, lengths, window, vocabulary.eos, vocabulary.size - 1)
+
+
+def check_masking(objective: Objective, vocabulary: Vocabulary) -> None:
+    """Raises ValueError unless an encoder alone can be trained so."""
+    if not isinstance(objective, config.SpanCorruption):
+        raise ValueError(
+            f"{type(objective).__name__} is for a model with a decoder; an encoder alone is "
+            "trained with SpanCorruption"
+        )
+    if vocabulary.sentinels < 1:
+        raise ValueError("SpanCorruption needs a sentinel: set Vocabulary.extra_ids to at least 1")
+
+
+def span_window(objective: config.SpanCorruption, lengths: Lengths, vocabulary: Vocabulary) -> int:
+    """Tokens of a window whose inputs fill Data.lengths["inputs"]."""
+    if not lengths.inputs:
+        raise ValueError('SpanCorruption needs Data.lengths["inputs"]')
+    density, span = objective.noise_density, objective.mean_span
+    tokens = span_corruption_shape(lengths.inputs, density, span).tokens
+    if tokens < 2:
+        raise ValueError(f'Data.lengths["inputs"] = {lengths.inputs} is too short to hide a span')
+    shape = exact_shape(tokens, density, span)
+    if shape.targets > lengths.targets:
+        raise ValueError(
+            f"SpanCorruption({density}, {span}) makes {shape.targets} targets from "
+            f'{lengths.inputs} inputs: set Data.lengths["targets"] to at least that, not '
+            f"{lengths.targets}"
+        )
+    if shape.spans > vocabulary.sentinels:
+        raise ValueError(
+            f"SpanCorruption({density}, {span}) hides {shape.spans} spans in {lengths.inputs} "
+            f"inputs, but the vocabulary has {vocabulary.sentinels} sentinels: set "
+            f"Vocabulary.extra_ids to at least {shape.spans}, or shorten the inputs"
+        )
+    return tokens

@@ -133,7 +133,8 @@ class Bins:
         """Takes out the groups with no room for any example that is still to come."""
         rows, room = self.rows[: self.used], self.room[: self.used]
         shut = (rows > 0) & (room < least).any(axis=1)
-        self.closed += zip(self.pattern[: self.used][shut].tolist(), rows[shut].tolist())
+        patterns = self.pattern[: self.used][shut].tolist()
+        self.closed += zip(patterns, rows[shut].tolist(), strict=True)
         keep = np.flatnonzero((rows > 0) & ~shut)
         for name in ("room", "rows", "pattern"):
             array = getattr(self, name)

@@ -1,14 +1,320 @@
 # SPDX-License-Identifier: Apache-2.0
-"""seqio's registry: Tasks and Mixtures that a user's module registered."""
+"""seqio, in both directions: registered Tasks and Mixtures as ours, and ours registered there.
+
+Importing this module imports TensorFlow; only `tasks.resolve` does so, for a name that is none of
+ours, and a user's own module that calls `register_built_ins`.
+"""
+
+import functools
+import hashlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import seqio
+import tensorflow as tf
 
 from t5x_lite import config
+from t5x_lite.data import objectives, randomness, tasks, vocabularies
+from t5x_lite.data.cache import Chunk
+from t5x_lite.data.corpora import Row
+from t5x_lite.data.vocabularies import Vocabulary
+
+# They take lengths only to trim, which is done, and counted, when rows are made.
+TRIMMING = (seqio.preprocessors.append_eos_after_trim,)
+
+
+class Adapted(seqio.Vocabulary):
+    """One of our vocabularies as seqio's."""
+
+    def __init__(self, ours: Vocabulary):
+        super().__init__(extra_ids=0)
+        self.ours = ours
+
+    @property
+    def eos_id(self) -> int:
+        return self.ours.eos
+
+    @property
+    def unk_id(self) -> None:
+        # Ours writes unknown ids itself; with an id here seqio would blot out the sentinels.
+        return None
+
+    @property
+    def bos_id(self) -> None:
+        return None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.ours.size
+
+    def _encode(self, s) -> list[int]:
+        return self.ours.encode(s.decode() if isinstance(s, bytes) else s)
+
+    def _decode(self, ids) -> str:
+        return self.ours.decode(ids)
+
+    def _encode_tf(self, s):
+        encode = lambda text: np.array(self._encode(text), np.int32)
+        ids = tf.numpy_function(encode, [s], tf.int32)
+        ids.set_shape([None])
+        return ids
+
+    def _decode_tf(self, ids):
+        decode = lambda rows: np.array(
+            [self.ours.decode(row) for row in np.atleast_2d(rows)], dtype=object
+        )
+        return tf.reshape(tf.numpy_function(decode, [ids], tf.string), tf.shape(ids)[:-1])
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Adapted) and vocabularies.fingerprint(
+            self.ours
+        ) == vocabularies.fingerprint(other.ours)
+
+    __hash__ = None
+
+
+def ours(feature: seqio.Feature, where: str) -> Vocabulary:
+    """The feature's vocabulary as ours, which needs no TensorFlow to decode.
+
+    Raises ValueError for a kind that cannot be kept with a run.
+    """
+    match feature.vocabulary:
+        case Adapted():
+            return feature.vocabulary.ours
+        case seqio.ByteVocabulary():
+            return vocabularies.Bytes(feature.vocabulary.extra_ids, ends=feature.add_eos)
+        case seqio.SentencePieceVocabulary():
+            model = feature.vocabulary.sp_model  # its sentinels are in it
+            return vocabularies.SentencePiece(model, ends=feature.add_eos)
+        case seqio.PassThroughVocabulary():
+            eos, size = feature.vocabulary.eos_id, feature.vocabulary.vocab_size
+            return vocabularies.Numbers(size, -1 if eos is None else eos, ends=feature.add_eos)
+        case other:
+            raise ValueError(
+                f"{where}: {type(other).__name__} cannot be kept with a run; use seqio's "
+                "ByteVocabulary, SentencePieceVocabulary or PassThroughVocabulary"
+            )
 
 
 def names() -> list[str]:
-    import seqio
+    """All that is registered in seqio."""
+    return sorted({*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()})
 
-    return [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()]
+
+def find(name: str, cfg: config.Data) -> list[tuple[tasks.Task, float]] | None:
+    """The tasks of a registered Task or Mixture with their rates; None if there is none."""
+    if name not in names():
+        return None
+    if cfg.vocabulary is not None:
+        raise ValueError(
+            f"{name} is a seqio task with its own vocabulary: leave out Data.vocabulary"
+        )
+    found = seqio.get_mixture_or_task(name)
+    if isinstance(found, seqio.Task):
+        return [(adapted(found, cfg), 1.0)]
+    rates = [(task, found.get_rate(task)) for task in found.tasks]
+    return [(adapted(task, cfg), rate) for task, rate in rates if rate > 0]
 
 
-def find(cfg: config.Data):
-    return None
+def adapted(task: seqio.Task, cfg: config.Data) -> tasks.Task:
+    """A seqio Task as ours.
+
+    Raises ValueError if it has no feature "targets", or a vocabulary that cannot be kept.
+    """
+    features = task.output_features
+    if "targets" not in features:
+        raise ValueError(
+            f'{task.name} has no output feature "targets", only {", ".join(map(repr, features))}'
+        )
+    targets = ours(features["targets"], f"{task.name}, targets")
+    inputs = ours(features["inputs"], f"{task.name}, inputs") if "inputs" in features else targets
+    lengths = cfg.lengths if any(map(needs_lengths, task.preprocessors)) else None
+    pair = (inputs, targets)
+    return tasks.Task(
+        name=task.name,
+        splits=tuple(task.splits),
+        vocabularies=pair,
+        read=functools.partial(read, task, lengths, pair),
+        source=functools.partial(source, task, lengths),
+        has_inputs="inputs" in features,
+        metrics=(),
+        score=functools.partial(score, task, lengths) if task.predict_metric_fns else None,
+    )
+
+
+def needs_lengths(preprocessor: Callable) -> bool:
+    """Whether it cuts up text by length, as t5's span_corruption does, and not only trims."""
+    if preprocessor in TRIMMING:
+        return False
+    return "sequence_length" in inspect.signature(preprocessor).parameters
+
+
+def dataset(task: seqio.Task, lengths: dict | None, split: str, seed: int) -> tf.data.Dataset:
+    """The task's examples in source order, not trimmed; the seed decides random preprocessors."""
+    examples = task.source.get_dataset(split=split, shuffle=False)
+    examples = task.preprocess_precache(examples, seed=seed)
+    return task.preprocess_postcache(examples, sequence_length=lengths, seed=seed)
+
+
+def as_text(value, vocabulary: Vocabulary, ids: np.ndarray) -> str:
+    """The text that came with the ids, where it is one string; else what they decode to."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else vocabulary.decode(ids)
+
+
+def read(
+    task: seqio.Task,
+    lengths: dict | None,
+    pair: tuple[Vocabulary, Vocabulary],
+    split: str,
+    begin: int = 0,
+    epoch: int = 0,
+) -> Iterator[Chunk]:
+    """The examples from number `begin` on."""
+    found = dataset(task, lengths, split, seed=epoch).skip(begin).as_numpy_iterator()
+    while batch := list(itertools.islice(found, tasks.CHUNK)):
+        absent = {"inputs", "targets"} & set(task.output_features) - set(batch[0])
+        if absent:
+            raise ValueError(
+                f"{task.name}: its preprocessors give no feature {', '.join(sorted(absent))}, only "
+                f"{', '.join(batch[0])}"
+            )
+        targets = [np.asarray(each["targets"]) for each in batch]
+        inputs = None
+        if "inputs" in task.output_features:
+            inputs = [np.asarray(each["inputs"]) for each in batch]
+        rows = [text_row(each, pair) for each in batch] if split != "train" else None
+        yield Chunk(inputs, targets, rows)
+
+
+def text_row(example: dict, pair: tuple[Vocabulary, Vocabulary]) -> Row:
+    targets = as_text(example.get("targets_pretokenized"), pair[1], example["targets"])
+    inputs = None
+    if "inputs" in example:
+        inputs = as_text(example.get("inputs_pretokenized"), pair[0], example["inputs"])
+    return Row(inputs, targets, (targets,))
+
+
+def score(
+    task: seqio.Task, lengths: dict | None, split: str, predictions: list[str]
+) -> dict[str, float]:
+    """The task's own metric functions over predictions of the first examples of the split."""
+    vocabulary = task.output_features["targets"].vocabulary
+    answers, said = [], []
+    examples = dataset(task, lengths, split, seed=0).as_numpy_iterator()
+    for example, prediction in zip(examples, predictions, strict=False):
+        right = vocabulary.decode([int(token) for token in example["targets"]])
+        answers.append(task.postprocess_fn(right, example=example, is_target=True))
+        said.append(task.postprocess_fn(prediction, example=example, is_target=False))
+    result = {}
+    for metric in task.predict_metric_fns:
+        result |= {name: float(value) for name, value in metric(answers, said).items()}
+    return result
+
+
+def source(task: seqio.Task, lengths: dict | None, split: str) -> str:
+    """Identifies what the task reads and does, as far as that can be seen from outside."""
+    seen = [describe(task.source), split, str(lengths), *map(describe, task.preprocessors)]
+    if isinstance(task.source, seqio.FileDataSource):
+        for name in task.source.list_shards(split):
+            path = Path(name)
+            seen.append(f"{name} {path.stat() if path.exists() else ''}")
+    if isinstance(task.source, seqio.TfdsDataSource):
+        builder = task.source.tfds_dataset.builder
+        seen.append(f"{builder.info.full_name} {builder.info.splits[split].num_examples}")
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()
+
+
+def describe(thing) -> str:
+    """A function by its name and code, anything else by how it prints, less memory addresses."""
+    if isinstance(thing, functools.partial):
+        parts = [thing.func, *thing.args, *thing.keywords.values()]
+        return f"partial({', '.join(map(describe, parts))})"
+    code = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__code__", None)
+    if code is not None:
+        body = hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
+        constants = [each for each in code.co_consts if not inspect.iscode(each)]
+        closed = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+        inner = [describe(each) for each in closed if callable(each)]
+        return f"{thing.__module__}.{thing.__qualname__} {body} {constants} {inner}"
+    if isinstance(thing, seqio.FunctionDataSource):
+        return f"{thing!r} {describe(thing._dataset_fn)}"
+    if type(thing).__repr__ is object.__repr__:
+        return f"{type(thing).__module__}.{type(thing).__qualname__}"
+    return repr(thing)
+
+
+def register(task: tasks.Task) -> seqio.Task:
+    """Registers one of our tasks in seqio under its own name, with its vocabularies and ids.
+
+    A mixture or another converter then reads it like any seqio Task; it is done once per name.
+    """
+    if task.name in seqio.TaskRegistry.names():
+        return seqio.TaskRegistry.get(task.name)
+    names = ("inputs", "targets") if task.has_inputs else ("targets",)
+    pair = {"inputs": task.vocabularies[0], "targets": task.vocabularies[1]}
+    features = {name: seqio.Feature(Adapted(pair[name]), pair[name].ends) for name in names}
+
+    def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        signature = {name: tf.TensorSpec([None], tf.int32) for name in names} | {
+            f"{name}_pretokenized": tf.TensorSpec([], tf.string) for name in names
+        }
+        return tf.data.Dataset.from_generator(
+            lambda: dictionaries(task, split, names), output_signature=signature
+        )
+
+    return seqio.TaskRegistry.add(
+        task.name,
+        source=seqio.FunctionDataSource(examples, splits=task.splits),
+        preprocessors=[],
+        output_features=features,
+    )
+
+
+def dictionaries(task: tasks.Task, split: str, names: tuple[str, ...]) -> Iterator[dict]:
+    """One dictionary of ids and text per example."""
+    for chunk in task.read(split):
+        for i in range(len(chunk.targets)):
+            yield {name: getattr(chunk, name)[i] for name in names} | {
+                f"{name}_pretokenized": getattr(chunk.rows[i], name) for name in names
+            }
+
+
+def register_built_ins() -> None:
+    """Registers the built-in tasks, so that a seqio Mixture can name them."""
+    for name in tasks.BUILT_IN:
+        register(tasks.built_in(name, None, ""))
+
+
+def preprocessor(
+    objective: config.SpanCorruption | config.PrefixLM, seed: int = 0
+) -> Callable[..., tf.data.Dataset]:
+    """The objective as a seqio preprocessor: running text in "targets" becomes inputs and targets.
+
+    It stands after tokenisation in a Task's preprocessors, instead of append_eos: span corruption
+    sets its own ends. Windows are filled from text end to end.
+    """
+
+    def cut(
+        examples: tf.data.Dataset, sequence_length: dict[str, int], output_features: dict
+    ) -> tf.data.Dataset:
+        vocabulary = ours(output_features["targets"], "the objective's targets")
+        make, window = objectives.cutter(objective, sequence_length, "pair", vocabulary)
+
+        def pair(number, tokens):
+            keys = randomness.keys(randomness.key(seed), np.array([number]))
+            return [each.tokens.astype(np.int32) for each in make(tokens[None], keys)]
+
+        def convert(number, tokens):
+            inputs, targets = tf.numpy_function(pair, [number, tokens], [tf.int32, tf.int32])
+            inputs.set_shape([None])
+            targets.set_shape([None])
+            return {"inputs": inputs, "targets": targets}
+
+        running = examples.map(lambda each: each["targets"]).unbatch()
+        windows = running.batch(window).filter(lambda tokens: tf.size(tokens) >= 2)
+        return windows.enumerate().map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+    return cut

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -25,25 +26,33 @@ from t5x_lite.data.corpora import Row
 from t5x_lite.data.vocabularies import Vocabulary
 
 CHUNK = 4096
+CHUNK_CHARACTERS = 4_000_000
+
+
+class Read(Protocol):
+    """Gives chunks of ids from example `begin` of a split on; `epoch` varies what is random."""
+
+    def __call__(self, split: str, begin: int = 0, epoch: int = 0) -> Iterator[Chunk]: ...
 
 
 @dataclass(frozen=True)
 class Task:
     """One source of examples.
 
-    `read(split)` gives chunks of ids that finish with eos; `source(split)` identifies what is
-    read, so that a changed source is seen; `counts` is what reading counted so far.
+    `source(split)` identifies what is read, so that a changed source is seen; `counts` is what
+    reading counted so far. `score(split, predictions)` gives the task's own metrics of predictions
+    for the first examples of a split, beside `metrics`, which are names of ours.
     """
 
     name: str
     splits: tuple[str, ...]
     vocabularies: tuple[Vocabulary, Vocabulary]
-    read: Callable[[str], Iterator[Chunk]]
+    read: Read
     source: Callable[[str], str]
     has_inputs: bool
     metrics: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
-    score: Callable[[list[str], list], dict[str, float]] | None = None
+    score: Callable[[str, list[str]], dict[str, float]] | None = None
 
 
 def with_end(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarray]:
@@ -55,24 +64,34 @@ def with_end(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarray]:
     return [np.concatenate([each, end]) for each in ids]
 
 
-def chunks(rows: Iterable[Row], pair: tuple[Vocabulary, Vocabulary]) -> Iterator[Chunk]:
-    """Rows in ids, some thousands at a time."""
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, CHUNK)):
-        texts = [row.inputs for row in batch]
-        inputs = None if texts[0] is None else with_end(pair[0], texts)
+def read_text(
+    rows: Callable[[str], Iterable[Row]],
+    pair: tuple[Vocabulary, Vocabulary],
+    split: str,
+    begin: int = 0,
+    epoch: int = 0,
+) -> Iterator[Chunk]:
+    """Rows in ids, some thousands at a time, or fewer where they are long."""
+    found = itertools.islice(rows(split), begin, None)
+    while batch := list(some(found)):
+        inputs = None
+        if batch[0].inputs is not None:
+            inputs = with_end(pair[0], [row.inputs for row in batch])
         yield Chunk(inputs, with_end(pair[1], [row.targets for row in batch]), batch)
 
 
-def tokens(task: Task, split: str, cache_dir: str) -> cache.Tokens:
-    """The split's ids from the cache, made first if they are not there.
+def some(rows: Iterator[Row]) -> Iterator[Row]:
+    """The next rows up to CHUNK of them, or CHUNK_CHARACTERS."""
+    characters = 0
+    for row in itertools.islice(rows, CHUNK):
+        yield row
+        characters += len(row.targets) + len(row.inputs or "")
+        if characters > CHUNK_CHARACTERS:
+            return
 
-    Raises ValueError if the task has no such split.
-    """
-    if split not in task.splits:
-        raise ValueError(
-            f"{task.name} has no split {split!r}; it has {', '.join(task.splits) or 'none'}"
-        )
+
+def tokens(task: Task, split: str, cache_dir: str) -> cache.Tokens:
+    """The split's ids from the cache, made first if they are not there."""
     identity = {
         "task": task.name,
         "split": split,
@@ -157,7 +176,7 @@ def built_in(name: str, vocabulary: config.Vocabulary | None, cache_dir: str) ->
         name=name,
         splits=corpora.SPLITS,
         vocabularies=pair,
-        read=lambda split: chunks(corpus.rows(split), pair),
+        read=partial(read_text, corpus.rows, pair),
         source=corpus.source,
         has_inputs=corpus.has_inputs,
         metrics=corpus.metrics,
@@ -167,14 +186,14 @@ def built_in(name: str, vocabulary: config.Vocabulary | None, cache_dir: str) ->
 def from_files(cfg: config.Files, cache_dir: str) -> Task:
     """A user's own files as a task."""
     counts: dict[str, int] = {}
-    rows = partial(files.rows, cfg, counts=counts)
+    rows = lambda split: files.rows(cfg, split, counts)
     source = partial(files.source, cfg)
-    made = make_vocabulary(cfg.vocabulary, partial(rows, "train"), source("train"), cache_dir)
+    made = make_vocabulary(cfg.vocabulary, lambda: rows("train"), source("train"), cache_dir)
     return Task(
         name=cfg.name,
         splits=files.splits(cfg),
         vocabularies=(made, made),
-        read=lambda split: chunks(rows(split), (made, made)),
+        read=partial(read_text, rows, (made, made)),
         source=source,
         has_inputs=cfg.inputs is not None,
         metrics=cfg.metrics,
@@ -222,25 +241,64 @@ def trained_pieces(
 
 
 def resolve(cfg: config.Data) -> list[tuple[Task, float]]:
-    """The tasks that Data.task stands for, with their rates: one task has rate 1.
+    """The tasks that Data.task stands for, with their rates; a task alone has rate 1.
 
-    Raises ValueError for an unknown name, listing near ones.
+    Raises ValueError for an unknown name, listing near ones, and for tasks of different
+    vocabularies.
     """
-    if isinstance(cfg.task, config.Files):
+    if not isinstance(cfg.task, config.Mixture):
+        return found_tasks(cfg.task, cfg)
+    parts = []
+    for each, rate in zip(cfg.task.tasks, cfg.task.rates, strict=True):
+        found = found_tasks(each, cfg)
+        total = sum(inner for _, inner in found)
+        parts += [(task, rate * inner / total) for task, inner in found]
+    marks = {
+        task.name: [vocabularies.fingerprint(each) for each in task.vocabularies]
+        for task, _ in parts
+    }
+    different = [name for name in marks if marks[name] != marks[parts[0][0].name]]
+    if different:
+        raise ValueError(
+            f"Mixture.tasks must share one vocabulary: {', '.join(different)} have another than "
+            f"{parts[0][0].name}"
+        )
+    return parts
+
+
+def found_tasks(task: str | config.Files, cfg: config.Data) -> list[tuple[Task, float]]:
+    """One entry of Data.task, which may itself be a Mixture of seqio."""
+    if isinstance(task, config.Files):
         if cfg.vocabulary is not None:
-            raise ValueError("Data.vocabulary is for built-in tasks; Files.vocabulary says it here")
-        return [(from_files(cfg.task, cfg.cache_dir), 1.0)]
-    if cfg.task in BUILT_IN:
-        return [(built_in(cfg.task, cfg.vocabulary, cfg.cache_dir), 1.0)]
+            raise ValueError("Data.vocabulary is for built-in tasks; here it is Files.vocabulary")
+        return [(from_files(task, cfg.cache_dir), 1.0)]
+    if task in BUILT_IN:
+        return [(built_in(task, cfg.vocabulary, cfg.cache_dir), 1.0)]
     from t5x_lite.data import seqio_tasks
 
-    found = seqio_tasks.find(cfg)
+    found = seqio_tasks.find(task, cfg)
     if found is None:
         known = [*BUILT_IN, *seqio_tasks.names()]
-        near = difflib.get_close_matches(cfg.task, known, n=5, cutoff=0.4)
+        near = difflib.get_close_matches(task, known, n=5, cutoff=0.4)
         listed = f"near: {', '.join(near)}" if near else f"known: {', '.join(sorted(known)[:20])}"
         raise ValueError(
-            f"Data.task {cfg.task!r} is not registered ({listed}). A seqio Task or Mixture of your "
-            "own must be imported first: --import=your_module"
+            f"Data.task {task!r} is not registered ({listed}). A seqio Task or Mixture of your own "
+            "must be imported first: --import=your_module"
         )
     return found
+
+
+def having(cfg: config.Data, split: str) -> list[tuple[Task, float]]:
+    """Those of the tasks that have the split, as seqio's mixtures read it.
+
+    Raises ValueError if none has it.
+    """
+    found = resolve(cfg)
+    with_split = [(task, rate) for task, rate in found if split in task.splits]
+    if not with_split:
+        names = sorted({name for task, _ in found for name in task.splits})
+        raise ValueError(
+            f"{', '.join(task.name for task, _ in found)} has no split {split!r}; there are: "
+            f"{', '.join(names) or 'none'}"
+        )
+    return with_split

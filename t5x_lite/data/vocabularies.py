@@ -236,11 +236,34 @@ class TokenizerJson:
         return self.json
 
 
+class Numbers:
+    """Ids that are already ids: text is their decimal digits between blanks. eos -1 is none."""
+
+    def __init__(self, size: int, eos: int = 1, ends: bool = True):
+        self.size, self.eos, self.ends, self.pad, self.sentinels = size, eos, ends, 0, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(self.encode(text), np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, until_end(ids, self.eos, self.pad)))
+
+    def description(self) -> dict:
+        return {"kind": "numbers", "size": self.size, "eos": self.eos, "ends": self.ends}
+
+    def model(self) -> bytes | None:
+        return None
+
+
 KINDS = {
     "bytes": Bytes,
     "symbols": Symbols,
     "sentencepiece": SentencePiece,
     "tokenizer_json": TokenizerJson,
+    "numbers": Numbers,
 }
 
 
