@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_lite import config
+from t5x_lite.sharding import spec
 
 
 def relative_bucket(distance: Int[Array, "..."], stack: config.Stack, both_sides: bool):
@@ -50,12 +51,14 @@ def relative_bias_of_blocks(
     table: Float[Array, "k n"],
     stack: config.Stack,
     query_positions: Int[Array, "b w"],
-    key_positions: Int[Array, "b s"],
+    key_positions: Int[Array, "#b s"],
 ) -> Float[Array, "b n w s"]:
     """The causal bias of a block of queries against the slots of a cache, row by row."""
     distance = key_positions[:, None, :] - query_positions[:, :, None]
     bucket = relative_bucket(distance, stack, both_sides=False)
-    return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
+    placed = spec("batch length length heads")
+    bias = table.astype(jnp.float32).at[bucket].get(out_sharding=placed)
+    return jnp.moveaxis(bias, -1, 1)
 
 
 def rotate(

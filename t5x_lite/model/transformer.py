@@ -7,6 +7,7 @@ One alphabet, here and in every kernel and test:
   f mlp width   v vocabulary     (in relative positions: k buckets)
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -94,6 +95,7 @@ class Transformer(nn.Module):
         the tokens j of the block with ancestors[i, j] (default j <= i). In prefill of a prefix-LM,
         the slots before prefix[b] see one another.
         """
+        tokens, index, seen, prefix = on_rows((tokens, index, seen, prefix))
         slots = (cache.keys if self.scan else cache.keys[0]).shape[-2]
         depth = jnp.arange(tokens.shape[1]) if depth is None else depth
         where = index[:, None] + depth
@@ -143,16 +145,21 @@ def shift_right(
     return jnp.where(where == 0, start, jnp.pad(targets[:, :-1], ((0, 0), (1, 0))))
 
 
+def on_rows(arrays):
+    """arrays [b ...] placed with the batch, wherever the caller made them."""
+    place = lambda x: jax.reshard(x, spec("batch" + " length" * (x.ndim - 1)))
+    return jax.tree.map(place, arrays)
+
+
 def block_mask(index, depth, ancestors, slots: int):
     """What a block sees [b w s], and the positions [b s] at which the slots of the cache stand."""
-    width = depth.shape[0]
-    if ancestors is None:
-        ancestors = jnp.tril(jnp.ones((width, width), bool))
     slot = jnp.arange(slots)[None, :]
     offset = slot - index[:, None]
-    inside = (offset >= 0) & (offset < width)
-    offset = jnp.clip(offset, 0, width - 1)
-    within = jnp.moveaxis(ancestors.T[offset], 1, 2)
-    mask = (slot < index[:, None])[:, None, :] | (inside[:, None, :] & within)
-    stand = jnp.where(inside, index[:, None] + depth[offset], slot)
-    return mask, stand
+    if ancestors is None:
+        return offset[:, None, :] <= jnp.arange(depth.shape[0])[:, None], slot
+    inside = (offset >= 0) & (offset < depth.shape[0])
+    offset = jnp.clip(offset, 0, depth.shape[0] - 1)
+    within = ancestors.T.at[offset].get(out_sharding=spec("batch length length"))
+    mask = (slot < index[:, None])[:, None, :] | (inside[:, None, :] & jnp.swapaxes(within, 1, 2))
+    deep = depth.at[offset].get(out_sharding=spec("batch length"))
+    return mask, jnp.where(inside, index[:, None] + deep, slot)
