@@ -44,8 +44,8 @@ def parser() -> options.Parser:
     add("--metrics", metavar="A,B", help="which metrics (default: those of the task)")
     add("--json", metavar="FILE", help="write the numbers to FILE as well")
     add("--show", type=int, default=5, metavar="N", help="print N predictions (default 5)")
-    add("--import", dest="modules", action="append", default=[], metavar="MODULE",
-        help="import MODULE first: it registers seqio tasks")  # fmt: skip
+    modules = "import MODULE first: it registers seqio tasks"
+    add("--import", dest="modules", action="append", default=[], metavar="MODULE", help=modules)
     options.add_decode(made)
     return made
 

@@ -50,14 +50,15 @@ class Predictor:
         texts: Sequence[str],
         decode: config.Decode,
         *,
-        first: int = 0,
+        rows: Sequence[int] | None = None,
         told: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
         """One Prediction for each text.
 
-        Text i is number first + i to the sampling: with the same number and seed it is drawn the
-        same, whatever the others are. told(count) hears how many are done after each batch.
+        rows numbers the texts for sampling (0, 1, ... otherwise): with the same number and seed a
+        text is drawn the same in any company. told(count) hears after each batch how many are done.
         """
+        rows = range(len(texts)) if rows is None else rows
         ids = self.read(texts)
         found: dict[int, Prediction] = {}
         for places in self.batches(ids):
@@ -65,7 +66,7 @@ class Predictor:
                 self.cfg,
                 [ids[place] for place in places],
                 decode,
-                rows=[first + place for place in places],
+                rows=[rows[place] for place in places],
                 batch=self.rows(len(places)),
                 eos=self.targets.eos,
             )
