@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from t5x_lite import config, config_file
+from t5x_lite import config, config_file, data
+from t5x_lite.training import checkpoint
 
 CONFIG = "config.gin"
 VOCABULARY = "vocabulary"
@@ -46,8 +47,8 @@ def locked(model_dir: Path):
         yield
 
 
-def claim(run: config.Run, tell: Callable[[str], None]) -> None:
-    """Writes the config of the run, after checking that MODEL_DIR holds no other run.
+def check(run: config.Run, tell: Callable[[str], None]) -> None:
+    """Returns if MODEL_DIR holds no run with checkpoints, or this one.
 
     What does not change the meaning of the steps done so far may change (see `follow`); it is told.
 
@@ -56,18 +57,22 @@ def claim(run: config.Run, tell: Callable[[str], None]) -> None:
     """
     path = Path(run.model_dir) / CONFIG
     text = config_file.text(run)
-    if path.exists() and path.read_text() != text:
-        before = path.read_text()
-        try:
-            followed = follow(config_file.from_text(before), run)
-        except ValueError as error:
-            raise FolderError(
-                refusal(path, before, text, f"It cannot be read: {error}\n")
-            ) from error
-        if followed != run:
-            raise FolderError(refusal(path, config_file.text(followed), text))
-        tell("Going on with a changed config:\n" + difference(before, text, path, context=0))
-    path.write_text(text)
+    if not path.exists() or not checkpoint.steps(run.model_dir) or path.read_text() == text:
+        return
+    before = path.read_text()
+    try:
+        followed = follow(config_file.from_text(before), run)
+    except ValueError as error:
+        raise FolderError(refusal(path, before, text, f"It cannot be read: {error}\n")) from error
+    if followed != run:
+        raise FolderError(refusal(path, config_file.text(followed), text))
+    tell("Going on with a changed config:\n" + difference(before, text, path, context=0))
+
+
+def write(run: config.Run, vocabularies: tuple) -> None:
+    """What is needed to read the weights: the resolved config and both vocabularies."""
+    (Path(run.model_dir) / CONFIG).write_text(config_file.text(run))
+    data.save_pair(Path(run.model_dir) / VOCABULARY, *vocabularies)
 
 
 def follow(saved: config.Run, run: config.Run) -> config.Run:

@@ -63,9 +63,8 @@ class Training:
     def prepare(self) -> None:
         """Everything up to the first step: data, weights, compiled step, start-up table."""
         run = self.run
-        folder.claim(run, self.tell)
+        folder.check(run, self.tell)
         self.parts = setup.assemble(run)
-        data.save_pair(self.path / folder.VOCABULARY, *self.parts.vocabularies)
         self.evaluator = evaluation.Evaluator(run)
         self.work = work(run)
         statistics = str(self.parts.batches.statistics)
@@ -73,7 +72,8 @@ class Training:
         self.checkpoints = Checkpoints(self.path, run.checkpoint)
         self.restore()
         self.start = int(self.state.step)
-        self.records = Records(self.path, run.train.tensorboard)
+        folder.write(run, self.parts.vocabularies)
+        self.records = Records(self.path, run.train.tensorboard, anew=self.saved_step is None)
         if self.start < run.train.steps:
             self.compile()
 

@@ -47,7 +47,10 @@ def forward(logits, targets, smoothing, z_loss):
     expected = (target - other) * choose(logits, targets)
     if other > 0:
         expected += other * jnp.sum(logits, axis=-1)
-    return log_z - expected - entropy + z_loss * jnp.square(log_z), (logits, targets, log_z)
+    loss = log_z - expected - entropy
+    if z_loss > 0:
+        loss += z_loss * jnp.square(log_z)
+    return loss, (logits, targets, log_z)
 
 
 def backward(smoothing, z_loss, kept, gradient):

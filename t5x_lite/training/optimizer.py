@@ -13,18 +13,19 @@ import optax
 from t5x_lite import config
 from t5x_lite.training import adafactor
 
-# They need the loss besides the gradient (a line search, the value), which a step does not hand on.
-NEED_THE_LOSS = ("lbfgs", "polyak_sgd")
+# They need the loss besides the gradient, which a step does not hand on; the last is deprecated.
+LEFT_OUT = ("lbfgs", "polyak_sgd", "optimistic_adam")
 
 
 def optax_optimizers() -> dict[str, Any]:
-    """Every optimizer of optax that is made from a learning rate and reads gradients only."""
+    """Every optimizer of optax that is made from a schedule and reads gradients only."""
     found = {}
     for name in dir(optax):
         candidate = getattr(optax, name)
-        if not inspect.isfunction(candidate) or name in NEED_THE_LOSS:
+        if not inspect.isfunction(candidate) or name.startswith("_") or name in LEFT_OUT:
             continue
-        if "learning_rate" in inspect.signature(candidate).parameters:
+        rate = inspect.signature(candidate).parameters.get("learning_rate")
+        if rate is not None and rate.annotation == optax.ScalarOrSchedule:
             found[name] = candidate
     return found
 

@@ -8,9 +8,15 @@ METRICS = "metrics.jsonl"
 
 
 class Records:
-    """Appends lines of metrics to MODEL_DIR/metrics.jsonl and, if asked, TensorBoard."""
+    """Appends lines of metrics to MODEL_DIR/metrics.jsonl and, if asked, TensorBoard.
 
-    def __init__(self, model_dir: Path, tensorboard: bool):
+    A run that begins `anew` finds lines only of one that ended before its first checkpoint: they
+    are kept under another name.
+    """
+
+    def __init__(self, model_dir: Path, tensorboard: bool, anew: bool):
+        if anew and (model_dir / METRICS).exists():
+            (model_dir / METRICS).rename(free_name(model_dir / METRICS))
         self.lines = open(model_dir / METRICS, "a", buffering=1)  # noqa: SIM115
         self.board = None
         if tensorboard:
@@ -32,6 +38,14 @@ class Records:
         self.lines.close()
         if self.board is not None:
             self.board.close()
+
+
+def free_name(path: Path) -> Path:
+    """path with the first number that makes it new: metrics-1.jsonl."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return free
 
 
 def read(model_dir: Path) -> dict[str, dict[int, float]]:
