@@ -6,6 +6,8 @@ are the same on every platform and numpy version (numpy keeps its bit generators
 the shuffles made from them).
 """
 
+import hashlib
+
 import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -22,16 +24,8 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def key(*words: int | str) -> int:
     """A 64-bit key that depends on all the words and on their order."""
-    state = len(words)
-    for word in words:
-        number = int.from_bytes(word.encode(), "big") if isinstance(word, str) else int(word)
-        # Longer than 64 bits (strings, big seeds): folded piece by piece, so that all of it counts.
-        while True:
-            state = int(mix(np.array([(state ^ (number & WORD)) + GOLDEN & WORD], np.uint64))[0])
-            number >>= 64
-            if number in (0, -1):
-                break
-    return state
+    text = repr([word if isinstance(word, str) else int(word) for word in words])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def keys(first: int, counters: np.ndarray) -> np.ndarray:

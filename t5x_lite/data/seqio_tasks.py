@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,13 +18,15 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite import config
-from t5x_lite.data import objectives, randomness, tasks, vocabularies
+from t5x_lite.data import lengths, objectives, randomness, tasks, vocabularies
 from t5x_lite.data.cache import Chunk
 from t5x_lite.data.corpora import Row
 from t5x_lite.data.vocabularies import Vocabulary
 
 # They take lengths only to trim, which is done, and counted, when rows are made.
 TRIMMING = (seqio.preprocessors.append_eos_after_trim,)
+
+REGISTERED: dict[str, tasks.Task] = {}  # ours that stand in seqio's registry
 
 
 class Adapted(seqio.Vocabulary):
@@ -120,10 +123,12 @@ def find(name: str, cfg: config.Data) -> list[tuple[tasks.Task, float]] | None:
 
 
 def adapted(task: seqio.Task, cfg: config.Data) -> tasks.Task:
-    """A seqio Task as ours.
+    """A seqio Task as ours; one that `register` made, as what it was made from.
 
     Raises ValueError if it has no feature "targets", or a vocabulary that cannot be kept.
     """
+    if task.name in REGISTERED:
+        return REGISTERED[task.name]
     features = task.output_features
     if "targets" not in features:
         raise ValueError(
@@ -131,17 +136,17 @@ def adapted(task: seqio.Task, cfg: config.Data) -> tasks.Task:
         )
     targets = ours(features["targets"], f"{task.name}, targets")
     inputs = ours(features["inputs"], f"{task.name}, inputs") if "inputs" in features else targets
-    lengths = cfg.lengths if any(map(needs_lengths, task.preprocessors)) else None
+    cut_to = cfg.lengths if any(map(needs_lengths, task.preprocessors)) else None
     pair = (inputs, targets)
     return tasks.Task(
         name=task.name,
         splits=tuple(task.splits),
         vocabularies=pair,
-        read=functools.partial(read, task, lengths, pair),
-        source=functools.partial(source, task, lengths),
+        read=functools.partial(read, task, cut_to, pair),
+        source=functools.partial(source, task, cut_to),
         has_inputs="inputs" in features,
         metrics=(),
-        score=functools.partial(score, task, lengths) if task.predict_metric_fns else None,
+        score=functools.partial(score, task, cut_to) if task.predict_metric_fns else None,
     )
 
 
@@ -152,11 +157,11 @@ def needs_lengths(preprocessor: Callable) -> bool:
     return "sequence_length" in inspect.signature(preprocessor).parameters
 
 
-def dataset(task: seqio.Task, lengths: dict | None, split: str, seed: int) -> tf.data.Dataset:
+def dataset(task: seqio.Task, cut_to: dict | None, split: str, seed: int) -> tf.data.Dataset:
     """The task's examples in source order, not trimmed; the seed decides random preprocessors."""
     examples = task.source.get_dataset(split=split, shuffle=False)
     examples = task.preprocess_precache(examples, seed=seed)
-    return task.preprocess_postcache(examples, sequence_length=lengths, seed=seed)
+    return task.preprocess_postcache(examples, sequence_length=cut_to, seed=seed)
 
 
 def as_text(value, vocabulary: Vocabulary, ids: np.ndarray) -> str:
@@ -166,14 +171,14 @@ def as_text(value, vocabulary: Vocabulary, ids: np.ndarray) -> str:
 
 def read(
     task: seqio.Task,
-    lengths: dict | None,
+    cut_to: dict | None,
     pair: tuple[Vocabulary, Vocabulary],
     split: str,
     begin: int = 0,
     epoch: int = 0,
 ) -> Iterator[Chunk]:
     """The examples from number `begin` on."""
-    found = dataset(task, lengths, split, seed=epoch).skip(begin).as_numpy_iterator()
+    found = dataset(task, cut_to, split, seed=epoch).skip(begin).as_numpy_iterator()
     while batch := list(itertools.islice(found, tasks.CHUNK)):
         absent = {"inputs", "targets"} & set(task.output_features) - set(batch[0])
         if absent:
@@ -198,12 +203,12 @@ def text_row(example: dict, pair: tuple[Vocabulary, Vocabulary]) -> Row:
 
 
 def score(
-    task: seqio.Task, lengths: dict | None, split: str, predictions: list[str]
+    task: seqio.Task, cut_to: dict | None, split: str, predictions: list[str]
 ) -> dict[str, float]:
     """The task's own metric functions over predictions of the first examples of the split."""
     vocabulary = task.output_features["targets"].vocabulary
     answers, said = [], []
-    examples = dataset(task, lengths, split, seed=0).as_numpy_iterator()
+    examples = dataset(task, cut_to, split, seed=0).as_numpy_iterator()
     for example, prediction in zip(examples, predictions, strict=False):
         right = vocabulary.decode([int(token) for token in example["targets"]])
         answers.append(task.postprocess_fn(right, example=example, is_target=True))
@@ -214,9 +219,9 @@ def score(
     return result
 
 
-def source(task: seqio.Task, lengths: dict | None, split: str) -> str:
+def source(task: seqio.Task, cut_to: dict | None, split: str) -> str:
     """Identifies what the task reads and does, as far as that can be seen from outside."""
-    seen = [describe(task.source), split, str(lengths), *map(describe, task.preprocessors)]
+    seen = [describe(task.source), split, str(cut_to), *map(describe, task.preprocessors)]
     if isinstance(task.source, seqio.FileDataSource):
         for name in task.source.list_shards(split):
             path = Path(name)
@@ -232,18 +237,29 @@ def describe(thing) -> str:
     if isinstance(thing, functools.partial):
         parts = [thing.func, *thing.args, *thing.keywords.values()]
         return f"partial({', '.join(map(describe, parts))})"
-    code = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__code__", None)
-    if code is not None:
-        body = hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
-        constants = [each for each in code.co_consts if not inspect.iscode(each)]
-        closed = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-        inner = [describe(each) for each in closed if callable(each)]
-        return f"{thing.__module__}.{thing.__qualname__} {body} {constants} {inner}"
     if isinstance(thing, seqio.FunctionDataSource):
         return f"{thing!r} {describe(thing._dataset_fn)}"
+    code = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__code__", None)
+    if code is not None:
+        closed = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+        inner = [describe(each) for each in closed if callable(each)]
+        return f"{thing.__module__}.{thing.__qualname__} {describe_code(code)} {inner}"
     if type(thing).__repr__ is object.__repr__:
         return f"{type(thing).__module__}.{type(thing).__qualname__}"
     return repr(thing)
+
+
+def describe_code(code: types.CodeType) -> str:
+    """A digest of what the code does, the same in every process."""
+    parts = [code.co_code.hex(), *code.co_names]
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            parts.append(describe_code(constant))
+        elif isinstance(constant, frozenset):
+            parts.append(str(sorted(map(repr, constant))))
+        else:
+            parts.append(repr(constant))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def register(task: tasks.Task) -> seqio.Task:
@@ -265,6 +281,7 @@ def register(task: tasks.Task) -> seqio.Task:
             lambda: dictionaries(task, split, names), output_signature=signature
         )
 
+    REGISTERED[task.name] = task
     return seqio.TaskRegistry.add(
         task.name,
         source=seqio.FunctionDataSource(examples, splits=task.splits),
@@ -301,11 +318,12 @@ def preprocessor(
         examples: tf.data.Dataset, sequence_length: dict[str, int], output_features: dict
     ) -> tf.data.Dataset:
         vocabulary = ours(output_features["targets"], "the objective's targets")
-        make, window = objectives.cutter(objective, sequence_length, "pair", vocabulary)
+        cutter = objectives.cutter(objective, lengths.of(sequence_length, "pair"), vocabulary)
 
         def pair(number, tokens):
             keys = randomness.keys(randomness.key(seed), np.array([number]))
-            return [each.tokens.astype(np.int32) for each in make(tokens[None], keys)]
+            inputs, targets = cutter.parts(tokens[None], keys)
+            return inputs.tokens.astype(np.int32), targets.tokens.astype(np.int32)
 
         def convert(number, tokens):
             inputs, targets = tf.numpy_function(pair, [number, tokens], [tf.int32, tf.int32])
@@ -313,8 +331,8 @@ def preprocessor(
             targets.set_shape([None])
             return {"inputs": inputs, "targets": targets}
 
-        running = examples.map(lambda each: each["targets"]).unbatch()
-        windows = running.batch(window).filter(lambda tokens: tf.size(tokens) >= 2)
+        running = examples.map(lambda each: each["targets"]).filter(lambda ids: tf.size(ids) > 0)
+        windows = running.rebatch(cutter.window).filter(lambda ids: tf.size(ids) >= 2)
         return windows.enumerate().map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
     return cut
