@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from t5x_lite import config, config_file, data, evaluation, sharding
+from t5x_lite import config, config_file, data, sharding
+from t5x_lite.evaluation.evaluate import Evaluator
 from t5x_lite.training import archive, bar, costs, curves, folder, overview, setup
 from t5x_lite.training.checkpoint import Checkpoints
 from t5x_lite.training.interrupts import Interrupted, Interrupts
@@ -65,7 +66,7 @@ class Training:
         run = self.run
         folder.check(run, self.tell)
         self.parts = setup.assemble(run)
-        self.evaluator = evaluation.Evaluator(run)
+        self.evaluator = Evaluator(run)
         self.work = work(run)
         statistics = str(self.parts.batches.statistics)
         self.console.print(overview.table(run, self.parts.shapes, self.work.flops, statistics))
@@ -224,7 +225,7 @@ class Training:
             "compile_seconds": self.compile_seconds,
             "evaluate_seconds": self.evaluate_seconds,
             "total_seconds": total_seconds,
-            "target_tokens": totals.target_tokens,
+            "trained_target_tokens": totals.target_tokens,
             "target_tokens_per_second": totals.target_tokens / seconds,
             "tokens_per_second": totals.tokens / seconds,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
