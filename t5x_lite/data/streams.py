@@ -6,6 +6,7 @@ shard holds a row is known for those read so far; that short log is the state a 
 and it is the same on every host, because each reads the whole source and takes its own rows.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -108,24 +109,24 @@ class Streamed:
         return self.loaded[shard.number]
 
     def read(self, epoch: int, example: int) -> tuple[Tokens, tuple[int, int]]:
-        """The examples from here on, as many as a shard takes, and where they end."""
+        """The examples from here on, as many as a shard takes, and where the next ones begin."""
         if self.place != (epoch, example):
             self.chunks = self.task.read(self.split, begin=example, epoch=epoch)
         taken: list[Chunk] = []
         count = size = 0
-        while count < SHARD and size < SHARD_TOKENS:
-            chunk = next(self.chunks, None)
-            if chunk is None:
+        for chunk in self.chunks:
+            if count >= SHARD or size >= SHARD_TOKENS:
+                self.chunks = itertools.chain([chunk], self.chunks)
+                self.place = epoch, example + count
                 break
             taken.append(chunk)
             count += len(chunk.targets)
             size += sum(map(len, chunk.targets)) + sum(map(len, chunk.inputs or ()))
-        if not count and not example:
+        else:
+            self.place = None
+        if not taken:
             raise ValueError(f"{self.task.name} has no example in {self.split}")
-        if not count:
-            return self.read(epoch + 1, 0)
-        self.place = (epoch, example + count)
-        return in_memory(taken, self.task), self.place
+        return in_memory(taken, self.task), self.place or (epoch + 1, 0)
 
 
 def in_memory(chunks: list[Chunk], task: Task) -> Tokens:
