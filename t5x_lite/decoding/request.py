@@ -28,7 +28,7 @@ class Request(NamedTuple):
     eos: int = 1
 
 
-def bucket(size: int, least: int = 8) -> int:
+def bucket(size: int, least: int = 16) -> int:
     """size rounded up to a power of two, or to half way between two: at most a third is padding."""
     power = least
     while power < size:
