@@ -174,6 +174,7 @@ def make(root: Path, folder: Path, entry: Entry) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
+        partial.chmod(0o755)  # mkdtemp keeps others out, but a cache may be shared
         fill(partial, entry)
         os.rename(partial, folder)
     except OSError as error:

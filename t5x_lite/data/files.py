@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own files as rows of text: JSONL, TSV, plain text and Parquet, by globs."""
+"""A user's own files as rows of text: JSONL, TSV, plain text and Parquet, by globs; .gz is read
+as what is inside."""
 
-import csv
 import glob
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from t5x_lite import config
 from t5x_lite.data.corpora import Row
@@ -53,7 +55,8 @@ def format_of(cfg: config.Files, path: Path) -> str:
 
     Raises ValueError if neither says it.
     """
-    kind = cfg.format or ENDINGS.get(path.suffix)
+    named = path.with_suffix("") if path.suffix == ".gz" else path
+    kind = cfg.format or ENDINGS.get(named.suffix)
     if kind is None:
         raise ValueError(
             f"{path}: the ending says no format; set Files.format to jsonl, tsv, text or parquet"
@@ -103,9 +106,13 @@ def row_of(cfg: config.Files, fields: dict) -> tuple[Row | None, str]:
     return Row(inputs, answers[0], answers), ""
 
 
+def opened(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
 def decoded_lines(path: Path) -> Iterator[tuple[str, str | None]]:
     """Numbered lines without their ends; None for a line that is no UTF-8."""
-    with open(path, "rb") as lines:
+    with opened(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -137,7 +144,7 @@ def tsv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
         if line is None:
             yield place, "not UTF-8"
         elif line.strip("\r\n"):
-            cells = next(csv.reader([line.rstrip("\r\n")], delimiter="\t", quoting=csv.QUOTE_NONE))
+            cells = line.rstrip("\r\n").split("\t")
             if len(cells) == len(head):
                 yield place, dict(zip(head, cells, strict=True))
             else:
@@ -147,7 +154,8 @@ def tsv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
 def text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
     if cfg.whole_files:
         try:
-            yield "the file", {cfg.targets: path.read_text(encoding="utf-8")}
+            with opened(path) as whole:
+                yield "the file", {cfg.targets: whole.read().decode("utf-8-sig")}
         except UnicodeDecodeError:
             yield "the file", "not UTF-8"
         return
