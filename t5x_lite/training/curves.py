@@ -25,6 +25,8 @@ def draw(model_dir: Path) -> Path | None:
     }
     losses = {name: points for name, points in held_out.items() if name.endswith("/loss")}
     others = {name: points for name, points in held_out.items() if name.split("/")[-1] in SHOWN}
+    # A single evaluation is a number, which report.json has; two make a curve.
+    others = others if any(len(points) > 1 for points in others.values()) else {}
     panels = 1 + bool(others)
     figure = Figure(figsize=(6.4 * panels, 4.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, panels))

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of a training step, with the real model on eight virtual devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import toy_batch, toy_model
+
+from t5x_lite import config, model, sharding
+from t5x_lite.batch import Batch
+from t5x_lite.training import meter, optimizer, schedules, state, step
+
+DATA = config.Mesh()
+MESHES = [
+    DATA,
+    config.Mesh(data=2, fsdp=2, tensor=2),
+    config.Mesh(data=1, fsdp=4, tensor=2),
+]
+LAYOUTS = ["pair", "joined", "aligned"]
+
+
+def make_run(layout="pair", dropout=0.0, optimizer="sgd", mesh=DATA, **train):
+    cfg = dataclasses.replace(toy_model(layout), dropout=dropout)
+    return config.Run(
+        model_dir="unused",
+        model=cfg,
+        data=config.Data(task="unused", lengths={"inputs": 12, "targets": 12}),
+        train=config.Train(steps=10, batch_size=16, **train),
+        schedule=config.Schedule("constant", 0.1),
+        optimizer=config.Optimizer(optimizer, options={}),
+        mesh=mesh,
+    )
+
+
+def take_steps(run: config.Run, batches: list[Batch]):
+    """The state after one step on each batch, and the metrics of all, on the host."""
+    sharding.use_mesh(run.mesh)
+    axes = model.axes(run.model)
+    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    update = optimizer.make(run.optimizer, schedule, axes)
+    made = step.make(run, update, schedule, axes)
+    now = state.begin(model.initialize(run.model, jax.random.key(run.seed)), update)
+    told = []
+    for batch in batches:
+        placed = sharding.place_batch(batch)
+        with jax.transfer_guard("disallow"):
+            now, metrics = made(now, placed)
+        told.append(metrics)
+    return jax.device_get(now), jax.device_get(told)
+
+
+def losses_of(told) -> np.ndarray:
+    return np.array([metrics.sums.loss / metrics.sums.weights for metrics in told])
+
+
+def assert_same(tree, other, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), tree, other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_microbatches_equal_one(layout):
+    batch = toy_batch(layout, rows=16)
+    # Rows without targets make the microbatches unequal in tokens.
+    batch.loss_weights[:5, 3:] = 0
+    mesh = config.Mesh(data=1, fsdp=4, tensor=2)
+    one, told = take_steps(make_run(layout, mesh=mesh), [batch])
+    many, told_many = take_steps(make_run(layout, mesh=mesh, microbatches=4), [batch])
+    assert_same(told[0].sums, told_many[0].sums, rtol=1e-5)
+    assert_same(one.params, many.params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_mesh_gives_the_same_losses(layout):
+    batches = [toy_batch(layout, rows=16, seed=seed) for seed in range(3)]
+    expected = None
+    for mesh in MESHES:
+        _, told = take_steps(make_run(layout, mesh=mesh, optimizer="adafactor"), batches)
+        expected = losses_of(told) if expected is None else expected
+        np.testing.assert_allclose(losses_of(told), expected, rtol=1e-5)
+
+
+def unpacked(batch: Batch) -> Batch:
+    """Every example of a batch in a row of its own."""
+    rows = []
+    for row in range(len(batch.targets)):
+        for segment in (1, 2):
+            one = {}
+            for prefix, names in (
+                ("target", ("targets", "loss_weights", "prefix")),
+                ("input", ("inputs",)),
+            ):
+                segments = getattr(batch, f"{prefix}_segments")
+                if segments is None:
+                    continue
+                inside = segments[row] == segment
+                for name in (*names, f"{prefix}_positions", f"{prefix}_segments"):
+                    if getattr(batch, name) is None:
+                        continue
+                    values = getattr(batch, name)[row][inside]
+                    values = np.ones_like(values) if name.endswith("segments") else values
+                    one[name] = np.pad(values, (0, len(inside) - len(values)))
+            rows.append(one)
+    return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_equals_unpacked(layout):
+    batch = toy_batch(layout, rows=16)
+    packed, told = take_steps(make_run(layout), [batch])
+    alone, told_alone = take_steps(make_run(layout), [unpacked(batch)])
+    assert_same(told[0].sums, told_alone[0].sums, rtol=1e-5)
+    assert_same(packed.params, alone.params, rtol=1e-5, atol=1e-6)
+
+
+def test_remat_changes_nothing_but_memory():
+    batch = toy_batch("pair", rows=16)
+    plain, _ = take_steps(make_run(), [batch])
+    again, _ = take_steps(make_run(remat=True), [batch])
+    assert_same(plain.params, again.params, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_without_finite_gradient_changes_only_counts():
+    batch = toy_batch("pair", rows=16)
+    broken = batch._replace(loss_weights=np.where(batch.loss_weights, np.float32(np.inf), 0))
+    run = make_run(optimizer="adamw")
+    before, _ = take_steps(run, [batch])
+    after, told = take_steps(run, [batch, broken, broken])
+    assert_same(before.params, after.params, rtol=0)
+    assert_same(before.optimizer, after.optimizer, rtol=0)
+    assert (after.step, after.skipped, after.consecutive) == (3, 2, 2)
+    assert [bool(metrics.skipped) for metrics in told] == [False, True, True]
+    recovered, _ = take_steps(run, [broken, batch])
+    assert (recovered.skipped, recovered.consecutive) == (1, 0)
+    assert_same(before.params, recovered.params, rtol=1e-6)
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    batch = toy_batch("pair", rows=16)
+    run = dataclasses.replace(
+        make_run(dropout=0.5), schedule=config.Schedule("constant", peak=1e-12)
+    )
+    _, first = take_steps(run, [batch, batch])
+    _, second = take_steps(run, [batch, batch])
+    np.testing.assert_array_equal(losses_of(first), losses_of(second))
+    assert losses_of(first)[0] != losses_of(first)[1]
+    _, other = take_steps(
+        dataclasses.replace(run, mesh=config.Mesh(data=2, fsdp=2, tensor=2)), [batch, batch]
+    )
+    np.testing.assert_allclose(losses_of(first), losses_of(other), rtol=1e-5)
+
+
+def test_optimizer_state_is_split_as_its_weights_are():
+    run = make_run(mesh=config.Mesh(data=1, fsdp=4, tensor=2), optimizer="adafactor")
+    cfg = dataclasses.replace(run.optimizer, options={"min_dim_factored": 8})
+    sharding.use_mesh(run.mesh)
+    schedule = schedules.learning_rate(run.schedule, 10)
+    update = optimizer.make(cfg, schedule, model.axes(run.model))
+    shapes = state.shapes(model.shapes(run.model), update)
+    now = state.begin(model.initialize(run.model, jax.random.key(0)), update)
+    jax.tree.map(lambda array, shape: array.sharding == shape.sharding or 1 / 0, now, shapes)
+    moment = now.optimizer[0].moments["embedding"]
+    assert moment.rows.sharding.spec == sharding.spec("layers embed")
+    assert moment.columns.sharding.spec == sharding.spec("vocab layers")
+    assert state.size_per_device(shapes) == sum(
+        part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(now)
+    )
+
+
+def test_the_run_stops_and_says_where_the_gradient_is_not_finite():
+    batch = toy_batch("pair", rows=16)
+    run = make_run()
+    _, told = take_steps(run, [batch])
+    squares = jax.tree.map(np.array, told[0].squares)
+    squares["encoder"]["layers"]["mlp"]["up"][1] = np.nan
+    assert meter.where(squares) == "encoder.layers.mlp.up (layers 1)"
+    broken = told[0]._replace(squares=squares, consecutive=np.int32(3))
+    meter.stop_if_diverged([7], [broken], patience=4)
+    with pytest.raises(meter.Diverged, match=r"step 7.*encoder\.layers\.mlp\.up \(layers 1\)"):
+        meter.stop_if_diverged([7], [broken], patience=3)
