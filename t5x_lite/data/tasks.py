@@ -8,6 +8,7 @@ not one of ours.
 
 import difflib
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -274,16 +275,19 @@ def found_tasks(task: str | config.Files, cfg: config.Data) -> list[tuple[Task, 
         return [(from_files(task, cfg.cache_dir), 1.0)]
     if task in BUILT_IN:
         return [(built_in(task, cfg.vocabulary, cfg.cache_dir), 1.0)]
-    from t5x_lite.data import seqio_tasks
+    if importlib.util.find_spec("seqio"):
+        from t5x_lite.data import seqio_tasks
 
-    found = seqio_tasks.find(task, cfg)
+        found, registered = seqio_tasks.find(task, cfg), seqio_tasks.names()
+    else:
+        found, registered = None, []
     if found is None:
-        known = [*BUILT_IN, *seqio_tasks.names()]
+        known = [*BUILT_IN, *registered]
         near = difflib.get_close_matches(task, known, n=5, cutoff=0.4)
         listed = f"near: {', '.join(near)}" if near else f"known: {', '.join(sorted(known)[:20])}"
         raise ValueError(
             f"Data.task {task!r} is not registered ({listed}). A seqio Task or Mixture of your own "
-            "must be imported first: --import=your_module"
+            'must be imported first: --import=your_module (and needs pip install "t5x_lite[seqio]")'
         )
     return found
 
