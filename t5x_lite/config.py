@@ -27,8 +27,8 @@ class Stack(Checked):
     """One tower of layers. T5 and GPT, encoder and decoder differ only in these values.
 
     `query_scale` multiplies the queries: 1.0 is T5, whose initialisation carries 1/sqrt(head_dim);
-    others want head_dim ** -0.5. `buckets` and `max_distance` belong to relative positions,
-    `rotary_base` to rotary ones.
+    others want head_dim ** -0.5. `buckets`, `max_distance` and `bias_std` (of the bias table at the
+    start) belong to relative positions, `rotary_base` to rotary ones.
     """
 
     layers: int
@@ -42,6 +42,7 @@ class Stack(Checked):
     positions: Literal["relative", "rotary"] = "relative"
     buckets: int = 32
     max_distance: int = 128
+    bias_std: float = 0.2
     rotary_base: float = 10000.0
     query_scale: float = 1.0
 
@@ -80,6 +81,7 @@ class Model(Checked):
     prefix_lm: bool = False
     start: int = 0
     dropout: float = 0.0
+    embedding_std: float = 1.0
     activations: Literal["bfloat16", "float32"] = "bfloat16"
 
     def check(self):
@@ -266,9 +268,10 @@ class Schedule(Checked):
 class Train(Checked):
     """Length of the run and what a step does.
 
-    `batch_size` counts rows over all hosts; `microbatches` splits it in time. `remat` recomputes
-    each layer in the backward pass. `patience` is how many steps in a row may have a non-finite
-    gradient (each is skipped) before the run stops.
+    `batch_size` counts rows over all hosts; `microbatches` splits it in time. `remat` says what a
+    layer keeps for its backward pass: all, products with weights (the default: less memory, and
+    faster on CPU too) or only its input. `patience` is how many steps in a row may have a
+    non-finite gradient (each is skipped) before the run stops.
     """
 
     steps: int
@@ -276,7 +279,7 @@ class Train(Checked):
     microbatches: int = 1
     label_smoothing: float = 0.0
     z_loss: float = 0.0001
-    remat: bool = False
+    remat: Literal["none", "products", "layers"] = "products"
     patience: int = 10
     log_every: int = 10
     tensorboard: bool = True

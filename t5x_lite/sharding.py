@@ -58,9 +58,10 @@ def mesh_shape(cfg: config.Mesh, devices: int) -> tuple[int, int, int]:
     return tuple(sizes)
 
 
-def use_mesh(cfg: config.Mesh) -> jax.sharding.Mesh:
-    """Makes the mesh over all devices and sets it for everything that follows."""
-    mesh = jax.make_mesh(mesh_shape(cfg, jax.device_count()), AXES)
+def use_mesh(cfg: config.Mesh, devices: list | None = None) -> jax.sharding.Mesh:
+    """Makes the mesh over devices (all of them unless given) and sets it for what follows."""
+    devices = jax.devices() if devices is None else devices
+    mesh = jax.make_mesh(mesh_shape(cfg, len(devices)), AXES, devices=devices)
     jax.set_mesh(mesh)
     return mesh
 

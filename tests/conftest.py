@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight virtual CPU devices for every test, and a compilation cache that outlives the run."""
+"""Eight virtual CPU devices for every test, and the meshes and toy models that rooms share."""
 
 import os
 
@@ -7,3 +7,53 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite import config
+from t5x_lite.batch import Batch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Many tests compile the same toy: the second time it is read back."""
+    folder = os.environ.get("T5X_LITE_TEST_CACHE", tmp_path_factory.mktemp("xla"))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def toy_stack(**changes) -> config.Stack:
+    fields = dict(layers=2, embed=16, heads=4, head_dim=8, mlp=32) | changes
+    return config.Stack(**fields)
+
+
+def toy_model(layout: str, prefix_lm: bool = False, **changes) -> config.Model:
+    """A float32 model of 64 words in one of the three layouts."""
+    stack = toy_stack(**changes)
+    return config.Model(
+        vocab=64,
+        encoder=stack if layout != "joined" else None,
+        decoder=stack if layout != "aligned" else None,
+        prefix_lm=prefix_lm,
+        activations="float32",
+    )
+
+
+def toy_batch(layout: str, rows: int = 8, length: int = 12, seed: int = 0) -> Batch:
+    """Rows of two packed examples and some padding, drawn by seed, as numpy."""
+    draw = np.random.default_rng(seed)
+    ids = lambda: draw.integers(2, 64, (rows, length)).astype(np.int32)
+    ends = draw.integers(4, length // 2, rows), draw.integers(length // 2 + 1, length, rows)
+    place = np.arange(length)[None]
+    second = place >= ends[0][:, None]
+    used = place < ends[1][:, None]
+    segments = np.where(used, 1 + second, 0).astype(np.int32)
+    where = np.where(used, place - second * ends[0][:, None], 0).astype(np.int32)
+    targets = (ids() * used, segments, where)
+    weights = used.astype(np.float32)
+    if layout != "joined":
+        return Batch(*targets, weights, ids() * used, segments, where)
+    prefix = used & (where < 2)
+    return Batch(*targets, weights * ~prefix, prefix=prefix)

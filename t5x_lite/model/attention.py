@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from t5x_lite import config, kernels
 from t5x_lite.model import positions
 from t5x_lite.model.cache import write_rows
-from t5x_lite.model.layers import rms_norm, weight
+from t5x_lite.model.layers import project, rms_norm, weight
 from t5x_lite.sharding import spec
 
 
@@ -59,14 +59,14 @@ class Attention(nn.Module):
         return self.attended(self.queries(rms_norm(x, self.norm)), keys, values, seen, None)
 
     def queries(self, x, where=None) -> Float[Array, "b t n h"]:
-        q = jnp.einsum("btd,dnh->btnh", x, self.query) * self.stack.query_scale
+        q = project(x, self.query, "width -> heads head_dim") * self.stack.query_scale
         return self.turned(q, where)
 
     def keys_values(
         self, source: Float[Array, "b s d"], where: Int[Array, "b s"] | None = None
     ) -> tuple[Float[Array, "b k s h"], Float[Array, "b k s h"]]:
-        k = self.turned(jnp.einsum("bsd,dkh->bskh", source, self.key), where)
-        v = jnp.einsum("bsd,dkh->bskh", source, self.value)
+        k = self.turned(project(source, self.key, "width -> kv_heads head_dim"), where)
+        v = project(source, self.value, "width -> kv_heads head_dim")
         return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
     def turned(self, x, where):
@@ -85,4 +85,4 @@ class Attention(nn.Module):
             bias = jnp.reshape(bias, (rows, -1, group, *pairs), out_sharding=spec(axes))
         y = kernels.attend(q, k, v, mask, bias)
         y = jnp.reshape(y, (b, t, -1, h), out_sharding=spec("batch length heads head_dim"))
-        return jnp.einsum("btnh,nhd->btd", y, self.out, out_sharding=spec("batch length width"))
+        return project(y, self.out, "heads head_dim -> width")

@@ -58,6 +58,22 @@ def gathered(value: jax.Array, axes: str) -> jax.Array:
     return jax.reshard(value, spec(axes.replace("embed", "width")))
 
 
+def project(x: jax.Array, matrix: jax.Array, axes: str) -> jax.Array:
+    """The last axes of x [b t ...] through matrix; axes "heads head_dim -> width" name both sides.
+
+    One product of two-dimensional arrays: with the axes left apart, XLA's CPU backward pass of a
+    T5 1.1 small takes 12 % longer for the whole step.
+    """
+    inward, outward = (side.split() for side in axes.split("->"))
+    inner = math.prod(matrix.shape[: len(inward)])
+    flat = jnp.reshape(x, (-1, inner), out_sharding=spec(f"batch {inward[0]}"))
+    matrix_axes = spec(f"{inward[0]} {outward[0]}")
+    square = jnp.reshape(matrix, (inner, -1), out_sharding=matrix_axes)
+    y = jnp.einsum("ti,io->to", flat, square, out_sharding=spec(f"batch {outward[0]}"))
+    shape = (*x.shape[:2], *matrix.shape[len(inward) :])
+    return jnp.reshape(y, shape, out_sharding=spec(f"batch length {' '.join(outward)}"))
+
+
 def rms_norm(x: Float[Array, "b t d"], scale: Float[Array, " d"]) -> Float[Array, "b t d"]:
     """x over its root mean square, times scale (Zhang and Sennrich, 2019); statistics float32."""
     wide = x.astype(jnp.float32)
@@ -90,9 +106,8 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], key=None) -> Float[Array, "b t d"]:
         activation = ACTIVATIONS[self.stack.activation]
         x = rms_norm(x, weight(self, "norm", "norm"))
-        y = activation(jnp.einsum("btd,df->btf", x, weight(self, "gate", "embed -> mlp")))
+        y = activation(project(x, weight(self, "gate", "embed -> mlp"), "width -> mlp"))
         if self.stack.gated:
-            y = y * jnp.einsum("btd,df->btf", x, weight(self, "up", "embed -> mlp"))
+            y = y * project(x, weight(self, "up", "embed -> mlp"), "width -> mlp")
         y = dropout(y, self.model.dropout, key)
-        down = weight(self, "down", "mlp -> embed")
-        return jnp.einsum("btf,fd->btd", y, down, out_sharding=spec("batch length width"))
+        return project(y, weight(self, "down", "mlp -> embed"), "mlp -> width")

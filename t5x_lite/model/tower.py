@@ -71,7 +71,8 @@ class Tower(nn.Module):
     """The layers of a Stack with their shared position bias and the final norm.
 
     scan runs stacked weights (layers first) in one `lax.scan`; otherwise `layers` is a tuple of
-    trees, unrolled. remat recomputes each layer in the backward pass.
+    trees, unrolled. remat says what a layer keeps for its backward pass: everything (none), what
+    matrix products by weights gave (products), or nothing but its input (layers).
     """
 
     model: config.Model
@@ -79,7 +80,7 @@ class Tower(nn.Module):
     both_sides: bool = False
     cross: bool = False
     scan: bool = True
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def sizes(self):
@@ -94,7 +95,7 @@ class Tower(nn.Module):
         self.norm = weight(self, "norm", "norm")
         self.relative = self.stack.positions == "relative"
         if self.relative:
-            self.bias = weight(self, "bias", "buckets -> heads")
+            self.bias = weight(self, "bias", "buckets -> heads", self.stack.bias_std)
 
     def new_layers(self, key):
         """The weights of all layers, stacked, boxed with their axes."""
@@ -122,7 +123,7 @@ class Tower(nn.Module):
 
         keys = None if key is None else jax.random.split(key, self.stack.layers + 1)
         layer_keys = None if key is None else keys[:-1]
-        x, _ = self.over_layers(jax.checkpoint(through) if self.remat else through, x, layer_keys)
+        x, _ = self.over_layers(kept(through, self.remat), x, layer_keys)
         x = rms_norm(x, self.norm)
         return dropout(x, self.model.dropout, None if key is None else keys[-1])
 
@@ -160,6 +161,15 @@ class Tower(nn.Module):
         if not isinstance(given[0], Cache):
             return x, None
         return x, Cache(*(tuple(parts) for parts in zip(*given, strict=True)))
+
+
+def kept(through, remat: str):
+    """through with what its backward pass keeps; scans need no guard against merging (CSE)."""
+    if remat == "none":
+        return through
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = products if remat == "products" else None
+    return jax.checkpoint(through, prevent_cse=False, policy=policy)
 
 
 def one_layer(part, layer: int):

@@ -28,7 +28,7 @@ class Transformer(nn.Module):
 
     cfg: config.Model
     scan: bool = True
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def model(self):
@@ -41,7 +41,7 @@ class Transformer(nn.Module):
 
     def setup(self):
         cfg, how = self.cfg, {"scan": self.scan, "remat": self.remat}
-        self.embedding = weight(self, "embedding", "-> vocab embed")
+        self.embedding = weight(self, "embedding", "-> vocab embed", cfg.embedding_std)
         if not cfg.tied:
             self.head = weight(self, "head", "embed -> vocab")
         if cfg.encoder:

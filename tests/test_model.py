@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the model room: who sees whom, caches, meshes, packing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import toy_batch, toy_model, toy_stack
+
+from t5x_lite import config, model, sharding
+from t5x_lite.batch import Batch
+from t5x_lite.model import positions
+
+KINDS = [
+    ("pair", False, {"positions": "relative"}),
+    ("pair", False, {"positions": "rotary", "kv_heads": 2}),
+    ("joined", False, {"positions": "relative", "kv_heads": 1}),
+    ("joined", True, {"positions": "rotary"}),
+]
+
+
+@pytest.fixture
+def one_device():
+    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+
+
+def logits_of(cfg, params, batch):
+    apply = jax.jit(lambda params, batch: model.Transformer(cfg).apply({"params": params}, batch))
+    return np.asarray(apply(params, sharding.place_batch(batch)))
+
+
+def alone(batch: Batch, row: int, segment: int) -> Batch:
+    """One example of a packed batch, unpacked into rows of its own (the same row eight times)."""
+
+    def cut(values, segments):
+        if values is None:
+            return None
+        kept = values[row][segments[row] == segment]
+        return np.tile(kept, (8, 1))
+
+    return Batch(
+        *(cut(values, batch.target_segments) for values in batch[:4]),
+        *(cut(values, batch.input_segments) for values in batch[4:7]),
+        cut(batch.prefix, batch.target_segments),
+    )
+
+
+@pytest.mark.parametrize("layout, prefix_lm, stack", KINDS)
+def test_packed_examples_get_the_logits_they_get_alone(one_device, layout, prefix_lm, stack):
+    cfg, batch = toy_model(layout, prefix_lm, **stack), toy_batch(layout)
+    params = model.initialize(cfg, jax.random.key(0))
+    packed = logits_of(cfg, params, batch)
+    for segment in (1, 2):
+        single = alone(batch, 3, segment)
+        expected = logits_of(cfg, params, single)[0]
+        np.testing.assert_allclose(
+            packed[3][batch.target_segments[3] == segment], expected, atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("layout, prefix_lm, stack", KINDS)
+def test_a_target_changes_no_logits_before_it(one_device, layout, prefix_lm, stack):
+    cfg, batch = toy_model(layout, prefix_lm, **stack), toy_batch(layout)
+    params = model.initialize(cfg, jax.random.key(0))
+    before = logits_of(cfg, params, batch)
+    place = 3  # past the two tokens of the prefix, and in the first segment of every row
+    changed = batch.targets.copy()
+    changed[:, place] = (changed[:, place] + 1) % 64
+    after = logits_of(cfg, params, batch._replace(targets=changed))
+    np.testing.assert_array_equal(before[:, : place + 1], after[:, : place + 1])
+
+
+def test_a_prefix_is_read_in_both_directions(one_device):
+    cfg, batch = toy_model("joined", prefix_lm=True), toy_batch("joined")
+    params = model.initialize(cfg, jax.random.key(0))
+    changed = batch.targets.copy()
+    changed[:, 1] = (changed[:, 1] + 1) % 64
+    before, after = (
+        logits_of(cfg, params, batch._replace(targets=t)) for t in (batch.targets, changed)
+    )
+    assert np.all(np.abs(before - after).max(axis=-1)[:, 0] > 1e-4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("layout, prefix_lm, stack", KINDS)
+def test_cached_blocks_equal_teacher_forcing(one_device, layout, prefix_lm, stack, scan):
+    cfg = toy_model(layout, prefix_lm, **stack)
+    params = model.initialize(cfg, jax.random.key(0))
+    batch = unpacked(toy_batch(layout))
+    whole = logits_of(cfg, params, batch)
+    blocks = (5, 1, 3, 2, 1)  # the first holds the prefix
+    cached = decode_in_blocks(cfg, params, sharding.place_batch(batch), blocks, scan)
+    np.testing.assert_allclose(cached, whole, atol=1e-5)
+
+
+def unpacked(batch: Batch) -> Batch:
+    """Each row as one example; the encoder's padding stays."""
+    rows, length = batch.targets.shape
+    where = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    prefix = None if batch.prefix is None else where < 2
+    batch = batch._replace(
+        target_segments=np.ones_like(where), target_positions=where, prefix=prefix
+    )
+    if batch.inputs is None:
+        return batch
+    seen = (batch.input_segments > 0).astype(np.int32)
+    return batch._replace(input_segments=seen, input_positions=where)
+
+
+def decode_in_blocks(cfg, params, batch, blocks, scan):
+    transformer = model.Transformer(cfg, scan=scan)
+    params = params if scan else model.unstack(params)
+    rows = batch.targets.shape[0]
+
+    @jax.jit
+    def run(params, batch):
+        call = lambda *args, **more: transformer.apply({"params": params}, *args, **more)
+        crossed = seen = prefix = None
+        if cfg.layout == "pair":
+            read = batch.inputs, batch.input_segments, batch.input_positions
+            crossed, seen = call(call(*read, method="encode"), method="crossed"), read[1] > 0
+        else:
+            prefix = batch.prefix.sum(axis=1) + 1
+        tokens = jnp.pad(batch.targets[:, :-1], ((0, 0), (1, 0)), constant_values=cfg.start)
+        cache, logits, start = model.empty_cache(cfg, rows, 16, scan), [], 0
+        for width in blocks:
+            hidden, cache = call(
+                tokens[:, start : start + width],
+                jnp.full(rows, start),
+                cache,
+                crossed,
+                seen,
+                prefix=prefix,
+                method="decode",
+            )
+            logits.append(call(hidden, method="logits"))
+            start += width
+        return jnp.concatenate(logits, axis=1)
+
+    return run(params, batch)
+
+
+def test_a_tree_of_drafts_equals_its_paths(one_device):
+    cfg = toy_model("joined", positions="relative")
+    params = model.initialize(cfg, jax.random.key(0))
+    transformer = model.Transformer(cfg)
+    start = np.tile(np.array([[5, 9, 11]], np.int32), (8, 1))
+    tree = np.tile(np.array([[7, 20, 21, 30]], np.int32), (8, 1))  # 7 -> 20 -> 30 and 7 -> 21
+    depth = jnp.array([0, 1, 1, 2])
+    ancestors = jnp.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], bool)
+
+    @jax.jit
+    def hidden_of(params, tokens, depth, ancestors):
+        cache = model.empty_cache(cfg, 8, 16)
+        decode = lambda *args: transformer.apply({"params": params}, *args, method="decode")
+        _, cache = decode(start, jnp.zeros(8, jnp.int32), cache)
+        index = jnp.full(8, 3)
+        return decode(tokens, index, cache, None, None, depth, ancestors)[0]
+
+    by_tree = hidden_of(params, tree, depth, ancestors)
+    for path in ([0, 1, 3], [0, 2]):
+        chain = hidden_of(params, tree[:, path], None, None)
+        np.testing.assert_allclose(by_tree[:, np.array(path)], chain, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["pair", "joined", "aligned"])
+def test_the_mesh_changes_neither_weights_nor_loss_nor_gradients(layout):
+    cfg, batch, seen = toy_model(layout, kv_heads=2), toy_batch(layout), []
+    for mesh in (config.Mesh(8, 1, 1), config.Mesh(1, 4, 2), config.Mesh(2, 2, 2)):
+        sharding.use_mesh(mesh)
+        params = model.initialize(cfg, jax.random.key(7))
+
+        def loss(params, batch):
+            logits = model.Transformer(cfg).apply({"params": params}, batch)
+            shifted = jax.nn.log_softmax(jax.reshard(logits, sharding.spec("batch length whole")))
+            return -jnp.mean(shifted[..., 1])
+
+        value, gradients = jax.jit(jax.value_and_grad(loss))(params, sharding.place_batch(batch))
+        seen.append(jax.tree.map(np.asarray, (params, value, gradients)))
+    for params, value, gradients in seen[1:]:
+        jax.tree.map(np.testing.assert_array_equal, params, seen[0][0])
+        np.testing.assert_allclose(value, seen[0][1], rtol=1e-5)
+        close = lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()
+        )
+        jax.tree.map(close, gradients, seen[0][2])
+
+
+@pytest.mark.parametrize("both_sides", [True, False])
+def test_the_bias_along_diagonals_is_the_bucket_of_every_pair(both_sides):
+    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+    stack = toy_stack()
+    table = jax.random.normal(jax.random.key(0), (stack.buckets, stack.heads))
+    length = 200
+    fast = positions.relative_bias(table, stack, both_sides, length)
+    place = np.arange(length)
+    bucket = positions.relative_bucket(place[None, :] - place[:, None], stack, both_sides)
+    np.testing.assert_allclose(fast, np.moveaxis(np.asarray(table)[bucket], -1, 0), rtol=1e-6)
+
+
+def test_buckets_begin_at_the_published_distances():
+    stack = toy_stack()
+    firsts = lambda buckets: [int(np.argmax(buckets == b)) for b in range(buckets.max() + 1)]
+    behind = -np.arange(300)
+    both = np.asarray(positions.relative_bucket(behind, stack, True))
+    assert firsts(both)[8:] == [8, 12, 16, 23, 32, 46, 64, 91]
+    causal = np.asarray(positions.relative_bucket(behind, stack, False))
+    assert firsts(causal)[16] == 16 and firsts(causal)[31] == 113
+
+
+def test_attention_to_nothing_gives_zero_and_no_nan(one_device):
+    cfg, batch = toy_model("pair"), toy_batch("pair")
+    params = model.initialize(cfg, jax.random.key(0))
+    nothing = batch._replace(input_segments=np.zeros_like(batch.input_segments))
+    assert np.isfinite(logits_of(cfg, params, nothing)).all()
+
+
+def test_remat_and_dropout_keep_their_promises(one_device):
+    cfg = dataclasses.replace(toy_model("pair"), dropout=0.3)
+    params = model.initialize(cfg, jax.random.key(0))
+    batch = sharding.place_batch(toy_batch("pair"))
+
+    def gradient(remat, key):
+        apply = model.Transformer(cfg, remat=remat).apply
+        loss = lambda params: jnp.mean(jnp.square(apply({"params": params}, batch, key)))
+        return jax.jit(jax.grad(loss))(params)
+
+    key = jax.random.key(1)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, gradient("layers", key), gradient("none", key))
+    jax.tree.map(close, gradient("products", key), gradient("none", key))
+    with_key, without = gradient("none", key), gradient("none", None)
+    assert not np.allclose(with_key["head"], without["head"])
