@@ -183,5 +183,5 @@ def descend(x: Array, parent: Int[Array, "b k"]) -> Array:
 
 def choose_rows(where: Bool[Array, " b"], yes: Hypotheses, no: Hypotheses) -> Hypotheses:
     """yes in the rows where it holds, no in the others."""
-    widen = lambda x: jnp.reshape(where, where.shape + (1,) * (x.ndim - 1))
+    widen = lambda x: jnp.expand_dims(where, range(1, x.ndim))
     return jax.tree.map(lambda x, y: jnp.where(widen(x), x, y), yes, no)

@@ -87,11 +87,18 @@ def check(cfg: config.Model, examples: Sequence[Sequence[int]]) -> None:
         raise ValueError("An encoder alone writes no text: the model needs a decoder Stack")
     if not examples:
         raise ValueError("There is nothing to decode: the request has no rows")
-    for number, example in enumerate(examples):
-        if not len(example) and cfg.encoder is not None:
-            raise ValueError(f"Example {number} is empty: an encoder needs at least one token")
-        if len(example) and not 0 <= min(example) <= max(example) < cfg.vocab:
+    check_ids(cfg, "Example", examples, empty=cfg.encoder is None)
+
+
+def check_ids(
+    cfg: config.Model, name: str, rows: Sequence[Sequence[int]], empty: bool = False
+) -> None:
+    """Raises ValueError for ids that the model does not have, and for empty rows unless allowed."""
+    for number, row in enumerate(rows):
+        if not len(row) and not empty:
+            raise ValueError(f"{name} {number} is empty: it needs at least one token")
+        if len(row) and not 0 <= min(row) <= max(row) < cfg.vocab:
             raise ValueError(
-                f"Example {number} has ids outside of the model's vocabulary 0..{cfg.vocab - 1}: "
+                f"{name} {number} has ids outside of the model's vocabulary 0..{cfg.vocab - 1}: "
                 "was it tokenised with another vocabulary?"
             )

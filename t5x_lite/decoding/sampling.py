@@ -82,8 +82,9 @@ def heaviest(
 
 
 def ordered(values: Float[Array, "..."]) -> UInt32[Array, "..."]:
-    """Unsigned integers in the order of float32 values."""
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    """Unsigned integers in the order of float32 values; both zeros are one."""
+    values = jnp.where(values == 0, 0, values.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
 

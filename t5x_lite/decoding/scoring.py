@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from t5x_lite import config, model
 from t5x_lite.batch import Batch
 from t5x_lite.decoding import generation, loop, target
-from t5x_lite.decoding.request import bucket, check, pad
+from t5x_lite.decoding.request import bucket, check, check_ids, pad
 from t5x_lite.decoding.sampling import whole
 
 
@@ -41,7 +41,7 @@ def score(
       ValueError: lengths differ, something is empty, or ids are outside of the vocabulary.
     """
     check(cfg, inputs)
-    check(cfg, targets)
+    check_ids(cfg, "Target", targets)
     if len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: they must pair up")
     batch = teacher_forced(cfg, inputs, targets)

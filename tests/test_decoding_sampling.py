@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of sampling: who may be drawn, how often, and that wrong keys would be seen."""
+
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t5x_lite import sharding
+from t5x_lite.decoding import loop, sampling
+
+VOCABULARY, LENGTH, ROWS = 5, 3, 40_000
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1]))
+
+
+def draws(rows, temperature=1.0, top_k=0, top_p=1.0, seed=0):
+    fill = lambda value, dtype: jnp.full(rows, value, dtype)
+    return sampling.Sampling(
+        fill(temperature, jnp.float32),
+        fill(top_k, jnp.int32),
+        fill(top_p, jnp.float32),
+        fill(seed, jnp.uint32),
+        jnp.arange(rows, dtype=jnp.uint32),
+    )
+
+
+@jax.jit
+def left(logits, settings):
+    return jnp.isfinite(sampling.kept(logits, settings))
+
+
+def by_sorting(logits, top_k, top_p):
+    """Which of [v] top-k and then top-p keep, ties with the last one too."""
+    order = np.argsort(-logits, kind="stable")
+    kept = logits >= logits[order[top_k - 1]] if 0 < top_k < len(logits) else logits > -np.inf
+    if top_p >= 1:
+        return kept
+    probability = np.where(kept, np.exp((logits - logits.max()).astype(np.float64)), 0)
+    probability /= probability.sum()
+    before = np.cumsum(probability[order]) - probability[order]
+    last = order[np.flatnonzero(before < top_p)[-1]]
+    return kept & (probability >= probability[last])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=12, max_size=12),
+    st.integers(0, 14),
+    st.sampled_from([0.1, 0.3, 0.5, 0.77, 0.9, 0.99, 1.0]),
+)
+def test_top_k_and_top_p_keep_what_sorting_says(values, top_k, top_p):
+    logits = np.array(values, np.float32)
+    expected = by_sorting(logits, top_k, top_p)
+    found = np.asarray(left(jnp.array(logits)[None, None], draws(1, 1.0, top_k, top_p)))[0, 0]
+    if not np.array_equal(found, expected):
+        # Only a sum within rounding of top_p may fall on either side.
+        probability = np.exp(logits.astype(np.float64) - logits.max())
+        probability = probability * (expected | found)
+        smaller = min(probability[found].sum(), probability[expected].sum())
+        assert abs(smaller / probability.sum() - top_p) < 1e-5
+
+
+def test_infinite_logits_and_whole_distributions_pass_unchanged():
+    logits = jnp.array([[[0.0, -jnp.inf, 2.0, -1.0]]])
+    np.testing.assert_array_equal(sampling.kept(logits, draws(1)), logits)
+
+
+def table(seed=0):
+    """Log-probabilities of a next token by position and token: a model small enough to know."""
+    draw = np.random.default_rng(seed)
+    logits = 1.5 * draw.normal(size=(LENGTH + 1, VOCABULARY, VOCABULARY))
+    return jnp.array(logits, jnp.float32)
+
+
+def target(logits):
+    def forward(tokens, index, cache):
+        position = index[:, None] + jnp.arange(tokens.shape[1])
+        return logits[jnp.minimum(position, LENGTH), tokens], cache
+
+    return loop.Target(forward, lambda hidden: hidden)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Drafts that are right now and then: the same token as the root's, and the next one."""
+
+    width: int = 3
+
+    def propose(self, memory, state):
+        return (state.root[:, None] + jnp.arange(self.width - 1)) % VOCABULARY
+
+    def observe(self, memory, state, verdict):
+        return memory
+
+
+def texts(logits, settings, drafter=None, eos=-1):
+    """LENGTH tokens of ROWS rows, all after token 0."""
+    zeros = jnp.zeros(ROWS, jnp.int32)
+    state = loop.State(
+        tokens=jnp.zeros((ROWS, LENGTH + 8), jnp.int32),
+        length=zeros,
+        root=zeros,
+        done=zeros > 0,
+        log_probability=jnp.zeros(ROWS),
+        calls=jnp.int32(0),
+        cache=(),
+        memory=(),
+    )
+    rules = loop.Rules(eos, zeros + LENGTH + 1, settings)
+    run = jax.jit(lambda state: loop.run(target(logits), drafter or loop.Plain(), rules, state))
+    return run(state)
+
+
+def law(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The probability of each of the VOCABULARY ** LENGTH texts."""
+    step = np.asarray(logits, np.float64) / temperature
+    for place in np.ndindex(step.shape[:2]):
+        step[place] = np.where(by_sorting(step[place], top_k, top_p), step[place], -np.inf)
+    step = np.exp(step)
+    step /= step.sum(axis=-1, keepdims=True)
+    probability = []
+    for text in itertools.product(range(VOCABULARY), repeat=LENGTH):
+        path = zip((0, *text), text, strict=False)
+        probability.append(np.prod([step[i, a, b] for i, (a, b) in enumerate(path)]))
+    return np.array(probability)
+
+
+def p_value(tokens, probability):
+    """Pearson's test of whole texts, those expected fewer than 5 times taken together."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    number = np.asarray(tokens)[:, 1 : LENGTH + 1] @ (VOCABULARY ** np.arange(LENGTH)[::-1])
+    observed = np.bincount(number, minlength=VOCABULARY**LENGTH)
+    expected = probability * len(number)
+    common = expected >= 5
+    rest = [observed[~common].sum()], [expected[~common].sum()]
+    assert observed[probability == 0].sum() == 0
+    seen = np.concatenate([observed[common], rest[0]])
+    wanted = np.concatenate([expected[common], rest[1]])
+    filled = wanted > 0
+    return scipy_stats.chisquare(seen[filled], wanted[filled]).pvalue
+
+
+SETTINGS = [{}, {"temperature": 0.7}, {"top_k": 3}, {"temperature": 1.3, "top_p": 0.8}]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_whole_texts_are_drawn_with_their_probability(options):
+    logits = table()
+    state = texts(logits, draws(ROWS, seed=11, **options))
+    assert p_value(state.tokens, law(logits, **options)) > 1e-3
+
+
+def test_drafts_change_no_drawn_token():
+    logits, options = table(), draws(ROWS, 0.9, 4, 0.95, seed=5)
+    plain, drafted = texts(logits, options), texts(logits, options, Guess())
+    assert int(drafted.calls) <= int(plain.calls)
+    np.testing.assert_array_equal(drafted.tokens[:, : LENGTH + 1], plain.tokens[:, : LENGTH + 1])
+    np.testing.assert_allclose(drafted.log_probability, plain.log_probability, atol=1e-5)
+
+
+def test_one_noise_for_all_positions_would_be_seen(monkeypatch):
+    keyed = sampling.gumbel
+    frozen = lambda settings, positions, size: keyed(settings, 0 * positions, size)
+    monkeypatch.setattr(sampling, "gumbel", frozen)
+    state = texts(table(), draws(ROWS, seed=11))
+    assert p_value(state.tokens, law(table())) < 1e-6
+
+
+def test_log_probabilities_are_the_models_own_whatever_is_drawn():
+    logits = table()
+    state = texts(logits, draws(ROWS, 0.5, 2, 0.9))
+    own = np.asarray(jax.nn.log_softmax(logits))
+    tokens = np.asarray(state.tokens)[:50, : LENGTH + 1]
+    expected = [sum(own[i, row[i], row[i + 1]] for i in range(LENGTH)) for row in tokens]
+    np.testing.assert_allclose(state.log_probability[:50], expected, atol=1e-5)
