@@ -10,7 +10,7 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.data import mixing, objectives, randomness, rows, streams, tasks
+from t5x_lite.data import layout, mixing, objectives, randomness, rows, streams, tasks
 from t5x_lite.data.lengths import Lengths, of
 
 log = logging.getLogger(__name__)
@@ -90,12 +90,14 @@ class Batches:
     def at(self, step: int) -> Batch:
         """This host's rows [batch_size / hosts, ...] of the batch of a step."""
         first = step * self.shard.batch_size + self.shard.host * self.shard.size
-        batch = rows.empty(self.shard.size, self.lengths)
         which, ranks = self.mixture.draw(np.arange(first, first + self.shard.size))
-        for number, part in enumerate(self.parts):
-            places = np.flatnonzero(which == number)
-            if len(places):
-                part.rows.write(batch, places, ranks[places], part.key)
+        if (which == which[0]).all():
+            part = self.parts[which[0]]
+            return part.rows.batch(ranks, part.key)
+        batch = layout.empty(self.shard.size, self.lengths)
+        for number in np.unique(which):
+            places, part = np.flatnonzero(which == number), self.parts[number]
+            layout.put(batch, places, part.rows.batch(ranks[places], part.key))
         return batch
 
     def evaluation(self) -> Iterator[Batch]:
@@ -107,12 +109,12 @@ class Batches:
         edges = np.concatenate([[0], np.cumsum(sizes)])
         for start in range(0, int(edges[-1]), self.shard.batch_size):
             first = start + self.shard.host * self.shard.size
-            turns = np.arange(first, min(first + self.shard.size, int(edges[-1])))
-            batch = rows.empty(self.shard.size, self.lengths)
-            for number, part in enumerate(self.parts):
-                places = np.flatnonzero((turns >= edges[number]) & (turns < edges[number + 1]))
-                if len(places):
-                    part.rows.write(batch, places, turns[places] - edges[number], None)
+            numbers = np.arange(first, min(first + self.shard.size, int(edges[-1])))
+            which = np.searchsorted(edges, numbers, side="right") - 1
+            batch = layout.empty(self.shard.size, self.lengths)
+            for number in np.unique(which):
+                places, part = np.flatnonzero(which == number), self.parts[number]
+                layout.put(batch, places, part.rows.batch(numbers[places] - edges[number], None))
             yield batch
 
     @functools.cached_property
@@ -213,7 +215,7 @@ def open_part(cfg: config.Data, task: tasks.Task, split: str, lengths: Lengths, 
         cutter = objectives.cutter(cfg.objective, lengths, task.vocabularies[1])
         make = lambda found: rows.Windows(found, cutter)
     if cfg.stream and split == "train":
-        streamed = streams.Streamed(task, split, make)
+        streamed = streams.Streamed(task, split, lengths, make)
         return Part(task.name, streamed, key, task.counts, streamed.state, streamed.restore)
     found = tasks.tokens(task, split, cfg.cache_dir)
     return Part(

@@ -248,5 +248,6 @@ def read_feature(folder: Path, name: str, meta: dict) -> Feature:
     if path.stat().st_size != meta["tokens"] * dtype.itemsize or offsets[-1] != meta["tokens"]:
         raise ValueError(f"{path.name} has not {meta['tokens']} tokens")
     empty = meta["tokens"] == 0
-    ids = np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+    # A plain array on the mapped memory: numpy's memmap class makes every access slower.
+    ids = np.zeros(0, dtype) if empty else np.asarray(np.memmap(path, dtype, mode="r"))
     return Feature(ids, offsets, meta["eos"], meta["ends"])

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a batch, filled from tokens: whole examples side by side, or windows of running text."""
+"""The rows of a split, by number: whole examples several to a row, or windows of running text.
 
+Rows are numbered on and on over the epochs. Which examples a row holds is drawn for some thousand
+rows at a time, because a draw costs the same for one row as for many.
+"""
+
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from t5x_lite.batch import Batch
-from t5x_lite.data import packing, randomness
+from t5x_lite.data import layout, packing, randomness
 from t5x_lite.data.cache import Feature, Tokens
 from t5x_lite.data.lengths import Lengths
-from t5x_lite.data.objectives import Cutter, Ragged
+from t5x_lite.data.objectives import Cutter
 
+DRAWN = 2048
 # Which permutation or draw a key is for.
 ROW_ORDER, EXAMPLE_ORDER, SHIFT, NOISE = 1, 2, 3, 4
 
@@ -25,89 +31,20 @@ class Shares:
     truncated: dict[str, int]
 
 
-def empty(rows: int, lengths: Lengths) -> Batch:
-    """A batch of padding in the layout of the lengths."""
-    zeros = lambda length: np.zeros((rows, length), np.int32)
-    batch = Batch(
-        targets=zeros(lengths.row),
-        target_segments=zeros(lengths.row),
-        target_positions=zeros(lengths.row),
-        loss_weights=np.zeros((rows, lengths.row), np.float32),
-    )
-    if lengths.layout == "joined":
-        return batch._replace(prefix=np.zeros((rows, lengths.row), bool))
-    length = lengths.inputs if lengths.layout == "pair" else lengths.row
-    return batch._replace(
-        inputs=zeros(length), input_segments=zeros(length), input_positions=zeros(length)
-    )
+def drawn(numbers: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Row numbers, which never fall, by the draw they belong to: its number, and places in it."""
+    draws, first = np.unique(numbers // DRAWN, return_index=True)
+    pieces = np.split(numbers % DRAWN, first[1:])
+    return list(zip(draws.tolist(), pieces, strict=True))
 
 
-def take(feature: Feature, examples: np.ndarray, most: int) -> Ragged:
-    """The ids of examples, each cut to `most` tokens; a cut one keeps its end (as in T5's
-    append_eos_after_trim)."""
-    first = feature.offsets[examples]
-    whole = feature.offsets[examples + 1] - first
-    lengths = np.minimum(whole, most)
-    tokens = feature.tokens[np.repeat(first, lengths) + packing.ranges(lengths)]
-    if feature.ends:
-        cut = (np.cumsum(lengths) - 1)[whole > most]
-        tokens[cut] = feature.eos
-    return Ragged(tokens, lengths)
-
-
-def offsets_in_rows(row: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each slot begins in its row, and its number there from 0; slots are in row order."""
-    begins = np.searchsorted(row, row, side="left")
-    before = np.cumsum(lengths) - lengths
-    return before - before[begins], np.arange(len(row)) - begins
-
-
-def write_inputs(batch: Batch, row: np.ndarray, begin, segment, tokens: Ragged) -> None:
-    """Lays tokens into the encoder's rows."""
-    steps = packing.ranges(tokens.lengths)
-    place = np.repeat(row * batch.inputs.shape[1] + begin, tokens.lengths) + steps
-    batch.inputs.reshape(-1)[place] = tokens.tokens
-    batch.input_segments.reshape(-1)[place] = np.repeat(segment, tokens.lengths)
-    batch.input_positions.reshape(-1)[place] = steps
-
-
-def write_targets(batch: Batch, row, begin, segment, tokens: Ragged, position=None) -> np.ndarray:
-    """Lays tokens into the decoder's rows and returns their places in the flattened rows."""
-    steps = packing.ranges(tokens.lengths)
-    place = np.repeat(row * batch.targets.shape[1] + begin, tokens.lengths) + steps
-    batch.targets.reshape(-1)[place] = tokens.tokens
-    batch.target_segments.reshape(-1)[place] = np.repeat(segment, tokens.lengths)
-    if position is not None:
-        steps = steps + np.repeat(position, tokens.lengths)
-    batch.target_positions.reshape(-1)[place] = steps
-    return place
-
-
-def write(
-    batch: Batch,
-    row: np.ndarray,
-    inputs: Ragged | None,
-    targets: Ragged,
-    weights: np.ndarray | float = 1.0,
-) -> None:
-    """Lays examples side by side into rows of the batch, in the batch's own layout.
-
-    Slot i goes to row[i], and slots of a row come one after the other; inputs None leaves all of a
-    row to be predicted. `weights` are of the target tokens.
-    """
-    loss = batch.loss_weights.reshape(-1)
-    if batch.prefix is not None:
-        first = np.zeros_like(targets.lengths) if inputs is None else inputs.lengths
-        begin, number = offsets_in_rows(row, first + targets.lengths)
-        if inputs is not None:
-            place = write_targets(batch, row, begin, number + 1, inputs)
-            batch.prefix.reshape(-1)[place] = True
-        loss[write_targets(batch, row, begin + first, number + 1, targets, first)] = weights
-        return
-    begin, number = offsets_in_rows(row, inputs.lengths)
-    write_inputs(batch, row, begin, number + 1, inputs)
-    begin, number = offsets_in_rows(row, targets.lengths)
-    loss[write_targets(batch, row, begin, number + 1, targets)] = weights
+def shuffled(numbers: np.ndarray, rows: int, key: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Epoch and row of each number; without a key rows keep their order."""
+    epochs, places = numbers // rows, numbers % rows
+    if key is not None:
+        salt = randomness.keys(randomness.key(key, ROW_ORDER), epochs)
+        places = randomness.permute(places, rows, salt)
+    return epochs, places
 
 
 class Examples:
@@ -134,25 +71,33 @@ class Examples:
                 shape, capacity = np.stack([inputs, targets], 1), (lengths.inputs, lengths.row)
         self.plan = packing.plan(shape, capacity, pack)
         self.rows = self.plan.rows
+        self.draw = functools.lru_cache(maxsize=2)(self.draw_examples)
 
     def shares(self) -> Shares:
         return Shares(self.rows, len(self.tokens), self.sizes, self.truncated)
 
-    def write(self, batch: Batch, places: np.ndarray, turns: np.ndarray, key: int | None) -> None:
-        """Fills rows `places` of the batch with rows `turns`, counted over epochs; key None keeps
-        the order of the plan."""
-        epochs, rows = turns // self.rows, turns % self.rows
-        order = None
-        if key is not None:
-            salt = randomness.keys(randomness.key(key, ROW_ORDER), epochs)
-            rows = randomness.permute(rows, self.rows, salt)
-            order = randomness.key(key, EXAMPLE_ORDER)
-        slots = packing.find(self.plan, rows, epochs, order)
-        targets, inputs = take(self.tokens.targets, slots.example, self.most), None
+    def draw_examples(self, draw: int, key: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of a draw's rows, row after row, and where each row begins among them."""
+        epochs, rows = shuffled(np.arange(draw * DRAWN, (draw + 1) * DRAWN), self.rows, key)
+        order = None if key is None else randomness.key(key, EXAMPLE_ORDER)
+        found = packing.find(self.plan, rows, epochs, order)
+        return found.example, np.searchsorted(found.row, np.arange(DRAWN + 1))
+
+    def batch(self, numbers: np.ndarray, key: int | None) -> Batch:
+        """The rows of these numbers, which never fall; key None keeps the order of the plan."""
+        examples, counts = [], []
+        for draw, places in drawn(numbers):
+            every, first = self.draw(draw, key)
+            count = first[places + 1] - first[places]
+            examples.append(every[np.repeat(first[places], count) + packing.ranges(count)])
+            counts.append(count)
+        chosen = np.concatenate(examples)
+        targets, inputs = layout.take(self.tokens.targets, chosen, self.most), None
         if self.tokens.inputs is not None:
             most = self.lengths.inputs or self.lengths.targets
-            inputs = take(self.tokens.inputs, slots.example, most)
-        write(batch, places[slots.row], inputs, targets)
+            inputs = layout.take(self.tokens.inputs, chosen, most)
+        row = np.repeat(np.arange(len(numbers)), np.concatenate(counts))
+        return layout.build(self.lengths, len(numbers), row, (inputs, targets))
 
 
 def check_aligned(inputs: np.ndarray, targets: np.ndarray) -> None:
@@ -196,33 +141,45 @@ class Windows:
             raise ValueError("The text is too short for any window: it has fewer than 2 tokens")
         whole, rest = divmod(self.stream.size, cutter.window)
         self.rows = whole + (1 if rest >= 2 else 0)
+        self.draw = functools.lru_cache(maxsize=2)(self.draw_windows)
 
     def shares(self) -> Shares:
         """Tokens of an epoch, reckoned from its first rows: all but the last are alike."""
         rows = min(self.rows, 64)
-        batch = empty(rows, self.lengths)
-        self.write(batch, np.arange(rows), np.arange(rows), None)
+        batch = self.batch(np.arange(rows), None)
         count = lambda segments: round(int((segments > 0).sum()) * self.rows / rows)
         tokens = {"targets": count(batch.target_segments)}
         if batch.inputs is not None:
             tokens = {"inputs": count(batch.input_segments)} | tokens
         return Shares(self.rows, self.rows, tokens, {})
 
-    def write(self, batch: Batch, places: np.ndarray, turns: np.ndarray, key: int | None) -> None:
-        """Fills rows `places` of the batch with rows `turns`, counted over epochs; key None keeps
-        the order of the text, and draws the same noise every time."""
-        epochs, rows = turns // self.rows, turns % self.rows
-        shift = np.zeros_like(turns)
+    def draw_windows(self, draw: int, key: int | None) -> tuple[np.ndarray, ...]:
+        """Where the windows of a draw begin, their lengths, and the keys of their noise."""
+        epochs, rows = shuffled(np.arange(draw * DRAWN, (draw + 1) * DRAWN), self.rows, key)
+        begins = rows * self.cutter.window
+        lengths = np.minimum(self.cutter.window, self.stream.size - begins)
         if key is not None:
-            salt = randomness.keys(randomness.key(key, ROW_ORDER), epochs)
-            rows = randomness.permute(rows, self.rows, salt)
-            drawn = randomness.keys(randomness.key(key, SHIFT), epochs)
-            shift = (drawn % np.uint64(self.stream.size)).astype(np.int64)
+            shift = randomness.keys(randomness.key(key, SHIFT), epochs)
+            begins = begins + (shift % np.uint64(self.stream.size)).astype(np.int64)
         # Below 2**31 rows an epoch, (epoch, row) is one counter.
-        keys = randomness.keys(randomness.key(key or 0, NOISE), epochs << 31 | rows)
-        starts = shift + rows * self.cutter.window
-        lengths = np.minimum(self.cutter.window, self.stream.size - rows * self.cutter.window)
+        noise = randomness.keys(randomness.key(key or 0, NOISE), epochs << 31 | rows)
+        return begins, lengths, noise
+
+    def batch(self, numbers: np.ndarray, key: int | None) -> Batch:
+        """The rows of these numbers, which never fall; key None keeps the order of the text, and
+        draws the same noise every time."""
+        found = [[each[places] for each in self.draw(draw, key)] for draw, places in drawn(numbers)]
+        begins, lengths, noise = map(np.concatenate, zip(*found, strict=True))
+        if (lengths == lengths[0]).all():
+            return self.of_one_length(begins, int(lengths[0]), noise)
+        batch = layout.empty(len(numbers), self.lengths)
         for length in np.unique(lengths):
-            chosen = lengths == length
-            windows = self.stream.windows(starts[chosen], int(length))
-            write(batch, places[chosen], *self.cutter(windows, keys[chosen]))
+            here = np.flatnonzero(lengths == length)
+            layout.put(batch, here, self.of_one_length(begins[here], int(length), noise[here]))
+        return batch
+
+    def of_one_length(self, begins: np.ndarray, length: int, noise: np.ndarray) -> Batch:
+        windows = self.stream.windows(begins, length)
+        inputs, targets, weights = self.cutter(windows, noise)
+        row = np.arange(len(windows))
+        return layout.build(self.lengths, len(windows), row, (inputs, targets), weights)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_lite.batch import Batch
-from t5x_lite.data import randomness
+from t5x_lite.data import layout, randomness
 from t5x_lite.data.cache import Chunk, Feature, Tokens
+from t5x_lite.data.lengths import Lengths
 from t5x_lite.data.rows import Examples, Shares, Windows
 from t5x_lite.data.tasks import Task
 from t5x_lite.data.vocabularies import Vocabulary
@@ -43,7 +44,14 @@ class Loaded(NamedTuple):
 class Streamed:
     """Rows of one task's split, read as they are needed; the same interface as rows.Examples."""
 
-    def __init__(self, task: Task, split: str, make: Callable[[Tokens], Examples | Windows]):
+    def __init__(
+        self,
+        task: Task,
+        split: str,
+        lengths: Lengths,
+        make: Callable[[Tokens], Examples | Windows],
+    ):
+        self.lengths = lengths
         self.task, self.split, self.make = task, split, make
         self.log = [Shard(0, 0, 0, 0)]
         self.loaded: dict[int, Loaded] = {}
@@ -76,20 +84,26 @@ class Streamed:
         self.log = [Shard(*shard) for shard in state["shards"]]
         self.loaded.clear()
 
-    def write(self, batch: Batch, places: np.ndarray, turns: np.ndarray, key: int | None) -> None:
-        """Fills rows `places` of the batch with rows `turns` of the stream."""
-        if turns.min() < self.log[0].row:
+    def batch(self, numbers: np.ndarray, key: int | None) -> Batch:
+        """The rows of these numbers, which never fall."""
+        if numbers[0] < self.log[0].row:
             raise ValueError(
-                f"Row {turns.min()} of {self.task.name} was read too long ago: a stream goes "
+                f"Row {numbers[0]} of {self.task.name} was read too long ago: a stream goes "
                 "forward. Restore the state that was saved at that step"
             )
-        self.reach(int(turns.max()))
+        self.reach(int(numbers[-1]))
         begins = np.array([shard.row for shard in self.log])
-        found = np.searchsorted(begins, turns, side="right") - 1
+        found = np.searchsorted(begins, numbers, side="right") - 1
+        batch = None
         for index in np.unique(found):
-            here, shard = found == index, self.log[index]
+            here, shard = np.flatnonzero(found == index), self.log[index]
             own = None if key is None else randomness.key(key, shard.number)
-            self.load(shard).part.write(batch, places[here], turns[here] - shard.row, own)
+            part = self.load(shard).part.batch(numbers[here] - shard.row, own)
+            if len(here) == len(numbers):
+                return part
+            batch = batch or layout.empty(len(numbers), self.lengths)
+            layout.put(batch, here, part)
+        return batch
 
     def reach(self, row: int) -> None:
         """Reads on until the log holds the row."""
