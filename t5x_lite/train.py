@@ -3,6 +3,7 @@
 
 import argparse
 import importlib
+import logging
 import sys
 
 TEACHING = """\
@@ -102,6 +103,8 @@ def command(known: argparse.Namespace, found: list[str]) -> int:
     if known.dry_run:
         print(dry_run.text(run))
         return 0
+    # What goes wrong in orbax's threads reaches us as an error; its own log repeats it thrice.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         loop.train(run, profile=known.profile)
     except interrupts.Interrupted as error:

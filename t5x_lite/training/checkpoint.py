@@ -20,6 +20,7 @@ DAMAGED = ".damaged"
 # Renamed before deletion: a run killed while deleting leaves no half checkpoint under its number.
 DELETING = ".deleting"
 UNFINISHED = ".orbax-checkpoint-tmp"
+NO_SPACE = "No space left on device"
 
 
 def steps(model_dir: str | Path) -> list[int]:
@@ -99,12 +100,15 @@ class Checkpoints:
             raise CheckpointError(self.trouble(step, error)) from error
 
     def trouble(self, step, error: Exception) -> str:
-        last = f"step {max(self.notes)} is whole" if self.notes else "there is no earlier one"
+        remove_leftovers(self.folder)
+        last = f"step {max(self.notes)} is whole" if self.notes else "there is none yet"
         free = shutil.disk_usage(self.folder).free
+        cause = archive.first_line(error)
+        if NO_SPACE in str(error):
+            cause = f"{NO_SPACE} ({free / 2**20:,.0f} MiB free)"
         return (
-            f"The checkpoint of step {step} could not be written to {self.folder} "
-            f"({free / 2**20:,.0f} MiB free): {archive.first_line(error)}\n"
-            f"Of the earlier checkpoints, {last}. Make room, then start the same command again."
+            f"The checkpoint of step {step} could not be written to {self.folder}: {cause}.\n"
+            f"Of the checkpoints before, {last}. When there is room, the same command goes on."
         )
 
     def prune(self) -> None:

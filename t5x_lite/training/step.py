@@ -49,7 +49,7 @@ def make(
     divided once by their number. Dropout keys are fold_in(seed, step). A step whose gradient is
     not finite leaves weights and optimizer as they were.
     """
-    transformer = model.Transformer(run.model, remat=run.train.remat)
+    transformer = model.Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
     sums_and_gradient = jax.value_and_grad(
         lambda params, batch, key: token_sums(transformer, run.train, params, batch, key),
         has_aux=True,
