@@ -89,10 +89,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def bring(module: str) -> None:
+    """Imports a user's module; raises ValueError where it is not found."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise ValueError(f"--import={module}: there is no such module here or installed") from error
+
+
 def command(known: argparse.Namespace, found: list[str]) -> int:
     sys.path.insert(0, "")
     for module in known.modules:
-        importlib.import_module(module)
+        bring(module)
     from t5x_lite import config_file
 
     run = config_file.load(known.gin_file, found)

@@ -38,14 +38,14 @@ def text(run: config.Run) -> str:
 
 def weights(params, axes) -> list[str]:
     """One line per weight: name, axes, shape, and over which mesh axes it is split."""
-    rows = []
+    mesh, rows = jax.sharding.get_mesh().shape, []
     for name, leaf, names in zip(
         states.names(params), jax.tree.leaves(params), jax.tree.leaves(axes), strict=True
     ):
         split = [
             f"{axis} over {place}"
             for axis, place in zip(names.split(), leaf.sharding.spec, strict=False)
-            if place
+            if place and mesh[place] > 1
         ]
         rows.append(f"{name:44} {str(leaf.shape):22} {names:34} {', '.join(split) or 'whole'}")
     return rows

@@ -14,6 +14,7 @@ from t5x_lite.training import checkpoint
 
 CONFIG = "config.gin"
 VOCABULARY = "vocabulary"
+FREE_OF_TRAIN = ("steps", "log_every", "tensorboard", "patience", "remat", "unroll")
 
 
 class FolderError(ValueError):
@@ -79,12 +80,13 @@ def follow(saved: config.Run, run: config.Run) -> config.Run:
     """The saved run with the fields of `run` that may change when a run goes on.
 
     They are: the length of the run, what is logged, evaluated, decoded, saved and when, patience,
-    the mesh, and where the files are. (A longer run stretches a linear, cosine or wsd schedule.)
+    the mesh, what the backward pass recomputes, and where the files are. (A longer run stretches a
+    linear, cosine or wsd schedule; another mesh or recomputation changes roundings.)
     """
     take = lambda part, source, *names: dataclasses.replace(
         part, **{name: getattr(source, name) for name in names}
     )
-    train = take(saved.train, run.train, "steps", "log_every", "tensorboard", "patience")
+    train = take(saved.train, run.train, *FREE_OF_TRAIN)
     data = take(saved.data, run.data, "cache_dir", "eval_split")
     free = ("model_dir", "evaluate", "checkpoint", "decode", "mesh")
     return dataclasses.replace(take(saved, run, *free), train=train, data=data)

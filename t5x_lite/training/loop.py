@@ -121,10 +121,11 @@ class Training:
             self.bar.close()
 
     def one_step(self, number: int, batch, waited: float) -> None:
+        self.meter.fetched(waited)
         placed = sharding.place_batch(batch)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.step(self.state, placed)
-        self.meter.add(number, metrics, waited)
+        self.meter.add(number, metrics)
 
     def after(self, done: int) -> None:
         """What is due after `done` steps; a signal is answered here."""

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,13 +42,19 @@ class Meter:
     def __init__(self, train: config.Train, work: Work, totals: Totals):
         self.train, self.work, self.totals = train, work, totals
         self.window: list[tuple[int, Metrics]] = []
-        self.waited = 0.0
+        self.waited = self.waited_before = 0.0
         self.began = time.perf_counter()
 
-    def add(self, step: int, metrics: Metrics, waited: float) -> None:
+    def fetched(self, waited: float) -> None:
+        """Takes note of a batch that came; `waited` is the time waited for all batches so far."""
+        # A device that is still busy with the step before did not wait.
+        if not self.window or self.window[-1][1].learning_rate.is_ready():
+            self.waited += waited - self.waited_before
+        self.waited_before = waited
+
+    def add(self, step: int, metrics: Metrics) -> None:
         """Takes note of a step that was begun; keeps the host at most two steps ahead."""
         self.window.append((step, metrics))
-        self.waited += waited
         if len(self.window) > 2:
             jax.block_until_ready(self.window[-3][1].learning_rate)
 
@@ -72,9 +79,11 @@ class Meter:
           Diverged: Train.patience steps in a row were skipped.
         """
         numbers = [number for number, _ in self.window]
-        told = jax.device_get([metrics for _, metrics in self.window])
+        # Squares stay on the device: they are many, and wanted only where something went wrong.
+        told = jax.device_get([metrics._replace(squares=None) for _, metrics in self.window])
         seconds = time.perf_counter() - self.began
-        stop_if_diverged(numbers, told, self.train.patience)
+        squares = [metrics.squares for _, metrics in self.window]
+        stop_if_diverged(numbers, told, squares, self.train.patience)
         line = self.line(told, seconds)
         self.totals.seconds += seconds
         self.totals.target_tokens += line.pop("window_targets")
@@ -111,17 +120,20 @@ class Meter:
         return line
 
 
-def stop_if_diverged(numbers: list[int], told: list[Metrics], patience: int) -> None:
+def stop_if_diverged(
+    numbers: list[int], told: list[Metrics], squares: list[Any], patience: int
+) -> None:
     """Raises Diverged where `patience` steps in a row were skipped, naming weights and layers."""
-    for number, metrics in zip(numbers, told, strict=True):
+    for number, metrics, own in zip(numbers, told, squares, strict=True):
         if metrics.consecutive < patience:
             continue
         raise Diverged(
             f"The gradient was not finite in {int(metrics.consecutive)} steps in a row, the last "
             f"of them step {number} (Train.patience is {patience}). The loss was "
             f"{float(metrics.sums.loss / metrics.sums.weights):.4g}; not finite were the gradients "
-            f"of {where(metrics.squares)}. The weights are those before the first of these steps: "
-            "try a lower Schedule.peak, a longer warmup, Optimizer.clip_norm, or look at the data."
+            f"of {where(jax.device_get(own))}. The weights are those before the first of these "
+            "steps: try a lower Schedule.peak, a longer warmup, Optimizer.clip_norm, or look at "
+            "the data."
         )
 
 
