@@ -111,8 +111,7 @@ def settings(given: argparse.Namespace, session: Any, digest: str | None) -> dic
         "field": given.field,
         "text": given.text,
         "targets": given.targets,
-        "decode": dataclasses.asdict(session.decode),
-    }
+    } | {f"decode.{name}": value for name, value in dataclasses.asdict(session.decode).items()}
 
 
 def through(
@@ -163,7 +162,7 @@ def written(
     texts = [record.text for record in good]
     if given.targets:
         scores = session.score(texts, [record.fields[given.targets] for record in good])
-        found = [{"log_probability": round(score, 6)} for score in scores]
+        found = [{"log_probability": round(score, 4)} for score in scores]
     else:
         # A line's number is its own to the sampling: the draw does not depend on where one stops.
         rows = [record.number - 1 for record in good]
@@ -188,7 +187,7 @@ def plain(row: dict[str, Any]) -> str:
 
 def described(prediction: Any) -> dict[str, Any]:
     """A prediction as fields of a line; with several texts, all of them too."""
-    scores = [round(score, 6) for score in prediction.scores]
+    scores = [round(score, 4) for score in prediction.scores]
     row = {"prediction": prediction.texts[0], "score": scores[0]}
     return row if len(scores) == 1 else row | {"predictions": prediction.texts, "scores": scores}
 

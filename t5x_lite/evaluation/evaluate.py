@@ -12,7 +12,7 @@ import jax
 from t5x_lite import config, sharding
 from t5x_lite.data import open_batches, open_dataset
 from t5x_lite.evaluation import losses, metrics
-from t5x_lite.evaluation.predict import Prediction, Predictor, has_inputs
+from t5x_lite.evaluation.predict import Prediction, Predictor
 
 
 class Evaluator:
@@ -63,38 +63,43 @@ class Evaluator:
         """The metrics of decoded text, {} where there is no text to write: a decoder trained on
         running text, an encoder alone, or no metric at all."""
         names = self.run.evaluate.metrics or self.dataset.metrics
-        score = self.own_score()
         count = min(len(self.dataset), self.run.evaluate.examples)
-        if not count or not self.decodes() or not (names or score):
+        if not count or not self.decodes() or not (names or self.own()):
             return {}
         predictor = Predictor(
             self.run.model,
             params,
             self.dataset.vocabularies,
-            ended=has_inputs(self.run),
             batch_size=self.run.evaluate.batch_size,
         )
-        examples = range(count)
-        texts = [self.dataset.inputs_text(i) for i in examples]
-        references = [self.dataset.references(i) for i in examples]
-        found = predictor.predict(texts, self.run.decode, told=told)
+        ids, cut = self.inputs(count)
+        found = predictor.continued(ids, self.run.decode, told=told)
         written = [each.texts[0] for each in found]
+        references = [self.dataset.references(i) for i in range(count)]
         numbers = metrics.measure(names, written, references) if names else {}
-        if score:
-            numbers |= score(written, [self.dataset.targets_text(i) for i in examples])
+        if self.own():
+            numbers |= self.dataset.score(written)
+        texts = [self.dataset.inputs_text(i) for i in range(count)]
         self.kept = self.keep(step, records(texts, found, references))
-        return numbers | {"examples": float(count)}
+        counts = {"examples": count, "truncated_inputs": cut}
+        return numbers | {name: float(size) for name, size in counts.items() if size}
+
+    def inputs(self, count: int) -> tuple[list[list[int]], int]:
+        """The first examples' input ids, cut as in training, and how many had to be cut."""
+        most = self.run.data.lengths.get("inputs", 0)
+        rows = [self.dataset.ids(i)[0].tolist() for i in range(count)]
+        vocabulary = self.dataset.vocabularies[0]
+        end = [vocabulary.eos] if vocabulary.ends else []
+        fitting = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in rows]
+        return fitting, sum(len(row) > most for row in rows)
 
     def decodes(self) -> bool:
         """Whether the split has inputs that a text can be written for."""
-        plain = self.run.data.objective is None
-        return self.run.model.decoder is not None and plain and self.dataset.has_inputs
+        return self.run.model.decoder is not None and self.dataset.has_inputs
 
-    def own_score(self) -> Callable[[list[str], list], dict[str, float]] | None:
-        """The metric functions that the user's seqio task brings, unless metrics are named."""
-        if self.run.evaluate.metrics:
-            return None
-        return self.dataset.tasks[0].score
+    def own(self) -> bool:
+        """Whether no metric is named and the user's seqio task has metric functions of its own."""
+        return not self.run.evaluate.metrics and any(task.score for task in self.dataset.tasks)
 
     def keep(self, step: int, rows: list[dict]) -> Path | None:
         """Writes predictions/<split>-<step>.jsonl; one process does."""
@@ -119,7 +124,7 @@ def records(
             "input": text,
             "prediction": prediction.texts[0],
             "references": list(acceptable),
-            "score": round(prediction.scores[0], 6),
+            "score": round(prediction.scores[0], 4),
         }
         if len(prediction.texts) > 1:
             row["others"] = prediction.texts[1:]

@@ -67,8 +67,9 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
 def mesh(text: str) -> config.Mesh:
     """The mesh that "data,fsdp,tensor" names."""
     try:
-        return config.Mesh(*map(int, text.split(",")))
-    except (TypeError, ValueError) as error:
+        data, fsdp, tensor = map(int, text.split(","))
+        return config.Mesh(data, fsdp, tensor)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not three numbers data,fsdp,tensor ({error})"
         ) from error

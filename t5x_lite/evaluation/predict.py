@@ -53,13 +53,23 @@ class Predictor:
         rows: Sequence[int] | None = None,
         told: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        """One Prediction for each text.
+        """One Prediction for each text: `continued` from its ids."""
+        return self.continued(self.read(texts), decode, rows=rows, told=told)
 
-        rows numbers the texts for sampling (0, 1, ... otherwise): with the same number and seed a
-        text is drawn the same in any company. told(count) hears after each batch how many are done.
+    def continued(
+        self,
+        ids: Sequence[Sequence[int]],
+        decode: config.Decode,
+        *,
+        rows: Sequence[int] | None = None,
+        told: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """One Prediction for each input, given as ids with their end.
+
+        rows numbers the inputs for sampling (0, 1, ... otherwise): with the same number and seed
+        a text is drawn the same in any company. told(count) hears how many are done so far.
         """
-        rows = range(len(texts)) if rows is None else rows
-        ids = self.read(texts)
+        rows = range(len(ids)) if rows is None else rows
         found: dict[int, Prediction] = {}
         for places in self.batches(ids):
             request = decoding.request(
@@ -75,7 +85,7 @@ class Predictor:
                 found[place] = self.prediction(result, row)
             if told:
                 told(len(found))
-        return [found[place] for place in range(len(texts))]
+        return [found[place] for place in range(len(ids))]
 
     def score(
         self, inputs: Sequence[str], targets: Sequence[str]
@@ -133,12 +143,13 @@ class Predictor:
 
 def has_inputs(run: config.Run) -> bool:
     """Whether the run's examples have a source that ends, rather than text to be continued."""
-    if run.model.layout != "joined":
+    task = run.data.task
+    while isinstance(task, config.Mixture):
+        task = task.tasks[0]
+    if run.model.layout != "joined" or run.data.objective is not None:
         return True
-    if run.data.objective is not None:
-        return isinstance(run.data.objective, config.SpanCorruption)
-    if isinstance(run.data.task, config.Files):
-        return run.data.task.inputs is not None
-    if run.data.task in tasks.BUILT_IN:
-        return tasks.BUILT_IN[run.data.task].has_inputs
+    if isinstance(task, config.Files):
+        return task.inputs is not None
+    if task in tasks.BUILT_IN:
+        return tasks.BUILT_IN[task].has_inputs
     return "inputs" in run.data.lengths

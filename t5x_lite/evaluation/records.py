@@ -111,8 +111,7 @@ class Sink:
             raise ValueError(f"{self.path} exists, and a stream cannot be continued: {remedy}")
         if not self.beside.exists():
             raise ValueError(f"{self.path} exists, but {self.beside} does not: {remedy}")
-        there = json.loads(self.beside.read_text(encoding="utf-8"))
-        here = json.loads(json.dumps(self.settings))
+        there, here = json.loads(self.beside.read_text(encoding="utf-8")), self.settings
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
                 raise ValueError(
