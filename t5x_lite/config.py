@@ -270,8 +270,9 @@ class Train(Checked):
 
     `batch_size` counts rows over all hosts; `microbatches` splits it in time. `remat` says what a
     layer keeps for its backward pass: all, products with weights (the default: less memory, and
-    faster on CPU too) or only its input. `patience` is how many steps in a row may have a
-    non-finite gradient (each is skipped) before the run stops.
+    faster on CPU too) or only its input. `unroll` is how many layers one turn of the scan over
+    layers takes: narrow models train 1.5 times faster on CPU unrolled. `patience` is how many
+    steps in a row may have a non-finite gradient (each is skipped) before the run stops.
     """
 
     steps: int
@@ -280,12 +281,13 @@ class Train(Checked):
     label_smoothing: float = 0.0
     z_loss: float = 0.0001
     remat: Literal["none", "products", "layers"] = "products"
+    unroll: int = 1
     patience: int = 10
     log_every: int = 10
     tensorboard: bool = True
 
     def check(self):
-        for name in ("steps", "batch_size", "microbatches", "patience", "log_every"):
+        for name in ("steps", "batch_size", "microbatches", "unroll", "patience", "log_every"):
             require(getattr(self, name) >= 1, f"Train.{name} must be at least 1")
         require(
             self.batch_size % self.microbatches == 0,

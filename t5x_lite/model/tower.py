@@ -72,7 +72,8 @@ class Tower(nn.Module):
 
     scan runs stacked weights (layers first) in one `lax.scan`; otherwise `layers` is a tuple of
     trees, unrolled. remat says what a layer keeps for its backward pass: everything (none), what
-    matrix products by weights gave (products), or nothing but its input (layers).
+    matrix products by weights gave (products), or nothing but its input (layers); unroll how many
+    layers one turn of the scan takes.
     """
 
     model: config.Model
@@ -81,6 +82,7 @@ class Tower(nn.Module):
     cross: bool = False
     scan: bool = True
     remat: str = "none"
+    unroll: int = 1
 
     @property
     def sizes(self):
@@ -153,7 +155,7 @@ class Tower(nn.Module):
     def over_layers(self, through, x, *per_layer):
         """x carried through the layers, and what each gave back, stacked as the weights are."""
         if self.scan:
-            return jax.lax.scan(through, x, (self.layers, *per_layer))
+            return jax.lax.scan(through, x, (self.layers, *per_layer), unroll=self.unroll)
         given = []
         for layer, weights in enumerate(self.layers):
             x, gives = through(x, (weights, *(one_layer(part, layer) for part in per_layer)))

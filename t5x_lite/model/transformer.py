@@ -29,6 +29,7 @@ class Transformer(nn.Module):
     cfg: config.Model
     scan: bool = True
     remat: str = "none"
+    unroll: int = 1
 
     @property
     def model(self):
@@ -40,7 +41,8 @@ class Transformer(nn.Module):
         return {"vocab": self.cfg.vocab, "embed": stack.embed}
 
     def setup(self):
-        cfg, how = self.cfg, {"scan": self.scan, "remat": self.remat}
+        cfg = self.cfg
+        how = {"scan": self.scan, "remat": self.remat, "unroll": self.unroll}
         self.embedding = weight(self, "embedding", "-> vocab embed", cfg.embedding_std)
         if not cfg.tied:
             self.head = weight(self, "head", "embed -> vocab")

@@ -43,7 +43,7 @@ class Metrics(NamedTuple):
 def make(
     run: config.Run, optimizer: optax.GradientTransformation, schedule: optax.Schedule, axes: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; it takes over (donates) the state it is given.
+    """The jitted step; on an accelerator it takes over (donates) the state it is given.
 
     Its gradient is that of the loss summed over all target tokens of all microbatches and hosts,
     divided once by their number. Dropout keys are fold_in(seed, step). A step whose gradient is
@@ -68,7 +68,8 @@ def make(
         told = (rate, norm, ~jnp.isfinite(norm), state.consecutive, squares)
         return state, Metrics(sums, *told)
 
-    return jax.jit(step, donate_argnums=0)
+    # XLA's CPU backend copies what is donated: 63 against 50 ms for a step of 1.4M weights.
+    return jax.jit(step, donate_argnums=() if jax.default_backend() == "cpu" else 0)
 
 
 def token_sums(transformer, cfg: config.Train, params, batch: Batch, key):
