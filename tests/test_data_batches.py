@@ -257,6 +257,29 @@ def test_causal_lm_predicts_the_text_with_its_ends(folder):
     assert batch.loss_weights.all() and not batch.prefix.any()
 
 
+def test_an_encoder_alone_learns_tags_or_what_was_hidden(folder, tmp_path):
+    with open(tmp_path / "tags.jsonl", "w") as lines:
+        for word in ("abc", "de", "fghij", "k"):
+            lines.write(json.dumps({"in": word, "out": word.upper()}) + "\n")
+    files = config.Files("tags", str(tmp_path / "tags.jsonl"), BYTES, inputs="in", targets="out")
+    cfg = config.Data(files, {"targets": 12}, cache_dir=str(tmp_path / "cache"))
+    batch = next(data.open_batches(cfg, "aligned", 4, seed=0).evaluation())
+    letters = (batch.inputs > 3) & (batch.inputs < 259)
+    np.testing.assert_array_equal(batch.targets[letters], batch.inputs[letters] - 32)
+    np.testing.assert_array_equal(batch.input_segments, batch.target_segments)
+    masked = data.open_batches(text(folder, config.SpanCorruption()), "aligned", 4, seed=0).at(0)
+    changed = masked.inputs != masked.targets
+    np.testing.assert_array_equal(changed, masked.loss_weights == 1)
+
+
+def test_empty_texts_are_examples_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"in": "", "out": ""}\n{"in": "a", "out": "b"}\n')
+    files = config.Files("e", str(tmp_path / "a.jsonl"), BYTES, inputs="in", targets="out")
+    cfg = config.Data(files, {"inputs": 8, "targets": 8}, cache_dir=str(tmp_path / "cache"))
+    batch = next(data.open_batches(cfg, "pair", 2, seed=0).evaluation())
+    assert Counter(examples(batch)) == truth(cfg)
+
+
 def test_a_mixture_draws_examples_at_its_rates(folder):
     first = pairs(folder).task
     # Twice as long, so fewer fit a row: rates are of examples all the same.
@@ -367,6 +390,11 @@ def test_what_does_not_suit_the_layout_is_refused_with_the_remedy(folder):
         data.open_batches(pairs(folder, lengths={"targets": 9}), "joined", 4, seed=0)
     with pytest.raises(ValueError, match="predicts one target for each input"):
         data.open_batches(pairs(folder), "aligned", 4, seed=0)
+    with pytest.raises(ValueError, match="None of 157 examples of toy fits Data.lengths"):
+        data.open_batches(pairs(folder, lengths={"inputs": 2, "targets": 2}), "pair", 4, seed=0)
+    twice = config.Mixture((pairs(folder).task,) * 2, (1.0, 1.0))
+    with pytest.raises(ValueError, match="names a task twice"):
+        data.open_batches(config.Data(twice, {"inputs": 9, "targets": 9}), "pair", 4, seed=0)
     with pytest.raises(ValueError, match=r"batch_size \(5\) must be a multiple of the hosts \(2\)"):
         data.open_batches(pairs(folder), "pair", 5, seed=0, hosts=2)
     with pytest.raises(ValueError, match="no split 'test'; there are: train, validation"):

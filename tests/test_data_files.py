@@ -105,7 +105,7 @@ def test_a_broken_line_stops_with_its_number_or_is_counted(line, tmp_path):
     assert "a.jsonl" in str(caught.value) and 'Files.broken = "skip"' in str(caught.value)
     counts = {}
     assert len(read(described(path, broken="skip"), counts=counts)) == 2
-    assert counts == {"broken_lines": 1}
+    assert counts == {"broken lines left out": 1}
 
 
 def test_a_line_that_is_not_utf8_is_a_broken_line(tmp_path):
@@ -128,8 +128,8 @@ def test_skipped_lines_are_told_and_counted_again_from_the_cache(tmp_path):
     cfg = opened(described(path, broken="skip"), tmp_path)
     for _ in range(2):
         statistics = data.open_batches(cfg, "pair", 1, 0).statistics
-        assert statistics.counts == {"broken_lines": 1}
-        assert "1 broken_lines" in str(statistics)
+        assert statistics.counts == {"broken lines left out": 1}
+        assert "1 broken lines left out" in str(statistics)
 
 
 def test_a_missing_file_names_the_binding(tmp_path):

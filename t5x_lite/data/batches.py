@@ -185,12 +185,23 @@ def open_batches(
         check_inputs(cfg, task, lengths)
         part = open_part(cfg, task, split, lengths, randomness.key(seed, "part", task.name))
         share = part.rows.shares()
+        if not share.whole:
+            raise ValueError(
+                f"None of {share.examples} examples of {task.name} fits Data.lengths "
+                f"{cfg.lengths} whole: raise the lengths, or cut running text up by Data.objective"
+            )
         parts.append(part)
         # Rates are of examples, but what is drawn are rows.
         rates.append(rate * share.rows / share.examples)
     mixture = mixing.Mixture(rates, randomness.key(seed, "mixture"))
     batches = Batches(parts, mixture, lengths, shard)
-    log.info("%s, %s: %s", "+".join(part.name for part in parts), split, batches.statistics)
+    found = batches.statistics
+    level = (
+        logging.WARNING
+        if any([*found.truncated.values(), *found.counts.values()])
+        else logging.INFO
+    )
+    log.log(level, "%s, %s: %s", "+".join(part.name for part in parts), split, found)
     return batches
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from t5x_lite.data.corpora import Row
 
-FORMAT = 1
+FORMAT = 2  # raised when the same source gives other ids or another order
 
 
 class Chunk(NamedTuple):
@@ -58,6 +58,7 @@ class Feature:
 class Tokens:
     """A split in tokens. `rows` gives the text of example i where it was kept."""
 
+    name: str
     inputs: Feature | None
     targets: Feature
     digest: str
@@ -165,7 +166,7 @@ def tokens(cache_dir: str, entry: Entry) -> Tokens:
     folder = root / f"{entry.name.replace('/', '_')}-{key}"
     if not folder.exists():
         make(root, folder, entry)
-    return read(folder)
+    return read(folder, entry.name)
 
 
 def make(root: Path, folder: Path, entry: Entry) -> None:
@@ -218,12 +219,12 @@ def fill(folder: Path, entry: Entry) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def read(folder: Path) -> Tokens:
+def read(folder: Path, name: str) -> Tokens:
     """The tokens of a finished folder, mapped into memory."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         features = {
-            name: read_feature(folder, name, feature) for name, feature in meta["features"].items()
+            side: read_feature(folder, side, feature) for side, feature in meta["features"].items()
         }
         offsets = folder / "rows_offsets.npy"
         rows = Rows(folder / "rows.jsonl", np.load(offsets)) if offsets.exists() else None
@@ -234,6 +235,7 @@ def read(folder: Path) -> Tokens:
         ) from error
     digests = "".join(feature["digest"] for feature in meta["features"].values())
     return Tokens(
+        name=name,
         inputs=features.get("inputs"),
         targets=features["targets"],
         digest=hashlib.sha256(digests.encode()).hexdigest()[:20],

@@ -61,10 +61,16 @@ def pronunciations(stress: bool) -> dict[str, list[str]]:
 
 
 def cmudict_rows(split: str, stress: bool) -> Iterator[Row]:
-    """Words with phonemes: for training one row per pronunciation, else one per word with all."""
-    for word, spoken in pronunciations(stress).items():
-        if split_of(word) != split:
-            continue
+    """Words with phonemes: for training one row per pronunciation, else one per word with all.
+
+    Held-out words come in the order of their hash, so that the first hundred are of all letters.
+    """
+    words = pronunciations(stress)
+    chosen = [word for word in words if split_of(word) == split]
+    if split != "train":
+        chosen.sort(key=lambda word: hashlib.sha256(word.encode()).digest())
+    for word in chosen:
+        spoken = words[word]
         if split == "train":
             yield from (Row(word, text, (text,)) for text in spoken)
         else:

@@ -13,6 +13,7 @@ from typing import BinaryIO
 from t5x_lite import config
 from t5x_lite.data.corpora import Row
 
+LEFT_OUT = "broken lines left out"
 ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -68,7 +69,7 @@ def rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator[Row]
     """The examples of a split, file after file.
 
     A line that cannot be read raises ValueError with its file and number, or, if `broken` is
-    "skip", is counted under "broken_lines".
+    "skip", is left out and counted.
     """
     for path in paths(cfg, split):
         read = READERS[format_of(cfg, path)]
@@ -80,7 +81,7 @@ def rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator[Row]
             if row is not None:
                 yield row
             elif cfg.broken == "skip":
-                counts["broken_lines"] = counts.get("broken_lines", 0) + 1
+                counts[LEFT_OUT] = counts.get(LEFT_OUT, 0) + 1
             else:
                 raise ValueError(
                     f'{path}, {place}: {trouble}. Mend it, or set Files.broken = "skip" to leave '

@@ -117,7 +117,7 @@ class Bins:
         """
         room = self.capacity if source is None else self.room[source].copy()
         pattern = -1 if source is None else int(self.pattern[source])
-        each = int((room // np.maximum(lengths, 1))[lengths > 0].min())
+        each = int((room // lengths).min())
         rows = -(-count // each) if source is None else int(self.rows[source])
         full = min(count // each, rows)
         rest = count - full * each if full < rows else 0
@@ -171,6 +171,7 @@ def plan(lengths: np.ndarray, capacity: tuple[int, ...], pack: bool) -> Plan:
     limits = np.array(capacity, np.int64)
     if not pack:
         return alone(len(lengths))
+    lengths = np.maximum(lengths, 1)  # an empty example still needs a place
     shapes, class_of = classes(lengths, limits)
     counts = np.bincount(class_of, minlength=len(shapes))
     bins = best_fit(shapes, counts, limits)

@@ -23,10 +23,14 @@ ROW_ORDER, EXAMPLE_ORDER, SHIFT, NOISE = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class Shares:
-    """What an epoch of rows holds, before padding; `truncated` counts examples by feature."""
+    """What an epoch of rows holds, before padding.
+
+    `truncated` counts examples by feature, `whole` those that lost nothing.
+    """
 
     rows: int
     examples: int
+    whole: int
     tokens: dict[str, int]
     truncated: dict[str, int]
 
@@ -52,29 +56,23 @@ class Examples:
 
     def __init__(self, tokens: Tokens, lengths: Lengths, pack: bool):
         self.tokens, self.lengths = tokens, lengths
-        self.most = lengths.targets if tokens.inputs is not None else lengths.row
-        full = tokens.targets.lengths
-        targets = np.minimum(full, self.most)
-        self.truncated = {"targets": int((full > targets).sum())}
-        self.sizes = {"targets": int(targets.sum())}
-        shape, capacity = targets[:, None], (lengths.row,)
+        self.sides = {"targets": (tokens.targets, lengths.row)}
         if tokens.inputs is not None:
-            full = tokens.inputs.lengths
-            inputs = np.minimum(full, lengths.inputs or lengths.targets)
-            self.truncated = {"inputs": int((full > inputs).sum())} | self.truncated
-            self.sizes = {"inputs": int(inputs.sum())} | self.sizes
-            if lengths.layout == "aligned":
-                check_aligned(inputs, targets)
-            elif lengths.layout == "joined":
-                shape = (inputs + targets)[:, None]
-            else:
-                shape, capacity = np.stack([inputs, targets], 1), (lengths.inputs, lengths.row)
-        self.plan = packing.plan(shape, capacity, pack)
+            inputs = lengths.inputs or lengths.targets
+            self.sides = {
+                "inputs": (tokens.inputs, inputs),
+                "targets": (tokens.targets, lengths.targets),
+            }
+        cut = {
+            name: np.minimum(feature.lengths, most) for name, (feature, most) in self.sides.items()
+        }
+        self.plan = packing.plan(*shapes(cut, lengths), pack)
         self.rows = self.plan.rows
+        self.counts = shares_of(self.rows, self.sides, cut)
         self.draw = functools.lru_cache(maxsize=2)(self.draw_examples)
 
     def shares(self) -> Shares:
-        return Shares(self.rows, len(self.tokens), self.sizes, self.truncated)
+        return self.counts
 
     def draw_examples(self, draw: int, key: int | None) -> tuple[np.ndarray, np.ndarray]:
         """The examples of a draw's rows, row after row, and where each row begins among them."""
@@ -92,12 +90,37 @@ class Examples:
             examples.append(every[np.repeat(first[places], count) + packing.ranges(count)])
             counts.append(count)
         chosen = np.concatenate(examples)
-        targets, inputs = layout.take(self.tokens.targets, chosen, self.most), None
-        if self.tokens.inputs is not None:
-            most = self.lengths.inputs or self.lengths.targets
-            inputs = layout.take(self.tokens.inputs, chosen, most)
+        taken = {
+            name: layout.take(feature, chosen, most) for name, (feature, most) in self.sides.items()
+        }
         row = np.repeat(np.arange(len(numbers)), np.concatenate(counts))
-        return layout.build(self.lengths, len(numbers), row, (inputs, targets))
+        pair = taken.get("inputs"), taken["targets"]
+        return layout.build(self.lengths, len(numbers), row, pair)
+
+
+def shapes(cut: dict[str, np.ndarray], lengths: Lengths) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The room that examples need in a row [n d], and the room there is [d]."""
+    if "inputs" not in cut:
+        return cut["targets"][:, None], (lengths.row,)
+    if lengths.layout == "pair":
+        return np.stack([cut["inputs"], cut["targets"]], 1), (lengths.inputs, lengths.row)
+    if lengths.layout == "joined":
+        return (cut["inputs"] + cut["targets"])[:, None], (lengths.row,)
+    check_aligned(cut["inputs"], cut["targets"])
+    return cut["targets"][:, None], (lengths.row,)
+
+
+def shares_of(rows: int, sides: dict, cut: dict[str, np.ndarray]) -> Shares:
+    """What rows of examples hold whose sides are cut to these lengths."""
+    lost = {name: feature.lengths > cut[name] for name, (feature, _) in sides.items()}
+    examples = len(cut["targets"])
+    return Shares(
+        rows=rows,
+        examples=examples,
+        whole=examples - int(np.any(list(lost.values()), axis=0).sum()),
+        tokens={name: int(length.sum()) for name, length in cut.items()},
+        truncated={name: int(flags.sum()) for name, flags in lost.items()},
+    )
 
 
 def check_aligned(inputs: np.ndarray, targets: np.ndarray) -> None:
@@ -138,7 +161,9 @@ class Windows:
         self.cutter, self.lengths = cutter, cutter.lengths
         self.stream = Stream(tokens.targets, keep_ends=cutter.runs_on)
         if self.stream.size < 2:
-            raise ValueError("The text is too short for any window: it has fewer than 2 tokens")
+            raise ValueError(
+                f"{tokens.name} is too short for any window: it has fewer than 2 tokens"
+            )
         whole, rest = divmod(self.stream.size, cutter.window)
         self.rows = whole + (1 if rest >= 2 else 0)
         self.draw = functools.lru_cache(maxsize=2)(self.draw_windows)
@@ -151,7 +176,7 @@ class Windows:
         tokens = {"targets": count(batch.target_segments)}
         if batch.inputs is not None:
             tokens = {"inputs": count(batch.input_segments)} | tokens
-        return Shares(self.rows, self.rows, tokens, {})
+        return Shares(self.rows, self.rows, self.rows, tokens, {})
 
     def draw_windows(self, draw: int, key: int | None) -> tuple[np.ndarray, ...]:
         """Where the windows of a draw begin, their lengths, and the keys of their noise."""

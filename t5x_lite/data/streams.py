@@ -140,16 +140,17 @@ class Streamed:
             self.place = None
         if not taken:
             raise ValueError(f"{self.task.name} has no example in {self.split}")
-        return in_memory(taken, self.task), self.place or (epoch + 1, 0)
+        return in_memory(taken, self.task, self.split), self.place or (epoch + 1, 0)
 
 
-def in_memory(chunks: list[Chunk], task: Task) -> Tokens:
+def in_memory(chunks: list[Chunk], task: Task, split: str) -> Tokens:
     """Chunks as the tokens of one split."""
     inputs = None
     if chunks[0].inputs is not None:
         inputs = feature([ids for chunk in chunks for ids in chunk.inputs], task.vocabularies[0])
     targets = feature([ids for chunk in chunks for ids in chunk.targets], task.vocabularies[1])
-    return Tokens(inputs, targets, digest="", rows=None, counts=task.counts)
+    name = f"{task.name}-{split}"
+    return Tokens(name, inputs, targets, digest="", rows=None, counts=task.counts)
 
 
 def feature(examples: list[np.ndarray], vocabulary: Vocabulary) -> Feature:

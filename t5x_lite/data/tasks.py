@@ -254,6 +254,9 @@ def resolve(cfg: config.Data) -> list[tuple[Task, float]]:
         found = found_tasks(each, cfg)
         total = sum(inner for _, inner in found)
         parts += [(task, rate * inner / total) for task, inner in found]
+    if len({task.name for task, _ in parts}) < len(parts):
+        names = ", ".join(task.name for task, _ in parts)
+        raise ValueError(f"Mixture.tasks names a task twice: {names}. Add up its rates instead")
     marks = {
         task.name: [vocabularies.fingerprint(each) for each in task.vocabularies]
         for task, _ in parts

@@ -158,7 +158,8 @@ class SentencePiece:
 
     def decode(self, ids: Sequence[int]) -> str:
         tokens = until_end(ids, self.eos, self.pad)
-        return self.processor.decode([token if token < self.size else 2 for token in tokens])
+        unknown = self.processor.unk_id()
+        return self.processor.decode([token if token < self.size else unknown for token in tokens])
 
     def description(self) -> dict:
         return {"kind": "sentencepiece", "extra_ids": self.extra_ids, "ends": self.ends}
