@@ -6,6 +6,7 @@
     g2p = interactive.load("runs/g2p")
     g2p.generate("photograph")                              # 'F OW T AH G R AE F'
     g2p.generate(["cat", "hats"], beams=4, n_best=2)        # two texts for each
+    g2p.generate(5 * ["cat"], temperature=1.0, seed=7)      # five draws, the same for a seed
     g2p.score("cat", "K AE T")                              # log-probability, in nats
 
 Importing this module imports neither JAX nor TensorFlow; loading a run never imports TensorFlow.
