@@ -8,6 +8,7 @@ and it is the same on every host, because each reads the whole source and takes 
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +54,14 @@ class Streamed:
     ):
         self.lengths = lengths
         self.task, self.split, self.make = task, split, make
+        self.source = task.source(split)
         self.log = [Shard(0, 0, 0, 0)]
         self.loaded: dict[int, Loaded] = {}
+        self.ahead: dict[int, Future] = {}  # the shard after the last one, being read meanwhile
+        self.reader = ThreadPoolExecutor(max_workers=1)
         self.chunks: Iterator[Chunk] = iter(())
-        self.place: tuple[int, int] | None = None  # epoch and example that `chunks` gives next
+        self.held: list[Chunk] = []  # taken from `chunks`, but of the next shard
+        self.place: tuple[int, int] | None = None  # epoch and example that come next
         self.first = self.load(self.log[0]).part.shares()
 
     def shares(self) -> Shares:
@@ -65,17 +70,14 @@ class Streamed:
 
     def state(self) -> dict:
         """The places of the last shards read."""
-        return {
-            "source": self.task.source(self.split),
-            "shards": [list(shard) for shard in self.log],
-        }
+        return {"source": self.source, "shards": [list(shard) for shard in self.log]}
 
     def restore(self, state: dict) -> None:
         """Goes on from a state.
 
         Raises ValueError if the source is no longer what it was.
         """
-        if state["source"] != self.task.source(self.split):
+        if state["source"] != self.source:
             raise ValueError(
                 f"The source of {self.task.name} has changed since the checkpoint was written "
                 "(its files by name, size or time of change): put it back as it was, or begin in "
@@ -83,6 +85,7 @@ class Streamed:
             )
         self.log = [Shard(*shard) for shard in state["shards"]]
         self.loaded.clear()
+        self.ahead.clear()
 
     def batch(self, numbers: np.ndarray, key: int | None) -> Batch:
         """The rows of these numbers, which never fall."""
@@ -114,33 +117,33 @@ class Streamed:
             self.log = [*self.log[1 - REMEMBERED :], following]
 
     def load(self, shard: Shard) -> Loaded:
-        """The rows of a shard; the last two read are kept."""
+        """The rows of a shard; the last two are kept, and the next is begun."""
         if shard.number not in self.loaded:
-            tokens, after = self.read(shard.epoch, shard.example)
-            self.loaded[shard.number] = Loaded(self.make(tokens), after)
+            found = self.ahead.pop(shard.number, None)
+            found = found or self.reader.submit(self.read, shard.epoch, shard.example)
+            self.loaded[shard.number] = loaded = found.result()
+            self.ahead = {shard.number + 1: self.reader.submit(self.read, *loaded.after)}
             while len(self.loaded) > 2:
                 del self.loaded[next(iter(self.loaded))]
         return self.loaded[shard.number]
 
-    def read(self, epoch: int, example: int) -> tuple[Tokens, tuple[int, int]]:
-        """The examples from here on, as many as a shard takes, and where the next ones begin."""
+    def read(self, epoch: int, example: int) -> Loaded:
+        """The examples from here on, as many as a shard takes. Runs in the reader's thread."""
         if self.place != (epoch, example):
-            self.chunks = self.task.read(self.split, begin=example, epoch=epoch)
-        taken: list[Chunk] = []
-        count = size = 0
-        for chunk in self.chunks:
+            self.chunks, self.held = self.task.read(self.split, begin=example, epoch=epoch), []
+        taken, count, size = [], 0, 0
+        self.place = None
+        for chunk in itertools.chain(self.held, self.chunks):
             if count >= SHARD or size >= SHARD_TOKENS:
-                self.chunks = itertools.chain([chunk], self.chunks)
-                self.place = epoch, example + count
+                self.held, self.place = [chunk], (epoch, example + count)
                 break
             taken.append(chunk)
             count += len(chunk.targets)
             size += sum(map(len, chunk.targets)) + sum(map(len, chunk.inputs or ()))
-        else:
-            self.place = None
         if not taken:
             raise ValueError(f"{self.task.name} has no example in {self.split}")
-        return in_memory(taken, self.task, self.split), self.place or (epoch + 1, 0)
+        part = self.make(in_memory(taken, self.task, self.split))
+        return Loaded(part, self.place or (epoch + 1, 0))
 
 
 def in_memory(chunks: list[Chunk], task: Task, split: str) -> Tokens:
