@@ -357,31 +357,6 @@ def test_other_data_than_the_checkpoint_saw_are_refused(folder, tmp_path, stream
         data.open_batches(pairs(folder, name="other"), "pair", 4, seed=1).restore(state)
 
 
-def test_prefetch_gives_the_steps_in_order_and_measures_the_wait(folder):
-    batches = data.open_batches(pairs(folder), "pair", 4, seed=1)
-    ahead = data.prefetch(batches, 3, 9)
-    for step, batch in ahead:
-        same(batch, batches.at(step))
-    assert step == 8 and ahead.waited >= 0
-    assert not ahead.thread.is_alive()
-
-
-def test_prefetch_raises_what_the_batch_raised():
-    class Broken:
-        def at(self, step):
-            raise ValueError(f"step {step} cannot be read")
-
-    with pytest.raises(ValueError, match="step 2 cannot be read"):
-        next(data.prefetch(Broken(), 2, 5))
-
-
-def test_prefetch_closed_early_leaves_no_thread(folder):
-    ahead = data.prefetch(data.open_batches(pairs(folder), "pair", 4, seed=1), 0, 10**9)
-    next(ahead)
-    ahead.close()
-    assert not ahead.thread.is_alive()
-
-
 def test_what_does_not_suit_the_layout_is_refused_with_the_remedy(folder):
     plain = text(folder, None)
     with pytest.raises(ValueError, match="without inputs: set Data.objective"):

@@ -59,6 +59,13 @@ def registered(tmp_path_factory):
     add("law_spans", byte, preprocessors=[rekey, seqio.preprocessors.tokenize, denoise])
     add("law_no_targets", byte, feature_names=("inputs",))
     add("law_codepoints", seqio.FullCodepointVocabulary())
+    image = seqio.Feature(byte, rank=2)
+    seqio.TaskRegistry.add(
+        "law_images",
+        source=seqio.FunctionDataSource(source, splits=["train"]),
+        preprocessors=[],
+        output_features={"targets": image},
+    )
     seqio.MixtureRegistry.add("law_mixture", [("law_bytes", 3), ("law_spans", 1)])
     seqio_tasks.register_built_ins()
     seqio.MixtureRegistry.add("law_with_ours", [("stdlib_docstrings", 1), ("law_bytes", 1)])
@@ -177,6 +184,7 @@ def test_a_seqio_task_streams_as_it_is_cached(objective, registered):
     [
         ("law_byte", "'law_byte' is not registered \\(near: .*law_bytes.*--import="),
         ("law_no_targets", "no output feature \"targets\", only 'inputs'"),
+        ("law_images", "targets: rank 2 of int32 is not a row of ids"),
         ("law_codepoints", "FullCodepointVocabulary cannot be kept with a run"),
     ],
 )

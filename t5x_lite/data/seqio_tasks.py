@@ -83,8 +83,13 @@ class Adapted(seqio.Vocabulary):
 def ours(feature: seqio.Feature, where: str) -> Vocabulary:
     """The feature's vocabulary as ours, which needs no TensorFlow to decode.
 
-    Raises ValueError for a kind that cannot be kept with a run.
+    Raises ValueError for a kind that cannot be kept with a run, and for features that are not rows
+    of ids.
     """
+    if feature.rank != 1 or not feature.dtype.is_integer:
+        raise ValueError(
+            f"{where}: rank {feature.rank} of {feature.dtype.name} is not a row of ids"
+        )
     match feature.vocabulary:
         case Adapted():
             return feature.vocabulary.ours
