@@ -95,6 +95,31 @@ def test_a_seqio_task_gives_the_ids_that_seqio_gives(name, registered):
     assert seen == Counter(token for _, targets in wanted for token in targets)
 
 
+def test_unpacked_rows_are_those_of_seqios_own_converter(registered):
+    lengths = {"inputs": 32, "targets": 32}
+    theirs = seqio.get_dataset(
+        "law_bytes", lengths, seqio.EncDecFeatureConverter(pack=False), "train", shuffle=False
+    )
+    cfg = described("law_bytes", registered, lengths=lengths, pack=False)
+    (ours,) = data.open_batches(cfg, "pair", COUNT, 0).evaluation()
+    for row, example in enumerate(theirs.as_numpy_iterator()):
+        np.testing.assert_array_equal(ours.inputs[row], example["encoder_input_tokens"])
+        np.testing.assert_array_equal(ours.targets[row], example["decoder_target_tokens"])
+        np.testing.assert_array_equal(ours.loss_weights[row], example["decoder_loss_weights"])
+
+
+def test_joined_rows_are_those_of_seqios_prefix_lm_converter(registered):
+    lengths = {"inputs": 32, "targets": 32}
+    theirs = seqio.get_dataset(
+        "law_bytes", lengths, seqio.PrefixLMFeatureConverter(pack=False), "train", shuffle=False
+    )
+    cfg = described("law_bytes", registered, lengths=lengths, pack=False)
+    (ours,) = data.open_batches(cfg, "joined", COUNT, 0).evaluation()
+    for row, example in enumerate(theirs.as_numpy_iterator()):
+        np.testing.assert_array_equal(ours.targets[row], example["decoder_target_tokens"])
+        np.testing.assert_array_equal(ours.loss_weights[row], example["decoder_loss_weights"])
+
+
 @pytest.mark.parametrize("name", ["law_bytes", "law_endless", "law_pieces"])
 def test_a_seqio_vocabulary_becomes_ours(name, registered, tmp_path):
     cfg = described(name, registered)
