@@ -198,11 +198,18 @@ def bindings_of(value: Any, scope: str) -> list[str]:
     name, lines, inner = type(value).__name__, [], []
     prefix = f"{scope}/" if scope else ""
     for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        written = repr(item)
-        if dataclasses.is_dataclass(item):
-            below = f"{prefix}{field.name}"
-            written = f"@{below}/config.{type(item).__name__}()"
-            inner += ["", *bindings_of(item, below)]
+        written, below = reference(getattr(value, field.name), f"{prefix}{field.name}")
         lines.append(f"{prefix}config.{name}.{field.name} = {written}")
+        inner += below
     return lines + inner
+
+
+def reference(item: Any, scope: str) -> tuple[str, list[str]]:
+    """How a field's value is written, and the bindings of the dataclasses in it."""
+    if dataclasses.is_dataclass(item):
+        return f"@{scope}/config.{type(item).__name__}()", ["", *bindings_of(item, scope)]
+    if isinstance(item, tuple):
+        parts = [reference(part, f"{scope}_{number}") for number, part in enumerate(item)]
+        written = "".join(f"{text}, " for text, _ in parts)
+        return f"({written})", [line for _, lines in parts for line in lines]
+    return repr(item), []

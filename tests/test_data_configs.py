@@ -35,7 +35,7 @@ def loaded(preset: str, folder) -> config.Data:
     return config_file.load([str(path)]).data
 
 
-@pytest.mark.parametrize("preset", [each for each in PRESETS if each != "mixture"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_loads_and_its_text_loads_again(preset, tmp_path):
     cfg = loaded(preset, tmp_path)
     assert isinstance(cfg, config.Data)
