@@ -56,7 +56,10 @@ def read_config(folder: str | Path) -> config.Run:
             "example: python -m t5x_lite.train --gin_file=configs/runs/g2p.gin "
             f"--gin.MODEL_DIR={folder}"
         )
-    return config_file.from_text(path.read_text(encoding="utf-8"))
+    try:
+        return config_file.from_text(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def place(cfg: config.Model, params: Any) -> Any:
