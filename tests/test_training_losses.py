@@ -28,7 +28,7 @@ def reference(logits, targets, smoothing, z_loss):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_loss_is_smoothed_cross_entropy_plus_z_loss(smoothing, z_loss):
-    ours = losses.cross_entropy(LOGITS, TARGETS, smoothing, z_loss)
+    ours = losses.cross_entropy(LOGITS, TARGETS, smoothing, z_loss).objective
     np.testing.assert_allclose(ours, reference(LOGITS, TARGETS, smoothing, z_loss), rtol=1e-5)
 
 
@@ -41,7 +41,7 @@ def test_gradient_is_that_of_the_plain_formula(smoothing):
         return jnp.sum(loss * jnp.arange(5.0))
 
     ours = lambda logits: jnp.sum(
-        losses.cross_entropy(logits, TARGETS, smoothing, 1e-2) * jnp.arange(5.0)
+        losses.cross_entropy(logits, TARGETS, smoothing, 1e-2).objective * jnp.arange(5.0)
     )
     np.testing.assert_allclose(
         jax.grad(ours)(LOGITS), jax.grad(plain)(LOGITS), rtol=1e-5, atol=1e-6
@@ -50,7 +50,7 @@ def test_gradient_is_that_of_the_plain_formula(smoothing):
 
 def test_perfect_prediction_of_a_smoothed_target_costs_nothing():
     logits = np.where(np.arange(11) == TARGETS[..., None], np.log(0.9), np.log(0.01))
-    loss = losses.cross_entropy(logits.astype(np.float32), TARGETS, 0.1, 0.0)
+    loss = losses.cross_entropy(logits.astype(np.float32), TARGETS, 0.1, 0.0).objective
     np.testing.assert_allclose(loss, 0.0, atol=1e-6)
 
 
@@ -58,12 +58,13 @@ def test_likelihood_and_accuracy_agree_with_softmax_and_argmax():
     expected = np.take_along_axis(
         np.asarray(jax.nn.log_softmax(LOGITS)), TARGETS[..., None], axis=-1
     )[..., 0]
-    np.testing.assert_allclose(losses.log_likelihood(LOGITS, TARGETS), expected, rtol=1e-5)
-    np.testing.assert_array_equal(losses.correct(LOGITS, TARGETS), LOGITS.argmax(-1) == TARGETS)
+    told = losses.cross_entropy(LOGITS, TARGETS, 0.1, 1e-2)
+    np.testing.assert_allclose(told.nll, -expected, rtol=1e-5)
+    np.testing.assert_array_equal(told.correct, LOGITS.argmax(-1) == TARGETS)
 
 
 def test_huge_logits_stay_finite():
     logits = np.array([[[1e30, -1e30, 0.0]]], np.float32)
-    assert np.isfinite(losses.cross_entropy(logits, np.array([[0]]), 0.0, 0.0)).all()
-    gradient = jax.grad(lambda x: losses.cross_entropy(x, np.array([[0]]), 0.0, 0.0).sum())(logits)
-    assert np.isfinite(gradient).all()
+    objective = lambda x: losses.cross_entropy(x, np.array([[0]]), 0.0, 0.0).objective.sum()
+    assert np.isfinite(objective(logits))
+    assert np.isfinite(jax.grad(objective)(logits)).all()

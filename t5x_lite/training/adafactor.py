@@ -83,14 +83,23 @@ def empty_moment(weight, names: str, settings: Settings) -> Moment:
     return Moment(mean(zeros, axes.columns), mean(zeros, axes.rows), None)
 
 
+def anew(x):
+    """x itself, as another value to the compiler.
+
+    Two sums of one product make XLA on CPU write the product out to share it, which costs ten times
+    what computing it twice does: writing all weights takes longer than reading them.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
 def update_moment(gradient, moment: Moment, names: str, decay, settings: Settings) -> Moment:
     axes = split_axes(names)
-    square = jnp.square(gradient) + settings.epsilon
-    blend = lambda old, new: decay * old + (1 - decay) * new
+    blend = lambda old, new: decay * old + (1 - decay) * (new + settings.epsilon)
     if moment.whole is not None:
-        return Moment(None, None, blend(moment.whole, square))
-    rows = blend(moment.rows, mean(square, axes.columns))
-    return Moment(rows, blend(moment.columns, mean(square, axes.rows)), None)
+        return Moment(None, None, blend(moment.whole, jnp.square(gradient)))
+    rows = mean(jnp.square(anew(gradient)), axes.columns)
+    columns = mean(jnp.square(anew(anew(gradient))), axes.rows)
+    return Moment(blend(moment.rows, rows), blend(moment.columns, columns), None)
 
 
 def precondition(gradient, moment: Moment, names: str):
@@ -104,10 +113,11 @@ def precondition(gradient, moment: Moment, names: str):
 def direction(gradient, moment: Moment, weight, names: str, settings: Settings):
     """The step for a learning rate of 1: RMS at most clip_threshold, times the weight's own RMS."""
     axes = split_axes(names).weight
-    update = precondition(gradient, moment, names)
+    update = precondition(anew(gradient), jax.tree.map(anew, moment), names)
     rms = jnp.sqrt(mean(jnp.square(update), axes))
     size = jnp.maximum(jnp.sqrt(mean(jnp.square(weight), axes)), settings.scale_epsilon)
-    return update * (size / jnp.maximum(1.0, rms / settings.clip_threshold))
+    scale = size / jnp.maximum(1.0, rms / settings.clip_threshold)
+    return precondition(gradient, moment, names) * scale
 
 
 def adafactor(

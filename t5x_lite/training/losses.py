@@ -3,6 +3,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,29 +29,39 @@ def smoothed(smoothing: float, vocab: int) -> tuple[float, float, float]:
     return target, other, entropy
 
 
+class TokenLosses(NamedTuple):
+    """What is minimised, the negative log-likelihood in nats, and whether the target came first."""
+
+    objective: Float[Array, "b t"]
+    nll: Float[Array, "b t"]
+    correct: Bool[Array, "b t"]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def cross_entropy(
     logits: Float[Array, "b t v"], targets: Int[Array, "b t"], smoothing: float, z_loss: float
-) -> Float[Array, "b t"]:
-    """Loss of each token: cross entropy with the smoothed target, plus z_loss * log(Z)^2.
+) -> TokenLosses:
+    """The losses of each token; the objective is cross entropy with the smoothed target, plus
+    z_loss * log(Z)^2.
 
-    The entropy of the smoothed target is taken off, so that a perfect model has loss 0
-    (t5x/losses.py). Its gradient needs the logits only: softmax minus smoothed target, no second
-    [b t v] array is kept.
+    The entropy of the smoothed target is taken off, so that a perfect model has objective 0
+    (t5x/losses.py). Only the objective has a gradient, and it needs the logits alone: softmax minus
+    smoothed target, no second [b t v] array is kept.
     """
     return forward(logits, targets, smoothing, z_loss)[0]
 
 
 def forward(logits, targets, smoothing, z_loss):
     target, other, entropy = smoothed(smoothing, logits.shape[-1])
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    expected = (target - other) * choose(logits, targets)
+    # Chosen once: what two sums share, XLA on CPU writes out, and this is as large as the logits.
+    log_z, chosen = jax.nn.logsumexp(logits, axis=-1), choose(logits, targets)
+    objective = log_z - (target - other) * chosen - entropy
     if other > 0:
-        expected += other * jnp.sum(logits, axis=-1)
-    loss = log_z - expected - entropy
+        objective -= other * jnp.sum(logits, axis=-1)
     if z_loss > 0:
-        loss += z_loss * jnp.square(log_z)
-    return loss, (logits, targets, log_z)
+        objective += z_loss * jnp.square(log_z)
+    correct = chosen >= jnp.max(logits, axis=-1)
+    return TokenLosses(objective, log_z - chosen, correct), (logits, targets, log_z)
 
 
 def backward(smoothing, z_loss, kept, gradient):
@@ -59,19 +70,7 @@ def backward(smoothing, z_loss, kept, gradient):
     probabilities = jnp.exp(logits - log_z[..., None])
     slope = (1 + 2 * z_loss * log_z)[..., None] * probabilities
     slope -= jnp.where(hits(logits, targets), target, other)
-    return slope * gradient[..., None], None
+    return slope * gradient.objective[..., None], None
 
 
 cross_entropy.defvjp(forward, backward)
-
-
-def log_likelihood(
-    logits: Float[Array, "b t v"], targets: Int[Array, "b t"]
-) -> Float[Array, "b t"]:
-    """Log-probability of each target, in nats."""
-    return choose(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
-
-
-def correct(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Bool[Array, "b t"]:
-    """Whether the target has the greatest logit."""
-    return choose(logits, targets) >= jnp.max(logits, axis=-1)

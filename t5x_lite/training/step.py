@@ -11,7 +11,7 @@ import optax
 from t5x_lite import config, model
 from t5x_lite.batch import Batch
 from t5x_lite.sharding import spec
-from t5x_lite.training import losses
+from t5x_lite.training import adafactor, losses
 from t5x_lite.training.state import TrainState
 
 
@@ -46,12 +46,15 @@ def make(
     """The jitted step; on an accelerator it takes over (donates) the state it is given.
 
     Its gradient is that of the loss summed over all target tokens of all microbatches and hosts,
-    divided once by their number. Dropout keys are fold_in(seed, step). A step whose gradient is
+    over their number, which is known before the first microbatch: so no pass over the gradient is
+    needed to divide it. Dropout keys are fold_in(seed, step). A step whose gradient is
     not finite leaves weights and optimizer as they were.
     """
     transformer = model.Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
     sums_and_gradient = jax.value_and_grad(
-        lambda params, batch, key: token_sums(transformer, run.train, params, batch, key),
+        lambda params, batch, key, total: objective(
+            token_sums(transformer, run.train, params, batch, key), total
+        ),
         has_aux=True,
     )
 
@@ -60,9 +63,9 @@ def make(
         if run.model.dropout > 0:
             key = jax.random.fold_in(jax.random.key(run.seed), state.step)
         sums, gradient = accumulate(sums_and_gradient, state.params, batch, key, run.train)
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.weights, 1), gradient)
         squares = jax.tree.map(square_sums, gradient, axes)
-        norm = jnp.sqrt(sum(jnp.sum(part) for part in jax.tree.leaves(squares)))
+        parts = jax.tree.leaves(adafactor.anew(squares))
+        norm = jnp.sqrt(sum(jnp.sum(part) for part in parts))
         rate = schedule(state.step - state.skipped)
         state = advance(optimizer, state, gradient, jnp.isfinite(norm))
         told = (rate, norm, ~jnp.isfinite(norm), state.consecutive, squares)
@@ -72,22 +75,23 @@ def make(
     return jax.jit(step, donate_argnums=() if jax.default_backend() == "cpu" else 0)
 
 
-def token_sums(transformer, cfg: config.Train, params, batch: Batch, key):
-    """The objective summed over the target tokens of a batch, and all sums."""
+def objective(sums: Sums, total: jax.Array) -> tuple[jax.Array, Sums]:
+    """What is minimised: this microbatch's part of the objective per target token of them all."""
+    return sums.objective / total, sums
+
+
+def token_sums(transformer, cfg: config.Train, params, batch: Batch, key) -> Sums:
+    """Sums over the target tokens of a batch; only `objective` has a gradient."""
     logits = transformer.apply({"params": params}, batch, key)
     weights = batch.loss_weights.astype(jnp.float32)
-    loss = losses.cross_entropy(logits, batch.targets, cfg.label_smoothing, cfg.z_loss)
-    objective = jnp.sum(loss * weights)
-    told = jax.lax.stop_gradient(logits)
-    nll = -losses.log_likelihood(told, batch.targets)
-    sums = Sums(
-        objective=objective,
-        loss=jnp.sum(nll * weights),
-        correct=jnp.sum(losses.correct(told, batch.targets) * weights),
+    told = losses.cross_entropy(logits, batch.targets, cfg.label_smoothing, cfg.z_loss)
+    return Sums(
+        objective=jnp.sum(told.objective * weights),
+        loss=jnp.sum(told.nll * weights),
+        correct=jnp.sum(told.correct * weights),
         weights=jnp.sum(weights),
-        tokens=jnp.sum(tokens(batch)),
+        tokens=tokens(batch),
     )
-    return objective, sums
 
 
 def tokens(batch: Batch) -> jax.Array:
@@ -98,14 +102,15 @@ def tokens(batch: Batch) -> jax.Array:
 
 def accumulate(sums_and_gradient, params, batch: Batch, key, cfg: config.Train):
     """Sums and gradient over all microbatches, one after the other in a scan."""
+    total = jnp.maximum(jnp.sum(batch.loss_weights.astype(jnp.float32)), 1)
     if cfg.microbatches == 1:
-        (_, sums), gradient = sums_and_gradient(params, batch, key)
+        (_, sums), gradient = sums_and_gradient(params, batch, key, total)
         return sums, gradient
 
     def add(totals, microbatch):
         number, rows = microbatch
         own_key = None if key is None else jax.random.fold_in(key, number)
-        (_, sums), gradient = sums_and_gradient(params, rows, own_key)
+        (_, sums), gradient = sums_and_gradient(params, rows, own_key, total)
         return jax.tree.map(jnp.add, totals, (sums, gradient)), None
 
     zeros = Sums(*[jnp.zeros(())] * 4, jnp.zeros((), jnp.int32))
