@@ -18,11 +18,7 @@ def draw(model_dir: Path) -> Path | None:
         return None
     from matplotlib.figure import Figure
 
-    held_out = {
-        name: points
-        for name, points in values.items()
-        if not name.startswith("train/") and is_curve(points)
-    }
+    held_out = {name: curve for name, curve in values.items() if not name.startswith("train/")}
     losses = {name: points for name, points in held_out.items() if name.endswith("/loss")}
     others = {name: points for name, points in held_out.items() if name.split("/")[-1] in SHOWN}
     # A single evaluation is a number, which report.json has; two make a curve.
@@ -39,10 +35,6 @@ def draw(model_dir: Path) -> Path | None:
 
 
 SHOWN = ("accuracy", "exact_match", "per", "wer", "edit_distance", "bleu", "chrf", "rouge_l")
-
-
-def is_curve(points: dict[int, float]) -> bool:
-    return all(isinstance(value, int | float) for value in points.values())
 
 
 def draw_losses(axes, trained: dict[int, float], held_out: dict[str, dict[int, float]]) -> None:

@@ -2,6 +2,7 @@
 """What a run leaves for later reading: metrics.jsonl, TensorBoard, the learning curve."""
 
 import json
+import math
 from pathlib import Path
 
 METRICS = "metrics.jsonl"
@@ -27,12 +28,13 @@ class Records:
     def write(self, step: int, values: dict[str, float], prefix: str = "train") -> None:
         """One line {"step": ..., "train/loss": ...}; the prefix names what was measured."""
         named = {f"{prefix}/{name}": value for name, value in values.items()}
-        self.lines.write(json.dumps({"step": step} | named) + "\n")
+        # JSON has no NaN: a loss that is not finite is null.
+        plain = {name: value if math.isfinite(value) else None for name, value in named.items()}
+        self.lines.write(json.dumps({"step": step} | plain) + "\n")
         if self.board is None:
             return
         for name, value in named.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(name, value, step)
+            self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self.lines.close()
@@ -49,7 +51,12 @@ def free_name(path: Path) -> Path:
 
 
 def read(model_dir: Path) -> dict[str, dict[int, float]]:
-    """Every recorded value by name and step; a step done again after a restart counts once."""
+    """Every recorded value by name and step, {} without records.
+
+    A step done again after a restart counts once; null is read as NaN.
+    """
+    if not (model_dir / METRICS).exists():
+        return {}
     values: dict[str, dict[int, float]] = {}
     for text in (model_dir / METRICS).read_text().splitlines():
         try:
@@ -59,5 +66,5 @@ def read(model_dir: Path) -> dict[str, dict[int, float]]:
             continue
         step = line.pop("step")
         for name, value in line.items():
-            values.setdefault(name, {})[step] = value
+            values.setdefault(name, {})[step] = math.nan if value is None else value
     return {name: dict(sorted(points.items())) for name, points in values.items()}
