@@ -5,8 +5,13 @@ import os
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    # On a busy machine eight threads can take more than the 40 s that XLA waits for them.
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# libtpu compiles without a chip if it asks no metadata server; read when jax is imported.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import jax
 import numpy as np
