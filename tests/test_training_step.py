@@ -198,7 +198,7 @@ def test_the_run_stops_and_says_where_the_gradient_is_not_finite():
     squares = jax.tree.map(np.array, told[0].squares)
     squares["encoder"]["layers"]["mlp"]["up"][1] = np.nan
     assert meter.where(squares) == "encoder.layers.mlp.up (layers 1)"
-    broken = told[0]._replace(consecutive=np.int32(3))
-    meter.stop_if_diverged([7], [broken], [squares], patience=4)
+    broken = told[0]._replace(squares=squares, consecutive=np.int32(3))
+    meter.stop_if_diverged([(7, broken)], [broken], patience=4)
     with pytest.raises(meter.Diverged, match=r"step 7.*encoder\.layers\.mlp\.up \(layers 1\)"):
-        meter.stop_if_diverged([7], [broken], [squares], patience=3)
+        meter.stop_if_diverged([(7, broken)], [broken], patience=3)

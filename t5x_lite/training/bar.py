@@ -7,8 +7,11 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-# Seconds between lines where nobody watches a terminal.
-QUIET = 20.0
+# Characters of the bar itself.
+BAR = 16
+
+# Seconds between lines where nobody watches a terminal, and where somebody does.
+QUIET, LIVELY = 20.0, 2.0
 
 
 def console() -> Console:
@@ -34,7 +37,8 @@ def duration(seconds: float) -> str:
 
 def text(values: dict[str, float], left: float | None) -> str:
     """One line of metrics in words."""
-    parts = [
+    parts = [] if left is None else [f"ETA {duration(left)}"]
+    parts += [
         f"loss {values['loss']:.4f}",
         f"{count(values['target_tokens_per_second'])} target tok/s",
         f"{count(values['tokens_per_second'])} tok/s",
@@ -44,28 +48,30 @@ def text(values: dict[str, float], left: float | None) -> str:
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
     if values["skipped"]:
-        parts.append(f"[red]skipped {values['skipped']}[/red]")
-    if left is not None:
-        parts.append(f"ETA {duration(left)}")
+        parts.append(f"skipped {values['skipped']}")
     return "  ".join(parts)
 
 
 class Bar:
-    """Shows where a run is; `update` is cheap to call at every line of metrics."""
+    """Shows where a run is, with the newest line of metrics; lines elsewhere than on a terminal."""
 
     def __init__(self, console: Console, start: int, stop: int):
         self.console, self.stop = console, stop
-        self.shown = 0.0
+        self.shown = time.monotonic()
         self.progress = None
         if console.is_terminal:
             columns = (
                 TextColumn("{task.completed}/{task.total}"),
-                BarColumn(20),
-                TextColumn("{task.description}"),
+                BarColumn(BAR),
+                TextColumn("{task.description}", markup=False),
             )
             self.progress = Progress(*columns, console=console, refresh_per_second=4)
-            self.task = self.progress.add_task("compiling", total=stop, completed=start)
+            self.task = self.progress.add_task("first steps", total=stop, completed=start)
             self.progress.start()
+
+    def due(self) -> bool:
+        """Whether what is shown has become old."""
+        return time.monotonic() - self.shown > (QUIET if self.progress is None else LIVELY)
 
     def advance(self, step: int) -> None:
         if self.progress is not None:
@@ -74,10 +80,19 @@ class Bar:
     def update(self, step: int, values: dict[str, float]) -> None:
         left = (self.stop - step) * values["step_seconds"]
         if self.progress is not None:
-            self.progress.update(self.task, completed=step, description=text(values, left))
-        elif time.monotonic() - self.shown > QUIET or step == self.stop:
-            self.shown = time.monotonic()
+            self.say(text(values, left))
+        elif self.due() or step == self.stop:
             self.console.print(f"step {step}/{self.stop}  {text(values, left)}", soft_wrap=True)
+        else:
+            return
+        self.shown = time.monotonic()
+
+    def say(self, words: str) -> None:
+        """Puts words beside the bar; nowhere else than on a terminal."""
+        if self.progress is not None:
+            # Cut here: rich would shrink the steps and the bar instead.
+            room = self.console.width - BAR - len(f"{self.stop}/{self.stop}") - 3
+            self.progress.update(self.task, description=words[:room])
 
     def close(self) -> None:
         if self.progress is not None:

@@ -135,6 +135,8 @@ class Training:
         save = last or done % run.checkpoint.every == 0
         if done % run.train.log_every == 0 or evaluate or save or self.interrupts.due:
             self.read(done)
+        elif self.bar.due() and (line := self.meter.glance()):
+            self.bar.update(done, line)
         if evaluate:
             with self.meter.pause():
                 self.evaluate(done)
@@ -154,7 +156,7 @@ class Training:
         began = time.perf_counter()
         try:
             with self.interrupts.anytime():
-                self.measured = self.evaluator(self.state.params, done)
+                self.measured = self.evaluator(self.state.params, done, self.tell_decoded)
         except Interrupted:
             self.leave(done)
         self.evaluate_seconds += time.perf_counter() - began
@@ -162,6 +164,10 @@ class Training:
         self.records.write(done, self.measured, prefix=self.run.data.eval_split)
         values = "  ".join(f"{name} {value:.4g}" for name, value in self.measured.items())
         self.tell(f"step {done} {self.run.data.eval_split}: {values}")
+
+    def tell_decoded(self, examples: int) -> None:
+        if self.bar is not None:
+            self.bar.say(f"evaluating: {examples} decoded")
 
     def save(self, done: int, metrics: bool = True) -> None:
         if self.saved_step == done:

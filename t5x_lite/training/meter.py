@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -69,37 +68,36 @@ class Meter:
         finally:
             self.began += time.perf_counter() - paused
 
+    def glance(self) -> dict[str, float] | None:
+        """The line of the window so far, from the steps that are done; None where none is."""
+        told = fetch(self.window[:-2])
+        return self.line(told, time.perf_counter() - self.began) if told else None
+
     def read(self) -> dict[str, float]:
         """The window as one line of metrics; begins the next window.
-
-        loss is nats per target token, objective the same with smoothing and z-loss; speeds count
-        tokens per second over all devices, without padding; padding and waiting are shares.
 
         Raises:
           Diverged: Train.patience steps in a row were skipped.
         """
-        numbers = [number for number, _ in self.window]
-        # Squares stay on the device: they are many, and wanted only where something went wrong.
-        told = jax.device_get([metrics._replace(squares=None) for _, metrics in self.window])
+        told = fetch(self.window)
         seconds = time.perf_counter() - self.began
-        squares = [metrics.squares for _, metrics in self.window]
-        stop_if_diverged(numbers, told, squares, self.train.patience)
-        line = self.line(told, seconds)
+        stop_if_diverged(self.window, told, self.train.patience)
         self.totals.seconds += seconds
-        self.totals.target_tokens += line.pop("window_targets")
-        self.totals.tokens += line.pop("window_tokens")
-        line["seconds"] = self.totals.seconds
+        self.totals.target_tokens += total("weights", told)
+        self.totals.tokens += total("tokens", told)
+        line = self.line(told, seconds) | {"seconds": self.totals.seconds}
         self.window, self.waited, self.began = [], 0.0, time.perf_counter()
         return line
 
     def line(self, told: list[Metrics], seconds: float) -> dict[str, float]:
+        """What `told` steps, which took `seconds`, come to.
+
+        loss is nats per target token, objective the same with smoothing and z-loss, accuracy per
+        cent; speeds count tokens per second over all devices, without padding; padding and waiting
+        are shares.
+        """
         fine = [metrics for metrics in told if not metrics.skipped] or told
-        total = lambda name, steps: float(
-            np.sum([getattr(metrics.sums, name) for metrics in steps], dtype=np.float64)
-        )
-        weights = max(total("weights", fine), 1.0)
-        targets, tokens = total("weights", told), total("tokens", told)
-        per_step = seconds / len(told)
+        weights, tokens = max(total("weights", fine), 1.0), total("tokens", told)
         line = {
             "loss": total("loss", fine) / weights,
             "objective": total("objective", fine) / weights,
@@ -107,33 +105,39 @@ class Meter:
             "gradient_norm": float(told[-1].gradient_norm),
             "learning_rate": float(told[-1].learning_rate),
             "skipped": int(sum(bool(metrics.skipped) for metrics in told)),
-            "target_tokens_per_second": targets / seconds,
+            "target_tokens_per_second": total("weights", told) / seconds,
             "tokens_per_second": tokens / seconds,
             "padding": 1 - tokens / (len(told) * self.work.positions),
             "waiting": min(1.0, self.waited / seconds),
-            "step_seconds": per_step,
-            "window_targets": targets,
-            "window_tokens": tokens,
+            "step_seconds": seconds / len(told),
         }
         if self.work.peak:
-            line["mfu"] = self.work.flops / per_step / self.work.peak
+            line["mfu"] = self.work.flops / line["step_seconds"] / self.work.peak
         return line
 
 
-def stop_if_diverged(
-    numbers: list[int], told: list[Metrics], squares: list[Any], patience: int
-) -> None:
+def fetch(window: list[tuple[int, Metrics]]) -> list[Metrics]:
+    """What steps tell, on the host, but for the squares: they are many, and seldom wanted."""
+    return jax.device_get([metrics._replace(squares=None) for _, metrics in window])
+
+
+def total(name: str, told: list[Metrics]) -> float:
+    """One of the sums, over several steps."""
+    return float(np.sum([getattr(metrics.sums, name) for metrics in told], dtype=np.float64))
+
+
+def stop_if_diverged(window: list[tuple[int, Metrics]], told: list[Metrics], patience: int) -> None:
     """Raises Diverged where `patience` steps in a row were skipped, naming weights and layers."""
-    for number, metrics, own in zip(numbers, told, squares, strict=True):
+    for (number, on_device), metrics in zip(window, told, strict=True):
         if metrics.consecutive < patience:
             continue
         raise Diverged(
             f"The gradient was not finite in {int(metrics.consecutive)} steps in a row, the last "
             f"of them step {number} (Train.patience is {patience}). The loss was "
             f"{float(metrics.sums.loss / metrics.sums.weights):.4g}; not finite were the gradients "
-            f"of {where(jax.device_get(own))}. The weights are those before the first of these "
-            "steps: try a lower Schedule.peak, a longer warmup, Optimizer.clip_norm, or look at "
-            "the data."
+            f"of {where(jax.device_get(on_device.squares))}. The weights are those before the "
+            "first of these steps: try a lower Schedule.peak, a longer warmup, "
+            "Optimizer.clip_norm, or look at the data."
         )
 
 
