@@ -2,6 +2,7 @@
 """Trains the run that .gin files describe: python -m t5x_lite.train --help."""
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
@@ -87,6 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"t5x_lite.train: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"t5x_lite.train: {error}. The same command goes on later.", file=sys.stderr)
+        return 1
 
 
 def bring(module: str) -> None:
@@ -118,6 +124,7 @@ def command(known: argparse.Namespace, found: list[str]) -> int:
     try:
         loop.train(run, profile=known.profile)
     except interrupts.Interrupted as error:
+        print(f"t5x_lite.train: ended by {error}", file=sys.stderr)
         return 128 + error.number
     return 0
 

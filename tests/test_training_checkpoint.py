@@ -169,16 +169,28 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_shapes(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, make_state(1).params)
 
 
-def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+def no_room(saved, monkeypatch):
+    """The disk is found full before anything is written."""
+    usage = shutil.disk_usage("/")._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def fills_up(saved, monkeypatch):
+    """The disk is found full by the writer."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "Error writing x: No space left on device")
+
+    monkeypatch.setattr(saved.writer, "save", full)
+
+
+@pytest.mark.parametrize("trouble", [no_room, fills_up])
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, trouble):
     saved = Checkpoints(tmp_path, KEEP)
     saved.save(make_state(1), Note(1, "config"))
     saved.wait()
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(saved.writer, "save", full)
-    with pytest.raises(CheckpointError, match=r"step 2.*No space left(.|\n)*step 1 is whole"):
+    trouble(saved, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"(?s)step 2.*No space left.*step 1 is whole"):
         saved.save(make_state(2), Note(2, "config"))
     assert_is(restore(tmp_path)[0][0], 1)
 

@@ -14,6 +14,7 @@ from t5x_lite import config
 from t5x_lite.training import archive
 from t5x_lite.training.archive import CheckpointError, Damaged, Note
 from t5x_lite.training.state import TrainState
+from t5x_lite.training.state import size as state_size
 
 FOLDER = "checkpoints"
 DAMAGED = ".damaged"
@@ -76,11 +77,18 @@ class Checkpoints:
         items = {item: ocp.args.PyTreeSave(arrays) for item, arrays in parts.items()}
         items["note"] = ocp.args.JsonSave(archive.note_text(note))
         self.pending = note
-        self.attempt(
-            lambda: self.writer.save(
-                self.folder / str(note.step), args=ocp.args.Composite(**items), force=False
-            )
-        )
+        self.attempt(lambda: self.begin(note.step, items, state_size(state)))
+
+    def begin(self, step: int, items: dict[str, Any], size: int) -> None:
+        """Starts the writer's threads; raises OSError at once where the disk is too small."""
+        import orbax.checkpoint as ocp
+
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            # Found here, a full disk is one sentence; found in the threads, it is many tracebacks.
+            raise OSError(f"{NO_SPACE}: it takes {mebibytes(size)}, {mebibytes(free)} are free")
+        path = self.folder / str(step)
+        self.writer.save(path, args=ocp.args.Composite(**items), force=False)
 
     def wait(self) -> None:
         """Returns when what was begun is on disk, and older checkpoints are removed."""
@@ -100,12 +108,11 @@ class Checkpoints:
             raise CheckpointError(self.trouble(step, error)) from error
 
     def trouble(self, step, error: Exception) -> str:
+        cause = archive.first_line(error)
+        if NO_SPACE in str(error) and not cause.startswith(NO_SPACE):
+            cause = f"{NO_SPACE}, {mebibytes(shutil.disk_usage(self.folder).free)} are free"
         remove_leftovers(self.folder)
         last = f"step {max(self.notes)} is whole" if self.notes else "there is none yet"
-        free = shutil.disk_usage(self.folder).free
-        cause = archive.first_line(error)
-        if NO_SPACE in str(error):
-            cause = f"{NO_SPACE} ({free / 2**20:,.0f} MiB free)"
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: {cause}.\n"
             f"Of the checkpoints before, {last}. When there is room, the same command goes on."
@@ -154,6 +161,10 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self.writer.close()
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def readable_notes(folder: Path) -> dict[int, Note]:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from t5x_lite import config, config_file, data, sharding
-from t5x_lite.evaluation.evaluate import Evaluator
 from t5x_lite.training import archive, bar, costs, curves, folder, overview, setup
 from t5x_lite.training.checkpoint import Checkpoints
 from t5x_lite.training.interrupts import Interrupted, Interrupts
@@ -35,9 +34,9 @@ def train(run: config.Run, profile: bool = False) -> dict[str, Any]:
     began = time.perf_counter()
     with folder.locked(Path(run.model_dir)), Interrupts() as interrupts:
         training = Training(run, interrupts, profile)
-        with interrupts.anytime():
-            training.prepare()
         try:
+            with interrupts.anytime():
+                training.prepare()
             training.go()
             return training.finish(began)
         finally:
@@ -66,7 +65,7 @@ class Training:
         run = self.run
         folder.check(run, self.tell)
         self.parts = setup.assemble(run)
-        self.evaluator = Evaluator(run)
+        self.evaluator = setup.evaluator(run)
         self.work = work(run)
         statistics = str(self.parts.batches.statistics)
         self.console.print(overview.table(run, self.parts.shapes, self.work.flops, statistics))
@@ -137,7 +136,7 @@ class Training:
             self.read(done)
         elif self.bar.due() and (line := self.meter.glance()):
             self.bar.update(done, line)
-        if evaluate:
+        if evaluate and self.evaluator:
             with self.meter.pause():
                 self.evaluate(done)
         if save or (evaluate and run.checkpoint.metric):
@@ -206,8 +205,8 @@ class Training:
         if self.start >= self.run.train.steps and path.exists():
             self.tell(f"Its report is {path}.")
             return json.loads(path.read_text())
-        if not self.measured:
-            self.evaluate(self.start)
+        if self.evaluator and not self.measured:
+            self.evaluate(self.run.train.steps)
         self.checkpoints.wait()
         report = self.report(time.perf_counter() - began)
         path.write_text(json.dumps(report, indent=2) + "\n")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from t5x_lite import config, data, model, sharding
+from t5x_lite.evaluation.evaluate import Evaluator
 from t5x_lite.training import archive, checkpoint, optimizer, schedules, state, step
 from t5x_lite.training.archive import CheckpointError
 from t5x_lite.training.state import TrainState
@@ -103,6 +104,28 @@ def initial(folder: str, shapes: Any) -> Any:
         return jax.make_array_from_callback(array.shape, shape.sharding, lambda part: array[part])
 
     return jax.tree.map(place, shapes, params)
+
+
+def evaluator(run: config.Run) -> Evaluator | None:
+    """What measures the run on its held-out split; None if nothing is to be measured.
+
+    Raises:
+      ValueError: there is no such split, or the best checkpoint is to be known by no measure.
+    """
+    if run.evaluate.batches or run.evaluate.examples:
+        try:
+            return Evaluator(run)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Evaluation reads Data.eval_split ({run.data.eval_split}); to train "
+                "without any, bind Evaluate.batches = 0 and Evaluate.examples = 0"
+            ) from error
+    config.require(
+        run.checkpoint.metric is None,
+        f"Checkpoint.metric is {run.checkpoint.metric!r}, but Evaluate.batches and "
+        "Evaluate.examples are 0: nothing is measured",
+    )
+    return None
 
 
 def check_metric(cfg: config.Checkpoint, measured: dict[str, float]) -> None:
