@@ -42,9 +42,10 @@ def ours(threads: int) -> tuple[Step, int]:
 
     from t5x_lite import config_file, model, sharding
     from t5x_lite.batch import Batch
-    from t5x_lite.training import optimizer, schedules, state
+    from t5x_lite.training import memory, optimizer, schedules, state
     from t5x_lite.training import step as training_step
 
+    memory.keep_freed()
     bindings = ["MODEL_DIR=unused", "MIXTURE_OR_TASK_NAME=unused", "TRAIN_STEPS=1000"]
     bindings += [f"BATCH_SIZE={ROWS}", 'config.Model.activations="float32"']
     bindings += [f'TASK_FEATURE_LENGTHS={{"inputs": {INPUTS}, "targets": {TARGETS}}}']

@@ -113,8 +113,9 @@ def command(known: argparse.Namespace, found: list[str]) -> int:
 
     run = config_file.load(known.gin_file, found)
     # After the config is read: a misspelt name is told at once, before jax takes its seconds.
-    from t5x_lite.training import compilation, dry_run, interrupts, loop
+    from t5x_lite.training import compilation, dry_run, interrupts, loop, memory
 
+    memory.keep_freed()
     compilation.keep_compiled()
     if known.dry_run:
         print(dry_run.text(run))
