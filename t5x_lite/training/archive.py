@@ -176,8 +176,12 @@ def restore(folder: Path, item: str, note: Note, expected: dict[str, Any] | None
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arrays = reader.restore(folder / item, args=wanted)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{folder / item} cannot be read: {first_line(error)}") from error
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        # The device or the host is too small: that says nothing about the files.
+        raise
+    except Exception as error:  # orbax raises a bare Exception for a chunk it cannot read
+        cause = first_line(error.__cause__ or error)
+        raise Damaged(f"{folder / item} cannot be read: {cause}") from error
     compare_digests(folder / item, note.arrays[item], arrays)
     return arrays
 
