@@ -167,9 +167,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_shapes(tmp_path):
     other = {"tower": {"weight": (64, 256), "norm": (8,)}}
     with pytest.raises(Mismatch, match=r"tower\.weight: checkpoint \(64, 512\), run \(64, 256\)"):
         restore(tmp_path, other)
-    with pytest.raises(
-        CheckpointError, match=r"(?s)Checkpoint\.initial.*tower\.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"(?s)Checkpoint\.initial.*tower\.weight"):
         setup.initial(str(tmp_path), expected(other).params)
     restored = setup.initial(str(tmp_path), expected().params)
     jax.tree.map(np.testing.assert_array_equal, restored, make_state(1).params)

@@ -151,6 +151,22 @@ def test_a_metric_that_is_not_measured_cannot_name_the_best(finished, tmp_path):
         loop.train(with_train(run, steps=1))
 
 
+def test_only_a_checkpoint_that_was_evaluated_can_be_the_best(tmp_path):
+    run = make_run(
+        tmp_path,
+        tmp_path / "run",
+        steps=7,
+        evaluate=config.Evaluate(every=3, examples=0, batches=1, batch_size=8),
+        checkpoint=config.Checkpoint(every=1, keep=9, metric="loss"),
+    )
+    loop.train(run)
+    notes = checkpoint.readable_notes(tmp_path / "run" / "checkpoints")
+    assert sorted(notes) == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step in sorted(notes) if notes[step].metrics] == [3, 6, 7]
+    measured = records.read(tmp_path / "run")["validation/loss"]
+    assert checkpoint.best_step(notes) == min(measured, key=measured.get)
+
+
 def test_a_run_begins_with_the_weights_of_another(finished, tmp_path):
     run, _ = finished
     cfg = config.Checkpoint(initial=run.model_dir)

@@ -54,9 +54,11 @@ class Training:
         self.path = Path(run.model_dir)
         self.console = bar.console()
         self.tell = lambda text: self.console.print(text, markup=False, soft_wrap=True)
-        self.measured: dict[str, float] = {}
+        # The newest evaluation: of which step, and what it came to.
+        self.measured: tuple[int, dict[str, float]] = (-1, {})
         self.last: dict[str, float] = {}
         self.saved_step: int | None = None
+        self.tracing = False
         self.compile_seconds = self.evaluate_seconds = 0.0
         self.records = self.checkpoints = self.bar = None
 
@@ -85,8 +87,9 @@ class Training:
             return
         self.state, note = found
         self.parts.batches.restore(note.data)
-        self.totals, self.measured = Totals(**note.totals), note.metrics
-        self.saved_step = note.step
+        self.totals, self.saved_step = Totals(**note.totals), note.step
+        if note.metrics:
+            self.measured = note.step, note.metrics
         self.tell(f"Going on from the checkpoint of step {note.step}.")
 
     def compile(self) -> None:
@@ -117,6 +120,7 @@ class Training:
                 self.after(number + 1)
         finally:
             batches.close()
+            self.end_trace()
             self.bar.close()
 
     def one_step(self, number: int, batch, waited: float) -> None:
@@ -155,27 +159,29 @@ class Training:
         began = time.perf_counter()
         try:
             with self.interrupts.anytime():
-                self.measured = self.evaluator(self.state.params, done, self.tell_decoded)
+                values = self.evaluator(self.state.params, done, self.tell_decoded)
         except Interrupted:
             self.leave(done)
         self.evaluate_seconds += time.perf_counter() - began
-        setup.check_metric(self.run.checkpoint, self.measured)
-        self.records.write(done, self.measured, prefix=self.run.data.eval_split)
-        values = "  ".join(f"{name} {value:.4g}" for name, value in self.measured.items())
-        self.tell(f"step {done} {self.run.data.eval_split}: {values}")
+        setup.check_metric(self.run.checkpoint, values)
+        self.measured = done, values
+        self.records.write(done, values, prefix=self.run.data.eval_split)
+        words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.tell(f"step {done} {self.run.data.eval_split}: {words}")
 
     def tell_decoded(self, examples: int) -> None:
         if self.bar is not None:
             self.bar.say(f"evaluating: {examples} decoded")
 
-    def save(self, done: int, metrics: bool = True) -> None:
+    def save(self, done: int) -> None:
         if self.saved_step == done:
             return
+        step, values = self.measured
         note = archive.Note(
             step=done,
             config=config_file.text(self.run),
             data=self.parts.batches.state(),
-            metrics=self.measured if metrics else {},
+            metrics=values if step == done else {},
             totals=vars(self.totals).copy(),
         )
         self.checkpoints.save(self.state, note)
@@ -183,21 +189,27 @@ class Training:
 
     def leave(self, done: int) -> None:
         """Saves and ends the run as the signal asked."""
-        name = Interrupted(self.interrupts.number)
-        self.save(done, metrics=False)
+        ended = Interrupted(self.interrupts.number)
+        self.save(done)
         self.checkpoints.wait()
-        self.tell(f"{name}: saved step {done} in {self.path}. The same command goes on from there.")
-        raise name
+        self.tell(
+            f"{ended}: saved step {done} in {self.path}. The same command goes on from there."
+        )
+        raise ended
 
     def trace(self, number: int) -> None:
         """Starts and ends the profiler around a few steps."""
-        if not self.profile:
-            return
-        if number - self.start == PROFILED.start:
+        if self.profile and number - self.start == PROFILED.start:
             jax.profiler.start_trace(str(self.path / "profile"))
+            self.tracing = True
         if number - self.start == PROFILED.stop:
+            self.end_trace()
+
+    def end_trace(self) -> None:
+        if self.tracing:
             jax.profiler.stop_trace()
-            self.tell(f"profile of {len(PROFILED)} steps: {self.path / 'profile'}")
+            self.tracing = False
+            self.tell(f"profile of up to {len(PROFILED)} steps: {self.path / 'profile'}")
 
     def finish(self, began: float) -> dict[str, Any]:
         """The report and the learning curve; what a finished run lacks is made up for."""
@@ -205,13 +217,14 @@ class Training:
         if self.start >= self.run.train.steps and path.exists():
             self.tell(f"Its report is {path}.")
             return json.loads(path.read_text())
-        if self.evaluator and not self.measured:
-            self.evaluate(self.run.train.steps)
+        done = int(self.state.step)
+        if self.evaluator and self.measured[0] != done:
+            self.evaluate(done)
         self.checkpoints.wait()
         report = self.report(time.perf_counter() - began)
         path.write_text(json.dumps(report, indent=2) + "\n")
         picture = curves.draw(self.path)
-        self.tell(f"finished at step {self.run.train.steps}: {path}, {picture}")
+        self.tell(f"finished at step {done}: {path}, {picture}")
         return report
 
     def report(self, total_seconds: float) -> dict[str, Any]:
@@ -222,9 +235,9 @@ class Training:
         totals = self.totals
         seconds = max(totals.seconds, 1e-9)
         return {
-            "steps": self.run.train.steps,
-            "split": self.run.data.eval_split,
-            **self.measured,
+            "steps": int(self.state.step),
+            "split": self.run.data.eval_split if self.evaluator else None,
+            **self.measured[1],
             "train_loss": self.last.get("loss"),
             "skipped_steps": int(self.state.skipped),
             "train_seconds": totals.seconds,
