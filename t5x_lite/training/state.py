@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 
 class TrainState(NamedTuple):
@@ -23,18 +22,18 @@ class TrainState(NamedTuple):
     consecutive: jax.Array
 
 
-def fresh(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; to be traced."""
+def fresh(params: Any, optimizer: Any) -> TrainState:
+    """The state before the first step, to be traced; `optimizer` is an optax transformation."""
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(zero(), params, optimizer.init(params), zero(), zero())
 
 
-def begin(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def begin(params: Any, optimizer: Any) -> TrainState:
     """The state before the first step, the optimizer's part placed as the weights are."""
     return jax.jit(lambda params: fresh(params, optimizer), donate_argnums=0)(params)
 
 
-def shapes(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def shapes(params: Any, optimizer: Any) -> TrainState:
     """The state as a tree of jax.ShapeDtypeStruct with placements, from that of the weights."""
 
     def place(leaf):
