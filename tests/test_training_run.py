@@ -151,6 +151,18 @@ def test_a_metric_that_is_not_measured_cannot_name_the_best(finished, tmp_path):
         loop.train(with_train(run, steps=1))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_run_that_goes_on_gives_the_losses_of_one_that_never_stopped(tmp_path, stream):
+    nothing = config.Evaluate(examples=0, batches=0)
+    run = make_run(tmp_path, tmp_path / "whole", steps=7, evaluate=nothing)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, stream=stream))
+    loop.train(run)
+    parts = dataclasses.replace(run, model_dir=str(tmp_path / "parts"))
+    for steps in (3, 5, 7):
+        loop.train(with_train(parts, steps=steps))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
 def test_only_a_checkpoint_that_was_evaluated_can_be_the_best(tmp_path):
     run = make_run(
         tmp_path,
