@@ -18,10 +18,6 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
 @dataclass(frozen=True)
 class Stack(Checked):
     """One tower of layers. T5 and GPT, encoder and decoder differ only in these values.
@@ -49,8 +45,6 @@ class Stack(Checked):
     def check(self):
         for name in ("layers", "embed", "heads", "head_dim", "mlp"):
             require(getattr(self, name) >= 1, f"Stack.{name} must be at least 1")
-        require_one_of("Stack.activation", self.activation, ("gelu", "relu", "silu"))
-        require_one_of("Stack.positions", self.positions, ("relative", "rotary"))
         require(
             self.heads % self.key_heads == 0,
             f"Stack.heads ({self.heads}) must be a multiple of Stack.kv_heads ({self.kv_heads})",
@@ -89,7 +83,6 @@ class Model(Checked):
         require(self.vocab >= 2, f"Model.vocab must be at least 2; got {self.vocab}")
         require(0 <= self.start < self.vocab, f"Model.start must be below vocab {self.vocab}")
         require(0 <= self.dropout < 1, f"Model.dropout must be in [0, 1); got {self.dropout}")
-        require_one_of("Model.activations", self.activations, ("bfloat16", "float32"))
         require(
             not self.prefix_lm or self.layout == "joined",
             "Model.prefix_lm is for a decoder alone: an encoder reads in both directions anyway",
@@ -120,8 +113,6 @@ class Vocabulary(Checked):
     extra_ids: int = 0
 
     def check(self):
-        kinds = ("bytes", "sentencepiece", "tokenizer_json", "trained")
-        require_one_of("Vocabulary.kind", self.kind, kinds)
         needs_path = self.kind in ("sentencepiece", "tokenizer_json")
         require(not needs_path or self.path, f"Vocabulary.path is needed for kind {self.kind}")
         require(self.kind != "trained" or self.size, "Vocabulary.size is needed for kind trained")
@@ -149,11 +140,6 @@ class Files(Checked):
     metrics: tuple[str, ...] = ("exact_match",)
     whole_files: bool = False
     broken: Literal["stop", "skip"] = "stop"
-
-    def check(self):
-        require_one_of("Files.broken", self.broken, ("stop", "skip"))
-        if self.format is not None:
-            require_one_of("Files.format", self.format, ("jsonl", "tsv", "text", "parquet"))
 
 
 @dataclass(frozen=True)
@@ -255,8 +241,6 @@ class Schedule(Checked):
     decay: float = 0.2
 
     def check(self):
-        kinds = ("constant", "rsqrt", "linear", "cosine", "wsd")
-        require_one_of("Schedule.kind", self.kind, kinds)
         require(self.peak > 0, f"Schedule.peak must be positive; got {self.peak}")
         require(self.warmup >= 0, f"Schedule.warmup cannot be negative; got {self.warmup}")
         require(0 <= self.floor <= 1, f"Schedule.floor is a share of peak; got {self.floor}")

@@ -129,7 +129,7 @@ def one_beam(cfg, params, request, length):
 
     def run(params, placed):
         prompts = target.Prompts(placed.prompts, placed.prompts_length)
-        read = target.Read()
+        read = model.Read()
         if placed.inputs is not None:
             read = target.read(cfg, params, placed.inputs, placed.inputs_length)
         cache = target.prefill(cfg, params, read, prompts, prompts.tokens.shape[1] + length + 1)

@@ -224,13 +224,13 @@ def test_the_cache_equals_a_fresh_prefill_of_what_was_written(alone, weights, wi
     request = decoding.request(cfg, EXAMPLES, GREEDY, eos=NEVER)
     request = generation.place(request._replace(eos=None))
     memory = generation.place(np.full((len(EXAMPLES), 64), 5, np.int32))
-    prefill = lambda params, prompts: target.prefill(cfg, params, target.Read(), prompts, 40)
+    prefill = lambda params, prompts: target.prefill(cfg, params, model.Read(), prompts, 40)
 
     def written(params, request, memory):
         prompts = target.Prompts(request.prompts, request.prompts_length)
         rules = loop.Rules(NEVER, prompts.length + request.limit, None)
         state = generation.started(prompts, rules, prefill(params, prompts), 40, memory)
-        return loop.run(target.of(cfg, params, target.Read()), Scripted(width), rules, state)
+        return loop.run(target.of(cfg, params, model.Read()), Scripted(width), rules, state)
 
     state = jax.jit(written)(params, request, memory)
     fresh = jax.jit(prefill)(params, target.Prompts(state.tokens, state.length))

@@ -117,24 +117,18 @@ def decode_in_blocks(cfg, params, batch, blocks, scan):
     @jax.jit
     def run(params, batch):
         call = lambda *args, **more: transformer.apply({"params": params}, *args, **more)
-        crossed = seen = prefix = None
+        seen, prefix = model.Read(), None
         if cfg.layout == "pair":
             read = batch.inputs, batch.input_segments, batch.input_positions
-            crossed, seen = call(call(*read, method="encode"), method="crossed"), read[1] > 0
+            seen = model.Read(call(call(*read, method="encode"), method="crossed"), read[1] > 0)
         else:
             prefix = batch.prefix.sum(axis=1) + 1
         tokens = jnp.pad(batch.targets[:, :-1], ((0, 0), (1, 0)), constant_values=cfg.start)
         cache, logits, start = model.empty_cache(cfg, rows, 16, scan), [], 0
         for width in blocks:
-            hidden, cache = call(
-                tokens[:, start : start + width],
-                jnp.full(rows, start),
-                cache,
-                crossed,
-                seen,
-                prefix=prefix,
-                method="decode",
-            )
+            block = tokens[:, start : start + width], jnp.full(rows, start)
+            block = model.Block(*block, prefix=prefix)
+            hidden, cache = call(block, cache, seen, method="decode")
             logits.append(call(hidden, method="logits"))
             start += width
         return jnp.concatenate(logits, axis=1)
@@ -155,9 +149,8 @@ def test_a_tree_of_drafts_equals_its_paths(one_device):
     def hidden_of(params, tokens, depth, ancestors):
         cache = model.empty_cache(cfg, 8, 16)
         decode = lambda *args: transformer.apply({"params": params}, *args, method="decode")
-        _, cache = decode(start, jnp.zeros(8, jnp.int32), cache)
-        index = jnp.full(8, 3)
-        return decode(tokens, index, cache, None, None, depth, ancestors)[0]
+        _, cache = decode(model.Block(start, jnp.zeros(8, jnp.int32)), cache)
+        return decode(model.Block(tokens, jnp.full(8, 3), depth, ancestors), cache)[0]
 
     by_tree = hidden_of(params, tree, depth, ancestors)
     for path in ([0, 1, 3], [0, 2]):

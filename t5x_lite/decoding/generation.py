@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from t5x_lite import config, sharding
+from t5x_lite import config, model, sharding
 from t5x_lite.decoding import beam, loop, target
 from t5x_lite.decoding.request import Request, bucket
 from t5x_lite.decoding.sampling import Sampling
@@ -102,7 +102,7 @@ def compiled(shape: Shape, params, request: Request, draws, alpha, memory) -> Re
     """One executable per shape: temperature, limits, seeds and penalties do not change it."""
     cfg = shape.cfg
     prompts = target.Prompts(request.prompts, request.prompts_length)
-    read = target.Read()
+    read = model.Read()
     if request.inputs is not None:
         read = target.read(cfg, params, request.inputs, request.inputs_length)
     slots = request.prompts.shape[1] + shape.length + shape.drafter.width

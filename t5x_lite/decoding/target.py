@@ -6,19 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from t5x_lite import config, model
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding.loop import Target
-
-
-class Read(NamedTuple):
-    """What an encoder-decoder has read: cross-attention keys and values of every layer, and which
-    inputs exist. Both are None for a lone decoder."""
-
-    crossed: model.Cache | None = None
-    seen: Bool[Array, "b s"] | None = None
 
 
 class Prompts(NamedTuple):
@@ -42,7 +34,7 @@ def prepare(cfg: config.Model, params: Any) -> Any:
 
 def read(
     cfg: config.Model, params: Any, inputs: Int[Array, "b s"], length: Int[Array, " b"]
-) -> Read:
+) -> model.Read:
     """The inputs, of which the first length[b] of row b exist, through the encoder, once."""
     where = jnp.arange(inputs.shape[1])
     seen = where < length[:, None]
@@ -54,15 +46,17 @@ def read(
         jnp.where(seen, where, 0),
         method="encode",
     )
-    return Read(transformer.apply({"params": params}, encoded, method="crossed"), seen)
+    return model.Read(transformer.apply({"params": params}, encoded, method="crossed"), seen)
 
 
-def of(cfg: config.Model, params: Any, read: Read) -> Target:
+def of(cfg: config.Model, params: Any, read: model.Read) -> Target:
     """The loop's view of a model that has read its inputs."""
     transformer = model.Transformer(cfg, scan=False)
 
     def forward(tokens, index, cache):
-        return transformer.apply({"params": params}, tokens, index, cache, *read, method="decode")
+        return transformer.apply(
+            {"params": params}, model.Block(tokens, index), cache, read, method="decode"
+        )
 
     def logits(hidden):
         return sampling.whole(transformer.apply({"params": params}, hidden, method="logits"))
@@ -71,7 +65,7 @@ def of(cfg: config.Model, params: Any, read: Read) -> Target:
 
 
 def prefill(
-    cfg: config.Model, params: Any, read: Read, prompts: Prompts, slots: int
+    cfg: config.Model, params: Any, read: model.Read, prompts: Prompts, slots: int
 ) -> model.Cache:
     """A cache of `slots` slots per row that holds the prompts, written in one pass.
 
@@ -85,11 +79,9 @@ def prefill(
     start = jnp.zeros_like(prompts.length)
     _, cache = model.Transformer(cfg, scan=False).apply(
         {"params": params},
-        prompts.tokens,
-        start,
+        model.Block(prompts.tokens, start, prefix=prompts.length),
         cache,
-        *read,
-        prefix=prompts.length,
+        read,
         method="decode",
     )
     return cache

@@ -7,13 +7,15 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.model.cache import Cache, empty_cache
+from t5x_lite.model.cache import Block, Cache, Read, empty_cache
 from t5x_lite.model.layers import Named
 from t5x_lite.model.transformer import Transformer
 from t5x_lite.sharding import batch_shards, named, spec
 
 __all__ = [
+    "Block",
     "Cache",
+    "Read",
     "Transformer",
     "axes",
     "count",

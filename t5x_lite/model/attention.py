@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config, kernels
 from t5x_lite.model import positions
-from t5x_lite.model.cache import write_rows
+from t5x_lite.model.cache import Cache, write_rows
 from t5x_lite.model.layers import project, rms_norm, weight
 from t5x_lite.sharding import spec
 
@@ -47,12 +47,13 @@ class Attention(nn.Module):
         q, (k, v) = self.queries(x, where), self.keys_values(x, where)
         return self.attended(q, k, v, mask, bias)
 
-    def over_cache(self, x, where, mask, bias, keys, values, index):
-        """Self-attention of a block over the cache, into which it is written from index on."""
+    def over_cache(self, x, view, cache: Cache) -> tuple[Float[Array, "b w d"], Cache]:
+        """Self-attention of a block over this layer's cache, into which it is written."""
         x = rms_norm(x, self.norm)
-        q, (k, v) = self.queries(x, where), self.keys_values(x, where)
-        keys, values = write_rows(keys, k, index), write_rows(values, v, index)
-        return self.attended(q, keys, values, mask, bias), keys, values
+        q, (k, v) = self.queries(x, view.where), self.keys_values(x, view.where)
+        keys = write_rows(cache.keys, k, view.index)
+        values = write_rows(cache.values, v, view.index)
+        return self.attended(q, keys, values, view.mask, view.bias), Cache(keys, values)
 
     def over_encoded(self, x, keys, values, seen):
         """Cross-attention over keys and values that `keys_values(encoded)` made."""

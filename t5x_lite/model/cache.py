@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config
 from t5x_lite.sharding import spec
@@ -19,6 +19,30 @@ class Cache(NamedTuple):
 
     keys: Any
     values: Any
+
+
+class Block(NamedTuple):
+    """Tokens [b w] to decode at once: row b of them goes into the cache's slots from index[b] on.
+
+    Token i stands at position index + depth[i] (default i) and sees the slots before index and
+    the tokens j of the block with ancestors[i, j] (default j <= i): a chain, or a tree of drafts.
+    In the prefill of a prefix-LM, the slots before prefix[b] see one another.
+    """
+
+    tokens: Int[Array, "b w"]
+    index: Int[Array, " b"]
+    depth: Int[Array, " w"] | None = None
+    ancestors: Bool[Array, "w w"] | None = None
+    prefix: Int[Array, " b"] | None = None
+
+
+class Read(NamedTuple):
+    """What a decoder looks at beside its own past: cross-attention keys and values of every layer,
+    and which inputs exist. Both are None for a lone decoder.
+    """
+
+    crossed: Cache | None = None
+    seen: Bool[Array, "b s"] | None = None
 
 
 def empty_cache(cfg: config.Model, rows: int, length: int, scan: bool = True) -> Cache:

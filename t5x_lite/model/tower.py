@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from t5x_lite import config
+from t5x_lite import config, kernels
 from t5x_lite.model import positions
 from t5x_lite.model.attention import Attention
 from t5x_lite.model.cache import Cache
@@ -54,13 +54,11 @@ class Layer(nn.Module):
 
     def decode(self, x, view: View, cache: Cache, crossed: Cache | None):
         """x [b w d] through the layer, and the layer's cache with the block written into it."""
-        y, keys, values = self.attention.over_cache(
-            x, view.where, view.mask, view.bias, cache.keys, cache.values, view.index
-        )
+        y, cache = self.attention.over_cache(x, view, cache)
         x = x + y
         if self.cross:
             x = x + self.cross_attention.over_encoded(x, crossed.keys, crossed.values, view.seen)
-        return x + self.mlp(x), Cache(keys, values)
+        return x + self.mlp(x), cache
 
     def crossed(self, encoded) -> Cache:
         """This layer's cross-attention keys and values [b k s h]."""
@@ -72,8 +70,8 @@ class Tower(nn.Module):
 
     scan runs stacked weights (layers first) in one `lax.scan`; otherwise `layers` is a tuple of
     trees, unrolled. remat says what a layer keeps for its backward pass: everything (none), what
-    matrix products by weights gave (products), or nothing but its input (layers); unroll how many
-    layers one turn of the scan takes.
+    products by weights and attention gave (products), or nothing but its input (layers); unroll how
+    many layers one turn of the scan takes.
     """
 
     model: config.Model
@@ -169,7 +167,10 @@ def kept(through, remat: str):
     """through with what its backward pass keeps; scans need no guard against merging (CSE)."""
     if remat == "none":
         return through
-    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    products = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(kernels.KEPT)
+    )
     policy = products if remat == "products" else None
     return jax.checkpoint(through, prevent_cse=False, policy=policy)
 

@@ -14,10 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.model.cache import Cache
+from t5x_lite.model.cache import Block, Cache, Read
 from t5x_lite.model.layers import dropout, split, weight
 from t5x_lite.model.tower import Tower, View
 from t5x_lite.sharding import spec
+
+NOTHING = Read()
 
 
 class Transformer(nn.Module):
@@ -81,33 +83,20 @@ class Transformer(nn.Module):
         return self.decoder.crossed(encoded)
 
     def decode(
-        self,
-        tokens: Int[Array, "b w"],
-        index: Int[Array, " b"],
-        cache: Cache,
-        crossed: Cache | None = None,
-        seen: Bool[Array, "b s"] | None = None,
-        depth: Int[Array, " w"] | None = None,
-        ancestors: Bool[Array, "w w"] | None = None,
-        prefix: Int[Array, " b"] | None = None,
+        self, block: Block, cache: Cache, read: Read = NOTHING
     ) -> tuple[Float[Array, "b w d"], Cache]:
-        """Hidden states of a block, and the cache with row b of it in slots index[b]...
-
-        Token i stands at position index + depth[i] (default i) and sees the slots before index and
-        the tokens j of the block with ancestors[i, j] (default j <= i). In prefill of a prefix-LM,
-        the slots before prefix[b] see one another.
-        """
-        tokens, index, seen, prefix = on_rows((tokens, index, seen, prefix))
+        """Hidden states of a block of tokens, and the cache with the block written into it."""
+        block, read = on_rows(block), read._replace(seen=on_rows(read.seen))
         slots = (cache.keys if self.scan else cache.keys[0]).shape[-2]
-        depth = jnp.arange(tokens.shape[1]) if depth is None else depth
-        where = index[:, None] + depth
-        mask, stand = block_mask(index, depth, ancestors, slots)
-        if prefix is not None and self.cfg.prefix_lm:
-            inside = jnp.arange(slots) < prefix[:, None]
-            mask = mask | (inside[:, None, :] & (where < prefix[:, None])[:, :, None])
-        seen = None if seen is None else seen[:, None, :]
-        view = View(where, mask, seen=seen, index=index)
-        return self.decoder.decode(self.embed(tokens), view, stand, cache, crossed)
+        depth = jnp.arange(block.tokens.shape[1]) if block.depth is None else block.depth
+        where = block.index[:, None] + depth
+        mask, stand = block_mask(block.index, depth, block.ancestors, slots)
+        if block.prefix is not None and self.cfg.prefix_lm:
+            inside = jnp.arange(slots) < block.prefix[:, None]
+            mask = mask | (inside[:, None, :] & (where < block.prefix[:, None])[:, :, None])
+        seen = None if read.seen is None else read.seen[:, None, :]
+        view = View(where, mask, seen=seen, index=block.index)
+        return self.decoder.decode(self.embed(block.tokens), view, stand, cache, read.crossed)
 
     def embed(self, ids: Int[Array, "b t"], key=None) -> Float[Array, "b t d"]:
         x = self.embedding.at[ids].get(out_sharding=spec("batch length width"))
@@ -147,10 +136,16 @@ def shift_right(
     return jnp.where(where == 0, start, jnp.pad(targets[:, :-1], ((0, 0), (1, 0))))
 
 
-def on_rows(arrays):
-    """arrays [b ...] placed with the batch, wherever the caller made them."""
-    place = lambda x: jax.reshard(x, spec("batch" + " length" * (x.ndim - 1)))
-    return jax.tree.map(place, arrays)
+def on_rows(rows):
+    """rows [b ...] placed with the batch, wherever the caller made them; a Block keeps its shape
+    (depth, ancestors), which no row owns.
+    """
+    if rows is None:
+        return None
+    if isinstance(rows, Block):
+        fields = ("tokens", "index", "prefix")
+        return rows._replace(**{name: on_rows(getattr(rows, name)) for name in fields})
+    return jax.reshard(rows, spec("batch" + " length" * (rows.ndim - 1)))
 
 
 def block_mask(index, depth, ancestors, slots: int):
