@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs the test extra into .venv (or the environment in force) and runs lint and tests.
+# Installs the test extra into .venv-test (or the environment in force) and runs lint and tests.
 # Arguments go to pytest: launch/test.sh -m "not slow" tests/test_model.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 if [ -n "${VIRTUAL_ENV:-}" ]; then
   python="$VIRTUAL_ENV/bin/python"
 else
-  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-  python="$PWD/.venv/bin/python"
+  [ -x .venv-test/bin/python ] || "${PYTHON:-python3}" -m venv .venv-test
+  python="$PWD/.venv-test/bin/python"
 fi
 "$python" -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 "$python" -m ruff check .

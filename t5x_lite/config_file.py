@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
+import tokenize
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,6 +158,8 @@ def near(name: str, names: list[str]) -> str:
 
 def explain(error: Exception, lines: list[Line]) -> str:
     """gin's words, with the file and line, and the nearest known name added."""
+    if isinstance(error, tokenize.TokenError):
+        return f"{lines[-1].origin}: the config ends inside a bracket or string ({error.args[0]})"
     header = len(HEADER.splitlines())
     place = lambda found: lines[int(found[1]) - header - 1].origin
     message = re.sub(r"(?:In bindings string )?\bline (\d+)", place, str(error).strip())
