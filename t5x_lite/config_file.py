@@ -111,9 +111,32 @@ def parse(lines: list[Line], bindings: list[str]) -> config.Run:
             with our_errors([Line(binding, f"--gin.{binding}")]):
                 gin.parse_config(HEADER + binding)
         with our_errors(lines):
-            return plain(gin.get_configurable("t5x_lite.config.Run")())
+            run = plain(gin.get_configurable("t5x_lite.config.Run")())
     finally:
         gin.clear_config()
+    for binding in bindings:
+        check_used(binding, kinds_in(run))
+    return run
+
+
+def check_used(binding: str, kinds: set[str]) -> None:
+    """Refuses a field of the command line whose owner the run does not have: gin ignores it."""
+    owner = re.match(r"(?:\w+/)*config\.(\w+)\.", binding)
+    if owner and owner[1] not in kinds:
+        raise ConfigError(
+            f"--gin.{binding} changes nothing: the run takes no config.{owner[1]} from the config. "
+            f"Bind the field of its owner to @config.{owner[1]}(), as configs/runs/common.gin does"
+        )
+
+
+def kinds_in(value: Any) -> set[str]:
+    """The names of all dataclasses in the tree of value."""
+    if isinstance(value, tuple):
+        return set().union(*map(kinds_in, value))
+    if not dataclasses.is_dataclass(value):
+        return set()
+    inside = (getattr(value, field.name) for field in dataclasses.fields(value))
+    return {type(value).__name__}.union(*map(kinds_in, inside))
 
 
 @contextlib.contextmanager

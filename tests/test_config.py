@@ -57,6 +57,7 @@ def test_the_twins_have_the_same_number_of_parameters_within_a_percent():
         ("config.Decode.beams=0", ["Decode.beams"]),
         ("config.Stack.layers=@foo()", ["foo", "--gin.config.Stack.layers"]),
         ("MODEL_DIR", ["needs a value"]),
+        ("config.Files.name=mine", ["changes nothing", "@config.Files()"]),
     ],
 )
 def test_a_wrong_binding_is_named_with_what_would_be_right(binding, words):
