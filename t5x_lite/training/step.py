@@ -71,7 +71,9 @@ def make(
         told = (rate, norm, ~jnp.isfinite(norm), state.consecutive, squares)
         return state, Metrics(sums, *told)
 
-    # XLA's CPU backend copies what is donated: 63 against 50 ms for a step of 1.4M weights.
+    # Donated, all new weights wait in temporary memory for the norm: on CPU its pages are fetched
+    # anew each step unless `memory.keep_freed` was called (65 against 48 ms for 1.4M weights;
+    # with it 51 and 51, and 4 % less time at 77M).
     return jax.jit(step, donate_argnums=() if jax.default_backend() == "cpu" else 0)
 
 
