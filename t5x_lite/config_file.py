@@ -51,7 +51,7 @@ def read(path: str) -> list[Line]:
     """The lines of a .gin file with its includes put in place, each with where it stands."""
     found = find(path)
     if found is None:
-        raise ConfigError(f"No config file {path}. Shipped: {', '.join(shipped())}")
+        raise ConfigError(f"No config file {path}.{near(path, shipped())}")
     lines = []
     for number, line in enumerate(found.read_text(encoding="utf-8").splitlines(), 1):
         include = re.fullmatch(r"""\s*include\s+(["'])(.+)\1\s*(?:#.*)?""", line)
