@@ -30,7 +30,8 @@ def measure(folder: str, examples: int) -> list[report.Row]:
     path = Path(folder) / "report.json"
     if not path.exists():
         return [report.Row("cmudict_g2p test", folder, "per", None, f"not trained: no {path}")]
-    from t5x_lite.evaluation import evaluate, restore
+    from t5x_lite.evaluation import evaluate
+    from t5x_lite.training import restore
 
     restored = restore.restore(folder)
     settings = dataclasses.replace(restored.run.evaluate, examples=examples, batches=10**6)

@@ -63,9 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(given: argparse.Namespace) -> None:
     """Restores, evaluates, prints and writes."""
-    from t5x_lite.evaluation import restore
     from t5x_lite.evaluation.evaluate import Evaluator
     from t5x_lite.evaluation.progress import Progress
+    from t5x_lite.training import restore
 
     restored = restore.restore(given.checkpoint, given.step, given.best, given.mesh)
     run = settled(dataclasses.replace(restored.run, model_dir=given.checkpoint), given)

@@ -82,7 +82,8 @@ def load(
     Raises:
       ValueError: path is no run folder, or has no such checkpoint.
     """
-    from t5x_lite.evaluation import predict, restore
+    from t5x_lite.evaluation import predict
+    from t5x_lite.training import restore
 
     restored = restore.restore(path, step=step, best=best, mesh=mesh)
     run = restored.run
