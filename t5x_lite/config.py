@@ -9,95 +9,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from t5x_lite.typed import Checked
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError(message) unless condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class Stack(Checked):
-    """One tower of layers. T5 and GPT, encoder and decoder differ only in these values.
-
-    `query_scale` multiplies the queries: 1.0 is T5, whose initialisation carries 1/sqrt(head_dim);
-    others want head_dim ** -0.5. `buckets`, `max_distance` and `bias_std` (of the bias table at the
-    start) belong to relative positions, `rotary_base` to rotary ones.
-    """
-
-    layers: int
-    embed: int
-    heads: int
-    head_dim: int
-    mlp: int
-    kv_heads: int | None = None
-    activation: Literal["gelu", "relu", "silu"] = "gelu"
-    gated: bool = True
-    positions: Literal["relative", "rotary"] = "relative"
-    buckets: int = 32
-    max_distance: int = 128
-    bias_std: float = 0.2
-    rotary_base: float = 10000.0
-    query_scale: float = 1.0
-
-    def check(self):
-        for name in ("layers", "embed", "heads", "head_dim", "mlp"):
-            require(getattr(self, name) >= 1, f"Stack.{name} must be at least 1")
-        require(
-            self.heads % self.key_heads == 0,
-            f"Stack.heads ({self.heads}) must be a multiple of Stack.kv_heads ({self.kv_heads})",
-        )
-        require(
-            self.positions != "rotary" or self.head_dim % 2 == 0,
-            f"Stack.head_dim must be even for rotary positions; got {self.head_dim}",
-        )
-
-    @property
-    def key_heads(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-
-@dataclass(frozen=True)
-class Model(Checked):
-    """An encoder-decoder, a decoder alone (GPT-like) or an encoder alone: by which stacks exist.
-
-    `tied` reads the logits through the embedding table, scaled by embed ** -0.5 as T5 1.0 does.
-    `prefix_lm` lets a lone decoder read its inputs in both directions. `start` begins every
-    decoder input. `activations` is the dtype of activations; weights are kept in float32.
-    """
-
-    vocab: int
-    encoder: Stack | None = None
-    decoder: Stack | None = None
-    tied: bool = False
-    prefix_lm: bool = False
-    start: int = 0
-    dropout: float = 0.0
-    embedding_std: float = 1.0
-    activations: Literal["bfloat16", "float32"] = "bfloat16"
-
-    def check(self):
-        require(self.encoder is not None or self.decoder is not None, "Model has no Stack at all")
-        require(self.vocab >= 2, f"Model.vocab must be at least 2; got {self.vocab}")
-        require(0 <= self.start < self.vocab, f"Model.start must be below vocab {self.vocab}")
-        require(0 <= self.dropout < 1, f"Model.dropout must be in [0, 1); got {self.dropout}")
-        require(
-            not self.prefix_lm or self.layout == "joined",
-            "Model.prefix_lm is for a decoder alone: an encoder reads in both directions anyway",
-        )
-        require(
-            self.layout != "pair" or self.encoder.embed == self.decoder.embed,
-            "Model.encoder.embed and Model.decoder.embed must agree: they share one embedding",
-        )
-
-    @property
-    def layout(self) -> Literal["pair", "joined", "aligned"]:
-        """What a batch looks like: inputs and targets apart, one after the other, or in step."""
-        if self.decoder is None:
-            return "aligned"
-        return "joined" if self.encoder is None else "pair"
+# Architecture's dataclasses are bound by the same name as all others: config.Stack.layers.
+from t5x_lite.architecture import Model as Model
+from t5x_lite.architecture import Pooling as Pooling
+from t5x_lite.architecture import RotaryScaling as RotaryScaling
+from t5x_lite.architecture import Stack as Stack
+from t5x_lite.typed import Checked, require
 
 
 @dataclass(frozen=True)
@@ -367,13 +284,17 @@ class Mesh(Checked):
 
 @dataclass(frozen=True)
 class Run(Checked):
-    """A whole run: everything that decides its numbers, and the folder they go to."""
+    """A whole run: everything that decides its numbers, and the folder they go to.
+
+    Without `data`, `train` and `schedule` it is a converted checkpoint: it decodes, and a run that
+    trains can begin with its weights.
+    """
 
     model_dir: str
     model: Model
-    data: Data
-    train: Train
-    schedule: Schedule
+    data: Data | None = None
+    train: Train | None = None
+    schedule: Schedule | None = None
     optimizer: Optimizer = Optimizer()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
@@ -382,6 +303,8 @@ class Run(Checked):
     seed: int = 0
 
     def check(self):
+        if self.data is None:
+            return
         require(
             self.model.layout != "pair" or "inputs" in self.data.lengths,
             'Data.lengths needs "inputs": the model has an encoder',

@@ -7,6 +7,12 @@ import typing
 from typing import Any, Literal
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 class WrongType(TypeError):
     """A value that is not of the annotated type."""
 

@@ -81,11 +81,15 @@ def rms_norm(x: Float[Array, "b t d"], scale: Float[Array, " d"]) -> Float[Array
     return (wide * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype) * scale
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """x with a share of `rate` set to zero and the rest scaled up; x itself without a key."""
+def dropout(x: Float[Array, "b t d"], rate: float, key: jax.Array | None) -> jax.Array:
+    """x with a share of `rate` of each row's features zero and the rest scaled up; x without a key.
+
+    Every token of a row loses the same features, as in T5X: the masks cost nothing to draw.
+    """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
+    shape = (x.shape[0], 1, x.shape[2])
+    keep = jax.random.bernoulli(key, 1 - rate, shape, out_sharding=jax.typeof(x).sharding)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
