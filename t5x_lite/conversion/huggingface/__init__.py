@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model families as Hugging Face writes them: one module for each way of naming the weights.
+
+A family module has pure functions only: model(config_json, names) -> config.Model, and of that
+Model entries(cfg), ignored(cfg), duplicates(cfg) and config_json(cfg).
+"""
+
+import importlib
+from types import ModuleType
+
+from t5x_lite import config
+
+# model_type of config.json -> module here, imported when it is asked for.
+FAMILIES = {
+    "t5": "t5",
+    "mt5": "t5",
+    "umt5": "t5",
+    "t5gemma": "t5gemma",
+    "t5gemma2": "t5gemma2",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3": "gemma",
+    "gemma3_text": "gemma",
+}
+
+
+def family(name: str) -> ModuleType:
+    """The module of a model_type; ValueError lists those there are."""
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model_type {name!r} is no family that can be converted; there are: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return importlib.import_module(f"{__name__}.{FAMILIES[name]}")
+
+
+def family_of(config_json: dict) -> ModuleType:
+    """The module that reads a checkpoint with this config.json."""
+    if "model_type" not in config_json:
+        raise ValueError("config.json has no model_type: it does not say which family it is of")
+    return family(config_json["model_type"])
+
+
+def family_for(cfg: config.Model, name: str | None = None) -> ModuleType:
+    """The module to export cfg with: of the model_type `name`, or the first that can express cfg.
+
+    ValueError tells, for every family that was tried, which field it cannot express.
+    """
+    refused = []
+    for module in [name] if name else first_names():
+        try:
+            family(module).config_json(cfg)
+        except ValueError as error:
+            refused.append(f"{module}: {error}")
+        else:
+            return family(module)
+    raise ValueError("No Hugging Face family can express this Model. " + "; ".join(refused))
+
+
+def first_names() -> list[str]:
+    """One model_type for each module, in the order of FAMILIES."""
+    firsts = {module: name for name, module in reversed(FAMILIES.items())}
+    return [name for name, module in FAMILIES.items() if firsts[module] == name]
