@@ -182,3 +182,34 @@ def test_a_file_of_another_kind_is_refused(kind, tmp_path):
 def test_a_folder_without_vocabulary_is_named(tmp_path):
     with pytest.raises(ValueError, match="vocabulary.json is missing"):
         vocabularies.load_pair(tmp_path)
+
+
+def test_an_end_that_is_told_is_not_guessed_and_is_kept(tmp_path):
+    told = vocabularies.TokenizerJson(tokenizer_json(), eos=300, pad=17)
+    vocabularies.save(told, tmp_path)
+    kept = vocabularies.load(tmp_path)
+    assert (kept.eos, kept.pad) == (300, 17)
+    guessed = vocabularies.TokenizerJson(tokenizer_json())
+    assert (guessed.eos, guessed.pad) == (1, 0)
+    assert vocabularies.fingerprint(guessed) != vocabularies.fingerprint(told)
+
+
+def test_a_tokenizer_json_kept_before_ends_were_told_still_loads(tmp_path):
+    vocabularies.save(vocabularies.TokenizerJson(tokenizer_json()), tmp_path)
+    old = {"kind": "tokenizer_json", "extra_ids": 0, "ends": True}
+    (tmp_path / "vocabulary.json").write_text(json.dumps(old))
+    assert vocabularies.load(tmp_path).eos == 1
+
+
+def test_an_end_outside_of_the_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="eos = 4000 is none of"):
+        vocabularies.TokenizerJson(tokenizer_json(), eos=4000)
+
+
+def test_padding_without_a_token_of_its_own_takes_no_word_away():
+    described = json.loads(tokenizer_json())
+    described["added_tokens"] = [each for each in described["added_tokens"] if each["id"] != 0]
+    described["model"]["vocab"]["!!"] = described["model"]["vocab"].pop("<pad>")
+    vocabulary = vocabularies.TokenizerJson(json.dumps(described).encode())
+    assert vocabulary.pad == vocabulary.eos
+    assert vocabulary.decode([0]) == "!!"

@@ -187,27 +187,45 @@ def count_sentinels(size: int, piece) -> int:
     return count
 
 
+# What a bare tokenizer.json may call its end and its padding; it does not say which they are.
 ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 PADS = ("<pad>", "[PAD]", "<|pad|>")
 
 
 class TokenizerJson:
-    """A Hugging Face tokenizer.json, read by the tokenizers library; no special tokens added."""
+    """A Hugging Face tokenizer.json, read by the tokenizers library; no special tokens added.
 
-    def __init__(self, model: bytes, extra_ids: int = 0, ends: bool = True):
+    eos and pad are ids, eos -1 for none; left out, they are found by their usual names, and
+    padding that has no token of its own is eos.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        extra_ids: int = 0,
+        ends: bool = True,
+        eos: int | None = None,
+        pad: int | None = None,
+    ):
         import tokenizers
 
         self.json, self.extra_ids, self.ends = model, extra_ids, ends
         self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.base = self.tokenizer.get_vocab_size()
+        self.base = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         self.size = self.base + extra_ids
         self.sentinels = extra_ids or count_sentinels(self.size, self.tokenizer.id_to_token)
-        self.eos = self.first(ENDS)
+        self.eos = self.first(ENDS) if eos is None else eos
         if self.eos is None:
             raise ValueError(f"tokenizer.json has no end-of-sequence token: none of {ENDS}")
-        self.pad = self.first(PADS) or 0
+        found = self.first(PADS) if pad is None else pad
+        self.pad = self.eos if found is None else found
+        for name, token in (("eos", self.eos), ("pad", self.pad)):
+            if not -1 <= token < self.size:
+                raise ValueError(
+                    f"{name} = {token} is none of the {self.size} ids of the tokenizer"
+                )
 
     def first(self, names: Sequence[str]) -> int | None:
         found = (self.tokenizer.token_to_id(name) for name in names)
@@ -231,7 +249,13 @@ class TokenizerJson:
         return "".join([*parts, self.tokenizer.decode(run)])
 
     def description(self) -> dict:
-        return {"kind": "tokenizer_json", "extra_ids": self.extra_ids, "ends": self.ends}
+        return {
+            "kind": "tokenizer_json",
+            "extra_ids": self.extra_ids,
+            "ends": self.ends,
+            "eos": self.eos,
+            "pad": self.pad,
+        }
 
     def model(self) -> bytes | None:
         return self.json
