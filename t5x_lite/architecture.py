@@ -35,8 +35,8 @@ class Stack(Checked):
     """One tower of layers. T5 and GPT, encoder and decoder differ only in these values.
 
     Norms: `norm` is T5's and Llama's (rms), Gemma's whose scale is one plus the weight
-    (rms_plus_one), or GPT-2's with a bias (layer); `post_norms` adds one after each sublayer, before
-    the residual; `qk_norm` one over the head dimension of queries and keys, before rotation.
+    (rms_plus_one), or GPT-2's with a bias (layer); `post_norms` adds one after each sublayer,
+    before the residual; `qk_norm` one over the head dimension of queries and keys, before rotation.
 
     Attention: `query_scale` multiplies the queries: 1.0 is T5, whose initialisation carries
     1/sqrt(head_dim); others want head_dim ** -0.5. `softcap` c turns scores x into c tanh(x / c).
@@ -100,7 +100,7 @@ class Stack(Checked):
             (self.positions == "learned") == (self.max_length is not None),
             "Stack.max_length belongs to learned positions: bind it there, and nowhere else",
         )
-        require(len(self.pattern) > 0, "Stack.pattern is empty: (\"full\",) is every layer alike")
+        require(len(self.pattern) > 0, 'Stack.pattern is empty: ("full",) is every layer alike')
         require(
             ("sliding" in self.pattern) == (self.window is not None),
             'Stack.window belongs to a Stack.pattern with "sliding" layers: bind both or neither',

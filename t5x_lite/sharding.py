@@ -16,7 +16,8 @@ from t5x_lite.batch import Batch
 AXES = ("data", "fsdp", "tensor")
 
 # Activations: batch length width whole. Weights: the rest; `embed` is what FSDP splits, and it
-# becomes `width` (whole again) at the moment of use.
+# becomes `width` (whole again) at the moment of use. `encoder_embed` is the width of an encoder
+# beside a decoder of another one.
 RULES = {
     "batch": ("data", "fsdp"),
     "length": None,
@@ -25,13 +26,18 @@ RULES = {
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
+    "encoder_embed": "fsdp",
+    "encoder_width": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "group": None,
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "head_norm": None,
     "buckets": None,
+    "positions": None,
+    "projected": None,
 }
 
 

@@ -2,6 +2,7 @@
 """A weight in one line, normalisation, dropout, and the feed-forward layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,15 +41,15 @@ def weight(module: nn.Module, name: str, axes: str, std: float | None = None) ->
     """One weight, in the dtype of activations, whole along the axis that FSDP splits.
 
     axes names them, left of the arrow the fan-in: "embed -> heads head_dim" is drawn with
-    fan-in ** -0.5 unless std is given; without an arrow it is a scale and starts at one. Sizes are
-    the module's `sizes`, placement is the rules'.
+    fan-in ** -0.5 unless std is given; without an arrow it is a scale and starts at one, or with
+    std 0 a bias and starts at zero. Sizes are the module's `sizes`, placement is the rules'.
     """
     fan_in, arrow, _ = axes.partition("->")
     names = axes.replace("->", "").split()
     shape = tuple(module.sizes[axis] for axis in names)
     if std is None:
         std = math.prod(module.sizes[axis] for axis in fan_in.split()) ** -0.5
-    draw = nn.initializers.normal(std) if arrow else nn.initializers.ones
+    draw = nn.initializers.normal(std) if arrow or std == 0 else nn.initializers.ones
     value = module.param(name, lambda key: Named(draw(key, shape), " ".join(names)))
     return gathered(value.astype(module.model.activations), " ".join(names))
 
@@ -74,11 +75,29 @@ def project(x: jax.Array, matrix: jax.Array, axes: str) -> jax.Array:
     return jnp.reshape(y, shape, out_sharding=spec(f"batch length {' '.join(outward)}"))
 
 
-def rms_norm(x: Float[Array, "b t d"], scale: Float[Array, " d"]) -> Float[Array, "b t d"]:
-    """x over its root mean square, times scale (Zhang and Sennrich, 2019); statistics float32."""
+def normalizer(module: nn.Module, name: str, axis: str = "norm") -> Callable:
+    """The norm that the module's stack has, with weights of its own: a function of x [... d]."""
+    kind, epsilon = module.stack.norm, module.stack.norm_epsilon
+    scale = weight(module, name, axis, 0.0 if kind == "rms_plus_one" else None)
+    if kind == "rms":
+        return lambda x: rms(x, epsilon).astype(x.dtype) * scale
+    if kind == "rms_plus_one":
+        # In float32 to the end, as Gemma does it: 1 + w has few bits left in bfloat16.
+        return lambda x: (rms(x, epsilon) * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+    bias = weight(module, f"{name}_bias", axis, 0.0)
+    return lambda x: layer_norm(x, epsilon).astype(x.dtype) * scale + bias
+
+
+def rms(x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... d"]:
+    """x over its root mean square (Zhang and Sennrich, 2019), in float32."""
     wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype) * scale
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+
+
+def layer_norm(x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... d"]:
+    """x with mean 0 and variance 1 (Ba et al., 2016), in float32."""
+    wide = x.astype(jnp.float32)
+    return rms(wide - jnp.mean(wide, axis=-1, keepdims=True), epsilon)
 
 
 def dropout(x: Float[Array, "b t d"], rate: float, key: jax.Array | None) -> jax.Array:
@@ -109,9 +128,16 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], key=None) -> Float[Array, "b t d"]:
         activation = ACTIVATIONS[self.stack.activation]
-        x = rms_norm(x, weight(self, "norm", "norm"))
-        y = activation(project(x, weight(self, "gate", "embed -> mlp"), "width -> mlp"))
+        x = normalizer(self, "norm")(x)
+        y = activation(self.inward(x, "gate"))
         if self.stack.gated:
-            y = y * project(x, weight(self, "up", "embed -> mlp"), "width -> mlp")
+            y = y * self.inward(x, "up")
         y = dropout(y, self.model.dropout, key)
-        return project(y, weight(self, "down", "mlp -> embed"), "mlp -> width")
+        y = project(y, weight(self, "down", "mlp -> embed"), "mlp -> width")
+        if self.stack.mlp_bias:
+            y = y + weight(self, "down_bias", "norm", 0.0)
+        return normalizer(self, "post_norm")(y) if self.stack.post_norms else y
+
+    def inward(self, x, name: str) -> Float[Array, "b t f"]:
+        y = project(x, weight(self, name, "embed -> mlp"), "width -> mlp")
+        return y + weight(self, f"{name}_bias", "mlp", 0.0) if self.stack.mlp_bias else y

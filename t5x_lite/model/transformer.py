@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
+from t5x_lite.model import pooling
+from t5x_lite.model.attention import View
 from t5x_lite.model.cache import Block, Cache, Read
 from t5x_lite.model.layers import dropout, split, weight
-from t5x_lite.model.tower import Tower, View
+from t5x_lite.model.tower import Tower
 from t5x_lite.sharding import spec
 
 NOTHING = Read()
@@ -39,19 +41,33 @@ class Transformer(nn.Module):
 
     @property
     def sizes(self):
-        stack = self.cfg.decoder or self.cfg.encoder
-        return {"vocab": self.cfg.vocab, "embed": stack.embed}
+        cfg = self.cfg
+        embed = (cfg.decoder or cfg.encoder).embed
+        sizes = {"vocab": cfg.vocab, "embed": embed, "norm": embed}
+        if cfg.encoder:
+            sizes |= {"encoder_embed": cfg.encoder.embed}
+        return sizes | ({"projected": cfg.pooling.project} if cfg.pooling else {})
 
     def setup(self):
         cfg = self.cfg
         how = {"scan": self.scan, "remat": self.remat, "unroll": self.unroll}
-        self.embedding = weight(self, "embedding", "-> vocab embed", cfg.embedding_std)
+        table = {"std": cfg.embedding_std}
+        self.embedding = weight(self, "embedding", "-> vocab embed", **table)
+        if cfg.separate_embeddings:
+            self.encoder_embedding = weight(
+                self, "encoder_embedding", "-> vocab encoder_embed", **table
+            )
+        if cfg.eoi is not None:
+            self.eoi_embedding = weight(self, "eoi_embedding", "norm", 0.0)
         if not cfg.tied:
             self.head = weight(self, "head", "embed -> vocab")
+        if cfg.pooling and cfg.pooling.project:
+            self.projection = weight(self, "projection", "embed -> projected")
         if cfg.encoder:
             self.encoder = Tower(cfg, cfg.encoder, both_sides=True, **how)
         if cfg.decoder:
-            self.decoder = Tower(cfg, cfg.decoder, cross=cfg.encoder is not None, **how)
+            source = cfg.encoder.embed if cfg.encoder else None
+            self.decoder = Tower(cfg, cfg.decoder, source=source, **how)
 
     def __call__(self, batch: Batch, key=None) -> Float[Array, "b t v"]:
         """The logits of every target, each seeing only the targets before it."""
@@ -68,15 +84,15 @@ class Transformer(nn.Module):
             encoded = self.encode(batch.inputs, batch.input_segments, batch.input_positions, reader)
             seen = same(segments, batch.input_segments)
         tokens = shift_right(batch.targets, where, self.cfg.start)
-        view = View(where, self.causal(batch), encoded=encoded, seen=seen)
+        view = View(where, where, self.causal(batch), encoded=encoded, seen=seen)
         embedder, writer = split(writer, 2)
         return self.decoder(self.embed(tokens, embedder), view, writer)
 
     def encode(self, inputs, segments, where, key=None) -> Float[Array, "b s d"]:
         """The encoder's output for inputs [b s]; segment 0 is padding, seen by nobody."""
         embedder, key = split(key, 2)
-        view = View(where, same(segments, segments))
-        return self.encoder(self.embed(inputs, embedder), view, key)
+        view = View(where, where, same(segments, segments))
+        return self.encoder(self.embed(inputs, embedder, reader=True), view, key)
 
     def crossed(self, encoded: Float[Array, "b s d"]) -> Cache:
         """Every decoder layer's cross-attention keys and values."""
@@ -95,21 +111,48 @@ class Transformer(nn.Module):
             inside = jnp.arange(slots) < block.prefix[:, None]
             mask = mask | (inside[:, None, :] & (where < block.prefix[:, None])[:, :, None])
         seen = None if read.seen is None else read.seen[:, None, :]
-        view = View(where, mask, seen=seen, index=block.index)
-        return self.decoder.decode(self.embed(block.tokens), view, stand, cache, read.crossed)
+        view = View(where, stand, mask, seen=seen, index=block.index)
+        return self.decoder.decode(self.embed(block.tokens), view, cache, read.crossed)
 
-    def embed(self, ids: Int[Array, "b t"], key=None) -> Float[Array, "b t d"]:
-        x = self.embedding.at[ids].get(out_sharding=spec("batch length width"))
+    def embed(self, ids: Int[Array, "b t"], key=None, reader=False) -> Float[Array, "b t d"]:
+        """What the decoder, or as reader the encoder, has for each id."""
+        separate = reader and self.cfg.separate_embeddings
+        table = self.encoder_embedding if separate else self.embedding
+        x = table.at[ids].get(out_sharding=spec("batch length width"))
+        if self.cfg.scale_embedding:
+            # In the dtype of activations, as Gemma was trained: bfloat16 rounds it.
+            x = x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
+        if self.cfg.eoi is not None:
+            x = jnp.where((ids == self.cfg.eoi)[:, :, None], self.eoi_embedding, x)
         return dropout(x, self.cfg.dropout, key)
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """Float32 logits; through a tied table they are scaled by d ** -0.5, as in T5 1.0."""
-        if self.cfg.tied:
+        """Float32 logits."""
+        if self.cfg.scale_logits:
             hidden = hidden * hidden.shape[-1] ** -0.5
+        if self.cfg.tied:
             logits = jnp.einsum("btd,vd->btv", hidden, self.embedding)
         else:
             logits = jnp.einsum("btd,dv->btv", hidden, self.head)
-        return logits.astype(jnp.float32)
+        logits = logits.astype(jnp.float32)
+        cap = self.cfg.logits_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def pooled(self, inputs, segments, where) -> Float[Array, "b d"]:
+        """One float32 vector for each row of inputs [b s]; segment 0 is padding, on either side.
+
+        Of the encoder's output, or a lone decoder's; `Model.pooling` says how.
+        """
+        if self.cfg.encoder:
+            x = self.encode(inputs, segments, where)
+        else:
+            past = where[:, None, :] <= where[:, :, None]
+            view = View(where, where, past & same(segments, segments))
+            x = self.decoder(self.embed(inputs), view)
+        x = pooling.pool(x, segments > 0, self.cfg.pooling.kind)
+        if self.cfg.pooling.project:
+            x = jnp.einsum("bd,dp->bp", x, self.projection.astype(jnp.float32))
+        return pooling.normalized(x) if self.cfg.pooling.normalize else x
 
     def causal(self, batch: Batch) -> Bool[Array, "b t t"]:
         """Who sees whom among the targets: the past of the same segment, and a prefix whole."""
