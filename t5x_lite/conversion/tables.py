@@ -16,7 +16,8 @@ class Entry(NamedTuple):
     `part` is the place of this one. `paired` means that the two halves that rotary positions turn
     together lie interleaved along head_dim in theirs.
 
-    `optional`: theirs may be absent where ours has a value of its own to fall back on.
+    `optional`: theirs may be absent where the family's `duplicates` names one that it equals, which
+    is then read in its place.
     """
 
     ours: str
