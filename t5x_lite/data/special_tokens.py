@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ids that are no part of a text: its end, padding, sentinels, and names in a text that stand for
+one id each."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+
+def until_end(ids: Sequence[int], eos: int, pad: int) -> list[int]:
+    """The ids before the first eos, without padding."""
+    ids = [int(token) for token in ids]
+    if eos in ids:
+        ids = ids[: ids.index(eos)]
+    return [token for token in ids if token != pad]
+
+
+def sentinel_name(size: int, token: int) -> str:
+    return f"<extra_id_{size - 1 - token}>"
+
+
+def count_sentinels(size: int, piece) -> int:
+    """How many of the last pieces are named <extra_id_0>, <extra_id_1> ... from the top down."""
+    count = 0
+    while count < size and (piece(size - 1 - count) or "").strip("▁") == f"<extra_id_{count}>":
+        count += 1
+    return count
+
+
+class Named:
+    """Names such as <s> or <|user|> that a text may contain, each of them one id.
+
+    Blanks around the names in `bare` belong to them.
+    """
+
+    def __init__(self, ids: Mapping[str, int], bare: Sequence[str] = ()):
+        self.ids = dict(ids)
+        self.names = {token: name for name, token in self.ids.items()}
+        # The longest name that fits wins: <|user|>s before <|user|>.
+        longest = sorted(self.ids, key=len, reverse=True)
+        escaped = [
+            rf"\s*{re.escape(name)}\s*" if name in bare else re.escape(name) for name in longest
+        ]
+        # Without names nothing matches.
+        self.pattern = re.compile(f"({'|'.join(escaped) or '(?!)'})")
+
+    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """The pieces of a text in order, each with its id, or None if it is plain text."""
+        for number, piece in enumerate(self.pattern.split(text)):
+            if number % 2:
+                yield piece, self.ids[piece] if piece in self.ids else self.ids[piece.strip()]
+            elif piece:
+                yield piece, None

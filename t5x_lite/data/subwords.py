@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vocabularies with a trained model: SentencePiece, and Hugging Face's tokenizer.json."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from t5x_lite.data.special_tokens import Named, count_sentinels, sentinel_name, until_end
+
+
+class SentencePiece:
+    """A SentencePiece model with sentinels on top, as seqio.SentencePieceVocabulary has them.
+
+    `named` are names in a text that stand for one id each; what is between them is encoded piece by
+    piece, the first alone beginning with the model's own blank if `prefix_once`. `bos` begins what
+    an encoder reads. eos and pad are the model's own unless given.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        extra_ids: int = 0,
+        ends: bool = True,
+        eos: int | None = None,
+        pad: int = 0,
+        bos: int | None = None,
+        named: Mapping[str, int] | None = None,
+        prefix_once: bool = False,
+    ):
+        import sentencepiece
+
+        self.pieces, self.extra_ids, self.ends, self.bos = model, extra_ids, ends, bos
+        self.prefix_once, self.named = prefix_once, Named(named or {})
+        whole = with_sentinels(model, extra_ids) if extra_ids else model
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=whole)
+        self.inner = self.processor
+        if prefix_once:
+            bare = without_prefix(whole)
+            self.inner = sentencepiece.SentencePieceProcessor(model_proto=bare)
+        self.base = self.processor.get_piece_size()
+        self.size = max([self.base, *(token + 1 for token in self.named.names)])
+        self.sentinels = extra_ids or count_sentinels(self.base, self.processor.id_to_piece)
+        self.eos, self.pad = self.processor.eos_id() if eos is None else eos, pad
+        if self.eos < 0:
+            raise ValueError(
+                "The SentencePiece model has no end-of-sequence piece; train it with eos_id >= 0"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        if not self.named.ids:
+            return self.processor.encode(text)
+        ids = []
+        for number, (piece, token) in enumerate(self.named.split(text)):
+            if token is not None:
+                ids.append(token)
+            else:
+                ids += (self.inner if number else self.processor).encode(piece)
+        return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self.named.ids:
+            return [np.array(self.encode(text), np.int32) for text in texts]
+        coded = self.processor.encode(list(texts), num_threads=2)
+        return [np.array(ids, np.int32) for ids in coded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the pieces; control tokens are left out, sentinels appear by name."""
+        unknown, known = self.processor.unk_id(), self.named.names
+        tokens = [
+            token
+            for token in until_end(ids, self.eos, self.pad)
+            if token < self.base or token not in known
+        ]
+        return self.processor.decode([token if token < self.base else unknown for token in tokens])
+
+    def description(self) -> dict:
+        made = {"kind": "sentencepiece", "extra_ids": self.extra_ids, "ends": self.ends}
+        # Left out where they are the model's own: a run's vocabulary stays what it was.
+        own = {"eos": self.processor.eos_id(), "pad": 0, "bos": None, "prefix_once": False}
+        told = {name: getattr(self, name) for name in own}
+        made |= {name: value for name, value in told.items() if value != own[name]}
+        return made | ({"named": self.named.ids} if self.named.ids else {})
+
+    def model(self) -> bytes | None:
+        return self.pieces
+
+
+def with_sentinels(model: bytes, extra_ids: int) -> bytes:
+    """The model with pieces <extra_id_k> on top, highest k first, spelt as seqio spells them."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    proto = schema.ModelProto.FromString(model)
+    for k in reversed(range(extra_ids)):
+        kind = schema.ModelProto.SentencePiece.USER_DEFINED
+        proto.pieces.add(piece=f"▁<extra_id_{k}>", score=0.0, type=kind)
+    return proto.SerializeToString()
+
+
+def without_prefix(model: bytes) -> bytes:
+    """The model without the blank that it puts before a text."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    proto = schema.ModelProto.FromString(model)
+    proto.normalizer_spec.add_dummy_prefix = False
+    return proto.SerializeToString()
+
+
+# What a bare tokenizer.json may call its end and its padding; it does not say which they are.
+ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+PADS = ("<pad>", "[PAD]", "<|pad|>")
+
+
+class TokenizerJson:
+    """A Hugging Face tokenizer.json, read by the tokenizers library; no special tokens added.
+
+    eos and pad are ids, eos -1 for none; left out, they are found by their usual names, and
+    padding that has no token of its own is eos. `bos` begins what an encoder reads.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        extra_ids: int = 0,
+        ends: bool = True,
+        eos: int | None = None,
+        pad: int | None = None,
+        bos: int | None = None,
+    ):
+        import tokenizers
+
+        self.json, self.extra_ids, self.ends, self.bos = model, extra_ids, ends, bos
+        self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.base = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        self.size = self.base + extra_ids
+        self.sentinels = extra_ids or count_sentinels(self.size, self.tokenizer.id_to_token)
+        self.eos = self.first(ENDS) if eos is None else eos
+        if self.eos is None:
+            raise ValueError(f"tokenizer.json has no end-of-sequence token: none of {ENDS}")
+        found = self.first(PADS) if pad is None else pad
+        self.pad = self.eos if found is None else found
+        for name, token in (("eos", self.eos), ("pad", self.pad), ("bos", self.bos)):
+            if token is not None and not -1 <= token < self.size:
+                raise ValueError(
+                    f"{name} = {token} is none of the {self.size} ids of the tokenizer"
+                )
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        lowest = self.size - self.sentinels
+        self.hidden = {token for token, each in added if each.special and token < lowest}
+
+    def first(self, names: Sequence[str]) -> int | None:
+        found = (self.tokenizer.token_to_id(name) for name in names)
+        return next((token for token in found if token is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        coded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.int32) for each in coded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the tokens; special ones are left out, sentinels appear by name."""
+        parts, run = [], []
+        for token in until_end(ids, self.eos, self.pad):
+            if token < self.base:
+                run += [] if token in self.hidden else [token]
+                continue
+            parts += [self.plain(run), sentinel_name(self.size, token)]
+            run = []
+        return "".join([*parts, self.plain(run)])
+
+    def plain(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def description(self) -> dict:
+        made = {
+            "kind": "tokenizer_json",
+            "extra_ids": self.extra_ids,
+            "ends": self.ends,
+            "eos": self.eos,
+            "pad": self.pad,
+        }
+        return made if self.bos is None else made | {"bos": self.bos}
+
+    def model(self) -> bytes | None:
+        return self.json
