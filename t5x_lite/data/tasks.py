@@ -56,13 +56,14 @@ class Task:
     score: Callable[[str, list[str]], dict[str, float]] | None = None
 
 
-def with_end(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarray]:
-    """Ids of each text with eos at the end, where the vocabulary ends its sequences."""
+def with_edges(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarray]:
+    """Ids of each text with what begins and ends the vocabulary's sequences."""
     ids = vocabulary.encode_all(texts)
-    if not vocabulary.ends:
+    start, end = vocabularies.edges(vocabulary)
+    if not start and not end:
         return ids
-    end = np.array([vocabulary.eos], np.int32)
-    return [np.concatenate([each, end]) for each in ids]
+    start, end = np.array(start, np.int32), np.array(end, np.int32)
+    return [np.concatenate([start, each, end]) for each in ids]
 
 
 def read_text(
@@ -77,8 +78,8 @@ def read_text(
     while batch := list(some(found)):
         inputs = None
         if batch[0].inputs is not None:
-            inputs = with_end(pair[0], [row.inputs for row in batch])
-        yield Chunk(inputs, with_end(pair[1], [row.targets for row in batch]), batch)
+            inputs = with_edges(pair[0], [row.inputs for row in batch])
+        yield Chunk(inputs, with_edges(pair[1], [row.targets for row in batch]), batch)
 
 
 def some(rows: Iterator[Row]) -> Iterator[Row]:

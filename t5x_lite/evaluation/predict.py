@@ -8,7 +8,7 @@ import numpy as np
 
 from t5x_lite import config, decoding, sharding
 from t5x_lite.data import tasks
-from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.data.vocabularies import Vocabulary, edges
 
 
 class Prediction(NamedTuple):
@@ -108,8 +108,9 @@ class Predictor:
 
     def read(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each input."""
-        end = [self.inputs.eos] if self.ended and self.inputs.ends else []
-        return [[*map(int, ids), *end] for ids in self.inputs.encode_all(texts)]
+        start, end = edges(self.inputs)
+        end = end if self.ended else []
+        return [[*start, *map(int, ids), *end] for ids in self.inputs.encode_all(texts)]
 
     def written(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each target."""
