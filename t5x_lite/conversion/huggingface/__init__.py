@@ -2,7 +2,8 @@
 """Model families as Hugging Face writes them: one module for each way of naming the weights.
 
 A family module has pure functions only: model(config_json, names) -> config.Model, and of that
-Model entries(cfg), ignored(cfg), duplicates(cfg) and config_json(cfg).
+Model entries(cfg), ignored(cfg), duplicates(cfg) and config_json(cfg). Where files of one
+model have several names for a tensor, plain(name) gives the one that entries has.
 """
 
 import importlib
@@ -19,8 +20,8 @@ FAMILIES = {
     "t5gemma2": "t5gemma2",
     "gpt2": "gpt2",
     "llama": "llama",
-    "qwen2": "llama",
-    "qwen3": "llama",
+    "qwen2": "qwen",
+    "qwen3": "qwen",
     "gemma": "gemma",
     "gemma2": "gemma",
     "gemma3": "gemma",
