@@ -162,7 +162,7 @@ def attention(
         if stack.qkv_bias:
             table.append(Entry(f"{ours}/{name}_bias", f"{theirs}.bias", f"({heads} head_dim)"))
     if stack.out_bias:
-        table.append(Entry(f"{ours}/out_bias", f"{layer}.{kind}.o_proj.bias", "embed"))
+        table.append(Entry(f"{ours}/out_bias", f"{layer}.{kind}.o_proj.bias", "norm"))
     if stack.qk_norm:
         for name in ("query", "key"):
             theirs = f"{layer}.{kind}.{name[0]}_norm.weight"

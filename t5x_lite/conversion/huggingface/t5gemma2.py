@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text part of T5Gemma 2 (Gemma 3 blocks, merged attention), as Hugging Face names it.
 
-The vision tower and its projector are left out both ways. transformers always builds one, so an
+In files the encoder's weights begin with model.encoder; in transformers 5's memory they begin with
+model.encoder.text_model. The vision tower and its projector are left out both ways. transformers always builds one, so an
 export describes the smallest there is.
 """
 
@@ -14,7 +15,7 @@ from t5x_lite.conversion.tables import Entry
 DEFAULTS = t5gemma.DEFAULTS | dict(
     vocab_size=262208, final_logit_softcapping=None, attn_logit_softcapping=None
 )
-TABLE = "model.encoder.text_model.embed_tokens"
+TABLE = "model.encoder.embed_tokens"
 SMALLEST_VISION = {
     "model_type": "siglip_vision_model",
     "hidden_size": 2,
@@ -95,7 +96,7 @@ def entries(cfg: config.Model) -> list[Entry]:
         table.append(Entry("eoi_embedding", f"{TABLE}.eoi_embedding", "norm"))
     if not cfg.tied:
         table.append(Entry("head", "lm_head.out_proj.weight", "vocab embed"))
-    table += t5gemma.tower_entries("encoder", "model.encoder.text_model", cfg.encoder)
+    table += t5gemma.tower_entries("encoder", "model.encoder", cfg.encoder)
     return table + t5gemma.tower_entries("decoder", "model.decoder", cfg.decoder)
 
 
