@@ -192,3 +192,19 @@ def test_a_row_is_searched_the_same_in_any_company_and_on_any_mesh():
 def test_the_penalty_is_that_of_wu_and_others():
     assert math.isclose(beam.penalty(7, 0.6), 2**0.6)
     assert beam.penalty(1, 3.0) == 1.0
+
+
+def test_several_ends_leave_enough_beams_to_live_on():
+    cfg, decode = KINDS["pair"], config.Decode(length=6, beams=3, n_best=3)
+    params = lively(cfg)
+    many = decoding.request(cfg, EXAMPLES, decode, eos=[1, 1, 1])
+    one = decoding.request(cfg, EXAMPLES, decode, eos=1)
+    several, single = (decoding.generate(cfg, params, each, decode) for each in (many, one))
+    np.testing.assert_array_equal(several.tokens, single.tokens)
+    ends = list(range(0, 64, 2))
+    request = decoding.request(cfg, EXAMPLES, decode, eos=ends)
+    found = decoding.generate(cfg, params, request, decode)
+    assert np.isfinite(found.scores).all()
+    for text, length in zip(found.tokens.reshape(-1, 6), found.lengths.ravel(), strict=True):
+        assert text[length - 1] in ends or length == 6
+        assert not np.isin(text[: length - 1], ends).any()

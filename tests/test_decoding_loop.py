@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the decoding loop: whatever drafts and whoever shares a batch, the ids are the same."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -286,3 +287,27 @@ def test_zero_temperature_rows_are_greedy_among_sampled_ones(alone):
     chosen = [choose(place) for place in range(40)]
     assert {int(each[0, 0]) for each in chosen} == {1}
     assert {int(each[1, 0]) for each in chosen} == {0, 1, 2}
+
+
+def test_any_of_several_eos_ends_a_text(alone, weights):
+    free = generate("joined", weights, GREEDY)
+    texts = free.tokens[:, 0].tolist()
+    eos = [texts[0][4], texts[1][2], 63]
+    ended = generate("joined", weights, GREEDY, eos=eos)
+    for row, text in enumerate(texts):
+        length = min([text.index(token) + 1 for token in eos if token in text], default=10)
+        assert ended.lengths[row, 0] == length
+        assert ended.tokens[row, 0].tolist() == text[:length] + [0] * (10 - length)
+
+
+def test_a_lone_decoder_without_start_continues_the_prompt_as_it_is(alone, weights):
+    told = KINDS["joined"]
+    untold = dataclasses.replace(told, starts_prompts=False)
+    params = ready("joined", weights)
+    begun = [[told.start, *example] for example in EXAMPLES]
+    same = decoding.request(told, EXAMPLES, GREEDY, eos=NEVER)
+    given = decoding.request(untold, [*begun[:4], []], GREEDY, eos=NEVER)
+    assert given.prompts_length.tolist() == [4, 2, 8, 3, 1]
+    expected = decoding.generate(told, params, same, GREEDY).tokens[:4]
+    found = decoding.generate(untold, params, given, GREEDY).tokens[:4]
+    np.testing.assert_array_equal(found, expected)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of scoring: teacher-forced log-probabilities, the same for a text that was just written."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -67,3 +69,15 @@ def test_what_cannot_be_scored_says_why():
         decoding.score(cfg, {}, INPUTS[:2], [[3], []])
     with pytest.raises(ValueError, match="vocabulary 0..63"):
         decoding.score(cfg, {}, INPUTS[:1], [[99]])
+
+
+@pytest.mark.parametrize("kind", ["joined", "learned", "prefix"])
+def test_without_start_a_text_scores_as_its_writer_said(kind):
+    learned = toy_model("joined", positions="learned", max_length=64)
+    cfg = dataclasses.replace((KINDS | {"learned": learned})[kind], starts_prompts=False)
+    params, decode = lively(cfg), config.Decode(length=6, temperature=1.0)
+    prompts = [*INPUTS[:3], []]
+    result = decoding.generate(cfg, params, decoding.request(cfg, prompts, decode), decode)
+    texts = [row[0, : size[0]].tolist() for row, size in zip(*result[:2], strict=True)]
+    scores = decoding.score(cfg, params, prompts, texts)
+    np.testing.assert_allclose(scores.log_probability, result.log_probability[:, 0], rtol=1e-4)

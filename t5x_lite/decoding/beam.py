@@ -84,7 +84,7 @@ def run(target: loop.Target, search: Search, rules: loop.Rules, state: State) ->
 
     def iterate(state: State) -> State:
         logits, cache = verify(target, search, state)
-        best = continuations(search, state, logits)
+        best = continuations(search, rules, state, logits)
         return advance(search, rules, state._replace(cache=cache), best)
 
     return jax.lax.while_loop(lambda state: jnp.any(~state.done), iterate, state)
@@ -104,26 +104,29 @@ def verify(target: loop.Target, search: Search, state: State) -> tuple[Float[Arr
 
 
 class Continuations(NamedTuple):
-    """The 2k most probable one-token continuations of a row: of which text, and by what."""
+    """The m most probable one-token continuations of a row: of which text, and by what."""
 
-    parent: Int[Array, "b 2k"]
-    token: Int[Array, "b 2k"]
-    log_probability: Float[Array, "b 2k"]
+    parent: Int[Array, "b m"]
+    token: Int[Array, "b m"]
+    log_probability: Float[Array, "b m"]
 
 
-def continuations(search: Search, state: State, logits: Float[Array, "b k v"]) -> Continuations:
-    """The best 2k: among them at most k end, so that k are left to live on."""
+def continuations(
+    search: Search, rules: loop.Rules, state: State, logits: Float[Array, "b k v"]
+) -> Continuations:
+    """The best (1 + e) k, where e ids end a text: at most e k do, so that k are left to live on."""
     rows, beams, size = logits.shape
+    count = (1 + jnp.atleast_1d(rules.eos).size) * beams
     total = state.live.log_probability[:, :, None] + logits
     flat = jnp.reshape(total, (rows, beams * size), out_sharding=spec("batch whole"))
-    log_probability, place = jax.lax.top_k(flat, 2 * beams)
+    log_probability, place = jax.lax.top_k(flat, min(count, beams * size))
     return Continuations(place // size, place % size, log_probability)
 
 
 def advance(search: Search, rules: loop.Rules, state: State, best: Continuations) -> State:
     """One token further; rows that are done stay as they are."""
-    stops = best.token == rules.eos
-    within = jnp.arange(2 * search.beams) < search.beams
+    stops = loop.ends(best.token, rules)
+    within = jnp.arange(stops.shape[1]) < search.beams
     ended = extended(
         search,
         state,

@@ -3,7 +3,7 @@
 
   b rows    w block width    T slots of a row
 
-Slot i of a row holds its token at position i; slot 0 is Model.start. What holds between iterations:
+Slot i of a row holds its token at position i; a prompt comes first. What holds between iterations:
   the cache's slots below length[b] equal a fresh prefill of tokens[b, :length[b]];
   slots from length[b] on are never read before they are overwritten;
   tokens[b, length[b]] is root[b], chosen but not yet in the cache;
@@ -35,9 +35,12 @@ class Target(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """When a row stops, and how it draws (None: greedily). limit counts slots, prompt and all."""
+    """When a row stops, and how it draws (None: greedily). limit counts slots, prompt and all.
 
-    eos: int
+    eos is one id that ends a text, or several.
+    """
+
+    eos: int | Int[Array, " e"]
     limit: Int[Array, " b"]
     sampling: sampling.Sampling | None
 
@@ -136,7 +139,7 @@ def accept(verdict: Verdict, rules: Rules, state: State) -> Verdict:
     """verdict with the count of new tokens: as far as drafts agree, to EOS, the limit at most."""
     agree = verdict.block[:, 1:] == verdict.chosen[:, :-1]
     count = 1 + jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1)
-    stops = verdict.chosen == rules.eos
+    stops = ends(verdict.chosen, rules)
     # Without EOS in the block, argmax is 0: then nothing is cut.
     first_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1) + 1, count)
     count = jnp.minimum(count, jnp.minimum(first_stop, rules.limit - 1 - state.length))
@@ -155,10 +158,15 @@ def commit(state: State, verdict: Verdict, rules: Rules) -> State:
         tokens=write(state.tokens, verdict.chosen, state.length + 1),
         length=length,
         root=root,
-        done=state.done | (root == rules.eos) | (length + 1 >= rules.limit),
+        done=state.done | ends(root, rules) | (length + 1 >= rules.limit),
         log_probability=state.log_probability + gain,
         calls=state.calls + 1,
     )
+
+
+def ends(tokens: Int[Array, "..."], rules: Rules) -> Bool[Array, "..."]:
+    """Which tokens end a text."""
+    return jnp.any(tokens[..., None] == jnp.atleast_1d(rules.eos), axis=-1)
 
 
 def write(

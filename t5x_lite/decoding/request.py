@@ -13,9 +13,10 @@ class Request(NamedTuple):
     """Rows to be continued, numpy arrays on the host, right-padded.
 
     inputs [b s] and inputs_length [b] are the encoder's (None for a lone decoder); prompts [b p]
-    and prompts_length [b] are decoder tokens that are given, Model.start first; limit [b] is the
-    most new tokens (0 for a row that only fills the batch); seed [b] and row [b] key the sampling;
-    eos is the token that ends a text.
+    and prompts_length [b] are decoder tokens that are given, Model.start first unless a lone
+    decoder does without (`Model.starts_prompts`); limit [b] is the most new tokens (0 for a row
+    that only fills the batch); seed [b] and row [b] key the sampling; eos is the token that ends a
+    text, or several [e] of which each does.
     """
 
     inputs: np.ndarray | None
@@ -25,7 +26,7 @@ class Request(NamedTuple):
     limit: np.ndarray
     seed: np.ndarray
     row: np.ndarray
-    eos: int = 1
+    eos: int | np.ndarray = 1
 
 
 def bucket(size: int, least: int = 16) -> int:
@@ -52,12 +53,12 @@ def request(
     *,
     rows: Sequence[int] | None = None,
     batch: int | None = None,
-    eos: int = 1,
+    eos: int | Sequence[int] = 1,
 ) -> Request:
     """A Request to continue examples: ids for the encoder, or the prompts of a lone decoder.
 
     rows numbers the examples for sampling (0, 1, ... otherwise): the same number and seed give the
-    same text in any company. batch is how many rows to fill up to.
+    same text in any company. batch is how many rows to fill up to. Several eos each end a text.
 
     Raises:
       ValueError: the model has no decoder, or an example is empty or outside of the vocabulary.
@@ -70,7 +71,7 @@ def request(
     row[:count] = np.arange(count) if rows is None else rows
     limit = np.where(np.arange(len(examples)) < count, decode.length, 0).astype(np.int32)
     if cfg.encoder is None:
-        prompts = [[cfg.start, *example] for example in examples]
+        prompts = [prompt(cfg, example) for example in examples]
         inputs, inputs_length = None, None
     else:
         prompts = [[cfg.start]] * len(examples)
@@ -78,7 +79,13 @@ def request(
     longest = max(map(len, prompts))
     prompts, prompts_length = pad(prompts, longest if longest == 1 else bucket(longest))
     seed = np.full(len(examples), decode.seed, np.uint32)
+    eos = eos if isinstance(eos, int) else np.array(eos, np.int32)
     return Request(inputs, inputs_length, prompts, prompts_length, limit, seed, row, eos)
+
+
+def prompt(cfg: config.Model, example: Sequence[int]) -> list[int]:
+    """What a lone decoder is given; it needs a token to begin with, so an empty one is start."""
+    return [*example] if len(example) and not cfg.starts_prompts else [cfg.start, *example]
 
 
 def check(cfg: config.Model, examples: Sequence[Sequence[int]]) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from t5x_lite import config, model
 from t5x_lite.batch import Batch
 from t5x_lite.decoding import generation, loop, target
-from t5x_lite.decoding.request import bucket, check, check_ids, pad
+from t5x_lite.decoding.request import bucket, check, check_ids, pad, prompt
 from t5x_lite.decoding.sampling import whole
 
 
@@ -44,8 +44,12 @@ def score(
     check_ids(cfg, "Target", targets)
     if len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: they must pair up")
-    batch = teacher_forced(cfg, inputs, targets)
-    rows = jax.device_get(compiled(target.precise(cfg), params, generation.place(batch)))
+    if cfg.encoder is None and not cfg.starts_prompts:
+        inputs = [prompt(cfg, row) for row in inputs]
+        rows = continued(cfg, params, inputs, targets)
+    else:
+        batch = teacher_forced(cfg, inputs, targets)
+        rows = jax.device_get(compiled(target.precise(cfg), params, generation.place(batch)))
     begins = np.zeros(len(targets), int) if cfg.encoder else np.array([len(x) for x in inputs])
     lengths = np.array([len(row) for row in targets])
     width = max(lengths)
@@ -92,3 +96,27 @@ def compiled(cfg: config.Model, params, batch: Batch):
     logits = model.Transformer(cfg, scan=False).apply({"params": params}, batch)
     tokens = loop.token_log_probability(whole(logits), batch.targets)
     return jax.reshard(jnp.where(batch.loss_weights > 0, tokens, 0), P())
+
+
+def continued(cfg: config.Model, params, inputs, targets) -> np.ndarray:
+    """The log-probability of every token [b t] of inputs and targets after those before it.
+
+    For a lone decoder whose texts have no start: the first token, which nothing precedes, has 0.
+    """
+    rows = [[*before, *after] for before, after in zip(inputs, targets, strict=True)]
+    ids, _ = pad(rows, bucket(max(map(len, rows))))
+    prefix = np.array([len(row) for row in inputs], np.int32)
+    placed = generation.place((ids, prefix))
+    return jax.device_get(compiled_block(target.precise(cfg), params, *placed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_block(cfg: config.Model, params, ids, prefix):
+    """What `continued` gives: each row read as one block on an empty cache, as prompts are."""
+    transformer = model.Transformer(cfg, scan=False)
+    block = model.Block(ids, jnp.zeros_like(prefix), prefix=prefix)
+    cache = model.empty_cache(cfg, *ids.shape, scan=False)
+    hidden, _ = transformer.apply({"params": params}, block, cache, method="decode")
+    logits = whole(transformer.apply({"params": params}, hidden, method="logits"))
+    tokens = loop.token_log_probability(logits[:, :-1], ids[:, 1:])
+    return jax.reshard(jnp.pad(tokens, ((0, 0), (1, 0))), P())
