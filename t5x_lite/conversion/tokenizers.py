@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t5x_lite.conversion.tokenizer_files import write as write
+from t5x_lite.conversion.tokenizer_files import write_pair as write_pair
 from t5x_lite.data import vocabularies
 from t5x_lite.data.special_tokens import count_sentinels
 from t5x_lite.data.vocabularies import Bytes, SentencePiece, TokenizerJson, Vocabulary
@@ -188,19 +190,17 @@ def flags(settings: Settings, bos: bool, eos: bool) -> tuple[bool, bool]:
 
 
 def open_bytes(settings: Settings) -> Opened:
-    """ByT5: bytes, and names that its tokenizer reads as one id, sentinels counting upwards."""
-    sentinels = [name for name in extra_tokens(settings) if name.startswith("<extra_id_")]
-    count = len(sentinels) or settings.tokenizer.get("extra_ids", 125)
-    named = {"<pad>": 0, "</s>": 1, "<unk>": 2}
-    names = sentinels or [f"<extra_id_{k}>" for k in range(count)]
-    named |= {name: 259 + k for k, name in enumerate(sorted(names, key=number_in))}
+    """ByT5: bytes, and names that its tokenizer reads as one id, from 259 up as they are listed."""
+    named = {each["content"]: token for token, each in added_tokens(settings).items()}
+    names = [name for name in extra_tokens(settings) if name not in named]
+    if not named and not names:
+        names = [f"<extra_id_{k}>" for k in range(settings.tokenizer.get("extra_ids", 125))]
+    named = {"<pad>": 0, "</s>": 1, "<unk>": 2} | named
+    after = max(259, 1 + max(named.values()))
+    named |= {name: token for token, name in enumerate(names, after)}
     settings.tokenizer.setdefault("eos_token", "</s>")
     settings.tokenizer.setdefault("pad_token", "<pad>")
     return Bytes(named=named), named.get, lambda bos, eos: (False, True)
-
-
-def number_in(name: str) -> int:
-    return int(name.removeprefix("<extra_id_").removesuffix(">"))
 
 
 def extra_tokens(settings: Settings) -> list[str]:

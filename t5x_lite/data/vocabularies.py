@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from t5x_lite.data.special_tokens import sentinel_name
 from t5x_lite.data.subwords import SentencePiece, TokenizerJson
 from t5x_lite.data.symbols import Bytes, Numbers, Symbols
 
@@ -53,6 +54,11 @@ def edges(vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
     """The ids before and after those of an input's text."""
     start = [] if vocabulary.bos is None else [vocabulary.bos]
     return start, [vocabulary.eos] if vocabulary.ends else []
+
+
+def sentinel(vocabulary: Vocabulary, token: int) -> str:
+    """The name of a sentinel, as texts have it."""
+    return vocabulary.decode([token]).strip() or sentinel_name(vocabulary.size, token)
 
 
 KINDS = {
