@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An output folder that is either whole or not there."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+SUFFIX = ".unfinished"
+LOCK = ".converting"
+
+
+class OutputError(ValueError):
+    """The output cannot go where it should."""
+
+
+def check(to: str | Path) -> Path:
+    """The folder to write; OutputError where something is there already."""
+    to = Path(to)
+    if to.is_dir() and not any(to.iterdir()):
+        return to
+    if to.exists() or to.is_symlink():
+        raise OutputError(f"{to} is there already: choose another folder, or remove it first")
+    return to
+
+
+@contextlib.contextmanager
+def folder(to: str | Path) -> Iterator[Path]:
+    """A folder beside `to` to write into, that gets its name when all of it is written.
+
+    What goes wrong removes it; what a killed process left of one is removed by the next.
+
+    Raises:
+      OutputError: `to` is there already, another process writes it, or it cannot be written.
+    """
+    to = check(to)
+    work = to.with_name(to.name + SUFFIX)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        others = [entry for entry in work.iterdir() if entry.name != LOCK]
+        if others and not (work / LOCK).exists():
+            raise OutputError(f"{work} is there already and not from a conversion: remove it first")
+        lock = (work / LOCK).open("a")
+    except OSError as error:
+        raise OutputError(f"{work} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"Another process is writing {to}: wait for it") from error
+        try:
+            for entry in others:
+                remove(entry)
+            yield work
+            check(to)
+            (work / LOCK).unlink()
+            work.rename(to)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
