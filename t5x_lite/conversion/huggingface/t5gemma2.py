@@ -2,8 +2,8 @@
 """The text part of T5Gemma 2 (Gemma 3 blocks, merged attention), as Hugging Face names it.
 
 In files the encoder's weights begin with model.encoder; in transformers 5's memory they begin with
-model.encoder.text_model. The vision tower and its projector are left out both ways. transformers always builds one, so an
-export describes the smallest there is.
+model.encoder.text_model. The vision tower and its projector are left out both ways; transformers
+always builds one, so an export describes the smallest there is.
 """
 
 from collections.abc import Collection
