@@ -248,7 +248,7 @@ def test_text_comes_back_without_special_tokens(folders, kind):
     for text in ("The quick brown fox", "numbers 12345 67.89 %"):
         start = [] if ends.start is None else [ends.start]
         ids = ours.encode(text)
-        if kind != "gpt2":  # whose beginning is its end
+        if ends.start not in ends.stops:
             assert ours.decode([*start, *ids, ends.stops[0], *ids]) == text
         assert ours.decode(ids) == theirs(folders[kind]).decode(ids, skip_special_tokens=True)
 
@@ -288,3 +288,71 @@ def test_random_text_of_many_scripts_has_the_ids_of_transformers(folders, kind):
             expected = reference.encode(text, add_special_tokens=False)
             assert ours.encode(text) == expected, repr(text)
             assert np.array_equal(ours.encode_all([text])[0], expected)
+
+
+def test_several_ends_are_kept_with_a_run_and_each_cuts_a_text(folders, tmp_path):
+    inputs, targets = conversion.pair(conversion.read(folders["chat"])[0])
+    vocabularies.save_pair(tmp_path, inputs, targets)
+    kept = vocabularies.load_pair(tmp_path)
+    assert [each.stops for each in kept] == [(2, 0), (2, 0)]
+    ids = kept[1].encode("the dog")
+    for stop in (2, 0):
+        assert kept[1].decode([*ids, stop, *ids]) == "the dog"
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "No tokenizer in .*neither tokenizer.json nor spiece.model"),
+        ({"tokenizer.json": "{}"}, "tokenizer.json is no tokenizer"),
+        ({"tokenizer.json": "no JSON"}, "tokenizer.json is no tokenizer"),
+        ({"spiece.model": "nothing"}, "spiece.model is no SentencePiece model"),
+        ({"tokenizer.model": ""}, "tokenizer.model is no SentencePiece model"),
+        ({"tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
+        ({"config.json": "[]"}, "config.json is not a JSON object"),
+        ({"vocab.json": "{}", "merges.txt": "a"}, "vocab.json and merges.txt"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_says_why(files, message, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        conversion.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"eos_token": None, "pad_token": None}, "does not say what ends a text"),
+        ({"added_tokens_decoder": {"9999": {"content": "<x>"}}}, "has no id 9999"),
+    ],
+)
+def test_settings_that_do_not_fit_say_so(folders, change, message, tmp_path):
+    made = byte_level(["<|endoftext|>"]).to_str().encode()
+    folder = written(tmp_path / "x", {"eos_token": "<|endoftext|>"} | change, tokenizer__json=made)
+    with pytest.raises(ValueError, match=message):
+        conversion.read(folder)
+
+
+def test_an_end_that_is_no_id_is_refused(tmp_path):
+    made = byte_level(["<|endoftext|>"]).to_str().encode()
+    generation = {"eos_token_id": [0, 5000]}
+    folder = written(tmp_path / "x", generation=generation, tokenizer__json=made)
+    with pytest.raises(ValueError, match="eos_token_id has 5000"):
+        conversion.read(folder)
+
+
+def test_tokens_that_only_the_settings_add_are_tokens(tmp_path):
+    made = byte_level(["<|endoftext|>"])
+    size = made.get_vocab_size()
+    added = {str(size): {"content": "<|user|>", "special": True, "normalized": False}}
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    folder = written(
+        tmp_path / "x",
+        told | {"added_tokens_decoder": added},
+        {"model_type": "llama"},
+        tokenizer__json=made.to_str().encode(),
+    )
+    ours, _ = conversion.read(folder)
+    assert ours.encode("a<|user|>b") == theirs(folder).encode("a<|user|>b")
+    assert ours.size == size + 1 and size in ours.encode("<|user|>")

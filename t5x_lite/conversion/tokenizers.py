@@ -89,6 +89,7 @@ def read(folder: str | Path) -> tuple[Vocabulary, Ends]:
             "tokenizer_config.json or eos_token_id into generation_config.json"
         )
     vocabulary.eos = stops[0] if ids["eos_token"] is None else ids["eos_token"]
+    vocabulary.stops = stops
     pad = first(ids["pad_token"], settings.token("pad_token_id"))
     vocabulary.pad = vocabulary.eos if pad is None else pad
     bos = first(ids["bos_token"], settings.token("bos_token_id"))
@@ -271,7 +272,8 @@ def open_pieces(settings: Settings, path: Path) -> Opened:
 
     model = path.read_bytes()
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.load_from_serialized_proto(model)
     except RuntimeError as error:
         raise ValueError(f"{path} is no SentencePiece model: download it again") from error
     kind, size = settings.kind, processor.get_piece_size()

@@ -2,16 +2,15 @@
 """Ids that are no part of a text: its end, padding, sentinels, and names in a text that stand for
 one id each."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 
-def until_end(ids: Sequence[int], eos: int, pad: int) -> list[int]:
-    """The ids before the first eos, without padding."""
-    ids = [int(token) for token in ids]
-    if eos in ids:
-        ids = ids[: ids.index(eos)]
-    return [token for token in ids if token != pad]
+def until_end(ids: Sequence[int], stops: Sequence[int], pad: int) -> list[int]:
+    """The ids before the first of stops, without padding."""
+    before = itertools.takewhile(lambda token: token not in stops, map(int, ids))
+    return [token for token in before if token != pad]
 
 
 def sentinel_name(size: int, token: int) -> str:

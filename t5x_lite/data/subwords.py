@@ -13,7 +13,8 @@ class SentencePiece:
 
     `named` are names in a text that stand for one id each; what is between them is encoded piece by
     piece, the first alone beginning with the model's own blank if `prefix_once`. `bos` begins what
-    an encoder reads. eos and pad are the model's own unless given.
+    an encoder reads. eos and pad are the model's own unless given; `stops`, eos among them, end
+    what is written.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class SentencePiece:
         bos: int | None = None,
         named: Mapping[str, int] | None = None,
         prefix_once: bool = False,
+        stops: Sequence[int] = (),
     ):
         import sentencepiece
 
@@ -41,6 +43,7 @@ class SentencePiece:
         self.size = max([self.base, *(token + 1 for token in self.named.names)])
         self.sentinels = extra_ids or count_sentinels(self.base, self.processor.id_to_piece)
         self.eos, self.pad = self.processor.eos_id() if eos is None else eos, pad
+        self.stops = tuple(stops) or (self.eos,)
         if self.eos < 0:
             raise ValueError(
                 "The SentencePiece model has no end-of-sequence piece; train it with eos_id >= 0"
@@ -68,7 +71,7 @@ class SentencePiece:
         unknown, known = self.processor.unk_id(), self.named.names
         tokens = [
             token
-            for token in until_end(ids, self.eos, self.pad)
+            for token in until_end(ids, self.stops, self.pad)
             if token < self.base or token not in known
         ]
         return self.processor.decode([token if token < self.base else unknown for token in tokens])
@@ -79,6 +82,7 @@ class SentencePiece:
         own = {"eos": self.processor.eos_id(), "pad": 0, "bos": None, "prefix_once": False}
         told = {name: getattr(self, name) for name in own}
         made |= {name: value for name, value in told.items() if value != own[name]}
+        made |= several(self)
         return made | ({"named": self.named.ids} if self.named.ids else {})
 
     def model(self) -> bytes | None:
@@ -105,6 +109,12 @@ def without_prefix(model: bytes) -> bytes:
     return proto.SerializeToString()
 
 
+def several(vocabulary: "SentencePiece | TokenizerJson") -> dict:
+    """What a description says of stops: nothing where eos alone ends a text."""
+    stops = vocabulary.stops
+    return {} if stops == (vocabulary.eos,) else {"stops": list(stops)}
+
+
 # What a bare tokenizer.json may call its end and its padding; it does not say which they are.
 ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 PADS = ("<pad>", "[PAD]", "<|pad|>")
@@ -114,7 +124,8 @@ class TokenizerJson:
     """A Hugging Face tokenizer.json, read by the tokenizers library; no special tokens added.
 
     eos and pad are ids, eos -1 for none; left out, they are found by their usual names, and
-    padding that has no token of its own is eos. `bos` begins what an encoder reads.
+    padding that has no token of its own is eos. `bos` begins what an encoder reads; `stops`, eos
+    among them, end what is written.
     """
 
     def __init__(
@@ -125,6 +136,7 @@ class TokenizerJson:
         eos: int | None = None,
         pad: int | None = None,
         bos: int | None = None,
+        stops: Sequence[int] = (),
     ):
         import tokenizers
 
@@ -140,6 +152,7 @@ class TokenizerJson:
             raise ValueError(f"tokenizer.json has no end-of-sequence token: none of {ENDS}")
         found = self.first(PADS) if pad is None else pad
         self.pad = self.eos if found is None else found
+        self.stops = tuple(stops) or (self.eos,)
         for name, token in (("eos", self.eos), ("pad", self.pad), ("bos", self.bos)):
             if token is not None and not -1 <= token < self.size:
                 raise ValueError(
@@ -163,7 +176,7 @@ class TokenizerJson:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens; special ones are left out, sentinels appear by name."""
         parts, run = [], []
-        for token in until_end(ids, self.eos, self.pad):
+        for token in until_end(ids, self.stops, self.pad):
             if token < self.base:
                 run += [] if token in self.hidden else [token]
                 continue
@@ -182,6 +195,7 @@ class TokenizerJson:
             "eos": self.eos,
             "pad": self.pad,
         }
+        made |= several(self)
         return made if self.bos is None else made | {"bos": self.bos}
 
     def model(self) -> bytes | None:

@@ -22,7 +22,7 @@ class Bytes:
     def __init__(
         self, extra_ids: int = 0, ends: bool = True, named: Mapping[str, int] | None = None
     ):
-        self.eos, self.pad, self.ends = 1, 0, ends
+        self.eos, self.stops, self.pad, self.ends = 1, (1,), 0, ends
         self.sentinels = extra_ids
         self.named = Named(named or {}, bare=("<pad>", "</s>", "<unk>"))
         self.size = max([SPECIAL + 256 + extra_ids, *(token + 1 for token in self.named.names)])
@@ -44,7 +44,7 @@ class Bytes:
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no UTF-8 are left out; sentinels appear by name."""
         coded = bytearray()
-        for token in until_end(ids, self.eos, self.pad):
+        for token in until_end(ids, self.stops, self.pad):
             if SPECIAL <= token < SPECIAL + 256:
                 coded.append(token - SPECIAL)
             elif SPECIAL + 256 <= token < self.size:
@@ -70,7 +70,7 @@ class Symbols:
     def __init__(
         self, symbols: Sequence[str], separator: str = "", extra_ids: int = 0, ends: bool = True
     ):
-        self.eos, self.pad, self.ends = 1, 0, ends
+        self.eos, self.stops, self.pad, self.ends = 1, (1,), 0, ends
         self.symbols, self.separator, self.sentinels = list(symbols), separator, extra_ids
         self.size = SPECIAL + len(self.symbols) + extra_ids
         self.ids = {symbol: token for token, symbol in enumerate(self.symbols, SPECIAL)}
@@ -83,7 +83,7 @@ class Symbols:
         return [np.array(self.encode(text), np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        tokens = until_end(ids, self.eos, self.pad)
+        tokens = until_end(ids, self.stops, self.pad)
         return self.separator.join(self.name(token) for token in tokens)
 
     def name(self, token: int) -> str:
@@ -110,7 +110,8 @@ class Numbers:
     bos = None
 
     def __init__(self, size: int, eos: int = 1, ends: bool = True):
-        self.size, self.eos, self.ends, self.pad, self.sentinels = size, eos, ends, 0, 0
+        self.eos, self.stops, self.pad, self.ends = eos, (eos,), 0, ends
+        self.size, self.sentinels = size, 0
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -119,7 +120,7 @@ class Numbers:
         return [np.array(self.encode(text), np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(map(str, until_end(ids, self.eos, self.pad)))
+        return " ".join(map(str, until_end(ids, self.stops, self.pad)))
 
     def description(self) -> dict:
         return {"kind": "numbers", "size": self.size, "eos": self.eos, "ends": self.ends}

@@ -24,11 +24,13 @@ class Vocabulary(Protocol):
     """What every vocabulary has.
 
     `ends` says whether its sequences finish with `eos`, `bos` what an encoder's inputs begin with.
+    Any of `stops` (eos, as a rule) ends what a model writes.
     """
 
     size: int
     sentinels: int
     eos: int
+    stops: tuple[int, ...]
     pad: int
     bos: int | None
     ends: bool

@@ -78,7 +78,7 @@ class Predictor:
                 decode,
                 rows=[rows[place] for place in places],
                 batch=self.rows(len(places)),
-                eos=self.targets.eos,
+                eos=self.targets.stops,
             )
             result = decoding.generate(self.cfg, self.params, request, decode)
             for row, place in enumerate(places):
