@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from t5x_lite import config
-from t5x_lite.conversion import matching, run_folder, shards, transforms, weights
+from t5x_lite.conversion import matching, run_folder, shards, t5x_files, transforms, weights
 from t5x_lite.conversion.matching import Piece
 from t5x_lite.conversion.tables import Entry
 from t5x_lite.conversion.weights import Weights
@@ -98,4 +98,28 @@ def to_safetensors(
         writer.write(name, array)
         done += array.nbytes
         told(done)
+    writer.finish()
+
+
+def to_t5x(
+    source: Weights,
+    tensors: Mapping[str, list[Piece]],
+    folder: Path,
+    names: dict[str, tuple],
+    step: int,
+    told: Told,
+) -> None:
+    """Writes a T5X checkpoint into folder; of a stack one layer at a time."""
+    writer = t5x_files.Writer(folder, names, step)
+    done = 0
+    for name, pieces in tensors.items():
+        shape, dtype = names[name]
+        for piece in pieces:
+            layer = (
+                shape if piece.at is None else (*shape[: piece.at[0]], *shape[piece.at[0] + 1 :])
+            )
+            array = assemble(source, [piece._replace(at=None)], (layer, dtype))
+            writer.write(name, array, piece.at)
+            done += array.nbytes
+            told(done)
     writer.finish()
