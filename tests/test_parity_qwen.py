@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen 2 and 3 equal transformers: logits, cached decoding, gradients, conversion and back."""
+
+import dataclasses
+
+import decoder_parity
+import pytest
+import transformers
+
+from t5x_lite.conversion.huggingface import qwen
+
+WINDOWED = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+DRAWS = {
+    "qwen2, grouped keys": ("qwen2", dict(num_key_value_heads=2)),
+    "qwen2, windows from the second layer on": ("qwen2", dict(WINDOWED, num_hidden_layers=3)),
+    "qwen3, odd heads": ("qwen3", dict(num_attention_heads=3, num_key_value_heads=1, head_dim=6)),
+    "qwen3, biases, windows": (
+        "qwen3",
+        dict(WINDOWED, attention_bias=True, tie_word_embeddings=True, rope_theta=700.0),
+    ),
+}
+
+
+def described(kind: str, **changes) -> dict:
+    fields = dict(vocab_size=43, hidden_size=16, intermediate_size=24, num_attention_heads=4)
+    fields |= dict(num_hidden_layers=2, num_key_value_heads=4, max_position_embeddings=64)
+    return fields | ({"head_dim": 10} if kind == "qwen3" else {}) | changes
+
+
+def pair_of(name: str, folder):
+    kind, changes = DRAWS[name]
+    make = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[kind]
+    fields = described(kind, bos_token_id=5, **changes)
+    return decoder_parity.drawn(make(**fields), len(name), folder)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_logits_equal_and_conversion_loses_nothing(name, tmp_path):
+    pair = pair_of(name, tmp_path / "theirs")
+    ids = decoder_parity.drawn_ids(43, pair.cfg.start, seed=1)
+    decoder_parity.assert_alike(pair, ids)
+    decoder_parity.assert_there_and_back(pair, ids, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["qwen2, grouped keys", "qwen3, biases, windows"])
+def test_gradients_equal(name, tmp_path):
+    pair = pair_of(name, tmp_path / "theirs")
+    decoder_parity.assert_gradients_alike(pair, decoder_parity.drawn_ids(43, 5, seed=2))
+
+
+def read(kind="qwen2", names=("lm_head.weight",), **changes):
+    return qwen.model({"model_type": kind} | described(kind, **changes), names)
+
+
+def test_windows_are_used_only_where_they_are_asked_for():
+    whole = read(sliding_window=4, max_window_layers=0)
+    assert whole.decoder.pattern == ("full",) and whole.decoder.window is None
+    some = read(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    assert some.decoder.sliding == (False, True) and some.decoder.window == 4
+    said = read(use_sliding_window=True, layer_types=["sliding_attention", "full_attention"])
+    assert said.decoder.sliding == (True, False) and said.decoder.window == 4096
+    none = read(use_sliding_window=True, sliding_window=None, max_window_layers=0)
+    assert not any(none.decoder.sliding)
+
+
+@pytest.mark.parametrize(
+    "word, changes",
+    [
+        ("sliding_window", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("layer_types", {"layer_types": ["full_attention"]}),
+        ("layer_types", {"layer_types": ["chunked_attention"] * 2}),
+        ("dual_chunk_attention_config", {"dual_chunk_attention_config": {"chunk_size": 8}}),
+        ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(word, changes):
+    with pytest.raises(ValueError, match=word):
+        read(**changes)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_what_no_qwen_has_is_not_written(kind):
+    cfg = read(kind)
+    for changes in (
+        {"mlp_bias": True},
+        {"sliding_rotary_base": 50.0, "window": 2},
+        {"softcap": 1.0},
+    ):
+        pattern = ("sliding", "full") if "window" in changes else ("full",)
+        stack = dataclasses.replace(cfg.decoder, pattern=pattern, **changes)
+        with pytest.raises(ValueError, match=f"Stack.{next(iter(changes))}"):
+            qwen.config_json(dataclasses.replace(cfg, decoder=stack))
