@@ -158,8 +158,10 @@ def ignored(cfg: config.Model) -> tuple[str, ...]:
 
 def duplicates(cfg: config.Model) -> dict[str, str]:
     """Copies of the embedding table that some files carry."""
-    towers = ["encoder"] if cfg.decoder is None else ["encoder", "decoder"]
-    return {f"{name}.embed_tokens.weight": "shared.weight" for name in towers}
+    if cfg.decoder is None:
+        return {"encoder.embed_tokens.weight": "shared.weight"}
+    names = ["encoder.embed_tokens", "decoder.embed_tokens", *(["lm_head"] if cfg.tied else [])]
+    return {f"{name}.weight": "shared.weight" for name in names}
 
 
 def config_json(cfg: config.Model) -> dict:

@@ -176,8 +176,9 @@ def ignored(cfg: config.Model) -> tuple[str, ...]:
 
 
 def duplicates(cfg: config.Model) -> dict[str, str]:
-    """Nothing: encoder and decoder have tables of their own, and a head that is there is read."""
-    return {}
+    """A head that repeats the decoder's table."""
+    tied = cfg.tied and cfg.decoder is not None
+    return {"lm_head.out_proj.weight": "model.decoder.embed_tokens.weight"} if tied else {}
 
 
 def config_json(cfg: config.Model) -> dict:

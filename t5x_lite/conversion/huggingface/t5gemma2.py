@@ -107,8 +107,10 @@ def ignored(cfg: config.Model) -> tuple[str, ...]:
 
 
 def duplicates(cfg: config.Model) -> dict[str, str]:
-    """The decoder's copies of the one table."""
+    """The decoder's and the head's copies of the one table."""
     copies = {"model.decoder.embed_tokens.weight": f"{TABLE}.weight"}
+    if cfg.tied:
+        copies["lm_head.out_proj.weight"] = f"{TABLE}.weight"
     if cfg.eoi is not None:
         copies["model.decoder.embed_tokens.eoi_embedding"] = f"{TABLE}.eoi_embedding"
     return copies
