@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch
-from t5x_lite.conversion import huggingface, matching, sources, transforms, weights
+from t5x_lite.conversion import huggingface, matching, renaming, sources, transforms, weights
 
 LENGTH = 11
 
@@ -73,6 +73,7 @@ def read(theirs: torch.nn.Module, folder: Path) -> Pair:
 def ours(source, cfg: config.Model, family) -> dict:
     """params of what is in source, every tensor accounted for, on one device."""
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+    source = renaming.renamed(source, family)
     plan = matching.plan(
         source.names,
         cfg,

@@ -111,9 +111,8 @@ def test_the_text_part_of_a_gemma_3_that_sees(tmp_path):
     whole.save_pretrained(folder)
     config_json = json.loads((folder / "config.json").read_text())
     source = decoder_parity.sources.open(folder)
-    state = {gemma.plain(name): source.read(name) for name in source.names}
     cfg = dataclasses.replace(gemma.model(config_json, source.names), activations="float32")
-    params = decoder_parity.ours(decoder_parity.State(state), cfg, gemma)
+    params = decoder_parity.ours(source, cfg, gemma)
     ids = decoder_parity.drawn_ids(45, cfg.start, seed=3)
     given = decoder_parity.inputs(ids)
     with torch.no_grad():

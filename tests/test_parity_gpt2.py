@@ -2,6 +2,7 @@
 """GPT-2 equals transformers: logits, cached decoding, gradients, conversion there and back."""
 
 import decoder_parity
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -42,10 +43,23 @@ def test_released_files_leave_out_the_prefix_and_carry_masks(tmp_path):
     pair = pair_of("plain", tmp_path / "theirs")
     state = decoder_parity.state_of(pair.params, pair.cfg, gpt2)
     bare = {name.removeprefix("transformer."): array for name, array in state.items()}
-    masks = {f"h.{layer}.attn.bias": np.tril(np.ones((1, 1, 16, 16))) for layer in range(2)}
-    renamed = {gpt2.plain(name): array for name, array in (bare | masks).items()}
-    params = decoder_parity.ours(decoder_parity.State(renamed), pair.cfg, gpt2)
-    np.testing.assert_array_equal(params["embedding"], pair.params["embedding"])
+    bare |= {f"h.{layer}.attn.bias": np.tril(np.ones((1, 1, 16, 16))) for layer in range(2)}
+    assert gpt2.model(described(**DRAWS["plain"]), bare).tied
+    params = decoder_parity.ours(decoder_parity.State(bare), pair.cfg, gpt2)
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params)
+    bare["transformer.ln_f.bias"] = bare["ln_f.bias"]
+    with pytest.raises(ValueError, match="ln_f.bias and transformer.ln_f.bias"):
+        decoder_parity.ours(decoder_parity.State(bare), pair.cfg, gpt2)
+
+
+def test_a_tied_head_in_the_file_has_to_equal_the_table(tmp_path):
+    pair = pair_of("plain", tmp_path / "theirs")
+    state = decoder_parity.state_of(pair.params, pair.cfg, gpt2)
+    state["lm_head.weight"] = state["transformer.wte.weight"].copy()
+    decoder_parity.ours(decoder_parity.State(state), pair.cfg, gpt2)
+    state["lm_head.weight"][3, 4] += 1
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        decoder_parity.ours(decoder_parity.State(state), pair.cfg, gpt2)
 
 
 @pytest.mark.parametrize(
