@@ -29,6 +29,8 @@ examples:
       --beams=8 --n_best=3
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=s.jsonl \\
       --temperature=0.8 --top_p=0.95 --seed=7
+  # a vector for every line, for search or clustering: adds "embedding"
+  python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=v.jsonl --embed=mean
   # how probable are given targets? adds "log_probability" (nats) to every line
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=pairs.jsonl \\
       --targets=phonemes --output=p.jsonl
@@ -59,6 +61,11 @@ def parser() -> options.Parser:
     add("--field", default="input", metavar="NAME", help="field of JSONL input (default: input)")
     add("--text", action="store_true", help="write the best text of each line, not JSON")
     add("--targets", metavar="NAME", help="score the texts in this field instead of writing any")
+    add(
+        "--embed",
+        choices=("mean", "first", "last"),
+        help="write a vector for each text instead: of its tokens, the mean, first or last",
+    )
     handling = "a line that cannot be read: skip it, numbered and counted (default), or stop"
     add("--broken", choices=("skip", "stop"), default="skip", help=handling)
     add("--overwrite", action="store_true", help="begin an output that exists anew")
@@ -84,6 +91,8 @@ def infer(given: argparse.Namespace) -> None:
     jsonl = given.jsonl or given.input.endswith(".jsonl")
     if given.targets and (not jsonl or given.text):
         raise ValueError("--targets names a field of JSONL input, and its scores are JSON")
+    if given.embed and (given.targets or given.text):
+        raise ValueError("--embed writes vectors as JSON: leave out --targets and --text")
     source = Source(given.input, jsonl, given.field)
     total, digest = source.count(), source.digest()
     from t5x_lite import interactive
@@ -111,6 +120,7 @@ def settings(given: argparse.Namespace, session: Any, digest: str | None) -> dic
         "field": given.field,
         "text": given.text,
         "targets": given.targets,
+        "embed": given.embed,
     } | {f"decode.{name}": value for name, value in dataclasses.asdict(session.decode).items()}
 
 
@@ -163,6 +173,9 @@ def written(
     if given.targets:
         scores = session.score(texts, [record.fields[given.targets] for record in good])
         found = [{"log_probability": round(score, 4)} for score in scores]
+    elif given.embed:
+        vectors = session.embed(texts, given.embed, told).tolist()
+        found = [{"embedding": [float(f"{x:.7g}") for x in vector]} for vector in vectors]
     else:
         # A line's number is its own to the sampling: the draw does not depend on where one stops.
         rows = [record.number - 1 for record in good]

@@ -8,6 +8,7 @@
     g2p.generate(["cat", "hats"], beams=4, n_best=2)        # two texts for each
     g2p.generate(5 * ["cat"], temperature=1.0, seed=7)      # five draws, the same for a seed
     g2p.score("cat", "K AE T")                              # log-probability, in nats
+    g2p.embed(["cat", "hats"])                              # a vector for each, numpy [2 d]
 
 Importing this module imports neither JAX nor TensorFlow; loading a run never imports TensorFlow.
 """
@@ -56,6 +57,20 @@ class Session:
         if isinstance(inputs, str):
             return self.predictor.score([inputs], [targets])[0][0]
         return [total for total, _ in self.predictor.score(list(inputs), list(targets))]
+
+    def embed(
+        self, texts: str | Sequence[str], pooling: str | None = None, told: Any = None
+    ) -> Any:
+        """The float32 vectors [n d] of texts, or [d] of one.
+
+        pooling takes the mean, first or last of a text's tokens; without it, what the model itself
+        does, or else the mean.
+        """
+        from t5x_lite.evaluation import embed
+
+        if isinstance(texts, str):
+            return embed.embed(self.predictor, [texts], pooling)[0]
+        return embed.embed(self.predictor, list(texts), pooling, told)
 
     def settings(self, options: dict[str, Any]) -> config.Decode:
         """decode with some fields replaced."""
