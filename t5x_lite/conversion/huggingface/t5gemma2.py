@@ -89,6 +89,11 @@ def rotary(said: dict) -> dict:
     )
 
 
+def plain(name: str) -> str:
+    """The name that a tensor has in the table, of the one that transformers has in memory."""
+    return name.replace("model.encoder.text_model.", "model.encoder.")
+
+
 def entries(cfg: config.Model) -> list[Entry]:
     """Where every weight of the text part lies."""
     table = [Entry("embedding", f"{TABLE}.weight", "vocab embed")]
