@@ -5,7 +5,6 @@ What llama.cpp's converter changes on the way is undone here: other names, rotar
 in Llama's queries and keys, Gemma's norms with one added, GPT-2's matrices transposed.
 """
 
-import fnmatch
 import math
 import re
 from types import ModuleType
@@ -103,13 +102,14 @@ class Source:
         """Whether the file has one plus the weight there."""
         return self.architecture.startswith("gemma") and name.endswith("norm.weight")
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, dequantised, as Hugging Face has its values.
+    def read(self, name: str, at: tuple[int, int] | None = None) -> np.ndarray:
+        """The tensor, dequantised, as Hugging Face has its values; of a stack one layer.
 
         Raises:
           GgufError: the gguf package cannot dequantise it.
         """
         array = dequantised(self.file, name)
+        array = array if at is None else array.take(at[1], at[0])
         if self.adds_one(name):
             return array.astype(np.float32) - np.float32(1)
         return array.astype(self.dtype(name), copy=False)
@@ -159,17 +159,22 @@ def names_of(architecture: str) -> dict[str, str]:
     return TABLES.get(architecture, NAMES)
 
 
-def renamed(entry: Entry, architecture: str) -> Entry:
-    """A line of the Hugging Face family's table as it is for a .gguf file."""
-    stem, _, kind = re.sub(r"^(model|transformer)\.", "", entry.theirs).rpartition(".")
+def tensor_name(name: str, architecture: str) -> str:
+    """What a tensor of a Hugging Face checkpoint is called in a .gguf file."""
+    stem, _, kind = re.sub(r"^(model|transformer)\.", "", name).rpartition(".")
     names = names_of(architecture)
     if stem not in names:
-        raise GgufError(f"{entry.theirs} has no name in a GGUF file of architecture {architecture}")
-    theirs = f"{names[stem]}.{kind}"
+        raise GgufError(f"{name} has no name in a GGUF file of architecture {architecture}")
+    return f"{names[stem]}.{kind}"
+
+
+def renamed(entry: Entry, architecture: str) -> Entry:
+    """A line of the Hugging Face family's table as it is for a .gguf file."""
+    theirs = tensor_name(entry.theirs, architecture)
     axes, paired = entry.axes, entry.paired
-    if architecture == "llama" and fnmatch.fnmatch(theirs, "*.attn_[qk].*"):
+    if architecture == "llama" and re.search(r"\.attn_[qk]\.", theirs):
         paired = True
-    if architecture == "gpt2" and kind == "weight" and ".c_" in stem:
+    if architecture == "gpt2" and theirs.endswith(".weight") and ".c_" in entry.theirs:
         axes = " ".join(reversed(re.findall(r"\([^)]*\)|\S+", axes)))
     return entry._replace(theirs=theirs, axes=axes, paired=paired)
 

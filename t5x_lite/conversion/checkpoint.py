@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One door to checkpoints of other makes: what lies at a path, opened without converting it first.
+
+A Hugging Face folder and a .gguf file say what model and what vocabulary they are; a T5X folder
+does not, so it is converted with a config of ours. Weights are read when `params` asks for them.
+"""
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from t5x_lite import config
+from t5x_lite.conversion import (
+    chat,
+    gguf,
+    gguf_tokenizer,
+    huggingface,
+    renaming,
+    sources,
+    tokenizers,
+)
+from t5x_lite.conversion.chat import Chat
+from t5x_lite.conversion.tokenizers import Ends
+from t5x_lite.data.vocabularies import TokenizerJson, Vocabulary, load_pair
+
+
+class Told(NamedTuple):
+    """What a checkpoint says besides its weights: vocabularies (inputs, targets), ends, chat."""
+
+    vocabularies: tuple[Vocabulary, Vocabulary]
+    ends: Ends
+    chat: Chat | None
+
+
+class Foreign(NamedTuple):
+    """A checkpoint of another make: its model, what it tells, and where its tensors are."""
+
+    path: Path
+    model: config.Model
+    told: Told
+    source: sources.Source
+    table: Any
+
+    def params(self) -> Any:
+        """The weights on the mesh in force, as training has them.
+
+        Raises:
+          ValueError: tensors are missing, too many or misshapen, or have values that are no
+            numbers.
+        """
+        from t5x_lite.conversion import matching, weights
+
+        plan = matching.plan(self.source.names, self.model, **self.table)
+        plan.check(str(self.path))
+        nothing = lambda name: False
+        weights.check_duplicates(self.source, plan, self.table["duplicates"], nothing)
+        return weights.load(weights.Converted(self.source, self.model, plan, nothing), self.model)
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether path is to be opened here: anything that exists and is no run folder of ours."""
+    path = Path(path)
+    return path.is_file() or (path.is_dir() and not ours(path) and any(path.iterdir()))
+
+
+def ours(path: Path) -> bool:
+    return (path / "config.gin").exists() or (path / "checkpoints").exists()
+
+
+def open(path: str | Path) -> Foreign:
+    """The checkpoint at path, by what lies there.
+
+    Raises:
+      ValueError: nothing lies there, or nothing that is read; the message says what to do.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    if path.is_file():
+        source = sources.open(path)
+        raise ValueError(f"{path} holds {len(source.names)} tensors: give its folder {path.parent}")
+    if (path / "config.json").exists():
+        return open_hugging_face(path)
+    raise ValueError(unknown(path))
+
+
+def unknown(path: Path) -> str:
+    """Why nothing at path can be opened."""
+    if not path.exists():
+        return (
+            f"There is no checkpoint {path}. A model of a hub is downloaded first, for example: "
+            f"hf download {path} --local-dir {path.name}"
+        )
+    files = sorted(path.glob("*.gguf"))
+    if files:
+        return f"{path} is a folder of .gguf files: name the file, such as {files[0]}"
+    if (path / "checkpoint").exists() or any(path.glob("checkpoint_*")):
+        return (
+            f"{path} looks like a T5X checkpoint, which does not say what model it is of: convert "
+            "it first (python -m t5x_lite.convert --help)"
+        )
+    if any(path.glob("*.safetensors")):
+        return f"{path} has safetensors but no config.json: put the one that came with them there"
+    return (
+        f"{path} is no checkpoint: neither a run folder (config.gin), nor a Hugging Face folder "
+        "(config.json and safetensors), nor a .gguf file"
+    )
+
+
+def open_gguf(path: Path) -> Foreign:
+    source = gguf.Source(path)
+    told = told_by_gguf(source)
+    family, model = source.family(), with_ends(source.model(), told.ends)
+    renamed = lambda name: gguf.tensor_name(name, source.architecture)
+    twins = {renamed(name): renamed(twin) for name, twin in family.duplicates(model).items()}
+    table = {
+        "entries": source.entries(model),
+        "ignored": source.ignored(),
+        "duplicates": twins,
+    }
+    return Foreign(path, model, told, source, table)
+
+
+def told_by_gguf(source: gguf.Source) -> Told:
+    """Vocabulary, ends and chat template of a .gguf file."""
+    metadata = source.metadata
+    read = gguf_tokenizer.Read(metadata, source.path)
+    stops = gguf_tokenizer.stops(read)
+    if not stops:
+        raise ValueError(f"{source.path} does not say which token ends a text (eos_token_id)")
+    pad = read.token("padding")
+    vocabulary = TokenizerJson(
+        gguf_tokenizer.tokenizer_json(metadata, source.path),
+        ends=False,
+        eos=stops[0],
+        pad=stops[0] if pad is None else pad,
+    )
+    ends = Ends(read.token("bos"), gguf_tokenizer.begins(metadata), stops, pad)
+    template = metadata.get("tokenizer.chat_template")
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {role: read.token(name) for role, name in names.items()}
+    tokens = {role: read.tokens[token] for role, token in ids.items() if token is not None}
+    return Told(tokenizers.pair(vocabulary), ends, template and Chat(template, tokens))
+
+
+def open_hugging_face(path: Path) -> Foreign:
+    config_json = tokenizers.read_json(path / "config.json")
+    family = huggingface.family_of(config_json)
+    source = renaming.renamed(sources.open(path), family)
+    told = told_by_hugging_face(path)
+    try:
+        model = with_ends(family.model(config_json, source.names), told.ends)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Foreign(path, model, told, source, table(family, model))
+
+
+def table(family: ModuleType, model: config.Model) -> dict[str, Any]:
+    """What `matching.plan` asks of a family."""
+    return {
+        "entries": family.entries(model),
+        "ignored": family.ignored(model),
+        "duplicates": family.duplicates(model),
+    }
+
+
+def told_by_hugging_face(path: Path) -> Told:
+    """Vocabulary, ends and chat template of a Hugging Face folder."""
+    vocabulary, ends = tokenizers.read(path)
+    return Told(tokenizers.pair(vocabulary), ends, chat.read(path))
+
+
+def with_ends(model: config.Model, ends: Ends) -> config.Model:
+    """model beginning its texts as the tokenizer says."""
+    start = model.start if ends.start is None else ends.start
+    starts = ends.starts_prompts or model.encoder is not None
+    return dataclasses.replace(model, start=start, starts_prompts=starts)
+
+
+def vocabularies(path: str | Path) -> tuple[Vocabulary, Vocabulary]:
+    """The vocabularies (inputs, targets) of a checkpoint of any make, without its weights."""
+    path = Path(path).expanduser()
+    if path.suffix == ".gguf":
+        return told_by_gguf(gguf.Source(path)).vocabularies
+    if (path / "config.json").exists():
+        return told_by_hugging_face(path).vocabularies
+    if ours(path):
+        return load_pair(path / "vocabulary")
+    raise ValueError(unknown(path))
