@@ -2,6 +2,7 @@
 """python -m t5x_lite.convert: a checkpoint of one make as that of another."""
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -110,6 +111,8 @@ def size(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse(arguments)
+    # No weight goes to a device: what trains on this machine keeps its accelerator.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     # So that what was begun is removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -8,8 +8,9 @@ is allowed.
 
 import dataclasses
 import fnmatch
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,17 +100,18 @@ class Plan:
         )
 
 
+@functools.lru_cache(maxsize=16)
 def leaves(cfg: config.Model) -> dict[str, Leaf]:
     """Every weight of ours by its path, "decoder/layers/attention/query"."""
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        shapes, axes = flat(model.shapes(cfg)), flat(model.axes(cfg))
-    return {path: Leaf(axes[path], shapes[path].shape) for path in axes}
+        found = flat(model.abstract(cfg), model.is_named)
+    return {path: Leaf(leaf.axes, leaf.value.shape) for path, leaf in found.items()}
 
 
-def flat(tree: Any) -> dict[str, Any]:
+def flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of params by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 

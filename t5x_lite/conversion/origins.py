@@ -120,11 +120,9 @@ def of_hugging_face(path: Path, asked: Asked) -> Origin:
 
 
 def of_gguf(path: Path, asked: Asked) -> Origin:
-    found = tensors.of_gguf(path)
-    told = None
-    if asked.vocabulary is None:
-        told = with_remedy(lambda: checkpoint.told_by_gguf(found.source), path)
-    return foreign("GGUF", found, told, asked)
+    found = checkpoint.open_gguf(path)
+    opened = Tensors(path, found.model, found.source, **found.table)
+    return foreign("GGUF", opened, found.told if asked.vocabulary is None else None, asked)
 
 
 def foreign(kind: str, found: Tensors, told: checkpoint.Told | None, asked: Asked) -> Origin:

@@ -55,7 +55,8 @@ class Shards:
             raise AssertionError(f"{name} is not the next tensor, or not as it was announced")
         if self.files[name] != self.current:
             self.begin(self.files[name])
-        self.stream.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+        # As bytes, since bfloat16 is no type of the buffer protocol.
+        self.stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def begin(self, file: str) -> None:
         self.end()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_lite import config
-from t5x_lite.conversion import huggingface, matching, sources, weights
+from t5x_lite.conversion import huggingface, matching, renaming, sources, weights
 from t5x_lite.conversion.huggingface import sentence_t5
 from t5x_lite.conversion.matching import Plan
 from t5x_lite.conversion.sources import Source, SourceError
@@ -83,6 +83,7 @@ def of_folder(folder: str | Path) -> Tensors:
     if dense is not None:
         source = WithProjection(source, sources.open(dense))
     family = huggingface.family_of(said)
+    source = renaming.renamed(source, family)
     try:
         cfg = family.model(said, source.names.keys())
     except KeyError as error:
@@ -92,15 +93,6 @@ def of_folder(folder: str | Path) -> Tensors:
     return Tensors(
         folder, cfg, source, family.entries(cfg), family.ignored(cfg), family.duplicates(cfg)
     )
-
-
-def of_gguf(file: str | Path) -> Tensors:
-    """A .gguf file."""
-    from t5x_lite.conversion import gguf
-
-    source = gguf.Source(file)
-    cfg = source.model()
-    return Tensors(Path(file), cfg, source, source.entries(cfg), source.ignored())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,9 @@ def folder(to: str | Path) -> Iterator[Path]:
             yield work
             check(to)
             (work / LOCK).unlink()
+            to_disk(work)
             work.rename(to)
+            fsync(to.parent)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -66,3 +69,17 @@ def remove(entry: Path) -> None:
         shutil.rmtree(entry)
     else:
         entry.unlink()
+
+
+def to_disk(folder: Path) -> None:
+    """Returns when everything in folder would survive a power failure."""
+    for path in (folder, *folder.rglob("*")):
+        fsync(path)
+
+
+def fsync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
