@@ -7,19 +7,10 @@ does not, so it is converted with a config of ours. Weights are read when `param
 
 import dataclasses
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from t5x_lite import config
-from t5x_lite.conversion import (
-    chat,
-    gguf,
-    gguf_tokenizer,
-    huggingface,
-    renaming,
-    sources,
-    tokenizers,
-)
+from t5x_lite.conversion import chat, gguf, gguf_tokenizer, sources, tokenizers
 from t5x_lite.conversion.chat import Chat
 from t5x_lite.conversion.tokenizers import Ends
 from t5x_lite.data.vocabularies import TokenizerJson, Vocabulary, load_pair
@@ -49,13 +40,10 @@ class Foreign(NamedTuple):
           ValueError: tensors are missing, too many or misshapen, or have values that are no
             numbers.
         """
-        from t5x_lite.conversion import matching, weights
+        from t5x_lite.conversion import tensors, weights
 
-        plan = matching.plan(self.source.names, self.model, **self.table)
-        plan.check(str(self.path))
-        nothing = lambda name: False
-        weights.check_duplicates(self.source, plan, self.table["duplicates"], nothing)
-        return weights.load(weights.Converted(self.source, self.model, plan, nothing), self.model)
+        found = tensors.Tensors(self.path, self.model, self.source, **self.table)
+        return weights.load(found.weights(), self.model)
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -135,6 +123,7 @@ def told_by_gguf(source: gguf.Source) -> Told:
         ends=False,
         eos=stops[0],
         pad=stops[0] if pad is None else pad,
+        stops=stops,
     )
     ends = Ends(read.token("bos"), gguf_tokenizer.begins(metadata), stops, pad)
     template = metadata.get("tokenizer.chat_template")
@@ -145,24 +134,12 @@ def told_by_gguf(source: gguf.Source) -> Told:
 
 
 def open_hugging_face(path: Path) -> Foreign:
-    config_json = tokenizers.read_json(path / "config.json")
-    family = huggingface.family_of(config_json)
-    source = renaming.renamed(sources.open(path), family)
+    from t5x_lite.conversion import tensors
+
     told = told_by_hugging_face(path)
-    try:
-        model = with_ends(family.model(config_json, source.names), told.ends)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Foreign(path, model, told, source, table(family, model))
-
-
-def table(family: ModuleType, model: config.Model) -> dict[str, Any]:
-    """What `matching.plan` asks of a family."""
-    return {
-        "entries": family.entries(model),
-        "ignored": family.ignored(model),
-        "duplicates": family.duplicates(model),
-    }
+    found = tensors.of_folder(path)
+    table = {name: getattr(found, name) for name in ("entries", "ignored", "duplicates")}
+    return Foreign(path, with_ends(found.model, told.ends), told, found.source, table)
 
 
 def told_by_hugging_face(path: Path) -> Told:
