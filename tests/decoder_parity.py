@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
@@ -18,6 +19,7 @@ from t5x_lite.batch import Batch
 from t5x_lite.conversion import huggingface, matching, renaming, sources, transforms, weights
 
 LENGTH = 11
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 
 
 class Pair(NamedTuple):
@@ -45,6 +47,23 @@ class State:
 
     def read(self, name, at=None):
         return self.arrays[name]
+
+
+def drawn_sizes(seed: int) -> dict:
+    """Sizes that have little to do with one another, under Llama's names in config.json."""
+    draw = np.random.default_rng(seed)
+    heads = int(draw.choice([2, 3, 5, 6]))
+    key_heads = int(draw.choice([count for count in range(1, heads + 1) if heads % count == 0]))
+    return dict(
+        vocab_size=int(draw.integers(30, 60)),
+        # transformers wants a multiple of the heads, also where head_dim is another.
+        hidden_size=heads * int(draw.integers(4, 8)),
+        intermediate_size=int(draw.integers(10, 40)),
+        num_hidden_layers=int(draw.integers(2, 4)),
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=2 * int(draw.integers(2, 7)),
+    )
 
 
 def drawn(described: transformers.PreTrainedConfig, seed: int, folder: Path) -> Pair:

@@ -47,18 +47,22 @@ def described(kind: str, **changes) -> dict:
     return fields | dict(max_position_embeddings=64, pad_token_id=None) | changes
 
 
-def pair_of(name: str, folder):
+def pair_of(name: str, folder, seed: int = 0):
     kind, changes = DRAWS[name]
-    fields = described(kind, **changes)
-    return decoder_parity.drawn(KINDS[kind](**fields), len(name), folder)
+    fields = described(kind, **decoder_parity.drawn_sizes(seed + len(name)) | changes)
+    return decoder_parity.drawn(KINDS[kind](**fields), seed, folder)
 
 
+def ids_of(pair, seed: int):
+    return decoder_parity.drawn_ids(pair.cfg.vocab, pair.cfg.start, seed)
+
+
+@pytest.mark.parametrize("seed", decoder_parity.SEEDS)
 @pytest.mark.parametrize("name", DRAWS)
-def test_logits_equal_and_conversion_loses_nothing(name, tmp_path):
-    pair = pair_of(name, tmp_path / "theirs")
-    ids = decoder_parity.drawn_ids(45, pair.cfg.start, seed=1)
-    decoder_parity.assert_alike(pair, ids)
-    decoder_parity.assert_there_and_back(pair, ids, tmp_path / "ours")
+def test_logits_equal_and_conversion_loses_nothing(name, seed, tmp_path):
+    pair = pair_of(name, tmp_path / "theirs", seed)
+    decoder_parity.assert_alike(pair, ids_of(pair, seed))
+    decoder_parity.assert_there_and_back(pair, ids_of(pair, seed), tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_logits_equal_and_conversion_loses_nothing(name, tmp_path):
 )
 def test_gradients_equal(name, tmp_path):
     pair = pair_of(name, tmp_path / "theirs")
-    decoder_parity.assert_gradients_alike(pair, decoder_parity.drawn_ids(45, 2, seed=2))
+    decoder_parity.assert_gradients_alike(pair, ids_of(pair, seed=2))
 
 
 def read(kind="gemma2", names=(), **changes):

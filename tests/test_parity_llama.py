@@ -20,8 +20,8 @@ LLAMA3 = dict(
     rope_theta=1000.0,
 )
 DRAWS = {
-    "grouped keys, odd heads, tied": dict(num_key_value_heads=1, tie_word_embeddings=True),
-    "biases, a head_dim of its own": dict(attention_bias=True, mlp_bias=True, head_dim=10),
+    "one key head, tied": dict(num_key_value_heads=1, tie_word_embeddings=True),
+    "biases": dict(attention_bias=True, mlp_bias=True),
     "llama3 positions": dict(rope_parameters=LLAMA3, rms_norm_eps=1e-3, head_dim=12),
     "linear positions": dict(
         rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
@@ -35,22 +35,26 @@ def described(**changes) -> dict:
     return fields | changes
 
 
-def pair_of(name: str, folder):
-    fields = described(**DRAWS[name])
-    return decoder_parity.drawn(transformers.LlamaConfig(**fields), len(name), folder)
+def pair_of(name: str, folder, seed: int = 0):
+    fields = described(**decoder_parity.drawn_sizes(seed + len(name)) | DRAWS[name])
+    return decoder_parity.drawn(transformers.LlamaConfig(**fields), seed, folder)
 
 
+def ids_of(pair, seed: int):
+    return decoder_parity.drawn_ids(pair.cfg.vocab, pair.cfg.start, seed)
+
+
+@pytest.mark.parametrize("seed", decoder_parity.SEEDS)
 @pytest.mark.parametrize("name", DRAWS)
-def test_logits_equal_and_conversion_loses_nothing(name, tmp_path):
-    pair = pair_of(name, tmp_path / "theirs")
-    ids = decoder_parity.drawn_ids(41, pair.cfg.start, seed=1)
-    decoder_parity.assert_alike(pair, ids)
-    decoder_parity.assert_there_and_back(pair, ids, tmp_path / "ours")
+def test_logits_equal_and_conversion_loses_nothing(name, seed, tmp_path):
+    pair = pair_of(name, tmp_path / "theirs", seed)
+    decoder_parity.assert_alike(pair, ids_of(pair, seed))
+    decoder_parity.assert_there_and_back(pair, ids_of(pair, seed), tmp_path / "ours")
 
 
 def test_gradients_equal(tmp_path):
-    pair = pair_of("biases, a head_dim of its own", tmp_path / "theirs")
-    decoder_parity.assert_gradients_alike(pair, decoder_parity.drawn_ids(41, 1, seed=2))
+    pair = pair_of("biases", tmp_path / "theirs")
+    decoder_parity.assert_gradients_alike(pair, ids_of(pair, seed=2))
 
 
 def read(names=("lm_head.weight",), **changes):

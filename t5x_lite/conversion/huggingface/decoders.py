@@ -178,8 +178,8 @@ def tied(config_json: dict, names: Collection[str], default: bool) -> bool:
         return default or not has_head
     if not said and not has_head:
         raise ValueError(
-            "config.json: tie_word_embeddings = False, but the file has no lm_head.weight; it is "
-            "incomplete, or tie_word_embeddings wants to be true"
+            "config.json: tie_word_embeddings = False, but there is no lm_head.weight. If the "
+            "model was saved without a head on purpose, write tie_word_embeddings = true there"
         )
     return said
 
