@@ -164,11 +164,10 @@ def of_t5x(path: Path, asked: Asked) -> Origin:
 def model_of(path: str) -> config.Model:
     """The Model that a .gin file describes: a preset, or the config of a run."""
     lines = config_file.read(path)
-    if any("config.Run." in line.text for line in lines):
-        return config_file.load([path]).model
-    return config_file.load(
-        [path], ["config.Run.model_dir=unused", "config.Run.model=@config.Model()"]
-    ).model
+    if not any("config.Run." in line.text for line in lines):
+        made = ("config.Run.model_dir = 'none'", "config.Run.model = @config.Model()")
+        lines += [config_file.Line(line, path) for line in made]
+    return config_file.parse(lines, []).model
 
 
 def named(asked: Asked) -> Text | None:
