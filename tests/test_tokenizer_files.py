@@ -105,10 +105,20 @@ def test_what_is_written_is_read_back_with_the_same_ids(every, kind, tmp_path):
 def test_a_decoders_start_stands_before_its_prompts(every, kind, tmp_path):
     vocabulary = every[kind]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    conversion.write(vocabulary, tmp_path, start=0)
+    conversion.write(vocabulary, tmp_path, conversion.Start(0, written=True))
     assert theirs(tmp_path).encode("abc") == whole(vocabulary, "abc", start=0)
     again, ends = conversion.read(tmp_path)
     assert (ends.start, ends.starts_prompts) == (0, True)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained", "json", "symbols"])
+def test_a_start_that_is_not_written_before_prompts_is_named(every, kind, tmp_path):
+    vocabulary = every[kind]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    conversion.write(vocabulary, tmp_path, conversion.Start(1))
+    assert theirs(tmp_path).encode("abc") == whole(vocabulary, "abc")
+    assert theirs(tmp_path).bos_token_id == 1
+    assert conversion.read(tmp_path)[1].start == 1
 
 
 def test_letters_in_and_phonemes_out_are_one_tokenizer(tmp_path):

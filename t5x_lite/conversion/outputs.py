@@ -134,8 +134,9 @@ class HuggingFace:
         text, model = self.origin.text, self.origin.model
         if text is None:
             return
-        begins = model.encoder is None and model.starts_prompts
-        tokenizers.write_pair(*text.pair, folder, start=model.start if begins else None)
+        written = model.encoder is None and model.starts_prompts
+        token = None if model.decoder is None else model.start
+        tokenizers.write_pair(*text.pair, folder, tokenizers.Start(token, written))
         if text.chat is not None:
             (folder / CHAT).write_text(text.chat, encoding="utf-8")
 

@@ -3,7 +3,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5x_lite.conversion import tokenizer_json
 from t5x_lite.data import vocabularies
@@ -13,8 +13,26 @@ TARGETS = "targets"  # the subfolder of the outputs' tokenizer, where it is anot
 GENERAL = "PreTrainedTokenizerFast"
 
 
+class Start(NamedTuple):
+    """What decoders begin with, `token`, and whether the tokenizer puts it before a text."""
+
+    token: int | None = None
+    written: bool = False
+
+    def before(self, vocabulary: Vocabulary) -> int | None:
+        """The id before a text: the vocabulary's own, or that of a lone decoder."""
+        return vocabulary.bos if vocabulary.bos is not None or not self.written else self.token
+
+    def named(self, vocabulary: Vocabulary) -> int | None:
+        """The id of bos_token."""
+        return self.token if vocabulary.bos is None else vocabulary.bos
+
+
+NOTHING = Start()
+
+
 def write_pair(
-    inputs: Vocabulary, targets: Vocabulary, folder: str | Path, start: int | None = None
+    inputs: Vocabulary, targets: Vocabulary, folder: str | Path, start: Start = NOTHING
 ) -> None:
     """Writes the tokenizer of a run's inputs, and in a subfolder that of its targets if it differs.
 
@@ -42,32 +60,37 @@ def spelling(vocabulary: Vocabulary) -> tuple[str, bytes | None]:
 def write(
     vocabulary: Vocabulary,
     folder: str | Path,
-    start: int | None = None,
+    start: Start = NOTHING,
     joined: str | None = None,
 ) -> None:
     """Writes tokenizer.json (ByT5 has none), tokenizer_config.json and special_tokens_map.json.
 
-    The tokenizer puts eos after a text if the vocabulary `ends`, and `start` (or the vocabulary's
-    bos) before it: what a lone decoder's prompts begin with. `joined` is what stands between
-    symbols in decoded text, the vocabulary's own separator unless given.
+    The tokenizer puts eos after a text if the vocabulary `ends`, and before it the vocabulary's
+    bos, or `start` as that says. `joined` is what stands between symbols in decoded text, the
+    vocabulary's own separator unless given.
 
     Raises:
       ValueError: the vocabulary cannot be written as such a tokenizer.
     """
     folder = Path(folder)
-    bos = vocabulary.bos if start is None else start
+    # Padding is what T5's own decoders begin with: its tokenizers have no name for that.
+    plain = vocabulary.ends and start.named(vocabulary) in (None, vocabulary.pad)
+    plain = plain and start.before(vocabulary) is None
     match vocabulary:
-        case Bytes() if vocabulary.ends and bos is None:
+        case Bytes() if plain:
             files = byt5(vocabulary)
         case Bytes():
-            files = general(vocabulary, tokenizer_json.of_bytes(vocabulary), bos)
+            files = general(vocabulary, tokenizer_json.of_bytes(vocabulary), start)
         case Symbols():
             made = tokenizer_json.of_symbols(vocabulary, joined)
-            files = general(vocabulary, made, bos)
+            files = general(vocabulary, made, start)
         case SentencePiece():
-            files = of_pieces(vocabulary, bos)
+            made = tokenizer_json.of_pieces(vocabulary)
+            files = general(vocabulary, made, start)
+            if plain and tokenizer_json.like_t5(vocabulary):
+                files |= t5(vocabulary, files)
         case TokenizerJson():
-            files = of_json(vocabulary, bos)
+            files = general(vocabulary, of_json(vocabulary), start)
         case _:
             kind = vocabulary.description()["kind"]
             raise ValueError(
@@ -79,24 +102,20 @@ def write(
         (folder / name).write_bytes(content)
 
 
-def of_json(vocabulary: TokenizerJson, bos: int | None) -> dict[str, bytes]:
-    """The tokenizer.json as it is, but for sentinels on top and what stands around a text."""
+def of_json(vocabulary: TokenizerJson) -> dict[str, Any]:
+    """The tokenizer.json as it is, but for sentinels on top."""
     made = json.loads(vocabulary.json)
     if vocabulary.extra_ids:
         tokenizer_json.add(made, sentinels(vocabulary))
-    return general(vocabulary, made, bos)
+    return made
 
 
-def of_pieces(vocabulary: SentencePiece, bos: int | None) -> dict[str, bytes]:
-    """The SentencePiece model, and the same as a tokenizer.json; of class T5 if it is like T5's."""
-    made = tokenizer_json.of_pieces(vocabulary)
-    files = general(vocabulary, made, bos)
-    if tokenizer_json.like_t5(vocabulary) and vocabulary.ends and bos is None:
-        settings = json.loads(files["tokenizer_config.json"])
-        settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.sentinels}
-        files["tokenizer_config.json"] = dumped(settings)
-        files["spiece.model"] = vocabulary.pieces
-    return files
+def t5(vocabulary: SentencePiece, files: dict[str, bytes]) -> dict[str, bytes]:
+    """What makes T5's own tokenizer of the files: its name, and the SentencePiece model."""
+    settings = json.loads(files["tokenizer_config.json"])
+    settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.sentinels}
+    settings.pop("bos_token", None)
+    return {"tokenizer_config.json": dumped(settings), "spiece.model": vocabulary.pieces}
 
 
 def byt5(vocabulary: Bytes) -> dict[str, bytes]:
@@ -113,12 +132,13 @@ def byt5(vocabulary: Bytes) -> dict[str, bytes]:
     return {"tokenizer_config.json": dumped(settings)}
 
 
-def general(vocabulary: Vocabulary, made: dict[str, Any], bos: int | None) -> dict[str, bytes]:
+def general(vocabulary: Vocabulary, made: dict[str, Any], start: Start) -> dict[str, bytes]:
     """The files of a tokenizer.json that puts bos and eos where the vocabulary wants them."""
     names = tokenizer_json.names(made)
     eos = vocabulary.eos if vocabulary.ends else None
-    tokenizer_json.surround(made, bos, eos)
-    roles = {"bos_token": bos, "eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
+    tokenizer_json.surround(made, start.before(vocabulary), eos)
+    roles = {"eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
+    roles["bos_token"] = start.named(vocabulary)
     special = {role: names[token] for role, token in roles.items() if token in names}
     unknown = made["model"].get("unk_token")
     if unknown is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t5x_lite.conversion.tokenizer_files import Start as Start
 from t5x_lite.conversion.tokenizer_files import write as write
 from t5x_lite.conversion.tokenizer_files import write_pair as write_pair
 from t5x_lite.data import vocabularies
