@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight virtual CPU devices for every test, and the meshes and toy models that rooms share."""
 
+import dataclasses
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -36,16 +37,63 @@ def toy_stack(**changes) -> config.Stack:
     return config.Stack(**fields)
 
 
+# What the families combine, beside the T5 and the GPT that toy_model makes of these.
+GEMMA = dict(
+    norm="rms_plus_one",
+    post_norms=True,
+    positions="rotary",
+    kv_heads=2,
+    pattern=("sliding", "full"),
+    tied=True,
+    scale_embedding=True,
+    embedding_std=0.25,
+)
+FAMILIES = {
+    "t5gemma": dict(
+        GEMMA,
+        softcap=5.0,
+        window=3,
+        logits_softcap=3.0,
+        separate_embeddings=True,
+    ),
+    "t5gemma2": dict(
+        GEMMA,
+        merged=True,
+        qk_norm=True,
+        window=4,
+        window_form="halved",
+        sliding_rotary_base=100.0,
+        rotary_scaling=config.RotaryScaling("linear", 2.0),
+        eoi=7,
+    ),
+    "umt5": dict(bias_per_layer=True),
+    "gpt2": dict(
+        norm="layer",
+        positions="learned",
+        max_length=16,
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied=True,
+        embedding_std=0.25,
+    ),
+    "mistral": dict(positions="rotary", pattern=("sliding",), window=3, kv_heads=2),
+}
+
+
 def toy_model(layout: str, prefix_lm: bool = False, **changes) -> config.Model:
-    """A float32 model of 64 words in one of the three layouts."""
-    stack = toy_stack(**changes)
-    return config.Model(
+    """A float32 model of 64 words in one of the three layouts; changes are of Stack or Model."""
+    of_model = {field.name for field in dataclasses.fields(config.Model)}
+    stack = toy_stack(**{name: changes[name] for name in changes.keys() - of_model})
+    cfg = config.Model(
         vocab=64,
-        encoder=stack if layout != "joined" else None,
+        encoder=dataclasses.replace(stack, merged=False) if layout != "joined" else None,
         decoder=stack if layout != "aligned" else None,
         prefix_lm=prefix_lm,
         activations="float32",
     )
+    return dataclasses.replace(cfg, **{name: changes[name] for name in changes.keys() & of_model})
 
 
 def toy_batch(layout: str, rows: int = 8, length: int = 12, seed: int = 0) -> Batch:

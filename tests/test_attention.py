@@ -17,8 +17,9 @@ GRADIENT = draw(3, 5, 2, 2, 8)
 BIASES = {"none": None, "shared": draw(1, 2, 2, 5, 7), "by row": draw(3, 2, 2, 5, 7)}
 
 
-def plain(q, k, v, mask, bias):
+def plain(q, k, v, mask, bias, softcap):
     scores = jnp.einsum("btkgh,bksh->bkgts", q, k)
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e9))
     context = jnp.einsum("bkgts,bksh->btkgh", weights, v)
@@ -27,12 +28,13 @@ def plain(q, k, v, mask, bias):
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("mask", [MASK, MASK[:, :1]], ids=["by query", "by row"])
-def test_context_and_gradients_are_those_of_the_plain_formula(bias, mask):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_context_and_gradients_are_those_of_the_plain_formula(bias, mask, softcap):
     arrays = (Q, K, V, BIASES[bias])
-    context, back = jax.vjp(lambda *x: kernels.attend(*x[:3], mask, x[3]), *arrays)
+    context, back = jax.vjp(lambda *x: kernels.attend(*x[:3], mask, x[3], softcap), *arrays)
     with jax.enable_x64(True):
         exact = jax.tree.map(np.float64, arrays)
-        expected, back_exact = jax.vjp(lambda *x: plain(*x[:3], mask, x[3]), *exact)
+        expected, back_exact = jax.vjp(lambda *x: plain(*x[:3], mask, x[3], softcap), *exact)
         slopes = back_exact(jnp.asarray(GRADIENT, np.float64))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
     jax.tree.map(close, (context, back(GRADIENT)), (expected, slopes))

@@ -7,17 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import toy_batch, toy_model, toy_stack
+from conftest import FAMILIES, toy_batch, toy_model, toy_stack
 
 from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch
-from t5x_lite.model import positions
+from t5x_lite.model import attention, positions
 
 KINDS = [
     ("pair", False, {"positions": "relative"}),
     ("pair", False, {"positions": "rotary", "kv_heads": 2}),
     ("joined", False, {"positions": "relative", "kv_heads": 1}),
     ("joined", True, {"positions": "rotary"}),
+    ("pair", False, FAMILIES["t5gemma"]),
+    ("pair", False, FAMILIES["t5gemma2"]),
+    ("pair", False, FAMILIES["umt5"]),
+    ("joined", False, FAMILIES["gpt2"]),
+    ("joined", True, FAMILIES["mistral"]),
 ]
 
 
@@ -29,6 +34,12 @@ def one_device():
 def logits_of(cfg, params, batch):
     apply = jax.jit(lambda params, batch: model.Transformer(cfg).apply({"params": params}, batch))
     return np.asarray(apply(params, sharding.place_batch(batch)))
+
+
+def moved(params):
+    """params away from the zeros and ones at which biases and scales begin."""
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape).astype(np.float32), params)
 
 
 def alone(batch: Batch, row: int, segment: int) -> Batch:
@@ -50,7 +61,7 @@ def alone(batch: Batch, row: int, segment: int) -> Batch:
 @pytest.mark.parametrize("layout, prefix_lm, stack", KINDS)
 def test_packed_examples_get_the_logits_they_get_alone(one_device, layout, prefix_lm, stack):
     cfg, batch = toy_model(layout, prefix_lm, **stack), toy_batch(layout)
-    params = model.initialize(cfg, jax.random.key(0))
+    params = moved(model.initialize(cfg, jax.random.key(0)))
     packed = logits_of(cfg, params, batch)
     for segment in (1, 2):
         single = alone(batch, 3, segment)
@@ -63,7 +74,7 @@ def test_packed_examples_get_the_logits_they_get_alone(one_device, layout, prefi
 @pytest.mark.parametrize("layout, prefix_lm, stack", KINDS)
 def test_a_target_changes_no_logits_before_it(one_device, layout, prefix_lm, stack):
     cfg, batch = toy_model(layout, prefix_lm, **stack), toy_batch(layout)
-    params = model.initialize(cfg, jax.random.key(0))
+    params = moved(model.initialize(cfg, jax.random.key(0)))
     before = logits_of(cfg, params, batch)
     place = 3  # past the two tokens of the prefix, and in the first segment of every row
     changed = batch.targets.copy()
@@ -83,11 +94,14 @@ def test_a_prefix_is_read_in_both_directions(one_device):
     assert np.all(np.abs(before - after).max(axis=-1)[:, 0] > 1e-4)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("layout, prefix_lm, stack", KINDS)
+# The families change nothing in how layers are run over: unrolled is what decoding does.
+@pytest.mark.parametrize(
+    "layout, prefix_lm, stack, scan",
+    [(*kind, True) for kind in KINDS[:4]] + [(*kind, False) for kind in KINDS],
+)
 def test_cached_blocks_equal_teacher_forcing(one_device, layout, prefix_lm, stack, scan):
     cfg = toy_model(layout, prefix_lm, **stack)
-    params = model.initialize(cfg, jax.random.key(0))
+    params = moved(model.initialize(cfg, jax.random.key(0)))
     batch = unpacked(toy_batch(layout))
     whole = logits_of(cfg, params, batch)
     blocks = (5, 1, 3, 2, 1)  # the first holds the prefix
@@ -158,10 +172,23 @@ def test_a_tree_of_drafts_equals_its_paths(one_device):
         np.testing.assert_allclose(by_tree[:, np.array(path)], chain, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["pair", "joined", "aligned"])
-def test_the_mesh_changes_neither_weights_nor_loss_nor_gradients(layout):
-    cfg, batch, seen = toy_model(layout, kv_heads=2), toy_batch(layout), []
-    for mesh in (config.Mesh(8, 1, 1), config.Mesh(1, 4, 2), config.Mesh(2, 2, 2)):
+SHAPES = [config.Mesh(8, 1, 1), config.Mesh(2, 2, 2), config.Mesh(1, 4, 2)]
+
+
+@pytest.mark.parametrize(
+    "layout, changes, meshes",
+    [
+        ("pair", {"kv_heads": 2}, SHAPES),
+        ("joined", {"kv_heads": 2}, SHAPES),
+        ("aligned", {"kv_heads": 2}, SHAPES),
+        ("pair", FAMILIES["t5gemma"], SHAPES[:2]),
+        ("pair", FAMILIES["t5gemma2"], SHAPES[:2]),
+        ("joined", FAMILIES["gpt2"], SHAPES[:2]),
+    ],
+)
+def test_the_mesh_changes_neither_weights_nor_loss_nor_gradients(layout, changes, meshes):
+    cfg, batch, seen = toy_model(layout, **changes), toy_batch(layout), []
+    for mesh in meshes:
         sharding.use_mesh(mesh)
         params = model.initialize(cfg, jax.random.key(7))
 
@@ -178,7 +205,22 @@ def test_the_mesh_changes_neither_weights_nor_loss_nor_gradients(layout):
         close = lambda a, b: np.testing.assert_allclose(
             a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()
         )
-        jax.tree.map(close, gradients, seen[0][2])
+        jax.tree.map(close, without_key_bias(gradients), without_key_bias(seen[0][2]))
+
+
+def without_key_bias(gradients):
+    """gradients without those that are nothing but rounding: a bias shared by all keys moves every
+    score of a query alike, which no softmax sees.
+    """
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients))
+
+    def kept(path, leaf):
+        if path[-1].key != "key_bias":
+            return leaf
+        assert np.abs(leaf).max() < 1e-6 * largest
+        return np.zeros_like(leaf)
+
+    return jax.tree_util.tree_map_with_path(kept, gradients)
 
 
 @pytest.mark.parametrize("both_sides", [True, False])
@@ -226,3 +268,61 @@ def test_remat_and_dropout_keep_their_promises(one_device):
     jax.tree.map(close, gradient("products", key), gradient("none", key))
     with_key, without = gradient("none", key), gradient("none", None)
     assert not np.allclose(with_key["head"], without["head"])
+
+
+@pytest.mark.parametrize("both_sides", [True, False])
+@pytest.mark.parametrize("form", ["below", "within", "halved"])
+def test_a_window_shows_what_its_form_says(one_device, form, both_sides):
+    stack = toy_stack(pattern=("sliding",), window=5, window_form=form)
+    where = np.arange(12)[None]
+    view = attention.View(where, where, np.ones((1, 12, 12), bool) & both_sides_or(both_sides))
+    own = attention.Traits(stack.window, None)
+    shown = np.asarray(attention.windowed(view, own, stack, both_sides).mask)[0]
+    for query in range(12):
+        for key in range(12):
+            distance = query - key
+            expected = {
+                "below": abs(distance) < 5,
+                "within": abs(distance) <= 5,
+                "halved": distance in (-2, -1, 0, 1, 2),
+            }[form]
+            if not both_sides:
+                expected = 0 <= distance < 5
+            assert shown[query, key] == expected, (query, key)
+
+
+def both_sides_or(both_sides: bool) -> np.ndarray:
+    place = np.arange(12)
+    return (place[None, :] <= place[:, None]) | both_sides
+
+
+@pytest.mark.parametrize("kind", ["mean", "first", "last"])
+@pytest.mark.parametrize("layout", ["aligned", "joined"])
+def test_padding_on_either_side_does_not_change_a_pooled_vector(one_device, layout, kind):
+    how = config.Pooling(kind, project=5, normalize=True)
+    cfg = dataclasses.replace(toy_model(layout, positions="rotary"), pooling=how)
+    params = model.initialize(cfg, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(2, 64, (1, 6)).astype(np.int32)
+    place = np.arange(6, dtype=np.int32)[None]
+
+    def pooled(before, after):
+        padded = lambda x: np.pad(x, ((0, 0), (before, after)))
+        arrays = padded(tokens), padded(np.ones_like(place)), padded(place)
+        return model.Transformer(cfg).apply({"params": params}, *arrays, method="pooled")
+
+    alone = pooled(0, 0)
+    np.testing.assert_allclose(np.linalg.norm(alone, axis=-1), 1, rtol=1e-5)
+    for before, after in ((3, 0), (0, 4), (2, 1)):
+        np.testing.assert_allclose(pooled(before, after), alone, atol=1e-5)
+
+
+def test_an_encoder_may_be_wider_than_its_decoder(one_device):
+    cfg = toy_model("pair", **FAMILIES["t5gemma"])
+    wide = dataclasses.replace(cfg.encoder, embed=24, layers=3, heads=3, kv_heads=3)
+    cfg = dataclasses.replace(cfg, encoder=wide)
+    params = moved(model.initialize(cfg, jax.random.key(0)))
+    assert params["encoder_embedding"].shape == (64, 24)
+    assert params["decoder"]["layers"]["cross_attention"]["key"].shape == (2, 24, 2, 8)
+    batch = unpacked(toy_batch("pair"))
+    cached = decode_in_blocks(cfg, params, sharding.place_batch(batch), (12,), True)
+    np.testing.assert_allclose(cached, logits_of(cfg, params, batch), atol=1e-5)

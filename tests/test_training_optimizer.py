@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import FAMILIES, toy_model
 
-from t5x_lite import config
+from t5x_lite import config, model, sharding
 from t5x_lite.training import adafactor, optimizer, schedules
 
 RNG = np.random.default_rng(0)
@@ -129,6 +130,17 @@ def test_adamw_is_that_of_optax_and_decays_matrices_only():
     theirs = optax.adamw(0.01, weight_decay=0.1, mask=mask)
     result, expected = run(made, WEIGHTS, GRADIENTS)[0], run(theirs, WEIGHTS, GRADIENTS)[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result, expected)
+
+
+def test_biases_scales_and_position_tables_do_not_decay():
+    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+    for family in ("t5gemma", "gpt2", "umt5"):
+        layout = "joined" if family == "gpt2" else "pair"
+        axes = model.axes(toy_model(layout, **FAMILIES[family]))
+        for path, names in jax.tree_util.tree_leaves_with_path(axes):
+            path = jax.tree_util.keystr(path, simple=True, separator="/")
+            kept = path.endswith(("norm", "bias", "positions"))
+            assert optimizer.decays(names) != kept, path
 
 
 @pytest.mark.parametrize("name", sorted(optimizer.optax_optimizers()))

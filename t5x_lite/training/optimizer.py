@@ -75,9 +75,12 @@ def check_options(cfg: config.Optimizer, known: list[str]) -> None:
 
 
 def decays(names: str) -> bool:
-    """Whether a weight of these axes is a matrix: norm scales and position tables do not decay."""
-    axes = [axis for axis in names.split() if axis != "layers"]
-    return len(axes) > 1 and "buckets" not in axes
+    """Whether a weight of these axes is a matrix: scales, biases and position tables do not decay.
+
+    Every matrix goes from or to the width of the model; no bias does but as the vector "norm".
+    """
+    axes = names.split()
+    return ("embed" in axes or "encoder_embed" in axes) and "positions" not in axes
 
 
 class DecayState(NamedTuple):
