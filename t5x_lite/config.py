@@ -21,19 +21,25 @@ from t5x_lite.typed import Checked, require
 class Vocabulary(Checked):
     """How text becomes ids. `trained` makes a SentencePiece of `size` pieces from the task's text.
 
-    `extra_ids` adds sentinels at the top of the vocabulary (span corruption needs them).
+    `checkpoint` takes that of the checkpoint at `path`, of whatever make: what a run needs that
+    begins with its weights. `extra_ids` adds sentinels at the top of the vocabulary (span
+    corruption needs them).
     """
 
-    kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained"]
+    kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
     path: str | None = None
     size: int | None = None
     extra_ids: int = 0
 
     def check(self):
-        needs_path = self.kind in ("sentencepiece", "tokenizer_json")
+        needs_path = self.kind in ("sentencepiece", "tokenizer_json", "checkpoint")
         require(not needs_path or self.path, f"Vocabulary.path is needed for kind {self.kind}")
         require(self.kind != "trained" or self.size, "Vocabulary.size is needed for kind trained")
         require(self.extra_ids >= 0, "Vocabulary.extra_ids cannot be negative")
+        require(
+            self.kind != "checkpoint" or not self.extra_ids,
+            "Vocabulary.extra_ids cannot be added to the vocabulary of a checkpoint",
+        )
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,8 @@ class Evaluate(Checked):
 class Checkpoint(Checked):
     """When to save and what to keep: the last `keep`, and the best by `metric` where it is named.
 
-    `initial` is a run folder whose weights the run begins with.
+    `initial` is a checkpoint whose weights the run begins with: a run folder, a Hugging Face
+    folder, a .gguf file or a T5X checkpoint.
     """
 
     every: int = 1000

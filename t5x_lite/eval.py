@@ -20,12 +20,15 @@ examples:
   # a quick look: 200 examples, other metrics, the numbers as JSON too
   python -m t5x_lite.eval --checkpoint=runs/g2p --examples=200 --metrics=exact_match,bleu \\
       --json=runs/g2p/test.json
+  # a checkpoint of another make has no data of its own: say what it is measured on
+  python -m t5x_lite.eval --checkpoint=smollm2.q8_0.gguf --gin_file=configs/data/jsonl_pairs.gin \\
+      --gin.config.Files.validation=pairs.jsonl
   # a seqio task of your own: import the module that registers it
   python -m t5x_lite.eval --checkpoint=runs/mine --import=my_tasks
 
 metrics: exact_match, edit_distance, per and wer (phoneme and word error rate), bleu, chrf, rouge.
-Predictions are kept as JSONL in DIR/predictions/<split>-<step>.jsonl: input, prediction,
-references, score.
+Predictions are kept as JSONL in DIR/predictions/<split>-<step>.jsonl (of a checkpoint of another
+make in runs/NAME): input, prediction, references, score.
 """
 
 
@@ -46,13 +49,24 @@ def parser() -> options.Parser:
     add("--show", type=int, default=5, metavar="N", help="print N predictions (default 5)")
     modules = "import MODULE first: it registers seqio tasks"
     add("--import", dest="modules", action="append", default=[], metavar="MODULE", help=modules)
+    add(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "
+        "--gin.NAME=VALUE sets a macro or a field of it",
+    )
     options.add_decode(made)
     return made
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parser().parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        plain, bindings = options.split_gin(arguments)
+        given = parser().parse(plain)
+        given.bindings = bindings
         sys.path.insert(0, "")
         for module in given.modules:
             importlib.import_module(module)
@@ -67,8 +81,9 @@ def measure(given: argparse.Namespace) -> None:
     from t5x_lite.evaluation.progress import Progress
     from t5x_lite.training import restore
 
+    asked = asked_data(given)
     restored = restore.restore(given.checkpoint, given.step, given.best, given.mesh)
-    run = settled(dataclasses.replace(restored.run, model_dir=given.checkpoint), given)
+    run = settled(with_data(restored.run, asked, given.checkpoint), given)
     evaluator = Evaluator(run, given.split)
     total = min(len(evaluator.dataset), run.evaluate.examples)
     numbers = evaluator(restored.params, restored.step, Progress("examples", total))
@@ -82,6 +97,51 @@ def measure(given: argparse.Namespace) -> None:
         decode = dataclasses.asdict(run.decode)
         report = about | {"decode": decode, "metrics": numbers}
         Path(given.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def asked_data(given: argparse.Namespace) -> config.Data | None:
+    """What the command line says to measure on; None if that is the checkpoint's own data."""
+    from t5x_lite import config_file
+
+    if not given.gin_file and not given.bindings:
+        return None
+    return config_file.load_data(given.gin_file, given.bindings)
+
+
+def with_data(run: config.Run, asked: config.Data | None, checkpoint: str) -> config.Run:
+    """run with the data asked for, tokenised as the checkpoint wants it.
+
+    Raises:
+      ValueError: there are no data.
+    """
+    path = Path(checkpoint)
+    if asked is not None:
+        vocabulary = config.Vocabulary(kind="checkpoint", path=checkpoint)
+        run = dataclasses.replace(run, data=in_vocabulary(asked, vocabulary))
+    if run.data is None:
+        raise ValueError(
+            f"{path} has no data of its own: name some with --gin_file=FILE, such as "
+            "configs/data/cmudict_g2p.gin, or with --gin.config.Data.task=... and "
+            "--gin.config.Data.lengths=..."
+        )
+    # Nothing is written into a checkpoint of another make.
+    folder = path if (path / "config.gin").exists() else Path("runs") / path.stem
+    return dataclasses.replace(run, model_dir=str(folder))
+
+
+def in_vocabulary(data: config.Data, vocabulary: config.Vocabulary) -> config.Data:
+    """data with this vocabulary; a seqio task keeps its own."""
+    from t5x_lite.data import tasks
+
+    def changed(task):
+        if isinstance(task, config.Mixture):
+            return dataclasses.replace(task, tasks=tuple(map(changed, task.tasks)))
+        if isinstance(task, config.Files):
+            return dataclasses.replace(task, vocabulary=vocabulary)
+        return task
+
+    own = vocabulary if isinstance(data.task, str) and data.task in tasks.BUILT_IN else None
+    return dataclasses.replace(data, task=changed(data.task), vocabulary=own)
 
 
 def settled(run: config.Run, given: argparse.Namespace) -> config.Run:

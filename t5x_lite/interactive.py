@@ -10,6 +10,12 @@
     g2p.score("cat", "K AE T")                              # log-probability, in nats
     g2p.embed(["cat", "hats"])                              # a vector for each, numpy [2 d]
 
+A Hugging Face folder and a .gguf file are loaded as they are:
+
+    smol = interactive.load("SmolLM2-135M-Instruct.Q4_1.gguf")
+    smol.generate("The capital of France is", length=32)
+    smol.chat("What is the capital of France?")             # with the model's own chat template
+
 Importing this module imports neither JAX nor TensorFlow; loading a run never imports TensorFlow.
 """
 
@@ -23,12 +29,16 @@ from t5x_lite import config
 
 
 class Session:
-    """A model with its weights and vocabularies. `decode` holds what generate does by default."""
+    """A model with its weights and vocabularies. `decode` holds what generate does by default.
 
-    def __init__(self, predictor: Any, decode: config.Decode, step: int = 0):
+    template is its chat template (`conversion.chat.Chat`), None if it was taught none.
+    """
+
+    def __init__(self, predictor: Any, decode: config.Decode, step: int = 0, template: Any = None):
         self.predictor = predictor
         self.decode = decode
         self.step = step
+        self.template = template
 
     def generate(self, texts: str | Sequence[str], **options: Any) -> Any:
         """What the model writes: a text for a text, a list for a list; with n_best lists of texts.
@@ -49,6 +59,27 @@ class Session:
         if isinstance(texts, str):
             return self.predictor.predict([texts], self.settings(options))[0]
         return self.predictor.predict(list(texts), self.settings(options))
+
+    def chat(self, messages: str | Sequence[dict[str, str]], **options: Any) -> str:
+        """The answer to a question, or to a conversation: {"role": "user", "content": "..."} ...
+
+        options are those of generate.
+
+        Raises:
+          ValueError: the model has no chat template, or it refuses these messages.
+        """
+        return self.generate(self.prompt(messages), **options)
+
+    def prompt(self, messages: str | Sequence[dict[str, str]]) -> str:
+        """The text that `chat` continues: messages as the model's chat template writes them."""
+        from t5x_lite.conversion import chat
+
+        if self.template is None:
+            raise ValueError("The model has no chat template: give generate the text to continue")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        template, tokens = self.template
+        return chat.render_chat(template, messages, add_generation_prompt=True, **tokens)
 
     def score(self, inputs: str | Sequence[str], targets: str | Sequence[str]) -> Any:
         """The log-probability, in nats, of each target after its input; of one pair, a number."""
@@ -92,10 +123,11 @@ def load(
 ) -> Session:
     """The run in a MODEL_DIR, with its newest weights unless a step or the best is asked for.
 
-    Sets the mesh for the process: all devices share the batch unless another one is given.
+    path may also be a Hugging Face folder or a .gguf file. Sets the mesh for the process: all
+    devices share the batch unless another one is given.
 
     Raises:
-      ValueError: path is no run folder, or has no such checkpoint.
+      ValueError: path is no checkpoint, or a run folder that has no such one.
     """
     from t5x_lite.evaluation import predict
     from t5x_lite.training import restore
@@ -109,4 +141,4 @@ def load(
         ended=predict.has_inputs(run),
         batch_size=run.evaluate.batch_size,
     )
-    return Session(predictor, run.decode, restored.step)
+    return Session(predictor, run.decode, restored.step, restored.chat)

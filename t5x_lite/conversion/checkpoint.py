@@ -6,6 +6,7 @@ does not, so it is converted with a config of ours. Weights are read when `param
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,49 @@ def is_foreign(path: str | Path) -> bool:
 
 def ours(path: Path) -> bool:
     return (path / "config.gin").exists() or (path / "checkpoints").exists()
+
+
+def params_for(path: str | Path, model: config.Model) -> Any:
+    """The weights at path as params of `model`, with which a run begins; T5X's too.
+
+    Warns where the checkpoint's own model would compute otherwise with the same weights.
+
+    Raises:
+      ValueError: nothing that is read lies there, or its weights are not those of the model.
+    """
+    from t5x_lite.conversion import origins, t5x, t5x_files, tensors, weights
+
+    path = Path(path).expanduser()
+    if origins.looks_like_t5x(path):
+        source = t5x_files.Source(path)
+        found = tensors.Tensors(path, model, source, t5x.table_of(model, source.names))
+        return weights.load(found.weights(), model)
+    found = open(path)
+    different = differences(found.model, model)
+    if different:
+        warnings.warn(f"{path} was made with {different}; this run has others", stacklevel=2)
+    return found._replace(model=model).params()
+
+
+def differences(theirs: config.Model, ours: config.Model) -> str:
+    """The values of theirs, "Stack.window = 512", on which logits depend and that ours differs in.
+
+    Shapes are compared with the weights.
+    """
+    named = []
+    for name in ("scale_embedding", "scale_logits", "logits_softcap", "prefix_lm"):
+        if getattr(theirs, name) != getattr(ours, name):
+            named.append(f"Model.{name} = {getattr(theirs, name)}")
+    for name in ("encoder", "decoder"):
+        stacks = getattr(theirs, name), getattr(ours, name)
+        if None not in stacks:
+            named += [
+                f"{name}'s Stack.{field.name} = {getattr(stacks[0], field.name)}"
+                for field in dataclasses.fields(config.Stack)
+                if field.name not in ("bias_std", "kv_heads", "pattern")
+                and getattr(stacks[0], field.name) != getattr(stacks[1], field.name)
+            ]
+    return ", ".join(named)
 
 
 def open(path: str | Path) -> Foreign:
@@ -165,3 +209,16 @@ def vocabularies(path: str | Path) -> tuple[Vocabulary, Vocabulary]:
     if ours(path):
         return load_pair(path / "vocabulary")
     raise ValueError(unknown(path))
+
+
+def special_tokens(vocabulary: Vocabulary) -> dict[str, str]:
+    """What a chat template calls by role, of a vocabulary that a conversion wrote."""
+    if not isinstance(vocabulary, TokenizerJson):
+        return {}
+    ids = {"eos_token": vocabulary.eos, "bos_token": vocabulary.bos, "pad_token": vocabulary.pad}
+    names = {
+        role: vocabulary.tokenizer.id_to_token(token)
+        for role, token in ids.items()
+        if token is not None and token >= 0
+    }
+    return {role: name for role, name in names.items() if name}

@@ -172,8 +172,7 @@ def built_in(name: str, vocabulary: config.Vocabulary | None, cache_dir: str) ->
         pair = corpus.vocabularies()
     else:
         source = corpus.source("train")
-        made = make_vocabulary(vocabulary, partial(corpus.rows, "train"), source, cache_dir)
-        pair = (made, made)
+        pair = make_pair(vocabulary, partial(corpus.rows, "train"), source, cache_dir)
     return Task(
         name=name,
         splits=corpora.SPLITS,
@@ -190,17 +189,33 @@ def from_files(cfg: config.Files, cache_dir: str) -> Task:
     counts: dict[str, int] = {}
     rows = lambda split: files.rows(cfg, split, counts)
     source = partial(files.source, cfg)
-    made = make_vocabulary(cfg.vocabulary, lambda: rows("train"), source("train"), cache_dir)
+    pair = make_pair(cfg.vocabulary, lambda: rows("train"), source("train"), cache_dir)
     return Task(
         name=cfg.name,
         splits=files.splits(cfg),
-        vocabularies=(made, made),
-        read=partial(read_text, rows, (made, made)),
+        vocabularies=pair,
+        read=partial(read_text, rows, pair),
         source=source,
         has_inputs=cfg.inputs is not None,
         metrics=cfg.metrics,
         counts=counts,
     )
+
+
+def make_pair(
+    cfg: config.Vocabulary,
+    rows: Callable[[], Iterator[Row]],
+    source: str,
+    cache_dir: str,
+) -> tuple[Vocabulary, Vocabulary]:
+    """The vocabularies (inputs, targets) that the config names: one for both, or a checkpoint's."""
+    if cfg.kind == "checkpoint":
+        # Only here is anything read that training or another make has written.
+        from t5x_lite.conversion import checkpoint
+
+        return checkpoint.vocabularies(cfg.path)
+    made = make_vocabulary(cfg, rows, source, cache_dir)
+    return made, made
 
 
 def make_vocabulary(

@@ -32,7 +32,10 @@ class Parser(argparse.ArgumentParser):
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which weights")
     group.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="the MODEL_DIR of a training run"
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="the MODEL_DIR of a training run, a Hugging Face folder or a .gguf file",
     )
     which = group.add_mutually_exclusive_group()
     which.add_argument(
@@ -62,6 +65,19 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, metavar="A", help="length penalty of beam search; 0 is none")
     add("--n_best", type=int, metavar="N", help="hand back the N best beams")
     add("--batch_size", type=int, metavar="N", help="how many texts are written at once")
+
+
+def split_gin(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --gin.NAME=VALUE, and the "NAME=VALUE" of those.
+
+    Raises:
+      ValueError: one has no value.
+    """
+    bindings = [word.removeprefix("--gin.") for word in arguments if word.startswith("--gin.")]
+    for binding in bindings:
+        if "=" not in binding:
+            raise ValueError(f"--gin.{binding} needs a value: --gin.{binding}=VALUE")
+    return [word for word in arguments if not word.startswith("--gin.")], bindings
 
 
 def mesh(text: str) -> config.Mesh:

@@ -110,7 +110,13 @@ class Predictor:
         """The ids of each input."""
         start, end = edges(self.inputs)
         end = end if self.ended else []
-        return [[*start, *map(int, ids), *end] for ids in self.inputs.encode_all(texts)]
+        rows = [[*start, *map(int, ids), *end] for ids in self.inputs.encode_all(texts)]
+        return [self.unbegun(row) for row in rows] if self.cfg.encoder is None else rows
+
+    def unbegun(self, row: list[int]) -> list[int]:
+        """row without the start that a chat template wrote: a lone decoder is given it anyway."""
+        begun = self.cfg.starts_prompts and row[:1] == [self.cfg.start]
+        return row[1:] if begun else row
 
     def written(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each target."""
@@ -144,6 +150,8 @@ class Predictor:
 
 def has_inputs(run: config.Run) -> bool:
     """Whether the run's examples have a source that ends, rather than text to be continued."""
+    if run.data is None:
+        return run.model.layout != "joined"
     task = run.data.task
     while isinstance(task, config.Mixture):
         task = task.tasks[0]

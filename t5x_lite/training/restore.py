@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run folder read back for decoding: its config, vocabularies and the weights of a checkpoint."""
+"""A checkpoint read back for decoding: its config, vocabularies and weights.
+
+It is a run folder, or of another make: a Hugging Face folder or a .gguf file.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,17 +10,26 @@ from typing import Any, NamedTuple
 import jax
 
 from t5x_lite import config, config_file, model, sharding
+from t5x_lite.conversion import checkpoint as foreign
+from t5x_lite.conversion.chat import Chat
 from t5x_lite.data import vocabularies
+from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.training import checkpoint
+
+CHAT = "chat_template.jinja"
 
 
 class Restored(NamedTuple):
-    """params lie on the mesh in force, stacked and in float32, as training has them."""
+    """params lie on the mesh in force, stacked and in float32, as training has them.
+
+    chat is how the model was taught to hold conversations, None if it was not.
+    """
 
     run: config.Run
     params: Any
-    vocabularies: tuple[vocabularies.Vocabulary, vocabularies.Vocabulary]
+    vocabularies: tuple[Vocabulary, Vocabulary]
     step: int
+    chat: Chat | None = None
 
 
 def restore(
@@ -28,23 +40,51 @@ def restore(
 ) -> Restored:
     """The run in folder, with the newest weights unless a step or the best is asked for.
 
-    Sets the mesh: all devices share the batch unless another one is given.
+    A checkpoint of another make is a run without data. Sets the mesh: all devices share the batch
+    unless another one is given.
 
     Raises:
-      ValueError: it is no run folder, or its parts do not belong together.
+      ValueError: it is no checkpoint, or its parts do not belong together.
     """
+    if foreign.is_foreign(folder):
+        if best or step is not None:
+            raise ValueError(f"{folder} has one set of weights: a step, or the best, has a run")
+        return of_another_make(folder, mesh)
     run = read_config(folder)
     vocabulary = Path(folder) / "vocabulary"
     pair = vocabularies.load_pair(vocabulary)
-    for name, each in zip(("inputs", "targets"), pair, strict=True):
-        if each.size > run.model.vocab:
-            raise ValueError(
-                f"{vocabulary / name} has {each.size} ids, more than the {run.model.vocab} of "
-                "Model.vocab: is it the vocabulary of another run?"
-            )
+    check_sizes(vocabulary, pair, run.model)
     params, step = checkpoint.load_params(folder, step=step, best=best)
     sharding.use_mesh(mesh or config.Mesh())
-    return Restored(run, place(run.model, params), pair, step)
+    return Restored(run, place(run.model, params), pair, step, chat_of(vocabulary, pair[1]))
+
+
+def of_another_make(path: str | Path, mesh: config.Mesh | None) -> Restored:
+    """The checkpoint at path as it is; nothing is written."""
+    found = foreign.open(path)
+    pair = found.told.vocabularies
+    check_sizes(Path(path), pair, found.model)
+    sharding.use_mesh(mesh or config.Mesh())
+    run = config.Run(model_dir=str(path), model=found.model)
+    return Restored(run, found.params(), pair, 0, found.told.chat)
+
+
+def check_sizes(path: Path, pair: tuple[Vocabulary, Vocabulary], cfg: config.Model) -> None:
+    """Raises ValueError where a vocabulary has ids that the model does not."""
+    for name, each in zip(("inputs", "targets"), pair, strict=True):
+        if each.size > cfg.vocab:
+            raise ValueError(
+                f"{path} ({name}) has {each.size} ids, more than the {cfg.vocab} of Model.vocab: "
+                "is it the vocabulary of another model?"
+            )
+
+
+def chat_of(vocabulary: Path, targets: Vocabulary) -> Chat | None:
+    """The chat template that a conversion wrote beside the vocabularies."""
+    path = vocabulary / CHAT
+    if not path.is_file():
+        return None
+    return Chat(path.read_text(encoding="utf-8"), foreign.special_tokens(targets))
 
 
 def read_config(folder: str | Path) -> config.Run:

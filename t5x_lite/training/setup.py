@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from t5x_lite import config, data, model, sharding
+from t5x_lite.conversion import checkpoint as foreign
 from t5x_lite.evaluation.evaluate import Evaluator
 from t5x_lite.training import archive, checkpoint, optimizer, schedules, state, step
 from t5x_lite.training.archive import CheckpointError
@@ -80,16 +81,22 @@ def begin(parts: Parts) -> TrainState:
     if run.checkpoint.initial is None:
         params = model.initialize(run.model, jax.random.key(run.seed))
     else:
-        params = initial(run.checkpoint.initial, parts.shapes.params)
+        params = initial(run.checkpoint.initial, run.model, parts.shapes.params)
     return state.begin(params, parts.optimizer)
 
 
-def initial(folder: str, shapes: Any) -> Any:
-    """The weights of another run's newest checkpoint, placed as `shapes` says.
+def initial(folder: str, cfg: config.Model, shapes: Any) -> Any:
+    """The weights of another run's newest checkpoint, or of one of another make, placed as
+    `shapes` says.
 
     Raises:
       CheckpointError: there is none, or it is of another model; the shapes are named.
     """
+    if foreign.is_foreign(folder):
+        try:
+            return foreign.params_for(folder, cfg)
+        except ValueError as error:
+            raise CheckpointError(f"Checkpoint.initial: {error}") from error
     params, step = checkpoint.load_params(folder)
     there, wanted = archive.flatten(params), archive.flatten(shapes)
     described = {name: {"shape": array.shape} for name, array in there.items()}
