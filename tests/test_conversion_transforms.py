@@ -3,6 +3,7 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,3 +80,18 @@ def test_paired_halves_are_taken_apart():
 def test_axes_that_make_no_sense_are_refused(axes):
     with pytest.raises(ValueError, match="axes"):
         transforms.groups(axes)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(300, 129), (1, 500), (257, 3, 130), (3, 131, 200)])
+def test_copying_in_tiles_is_copying(shape, dtype):
+    source = (np.arange(math.prod(shape)) % 999).reshape(shape[::-1]).astype(dtype).transpose()
+    made = transforms.contiguous(source)
+    assert made.flags.c_contiguous
+    np.testing.assert_array_equal(made, source)
+    back = np.zeros(shape[::-1], dtype)
+    transforms.copy(back.transpose(), made)
+    np.testing.assert_array_equal(back.transpose(), source)
+    merged = np.zeros((shape[0], math.prod(shape[1:])), dtype)
+    transforms.copy(merged.T, np.ascontiguousarray(source.reshape(shape[0], -1).T))
+    np.testing.assert_array_equal(merged, source.reshape(shape[0], -1))

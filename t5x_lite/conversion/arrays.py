@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from t5x_lite.conversion import transforms
 from t5x_lite.conversion.sources import SourceError
 
 # Of one chunk in one file; small enough that some of them in memory do not matter.
@@ -109,7 +110,7 @@ class Writer:
             return
         step, begun = self.chunks[1 if self.stacked == 0 else 0], None
         for first_row in range(0, len(values), step):
-            rows = np.ascontiguousarray(values[first_row : first_row + step], self.dtype)
+            rows = transforms.contiguous(values[first_row : first_row + step])
             if begun is not None:
                 begun.result()
             # While this block is written, the digest of it and the next one are made.

@@ -13,7 +13,7 @@ import numpy as np
 from t5x_lite import config, config_file
 from t5x_lite.conversion import arrays, matching
 from t5x_lite.conversion.sources import SourceError
-from t5x_lite.conversion.weights import cast
+from t5x_lite.conversion.weights import blocks, cast
 from t5x_lite.training import archive, checkpoint, restore
 from t5x_lite.training.archive import Damaged, Note
 
@@ -65,7 +65,8 @@ class Saved:
         sums = self.sums.setdefault(path, {})
         if layer in sums:
             return
-        sums[layer] = archive.digest_of_numpy(values)
+        rows = (digests(block) for block in blocks(np.atleast_1d(values)))
+        sums[layer] = total(dict(enumerate(np.concatenate(list(rows)).tolist())))
         if layer is not None and len(sums) < self.leaves[path].layers:
             return
         del self.readers[path]

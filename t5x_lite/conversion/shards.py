@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from t5x_lite.conversion import transforms
 from t5x_lite.conversion.sources import DTYPES, INDEX, SINGLE
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -56,7 +57,7 @@ class Shards:
         if self.files[name] != self.current:
             self.begin(self.files[name])
         # As bytes, since bfloat16 is no type of the buffer protocol.
-        self.stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self.stream.write(transforms.contiguous(array).reshape(-1).view(np.uint8).data)
 
     def begin(self, file: str) -> None:
         self.end()

@@ -81,7 +81,7 @@ class Safetensors:
         if 0 in shape:
             return np.zeros(shape, dtype)
         # One map for each tensor: what was read does not count as memory in use for long.
-        array = np.memmap(file, dtype, "r", begin, shape or (1,)).reshape(shape)
+        array = np.asarray(np.memmap(file, dtype, "r", begin, shape or (1,))).reshape(shape)
         return array if at is None else array[(slice(None),) * at[0] + (at[1],)]
 
 

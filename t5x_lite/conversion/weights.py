@@ -75,15 +75,14 @@ class Converted:
 
     def piece(self, piece: Piece) -> np.ndarray:
         there = self.source.read(piece.theirs, *([] if piece.at is None else [piece.at]))
-        values = transforms.read(there, piece.lies, piece.axes, piece.sizes)
-        if values.dtype == np.float64:
-            values = values.astype(np.float32)
-        if not self.allowed(piece.theirs) and not finite(values):
+        if there.dtype == np.float64:
+            there = there.astype(np.float32)
+        if not self.allowed(piece.theirs) and not finite(there):
             raise SourceError(
                 f"{piece.theirs} has values that are NaN or infinite. If that is meant, pass "
                 f"--allow={piece.theirs}"
             )
-        return values
+        return transforms.read(there, piece.lies, piece.axes, piece.sizes)
 
 
 def fresh(cfg: config.Model, path: str, layer: int | None) -> np.ndarray:
