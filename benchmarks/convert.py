@@ -30,9 +30,9 @@ MEASURED = """
 import sys, time
 from t5x_lite import convert
 from t5x_lite.conversion import origins, outputs, unfinished
-begin = time.perf_counter()
+begin, worked = time.perf_counter(), time.process_time()
 {work}
-print(time.perf_counter() - begin)
+print(time.perf_counter() - begin, time.process_time() - worked)
 # Of this program alone: getrusage counts the parent's memory before it was replaced.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -78,13 +78,13 @@ def checkpoint(folder: Path, layers: int, dtype: str) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def timed(code: str, *arguments: str) -> tuple[float, int]:
-    """Seconds that a process of its own took for the work, and its peak memory in bytes."""
+def timed(code: str, *arguments: str) -> tuple[float, float, int]:
+    """Seconds that a process of its own took for the work, those on a core, and peak bytes."""
     settings = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(CLONE)}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=settings, check=True, capture_output=True, text=True)
-    seconds, peak = done.stdout.split()[-2:]
-    return float(seconds), 1024 * int(peak)
+    seconds, worked, peak = done.stdout.split()[-3:]
+    return float(seconds), float(worked), 1024 * int(peak)
 
 
 def same(one: Path, other: Path) -> bool:
@@ -110,7 +110,7 @@ def measure(folder: Path, dtype: str, layers: int, rounds: int) -> list[report.R
         ),
         "copy": (COPY, str(origin), str(copied)),
     }
-    seen: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
+    seen: dict[str, list[tuple[float, float, int]]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, command in ways.items():
             seen[way].append(timed(*command))
@@ -123,10 +123,14 @@ def measure(folder: Path, dtype: str, layers: int, rounds: int) -> list[report.R
     for way, runs in seen.items():
         case = f"{way}, {dtype}, {size / 1e9:.2f} GB"
         system = "disk" if way == "copy" else "t5x_lite"
-        speed = statistics.median(size / seconds / 1e9 for seconds, _ in runs)
-        rows.append(report.Row(case, system, "GB/s", round(speed, 4)))
-        peak = statistics.median(peak for _, peak in runs)
-        rows.append(report.Row(case, system, "peak GB", round(peak / 1e9, 3)))
+        measured = {
+            "GB/s": [size / seconds / 1e9 for seconds, _, _ in runs],
+            # Does not depend on what else the machine is doing.
+            "core seconds per GB": [worked / size * 1e9 for _, worked, _ in runs],
+            "peak GB": [peak / 1e9 for _, _, peak in runs],
+        }
+        for metric, values in measured.items():
+            rows.append(report.Row(case, system, metric, round(statistics.median(values), 3)))
     return rows
 
 

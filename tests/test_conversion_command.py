@@ -116,6 +116,30 @@ def test_what_is_there_is_never_written_over(tmp_path, ours, capsys):
     assert Saved(there).names["embedding"][1].name == "bfloat16"
 
 
+@pytest.mark.slow
+def test_a_converted_checkpoint_decodes_and_scores_in_every_dtype(tmp_path, ours):
+    from t5x_lite import interactive
+
+    scores = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        run(f"--from={ours}", to=tmp_path / dtype, dtype=dtype)
+        session = interactive.load(tmp_path / dtype)
+        scores[dtype] = session.score("abc", "cba")
+        assert isinstance(session.generate("abc", length=4), str)
+    assert abs(scores["float16"] - scores["float32"]) < 0.05 * abs(scores["float32"])
+    assert abs(scores["bfloat16"] - scores["float32"]) < 0.3 * abs(scores["float32"])
+
+
+def test_an_empty_folder_may_be_named_in_any_way(tmp_path, ours, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    run(f"--from={ours}", to=".")
+    assert Saved(tmp_path / "empty").step == 0
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(OutputError, match="is there already"):
+        unfinished.check(tmp_path / "link")
+
+
 def test_a_folder_that_only_looks_unfinished_is_left_alone(tmp_path):
     mine = tmp_path / "out.unfinished"
     mine.mkdir()
@@ -208,6 +232,7 @@ def large(folder, layers: int, embed: int, mlp: int) -> tuple[config.Model, int]
     return cfg, total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["--format=ours", "--format=huggingface"])
 def test_killed_halfway_nothing_looks_whole_and_the_next_goes_through(tmp_path, way):
     origin, to = tmp_path / "origin", tmp_path / "out"
@@ -227,6 +252,7 @@ def test_killed_halfway_nothing_looks_whole_and_the_next_goes_through(tmp_path, 
     assert to.exists() and not work.exists() and not (to / unfinished.LOCK).exists()
 
 
+@pytest.mark.slow
 def test_terminated_halfway_it_cleans_up(tmp_path):
     origin, to = tmp_path / "origin", tmp_path / "out"
     large(origin, layers=8, embed=512, mlp=2048)

@@ -18,8 +18,9 @@ class OutputError(ValueError):
 
 def check(to: str | Path) -> Path:
     """The folder to write; OutputError where something is there already."""
-    to = Path(to)
-    if to.is_dir() and not any(to.iterdir()):
+    # The folder's own name is wanted, of "." too.
+    to = Path(to).absolute()
+    if to.is_dir() and not to.is_symlink() and not any(to.iterdir()):
         return to
     if to.exists() or to.is_symlink():
         raise OutputError(f"{to} is there already: choose another folder, or remove it first")
