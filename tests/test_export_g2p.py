@@ -111,3 +111,8 @@ def test_the_targets_tokenizer_reads_phonemes(exported):
     targets = tokenizer_of(exported.folder / "targets")
     ours = tasks.BUILT_IN["cmudict_g2p"].vocabularies()[1]
     assert targets.encode("F OW T AH G R AE F") == [*ours.encode("F OW T AH G R AE F"), ours.eos]
+
+
+def test_the_folder_is_a_checkpoint_that_writes_the_same(exported):
+    session = interactive.load(exported.folder)
+    assert session.generate(exported.words[:50], length=LENGTH) == exported.texts[:50]

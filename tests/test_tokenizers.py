@@ -356,3 +356,16 @@ def test_tokens_that_only_the_settings_add_are_tokens(tmp_path):
     ours, _ = conversion.read(folder)
     assert ours.encode("a<|user|>b") == theirs(folder).encode("a<|user|>b")
     assert ours.size == size + 1 and size in ours.encode("<|user|>")
+
+
+@pytest.mark.parametrize("part", [None, "text_config", "decoder"])
+def test_added_tokens_without_weights_are_plain_text(part, tmp_path):
+    made = byte_level(["<|endoftext|>"])
+    size = made.get_vocab_size()
+    made.add_special_tokens(["<image>"])
+    config = {"vocab_size": size} if part is None else {part: {"vocab_size": size}}
+    told = {"eos_token": "<|endoftext|>"}
+    folder = written(tmp_path / "x", told, config, tokenizer__json=made.to_str().encode())
+    ours, _ = conversion.read(folder)
+    assert ours.size == size
+    assert ours.decode(ours.encode("an <image>")) == "an <image>"

@@ -58,11 +58,20 @@ class Settings(NamedTuple):
 
     def token(self, role: str) -> Any:
         """A field such as eos_token_id: an id, several, or None."""
-        text = self.model.get("text_config") or self.model.get("decoder") or {}
-        for told in (self.generation, self.model, text):
+        for told in (self.generation, self.model, self.text):
             if told.get(role) is not None:
                 return told[role]
         return None
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """What config.json says of the part that writes text, where it has several."""
+        return self.model.get("text_config") or self.model.get("decoder") or {}
+
+    @property
+    def ids(self) -> int | None:
+        """How many ids the model has."""
+        return self.model.get("vocab_size") or self.text.get("vocab_size")
 
 
 def content(token: Any) -> str | None:
@@ -151,7 +160,7 @@ def all_stops(settings: Settings, eos: int | None) -> tuple[int, ...]:
 
 
 def check(settings: Settings, vocabulary: Vocabulary, stops: tuple[int, ...]) -> None:
-    most = max(vocabulary.size, settings.model.get("vocab_size") or 0)
+    most = max(vocabulary.size, settings.ids or 0)
     for token in stops:
         if not isinstance(token, int) or not 0 <= token < most:
             raise ValueError(
@@ -238,8 +247,20 @@ def open_json(settings: Settings, text: bytes) -> Opened:
                 "adds, and it is not the next free one: the two files do not belong together"
             )
     text = made.to_str().encode() if missing else text
+    if settings.ids is not None and made.get_vocab_size() > settings.ids:
+        text = within(text, settings.ids)
     vocabulary = TokenizerJson(text, eos=-1, pad=-1)
     return vocabulary, made.token_to_id, lambda bos, eos: around(settings, made, bos, eos)
+
+
+def within(text: bytes, ids: int) -> bytes:
+    """A tokenizer.json without added tokens from id `ids` on, which the model has no weights for.
+
+    Gemma 3's tokenizer has a token for images that its smallest model, which sees none, lacks.
+    """
+    told = json.loads(text)
+    told["added_tokens"] = [each for each in told["added_tokens"] if each["id"] < ids]
+    return json.dumps(told, ensure_ascii=False).encode()
 
 
 def not_there(settings: Settings, tokenizer: Any) -> Iterator[tuple[int, dict[str, Any]]]:
