@@ -79,8 +79,9 @@ def measure(given: argparse.Namespace) -> None:
     """Restores, evaluates, prints and writes."""
     from t5x_lite.evaluation.evaluate import Evaluator
     from t5x_lite.evaluation.progress import Progress
-    from t5x_lite.training import restore
+    from t5x_lite.training import compilation, restore
 
+    compilation.keep_compiled()
     asked = asked_data(given)
     restored = restore.restore(given.checkpoint, given.step, given.best, given.mesh)
     run = settled(with_data(restored.run, asked, given.checkpoint), given)

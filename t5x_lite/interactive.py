@@ -130,8 +130,9 @@ def load(
       ValueError: path is no checkpoint, or a run folder that has no such one.
     """
     from t5x_lite.evaluation import predict
-    from t5x_lite.training import restore
+    from t5x_lite.training import compilation, restore
 
+    compilation.keep_compiled()
     restored = restore.restore(path, step=step, best=best, mesh=mesh)
     run = restored.run
     predictor = predict.Predictor(

@@ -73,10 +73,11 @@ def params_for(path: str | Path, model: config.Model) -> Any:
         found = tensors.Tensors(path, model, source, t5x.table_of(model, source.names))
         return weights.load(found.weights(), model)
     found = open(path)
+    params = found._replace(model=model).params()
     different = differences(found.model, model)
     if different:
         warnings.warn(f"{path} was made with {different}; this run has others", stacklevel=2)
-    return found._replace(model=model).params()
+    return params
 
 
 def differences(theirs: config.Model, ours: config.Model) -> str:
