@@ -2,13 +2,25 @@
 """Laws of written tokenizers: transformers reads from them the ids that we have."""
 
 import json
+import shutil
 
 import pytest
-from test_tokenizers import NASTY, SENTENCES, byte_level, llama_pieces, t5_pieces, theirs
+from test_tokenizers import (
+    NAMED,
+    NASTY,
+    SENTENCES,
+    byte_level,
+    folders,
+    llama_pieces,
+    t5_pieces,
+    theirs,
+    told_apart,
+)
 
 from t5x_lite.conversion import tokenizers as conversion
 from t5x_lite.data import pieces, vocabularies
 
+__all__ = ["folders"]  # a fixture
 PHONEMES = ["a", "b", "c", " ", "\n", "AA0", "B", "é", "한"]
 
 
@@ -135,6 +147,33 @@ def test_letters_in_and_phonemes_out_are_one_tokenizer(tmp_path):
 def test_a_pair_of_one_kind_is_one_tokenizer(tmp_path):
     conversion.write_pair(vocabularies.Bytes(), vocabularies.Bytes(), tmp_path)
     assert not (tmp_path / "targets").exists()
+
+
+THEIRS = ["t5", "t5_few", "byt5", "llama", "gpt2", "chat", "begun", "t5gemma"]
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_a_tokenizer_of_theirs_read_and_written_gives_the_same_ids(folders, kind, tmp_path):
+    ours, ends = conversion.read(folders[kind])
+    shutil.copy(folders[kind] / "config.json", tmp_path)
+    written = ends.starts_prompts and ours.bos is None and "t5" not in kind
+    conversion.write_pair(*conversion.pair(ours), tmp_path, conversion.Start(ends.start, written))
+    there, back = theirs(folders[kind]), theirs(tmp_path)
+    for text in NASTY + NAMED:
+        if not told_apart(kind, text):
+            assert back.encode(text) == there.encode(text), repr(text)
+    assert back.eos_token_id == ours.eos
+    again, same = conversion.read(tmp_path)
+    assert (same.start, same.starts_prompts) == (ends.start, ends.starts_prompts)
+    for text in NASTY + NAMED:
+        if not told_apart(kind, text):
+            assert again.encode(text) == ours.encode(text), repr(text)
+
+
+def test_ends_that_the_tokenizer_has_no_token_for_are_refused(tmp_path):
+    vocabulary = vocabularies.TokenizerJson(byte_level(["</s>"]).to_str().encode())
+    with pytest.raises(ValueError, match="begin or end with id 9999"):
+        conversion.write(vocabulary, tmp_path, conversion.Start(9999, written=True))
 
 
 @pytest.mark.parametrize(

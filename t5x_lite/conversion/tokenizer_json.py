@@ -48,6 +48,8 @@ def surround(made: dict[str, Any], bos: int | None, eos: int | None) -> None:
     """Makes the tokenizer put these ids before and after a text, and nothing else.
 
     A post-processor that does so already stays as it is.
+
+    Raises ValueError for an id that the tokenizer has no token for.
     """
 
     import tokenizers
@@ -58,6 +60,11 @@ def surround(made: dict[str, Any], bos: int | None, eos: int | None) -> None:
     if found.encode("a").ids == [*wanted[0], *plain, *wanted[1]]:
         return
     known = names(made)
+    for token in (*wanted[0], *wanted[1]):
+        if token not in known:
+            raise ValueError(
+                f"Texts begin or end with id {token}, which the tokenizer has no token for"
+            )
     text = {"Sequence": {"id": "A", "type_id": 0}}
     around = [
         [{"SpecialToken": {"id": known[token], "type_id": 0}} for token in side] for side in wanted
