@@ -19,4 +19,5 @@ fi
 "$python" -m ruff format --check .
 # Not `python -m pytest`: that would put the clone on the path, and our kernels/ before the package of
 # that name which transformers imports.
-exec "$(dirname "$python")/pytest" --durations=15 "$@"
+# Two processes, whole files each: a file's models and references are made once.
+exec "$(dirname "$python")/pytest" --numprocesses=2 --dist=loadfile --durations=25 "$@"

@@ -223,6 +223,20 @@ def without_key_bias(gradients):
     return jax.tree_util.tree_map_with_path(kept, gradients)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kv_heads": 1}, "Mesh.tensor=2 cannot split Model.encoder.kv_heads=1"),
+        ({"embed": 18}, "Mesh.fsdp=4 cannot split Model.encoder.embed=18"),
+        ({"vocab": 63}, "Mesh.tensor=2 cannot split Model.vocab=63"),
+    ],
+)
+def test_a_mesh_that_cannot_split_a_weight_is_refused_by_name(changes, message):
+    sharding.use_mesh(config.Mesh(1, 4, 2))
+    with pytest.raises(ValueError, match=message):
+        model.shapes(toy_model("pair", **changes))
+
+
 @pytest.mark.parametrize("both_sides", [True, False])
 def test_the_bias_along_diagonals_is_the_bucket_of_every_pair(both_sides):
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])

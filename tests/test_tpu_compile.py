@@ -20,6 +20,14 @@ def topology():
     return topologies.get_topology_desc("v5e:2x2", platform="tpu")
 
 
+# Two layers: the scan compiles them as it does many.
+SHORT = [
+    "encoder/config.Stack.layers=2",
+    "decoder/config.Stack.layers=2",
+    "config.Model.vocab=4096",
+]
+
+
 def abstract_batch(run: config.Run) -> Batch:
     """The shapes of a batch, placed on the mesh in force."""
     rows, lengths = run.train.batch_size, run.data.lengths
@@ -53,6 +61,12 @@ def compiled(run: config.Run, devices: list):
         (
             ["configs/runs/pretrain.gin", "configs/models/decoder_small.gin"],
             ["config.Model.encoder=None", "config.Model.prefix_lm=True"],
+        ),
+        # Windows, softcaps, two tables; then one softmax over past and inputs, in two layers.
+        (["configs/runs/pretrain.gin", "configs/models/t5gemma_s_s.gin"], SHORT),
+        (
+            ["configs/runs/pretrain.gin", "configs/models/t5gemma2_4b.gin"],
+            [*SHORT, "config.Model.eoi=5"],
         ),
     ],
 )
