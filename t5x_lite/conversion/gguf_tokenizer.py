@@ -98,6 +98,7 @@ def byte_level(read: Read) -> dict:
             f"{read.path}: tokenizer.ggml.pre is {pre!r}, which is not known here; those known "
             f"are {', '.join(name for name in STEPS if name)}"
         )
+    vocab = {token: number for number, token in enumerate(read.tokens)}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -107,8 +108,8 @@ def byte_level(read: Read) -> dict:
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": pre in WHOLE_WORDS,
-        "vocab": {token: number for number, token in enumerate(read.tokens)},
-        "merges": read("merges"),
+        "vocab": vocab,
+        "merges": known_merges(read, vocab),
     }
     steps = STEPS[pre]
     return {
@@ -117,6 +118,16 @@ def byte_level(read: Read) -> dict:
         "decoder": BYTES | {"add_prefix_space": True},
         "model": model,
     }
+
+
+def known_merges(read: Read, vocab: dict[str, int]) -> list[str]:
+    """The file's merges, "left right"; GgufError names one that makes no token."""
+    found = read("merges")
+    for merge in found:
+        left, _, right = merge.partition(" ")
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise GgufError(f"{read.path} is broken: the merge {merge!r} makes no token")
+    return found
 
 
 def sentencepiece(read: Read) -> dict:
