@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t5x_lite.conversion import tokenizers
+from t5x_lite.conversion import tokenizer_settings
 
 # The names that a message's reasoning goes by.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -35,11 +35,8 @@ def read(folder: str | Path, name: str = "default") -> Chat | None:
     Raises:
       ValueError: the folder has several templates, none of that name.
     """
-    settings = tokenizers.read_settings(Path(folder))
-    several = settings.tokenizer.get("chat_template")
-    if isinstance(several, list):
-        several = {each["name"]: each["template"] for each in several}
-    templates = several if isinstance(several, dict) else {"default": several} if several else {}
+    settings = tokenizer_settings.read_settings(Path(folder))
+    templates = told(settings)
     single = settings.folder / "chat_template.jinja"
     if single.exists():
         templates["default"] = single.read_text(encoding="utf-8")
@@ -51,6 +48,19 @@ def read(folder: str | Path, name: str = "default") -> Chat | None:
         raise ValueError(f"{folder} has no chat template {name!r}; it has {', '.join(templates)}")
     tokens = {role: settings.name(role) for role in TOKENS}
     return Chat(templates[name], {role: token for role, token in tokens.items() if token})
+
+
+def told(settings: tokenizer_settings.Settings) -> dict[str, str]:
+    """The templates in tokenizer_config.json, by name."""
+    found = settings.tokenizer.get("chat_template") or {}
+    if isinstance(found, str):
+        return {"default": found}
+    if isinstance(found, list) and all(isinstance(each, dict) for each in found):
+        found = {each.get("name"): each.get("template") for each in found}
+    whole = isinstance(found, dict)
+    if not whole or not all(isinstance(part, str) for each in found.items() for part in each):
+        raise settings.wrong("chat_template", found, "a template, or several with their names")
+    return found
 
 
 def render_chat(

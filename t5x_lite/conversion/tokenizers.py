@@ -3,20 +3,20 @@
 end with. `tokenizer_files` writes one."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5x_lite.conversion.tokenizer_files import Start as Start
 from t5x_lite.conversion.tokenizer_files import write as write
 from t5x_lite.conversion.tokenizer_files import write_pair as write_pair
+from t5x_lite.conversion.tokenizer_settings import ENCODER_DECODERS, NAMES, Settings, read_settings
+from t5x_lite.conversion.tokenizer_settings import read_json as read_json
 from t5x_lite.data import vocabularies
 from t5x_lite.data.special_tokens import count_sentinels
 from t5x_lite.data.vocabularies import Bytes, SentencePiece, TokenizerJson, Vocabulary
 
 PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
-NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
-ENCODER_DECODERS = ("t5", "mt5", "umt5", "byt5", "t5gemma", "t5gemma2")
 
 
 class Ends(NamedTuple):
@@ -30,52 +30,6 @@ class Ends(NamedTuple):
     starts_prompts: bool
     stops: tuple[int, ...]
     pad: int | None
-
-
-class Settings(NamedTuple):
-    """The .json files of a folder that speak of its tokenizer; {} where one is missing."""
-
-    folder: Path
-    tokenizer: dict[str, Any]
-    model: dict[str, Any]
-    generation: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """The tokenizer's class, without Fast."""
-        named = self.tokenizer.get("tokenizer_class") or self.model.get("tokenizer_class") or ""
-        return named.removesuffix("Fast")
-
-    @property
-    def encodes(self) -> bool:
-        """Whether the model is an encoder-decoder."""
-        told = self.model.get("is_encoder_decoder")
-        return self.model.get("model_type") in ENCODER_DECODERS if told is None else told
-
-    def name(self, role: str) -> str | None:
-        """What the tokenizer calls its bos_token, eos_token ..."""
-        return content(self.tokenizer.get(role))
-
-    def token(self, role: str) -> Any:
-        """A field such as eos_token_id: an id, several, or None."""
-        for told in (self.generation, self.model, self.text):
-            if told.get(role) is not None:
-                return told[role]
-        return None
-
-    @property
-    def text(self) -> dict[str, Any]:
-        """What config.json says of the part that writes text, where it has several."""
-        return self.model.get("text_config") or self.model.get("decoder") or {}
-
-    @property
-    def ids(self) -> int | None:
-        """How many ids the model has."""
-        return self.model.get("vocab_size") or self.text.get("vocab_size")
-
-
-def content(token: Any) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
 
 
 def read(folder: str | Path) -> tuple[Vocabulary, Ends]:
@@ -92,7 +46,9 @@ def read(folder: str | Path) -> tuple[Vocabulary, Ends]:
     named = {role: settings.name(role) for role in NAMES}
     ids = {role: None if name is None else lookup(name) for role, name in named.items()}
     stops = all_stops(settings, ids["eos_token"])
-    check(settings, vocabulary, stops)
+    roles = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+    check(settings, vocabulary, {role: settings.tokens(role) for role in roles})
+    check(settings, vocabulary, {"eos_token_id": stops})
     if ids["eos_token"] is None and not stops:
         raise ValueError(
             f"{settings.folder} does not say what ends a text: put eos_token into "
@@ -125,48 +81,22 @@ def first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def read_settings(folder: Path) -> Settings:
-    """The settings of a folder; special_tokens_map.json fills what tokenizer_config.json lacks."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder with a Hugging Face tokenizer")
-    known = read_json(folder / "special_tokens_map.json")
-    told = {k: v for k, v in read_json(folder / "tokenizer_config.json").items() if v is not None}
-    config = read_json(folder / "config.json")
-    return Settings(folder, known | told, config, read_json(folder / "generation_config.json"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, {} if there is none.
-
-    Raises ValueError if it is not a JSON object.
-    """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object: download it again")
-    return found
-
-
 def all_stops(settings: Settings, eos: int | None) -> tuple[int, ...]:
     """Every id that ends a text, the tokenizer's own eos first."""
-    told = settings.token("eos_token_id")
-    told = told if isinstance(told, list) else [told]
-    found = [token for token in [eos, *told] if token is not None]
-    return tuple(dict.fromkeys(found))
+    own = [] if eos is None else [eos]
+    return tuple(dict.fromkeys([*own, *settings.tokens("eos_token_id")]))
 
 
-def check(settings: Settings, vocabulary: Vocabulary, stops: tuple[int, ...]) -> None:
+def check(settings: Settings, vocabulary: Vocabulary, found: dict[str, Sequence[int]]) -> None:
+    """ValueError for ids that there are not."""
     most = max(vocabulary.size, settings.ids or 0)
-    for token in stops:
-        if not isinstance(token, int) or not 0 <= token < most:
-            raise ValueError(
-                f"{settings.folder}: eos_token_id has {token!r}, which is none of the {most} ids; "
-                "mend generation_config.json or config.json"
-            )
+    for role, tokens in found.items():
+        for token in tokens:
+            if token >= most:
+                raise ValueError(
+                    f"{settings.folder}: {role} has {token}, which is none of the {most} ids; "
+                    "mend generation_config.json or config.json"
+                )
 
 
 # What `adds` of an opened tokenizer answers: whether bos goes before a text, and eos after it.
@@ -202,31 +132,16 @@ def flags(settings: Settings, bos: bool, eos: bool) -> tuple[bool, bool]:
 
 def open_bytes(settings: Settings) -> Opened:
     """ByT5: bytes, and names that its tokenizer reads as one id, from 259 up as they are listed."""
-    named = {each["content"]: token for token, each in added_tokens(settings).items()}
-    names = [name for name in extra_tokens(settings) if name not in named]
+    named = {each["content"]: token for token, each in settings.added_tokens().items()}
+    names = [name for name in settings.extra_tokens() if name not in named]
     if not named and not names:
-        names = [f"<extra_id_{k}>" for k in range(settings.tokenizer.get("extra_ids", 125))]
+        names = [f"<extra_id_{k}>" for k in range(settings.extra_ids(125))]
     named = {"<pad>": 0, "</s>": 1, "<unk>": 2} | named
     after = max(259, 1 + max(named.values()))
     named |= {name: token for token, name in enumerate(names, after)}
     settings.tokenizer.setdefault("eos_token", "</s>")
     settings.tokenizer.setdefault("pad_token", "<pad>")
     return Bytes(named=named), named.get, lambda bos, eos: (False, True)
-
-
-def extra_tokens(settings: Settings) -> list[str]:
-    """Special tokens beside bos, eos and so on."""
-    told = settings.tokenizer
-    named = told.get("additional_special_tokens") or told.get("extra_special_tokens") or []
-    return [content(token) for token in (named.values() if isinstance(named, dict) else named)]
-
-
-def added_tokens(settings: Settings) -> dict[int, dict[str, Any]]:
-    """Tokens that the settings add to the tokenizer's own, by id."""
-    plain = read_json(settings.folder / "added_tokens.json")
-    found = {token: {"content": name, "special": False} for name, token in plain.items()}
-    told = settings.tokenizer.get("added_tokens_decoder") or {}
-    return dict(sorted((found | {int(token): each for token, each in told.items()}).items()))
 
 
 def open_json(settings: Settings, text: bytes) -> Opened:
@@ -265,7 +180,7 @@ def within(text: bytes, ids: int) -> bytes:
 
 def not_there(settings: Settings, tokenizer: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """Added tokens that the tokenizer lacks, lowest id first."""
-    for token, each in added_tokens(settings).items():
+    for token, each in settings.added_tokens().items():
         if tokenizer.token_to_id(each["content"]) is None:
             yield token, each
 
@@ -303,7 +218,7 @@ def open_pieces(settings: Settings, path: Path) -> Opened:
         not kind and settings.model.get("model_type") in ENCODER_DECODERS
     )
     own = count_sentinels(size, processor.id_to_piece)
-    extra = settings.tokenizer.get("extra_ids", 100) if t5 and not own else 0
+    extra = settings.extra_ids(100) if t5 and not own else 0
     roles = ("bos", "eos", "pad", "unk")
     for role in roles:
         token = getattr(processor, f"{role}_id")()
@@ -327,12 +242,12 @@ def names_of(settings: Settings, processor: Any, extra: int) -> dict[str, int]:
     named = {f"<extra_id_{k}>": size + extra - 1 - k for k in range(extra)}
     for k in range(count_sentinels(size, processor.id_to_piece)):
         named[f"<extra_id_{k}>"] = size - 1 - k
-    for name in [*map(settings.name, NAMES), *extra_tokens(settings)]:
+    for name in [*map(settings.name, NAMES), *settings.extra_tokens()]:
         if name is not None and name not in named:
             token = processor.piece_to_id(name)
             if processor.id_to_piece(token) == name:
                 named[name] = token
-    named |= {each["content"]: token for token, each in added_tokens(settings).items()}
+    named |= {each["content"]: token for token, each in settings.added_tokens().items()}
     return named
 
 
@@ -368,7 +283,7 @@ def from_merges(settings: Settings) -> bytes:
     made.post_processor = processors.ByteLevel(trim_offsets=False)
     for role in ("bos_token", "eos_token", "unk_token"):
         settings.tokenizer.setdefault(role, "<|endoftext|>")
-    names = [*map(settings.name, NAMES), *extra_tokens(settings)]
+    names = [*map(settings.name, NAMES), *settings.extra_tokens()]
     known = [name for name in dict.fromkeys(names) if name and made.token_to_id(name) is not None]
     made.add_special_tokens(known)
     return made.to_str().encode()
