@@ -34,7 +34,7 @@ def test_a_folder_that_cannot_be_read_says_why(files, message, tmp_path):
         ({"added_tokens_decoder": {"9999": {"content": "<x>"}}}, "has no id 9999"),
     ],
 )
-def test_settings_that_do_not_fit_say_so(folders, change, message, tmp_path):
+def test_settings_that_do_not_fit_say_so(change, message, tmp_path):
     made = byte_level(["<|endoftext|>"]).to_str().encode()
     folder = written(tmp_path / "x", {"eos_token": "<|endoftext|>"} | change, tokenizer__json=made)
     with pytest.raises(ValueError, match=message):
