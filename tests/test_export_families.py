@@ -40,8 +40,8 @@ PAIRS = {
     "t5gemma": toy_model("pair", separate_embeddings=True, start=2, **GEMMA),
 }
 # As CTranslate2 4.8 has them: Llama's heads share the width out, windows are wider than the text
-# (its sliding layers see other keys than transformers' once a text is longer), Gemma 3's rotary
-# bases are 1e6 and 1e4, no softcaps.
+# (with a window of 8 its Gemma 3 wrote other tokens), Gemma 3's rotary bases are 1e6 and 1e4, no
+# softcaps.
 LONE = {
     "gpt2": toy_model("joined", starts_prompts=False, start=1, mlp=64, heads=2, **GPT2),
     "llama": toy_model("joined", start=2, embed=32, **ROTARY),

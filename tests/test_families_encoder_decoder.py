@@ -196,3 +196,10 @@ def test_a_family_that_nobody_knows_is_refused():
         family_of({"model_type": "bert"})
     with pytest.raises(ValueError, match="model_type"):
         family_of({})
+
+
+def test_a_family_that_would_be_written_as_another_is_refused_by_both_names():
+    cfg = preset("gemma_2b")
+    with pytest.raises(ValueError, match="gemma2: .*read it as gemma,"):
+        family_for(cfg, "gemma2")
+    assert family_for(cfg, "gemma").config_json(cfg)["model_type"] == "gemma"

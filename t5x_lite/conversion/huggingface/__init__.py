@@ -54,11 +54,13 @@ def family_for(cfg: config.Model, name: str | None = None) -> ModuleType:
     refused = []
     for module in [name] if name else first_names():
         try:
-            family(module).config_json(cfg)
+            written = family(module).config_json(cfg)["model_type"]
         except ValueError as error:
             refused.append(f"{module}: {error}")
-        else:
+            continue
+        if name in (None, written):
             return family(module)
+        refused.append(f"{module}: transformers would read it as {written}, so ask for that")
     raise ValueError("No Hugging Face family can express this Model. " + "; ".join(refused))
 
 
