@@ -215,3 +215,11 @@ def test_a_file_without_a_tokenizer_is_refused_where_texts_are_wanted(tmp_path):
     toys.write(path, "llama", toys.converted("llama", toys.draw("llama")))
     with pytest.raises(GgufError, match="tokenizer.ggml.model"):
         checkpoint.open(path)
+
+
+def test_a_count_of_layers_that_the_file_does_not_have_is_refused_at_once(tmp_path):
+    path = tmp_path / "toy.gguf"
+    drawn = toys.converted("llama", toys.draw("llama"))
+    toys.write(path, "llama", drawn, fields=toys.metadata("llama") | {"block_count": 2**31})
+    with pytest.raises(GgufError, match="block_count is 2147483648, but .* 6 layers"):
+        source.Source(path).model()

@@ -205,6 +205,7 @@ def described(source: Source) -> dict:
     """config.json of the source."""
     architecture, metadata = source.architecture, source.metadata
     field = Fields(source)
+    check_layers(source, field("block_count"))
     if metadata.get(f"{architecture}.expert_count"):
         raise GgufError(f"{source.path}: {architecture}.expert_count: mixtures are not known here")
     embedding = source.names.get("token_embd.weight", ((0, 0), None))[0]
@@ -225,6 +226,16 @@ def described(source: Source) -> dict:
             "activation_function": "gelu_new",
         }
     return shared | decoder(source, field) | GEMMA.get(architecture, llama)(source, field)
+
+
+def check_layers(source: Source, said: Any) -> None:
+    """GgufError unless the file has as many layers as it says, before anything counts on them."""
+    found = {name.split(".")[1] for name in source.names if name.startswith("blk.")}
+    if said != len(found):
+        raise GgufError(
+            f"{source.path}: {source.architecture}.block_count is {said}, but there are tensors of "
+            f"{len(found)} layers"
+        )
 
 
 class Fields:
