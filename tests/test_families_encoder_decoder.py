@@ -203,3 +203,13 @@ def test_a_family_that_would_be_written_as_another_is_refused_by_both_names():
     with pytest.raises(ValueError, match="gemma2: .*read it as gemma,"):
         family_for(cfg, "gemma2")
     assert family_for(cfg, "gemma").config_json(cfg)["model_type"] == "gemma"
+
+
+@pytest.mark.parametrize("layers", [10**12, 0, -3, "12", 2.5, True])
+def test_a_number_of_layers_that_is_none_is_refused_at_once(layers):
+    for described in (
+        {"model_type": "t5", "num_layers": layers},
+        {"model_type": "t5gemma", "encoder": {"num_hidden_layers": layers}},
+    ):
+        with pytest.raises(ValueError, match="layers = .*counted from 1 to 1,000"):
+            family_of(described)

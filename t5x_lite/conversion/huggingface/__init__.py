@@ -29,6 +29,11 @@ FAMILIES = {
 }
 
 
+# The fields that count layers, and more of them than any model has.
+DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
+DEEPEST = 1000
+
+
 def family(name: str) -> ModuleType:
     """The module of a model_type; ValueError lists those there are."""
     if name not in FAMILIES:
@@ -43,7 +48,26 @@ def family_of(config_json: dict) -> ModuleType:
     """The module that reads a checkpoint with this config.json."""
     if "model_type" not in config_json:
         raise ValueError("config.json has no model_type: it does not say which family it is of")
+    check_depth(config_json)
     return family(config_json["model_type"])
+
+
+def is_depth(value: object) -> bool:
+    return type(value) is int and 0 < value <= DEEPEST
+
+
+def check_depth(config_json: dict) -> None:
+    """Raises ValueError where a number of layers, at any depth of the file, is no such number.
+
+    A broken file would otherwise be believed for hours: what lies where is settled per layer.
+    """
+    for name, value in config_json.items():
+        if isinstance(value, dict):
+            check_depth(value)
+        elif name in DEPTHS and value is not None and not is_depth(value):
+            raise ValueError(
+                f"config.json has {name} = {value!r}; layers are counted from 1 to {DEEPEST:,}"
+            )
 
 
 def family_for(cfg: config.Model, name: str | None = None) -> ModuleType:
