@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from t5x_lite import sharding
@@ -48,10 +48,11 @@ def by_sorting(logits, top_k, top_p):
     probability /= probability.sum()
     before = np.cumsum(probability[order]) - probability[order]
     last = order[np.flatnonzero(before < top_p)[-1]]
-    return kept & (probability >= probability[last])
+    return kept & (logits >= logits[last])
 
 
 @settings(max_examples=200, deadline=None)
+@example([0.0] * 11 + [-1.1754943508222875e-38], 0, 0.1)  # equal probabilities, unequal logits
 @given(
     st.lists(st.floats(-20, 20, width=32, allow_subnormal=False), min_size=12, max_size=12),
     st.integers(0, 14),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import toy_model
 from jax.sharding import NamedSharding
 
 from t5x_lite import config, sharding
@@ -168,8 +169,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_shapes(tmp_path):
     with pytest.raises(Mismatch, match=r"tower\.weight: checkpoint \(64, 512\), run \(64, 256\)"):
         restore(tmp_path, other)
     with pytest.raises(CheckpointError, match=r"(?s)Checkpoint\.initial.*tower\.weight"):
-        setup.initial(str(tmp_path), expected(other).params)
-    restored = setup.initial(str(tmp_path), expected().params)
+        setup.initial(str(tmp_path), toy_model("joined"), expected(other).params)
+    restored = setup.initial(str(tmp_path), toy_model("joined"), expected().params)
     jax.tree.map(np.testing.assert_array_equal, restored, make_state(1).params)
 
 
