@@ -35,7 +35,7 @@ def measure(folder: str, examples: int) -> list[report.Row]:
 
     restored = restore.restore(folder)
     settings = dataclasses.replace(restored.run.evaluate, examples=examples, batches=10**6)
-    run = dataclasses.replace(restored.run, evaluate=settings)
+    run = dataclasses.replace(restored.run, evaluate=settings, model_dir=folder)
     measured = evaluate.Evaluator(run, "test")(restored.params, restored.step)
     trained = json.loads(path.read_text())
     system = f"t5x_lite {Path(folder).name}"
