@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well do the g2p runs pronounce words they never saw, beside what is published?
 
-Takes finished runs of configs/runs/g2p.gin and g2p_decoder.gin (an hour and a half each on two cores)
+Takes finished runs of configs/runs/g2p.gin and g2p_decoder.gin (some hours on two cores)
 and measures them greedily on the whole test split. The published numbers are from the same
 dictionary without stress, on the split of its own authors (106,837 words to train, 12,000 to test):
 Yolchuyeva et al., 2019, Transformer 4 + 4 layers and bidirectional LSTM.
