@@ -82,7 +82,8 @@ def family_for(cfg: config.Model, name: str | None = None) -> ModuleType:
         except ValueError as error:
             refused.append(f"{module}: {error}")
             continue
-        if name in (None, written):
+        # The text part of a family that also sees images has a model_type of its own.
+        if name is None or written in (name, f"{name}_text"):
             return family(module)
         refused.append(f"{module}: transformers would read it as {written}, so ask for that")
     raise ValueError("No Hugging Face family can express this Model. " + "; ".join(refused))
