@@ -16,6 +16,7 @@ from t5x_lite.conversion.huggingface import sentence_t5
 from t5x_lite.conversion.matching import Leaf, Piece, Plan
 from t5x_lite.conversion.moving import Told
 from t5x_lite.conversion.origins import CHAT, Origin, Text
+from t5x_lite.conversion.tables import Entry
 from t5x_lite.conversion.unfinished import OutputError
 from t5x_lite.conversion.weights import Weights
 from t5x_lite.data import vocabularies
@@ -82,16 +83,14 @@ def write_vocabularies(text: Text | None, model: config.Model, folder: Path) -> 
         (folder / CHAT).write_text(text.chat, encoding="utf-8")
 
 
-class HuggingFace:
-    """A folder that transformers loads."""
+class Renamed:
+    """What formats of other makes have in common: tensors whose names `entries` says."""
 
-    def __init__(self, origin: Origin, settings: Settings):
-        self.origin, self.settings = origin, settings
-        self.family: ModuleType = huggingface.family_for(origin.model, settings.family)
+    def __init__(self, origin: Origin, settings: Settings, entries: list[Entry]):
+        self.origin, self.settings, self.entries = origin, settings, entries
 
     def pieces(self, weights: Weights) -> dict[str, list[Piece]]:
-        model = self.origin.model
-        return moving.by_tensor(weights, model, self.family.entries(model))
+        return moving.by_tensor(weights, self.origin.model, self.entries)
 
     def names(self, weights: Weights) -> dict[str, tuple]:
         return moving.described(weights, self.pieces(weights), self.settings.dtype)
@@ -101,6 +100,14 @@ class HuggingFace:
 
     def table(self, weights: Weights) -> str:
         return export_table(weights.leaves, self.pieces(weights), self.names(weights))
+
+
+class HuggingFace(Renamed):
+    """A folder that transformers loads."""
+
+    def __init__(self, origin: Origin, settings: Settings):
+        self.family: ModuleType = huggingface.family_for(origin.model, settings.family)
+        super().__init__(origin, settings, self.family.entries(origin.model))
 
     def write(self, weights: Weights, folder: Path, told: Told) -> None:
         pieces, names = self.pieces(weights), self.names(weights)
@@ -153,24 +160,12 @@ def ends_of(text: Text | None, model: config.Model) -> dict[str, Any]:
     return ends
 
 
-class T5X:
+class T5X(Renamed):
     """A checkpoint of T5X, with a folder for each layer's weights or for the stack of them."""
 
     def __init__(self, origin: Origin, settings: Settings):
-        self.origin, self.settings = origin, settings
-        self.entries = t5x.table_for(origin.model, settings.format == "t5x_scanned")
-
-    def pieces(self, weights: Weights) -> dict[str, list[Piece]]:
-        return moving.by_tensor(weights, self.origin.model, self.entries)
-
-    def names(self, weights: Weights) -> dict[str, tuple]:
-        return moving.described(weights, self.pieces(weights), self.settings.dtype)
-
-    def size(self, weights: Weights) -> int:
-        return sum(map(shards.size, self.names(weights).values()))
-
-    def table(self, weights: Weights) -> str:
-        return export_table(weights.leaves, self.pieces(weights), self.names(weights))
+        stacked = settings.format == "t5x_scanned"
+        super().__init__(origin, settings, t5x.table_for(origin.model, stacked))
 
     def write(self, weights: Weights, folder: Path, told: Told) -> None:
         pieces, names = self.pieces(weights), self.names(weights)

@@ -15,28 +15,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from t5x_lite import config
+from t5x_lite.conversion.huggingface import t5
 from t5x_lite.conversion.huggingface.fields import demand
 from t5x_lite.conversion.sources import SourceError
 from t5x_lite.conversion.tables import Entry
 
 Names = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
-PLAIN = dict(
-    norm="rms",
-    norm_epsilon=1e-6,
-    post_norms=False,
-    qk_norm=False,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    query_scale=1.0,
-    softcap=None,
-    merged=False,
-    positions="relative",
-    window=None,
-    buckets=32,
-    max_distance=128,
-)
+# Beyond what every T5 is, what T5X fixes in its code.
+PLAIN = t5.PLAIN | dict(norm_epsilon=1e-6, buckets=32, max_distance=128)
 NORMS = {
     ("encoder", "attention"): "pre_attention_layer_norm",
     ("decoder", "attention"): "pre_self_attention_layer_norm",

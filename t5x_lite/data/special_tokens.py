@@ -5,6 +5,7 @@ one id each."""
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 def until_end(ids: Sequence[int], stops: Sequence[int], pad: int) -> list[int]:
@@ -23,6 +24,31 @@ def count_sentinels(size: int, piece) -> int:
     while count < size and (piece(size - 1 - count) or "").strip("▁") == f"<extra_id_{count}>":
         count += 1
     return count
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The ids that a vocabulary is told apart from its model; None where it finds them itself.
+
+    `bos` begins what an encoder reads; `stops` end what is written, eos alone unless given.
+    """
+
+    eos: int | None = None
+    pad: int | None = None
+    bos: int | None = None
+    stops: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class PieceMarks(Marks):
+    """Marks of a SentencePiece model, whose names of special tokens stand beside it.
+
+    `named` are names in a text that stand for one id each; what is between them is encoded piece by
+    piece, the first alone beginning with the model's own blank if `prefix_once`.
+    """
+
+    named: Mapping[str, int] = field(default_factory=dict)
+    prefix_once: bool = False
 
 
 class Named:

@@ -1,49 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vocabularies with a trained model: SentencePiece, and Hugging Face's tokenizer.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from t5x_lite.data.special_tokens import Named, count_sentinels, sentinel_name, until_end
+from t5x_lite.data.special_tokens import (
+    Marks,
+    Named,
+    PieceMarks,
+    count_sentinels,
+    sentinel_name,
+    until_end,
+)
 
 
 class SentencePiece:
     """A SentencePiece model with sentinels on top, as seqio.SentencePieceVocabulary has them.
 
-    `named` are names in a text that stand for one id each; what is between them is encoded piece by
-    piece, the first alone beginning with the model's own blank if `prefix_once`. `bos` begins what
-    an encoder reads. eos and pad are the model's own unless given; `stops`, eos among them, end
-    what is written.
+    marks are the fields of `PieceMarks`; eos is the model's own unless given, pad 0.
     """
 
-    def __init__(
-        self,
-        model: bytes,
-        extra_ids: int = 0,
-        ends: bool = True,
-        eos: int | None = None,
-        pad: int = 0,
-        bos: int | None = None,
-        named: Mapping[str, int] | None = None,
-        prefix_once: bool = False,
-        stops: Sequence[int] = (),
-    ):
+    def __init__(self, model: bytes, extra_ids: int = 0, ends: bool = True, **marks: Any):
         import sentencepiece
 
-        self.pieces, self.extra_ids, self.ends, self.bos = model, extra_ids, ends, bos
-        self.prefix_once, self.named = prefix_once, Named(named or {})
+        told = PieceMarks(**marks)
+        self.pieces, self.extra_ids, self.ends, self.bos = model, extra_ids, ends, told.bos
+        self.prefix_once, self.named = told.prefix_once, Named(told.named)
         whole = with_sentinels(model, extra_ids) if extra_ids else model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=whole)
         self.inner = self.processor
-        if prefix_once:
+        if told.prefix_once:
             bare = without_prefix(whole)
             self.inner = sentencepiece.SentencePieceProcessor(model_proto=bare)
         self.base = self.processor.get_piece_size()
         self.size = max([self.base, *(token + 1 for token in self.named.names)])
         self.sentinels = extra_ids or count_sentinels(self.base, self.processor.id_to_piece)
-        self.eos, self.pad = self.processor.eos_id() if eos is None else eos, pad
-        self.stops = tuple(stops) or (self.eos,)
+        self.eos = self.processor.eos_id() if told.eos is None else told.eos
+        self.pad = told.pad or 0
+        self.stops = tuple(told.stops) or (self.eos,)
         if self.eos < 0:
             raise ValueError(
                 "The SentencePiece model has no end-of-sequence piece; train it with eos_id >= 0"
@@ -123,36 +119,27 @@ PADS = ("<pad>", "[PAD]", "<|pad|>")
 class TokenizerJson:
     """A Hugging Face tokenizer.json, read by the tokenizers library; no special tokens added.
 
-    eos and pad are ids, eos -1 for none; left out, they are found by their usual names, and
-    padding that has no token of its own is eos. `bos` begins what an encoder reads; `stops`, eos
-    among them, end what is written.
+    marks are the fields of `Marks`, eos -1 for none; left out, eos and pad are found by their usual
+    names, and padding that has no token of its own is eos.
     """
 
-    def __init__(
-        self,
-        model: bytes,
-        extra_ids: int = 0,
-        ends: bool = True,
-        eos: int | None = None,
-        pad: int | None = None,
-        bos: int | None = None,
-        stops: Sequence[int] = (),
-    ):
+    def __init__(self, model: bytes, extra_ids: int = 0, ends: bool = True, **marks: Any):
         import tokenizers
 
-        self.json, self.extra_ids, self.ends, self.bos = model, extra_ids, ends, bos
+        told = Marks(**marks)
+        self.json, self.extra_ids, self.ends, self.bos = model, extra_ids, ends, told.bos
         self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.base = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         self.size = self.base + extra_ids
         self.sentinels = extra_ids or count_sentinels(self.size, self.tokenizer.id_to_token)
-        self.eos = self.first(ENDS) if eos is None else eos
+        self.eos = self.first(ENDS) if told.eos is None else told.eos
         if self.eos is None:
             raise ValueError(f"tokenizer.json has no end-of-sequence token: none of {ENDS}")
-        found = self.first(PADS) if pad is None else pad
+        found = self.first(PADS) if told.pad is None else told.pad
         self.pad = self.eos if found is None else found
-        self.stops = tuple(stops) or (self.eos,)
+        self.stops = tuple(told.stops) or (self.eos,)
         for name, token in (("eos", self.eos), ("pad", self.pad), ("bos", self.bos)):
             if token is not None and not -1 <= token < self.size:
                 raise ValueError(
