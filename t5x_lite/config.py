@@ -9,11 +9,19 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-# Architecture's dataclasses are bound by the same name as all others: config.Stack.layers.
+# Dataclasses of other modules are bound by the same name as all others: config.Stack.layers.
+from t5x_lite.adapting import Adaptation as Adaptation
+from t5x_lite.adapting import Distillation as Distillation
+from t5x_lite.adapting import Part as Part
 from t5x_lite.architecture import Model as Model
 from t5x_lite.architecture import Pooling as Pooling
 from t5x_lite.architecture import RotaryScaling as RotaryScaling
 from t5x_lite.architecture import Stack as Stack
+from t5x_lite.denoising import CausalLM as CausalLM
+from t5x_lite.denoising import Denoisers as Denoisers
+from t5x_lite.denoising import FillInTheMiddle as FillInTheMiddle
+from t5x_lite.denoising import PrefixLM as PrefixLM
+from t5x_lite.denoising import SpanCorruption as SpanCorruption
 from t5x_lite.typed import Checked, require
 
 
@@ -23,22 +31,32 @@ class Vocabulary(Checked):
 
     `checkpoint` takes that of the checkpoint at `path`, of whatever make: what a run needs that
     begins with its weights. `extra_ids` adds sentinels at the top of the vocabulary (span
-    corruption needs them).
+    corruption needs them), `names` below them texts that are one id each (UL2's mode tokens).
+    `sentinels` names pieces that are there already and serve as sentinels instead, with {} for
+    their number: "<unused{}>".
     """
 
     kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
     path: str | None = None
     size: int | None = None
     extra_ids: int = 0
+    names: tuple[str, ...] = ()
+    sentinels: str | None = None
 
     def check(self):
         needs_path = self.kind in ("sentencepiece", "tokenizer_json", "checkpoint")
         require(not needs_path or self.path, f"Vocabulary.path is needed for kind {self.kind}")
         require(self.kind != "trained" or self.size, "Vocabulary.size is needed for kind trained")
         require(self.extra_ids >= 0, "Vocabulary.extra_ids cannot be negative")
+        require(len(set(self.names)) == len(self.names), "Vocabulary.names has a name twice")
         require(
-            self.kind != "checkpoint" or not self.extra_ids,
-            "Vocabulary.extra_ids cannot be added to the vocabulary of a checkpoint",
+            self.sentinels is None or not self.extra_ids,
+            "Vocabulary.sentinels names pieces that are there; Vocabulary.extra_ids adds new ones: "
+            "bind one of them",
+        )
+        require(
+            self.sentinels is None or "{}" in self.sentinels,
+            'Vocabulary.sentinels needs {} for the number: "<unused{}>"',
         )
 
 
@@ -85,28 +103,6 @@ class Mixture(Checked):
 
 
 @dataclass(frozen=True)
-class SpanCorruption(Checked):
-    """T5's denoising: `noise_density` of the tokens hidden in spans of `mean_span` on average."""
-
-    noise_density: float = 0.15
-    mean_span: float = 3.0
-
-    def check(self):
-        require(0 < self.noise_density < 1, "SpanCorruption.noise_density must be in (0, 1)")
-        require(self.mean_span >= 1, "SpanCorruption.mean_span must be at least 1")
-
-
-@dataclass(frozen=True)
-class PrefixLM(Checked):
-    """Text cut at a uniformly drawn place: what is before is the inputs, the rest the targets."""
-
-
-@dataclass(frozen=True)
-class CausalLM(Checked):
-    """All of the text is targets."""
-
-
-@dataclass(frozen=True)
 class Data(Checked):
     """What is read and how it is laid out in rows.
 
@@ -120,7 +116,7 @@ class Data(Checked):
 
     task: str | Files | Mixture
     lengths: dict[str, int]
-    objective: SpanCorruption | PrefixLM | CausalLM | None = None
+    objective: SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle | Denoisers | None = None
     pack: bool = True
     eval_split: str = "validation"
     vocabulary: Vocabulary | None = None
@@ -179,7 +175,8 @@ class Train(Checked):
     layer keeps for its backward pass: all, products with weights (the default: less memory, and
     faster on CPU too) or only its input. `unroll` is how many layers one turn of the scan over
     layers takes: narrow models train 1.5 times faster on CPU unrolled. `patience` is how many
-    steps in a row may have a non-finite gradient (each is skipped) before the run stops.
+    steps in a row may have a non-finite gradient (each is skipped) before the run stops. A weight
+    trains as the first of `parts` that names it says, or as the schedule says.
     """
 
     steps: int
@@ -192,6 +189,7 @@ class Train(Checked):
     patience: int = 10
     log_every: int = 10
     tensorboard: bool = True
+    parts: tuple[Part, ...] = ()
 
     def check(self):
         for name in ("steps", "batch_size", "microbatches", "unroll", "patience", "log_every"):
@@ -202,6 +200,12 @@ class Train(Checked):
             f"({self.microbatches})",
         )
         require(0 <= self.label_smoothing < 1, "Train.label_smoothing must be in [0, 1)")
+        late = [part.begin for part in self.parts if part.begin >= self.steps]
+        require(
+            not late,
+            f"Part.begin = {late[:1]} is beyond the run's {self.steps} steps: its weights would "
+            "never train. Bind Part.rate = 0 if that is meant",
+        )
 
 
 @dataclass(frozen=True)
@@ -307,9 +311,16 @@ class Run(Checked):
     checkpoint: Checkpoint = Checkpoint()
     decode: Decode = Decode()
     mesh: Mesh = Mesh()
+    adaptation: Adaptation | None = None
+    distillation: Distillation | None = None
     seed: int = 0
 
     def check(self):
+        require(
+            self.adaptation is None or self.checkpoint.initial is None,
+            "Checkpoint.initial and Run.adaptation both say which weights the run begins with: "
+            "bind one of them",
+        )
         if self.data is None:
             return
         require(
@@ -317,7 +328,21 @@ class Run(Checked):
             'Data.lengths needs "inputs": the model has an encoder',
         )
         objective = self.data.objective
+        parts = objective.parts if isinstance(objective, Denoisers) else (objective,)
         require(
-            not (self.model.layout == "pair" and isinstance(objective, CausalLM)),
+            not (self.model.layout == "pair" and any(isinstance(part, CausalLM) for part in parts)),
             "CausalLM leaves the encoder nothing to read: use PrefixLM or SpanCorruption",
+        )
+        if self.distillation is not None:
+            self.check_distillation(parts)
+
+    def check_distillation(self, objectives: tuple) -> None:
+        require(
+            self.model.decoder is not None,
+            "Run.distillation is for a model with a decoder: a teacher says what comes next",
+        )
+        require(
+            all(part is None or isinstance(part, PrefixLM | CausalLM) for part in objectives),
+            "Run.distillation needs targets that go on from their inputs, as a decoder-only "
+            "teacher reads them: PrefixLM, CausalLM, or a task's own pairs",
         )
