@@ -119,57 +119,67 @@ def byte_level(specials, *, post=None):
     return made
 
 
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A folder of every kind that the families come with."""
     root = tmp_path_factory.mktemp("tokenizers")
     gpt2 = byte_level(["<|endoftext|>"])
-    gpt2.model.save(str(tmp_path_factory.mktemp("gpt2")))
-    chat = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    begun = byte_level(["<s>", "</s>", "<pad>"], post="<s> $A")
-    files = json.loads(gpt2.to_str())["model"]
-    merges = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in files["merges"])
-    vocab = json.dumps(files["vocab"], ensure_ascii=False)
-    llama = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    return piece_folders(root) | {"gpt2": gpt2_folder(root / "gpt2", gpt2)} | fast_folders(root)
+
+
+def piece_folders(root):
+    """Those of SentencePiece models, and of bytes."""
     t5 = {"model_type": "t5", "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-    fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    plain = {"tokenizer_class": "T5Tokenizer"}
+    llama = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    few = plain | {"extra_ids": 2}
     return {
-        "t5": written(
-            root / "t5", {"tokenizer_class": "T5Tokenizer"}, t5, spiece__model=t5_pieces()
-        ),
-        "t5_few": written(
-            root / "t5_few",
-            {"tokenizer_class": "T5Tokenizer", "extra_ids": 2},
-            t5,
-            spiece__model=t5_pieces(),
-        ),
+        "t5": written(root / "t5", plain, t5, spiece__model=t5_pieces()),
+        "t5_few": written(root / "t5_few", few, t5, spiece__model=t5_pieces()),
         "byt5": written(root / "byt5", {"tokenizer_class": "ByT5Tokenizer"}, t5),
         "llama": written(
             root / "llama", llama, {"model_type": "llama"}, tokenizer__model=llama_pieces()
         ),
-        "gpt2": written(
-            root / "gpt2",
-            {"tokenizer_class": "GPT2Tokenizer"},
-            {"model_type": "gpt2", "bos_token_id": 0, "eos_token_id": 0},
-            vocab__json=vocab.encode(),
-            merges__txt=merges.encode(),
-        ),
+    }
+
+
+def gpt2_folder(folder, tokenizer):
+    """vocab.json and merges.txt, as GPT-2 was published."""
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"])
+    return written(
+        folder,
+        {"tokenizer_class": "GPT2Tokenizer"},
+        {"model_type": "gpt2", "bos_token_id": 0, "eos_token_id": 0},
+        vocab__json=json.dumps(model["vocab"], ensure_ascii=False).encode(),
+        merges__txt=merges.encode(),
+    )
+
+
+def fast_folders(root):
+    """Those that are one tokenizer.json."""
+    chat = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    begun = byte_level(["<s>", "</s>", "<pad>"], post="<s> $A")
+    return {
         "chat": written(
             root / "chat",
-            fast | {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+            FAST | {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
             {"model_type": "llama", "bos_token_id": 0},
             {"eos_token_id": [2, 0]},
             tokenizer__json=chat.to_str().encode(),
         ),
         "begun": written(
             root / "begun",
-            fast | {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}},
+            FAST | {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}},
             {"model_type": "llama", "pad_token_id": 2},
             tokenizer__json=begun.to_str().encode(),
         ),
         "t5gemma": written(
             root / "t5gemma",
-            fast | {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+            FAST | {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
             {"model_type": "t5gemma", "is_encoder_decoder": True},
             tokenizer__json=begun.to_str().encode(),
         ),
