@@ -2,6 +2,7 @@
 """Laws of the Evaluator: losses by hand, every layout, cut inputs counted, a user's own metrics."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -70,6 +71,37 @@ def test_losses_are_sums_over_weighted_targets(tmp_path):
     assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_every_task_of_a_mixture_is_measured_and_told(tmp_path):
+    files = [words(tmp_path, name, count) for name, count in (("one", 9), ("two", 40))]
+    whole = config.Evaluate(batches=100, batch_size=6)
+    mixture = config.Mixture(tasks=tuple(files), rates=(1.0, 1.0))
+    mixed = run_of(tmp_path, evaluate=whole, task=mixture)
+    params = random_params(mixed)
+    found = Evaluator(mixed).losses(params)
+    alone = [Evaluator(run_of(tmp_path, evaluate=whole, task=each)) for each in files]
+    alone = [each.losses(params) for each in alone]
+    assert [found["loss/one"], found["loss/two"]] == [each["loss"] for each in alone]
+    tokens = [each["target_tokens"] for each in alone]
+    nats = sum(each["loss"] * count for each, count in zip(alone, tokens, strict=True))
+    assert found["target_tokens"] == sum(tokens)
+    assert found["loss"] == pytest.approx(nats / sum(tokens), rel=1e-6)
+
+
+def words(tmp_path, name, count):
+    """A task of a few pairs."""
+    path = tmp_path / f"{name}.jsonl"
+    rows = [{"source": f"{name} {i}", "target": f"{i} {name}"} for i in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return config.Files(
+        name=name,
+        train=str(path),
+        validation=str(path),
+        inputs="source",
+        targets="target",
+        vocabulary=config.Vocabulary(kind="bytes"),
+    )
 
 
 def test_bytes_are_those_of_each_examples_text():

@@ -47,32 +47,61 @@ def text_bytes(batch: Batch, vocabulary: Vocabulary) -> int:
     return count
 
 
+class Sums(NamedTuple):
+    """Totals on the host, and the UTF-8 bytes of the targets' text."""
+
+    nats: float = 0.0
+    tokens: float = 0.0
+    right: float = 0.0
+    bytes: int = 0
+
+    def plus(self, other: "Sums") -> "Sums":
+        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def loss(self) -> float:
+        """Nats per token; ValueError where there is no token."""
+        if not self.tokens:
+            raise ValueError("There is no target to predict in this split")
+        return self.nats / self.tokens
+
+
 def measure(
     cfg: config.Model, params: Any, batches: Batches, vocabulary: Vocabulary, most: int
 ) -> dict[str, float]:
     """Loss (nats per target token), perplexity, accuracy, bits per byte, and the tokens counted.
 
     Over the first `most` batches of the split in order. Without label smoothing and z-loss,
-    whatever the training adds.
+    whatever the training adds. Where rows come from several tasks or denoisers, each gets an equal
+    part of the batches, and a loss of its own, "loss/<name>".
 
     Raises:
       ValueError: the split has no targets to predict.
     """
+    found, each = {}, max(1, most // len(batches.parts))
+    for part in batches.parts:
+        alone = Batches([part], batches.mixture, batches.lengths, batches.shard)
+        found[part.name] = sums_of(cfg, params, alone, vocabulary, each)
+    whole = functools.reduce(Sums.plus, found.values(), Sums())
+    loss = whole.loss()
+    own = {f"loss/{name}": sums.loss() for name, sums in found.items() if sums.tokens}
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "accuracy": 100 * whole.right / whole.tokens,
+        "bits_per_byte": whole.nats / math.log(2) / max(everywhere(whole.bytes), 1),
+        "target_tokens": whole.tokens,
+    } | (own if len(found) > 1 else {})
+
+
+def sums_of(
+    cfg: config.Model, params: Any, batches: Batches, vocabulary: Vocabulary, most: int
+) -> Sums:
+    """Totals over the first `most` batches."""
     sums, size = np.zeros(3), 0
     for batch in itertools.islice(batches.evaluation(), most):
         size += text_bytes(batch, vocabulary)
         sums += np.array(totals(cfg, params, sharding.place_batch(batch)), np.float64)
-    nats, tokens, right = sums.tolist()
-    if not tokens:
-        raise ValueError("There is no target to predict in this split")
-    loss = nats / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": 100 * right / tokens,
-        "bits_per_byte": nats / math.log(2) / max(everywhere(size), 1),
-        "target_tokens": tokens,
-    }
+    return Sums(*sums.tolist(), size)
 
 
 def everywhere(count: int) -> int:
