@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 
 def until_end(ids: Sequence[int], stops: Sequence[int], pad: int) -> list[int]:
     """The ids before the first of stops, without padding."""
@@ -16,6 +18,11 @@ def until_end(ids: Sequence[int], stops: Sequence[int], pad: int) -> list[int]:
 
 def sentinel_name(size: int, token: int) -> str:
     return f"<extra_id_{size - 1 - token}>"
+
+
+def top_ids(size: int, count: int) -> np.ndarray:
+    """The last ids [count] of a vocabulary from the top down."""
+    return np.arange(size - 1, size - 1 - count, -1, dtype=np.int32)
 
 
 def count_sentinels(size: int, piece) -> int:

@@ -12,6 +12,7 @@ from t5x_lite.data.special_tokens import (
     PieceMarks,
     count_sentinels,
     sentinel_name,
+    top_ids,
     until_end,
 )
 
@@ -37,6 +38,7 @@ class SentencePiece:
         self.base = self.processor.get_piece_size()
         self.size = max([self.base, *(token + 1 for token in self.named.names)])
         self.sentinels = extra_ids or count_sentinels(self.base, self.processor.id_to_piece)
+        self.sentinel_ids = top_ids(self.base, self.sentinels)
         self.eos = self.processor.eos_id() if told.eos is None else told.eos
         self.pad = told.pad or 0
         self.stops = tuple(told.stops) or (self.eos,)
@@ -44,6 +46,11 @@ class SentencePiece:
             raise ValueError(
                 "The SentencePiece model has no end-of-sequence piece; train it with eos_id >= 0"
             )
+
+    def token(self, name: str) -> int | None:
+        token = self.named.ids.get(name, self.processor.piece_to_id(name))
+        unknown = token == self.processor.unk_id()
+        return None if unknown and self.processor.id_to_piece(token) != name else token
 
     def encode(self, text: str) -> list[int]:
         if not self.named.ids:
@@ -134,6 +141,7 @@ class TokenizerJson:
         self.base = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         self.size = self.base + extra_ids
         self.sentinels = extra_ids or count_sentinels(self.size, self.tokenizer.id_to_token)
+        self.sentinel_ids = top_ids(self.size, self.sentinels)
         self.eos = self.first(ENDS) if told.eos is None else told.eos
         if self.eos is None:
             raise ValueError(f"tokenizer.json has no end-of-sequence token: none of {ENDS}")
@@ -148,6 +156,9 @@ class TokenizerJson:
         added = self.tokenizer.get_added_tokens_decoder().items()
         lowest = self.size - self.sentinels
         self.hidden = {token for token, each in added if each.special and token < lowest}
+
+    def token(self, name: str) -> int | None:
+        return self.tokenizer.token_to_id(name)
 
     def first(self, names: Sequence[str]) -> int | None:
         found = (self.tokenizer.token_to_id(name) for name in names)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from t5x_lite.data.special_tokens import Named, sentinel_name, until_end
+from t5x_lite.data.special_tokens import Named, sentinel_name, top_ids, until_end
 
 SPECIAL = 3  # padding, end, unknown
 
@@ -26,6 +26,10 @@ class Bytes:
         self.sentinels = extra_ids
         self.named = Named(named or {}, bare=("<pad>", "</s>", "<unk>"))
         self.size = max([SPECIAL + 256 + extra_ids, *(token + 1 for token in self.named.names)])
+        self.sentinel_ids = top_ids(self.size, extra_ids)
+
+    def token(self, name: str) -> int | None:
+        return self.named.ids.get(name)
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -73,7 +77,11 @@ class Symbols:
         self.eos, self.stops, self.pad, self.ends = 1, (1,), 0, ends
         self.symbols, self.separator, self.sentinels = list(symbols), separator, extra_ids
         self.size = SPECIAL + len(self.symbols) + extra_ids
+        self.sentinel_ids = top_ids(self.size, extra_ids)
         self.ids = {symbol: token for token, symbol in enumerate(self.symbols, SPECIAL)}
+
+    def token(self, name: str) -> int | None:
+        return self.ids.get(name)
 
     def encode(self, text: str) -> list[int]:
         parts = text.split(self.separator) if self.separator else text
@@ -111,7 +119,10 @@ class Numbers:
 
     def __init__(self, size: int, eos: int = 1, ends: bool = True):
         self.eos, self.stops, self.pad, self.ends = eos, (eos,), 0, ends
-        self.size, self.sentinels = size, 0
+        self.size, self.sentinels, self.sentinel_ids = size, 0, top_ids(size, 0)
+
+    def token(self, name: str) -> int | None:
+        return None
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

@@ -6,6 +6,7 @@ right answers are measured with. seqio, and with it TensorFlow, is imported only
 not one of ours.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
@@ -21,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from t5x_lite import config
-from t5x_lite.data import cache, corpora, files, pieces, vocabularies
+from t5x_lite.data import cache, corpora, files, grown, pieces, vocabularies
 from t5x_lite.data.cache import Chunk
 from t5x_lite.data.corpora import Row
 from t5x_lite.data.vocabularies import Vocabulary
@@ -209,13 +210,15 @@ def make_pair(
     cache_dir: str,
 ) -> tuple[Vocabulary, Vocabulary]:
     """The vocabularies (inputs, targets) that the config names: one for both, or a checkpoint's."""
-    if cfg.kind == "checkpoint":
-        # Only here is anything read that training or another make has written.
-        from t5x_lite.conversion import checkpoint
+    if cfg.kind != "checkpoint":
+        made = make_vocabulary(cfg, rows, source, cache_dir)
+        return made, made
+    # Only here is anything read that training or another make has written.
+    from t5x_lite.conversion import checkpoint
 
-        return checkpoint.vocabularies(cfg.path)
-    made = make_vocabulary(cfg, rows, source, cache_dir)
-    return made, made
+    inputs, targets = checkpoint.vocabularies(cfg.path)
+    grow = partial(grown.grow, names=cfg.names, extra_ids=cfg.extra_ids, pattern=cfg.sentinels)
+    return grow(inputs), grow(targets)
 
 
 def make_vocabulary(
@@ -225,6 +228,11 @@ def make_vocabulary(
     cache_dir: str,
 ) -> Vocabulary:
     """The vocabulary that the config names; `trained` learns it from rows, once per source."""
+    if cfg.names or cfg.sentinels:
+        # Names stand below the sentinels, so both are put on top of a vocabulary without any.
+        bare = dataclasses.replace(cfg, extra_ids=0, names=(), sentinels=None)
+        inner = make_vocabulary(bare, rows, source, cache_dir)
+        return grown.grow(inner, cfg.names, cfg.extra_ids, cfg.sentinels)
     if cfg.kind == "bytes":
         return vocabularies.Bytes(cfg.extra_ids)
     if cfg.kind == "trained":

@@ -2,8 +2,9 @@
 """Text to ids and back: bytes, SentencePiece, tokenizer.json and listed symbols.
 
 Id 0 is padding and 1 the end of the sequence (unless a tokenizer.json says otherwise). The last
-ids of a vocabulary are its sentinels, the k-th being size - 1 - k and written <extra_id_k>. A pair
-is kept with a run by `save_pair`. Nothing here imports TensorFlow or seqio.
+ids of a vocabulary are its sentinels, the k-th being size - 1 - k and written <extra_id_k>, unless
+`grown` says that other pieces are. A pair is kept with a run by `save_pair`. Nothing here imports
+TensorFlow or seqio.
 """
 
 import functools
@@ -24,16 +25,20 @@ class Vocabulary(Protocol):
     """What every vocabulary has.
 
     `ends` says whether its sequences finish with `eos`, `bos` what an encoder's inputs begin with.
-    Any of `stops` (eos, as a rule) ends what a model writes.
+    Any of `stops` (eos, as a rule) ends what a model writes. `sentinel_ids` [sentinels] are int32,
+    the k-th sentinel's id at k. `token` gives the id of a piece by its name, None if there is none.
     """
 
     size: int
     sentinels: int
+    sentinel_ids: np.ndarray
     eos: int
     stops: tuple[int, ...]
     pad: int
     bos: int | None
     ends: bool
+
+    def token(self, name: str) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -63,12 +68,20 @@ def sentinel(vocabulary: Vocabulary, token: int) -> str:
     return vocabulary.decode([token]).strip() or sentinel_name(vocabulary.size, token)
 
 
+def grown(model: bytes | None = None, *, inner: dict, **options) -> Vocabulary:
+    """A vocabulary grown from the one that `inner` describes."""
+    from t5x_lite.data.grown import Grown
+
+    return Grown(make(json.dumps(inner, ensure_ascii=False), model), **options)
+
+
 KINDS = {
     "bytes": Bytes,
     "symbols": Symbols,
     "sentencepiece": SentencePiece,
     "tokenizer_json": TokenizerJson,
     "numbers": Numbers,
+    "grown": grown,
 }
 
 
