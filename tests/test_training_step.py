@@ -47,7 +47,7 @@ def made(run: config.Run):
     if repr(run) not in KEPT:
         axes = model.axes(run.model)
         schedule = schedules.learning_rate(run.schedule, run.train.steps)
-        update = optimizer.make(run.optimizer, schedule, axes)
+        update = optimizer.make(run.optimizer, schedule, axes, run.train.parts)
         KEPT[repr(run)] = update, step.make(run, update, schedule, axes)
     return KEPT[repr(run)]
 

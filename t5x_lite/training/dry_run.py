@@ -17,7 +17,8 @@ def text(run: config.Run) -> str:
     setup.check_batch(run.train)
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     axes = model.axes(run.model)
-    shapes = states.shapes(model.shapes(run.model), optimizer.make(run.optimizer, schedule, axes))
+    update = optimizer.make(run.optimizer, schedule, axes, run.train.parts)
+    shapes = states.shapes(model.shapes(run.model), update)
     counts = model.count(run.model)
     flops = costs.step_flops(run.model, run.train.batch_size, run.data.lengths)
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
@@ -29,7 +30,8 @@ def text(run: config.Run) -> str:
             "",
             f"parameters      {sum(counts.values()):,} ({parts})",
             f"mesh            {overview.mesh_text()}",
-            f"per device      {overview.bytes_text(shapes)}",
+            f"per device      {overview.bytes_text(run, shapes)}",
+            *[f"weights         {line}" for line in overview.parts_text(run, shapes)],
             f"FLOPs per step  {bar.count(flops)} = {costs.FORMULA}",
             f"run             {overview.run_text(run)}",
         ]

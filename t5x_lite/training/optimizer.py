@@ -12,6 +12,7 @@ import optax
 
 from t5x_lite import config
 from t5x_lite.training import adafactor
+from t5x_lite.training import parts as training_parts
 
 # They need the loss besides the gradient, which a step does not hand on; the last is deprecated.
 LEFT_OUT = ("lbfgs", "polyak_sgd", "optimistic_adam")
@@ -31,18 +32,85 @@ def optax_optimizers() -> dict[str, Any]:
 
 
 def make(
-    cfg: config.Optimizer, schedule: optax.Schedule, axes: Any
+    cfg: config.Optimizer,
+    schedule: optax.Schedule,
+    axes: Any,
+    parts: tuple[config.Part, ...] = (),
 ) -> optax.GradientTransformation:
     """Clipping, the named rule and decoupled weight decay, one after the other.
 
-    `axes` is the tree of axis names of the weights. Raises ValueError for an unknown name or
-    option, naming the near ones.
+    `axes` is the tree of axis names of the weights. With `parts` (Train.parts) its `init` takes all
+    weights, and its `update` the gradients and weights that training_parts.Selection takes.
+
+    Raises:
+      ValueError: an unknown name or option, near ones are named; or parts that name no weights.
     """
-    parts = [] if cfg.clip_norm is None else [optax.clip_by_global_norm(cfg.clip_norm)]
-    parts.append(rule(cfg, schedule, axes))
+    if parts:
+        return by_parts(cfg, schedule, training_parts.Selection(parts, axes), axes)
+    clip = [] if cfg.clip_norm is None else [optax.clip_by_global_norm(cfg.clip_norm)]
+    return optax.chain(*clip, *rules(cfg, schedule, axes))
+
+
+def rules(cfg: config.Optimizer, schedule: optax.Schedule, axes: Any) -> list:
+    """The named rule and weight decay."""
+    made = [rule(cfg, schedule, axes)]
     if cfg.weight_decay > 0:
-        parts.append(weight_decay(cfg.weight_decay, schedule, axes))
-    return optax.chain(*parts)
+        made.append(weight_decay(cfg.weight_decay, schedule, axes))
+    return made
+
+
+class PartsState(NamedTuple):
+    """How many updates there were, and the state of every group that trains, by its key."""
+
+    count: jax.Array
+    groups: dict[str, Any]
+
+
+def by_parts(
+    cfg: config.Optimizer,
+    schedule: optax.Schedule,
+    selection: training_parts.Selection,
+    axes: Any,
+) -> optax.GradientTransformation:
+    """The optimizer of every group apart, after clipping by the norm of all that trains.
+
+    A group that has not begun keeps its state, count included, so that it goes on from there as if
+    all began then. Frozen weights have no state.
+    """
+    named, made = selection.take(axes), {}
+    for group in selection.trained:
+        own = training_parts.rate(schedule, group.part)
+        made[group.key] = optax.chain(*rules(cfg, own, of(group, named)))
+    clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
+
+    def init(weights):
+        taken = selection.take(weights)
+        groups = {group.key: made[group.key].init(of(group, taken)) for group in selection.trained}
+        return PartsState(jnp.zeros((), jnp.int32), groups)
+
+    def update(gradients, state, weights):
+        gradients, _ = clip.update(selection.moving(gradients, state.count), clip.init(weights))
+        updates, groups = {}, {}
+        for group in selection.trained:
+            before = state.groups[group.key]
+            given = of(group, gradients), before, of(group, weights)
+            change, after = made[group.key].update(*given)
+            if group.part.begin:
+                begun = state.count >= group.part.begin
+                # -0.0, as x + -0.0 has the bits of every x, of -0.0 too.
+                change = jax.tree.map(lambda u, begun=begun: jnp.where(begun, u, -0.0), change)
+                keep = lambda new, old, begun=begun: jnp.where(begun, new, old)
+                after = jax.tree.map(keep, after, before)
+            updates |= change
+            groups[group.key] = after
+        return updates, PartsState(state.count + 1, groups)
+
+    return optax.GradientTransformation(init, update)
+
+
+def of(group: training_parts.Group, taken: dict[str, Any]) -> dict[str, Any]:
+    """What was taken of a group alone."""
+    return {name: taken[name] for name in group.names}
 
 
 def rule(cfg: config.Optimizer, schedule: optax.Schedule, axes: Any):

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from t5x_lite import config, model
 from t5x_lite.training import bar, costs
+from t5x_lite.training import parts as training_parts
 from t5x_lite.training import state as states
 from t5x_lite.training.state import TrainState
 
@@ -20,9 +21,11 @@ def table(run: config.Run, shapes: TrainState, flops: int, statistics: str) -> T
     rows.add_row(
         "model", f"{run.model.layout}: {bar.count(sum(counts.values()))} weights ({parts})"
     )
+    for line in parts_text(run, shapes):
+        rows.add_row("", line)
     rows.add_row("data", statistics)
     rows.add_row("mesh", mesh_text())
-    rows.add_row("bytes per device", bytes_text(shapes))
+    rows.add_row("bytes per device", bytes_text(run, shapes))
     flops_text = f"{bar.count(flops)} for {run.train.batch_size} rows = {costs.FORMULA}"
     rows.add_row("FLOPs per step", flops_text)
     rows.add_row("run", run_text(run))
@@ -36,12 +39,39 @@ def mesh_text() -> str:
     return f"{shape} = {mesh.size} {kind}"
 
 
-def bytes_text(shapes: TrainState) -> str:
-    params, optimizer = (states.size_per_device(part) for part in (shapes.params, shapes.optimizer))
-    return (
-        f"weights {params / 2**20:,.1f} MiB, optimizer {optimizer / 2**20:,.1f} MiB, "
-        f"gradient {params / 2**20:,.1f} MiB"
+def bytes_text(run: config.Run, shapes: TrainState) -> str:
+    trained = training_parts.Selection(run.train.parts, shapes.params).take(shapes.params)
+    held = {"weights": shapes.params, "optimizer": shapes.optimizer, "gradient": trained}
+    return ", ".join(
+        f"{name} {states.size_per_device(part) / 2**20:,.1f} MiB" for name, part in held.items()
     )
+
+
+def parts_text(run: config.Run, shapes: TrainState) -> list[str]:
+    """One line for each of Train.parts and one for all other weights; none without parts."""
+    named = dict(zip(states.names(shapes.params), jax.tree.leaves(shapes.params), strict=True))
+    lines = []
+    for group in training_parts.groups(run.train.parts, shapes.params):
+        count = sum(named[name].size for name in group.names)
+        memory = 0
+        if not group.frozen:
+            memory = states.size_per_device(shapes.optimizer.groups[group.key])
+        who = "all others" if group.part is training_parts.REST else ", ".join(group.part.weights)
+        lines.append(
+            f"{when(group)}: {bar.count(count)} in {len(group.names)} weights, optimizer "
+            f"{memory / 2**20:,.1f} MiB per device ({who})"
+        )
+    return lines
+
+
+def when(group: training_parts.Group) -> str:
+    """What becomes of a group's weights: "from step 1000 at 0.1 of the rate after 50 more"."""
+    part = group.part
+    if group.frozen:
+        return "frozen"
+    begins = f"trained from step {part.begin}" if part.begin else "trained"
+    rate = f" at {part.rate:g} of the rate" if part.rate != 1 else ""
+    return begins + rate + (f", rising over {part.warmup} steps" if part.warmup else "")
 
 
 def run_text(run: config.Run) -> str:

@@ -38,7 +38,7 @@ def assemble(run: config.Run) -> Parts:
     check_batch(run.train)
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     axes = model.axes(run.model)
-    update = optimizer.make(run.optimizer, schedule, axes)
+    update = optimizer.make(run.optimizer, schedule, axes, run.train.parts)
     batches = data.open_batches(
         run.data,
         run.model.layout,

@@ -12,6 +12,7 @@ from t5x_lite import config, model
 from t5x_lite.batch import Batch
 from t5x_lite.sharding import spec
 from t5x_lite.training import adafactor, losses
+from t5x_lite.training.parts import Selection
 from t5x_lite.training.state import TrainState
 
 
@@ -51,23 +52,28 @@ def make(
     not finite leaves weights and optimizer as they were.
     """
     transformer = model.Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
-    sums_and_gradient = jax.value_and_grad(
-        lambda params, batch, key, total: objective(
-            token_sums(transformer, run.train, params, batch, key), total
-        ),
-        has_aux=True,
-    )
+    selection = Selection(run.train.parts, axes)
+    trained_axes = selection.take(axes)
 
     def step(state: TrainState, batch: Batch):
         key = None
         if run.model.dropout > 0:
             key = jax.random.fold_in(jax.random.key(run.seed), state.step)
-        sums, gradient = accumulate(sums_and_gradient, state.params, batch, key, run.train)
-        squares = jax.tree.map(square_sums, gradient, axes)
-        parts = jax.tree.leaves(adafactor.anew(squares))
+        sums_and_gradient = jax.value_and_grad(
+            lambda trained, rows, key, total: objective(
+                token_sums(transformer, run.train, selection.put(state.params, trained), rows, key),
+                total,
+            ),
+            has_aux=True,
+        )
+        trained = selection.take(state.params)
+        sums, gradient = accumulate(sums_and_gradient, trained, batch, key, run.train)
+        squares = jax.tree.map(square_sums, gradient, trained_axes)
+        count = state.step - state.skipped
+        parts = jax.tree.leaves(adafactor.anew(selection.moving(squares, count)))
         norm = jnp.sqrt(sum(jnp.sum(part) for part in parts))
-        rate = schedule(state.step - state.skipped)
-        state = advance(optimizer, state, gradient, jnp.isfinite(norm))
+        rate = schedule(count)
+        state = advance(optimizer, selection, state, gradient, jnp.isfinite(norm))
         told = (rate, norm, ~jnp.isfinite(norm), state.consecutive, squares)
         return state, Metrics(sums, *told)
 
@@ -139,15 +145,20 @@ def square_sums(gradient: jax.Array, axes: str) -> jax.Array:
 
 
 def advance(
-    optimizer: optax.GradientTransformation, state: TrainState, gradient: Any, finite: jax.Array
+    optimizer: optax.GradientTransformation,
+    selection: Selection,
+    state: TrainState,
+    gradient: Any,
+    finite: jax.Array,
 ) -> TrainState:
     """The next state; weights and optimizer are kept where the gradient is not finite."""
-    updates, new = optimizer.update(gradient, state.optimizer, state.params)
+    trained = selection.take(state.params)
+    updates, new = optimizer.update(gradient, state.optimizer, trained)
     keep = lambda old, new: jnp.where(finite, new, old)
     add = lambda weight, update: jnp.where(finite, weight + update.astype(weight.dtype), weight)
     return TrainState(
         step=state.step + 1,
-        params=jax.tree.map(add, state.params, updates),
+        params=selection.put(state.params, jax.tree.map(add, trained, updates)),
         optimizer=jax.tree.map(keep, state.optimizer, new),
         skipped=state.skipped + ~finite,
         consecutive=jnp.where(finite, 0, state.consecutive + 1),
