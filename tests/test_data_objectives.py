@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_lite import config
-from t5x_lite.data import lengths, objectives, randomness, vocabularies
+from t5x_lite import config, windows
+from t5x_lite.data import lengths, objectives, randomness, spans, vocabularies
+from t5x_lite.data.ragged import Ragged
 
 BYTES = vocabularies.Bytes(extra_ids=100)
 
@@ -46,7 +47,7 @@ TABLE = {
 }
 
 
-def rows(ragged: objectives.Ragged) -> list[np.ndarray]:
+def rows(ragged: Ragged) -> list[np.ndarray]:
     return np.split(ragged.tokens, np.cumsum(ragged.lengths)[:-1])
 
 
@@ -65,39 +66,47 @@ def restored(inputs: np.ndarray, targets: np.ndarray, lowest: int) -> list[int]:
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_lengths_equal_those_of_t5(case):
-    shape = objectives.span_corruption_shape(*case)
-    assert (shape.tokens, shape.targets, shape.spans) == TABLE[case]
+def test_the_longest_window_that_fits_is_that_of_t5(case):
+    length, density, span = case
+    tokens, targets, _ = TABLE[case]
+    objective, fit = config.SpanCorruption(density, span), lengths.Lengths(length, targets, "pair")
+    assert windows.window(objective, fit) == tokens
 
 
-windows = st.integers(2, 200), st.floats(0.05, 0.9), st.floats(1, 10), st.integers(0, 2**63)
+cases = st.integers(2, 200), st.floats(0.05, 0.9), st.floats(1, 10), st.integers(0, 2**63)
+
+
+def corrupted(text, density, span, keys, top=10_000):
+    mask = spans.noise_mask(
+        text.shape[1], *windows.noise_and_spans(text.shape[1], density, span), keys
+    )
+    return spans.corrupt(text, mask, top - np.arange(text.shape[1]))
 
 
 @settings(max_examples=80, deadline=None)
-@given(*windows)
+@given(*cases)
 def test_inputs_and_targets_give_the_text_back(tokens, density, span, seed):
     text = np.random.default_rng(0).integers(3, 259, (3, tokens))
     keys = randomness.keys(seed, np.arange(3))
-    top = 10_000
-    inputs, targets = objectives.corrupt_spans(text, density, span, keys, top)
+    inputs, targets = corrupted(text, density, span, keys)
     for row, source, target in zip(text, rows(inputs), rows(targets), strict=True):
-        np.testing.assert_array_equal(restored(source, target, top - tokens), row)
+        np.testing.assert_array_equal(restored(source, target, 10_000 - tokens), row)
 
 
 @settings(max_examples=80, deadline=None)
-@given(*windows)
+@given(*cases)
 def test_noise_is_what_the_density_asks_in_spans_that_begin_after_text(tokens, density, span, seed):
-    mask = objectives.noise_mask(tokens, density, span, randomness.keys(seed, np.arange(4)))
-    noise, spans = objectives.noise_and_spans(tokens, density, span)
+    noise, count = windows.noise_and_spans(tokens, density, span)
+    mask = spans.noise_mask(tokens, noise, count, randomness.keys(seed, np.arange(4)))
     assert mask.shape == (4, tokens)
     assert (mask.sum(axis=1) == noise).all()
     assert not mask[:, 0].any()
     starts = mask[:, 1:] & ~mask[:, :-1]
-    assert (starts.sum(axis=1) == spans).all()
+    assert (starts.sum(axis=1) == count).all()
 
 
 def test_every_cut_into_parts_is_equally_likely():
-    parts = objectives.segmentation(5, 3, randomness.keys(1, np.arange(6000)))
+    parts = spans.segmentation(5, 3, randomness.keys(1, np.arange(6000)))
     _, counts = np.unique(parts, axis=0, return_counts=True)
     assert len(counts) == 6  # 4 choose 2
     assert counts.max() < 1.25 * counts.min()
@@ -106,8 +115,8 @@ def test_every_cut_into_parts_is_equally_likely():
 def test_sentinels_count_down_from_the_top_of_the_vocabulary():
     cutter = objectives.cutter(config.SpanCorruption(), lengths.Lengths(64, 32, "pair"), BYTES)
     inputs, targets = cutter.parts(np.full((1, cutter.window), 5), np.array([9], np.uint64))
-    spans = int((inputs.tokens > 258).sum())
-    expected = BYTES.size - 1 - np.arange(spans)
+    count = int((inputs.tokens > 258).sum())
+    expected = BYTES.size - 1 - np.arange(count)
     np.testing.assert_array_equal(inputs.tokens[inputs.tokens > 258], expected)
     np.testing.assert_array_equal(targets.tokens[targets.tokens > 258], expected)
 
@@ -163,12 +172,7 @@ def test_masking_predicts_only_what_is_hidden():
 @pytest.mark.parametrize(
     "objective, fit, vocabulary, message",
     [
-        (
-            config.SpanCorruption(),
-            (512, 100, "pair"),
-            BYTES,
-            r"114 targets.*at least that, not 100",
-        ),
+        (config.SpanCorruption(), (3, 2, "pair"), BYTES, r"inputs 3, targets 2.*too short"),
         (config.SpanCorruption(0.5), (512, 512, "pair"), BYTES, "128 spans.*100 sentinels"),
         (config.SpanCorruption(), (0, 100, "pair"), BYTES, r'needs Data.lengths\["inputs"\]'),
         (config.SpanCorruption(), (0, 9, "aligned"), vocabularies.Bytes(), "needs a sentinel"),

@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from t5x_lite import config
 from t5x_lite.batch import Batch
 from t5x_lite.data import layout, mixing, objectives, randomness, rows, streams, tasks
 from t5x_lite.data.lengths import Lengths, of
+from t5x_lite.denoising import Objective
 
 log = logging.getLogger(__name__)
 
@@ -181,9 +183,10 @@ def open_batches(
     shard = Shard(host, hosts, batch_size)
     lengths = of(cfg.lengths, layout)
     parts, rates = [], []
-    for task, rate in tasks.having(cfg, split):
+    for source, rate in sources(cfg, split):
+        task = source.task
         check_inputs(cfg, task, lengths)
-        part = open_part(cfg, task, split, lengths, randomness.key(seed, "part", task.name))
+        part = open_part(cfg, source, split, lengths, randomness.key(seed, "part", source.name))
         share = part.rows.shares()
         if not share.whole:
             raise ValueError(
@@ -205,6 +208,32 @@ def open_batches(
     return batches
 
 
+class Source(NamedTuple):
+    """What the rows of a part are made of: a task, by one objective or by its own pairs.
+
+    Only the `first` part of a task tells what reading it counted.
+    """
+
+    name: str
+    task: tasks.Task
+    objective: Objective | None
+    first: bool = True
+
+
+def sources(cfg: config.Data, split: str) -> list[tuple[Source, float]]:
+    """Each task by each denoiser, with its rate."""
+    found = []
+    for task, rate in tasks.having(cfg, split):
+        if cfg.objective is None:
+            found.append((Source(task.name, task, None), rate))
+            continue
+        parts = objectives.denoisers(cfg.objective, task.vocabularies[1])
+        for number, (name, objective, share) in enumerate(parts):
+            name = f"{task.name}/{name}" if name else task.name
+            found.append((Source(name, task, objective, number == 0), rate * share))
+    return found
+
+
 def check_inputs(cfg: config.Data, task: tasks.Task, lengths: Lengths) -> None:
     """Raises ValueError unless the task has what the layout reads."""
     if cfg.objective is not None:
@@ -218,24 +247,26 @@ def check_inputs(cfg: config.Data, task: tasks.Task, lengths: Lengths) -> None:
         raise ValueError(f'{task.name} has inputs: set Data.lengths["inputs"]')
 
 
-def open_part(cfg: config.Data, task: tasks.Task, split: str, lengths: Lengths, key: int) -> Part:
-    """The task's rows: cached or streamed, by its own pairs or by the objective."""
-    if cfg.objective is None:
+def open_part(cfg: config.Data, source: Source, split: str, lengths: Lengths, key: int) -> Part:
+    """The source's rows, cached or streamed."""
+    task = source.task
+    if source.objective is None:
         make = lambda found: rows.Examples(found, lengths, cfg.pack)
     else:
-        cutter = objectives.cutter(cfg.objective, lengths, task.vocabularies[1])
+        cutter = objectives.cutter(source.objective, lengths, task.vocabularies[1])
         make = lambda found: rows.Windows(found, cutter)
     if cfg.stream and split == "train":
         streamed = streams.Streamed(task, split, lengths, make)
-        return Part(task.name, streamed, key, task.counts, streamed.state, streamed.restore)
+        counts = task.counts if source.first else {}
+        return Part(source.name, streamed, key, counts, streamed.state, streamed.restore)
     found = tasks.tokens(task, split, cfg.cache_dir)
     return Part(
-        name=task.name,
+        name=source.name,
         rows=make(found),
         key=key,
-        counts=found.counts,
+        counts=found.counts if source.first else {},
         state=lambda: {"tokens": found.digest},
-        restore=functools.partial(check_digest, task.name, found.digest),
+        restore=functools.partial(check_digest, source.name, found.digest),
     )
 
 

@@ -122,7 +122,8 @@ def vocabularies_of(cfg: config.Data, task: tasks.Task) -> tuple[Vocabulary, Voc
     if cfg.objective is not None:
         inputs = copy.copy(targets)
         # A text to be continued does not end with eos; a corrupted one does.
-        inputs.ends = isinstance(cfg.objective, config.SpanCorruption)
+        parts = getattr(cfg.objective, "parts", (cfg.objective,))
+        inputs.ends = all(isinstance(part, config.SpanCorruption) for part in parts)
     return inputs, targets
 
 

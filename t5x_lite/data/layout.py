@@ -9,7 +9,7 @@ from t5x_lite.batch import Batch
 from t5x_lite.data import packing
 from t5x_lite.data.cache import Feature
 from t5x_lite.data.lengths import Lengths
-from t5x_lite.data.objectives import Ragged
+from t5x_lite.data.ragged import Ragged
 
 
 class Tiles(NamedTuple):

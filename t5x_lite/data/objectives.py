@@ -1,230 +1,202 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs and targets cut from running text: span corruption, prefix LM, causal LM.
+"""Inputs and targets cut from running text, by any objective of `config`.
 
-Every function works on a batch of windows, a window being a row of token ids of equal length, and
-is decided by one key per window. The batch builder and the seqio preprocessor share them.
+A `Cutter` works on a batch of windows, a window being a row of token ids of equal length, and is
+decided by one key per window. The batch builder and the seqio preprocessor share it.
 """
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from t5x_lite import config
-from t5x_lite.data import randomness
+from t5x_lite import config, windows
+from t5x_lite.data import spans, splits
 from t5x_lite.data.lengths import Lengths
+from t5x_lite.data.ragged import Ragged, column, side_by_side
 from t5x_lite.data.vocabularies import Vocabulary
-
-Objective = config.SpanCorruption | config.PrefixLM | config.CausalLM
-
-
-class Shape(NamedTuple):
-    """Of a window of `tokens`: the lengths of what it becomes, ends included, and its spans."""
-
-    tokens: int
-    inputs: int
-    targets: int
-    spans: int
-
-
-class Ragged(NamedTuple):
-    """Rows of different lengths, end to end."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-
-
-def spans_of(tokens: int, noise_density: float, mean_span: float) -> tuple[int, int]:
-    """Noise tokens and spans of a window (random_spans_helper of t5/data/preprocessors.py)."""
-    noise = int(round(tokens * noise_density))
-    return noise, int(round(noise / mean_span))
-
-
-def span_corruption_shape(length: int, noise_density: float, mean_span: float) -> Shape:
-    """The longest window whose inputs fit in `length` once its noise is hidden.
-
-    One sentinel per span on each side and one end on each side. T5's tables count the spans of
-    the longest window, before a density of 0.5 gives one token back; so does this.
-    """
-
-    def shape(tokens: int) -> Shape:
-        noise, spans = spans_of(tokens, noise_density, mean_span)
-        return Shape(tokens, tokens - noise + spans + 1, noise + spans + 1, spans)
-
-    tokens = length - 1
-    while shape(tokens + 1).inputs <= length:
-        tokens += 1
-    found = shape(tokens)
-    if noise_density == 0.5 and found.targets > found.inputs:
-        found = found._replace(tokens=tokens - 1, targets=found.targets - 1)
-    return found
-
-
-def exact_shape(tokens: int, noise_density: float, mean_span: float) -> Shape:
-    """What corrupt_spans makes of a window of `tokens`: at least one token hidden and one left."""
-    noise, spans = noise_and_spans(tokens, noise_density, mean_span)
-    return Shape(tokens, tokens - noise + spans + 1, noise + spans + 1, spans)
-
-
-def noise_and_spans(tokens: int, noise_density: float, mean_span: float) -> tuple[int, int]:
-    noise = min(max(int(round(tokens * noise_density)), 1), tokens - 1)
-    # No more spans than tokens on either side: each span needs one of both.
-    return noise, min(max(int(round(noise / mean_span)), 1), noise, tokens - noise)
-
-
-def segmentation(items: int, parts: int, keys: np.ndarray) -> np.ndarray:
-    """Lengths [b parts] of `items` cut into positive parts, every way equally likely."""
-    draws = randomness.keys(0, keys[:, None] + np.arange(1, items, dtype=np.uint64))
-    # The parts - 1 smallest draws say after which items the cuts come.
-    cuts = np.argpartition(draws, parts - 2, axis=1)[:, : parts - 1] if parts > 1 else draws[:, :0]
-    cuts = np.sort(cuts.astype(np.int64), axis=1) + 1
-    edges = np.pad(cuts, ((0, 0), (1, 1)), constant_values=((0, 0), (0, items)))
-    return np.diff(edges, axis=1)
-
-
-def noise_mask(tokens: int, noise_density: float, mean_span: float, keys: np.ndarray) -> np.ndarray:
-    """Which tokens are hidden [b tokens]: spans in turn with text, text first (T5)."""
-    noise, spans = noise_and_spans(tokens, noise_density, mean_span)
-    hidden = segmentation(noise, spans, randomness.keys(1, keys))
-    kept = segmentation(tokens - noise, spans, randomness.keys(2, keys))
-    runs = np.stack([kept, hidden], axis=2).reshape(-1)
-    flags = np.tile(np.array([False, True]), len(keys) * spans)
-    return np.repeat(flags, runs).reshape(len(keys), tokens)
-
-
-def hide(windows: np.ndarray, mask: np.ndarray, top: int) -> Ragged:
-    """Windows with the k-th masked run of each replaced by one sentinel, top - k (k from 0)."""
-    first = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
-    marked = np.where(first, top + 1 - np.cumsum(first, axis=1), windows)
-    keep = first | ~mask
-    return Ragged(marked[keep], keep.sum(axis=1))
-
-
-def corrupt_spans(
-    windows: np.ndarray, noise_density: float, mean_span: float, keys: np.ndarray, top: int
-) -> tuple[Ragged, Ragged]:
-    """Inputs with spans hidden behind sentinels, targets with the rest hidden, without ends."""
-    mask = noise_mask(windows.shape[1], noise_density, mean_span, keys)
-    return hide(windows, mask, top), hide(windows, ~mask, top)
-
-
-def cut(windows: np.ndarray, least: int, most: int, keys: np.ndarray) -> tuple[Ragged, Ragged]:
-    """Windows cut in two at a place drawn uniformly from least..most tokens."""
-    place = least + randomness.uniform(3, keys, most - least + 1)
-    before = np.arange(windows.shape[1]) < place[:, None]
-    return (
-        Ragged(windows[before], place),
-        Ragged(windows[~before], windows.shape[1] - place),
-    )
-
-
-def with_end(rows: Ragged, eos: int) -> Ragged:
-    """Rows with eos after each."""
-    return Ragged(np.insert(rows.tokens, np.cumsum(rows.lengths), eos), rows.lengths + 1)
+from t5x_lite.denoising import Objective
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """An objective fitted to lengths and a vocabulary: it wants windows of `window` tokens."""
+    """An objective fitted to lengths and a vocabulary: it wants windows of `window` tokens.
+
+    `sentinels` [k], `mode` [m] and `marks` [3] (of fill-in-the-middle) are ids.
+    """
 
     objective: Objective
     lengths: Lengths
     window: int
     eos: int
-    top: int
+    sentinels: np.ndarray
+    mode: np.ndarray
+    marks: np.ndarray
 
     @property
     def runs_on(self) -> bool:
-        """Whether the ends of examples are tokens of the text; denoising sets its own ends."""
-        return not isinstance(self.objective, config.SpanCorruption)
+        """Whether the ends of examples are tokens of the text; denoising and infilling set their
+        own ends."""
+        return not isinstance(self.objective, config.SpanCorruption | config.FillInTheMiddle)
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens of text there must be: room for one span of the mean length."""
+        if isinstance(self.objective, config.SpanCorruption):
+            return int(np.ceil(self.objective.mean_span)) + 1
+        return 2
 
     def __call__(
-        self, windows: np.ndarray, keys: np.ndarray
+        self, texts: np.ndarray, keys: np.ndarray
     ) -> tuple[Ragged | None, Ragged, np.ndarray | float]:
         """Inputs, targets and the targets' weights in the loss, of windows [b t]; t is `window`
         or, for a last piece, less."""
         if self.lengths.layout == "aligned":
-            return self.masked(windows, keys)
-        return *self.parts(windows, keys), 1.0
+            return self.masked(texts, keys)
+        return *self.parts(texts, keys), 1.0
 
-    def masked(self, windows: np.ndarray, keys: np.ndarray) -> tuple[Ragged, Ragged, np.ndarray]:
+    def mask(self, tokens: int, keys: np.ndarray) -> np.ndarray:
+        """Which tokens of each window are hidden [b t]."""
+        density, span = self.objective.noise_density, self.objective.mean_span
+        capped = self.objective.overflow == "cap" and self.lengths.layout != "aligned"
+        most = len(self.sentinels) if capped else None
+        return spans.noise_mask(tokens, *windows.noise_and_spans(tokens, density, span, most), keys)
+
+    def masked(self, texts: np.ndarray, keys: np.ndarray) -> tuple[Ragged, Ragged, np.ndarray]:
         """Each hidden token replaced by the first sentinel, and only those to be predicted (the
         masked language model of an encoder, with T5's spans)."""
-        tokens = windows.shape[1]
-        density, span = self.objective.noise_density, self.objective.mean_span
-        mask = noise_mask(tokens, density, span, keys).reshape(-1)
-        whole, lengths = windows.reshape(-1), np.full(len(windows), tokens)
+        mask = self.mask(texts.shape[1], keys)
+        told = np.tile(self.mode.astype(texts.dtype), (len(texts), 1))
+        read = np.hstack([told, np.where(mask, self.sentinels[0], texts)])
+        lengths = np.full(len(texts), read.shape[1])
         return (
-            Ragged(np.where(mask, self.top, whole), lengths),
-            Ragged(whole, lengths),
-            mask.astype(np.float32),
+            Ragged(read.reshape(-1), lengths),
+            Ragged(np.hstack([told, texts]).reshape(-1), lengths),
+            np.hstack([np.zeros(told.shape), mask]).reshape(-1).astype(np.float32),
         )
 
-    def parts(self, windows: np.ndarray, keys: np.ndarray) -> tuple[Ragged | None, Ragged]:
+    def parts(self, texts: np.ndarray, keys: np.ndarray) -> tuple[Ragged | None, Ragged]:
         """Inputs and targets of windows [b t]."""
-        tokens = windows.shape[1]
+        rows, tokens = texts.shape
+        end = column(np.array([self.eos], texts.dtype), rows)
         match self.objective:
-            case config.SpanCorruption(density, span):
-                pair = corrupt_spans(windows, density, span, keys, self.top)
-                return with_end(pair[0], self.eos), with_end(pair[1], self.eos)
-            case config.PrefixLM():
-                least, most = 1, tokens - 1
-                if self.lengths.layout == "pair":
-                    least = max(1, tokens - self.lengths.targets)
-                    most = min(most, self.lengths.inputs)
-                return cut(windows, least, most, keys)
             case config.CausalLM():
-                return None, Ragged(windows.reshape(-1), np.full(len(windows), tokens))
+                return None, Ragged(texts.reshape(-1), np.full(rows, tokens))
+            case config.SpanCorruption():
+                read, asked = spans.corrupt(texts, self.mask(tokens, keys), self.sentinels)
+                pair = side_by_side(read, end), side_by_side(asked, end)
+            case config.PrefixLM():
+                least, most = self.targets(tokens)
+                pair = splits.cut(texts, tokens - most, tokens - least, keys)
+            case config.FillInTheMiddle(order=order):
+                middle = splits.middles(tokens, *self.targets(tokens), keys)
+                read, asked = splits.fill_in(texts, middle, self.marks.astype(texts.dtype), order)
+                pair = read, side_by_side(asked, end)
+        if not len(self.mode):
+            return pair
+        return side_by_side(column(self.mode.astype(texts.dtype), rows), pair[0]), pair[1]
+
+    def targets(self, tokens: int) -> tuple[int, int]:
+        """The fewest and most tokens of a window that are targets."""
+        return windows.target_range(self.objective, tokens, self.lengths, len(self.mode))
 
 
 def cutter(objective: Objective, lengths: Lengths, vocabulary: Vocabulary) -> Cutter:
     """The objective with the longest window whose inputs and targets fit the lengths.
 
-    Raises ValueError if none fits, or the vocabulary has too few sentinels.
+    Raises ValueError if none fits, the layout has no place for it, or the vocabulary has too few
+    sentinels.
     """
-    if lengths.layout == "aligned":
-        check_masking(objective, vocabulary)
-        window = lengths.row
-    elif isinstance(objective, config.SpanCorruption):
-        window = span_window(objective, lengths, vocabulary)
-    elif lengths.layout == "joined":
-        window = lengths.row
-    else:
-        # Every split of it leaves both sides within their lengths, by the bounds in Cutter.
-        window = max(lengths.inputs, lengths.targets)
-    return Cutter(objective, lengths, window, vocabulary.eos, vocabulary.size - 1)
-
-
-def check_masking(objective: Objective, vocabulary: Vocabulary) -> None:
-    """Raises ValueError unless an encoder alone can be trained so."""
-    if not isinstance(objective, config.SpanCorruption):
+    name = type(objective).__name__
+    check_layout(objective, lengths)
+    mode = np.array(vocabulary.encode(getattr(objective, "mode", None) or ""), np.int32)
+    sentinels = vocabulary.sentinel_ids
+    window = windows.window(objective, lengths, len(mode), len(sentinels))
+    if window < 2:
+        told = f"inputs {lengths.inputs}, targets {lengths.targets}"
         raise ValueError(
-            f"{type(objective).__name__} is for a model with a decoder; an encoder alone is "
-            "trained with SpanCorruption"
+            f"Data.lengths ({told}) are too short for {name}: not even a window of 2 tokens fits"
         )
-    if vocabulary.sentinels < 1:
-        raise ValueError("SpanCorruption needs a sentinel: set Vocabulary.extra_ids to at least 1")
+    windows.check_sentinels(objective, lengths, len(mode), len(sentinels))
+    marks = marks_of(objective, vocabulary)
+    return Cutter(objective, lengths, window, vocabulary.eos, sentinels, mode, marks)
 
 
-def span_window(objective: config.SpanCorruption, lengths: Lengths, vocabulary: Vocabulary) -> int:
-    """Tokens of a window whose inputs fill Data.lengths["inputs"]."""
-    if not lengths.inputs:
-        raise ValueError('SpanCorruption needs Data.lengths["inputs"]')
-    density, span = objective.noise_density, objective.mean_span
-    tokens = span_corruption_shape(lengths.inputs, density, span).tokens
-    if tokens < 2:
-        raise ValueError(f'Data.lengths["inputs"] = {lengths.inputs} is too short to hide a span')
-    shape = exact_shape(tokens, density, span)
-    if shape.targets > lengths.targets:
+def check_layout(objective: Objective, lengths: Lengths) -> None:
+    """Raises ValueError unless a model of the layout can be trained so."""
+    name, spans = type(objective).__name__, isinstance(objective, config.SpanCorruption)
+    if lengths.layout == "aligned" and not spans:
         raise ValueError(
-            f"SpanCorruption({density}, {span}) makes {shape.targets} targets from "
-            f'{lengths.inputs} inputs: set Data.lengths["targets"] to at least that, not '
-            f"{lengths.targets}"
+            f"{name} is for a model with a decoder; an encoder alone is trained with SpanCorruption"
         )
-    if shape.spans > vocabulary.sentinels:
-        raise ValueError(
-            f"SpanCorruption({density}, {span}) hides {shape.spans} spans in {lengths.inputs} "
-            f"inputs, but the vocabulary has {vocabulary.sentinels} sentinels: set "
-            f"Vocabulary.extra_ids to at least {shape.spans}, or shorten the inputs"
-        )
-    return tokens
+    if lengths.layout == "pair" and isinstance(objective, config.CausalLM):
+        raise ValueError("CausalLM leaves the encoder nothing to read: use PrefixLM")
+    wants_inputs = lengths.layout == "pair" or (spans and lengths.layout == "joined")
+    if wants_inputs and not lengths.inputs:
+        raise ValueError(f'{name} needs Data.lengths["inputs"]')
+
+
+def marks_of(objective: Objective, vocabulary: Vocabulary) -> np.ndarray:
+    """Ids of fill-in-the-middle's marks [3]: before the prefix, before the suffix, after both.
+
+    Raises ValueError for a mark that is not one id.
+    """
+    if not isinstance(objective, config.FillInTheMiddle) or objective.marks is None:
+        return vocabulary.sentinel_ids[: windows.MARKS]
+    coded = [vocabulary.encode(name) for name in objective.marks]
+    for name, ids in zip(objective.marks, coded, strict=True):
+        if len(ids) != 1:
+            raise ValueError(
+                f"FillInTheMiddle.marks: {name!r} is {len(ids)} ids, not one: add it to "
+                "Vocabulary.names, or leave marks out and sentinels are used"
+            )
+    return np.array(coded, np.int32).reshape(-1)
+
+
+def denoisers(
+    objective: Objective | config.Denoisers, vocabulary: Vocabulary
+) -> list[tuple[str, Objective, float]]:
+    """Name, objective and share of the windows of each denoiser; an objective alone has no name.
+
+    Raises ValueError if two modes are the same ids.
+    """
+    if not isinstance(objective, config.Denoisers):
+        return [("", objective, 1.0)]
+    check_modes(objective, vocabulary)
+    total, seen, found = sum(objective.rates), Counter(), []
+    for part, rate in zip(objective.parts, objective.rates, strict=True):
+        name = name_of(part)
+        seen[name] += 1
+        number = f" {seen[name]}" if seen[name] > 1 else ""
+        found.append((name + number, part, rate / total))
+    return found
+
+
+def check_modes(objective: config.Denoisers, vocabulary: Vocabulary) -> None:
+    """Raises ValueError where a vocabulary without such names makes two modes one."""
+    modes = {getattr(part, "mode", None) for part in objective.parts} - {None}
+    coded: dict[tuple, str] = {}
+    for mode in sorted(modes):
+        ids = tuple(vocabulary.encode(mode))
+        if ids in coded or not ids:
+            raise ValueError(
+                f"Denoisers.parts: the mode {mode!r} is "
+                f"{f'the same ids as {coded[ids]!r}' if ids else 'no id at all'} in this "
+                "vocabulary: add it to Vocabulary.names"
+            )
+        coded[ids] = mode
+
+
+def name_of(objective: Objective) -> str:
+    """What a person calls the objective, with its mode and numbers: "[NLU] spans 0.15 3"."""
+    match objective:
+        case config.SpanCorruption(density, span):
+            name = f"spans {density:g} {span:g}"
+        case config.PrefixLM(share, split):
+            name = "prefix" if share is None else f"prefix {split} {share:g}"
+        case config.FillInTheMiddle(order=order):
+            name = f"middle {order}"
+        case _:
+            name = "causal"
+    mode = getattr(objective, "mode", None)
+    return name if mode is None else f"{mode} {name}"

@@ -160,9 +160,10 @@ class Windows:
     def __init__(self, tokens: Tokens, cutter: Cutter):
         self.cutter, self.lengths = cutter, cutter.lengths
         self.stream = Stream(tokens.targets, keep_ends=cutter.runs_on)
-        if self.stream.size < 2:
+        if self.stream.size < cutter.least:
             raise ValueError(
-                f"{tokens.name} is too short for any window: it has fewer than 2 tokens"
+                f"{tokens.name} is too short for any window: it has {self.stream.size} tokens, "
+                f"{type(cutter.objective).__name__} needs at least {cutter.least}"
             )
         whole, rest = divmod(self.stream.size, cutter.window)
         self.rows = whole + (1 if rest >= 2 else 0)
