@@ -3,7 +3,7 @@
 
 import jax
 
-from t5x_lite import config, config_file, model, sharding
+from t5x_lite import adaptation, config, config_file, model, sharding
 from t5x_lite.training import bar, costs, optimizer, overview, schedules, setup
 from t5x_lite.training import state as states
 
@@ -34,8 +34,20 @@ def text(run: config.Run) -> str:
             *[f"weights         {line}" for line in overview.parts_text(run, shapes)],
             f"FLOPs per step  {bar.count(flops)} = {costs.FORMULA}",
             f"run             {overview.run_text(run)}",
+            *adapted(run, shapes.params),
         ]
     )
+
+
+def adapted(run: config.Run, params) -> list[str]:
+    """Where the weights would come from, if others' are to be adapted."""
+    if run.adaptation is None:
+        return []
+    try:
+        report = adaptation.explain(run)
+    except adaptation.MissingSource as error:
+        return [f"adaptation      unknown as yet: {error}"]
+    return ["", report.text(overview.trains(run, params))]
 
 
 def weights(params, axes) -> list[str]:

@@ -83,7 +83,7 @@ class Training:
         """The newest usable checkpoint, or new weights."""
         found = self.checkpoints.restore(self.parts.shapes, self.tell)
         if found is None:
-            self.state, self.totals = setup.begin(self.parts), Totals()
+            self.state, self.totals = setup.begin(self.parts, self.console.print), Totals()
             return
         self.state, note = found
         self.parts.batches.restore(note.data)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table that a run begins with."""
 
+from typing import Any
+
 import jax
 from rich.table import Table
 
@@ -72,6 +74,12 @@ def when(group: training_parts.Group) -> str:
     begins = f"trained from step {part.begin}" if part.begin else "trained"
     rate = f" at {part.rate:g} of the rate" if part.rate != 1 else ""
     return begins + rate + (f", rising over {part.warmup} steps" if part.warmup else "")
+
+
+def trains(run: config.Run, params: Any) -> dict[str, str]:
+    """Of each weight's name what becomes of it, as `when` says; empty without Train.parts."""
+    groups = training_parts.groups(run.train.parts, params)
+    return {name: when(group) for group in groups for name in group.names}
 
 
 def run_text(run: config.Run) -> str:

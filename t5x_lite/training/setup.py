@@ -2,15 +2,17 @@
 """From a config to everything a run needs, with the checks that need data or devices."""
 
 import difflib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from t5x_lite import config, data, model, sharding
+from t5x_lite import adaptation, config, data, model, sharding
+from t5x_lite.adaptation import agreement
 from t5x_lite.conversion import checkpoint as foreign
 from t5x_lite.evaluation.evaluate import Evaluator
-from t5x_lite.training import archive, checkpoint, optimizer, schedules, state, step
+from t5x_lite.training import archive, checkpoint, optimizer, overview, schedules, state, step
 from t5x_lite.training.archive import CheckpointError
 from t5x_lite.training.state import TrainState
 
@@ -75,10 +77,16 @@ def check_vocabularies(run: config.Run, vocabularies: tuple) -> None:
     )
 
 
-def begin(parts: Parts) -> TrainState:
-    """The state of a new run: drawn from Run.seed, or with the weights of Checkpoint.initial."""
+def begin(parts: Parts, show: Callable[[Any], None] = lambda table: None) -> TrainState:
+    """The state of a new run: drawn from Run.seed, or with the weights of Checkpoint.initial or of
+    Run.adaptation; `show` is given the table of what was adapted.
+    """
     run = parts.run
-    if run.checkpoint.initial is None:
+    if run.adaptation is not None:
+        agreement.check(run.adaptation, *parts.vocabularies)
+        params, report = adaptation.initialize(run)
+        show(report.table(overview.trains(run, parts.shapes.params)))
+    elif run.checkpoint.initial is None:
         params = model.initialize(run.model, jax.random.key(run.seed))
     else:
         params = initial(run.checkpoint.initial, run.model, parts.shapes.params)
