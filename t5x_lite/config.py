@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Dataclasses of other modules are bound by the same name as all others: config.Stack.layers.
+from t5x_lite import windows
 from t5x_lite.adapting import Adaptation as Adaptation
 from t5x_lite.adapting import Distillation as Distillation
 from t5x_lite.adapting import Part as Part
@@ -58,6 +59,18 @@ class Vocabulary(Checked):
             self.sentinels is None or "{}" in self.sentinels,
             'Vocabulary.sentinels needs {} for the number: "<unused{}>"',
         )
+
+    @property
+    def told_sentinels(self) -> int | None:
+        """How many sentinels there are; None where only the vocabulary's own file says it."""
+        bare = self.kind in ("bytes", "trained") and self.sentinels is None
+        return self.extra_ids if bare or self.extra_ids else None
+
+    def most_ids(self, text: str | None) -> int:
+        """No more ids than these are what a text becomes: a blank before it, and its bytes."""
+        if text is None:
+            return 0
+        return 1 if text in self.names else 1 + len(text.encode())
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,13 @@ class Data(Checked):
         require("targets" in self.lengths, 'Data.lengths needs "targets"')
         for feature, length in self.lengths.items():
             require(length >= 2, f'Data.lengths["{feature}"] must be at least 2; got {length}')
+
+    @property
+    def told_vocabulary(self) -> Vocabulary | None:
+        """What the config says of the targets' vocabulary; None for a task that brings its own."""
+        tasks = self.task.tasks if isinstance(self.task, Mixture) else (self.task,)
+        told = (task.vocabulary for task in tasks if isinstance(task, Files))
+        return self.vocabulary or next(told, None)
 
 
 @dataclass(frozen=True)
@@ -333,6 +353,12 @@ class Run(Checked):
             not (self.model.layout == "pair" and any(isinstance(part, CausalLM) for part in parts)),
             "CausalLM leaves the encoder nothing to read: use PrefixLM or SpanCorruption",
         )
+        vocabulary = self.data.told_vocabulary
+        lengths = windows.lengths_of(self.data.lengths, self.model.layout)
+        if vocabulary is not None and vocabulary.told_sentinels is not None:
+            for part in filter(None, parts):
+                mode = vocabulary.most_ids(getattr(part, "mode", None))
+                windows.check_sentinels(part, lengths, mode, vocabulary.told_sentinels)
         if self.distillation is not None:
             self.check_distillation(parts)
 
