@@ -12,6 +12,7 @@ import numpy as np
 from t5x_lite import config
 from t5x_lite.batch import Batch
 from t5x_lite.data import layout, mixing, objectives, randomness, rows, streams, tasks
+from t5x_lite.data.cache import Tokens
 from t5x_lite.data.lengths import Lengths, of
 from t5x_lite.denoising import Objective
 
@@ -211,11 +212,12 @@ def open_batches(
 class Source(NamedTuple):
     """What the rows of a part are made of: a task, by one objective or by its own pairs.
 
-    Only the `first` part of a task tells what reading it counted.
+    `tokens` reads its cache once for all its parts; only the `first` tells what reading counted.
     """
 
     name: str
     task: tasks.Task
+    tokens: Callable[[], Tokens]
     objective: Objective | None
     first: bool = True
 
@@ -224,13 +226,14 @@ def sources(cfg: config.Data, split: str) -> list[tuple[Source, float]]:
     """Each task by each denoiser, with its rate."""
     found = []
     for task, rate in tasks.having(cfg, split):
+        tokens = functools.cache(functools.partial(tasks.tokens, task, split, cfg.cache_dir))
         if cfg.objective is None:
-            found.append((Source(task.name, task, None), rate))
+            found.append((Source(task.name, task, tokens, None), rate))
             continue
         parts = objectives.denoisers(cfg.objective, task.vocabularies[1])
         for number, (name, objective, share) in enumerate(parts):
             name = f"{task.name}/{name}" if name else task.name
-            found.append((Source(name, task, objective, number == 0), rate * share))
+            found.append((Source(name, task, tokens, objective, number == 0), rate * share))
     return found
 
 
@@ -259,7 +262,7 @@ def open_part(cfg: config.Data, source: Source, split: str, lengths: Lengths, ke
         streamed = streams.Streamed(task, split, lengths, make)
         counts = task.counts if source.first else {}
         return Part(source.name, streamed, key, counts, streamed.state, streamed.restore)
-    found = tasks.tokens(task, split, cfg.cache_dir)
+    found = source.tokens()
     return Part(
         name=source.name,
         rows=make(found),
