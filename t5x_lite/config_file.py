@@ -54,6 +54,14 @@ config.Stack.mlp = 2
 """
 
 
+RUN = re.compile(r"^\s*(?:\w+/)*config\.Run\.", re.MULTILINE)
+
+
+def describes_run(paths: list[str]) -> bool:
+    """Whether the files describe a whole run, and not config.Data alone."""
+    return any(RUN.search(line.text) for path in paths for line in read(path))
+
+
 def load_data(paths: list[str], bindings: list[str] = ()) -> config.Data:
     """The data that these files describe, whole runs or config.Data alone.
 
@@ -127,7 +135,7 @@ def parse(lines: list[Line], bindings: list[str]) -> config.Run:
     import gin
 
     source = HEADER + "\n".join(without_imports(line) for line in lines)
-    if not re.search(r"^\s*(?:\w+/)*config\.Run\.", source, re.MULTILINE):
+    if not RUN.search(source):
         raise ConfigError(
             "No config.Run in the config: begin with a file of configs/runs, or bind config.Run"
         )

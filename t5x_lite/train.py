@@ -3,9 +3,10 @@
 
 import argparse
 import errno
-import importlib
 import logging
 import sys
+
+from t5x_lite import gin_arguments
 
 TEACHING = """\
 Trains a model, evaluates it, and keeps everything in MODEL_DIR. The same command again goes on
@@ -41,50 +42,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument(
-        "--gin_file",
-        action="append",
-        required=True,
-        metavar="FILE",
-        help="a .gin file; several are read in order, later bindings win",
-    )
-    made.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a Python module to import first (registers seqio tasks)",
-    )
+    gin_arguments.add(made)
     made.add_argument("--dry_run", action="store_true", help="print what would be trained")
     made.add_argument("--profile", action="store_true", help="write a profiler trace")
     return made
-
-
-def bindings(extra: list[str]) -> list[str]:
-    """ "NAME=VALUE" of every --gin.NAME=VALUE, also written --gin.NAME VALUE.
-
-    Raises ValueError for anything else.
-    """
-    found, words = [], list(extra)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--gin."):
-            raise ValueError(f"unknown argument {word!r} (see --help)")
-        binding = word.removeprefix("--gin.")
-        if "=" not in binding:
-            if not words:
-                raise ValueError(f"{word} needs a value: {word}=VALUE")
-            binding = f"{binding}={words.pop(0)}"
-        found.append(binding)
-    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; gives back its exit status."""
     known, extra = parser().parse_known_args(arguments)
     try:
-        return command(known, bindings(extra))
+        return command(known, gin_arguments.bindings(extra))
     except ValueError as error:
         print(f"t5x_lite.train: {error}", file=sys.stderr)
         return 1
@@ -95,20 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def bring(module: str) -> None:
-    """Imports a user's module; raises ValueError where it is not found."""
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        raise ValueError(f"--import={module}: there is no such module here or installed") from error
-
-
 def command(known: argparse.Namespace, found: list[str]) -> int:
-    sys.path.insert(0, "")
-    for module in known.modules:
-        bring(module)
+    gin_arguments.bring(known.modules)
     from t5x_lite import config_file
 
     run = config_file.load(known.gin_file, found)
