@@ -18,7 +18,8 @@ class Mixture:
         shares = np.array(rates, np.float64)
         if not (shares > 0).all() or not np.isfinite(shares).all():
             raise ValueError(f"Mixture rates must be positive numbers; got {rates}")
-        self.counts, self.key = block_counts(shares / shares.sum()), key
+        self.shares, self.key = shares / shares.sum(), key
+        self.counts = block_counts(self.shares)
         self.block = functools.lru_cache(maxsize=2)(self.order)
 
     def order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
