@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_lite import config, model
+from t5x_lite.adaptation import agreement
 from t5x_lite.batch import Lesson
 from t5x_lite.conversion import origins, weights
 from t5x_lite.conversion.origins import Origin
@@ -15,12 +16,6 @@ from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.model.attention import View
 from t5x_lite.model.transformer import same
 from t5x_lite.sharding import spec
-
-# Texts that two tokenizers have to read alike: words, code, digits, other scripts.
-PROBES = (
-    "The quick brown fox, 1,234.5 times; isn't it?",
-    "def square(x: int) -> int:\n    return x ** 2  # 北京 żółw 🙂\n",
-)
 
 
 class Teacher(NamedTuple):
@@ -82,45 +77,21 @@ def taught_size(
     """How many ids both have: of equal vocabularies those of the models, padding included."""
     if taught.size == own.size:
         return min(teacher.vocab, student.vocab)
-    # Ids that one side has added stand where the other has padding.
-    return min(taught.size, own.size)
+    # Ids that the run has added stand where the teacher's model has padding.
+    return taught.size
 
 
 def check_vocabulary(path: str, taught: Vocabulary, own: Vocabulary) -> None:
-    """Raises ValueError where an id that both have means another text to the teacher."""
-    if same_bits(taught, getattr(own, "inner", own)):
-        return
-    remedy = (
-        "Both must read text alike: begin with the teacher's vocabulary (Vocabulary.kind = "
-        f"'checkpoint', Vocabulary.path = {path!r})"
-    )
-    for token in range(min(taught.size, own.size)):
-        texts = taught.decode([token]), own.decode([token])
-        if texts[0] != texts[1]:
-            raise ValueError(
-                f"The vocabularies of Distillation.teacher ({taught.size} ids) and of the run "
-                f"({own.size}) do not agree: id {token} is {texts[0]!r} to the teacher and "
-                f"{texts[1]!r} here. {remedy}"
-            )
-    for probe in PROBES:
-        ids = [[int(token) for token in each.encode(probe)] for each in (taught, own)]
-        if ids[0] != ids[1]:
-            raise ValueError(
-                "The tokenizers of Distillation.teacher and of the run have the same pieces but "
-                f"cut {probe!r} into {ids[0]} and {ids[1]}. {remedy}"
-            )
+    """Raises ValueError where the teacher means another text by an id that the run has too."""
+    told = agreement.difference(taught, own)
+    if told is None and taught.eos != own.eos:
+        told = f"texts end with id {taught.eos} there and {own.eos} here"
     config.require(
-        taught.eos == own.eos,
-        f"Texts end with id {taught.eos} for Distillation.teacher and with {own.eos} here. "
-        f"{remedy}",
+        told is None,
+        f"Distillation.teacher ({path}) has another vocabulary than the run: {told}. Both must "
+        'read text alike: bind Data.vocabulary to one of Vocabulary.kind = "checkpoint", '
+        f"Vocabulary.path = {path!r}",
     )
-
-
-def same_bits(taught: Vocabulary, own: Vocabulary) -> bool:
-    """Whether two vocabularies are made of the same model in the same way."""
-    # Whether inputs end is a matter of the objective, not of what an id means.
-    told = [each.description() | {"ends": None} for each in (taught, own)]
-    return told[0] == told[1] and taught.model() == own.model()
 
 
 def check_mode(run: config.Run, own: Vocabulary, size: int) -> None:

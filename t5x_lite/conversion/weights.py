@@ -158,16 +158,16 @@ def layers(leaf: Leaf) -> Sequence[int | None]:
     return [None] if leaf.layers is None else range(leaf.layers)
 
 
-def load(weights: Weights, cfg: config.Model) -> Any:
-    """params of cfg on the mesh in force, in the dtypes of `model.shapes`, weight by weight."""
+def load(weights: Weights, cfg: config.Model, dtype: str | None = None) -> Any:
+    """params of cfg on the mesh in force, in dtype or those of `model.shapes`, weight by weight."""
 
     def place(path, shape):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         leaf = weights.leaves[name]
-        whole = np.empty(shape.shape, shape.dtype)
+        whole = np.empty(shape.shape, jax.numpy.dtype(dtype or shape.dtype))
         for layer in layers(leaf):
             values = weights.read(name, layer)
-            whole[() if layer is None else layer] = cast(values, shape.dtype, name)
+            whole[() if layer is None else layer] = cast(values, whole.dtype, name)
         return jax.make_array_from_callback(shape.shape, shape.sharding, lambda part: whole[part])
 
     return jax.tree_util.tree_map_with_path(place, model.shapes(cfg))

@@ -34,6 +34,7 @@ def text(run: config.Run) -> str:
             *[f"weights         {line}" for line in overview.parts_text(run, shapes)],
             f"FLOPs per step  {bar.count(flops)} = {costs.FORMULA}",
             f"run             {overview.run_text(run)}",
+            *[f"teacher         {line}" for line in overview.teacher_text(run.distillation)],
             *adapted(run, shapes.params),
         ]
     )

@@ -61,6 +61,8 @@ class Training:
         self.tracing = False
         self.compile_seconds = self.evaluate_seconds = 0.0
         self.records = self.checkpoints = self.bar = None
+        # The weights of the teacher, where there is one.
+        self.teacher_params: Any = None
 
     def prepare(self) -> None:
         """Everything up to the first step: data, weights, compiled step, start-up table."""
@@ -95,7 +97,9 @@ class Training:
     def compile(self) -> None:
         began = time.perf_counter()
         batch = sharding.place_batch(self.parts.batches.at(self.start))
-        self.step = self.parts.step.lower(self.state, batch).compile()
+        if self.parts.teacher:
+            self.teacher_params = self.parts.teacher.params()
+        self.step = self.parts.step.lower(self.state, batch, self.teacher_params).compile()
         self.compile_seconds = time.perf_counter() - began
         memory = self.step.memory_analysis()
         scratch = f"{memory.temp_size_in_bytes / 2**20:,.1f} MiB" if memory else "unknown"
@@ -127,7 +131,7 @@ class Training:
         self.meter.fetched(waited)
         placed = sharding.place_batch(batch)
         with jax.transfer_guard("disallow"):
-            self.state, metrics = self.step(self.state, placed)
+            self.state, metrics = self.step(self.state, placed, self.teacher_params)
         self.meter.add(number, metrics)
 
     def after(self, done: int) -> None:

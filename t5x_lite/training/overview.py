@@ -31,6 +31,8 @@ def table(run: config.Run, shapes: TrainState, flops: int, statistics: str) -> T
     flops_text = f"{bar.count(flops)} for {run.train.batch_size} rows = {costs.FORMULA}"
     rows.add_row("FLOPs per step", flops_text)
     rows.add_row("run", run_text(run))
+    for line in teacher_text(run.distillation):
+        rows.add_row("teacher", line)
     return rows
 
 
@@ -90,3 +92,15 @@ def run_text(run: config.Run) -> str:
         f"{schedule.kind} rate up to {schedule.peak:g} after {schedule.warmup} steps, "
         f"{run.model.activations} activations"
     )
+
+
+def teacher_text(cfg: config.Distillation | None) -> list[str]:
+    """What is learned from which teacher, one line; none without one."""
+    if cfg is None:
+        return []
+    what = "whole distribution" if cfg.top_k is None else f"{cfg.top_k} most probable ids"
+    source = f", answers of {cfg.answers}" if cfg.answers else ", loaded beside the model"
+    return [
+        f"{cfg.teacher}{source}: {what} at temperature {cfg.temperature:g}, "
+        f"{cfg.weight:g} of the objective"
+    ]

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from t5x_lite import adaptation, config, data, model, sharding
-from t5x_lite.adaptation import agreement
+from t5x_lite.adaptation import agreement, distillation
+from t5x_lite.adaptation.teacher import Teacher
 from t5x_lite.conversion import checkpoint as foreign
 from t5x_lite.evaluation.evaluate import Evaluator
 from t5x_lite.training import archive, checkpoint, optimizer, overview, schedules, state, step
@@ -27,6 +28,7 @@ class Parts(NamedTuple):
     schedule: Any
     shapes: TrainState
     step: Any
+    teacher: Teacher | None = None
 
 
 def assemble(run: config.Run) -> Parts:
@@ -52,8 +54,9 @@ def assemble(run: config.Run) -> Parts:
     vocabularies = data.open_dataset(run.data, "train").vocabularies
     check_vocabularies(run, vocabularies)
     shapes = state.shapes(model.shapes(run.model), update)
-    made = step.make(run, update, schedule, axes)
-    return Parts(run, batches, vocabularies, update, schedule, shapes, made)
+    batches, teacher = distillation.attend(run, batches, vocabularies)
+    made = step.make(run, update, schedule, axes, teacher)
+    return Parts(run, batches, vocabularies, update, schedule, shapes, made, teacher)
 
 
 def check_batch(cfg: config.Train) -> None:

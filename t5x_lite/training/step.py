@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One optimizer step: a pure function of the state and a batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,21 +10,29 @@ import jax.numpy as jnp
 import optax
 
 from t5x_lite import config, model
-from t5x_lite.batch import Batch
+from t5x_lite.adaptation import teacher as teachers
+from t5x_lite.adaptation.teacher import Teacher
+from t5x_lite.batch import Batch, Lesson
 from t5x_lite.sharding import spec
-from t5x_lite.training import adafactor, losses
+from t5x_lite.training import adafactor, divergence, losses
+from t5x_lite.training.divergence import Lessons
 from t5x_lite.training.parts import Selection
 from t5x_lite.training.state import TrainState
 
 
 class Sums(NamedTuple):
-    """Totals over target tokens; divided by `weights` once, whatever the microbatches."""
+    """Totals over target tokens; divided by `weights` once, whatever the microbatches.
+
+    With a teacher, `divergence` is over the `taught` target tokens on which it has a say.
+    """
 
     objective: jax.Array
     loss: jax.Array
     correct: jax.Array
     weights: jax.Array
     tokens: jax.Array
+    divergence: jax.Array | None = None
+    taught: jax.Array | None = None
 
 
 class Metrics(NamedTuple):
@@ -42,30 +51,29 @@ class Metrics(NamedTuple):
 
 
 def make(
-    run: config.Run, optimizer: optax.GradientTransformation, schedule: optax.Schedule, axes: Any
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; on an accelerator it takes over (donates) the state it is given.
+    run: config.Run,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    axes: Any,
+    teacher: Teacher | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted step, a function of state, batch and the teacher's weights (None without one); on
+    an accelerator it takes over (donates) the state it is given.
 
     Its gradient is that of the loss summed over all target tokens of all microbatches and hosts,
     over their number, which is known before the first microbatch: so no pass over the gradient is
     needed to divide it. Dropout keys are fold_in(seed, step). A step whose gradient is
     not finite leaves weights and optimizer as they were.
     """
-    transformer = model.Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
     selection = Selection(run.train.parts, axes)
     trained_axes = selection.take(axes)
+    differentiated = jax.value_and_grad(scored(run, selection, teacher), has_aux=True)
 
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch, teacher_params: Any = None):
         key = None
         if run.model.dropout > 0:
             key = jax.random.fold_in(jax.random.key(run.seed), state.step)
-        sums_and_gradient = jax.value_and_grad(
-            lambda trained, rows, key, total: objective(
-                token_sums(transformer, run.train, selection.put(state.params, trained), rows, key),
-                total,
-            ),
-            has_aux=True,
-        )
+        sums_and_gradient = functools.partial(differentiated, frozen=(state.params, teacher_params))
         trained = selection.take(state.params)
         sums, gradient = accumulate(sums_and_gradient, trained, batch, key, run.train)
         squares = jax.tree.map(square_sums, gradient, trained_axes)
@@ -83,22 +91,59 @@ def make(
     return jax.jit(step, donate_argnums=() if jax.default_backend() == "cpu" else 0)
 
 
-def objective(sums: Sums, total: jax.Array) -> tuple[jax.Array, Sums]:
-    """What is minimised: this microbatch's part of the objective per target token of them all."""
-    return sums.objective / total, sums
+def scored(run: config.Run, selection: Selection, teacher: Teacher | None):
+    """What is minimised, as a function of the weights that train: this microbatch's part of the
+    objective per target token of all microbatches, and its sums."""
+    transformer = model.Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
+
+    def objective(trained, batch: Batch, key, total, *, frozen):
+        params, teacher_params = frozen
+        params = selection.put(params, trained)
+        taught = None
+        if batch.lesson is not None:
+            taught = functools.partial(
+                lessons, run.distillation, teacher, teacher_params, batch.lesson
+            )
+        found = token_sums(transformer, run, params, batch, key, taught)
+        return found.objective / total, found
+
+    return objective
 
 
-def token_sums(transformer, cfg: config.Train, params, batch: Batch, key) -> Sums:
+def lessons(cfg: config.Distillation, teacher, teacher_params, lesson, logits) -> Lessons:
+    """How far the student's logits [b t v] are from what the teacher says."""
+    if isinstance(lesson, Lesson):
+        said = teachers.logits(teacher, teacher_params, lesson)
+        if cfg.top_k is None:
+            return Lessons(divergence.whole(logits, said, cfg.temperature), lesson.known)
+        ids, log_probabilities = divergence.best(said, cfg.top_k, cfg.temperature)
+    else:
+        ids, log_probabilities = lesson.ids, lesson.log_probabilities
+    found = divergence.of_best(logits, ids, log_probabilities, cfg.temperature)
+    return Lessons(found, lesson.known)
+
+
+def token_sums(transformer, run: config.Run, params, batch: Batch, key, taught) -> Sums:
     """Sums over the target tokens of a batch; only `objective` has a gradient."""
-    logits = transformer.apply({"params": params}, batch, key)
+    cfg = run.train
+    logits = transformer.apply({"params": params}, batch._replace(lesson=None), key)
     weights = batch.loss_weights.astype(jnp.float32)
     told = losses.cross_entropy(logits, batch.targets, cfg.label_smoothing, cfg.z_loss)
-    return Sums(
+    sums = Sums(
         objective=jnp.sum(told.objective * weights),
         loss=jnp.sum(told.nll * weights),
         correct=jnp.sum(told.correct * weights),
         weights=jnp.sum(weights),
         tokens=tokens(batch),
+    )
+    if taught is None:
+        return sums
+    found = taught(logits)
+    known = weights * found.known
+    return sums._replace(
+        objective=jnp.sum(divergence.mixed(told, found, run.distillation) * weights),
+        divergence=jnp.sum(found.divergence * known),
+        taught=jnp.sum(known),
     )
 
 
@@ -122,17 +167,21 @@ def accumulate(sums_and_gradient, params, batch: Batch, key, cfg: config.Train):
         return jax.tree.map(jnp.add, totals, (sums, gradient)), None
 
     zeros = Sums(*[jnp.zeros(())] * 4, jnp.zeros((), jnp.int32))
+    if batch.lesson is not None:
+        zeros = zeros._replace(divergence=jnp.zeros(()), taught=jnp.zeros(()))
     totals = (zeros, jax.tree.map(jnp.zeros_like, params))
     numbers = jnp.arange(cfg.microbatches)
     return jax.lax.scan(add, totals, (numbers, split(batch, cfg.microbatches)))[0]
 
 
 def split(batch: Batch, count: int) -> Batch:
-    """Rows [b t] as [count b/count t]: every count-th row, so that no row changes its device."""
+    """Rows [b t ...] as [count b/count t ...]: every count-th row, so that no row changes its
+    device."""
 
     def rows(x):
         shape = (x.shape[0] // count, count, *x.shape[1:])
-        x = jax.lax.reshape(x, shape, out_sharding=spec("batch whole length"))
+        axes = "batch whole length" + " whole" * (x.ndim - 2)
+        x = jax.lax.reshape(x, shape, out_sharding=spec(axes))
         return jnp.swapaxes(x, 0, 1)
 
     return jax.tree.map(rows, batch)
