@@ -2,14 +2,16 @@
 """Laws of runs that have a teacher: a run folder teaches a pair, live or by its answers."""
 
 import dataclasses
+import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import toy_model
 from test_training_run import make_run, with_train
 
-from t5x_lite import config
+from t5x_lite import config, config_file, data, distill
 from t5x_lite.training import checkpoint, dry_run, loop, records
 
 
@@ -47,8 +49,6 @@ def elsewhere(run: config.Run, path: Path, **changes) -> config.Run:
 
 def assert_equal_ends(run, other):
     ends = [checkpoint.load_params(each.model_dir)[0] for each in (run, other)]
-    import jax
-
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
@@ -85,3 +85,123 @@ def test_parts_that_go_on_in_their_warm_up_have_the_same_bits(school, tmp_path):
     loop.train(stopped)
     assert values(run, "loss") == values(stopped, "loss")
     assert_equal_ends(run, stopped)
+
+
+def gin_file(run: config.Run, path: Path) -> str:
+    path.write_text(config_file.text(run))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def answered(school, tmp_path_factory):
+    """The folder of the teacher's answers, written in two goes, one of them ended in a chunk."""
+    path = tmp_path_factory.mktemp("answers")
+    file, output = gin_file(school, path / "run.gin"), str(path / "answers")
+    command = ["answers", f"--gin_file={file}", f"--output={output}", "--chunk=4"]
+    distill.main([*command, "--steps=3"])
+    (path / "answers" / "00000004.unfinished").mkdir()
+    distill.main(command)
+    return output
+
+
+def with_answers(run: config.Run, folder: str, **changes) -> config.Run:
+    taught = dataclasses.replace(run.distillation, answers=folder, **changes)
+    return dataclasses.replace(run, distillation=taught)
+
+
+def test_answers_give_the_losses_of_the_teacher_itself(finished, answered, tmp_path):
+    run = with_answers(elsewhere(finished, tmp_path / "run"), answered)
+    loop.train(run)
+    for name in ("loss", "objective", "divergence", "gradient_norm"):
+        np.testing.assert_allclose(values(run, name), values(finished, name), rtol=1e-5)
+    stored = sorted(path.name for path in Path(answered).iterdir())
+    assert stored == [".lock", "00000000", "00000004", "settings.json"]
+    ids = np.load(Path(answered) / "00000004" / "ids.npy")
+    assert ids.shape == (2, 8, 16, 4) and ids.dtype == np.uint16
+
+
+def test_answers_written_at_once_are_those_written_in_pieces(school, answered, tmp_path):
+    file = gin_file(school, tmp_path / "run.gin")
+    distill.main(["answers", f"--gin_file={file}", f"--output={tmp_path / 'a'}", "--chunk=4"])
+    for path in Path(answered).glob("*/*.npy"):
+        whole = np.load(tmp_path / "a" / path.relative_to(answered))
+        np.testing.assert_array_equal(np.load(path), whole)
+
+
+def test_answers_of_another_run_are_refused(school, answered, tmp_path):
+    run = with_answers(elsewhere(school, tmp_path / "run"), answered)
+    cases = {
+        "temperature 1.5, but here it is 2": with_answers(run, answered, temperature=2.0),
+        "top_k 4": with_answers(run, answered, top_k=3),
+        "answers for 6 steps, but Train.steps is 7": with_train(run, steps=7),
+        "step 0 are of other data": dataclasses.replace(run, seed=1),
+        "holds no answers": with_answers(run, str(tmp_path)),
+        "batch_size 8": with_train(run, batch_size=16),
+    }
+    for message, other in cases.items():
+        with pytest.raises(ValueError, match=message):
+            loop.train(other)
+    file = gin_file(dataclasses.replace(school, seed=1), tmp_path / "run.gin")
+    with pytest.raises(SystemExit):
+        distill.main(["answers", f"--gin_file={file}", f"--output={answered}", "--chunk=4"])
+
+
+def test_a_teacher_that_does_not_suit_is_refused(school, finished, tmp_path):
+    other = lambda **changes: dataclasses.replace(
+        elsewhere(school, tmp_path / "run"),
+        distillation=dataclasses.replace(school.distillation, **changes),
+    )
+    words = config.Vocabulary("trained", size=280)
+    read = dataclasses.replace(
+        school.data, task=dataclasses.replace(school.data.task, vocabulary=words)
+    )
+    cases = {
+        "There is no /nowhere": other(teacher="/nowhere"),
+        "has an encoder": other(teacher=finished.model_dir),
+        "knows 512 ids, fewer than top_k = 513": other(top_k=513),
+        "another vocabulary": dataclasses.replace(other(), data=read),
+    }
+    for message, run in cases.items():
+        with pytest.raises(ValueError, match=f"Distillation.teacher.*{message}"):
+            loop.train(run)
+
+
+def test_targets_that_a_teacher_writes_are_data_and_go_on(school, tmp_path, capsys):
+    words, output = tmp_path / "words.txt", tmp_path / "pairs.jsonl"
+    words.write_text("abcde\n\nhgfed\naabbc\n")
+    command = [
+        "generate",
+        f"--teacher={school.distillation.teacher}",
+        f"--input={words}",
+        f"--output={output}",
+        "--length=6",
+        "--temperature=1.0",
+        "--template={} ",
+    ]
+    distill.main(command)
+    whole = output.read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert lines and {line["line"] for line in lines} <= {1, 3, 4}
+    assert all(line["inputs"] == words.read_text().splitlines()[line["line"] - 1] for line in lines)
+    assert "line 2: empty" in capsys.readouterr().err
+    # Killed within a line: the same command ends with the same file.
+    output.write_bytes(whole.encode()[: len(whole.encode()) - 9])
+    distill.main(command)
+    assert output.read_text() == whole
+    with pytest.raises(SystemExit):
+        distill.main([*command, "--seed=3"])
+    files = config.Files(
+        name="pairs", train=str(output), inputs="inputs", vocabulary=config.Vocabulary("bytes")
+    )
+    found = data.open_dataset(dataclasses.replace(school.data, task=files), "train")
+    assert [found.targets_text(i) for i in range(len(found))] == [line["targets"] for line in lines]
+
+
+def test_a_teacher_writes_targets_for_the_inputs_of_a_task(school, tmp_path):
+    file, output = gin_file(school, tmp_path / "run.gin"), tmp_path / "pairs.jsonl"
+    teacher = f"--teacher={school.distillation.teacher}"
+    where = [f"--gin_file={file}", "--split=validation", f"--output={output}", "--length=4"]
+    distill.main(["generate", teacher, *where, "--temperature=1.0"])
+    found = data.open_dataset(school.data, "validation")
+    for line in map(json.loads, output.read_text().splitlines()):
+        assert line["inputs"] == found.inputs_text(line["line"] - 1)

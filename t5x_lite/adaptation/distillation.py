@@ -3,9 +3,11 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from t5x_lite import config
+from t5x_lite.adaptation.answers import Answered
 from t5x_lite.adaptation.teacher import Teacher, open_teacher
 from t5x_lite.batch import Batch, Lesson
 from t5x_lite.data import Batches
@@ -133,5 +135,8 @@ def attend(
     """
     if run.distillation is None:
         return School(batches, None)
+    if run.distillation.answers is not None:
+        answered = Answered(run, jax.process_index(), jax.process_count())
+        return School(Taught(batches, answered), None)
     teacher = open_teacher(run, vocabularies)
     return School(Taught(batches, Reading(teacher.model, teacher.size)), teacher)

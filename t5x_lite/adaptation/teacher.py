@@ -68,7 +68,13 @@ def open_teacher(run: config.Run, vocabularies: tuple[Vocabulary, Vocabulary]) -
     for own in vocabularies:
         check_vocabulary(path, taught, own)
     check_mode(run, vocabularies[1], taught.size)
-    return Teacher(path, cfg, origin, taught_size(cfg, taught, run.model, vocabularies[1]))
+    size = taught_size(cfg, taught, run.model, vocabularies[1])
+    config.require(
+        (run.distillation.top_k or 1) <= size,
+        f"Distillation.teacher knows {size} ids, fewer than top_k = {run.distillation.top_k}. Bind "
+        "Distillation.top_k = None for the whole distribution",
+    )
+    return Teacher(path, cfg, origin, size)
 
 
 def taught_size(
