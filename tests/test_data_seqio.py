@@ -12,7 +12,18 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite import config, data
-from t5x_lite.data import pieces, seqio_tasks, tasks, vocabularies
+from t5x_lite.data import (
+    cache,
+    mixing,
+    objectives,
+    pieces,
+    randomness,
+    rows,
+    seqio_tasks,
+    tasks,
+    vocabularies,
+)
+from t5x_lite.data import lengths as data_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 COUNT = 40
@@ -164,6 +175,71 @@ def test_the_objective_as_preprocessor_gives_the_text_back(registered):
     whole = "".join(f"word {i} é" for i in range(COUNT)).encode()
     found = bytes(token - 3 for token in text)
     assert found == whole[: len(found)] and len(whole) - len(found) <= 1
+
+
+OBJECTIVES = [
+    config.SpanCorruption(mode="[NLU]"),
+    config.PrefixLM(),
+    config.PrefixLM(0.3, "fixed"),
+    config.FillInTheMiddle("spm"),
+    config.CausalLM(),
+]
+
+
+def cut_by_seqio(objective, vocabulary, lengths, text) -> list[dict]:
+    """What the preprocessor makes of tokenised examples."""
+    examples = tf.data.Dataset.from_generator(
+        lambda: ({"targets": ids} for ids in text),
+        output_signature={"targets": tf.TensorSpec([None], tf.int32)},
+    )
+    names = ["targets"] if isinstance(objective, config.CausalLM) else ["inputs", "targets"]
+    features = {name: seqio.Feature(seqio_tasks.Adapted(vocabulary)) for name in names}
+    cut = seqio_tasks.preprocessor(objective, seed=4)
+    return list(cut(examples, lengths, features).as_numpy_iterator())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_gives_seqio_the_bits_of_the_batch_builder(objective, registered):
+    vocabulary = vocabularies.Bytes(extra_ids=30)
+    text = [np.array([*vocabulary.encode(f"word {i} é"), 1], np.int32) for i in range(COUNT)]
+    causal = isinstance(objective, config.CausalLM)
+    lengths = {"targets": 32} if causal else {"inputs": 32, "targets": 24}
+    found = cut_by_seqio(objective, vocabulary, lengths, text)
+
+    offsets = np.cumsum([0, *map(len, text)])
+    feature = cache.Feature(np.concatenate(text), offsets, 1, ends=True)
+    fit = data_lengths.of(lengths, "joined" if causal else "pair")
+    cutter = objectives.cutter(objective, fit, vocabulary)
+    stream = rows.Stream(feature, keep_ends=cutter.runs_on)
+    key = randomness.key(4)
+    for number, begin in enumerate(range(0, stream.size, cutter.window)):
+        tokens = min(cutter.window, stream.size - begin)
+        if tokens < 2:
+            break
+        window = stream.windows(np.array([begin]), tokens)
+        inputs, targets = cutter.parts(window, randomness.keys(key, np.array([number])))
+        np.testing.assert_array_equal(found[number]["targets"], targets.tokens)
+        if not causal:
+            np.testing.assert_array_equal(found[number]["inputs"], inputs.tokens)
+    assert len(found) in (number, number + 1)
+
+
+def test_denoisers_are_drawn_in_seqio_as_in_batches():
+    mixture = config.Denoisers((config.PrefixLM(mode="P"), config.FillInTheMiddle()), (1, 3))
+    vocabulary = vocabularies.Bytes(extra_ids=30)
+    text = [np.array(vocabulary.encode(f"word {i} é"), np.int32) for i in range(300)]
+    found = cut_by_seqio(mixture, vocabulary, {"inputs": 16, "targets": 16}, text)
+    prefix = np.array([each["inputs"][0] == ord("P") + 3 for each in found])
+    drawn, _ = mixing.Mixture([1, 3], randomness.key(4, "mixture")).draw(np.arange(len(found)))
+    assert len(found) > 100 and not prefix.all()
+    np.testing.assert_array_equal(prefix, drawn == 0)
+
+
+def test_an_objective_that_makes_inputs_needs_the_feature():
+    with pytest.raises(ValueError, match='PrefixLM makes inputs: add "inputs"'):
+        cut = seqio_tasks.preprocessor(config.PrefixLM())
+        features = {"targets": seqio.Feature(seqio.ByteVocabulary())}
+        cut(tf.data.Dataset.from_tensors({"targets": [5]}), {"targets": 9}, features)
 
 
 def test_a_seqio_mixture_is_drawn_at_its_rates(registered):

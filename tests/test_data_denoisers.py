@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of every denoiser: the text comes back, lengths are kept and filled, rates are as asked."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from t5x_lite import config, data, windows
+from t5x_lite.data import grown, lengths, objectives, randomness, splits, streams, vocabularies
+
+MODES = ("[NLU]", "[NLG]", "[S2S]")
+VOCABULARIES = {
+    "bytes": vocabularies.Bytes(extra_ids=30),
+    "grown": grown.grow(vocabularies.Bytes(), (*MODES, "<pre>", "<suf>", "<mid>"), 30),
+    "few": grown.grow(vocabularies.Bytes(), MODES, 3),
+}
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80)
+MODE = st.sampled_from([None, "[NLU]", "a mode that is no name: é"])
+SPANS = st.builds(
+    config.SpanCorruption, st.floats(0.02, 0.95), st.floats(1, 20), MODE, st.just("cap")
+)
+SHARES = st.builds(config.PrefixLM, st.floats(0.02, 0.5), st.just("uniform"), MODE)
+FIXED = st.builds(config.PrefixLM, st.floats(0.02, 0.98), st.just("fixed"), MODE)
+PREFIX = st.builds(config.PrefixLM, mode=MODE)
+MIDDLE = st.builds(config.FillInTheMiddle, st.sampled_from(["psm", "spm"]), st.none(), MODE)
+ANY = st.one_of(SPANS, SHARES, FIXED, PREFIX, MIDDLE)
+
+
+def rows(ragged) -> list[list[int]]:
+    return [each.tolist() for each in np.split(ragged.tokens, np.cumsum(ragged.lengths)[:-1])]
+
+
+def fitted(objective, fit, vocabulary):
+    """The cutter, or None where nothing fits."""
+    try:
+        return objectives.cutter(objective, fit, vocabulary)
+    except ValueError as error:
+        assert "too short" in str(error)
+        return None
+
+
+def runs(ids: list[int], sentinels: list[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for token in ids:
+        if token in sentinels:
+            found[token] = run = []
+        else:
+            run.append(token)
+    return found
+
+
+def restored(cutter, inputs: list[int], targets: list[int]) -> list[int]:
+    """The window of which both are parts, from what the objective's name promises alone."""
+    mode = cutter.mode.tolist()
+    assert inputs[: len(mode)] == mode
+    inputs, eos = inputs[len(mode) :], cutter.eos
+    match cutter.objective:
+        case config.PrefixLM():
+            return inputs + targets
+        case config.FillInTheMiddle(order):
+            assert targets.pop() == eos
+            prefix, suffix, middle = cutter.marks.tolist()
+            assert inputs.pop() == middle
+            parts = runs(inputs, [prefix, suffix])
+            assert list(parts) == ([prefix, suffix] if order == "psm" else [suffix, prefix])
+            return parts[prefix] + targets + parts[suffix]
+    assert inputs.pop() == targets.pop() == eos
+    sentinels = cutter.sentinels.tolist()
+    hidden = runs(targets, sentinels)
+    assert list(hidden) == sentinels[: len(hidden)] == [t for t in inputs if t in sentinels]
+    return [t for token in inputs for t in (hidden[token] if token in hidden else [token])]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    ANY,
+    st.sampled_from([*VOCABULARIES]),
+    st.tuples(st.integers(2, 90), st.integers(2, 90), st.sampled_from(["pair", "joined"])),
+    UNICODE,
+    st.integers(0, 2**63),
+)
+def test_text_is_reconstructed_exactly_by_every_denoiser(objective, name, fit, text, seed):
+    vocabulary, fit = VOCABULARIES[name], lengths.Lengths(*fit)
+    cutter = fitted(objective, fit, vocabulary)
+    assume(cutter is not None)
+    whole = vocabulary.encode(text + "ab")
+    ids = np.array(whole[: cutter.window])
+    inputs, targets = cutter.parts(np.stack([ids] * 3), randomness.keys(seed, np.arange(3)))
+    for source, target in zip(rows(inputs), rows(targets), strict=True):
+        if fit.layout == "pair" or isinstance(objective, config.SpanCorruption):
+            assert len(source) <= fit.inputs and len(target) <= fit.targets
+        assert len(source) + len(target) <= fit.inputs + fit.targets
+        back = restored(cutter, source, target)
+        assert back == ids.tolist()
+        if len(ids) == len(whole):
+            assert vocabulary.decode(back) == text + "ab"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.one_of(SPANS, FIXED),
+    st.integers(2, 48),
+    st.integers(2, 48),
+    st.sampled_from([*VOCABULARIES]),
+)
+def test_the_window_is_the_longest_that_fits_by_trying_all(objective, most_in, most_out, name):
+    vocabulary, fit = VOCABULARIES[name], lengths.Lengths(most_in, most_out, "pair")
+    cutter = fitted(objective, fit, vocabulary)
+    any_fit = lengths.Lengths(10_000, 10_000, "pair")
+    free = objectives.cutter(objective, any_fit, vocabulary)
+    sizes = {}
+    for tokens in range(2, most_in + most_out + 2):
+        text = np.full((1, tokens), 7)
+        inputs, targets = free.parts(text, np.zeros(1, np.uint64))
+        sizes[tokens] = len(inputs.tokens), len(targets.tokens)
+    fits = [n for n, (a, b) in sizes.items() if a <= most_in and b <= most_out]
+    assert (cutter.window if cutter else 0) == max(fits, default=0)
+    # Whatever is shorter fits too, and one token more would be one too many on a side.
+    assert fits == list(range(2, max(fits, default=1) + 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.one_of(SHARES, PREFIX, MIDDLE),
+    st.tuples(st.integers(2, 24), st.integers(2, 24), st.sampled_from(["pair", "joined"])),
+)
+def test_drawn_splits_keep_to_the_lengths_and_fill_a_side_at_the_extreme(objective, fit):
+    fit = lengths.Lengths(*fit)
+    cutter = fitted(objective, fit, VOCABULARIES["grown"])
+    assume(cutter is not None)
+    text = np.full((4000, cutter.window), 7)
+    inputs, targets = cutter.parts(text, randomness.keys(1, np.arange(4000)))
+    if fit.layout == "joined":
+        assert (inputs.lengths + targets.lengths == fit.row).all()
+        return
+    most = int(inputs.lengths.max()), int(targets.lengths.max())
+    assert most[0] <= fit.inputs and most[1] <= fit.targets
+    # The plain prefix LM's window is the longer side, one of which is always in the inputs or not.
+    slack = 1 if isinstance(objective, config.PrefixLM) and objective.share is None else 0
+    if isinstance(objective, config.PrefixLM) and objective.share is not None:
+        longer = dataclasses.replace(cutter, window=cutter.window + 1)
+        least, over = longer.targets(longer.window)
+        mode = len(cutter.mode)
+        assert longer.window - least + mode > fit.inputs or over > fit.targets
+    else:
+        assert most[0] >= fit.inputs - slack or most[1] >= fit.targets - slack
+
+
+@pytest.mark.parametrize("density, span", [(0.15, 3), (0.5, 8), (0.15, 32), (0.5, 64)])
+def test_noise_and_span_lengths_are_those_asked_for(density, span):
+    fit = lengths.Lengths(1024, 1024, "pair")
+    cutter = objectives.cutter(
+        config.SpanCorruption(density, span), fit, vocabularies.Bytes(extra_ids=300)
+    )
+    mask = cutter.mask(cutter.window, randomness.keys(5, np.arange(400)))
+    assert mask.mean() == pytest.approx(density, abs=1 / cutter.window)
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(int), axis=1)
+    sizes = np.nonzero(edges == -1)[1] - np.nonzero(edges == 1)[1]
+    # The number of spans is a whole one: half a span is what rounding may add or take.
+    spans = density * cutter.window / span
+    assert sizes.mean() == pytest.approx(span, rel=0.6 / spans)
+    # A part of a uniform composition of n into s has variance (n/s)^2 (s-1)/(s+1) (1 - s/n).
+    n, s = int(mask[0].sum()), int((edges[0] == 1).sum())
+    variance = (n / s) ** 2 * (s - 1) / (s + 1) * (1 - s / n)
+    assert sizes.var() == pytest.approx(variance, rel=0.15)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_a_uniform_split_has_the_share_asked_for_on_average(share):
+    fit = lengths.Lengths(512, 512, "pair")
+    cutter = objectives.cutter(config.PrefixLM(share), fit, VOCABULARIES["bytes"])
+    count = 20_000
+    text = np.full((count, cutter.window), 7, np.int32)
+    _, targets = cutter.parts(text, randomness.keys(2, np.arange(count)))
+    most = 2 * share * cutter.window
+    sigma = most / np.sqrt(12 * count)
+    assert abs(targets.lengths.mean() - share * cutter.window) < 4 * sigma + 0.5
+    assert targets.lengths.min() == 1 and targets.lengths.max() == round(most) - 1
+
+
+def test_every_middle_is_equally_likely():
+    count = 60_000
+    begin, length = splits.middles(6, 2, 4, randomness.keys(3, np.arange(count)))
+    assert (begin >= 0).all() and (begin + length <= 6).all()
+    _, counts = np.unique(np.stack([begin, length]), axis=1, return_counts=True)
+    assert len(counts) == 5 + 4 + 3
+    assert np.abs(counts - count / 12).max() < 4 * np.sqrt(count / 12)
+
+
+def test_capped_spans_hide_as_much_in_fewer_and_longer_spans():
+    fit = lengths.Lengths(200, 200, "pair")
+    objective = config.SpanCorruption(0.5, 3.0, overflow="cap")
+    capped = objectives.cutter(objective, fit, vocabularies.Bytes(extra_ids=7))
+    mask = capped.mask(capped.window, randomness.keys(1, np.arange(20)))
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    assert (starts.sum(axis=1) == 7).all()
+    assert (mask.sum(axis=1) == round(0.5 * capped.window)).all()
+    with pytest.raises(ValueError, match='hides .* spans.*7 sentinels.*overflow = "cap"'):
+        plain = dataclasses.replace(objective, overflow="fail")
+        objectives.cutter(plain, fit, vocabularies.Bytes(extra_ids=7))
+
+
+def test_marks_by_name_and_a_mode_stand_where_they_should():
+    objective = config.FillInTheMiddle("psm", ("<pre>", "<suf>", "<mid>"), "[S2S]")
+    vocabulary = VOCABULARIES["grown"]
+    cutter = objectives.cutter(objective, lengths.Lengths(40, 40, "pair"), vocabulary)
+    (text,) = np.array([vocabulary.encode("some text to read")])
+    inputs, targets = cutter.parts(text[None], randomness.keys(4, np.arange(1)))
+    told = vocabulary.decode(inputs.tokens)
+    prefix, suffix = told.removeprefix("[S2S]<pre>").removesuffix("<mid>").split("<suf>")
+    assert prefix + vocabulary.decode(targets.tokens) + suffix == "some text to read"
+
+
+def test_an_encoder_alone_reads_the_mode_and_is_not_asked_for_it():
+    objective = config.SpanCorruption(mode="[NLU]")
+    cutter = objectives.cutter(objective, lengths.Lengths(0, 50, "aligned"), VOCABULARIES["grown"])
+    text = np.random.default_rng(0).integers(3, 259, (4, cutter.window))
+    inputs, targets, weights = cutter(text, randomness.keys(1, np.arange(4)))
+    inputs, targets, weights = (
+        each.reshape(4, 50) for each in (inputs.tokens, targets.tokens, weights)
+    )
+    assert (inputs[:, 0] == 259).all() and (weights[:, 0] == 0).all()
+    np.testing.assert_array_equal(targets[:, 1:], text)
+    np.testing.assert_array_equal(inputs[:, 1:] != text, weights[:, 1:] == 1)
+
+
+def ul2(overflow="cap", rates=(1, 1, 2, 1)) -> config.Denoisers:
+    return config.Denoisers(
+        (
+            config.SpanCorruption(0.15, 3.0, "[NLU]", overflow),
+            config.SpanCorruption(0.5, 8.0, "[NLG]", overflow),
+            config.PrefixLM(0.25, mode="[S2S]"),
+            config.FillInTheMiddle(),
+        ),
+        rates,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("denoisers")
+    draw = np.random.default_rng(0)
+    with open(folder / "a.jsonl", "w") as lines:
+        for number in range(300):
+            words = "".join(draw.choice(list("abcdé "), draw.integers(1, 60)))
+            lines.write(json.dumps({"text": f"{number} {words}"}) + "\n")
+    return folder
+
+
+def text(folder, objective=None, **changes) -> config.Data:
+    vocabulary = config.Vocabulary("bytes", extra_ids=30, names=MODES)
+    files = config.Files("toy", str(folder / "a.jsonl"), vocabulary, targets="text")
+    fields = dict(lengths={"inputs": 64, "targets": 48}, cache_dir=str(folder / "cache"))
+    return config.Data(files, objective=objective or ul2(), **(fields | changes))
+
+
+def of_rows(batch) -> list[tuple]:
+    """Every row of a batch, whole."""
+    fields = [each for each in batch if each is not None]
+    return [tuple(each[row].tobytes() for each in fields) for row in range(len(batch.targets))]
+
+
+@pytest.mark.parametrize("layout", ["pair", "joined"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_same_bits_on_any_number_of_hosts(folder, layout, stream):
+    whole = data.open_batches(text(folder, stream=stream), layout, 8, seed=3)
+    for hosts in (2, 4):
+        parts = [
+            data.open_batches(text(folder, stream=stream), layout, 8, 3, host=host, hosts=hosts)
+            for host in range(hosts)
+        ]
+        for step in (0, 1, 30):
+            together = [row for part in parts for row in of_rows(part.at(step))]
+            assert together == of_rows(whole.at(step))
+
+
+@pytest.mark.parametrize("layout", ["pair", "joined"])
+def test_denoisers_are_drawn_at_their_rates_and_told_by_their_modes(folder, layout):
+    batch = data.open_batches(text(folder), layout, 8192, seed=1).at(0)
+    first = (batch.inputs if layout == "pair" else batch.targets)[:, 0]
+    modes = np.array([259, 260, 261])
+    counts = [(first == mode).sum() for mode in modes]
+    counts.append((~np.isin(first, modes)).sum())
+    np.testing.assert_allclose(counts, np.array([1, 1, 2, 1]) * 8192 / 5, atol=1)
+
+
+def test_every_denoiser_reads_all_of_the_text_once_an_epoch(folder):
+    cfg = text(folder)
+    batches = data.open_batches(cfg, "pair", 1, seed=5)
+    dataset = data.open_dataset(cfg, "train")
+    ids = [dataset.ids(i)[1].tolist() for i in range(len(dataset))]
+    vocabulary = data.open_vocabularies(cfg)[1]
+    assert [part.name for part in batches.parts] == [
+        "toy/[NLU] spans 0.15 3",
+        "toy/[NLG] spans 0.5 8",
+        "toy/[S2S] prefix uniform 0.25",
+        "toy/middle psm",
+    ]
+    for part, (_, objective, _) in zip(
+        batches.parts, objectives.denoisers(cfg.objective, vocabulary), strict=True
+    ):
+        cutter = objectives.cutter(objective, lengths.of(cfg.lengths, "pair"), vocabulary)
+        batch = part.rows.batch(np.arange(part.rows.rows), None)
+        back = []
+        for row in range(part.rows.rows):
+            source = batch.inputs[row][batch.input_segments[row] > 0].tolist()
+            target = batch.targets[row][batch.target_segments[row] > 0].tolist()
+            back += restored(cutter, source, target)
+        whole = [t for each in ids for t in (each if cutter.runs_on else each[:-1])]
+        assert back == whole[: len(back)] and len(whole) - len(back) <= 1
+
+
+def test_a_stream_of_denoisers_resumes_exactly(folder, monkeypatch):
+    monkeypatch.setattr(streams, "SHARD", 60)
+    monkeypatch.setattr("t5x_lite.data.tasks.CHUNK", 30)
+    batches = data.open_batches(text(folder, stream=True), "pair", 8, seed=1)
+    states, forward = [], []
+    for step in range(20):
+        states.append(json.loads(json.dumps(batches.state())))
+        forward.append(batches.at(step))
+    again = data.open_batches(text(folder, stream=True), "pair", 8, seed=1)
+    again.restore(states[11])
+    assert of_rows(again.at(11)) == of_rows(forward[11])
+
+
+def test_the_same_denoiser_twice_draws_other_noise(folder):
+    twice = config.Denoisers((config.SpanCorruption(), config.SpanCorruption()), (1, 1))
+    batches = data.open_batches(text(folder, twice), "pair", 4, seed=0)
+    first, second = (part.rows.batch(np.arange(4), part.key) for part in batches.parts)
+    assert batches.parts[1].name == "toy/spans 0.15 3 2"
+    assert (first.inputs != second.inputs).any()
+
+
+def test_statistics_count_broken_lines_once(folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text((folder / "a.jsonl").read_text() + "not json\n")
+    cfg = text(tmp_path)
+    cfg = dataclasses.replace(cfg, task=dataclasses.replace(cfg.task, broken="skip"))
+    found = data.open_batches(cfg, "pair", 4, seed=0).statistics
+    assert sum(found.counts.values()) == 1
+
+
+ERRORS = [
+    (
+        dict(objective=config.SpanCorruption(0.5, 64.0)),
+        r"3 tokens, SpanCorruption needs at least 65",
+    ),
+    (dict(objective=config.FillInTheMiddle(marks=("<a>", "b", "c"))), r"'<a>' is 3 ids, not one"),
+    (dict(objective=config.CausalLM()), "leaves the encoder nothing to read"),
+    (
+        dict(lengths={"inputs": 3, "targets": 2}),
+        r"inputs 3, targets 2.*too short for SpanCorruption",
+    ),
+    (dict(task="python_stdlb"), r"'python_stdlb' is not registered \(near: python_stdlib"),
+]
+
+
+@pytest.mark.parametrize("changes, message", ERRORS)
+def test_what_cannot_be_cut_says_why(changes, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    with pytest.raises(ValueError, match=message):
+        data.open_batches(dataclasses.replace(text(tmp_path), **changes), "pair", 4, 0)
+
+
+def test_modes_that_a_vocabulary_cannot_tell_apart_are_refused():
+    symbols = vocabularies.Symbols(list("abc"), separator=" ", extra_ids=5)
+    with pytest.raises(
+        ValueError, match=r"'\[NLU\]' is the same ids as '\[NLG\]'.*Vocabulary.names"
+    ):
+        objectives.denoisers(ul2(), symbols)
+    assert len(objectives.denoisers(ul2(), grown.grow(symbols, MODES))) == 4
+
+
+@pytest.mark.parametrize("rates, message", [((1, 0, 1, 1), "must be positive"), ((1,), "one rate")])
+def test_rates_of_denoisers_are_checked(rates, message):
+    with pytest.raises(ValueError, match=f"Denoisers.rates.*{message}"):
+        ul2(rates=rates)
+
+
+def test_an_encoder_alone_takes_only_span_corruption_among_denoisers(folder):
+    with pytest.raises(ValueError, match="PrefixLM is for a model with a decoder"):
+        data.open_batches(text(folder), "aligned", 4, 0)
+    spans = config.Denoisers(ul2().parts[:2], (1, 1))
+    batch = data.open_batches(text(folder, spans), "aligned", 4, 0).at(0)
+    assert batch.inputs.shape == batch.targets.shape == (4, 48)
+
+
+def test_inputs_end_as_the_denoisers_do(folder):
+    inputs = lambda objective: data.open_vocabularies(text(folder, objective))[0]
+    assert inputs(config.SpanCorruption()).ends and not inputs(config.PrefixLM()).ends
+    assert not inputs(ul2()).ends
+
+
+def test_windows_of_the_published_mixtures_fit_512_tokens_exactly():
+    fit = lengths.Lengths(512, 512, "pair")
+    for span, density in [(3, 0.15), (8, 0.15), (12, 0.5), (32, 0.15), (32, 0.5), (64, 0.5)]:
+        tokens = windows.window(config.SpanCorruption(density, span), fit)
+        shape = windows.span_shape(config.SpanCorruption(density, span), tokens, 0, 999)
+        assert max(shape.inputs, shape.targets) in (511, 512)
+    fixed = config.PrefixLM(0.75, "fixed")
+    tokens = windows.window(fixed, fit)
+    assert windows.target_range(fixed, tokens, fit, 0) == (512, 512)
