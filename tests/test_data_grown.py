@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_lite import config, data
+from t5x_lite.conversion import tokenizers
 from t5x_lite.data import grown, pieces, tasks, vocabularies
 
 SENTENCES = ["The quick brown fox.", "def f(x):\n    return  x + 1\n", "naïve café, 東京"] * 30
@@ -153,3 +154,14 @@ def test_a_run_reads_text_in_a_grown_vocabulary(tmp_path):
     )
     batch = data.open_batches(cfg, "pair", 4, 0).at(0)
     assert batch.inputs.max() == 259 + 3 + 8 - 1
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_transformers_reads_a_grown_vocabulary_as_we_do(inner, kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    new = grown.grow(grown.grow(inner[kind], MODES), ("[X]",), 5)
+    tokenizers.write(new, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    for text in ("[NLU]def f(x): <extra_id_0> x[X] + 1<extra_id_4>", "The fox[S2S][NLG]"):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == new.encode(text)
+    assert len(theirs) == new.size

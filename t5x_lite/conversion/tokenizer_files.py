@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from t5x_lite.conversion import tokenizer_json
 from t5x_lite.data import vocabularies
+from t5x_lite.data.grown import Grown
 from t5x_lite.data.vocabularies import Bytes, SentencePiece, Symbols, TokenizerJson, Vocabulary
 
 TARGETS = "targets"  # the subfolder of the outputs' tokenizer, where it is another one
@@ -91,6 +92,8 @@ def write(
                 files |= t5(vocabulary, files)
         case TokenizerJson():
             files = general(vocabulary, of_json(vocabulary), start)
+        case Grown():
+            files = general(vocabulary, of_grown(vocabulary), start)
         case _:
             kind = vocabulary.description()["kind"]
             raise ValueError(
@@ -107,6 +110,33 @@ def of_json(vocabulary: TokenizerJson) -> dict[str, Any]:
     made = json.loads(vocabulary.json)
     if vocabulary.extra_ids:
         tokenizer_json.add(made, sentinels(vocabulary))
+    return made
+
+
+def of_grown(vocabulary: Grown) -> dict[str, Any]:
+    """The inner vocabulary's tokenizer.json with the new names and sentinels.
+
+    Raises ValueError for an inner one that has no tokenizer.
+    """
+    match vocabulary.inner:
+        case Bytes() as inner:
+            made = tokenizer_json.of_bytes(inner)
+        case Symbols() as inner:
+            made = tokenizer_json.of_symbols(inner)
+        case SentencePiece() as inner:
+            made = tokenizer_json.of_pieces(inner)
+        case TokenizerJson() as inner:
+            made = of_json(inner)
+        case Grown() as inner:
+            made = of_grown(inner)
+        case inner:
+            kind = inner.description()["kind"]
+            raise ValueError(f"A vocabulary grown from {kind} has no tokenizer: leave it out")
+    there = inner.size
+    names = [(token, name) for name, token in vocabulary.named.ids.items() if token >= there]
+    special = set(vocabulary.sentinel_ids.tolist())
+    for token, name in sorted(names):
+        tokenizer_json.add(made, [(token, name)], special=token in special)
     return made
 
 
@@ -158,8 +188,8 @@ def general(vocabulary: Vocabulary, made: dict[str, Any], start: Start) -> dict[
 
 def sentinels(vocabulary: Vocabulary) -> list[tuple[int, str]]:
     """The ids and names of the sentinels, lowest id first."""
-    top = range(vocabulary.size - vocabulary.sentinels, vocabulary.size)
-    return [(token, vocabularies.sentinel(vocabulary, token)) for token in top]
+    ids = sorted(vocabulary.sentinel_ids.tolist())
+    return [(token, vocabularies.sentinel(vocabulary, token)) for token in ids]
 
 
 def dumped(value: dict[str, Any]) -> bytes:
