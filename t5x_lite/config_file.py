@@ -230,6 +230,9 @@ def explain(error: Exception, lines: list[Line]) -> str:
     attribute = re.search(r"has no attribute '?(\w+)", message)
     if attribute:
         return f"{message}\nNo config.{attribute[1]}.{near(attribute[1], dataclass_names())}"
+    macro = re.search(r"'macro'.*in scope '(\w+)'", message)
+    if macro:
+        return f"The macro {macro[1]} has no value: bind it, or give --gin.{macro[1]}=VALUE"
     missing = re.search(
         r"(\w+)\.__init__\(\) missing \d+ required .*?arguments?: ([^\n]+)", message
     )

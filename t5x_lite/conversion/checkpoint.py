@@ -14,6 +14,7 @@ from t5x_lite import config
 from t5x_lite.conversion import chat, gguf, gguf_tokenizer, sources, tokenizers
 from t5x_lite.conversion.chat import Chat
 from t5x_lite.conversion.tokenizers import Ends
+from t5x_lite.data.grown import Grown
 from t5x_lite.data.vocabularies import TokenizerJson, Vocabulary, load_pair
 
 
@@ -214,6 +215,8 @@ def vocabularies(path: str | Path) -> tuple[Vocabulary, Vocabulary]:
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, str]:
     """What a chat template calls by role, of a vocabulary that a conversion wrote."""
+    if isinstance(vocabulary, Grown):
+        return special_tokens(vocabulary.inner)
     if not isinstance(vocabulary, TokenizerJson):
         return {}
     ids = {"eos_token": vocabulary.eos, "bos_token": vocabulary.bos, "pad_token": vocabulary.pad}
