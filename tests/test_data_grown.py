@@ -73,6 +73,30 @@ def test_text_with_names_comes_back_to_the_letter(inner, kind, parts):
     assert [each.tolist() for each in together] == [ids, [], [inner[kind].size], ids]
 
 
+def test_a_blank_after_a_sentinel_is_kept_where_a_beginning_drops_it():
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["hello world of the lazy brown fox"] * 50),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    old = vocabularies.SentencePiece(model.getvalue())
+    new = grown.grow(old, ("[NLU]",), 5)
+    hello, world = old.encode("hello"), old.encode("world")
+    assert new.decode([*hello, new.sentinel_ids[0], *world]) == "hello<extra_id_0> world"
+    assert new.decode(new.encode("[NLU] hello world")) == "[NLU] hello world"
+
+
 def test_the_longest_name_wins_and_sentinels_are_read_by_name(inner):
     new = grown.grow(inner["bytes"], ("<a>", "<a><b>"), 4)
     assert new.encode("<a><b><a>") == [260, 259]

@@ -48,7 +48,6 @@ class Grown:
         if twice:
             raise ValueError(f"Vocabulary.names has {twice[0]!r}, which is empty or a sentinel")
         self.named = Named(own | marks)
-        self.joins = joins(inner)
 
     # What begins, ends and fills its sequences is the inner vocabulary's.
     eos = property(lambda self: self.inner.eos)
@@ -86,10 +85,11 @@ class Grown:
         return "".join(parts)
 
     def continued(self) -> Callable[[Sequence[int]], str]:
-        """What decodes a run that is not the first: some tokenizers drop a blank at a beginning."""
-        if not self.joins:
-            return self.inner.decode
+        """What decodes a run that is not the first: many tokenizers drop a blank at a beginning,
+        but not after another letter."""
         before = self.inner.encode("a")
+        if self.inner.decode(before) != "a":
+            return self.inner.decode
         return lambda ids: self.inner.decode([*before, *ids]).removeprefix("a")
 
     def description(self) -> dict:
@@ -104,12 +104,6 @@ class Grown:
 
     def model(self) -> bytes | None:
         return self.inner.model()
-
-
-def joins(inner: Vocabulary) -> bool:
-    """Whether ids of two texts end to end are those texts end to end, no blank between them."""
-    one = inner.encode("a")
-    return inner.decode(one) == "a" and inner.decode([*one, *one]) == "aa"
 
 
 def named_sentinels(inner: Vocabulary, pattern: str | None) -> np.ndarray:
@@ -139,7 +133,8 @@ def grow(
 
     Raises ValueError if it has sentinels, but fewer than `extra_ids`, or the pattern names none.
     """
-    missing = [name for name in names if inner.token(name) is None]
+    # A piece that merges would not reach is no name yet.
+    missing = [name for name in names if inner.encode(name) != [inner.token(name)]]
     more = 0 if 0 < extra_ids <= inner.sentinels else extra_ids
     if more and inner.sentinels:
         raise ValueError(
