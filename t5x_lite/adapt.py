@@ -13,7 +13,7 @@ from t5x_lite.evaluation.progress import Progress
 EXAMPLES = """\
 examples:
   # a decoder-only model as an encoder-decoder, with sentinels and UL2's modes
-  python -m t5x_lite.adapt --source=smollm2.gguf --output=runs/smollm2_pair \\
+  python -m t5x_lite.adapt --source=smollm2.gguf --output=runs/smollm2_pair --cross_scale=0.1 \\
       --sentinels=100 --names="[NLU],[NLG],[S2S]"
   # what would happen: the model, where every weight comes from; nothing is written
   python -m t5x_lite.adapt --source=smollm2.gguf --output=runs/smollm2_pair --dry_run
@@ -59,6 +59,14 @@ def parser() -> options.Parser:
         default="copy",
         help="cross-attention copied from the decoder's self-attention (the default), drawn anew, "
         "or merged with it into one softmax",
+    )
+    add(
+        "--cross_scale",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="what cross-attention says at the start, times S: small or 0 for models without norms "
+        "after the sublayers, such as Llama's",
     )
     add("--dry_run", action="store_true", help="print what would happen, write nothing")
     add("--seed", type=int, default=0, metavar="N", help="what new weights are drawn by (0)")
@@ -148,6 +156,7 @@ def asked(given: argparse.Namespace) -> tuple:
         source=given.source,
         encoder_source=given.encoder_source,
         cross="copy" if merged else given.cross,
+        cross_scale=given.cross_scale,
         rows=given.rows,
     )
     way = Way(given.to, merged, given.separate_embeddings, given.eoi)

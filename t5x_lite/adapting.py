@@ -34,10 +34,14 @@ class Adaptation(Checked):
 
     `source` is a checkpoint of any make (run folder, Hugging Face folder, .gguf). The run's
     decoder gets the weights of its tower `decoder_from`, the run's encoder those of `encoder_from`
-    of `encoder_source` (None: of the same checkpoint). `cross` says where cross-attention comes
-    from, which a source of one tower lacks: copied from the decoder's self-attention, or random.
-    Ids that the source does not have get `rows`: the mean of its embeddings with noise of a tenth
-    of their spread, or new ones drawn as at the start of pretraining.
+    of `encoder_source` (None: of the same checkpoint). Ids that the source does not have get
+    `rows`: the mean of its embeddings with noise of a tenth of their spread, or new ones drawn as
+    at the start of pretraining.
+
+    `cross` says where cross-attention comes from, which a source of one tower lacks: copied from
+    the decoder's self-attention, or random. `cross_scale` multiplies what it says at the start.
+    Norms after the sublayers (Gemma) keep that small; in layers without them it drowns what the
+    decoder knows, and with a small scale, or 0, the decoder begins as it was.
     """
 
     source: str
@@ -45,7 +49,14 @@ class Adaptation(Checked):
     decoder_from: Literal["decoder", "encoder"] = "decoder"
     encoder_from: Literal["decoder", "encoder"] | None = None
     cross: Literal["copy", "random"] = "copy"
+    cross_scale: float = 1.0
     rows: Literal["mean", "random"] = "mean"
+
+    def check(self):
+        require(
+            0 <= self.cross_scale <= 1,
+            f"Adaptation.cross_scale must be in [0, 1]; got {self.cross_scale}",
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from conftest import FAMILIES, toy_batch
 from t5x_lite import adaptation, config, model, sharding
 from t5x_lite.conversion import matching
 from t5x_lite.model.attention import View
+from t5x_lite.model.tower import Layer
 
 GEMMA2 = {
     name: value for name, value in FAMILIES["t5gemma"].items() if name != "separate_embeddings"
@@ -88,3 +89,19 @@ def pair_of(cfg: config.Model, **changes) -> config.Model:
     """An encoder-decoder of two decoders like cfg's."""
     changes = {"encoder": cfg.decoder} | changes
     return dataclasses.replace(cfg, **changes)
+
+
+def crossed_by(cfg: config.Model, params: dict, batch) -> np.ndarray:
+    """What the first layer's cross-attention adds to the embeddings of the batch's targets."""
+    stack = cfg.decoder
+    layer = Layer(cfg, stack, source=cfg.encoder.embed)
+    first = jax.tree.map(lambda leaf: leaf[0], params["decoder"]["layers"])
+
+    def add(self, batch):
+        x, encoded = self.embed(batch.targets), self.embed(batch.inputs, reader=True)
+        seen = batch.target_segments[:, :, None] == batch.input_segments[:, None, :]
+        bound = layer.bind({"params": first})
+        return bound.cross_attention.over_encoded(x, bound.crossed(encoded), seen)
+
+    apply = lambda params: model.Transformer(cfg).apply({"params": params}, batch, method=add)
+    return np.asarray(jax.jit(apply)(params))

@@ -143,3 +143,23 @@ def test_the_mesh_changes_no_bit(tmp_path, mesh):
     split = toys.flat(toys.adapted(pair, **how)[0])
     for path, array in alone.items():
         np.testing.assert_array_equal(split[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("cross", ["copy", "random"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_the_scale_multiplies_what_cross_attention_says(name, cross, tmp_path):
+    cfg = toy_model("joined", **toys.LONE[name])
+    drawn = toys.written(tmp_path / "lone", cfg)
+    pair, batch = toys.pair_of(cfg), toys.batch_for("pair")
+
+    def added(scale):
+        how = dict(source=tmp_path / "lone", cross=cross, cross_scale=scale)
+        params, _ = toys.adapted(pair, **how)
+        return toys.crossed_by(pair, params, batch)
+
+    whole = added(1.0)
+    np.testing.assert_allclose(added(0.25), 0.25 * whole, atol=1e-6 * np.abs(whole).max())
+    silent, _ = toys.adapted(pair, source=tmp_path / "lone", cross=cross, cross_scale=0.0)
+    alone = batch._replace(inputs=None, input_segments=None, input_positions=None)
+    expected = toys.logits(cfg, toys.nested(drawn.arrays, cfg), alone)
+    np.testing.assert_allclose(toys.logits(pair, silent, batch), expected, atol=1e-5, rtol=0)

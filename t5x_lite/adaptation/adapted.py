@@ -45,6 +45,14 @@ class Adapted:
         Raises:
           SourceError: the checkpoint has two weights that differ where the model has one.
         """
+        piece, values = self.plan.pieces[path], self.made(path, layer)
+        if piece.scale == 1:
+            return values
+        one, scale = values.dtype.type(piece.plus_one), values.dtype.type(piece.scale)
+        return scale * (values + one) - one
+
+    def made(self, path: str, layer: int | None) -> np.ndarray:
+        """The weight before it is scaled."""
         piece, dtype = self.plan.pieces[path], self.names[path][1]
         if piece.how == "new":
             return self.new(path, layer)

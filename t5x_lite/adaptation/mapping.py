@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     copied is as it is; grown has rows for new ids too; bias is a table of relative positions, read
     by distance; row is the embedding of one id; new comes from nowhere. `turned` is [v d] for
     [d v]. `twins` are weights (source, path, turned) that must hold the same values, since the
-    model has one weight for both.
+    model has one weight for both. `scale` multiplies a weight, or one plus it if it is `plus_one`.
     """
 
     how: Literal["copied", "grown", "bias", "row", "new"]
@@ -30,6 +30,8 @@ class Piece(NamedTuple):
     path: str = ""
     turned: bool = False
     twins: tuple[tuple[str, str, bool], ...] = ()
+    scale: float = 1.0
+    plus_one: bool = False
 
 
 class Plan(NamedTuple):
@@ -68,6 +70,11 @@ def plan(
         check_shape(found, path, piece, there)
         found.pieces[path] = piece
     check_vocabulary(found)
+    config.require(
+        how.cross_scale == 1 or any(piece.scale != 1 for piece in found.pieces.values()),
+        f"Adaptation.cross_scale is {how.cross_scale}, but no cross-attention is made from "
+        "self-attention or drawn anew: leave it out",
+    )
     used = {(piece.source, piece.path) for piece in found.pieces.values()}
     used |= {twin[:2] for piece in found.pieces.values() for twin in piece.twins}
     unread = {
@@ -116,7 +123,7 @@ def cross(found: Plan, how: config.Adaptation, inside: str, side: Side) -> Piece
       ValueError: it is to be copied, but the encoder is of another width.
     """
     if how.cross == "random":
-        return Piece("new")
+        return scaled(Piece("new"), found.model.decoder, how.cross_scale, inside)
     width = found.model.encoder.embed
     there = side.model.encoder.embed if side.crosses else side.stack.embed
     config.require(
@@ -125,8 +132,20 @@ def cross(found: Plan, how: config.Adaptation, inside: str, side: Side) -> Piece
         f"{there} features and the encoder's Stack.embed is {width}: bind Adaptation.cross = "
         '"random", and let Train.parts train it alone at first',
     )
-    name = inside if side.crosses else inside.replace(CROSS, SELF)
-    return Piece("copied", side.source, f"{side.tower}/{name}")
+    if side.crosses:
+        return Piece("copied", side.source, f"{side.tower}/{inside}")
+    copied = Piece("copied", side.source, f"{side.tower}/{inside.replace(CROSS, SELF)}")
+    return scaled(copied, found.model.decoder, how.cross_scale, inside)
+
+
+def scaled(piece: Piece, stack: config.Stack, scale: float, inside: str) -> Piece:
+    """The piece, with the scale if the sublayer's output is linear in it."""
+    last = ("post_norm", "post_norm_bias") if stack.post_norms else ("out", "out_bias")
+    name = inside.removeprefix(CROSS)
+    if scale == 1 or name not in last:
+        return piece
+    plus_one = stack.norm == "rms_plus_one" and name == "post_norm"
+    return piece._replace(scale=scale, plus_one=plus_one)
 
 
 def logits_of(side: Side) -> tuple[str, bool]:

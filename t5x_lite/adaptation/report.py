@@ -102,14 +102,15 @@ def part_of(path: str) -> str:
 def origins(plan: Plan, how: config.Adaptation, path: str) -> list[tuple[str, int, int]]:
     """Where the weight comes from, in words, with how many numbers are copied and new."""
     piece, count = plan.pieces[path], size(plan.leaves[path])
+    scale = "" if piece.scale == 1 else f", times {piece.scale:g}"
     if piece.how == "new":
-        return [("new: drawn as for pretraining", 0, count)]
+        return [(f"new: drawn as for pretraining{scale}", 0, count)]
     where = f"{part_of(piece.path)} of {Path(getattr(how, piece.source)).name}"
     if piece.how == "bias":
         return [(f"{where}, by distance", count, 0)]
     if piece.how == "row":
         return [(f"row {plan.model.eoi} of {where}", count, 0)]
     if piece.how == "copied":
-        return [(where, count, 0)]
+        return [(f"{where}{scale}", count, 0)]
     old = count // plan.model.vocab * plan.side(path).model.vocab
     return [(where, old, 0), (ROWS[how.rows], 0, count - old)]
