@@ -2,23 +2,27 @@
 """Laws of every denoiser: the text comes back, lengths are kept and filled, rates are as asked."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from reconstruction import restored, rows
 
-from t5x_lite import config, data, windows
-from t5x_lite.data import grown, lengths, objectives, randomness, splits, streams, vocabularies
+from t5x_lite import config, windows
+from t5x_lite.data import grown, lengths, objectives, pieces, randomness, splits, vocabularies
 
 MODES = ("[NLU]", "[NLG]", "[S2S]")
+PIECES = pieces.train(["The quick brown fox.", "def f(x):\n    return  x + 1\n"] * 30, 300)
 VOCABULARIES = {
     "bytes": vocabularies.Bytes(extra_ids=30),
     "grown": grown.grow(vocabularies.Bytes(), (*MODES, "<pre>", "<suf>", "<mid>"), 30),
+    "pieces": grown.grow(vocabularies.SentencePiece(PIECES), MODES, 30),
     "few": grown.grow(vocabularies.Bytes(), MODES, 3),
 }
-UNICODE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80)
+UNICODE = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0▁"), min_size=1, max_size=80
+)
 MODE = st.sampled_from([None, "[NLU]", "a mode that is no name: é"])
 SPANS = st.builds(
     config.SpanCorruption, st.floats(0.02, 0.95), st.floats(1, 20), MODE, st.just("cap")
@@ -30,10 +34,6 @@ MIDDLE = st.builds(config.FillInTheMiddle, st.sampled_from(["psm", "spm"]), st.n
 ANY = st.one_of(SPANS, SHARES, FIXED, PREFIX, MIDDLE)
 
 
-def rows(ragged) -> list[list[int]]:
-    return [each.tolist() for each in np.split(ragged.tokens, np.cumsum(ragged.lengths)[:-1])]
-
-
 def fitted(objective, fit, vocabulary):
     """The cutter, or None where nothing fits."""
     try:
@@ -41,38 +41,6 @@ def fitted(objective, fit, vocabulary):
     except ValueError as error:
         assert "too short" in str(error)
         return None
-
-
-def runs(ids: list[int], sentinels: list[int]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for token in ids:
-        if token in sentinels:
-            found[token] = run = []
-        else:
-            run.append(token)
-    return found
-
-
-def restored(cutter, inputs: list[int], targets: list[int]) -> list[int]:
-    """The window of which both are parts, from what the objective's name promises alone."""
-    mode = cutter.mode.tolist()
-    assert inputs[: len(mode)] == mode
-    inputs, eos = inputs[len(mode) :], cutter.eos
-    match cutter.objective:
-        case config.PrefixLM():
-            return inputs + targets
-        case config.FillInTheMiddle(order):
-            assert targets.pop() == eos
-            prefix, suffix, middle = cutter.marks.tolist()
-            assert inputs.pop() == middle
-            parts = runs(inputs, [prefix, suffix])
-            assert list(parts) == ([prefix, suffix] if order == "psm" else [suffix, prefix])
-            return parts[prefix] + targets + parts[suffix]
-    assert inputs.pop() == targets.pop() == eos
-    sentinels = cutter.sentinels.tolist()
-    hidden = runs(targets, sentinels)
-    assert list(hidden) == sentinels[: len(hidden)] == [t for t in inputs if t in sentinels]
-    return [t for token in inputs for t in (hidden[token] if token in hidden else [token])]
 
 
 @settings(max_examples=300, deadline=None)
@@ -226,172 +194,6 @@ def test_an_encoder_alone_reads_the_mode_and_is_not_asked_for_it():
     assert (inputs[:, 0] == 259).all() and (weights[:, 0] == 0).all()
     np.testing.assert_array_equal(targets[:, 1:], text)
     np.testing.assert_array_equal(inputs[:, 1:] != text, weights[:, 1:] == 1)
-
-
-def ul2(overflow="cap", rates=(1, 1, 2, 1)) -> config.Denoisers:
-    return config.Denoisers(
-        (
-            config.SpanCorruption(0.15, 3.0, "[NLU]", overflow),
-            config.SpanCorruption(0.5, 8.0, "[NLG]", overflow),
-            config.PrefixLM(0.25, mode="[S2S]"),
-            config.FillInTheMiddle(),
-        ),
-        rates,
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("denoisers")
-    draw = np.random.default_rng(0)
-    with open(folder / "a.jsonl", "w") as lines:
-        for number in range(300):
-            words = "".join(draw.choice(list("abcdé "), draw.integers(1, 60)))
-            lines.write(json.dumps({"text": f"{number} {words}"}) + "\n")
-    return folder
-
-
-def text(folder, objective=None, **changes) -> config.Data:
-    vocabulary = config.Vocabulary("bytes", extra_ids=30, names=MODES)
-    files = config.Files("toy", str(folder / "a.jsonl"), vocabulary, targets="text")
-    fields = dict(lengths={"inputs": 64, "targets": 48}, cache_dir=str(folder / "cache"))
-    return config.Data(files, objective=objective or ul2(), **(fields | changes))
-
-
-def of_rows(batch) -> list[tuple]:
-    """Every row of a batch, whole."""
-    fields = [each for each in batch if each is not None]
-    return [tuple(each[row].tobytes() for each in fields) for row in range(len(batch.targets))]
-
-
-@pytest.mark.parametrize("layout", ["pair", "joined"])
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_same_bits_on_any_number_of_hosts(folder, layout, stream):
-    whole = data.open_batches(text(folder, stream=stream), layout, 8, seed=3)
-    for hosts in (2, 4):
-        parts = [
-            data.open_batches(text(folder, stream=stream), layout, 8, 3, host=host, hosts=hosts)
-            for host in range(hosts)
-        ]
-        for step in (0, 1, 30):
-            together = [row for part in parts for row in of_rows(part.at(step))]
-            assert together == of_rows(whole.at(step))
-
-
-@pytest.mark.parametrize("layout", ["pair", "joined"])
-def test_denoisers_are_drawn_at_their_rates_and_told_by_their_modes(folder, layout):
-    batch = data.open_batches(text(folder), layout, 8192, seed=1).at(0)
-    first = (batch.inputs if layout == "pair" else batch.targets)[:, 0]
-    modes = np.array([259, 260, 261])
-    counts = [(first == mode).sum() for mode in modes]
-    counts.append((~np.isin(first, modes)).sum())
-    np.testing.assert_allclose(counts, np.array([1, 1, 2, 1]) * 8192 / 5, atol=1)
-
-
-def test_every_denoiser_reads_all_of_the_text_once_an_epoch(folder):
-    cfg = text(folder)
-    batches = data.open_batches(cfg, "pair", 1, seed=5)
-    dataset = data.open_dataset(cfg, "train")
-    ids = [dataset.ids(i)[1].tolist() for i in range(len(dataset))]
-    vocabulary = data.open_vocabularies(cfg)[1]
-    assert [part.name for part in batches.parts] == [
-        "toy/[NLU] spans 0.15 3",
-        "toy/[NLG] spans 0.5 8",
-        "toy/[S2S] prefix uniform 0.25",
-        "toy/middle psm",
-    ]
-    for part, (_, objective, _) in zip(
-        batches.parts, objectives.denoisers(cfg.objective, vocabulary), strict=True
-    ):
-        cutter = objectives.cutter(objective, lengths.of(cfg.lengths, "pair"), vocabulary)
-        batch = part.rows.batch(np.arange(part.rows.rows), None)
-        back = []
-        for row in range(part.rows.rows):
-            source = batch.inputs[row][batch.input_segments[row] > 0].tolist()
-            target = batch.targets[row][batch.target_segments[row] > 0].tolist()
-            back += restored(cutter, source, target)
-        whole = [t for each in ids for t in (each if cutter.runs_on else each[:-1])]
-        assert back == whole[: len(back)] and len(whole) - len(back) <= 1
-
-
-def test_a_stream_of_denoisers_resumes_exactly(folder, monkeypatch):
-    monkeypatch.setattr(streams, "SHARD", 60)
-    monkeypatch.setattr("t5x_lite.data.tasks.CHUNK", 30)
-    batches = data.open_batches(text(folder, stream=True), "pair", 8, seed=1)
-    states, forward = [], []
-    for step in range(20):
-        states.append(json.loads(json.dumps(batches.state())))
-        forward.append(batches.at(step))
-    again = data.open_batches(text(folder, stream=True), "pair", 8, seed=1)
-    again.restore(states[11])
-    assert of_rows(again.at(11)) == of_rows(forward[11])
-
-
-def test_the_same_denoiser_twice_draws_other_noise(folder):
-    twice = config.Denoisers((config.SpanCorruption(), config.SpanCorruption()), (1, 1))
-    batches = data.open_batches(text(folder, twice), "pair", 4, seed=0)
-    first, second = (part.rows.batch(np.arange(4), part.key) for part in batches.parts)
-    assert batches.parts[1].name == "toy/spans 0.15 3 2"
-    assert (first.inputs != second.inputs).any()
-
-
-def test_statistics_count_broken_lines_once(folder, tmp_path):
-    (tmp_path / "a.jsonl").write_text((folder / "a.jsonl").read_text() + "not json\n")
-    cfg = text(tmp_path)
-    cfg = dataclasses.replace(cfg, task=dataclasses.replace(cfg.task, broken="skip"))
-    found = data.open_batches(cfg, "pair", 4, seed=0).statistics
-    assert sum(found.counts.values()) == 1
-
-
-ERRORS = [
-    (
-        dict(objective=config.SpanCorruption(0.5, 64.0)),
-        r"3 tokens, SpanCorruption needs at least 65",
-    ),
-    (dict(objective=config.FillInTheMiddle(marks=("<a>", "b", "c"))), r"'<a>' is 3 ids, not one"),
-    (dict(objective=config.CausalLM()), "leaves the encoder nothing to read"),
-    (
-        dict(lengths={"inputs": 3, "targets": 2}),
-        r"inputs 3, targets 2.*too short for SpanCorruption",
-    ),
-    (dict(task="python_stdlb"), r"'python_stdlb' is not registered \(near: python_stdlib"),
-]
-
-
-@pytest.mark.parametrize("changes, message", ERRORS)
-def test_what_cannot_be_cut_says_why(changes, message, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
-    with pytest.raises(ValueError, match=message):
-        data.open_batches(dataclasses.replace(text(tmp_path), **changes), "pair", 4, 0)
-
-
-def test_modes_that_a_vocabulary_cannot_tell_apart_are_refused():
-    symbols = vocabularies.Symbols(list("abc"), separator=" ", extra_ids=5)
-    with pytest.raises(
-        ValueError, match=r"'\[NLU\]' is the same ids as '\[NLG\]'.*Vocabulary.names"
-    ):
-        objectives.denoisers(ul2(), symbols)
-    assert len(objectives.denoisers(ul2(), grown.grow(symbols, MODES))) == 4
-
-
-@pytest.mark.parametrize("rates, message", [((1, 0, 1, 1), "must be positive"), ((1,), "one rate")])
-def test_rates_of_denoisers_are_checked(rates, message):
-    with pytest.raises(ValueError, match=f"Denoisers.rates.*{message}"):
-        ul2(rates=rates)
-
-
-def test_an_encoder_alone_takes_only_span_corruption_among_denoisers(folder):
-    with pytest.raises(ValueError, match="PrefixLM is for a model with a decoder"):
-        data.open_batches(text(folder), "aligned", 4, 0)
-    spans = config.Denoisers(ul2().parts[:2], (1, 1))
-    batch = data.open_batches(text(folder, spans), "aligned", 4, 0).at(0)
-    assert batch.inputs.shape == batch.targets.shape == (4, 48)
-
-
-def test_inputs_end_as_the_denoisers_do(folder):
-    inputs = lambda objective: data.open_vocabularies(text(folder, objective))[0]
-    assert inputs(config.SpanCorruption()).ends and not inputs(config.PrefixLM()).ends
-    assert not inputs(ul2()).ends
 
 
 def test_windows_of_the_published_mixtures_fit_512_tokens_exactly():
