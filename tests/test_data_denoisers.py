@@ -205,3 +205,15 @@ def test_windows_of_the_published_mixtures_fit_512_tokens_exactly():
     fixed = config.PrefixLM(0.75, "fixed")
     tokens = windows.window(fixed, fit)
     assert windows.target_range(fixed, tokens, fit, 0) == (512, 512)
+
+
+@pytest.mark.parametrize("text", [2, 9, 30])
+def test_infilling_fills_both_sides_where_they_have_room_for_as_much_text(text):
+    objective = config.FillInTheMiddle(mode="[S2S]")
+    # A mode and three marks before the inputs, an end after the targets.
+    fit = lengths.Lengths(text + 4, text + 1, "pair")
+    cutter = objectives.cutter(objective, fit, VOCABULARIES["grown"])
+    assert cutter.window == text + 1
+    filler = np.full((3000, cutter.window), 7)
+    inputs, targets = cutter.parts(filler, randomness.keys(1, np.arange(3000)))
+    assert inputs.lengths.max() == fit.inputs and targets.lengths.max() == fit.targets
