@@ -2,17 +2,20 @@
 """Laws of distillation in the step: divergences, what a teacher reads, and the mixed objective."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import toy_batch, toy_model
-from test_training_step import CUBE, DATA, assert_same, initial, make_run, unpacked
+from test_training_step import CUBE, DATA, assert_same, initial, make_run, take_steps, unpacked
 
-from t5x_lite import config, model, sharding
+from t5x_lite import config, decoding, model, sharding
+from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.adaptation.distillation import Reading
 from t5x_lite.adaptation.teacher import Teacher
+from t5x_lite.batch import Batch
 from t5x_lite.training import divergence, optimizer, schedules, state, step
 
 RNG = np.random.default_rng(0)
@@ -204,23 +207,21 @@ def test_the_objective_is_the_mixture_that_the_config_says(layout):
     sharding.use_mesh(DATA)
     lesson = Reading(TEACHER, 64).lesson(batch)
     said = texts_alone(batch, layout)
-    student = model.Transformer(run.model).apply(
-        {"params": jax.tree.map(jnp.asarray, initial(layout))}, sharding.place_batch(batch)
-    )
+    weights = jax.tree.map(jnp.asarray, initial(layout))
+    student = forward(run.model, weights, sharding.place_batch(batch))
     kl = reference(np.asarray(student, np.float64), said, 2.0) * batch.loss_weights
     np.testing.assert_allclose(told.sums.divergence, kl.sum(), rtol=1e-4)
     assert told.sums.taught == (batch.loss_weights * lesson.known).sum()
     plain = dataclasses.replace(run, distillation=None)
-    alone = take_plain(plain, batch).sums
+    alone = take_steps(plain, [batch])[1][0].sums
     wanted = 0.7 * alone.objective + 0.3 * 4 * kl.sum()
     np.testing.assert_allclose(told.sums.objective, wanted, rtol=1e-4)
     np.testing.assert_allclose(told.sums.loss, alone.loss, rtol=1e-6)
 
 
-def take_plain(run, batch):
-    from test_training_step import take_steps
-
-    return take_steps(run, [batch])[1][0]
+@functools.partial(jax.jit, static_argnums=0)
+def forward(cfg, params, batch):
+    return model.Transformer(cfg).apply({"params": params}, batch)
 
 
 def texts_alone(batch, layout):
@@ -229,13 +230,13 @@ def texts_alone(batch, layout):
     params = model.initialize(TEACHER, jax.random.key(3))
     found = np.zeros((*batch.targets.shape, 64))
     for row, inputs, where in texts(batch, layout):
-        ids = np.concatenate([inputs, batch.targets[row][where]])[None].repeat(8, 0)
-        places = np.arange(ids.shape[1])[None].repeat(8, 0)
-        from t5x_lite.batch import Batch
-
+        whole = np.concatenate([inputs, batch.targets[row][where]])
+        # Padded, so that one program reads them all.
+        ids = np.pad(whole, (0, 24 - len(whole)))[None].repeat(8, 0)
+        places = np.arange(24)[None].repeat(8, 0)
         alone = Batch(ids, np.ones_like(ids), places, np.ones_like(ids, np.float32))
-        logits = model.Transformer(TEACHER).apply({"params": params}, sharding.place_batch(alone))
-        found[row, where] = np.asarray(logits)[0, len(inputs) :]
+        logits = forward(TEACHER, params, sharding.place_batch(alone))
+        found[row, where] = np.asarray(logits)[0, len(inputs) : len(whole)]
     return found
 
 
@@ -247,18 +248,7 @@ def test_packing_microbatches_and_meshes_change_nothing(top_k):
     both.loss_weights[:3, 4:] = 0
     one, told = take(taught_run(top_k=top_k), [both])
     cases = [
-        (
-            taught_run(top_k=top_k),
-            unpacked(
-                both._replace(targets=both.targets)._replace(
-                    **{
-                        name: getattr(both, name)[:8]
-                        for name in both._fields
-                        if getattr(both, name) is not None
-                    }
-                )
-            ),
-        ),
+        (taught_run(top_k=top_k), unpacked(jax.tree.map(lambda rows: rows[:8], both))),
         (taught_run(top_k=top_k, microbatches=2), both),
         (taught_run(top_k=top_k, mesh=CUBE), both),
     ]
@@ -285,3 +275,21 @@ def test_a_student_comes_nearer_to_its_teacher():
     _, told = take(run, [batch] * 8)
     per_token = [metrics.sums.divergence / metrics.sums.taught for metrics in told]
     assert per_token[-1] < 0.6 * per_token[0]
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_teacher_finds_texts_as_probable_as_decoding_does(starts):
+    cfg = dataclasses.replace(TEACHER, starts_prompts=starts)
+    sharding.use_mesh(DATA)
+    params = model.initialize(cfg, jax.random.key(3))
+    batch = toy_batch("pair")
+    lesson = sharding.place_batch(Reading(cfg, 64).lesson(batch))
+    said = log_softmax(teachers.logits(Teacher("toy", cfg, None, 64), params, lesson))
+    found = list(texts(batch, "pair"))
+    pairs = [(inputs.tolist(), batch.targets[row][where].tolist()) for row, inputs, where in found]
+    scores = decoding.score(
+        cfg, decoding.prepare(cfg, params), *map(list, zip(*pairs, strict=True))
+    )
+    for (row, _, where), (_, targets), tokens in zip(found, pairs, scores.tokens, strict=True):
+        ours = said[row, where, targets]
+        np.testing.assert_allclose(ours, tokens[: len(where)], rtol=1e-4, atol=1e-5)
