@@ -32,7 +32,8 @@ class Vocabulary(Checked):
 
     `checkpoint` takes that of the checkpoint at `path`, of whatever make: what a run needs that
     begins with its weights. `extra_ids` adds sentinels at the top of the vocabulary (span
-    corruption needs them), `names` below them texts that are one id each (UL2's mode tokens).
+    corruption needs them), `names` below them texts that are one id each (UL2's mode tokens); those
+    that a checkpoint has already are not added again.
     `sentinels` names pieces that are there already and serve as sentinels instead, with {} for
     their number: "<unused{}>".
     """
