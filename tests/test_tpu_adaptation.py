@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of large adaptations compile for TPU: towers short here, of the sizes' own widths."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_tpu_compile import abstract_batch
+
+from t5x_lite import config, config_file, model, sharding
+from t5x_lite.adaptation.teacher import Teacher
+from t5x_lite.batch import Batch, Lesson
+from t5x_lite.training import optimizer, schedules, state, step
+
+pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu, which the test extra brings")
+
+# A scan compiles two layers as it does many; six are one turn of Gemma 3's pattern.
+LAYERS = {"gemma2_2b_2b": 2, "gemma2_9b_2b": 2, "gemma3_t5gemma2_270m": 6, "gemma3_t5gemma2_4b": 6}
+# What teaches, as the runs name it.
+TEACHERS = {
+    "gemma2_2b_2b": "gemma2_2b",
+    "gemma2_9b_2b": "gemma2_9b",
+    "gemma3_t5gemma2_270m": "gemma3_270m",
+}
+RUN = """
+include "models/{}.gin"
+config.Run.model_dir = "none"
+config.Run.model = @config.Model()
+"""
+
+
+@pytest.fixture(scope="module")
+def topology():
+    """Sixteen v5e chips, described."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc("v5e:4x4", platform="tpu")
+
+
+def short(towers: tuple[str, ...], layers: int | None) -> list[str]:
+    """Bindings that leave these towers `layers` (None: all) layers."""
+    return [f"{tower}/config.Stack.layers={layers}" for tower in towers if layers]
+
+
+def teacher_of(name: str, layers: int | None, folder) -> Teacher:
+    """A teacher of that preset, without a checkpoint."""
+    path = folder / "teacher.gin"
+    path.write_text(RUN.format(TEACHERS[name]))
+    cfg = config_file.load([str(path)], short(("decoder",), layers)).model
+    return Teacher("none", cfg, None, cfg.vocab)
+
+
+def lesson(run: config.Run) -> Lesson:
+    """The shapes of what a teacher reads."""
+    rows, lengths = run.train.batch_size, run.data.lengths
+    array = lambda length, kind: jax.ShapeDtypeStruct(
+        (rows, length), kind, sharding=sharding.named("batch length")
+    )
+    read = [array(sum(lengths.values()), jnp.int32)] * 3
+    return Lesson(*read, array(lengths["targets"], jnp.int32), array(lengths["targets"], bool))
+
+
+def peak(run: config.Run, devices: list, teacher: Teacher | None = None) -> int:
+    """Bytes of each device that the training step needs at most; nothing is computed."""
+    sharding.use_mesh(run.mesh, devices)
+    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    axes = model.axes(run.model)
+    update = optimizer.make(run.optimizer, schedule, axes, run.train.parts)
+    shapes = state.shapes(model.shapes(run.model), update)
+    batch: Batch = abstract_batch(run)
+    taught = None
+    if teacher is not None:
+        batch = batch._replace(lesson=lesson(run))
+        kept = jnp.dtype(teacher.model.activations)
+        narrow = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
+        taught = jax.tree.map(narrow, model.shapes(teacher.model))
+    made = step.make(run, update, schedule, axes, teacher)
+    # As an accelerator runs it: the state that comes in makes room for the one that goes out.
+    donated = jax.jit(made, donate_argnums=0)
+    compiled = donated.trace(shapes, batch, taught).lower().compile()
+    return compiled.memory_analysis().peak_memory_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_the_step_of_an_adaptation_compiles_for_tpu_and_fits(topology, name):
+    bindings = [*short(("encoder", "decoder"), LAYERS[name]), "BATCH_SIZE=16"]
+    run = config_file.load([f"configs/runs/adapt_ul2_{name}.gin"], bindings)
+    assert run.adaptation is not None
+    assert 0 < peak(run, list(topology.devices)) < 16e9  # a v5e chip has 16 GB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(TEACHERS))
+def test_the_step_with_a_teacher_compiles_for_tpu_and_fits(topology, name, tmp_path):
+    bindings = [*short(("encoder", "decoder"), LAYERS[name]), "BATCH_SIZE=16"]
+    run = config_file.load([f"configs/runs/adapt_prefixlm_distill_{name}.gin"], bindings)
+    teacher = teacher_of(name, LAYERS[name], tmp_path)
+    assert 0 < peak(run, list(topology.devices), teacher) < 16e9
