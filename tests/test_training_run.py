@@ -196,6 +196,19 @@ def test_a_run_begins_with_the_weights_of_another(finished, tmp_path):
         loop.train(begun)
 
 
+def test_given_weights_are_measured_before_the_first_step(finished, tmp_path):
+    run, report = finished
+    begun = dataclasses.replace(
+        run,
+        model_dir=str(tmp_path / "run"),
+        checkpoint=config.Checkpoint(initial=run.model_dir),
+        evaluate=dataclasses.replace(run.evaluate, every=2),
+    )
+    loop.train(with_train(begun, steps=2))
+    assert records.read(tmp_path / "run")["validation/loss"][0] == report["loss"]
+    assert 0 not in records.read(Path(run.model_dir))["validation/loss"]
+
+
 @contextlib.contextmanager
 def started(run: config.Run, text: Path):
     """The training command on this run, in a process of its own with one device."""

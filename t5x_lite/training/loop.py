@@ -118,6 +118,7 @@ class Training:
         self.meter = Meter(self.run.train, self.work, self.totals)
         batches = data.prefetch(self.parts.batches, self.start, stop)
         try:
+            self.measure_given()
             for number, batch in batches:
                 self.trace(number)
                 self.one_step(number, batch, batches.waited)
@@ -126,6 +127,13 @@ class Training:
             batches.close()
             self.end_trace()
             self.bar.close()
+
+    def measure_given(self) -> None:
+        """What weights that were given are worth before they are trained on."""
+        given = self.run.adaptation or self.run.checkpoint.initial
+        if given and self.start == 0 and self.evaluator and self.run.evaluate.every:
+            with self.meter.pause():
+                self.evaluate(0)
 
     def one_step(self, number: int, batch, waited: float) -> None:
         self.meter.fetched(waited)
