@@ -76,7 +76,9 @@ def cases(file: str, top_k: int) -> dict[str, Case]:
     """The four ways to train."""
     run = student(file)
     sharding.use_mesh(run.mesh)
-    cfg = dataclasses.replace(run.model, encoder=None)
+    changes = {"encoder": None, "separate_embeddings": False, "eoi": None}
+    lone = dataclasses.replace(run.model.decoder, merged=False)
+    cfg = dataclasses.replace(run.model, decoder=lone, **changes)
     teacher, batch = Teacher("drawn", cfg, None, cfg.vocab), drawn(run.model.vocab)
     params = model.initialize(cfg, jax.random.key(1))
     whole = config.Distillation("drawn")
