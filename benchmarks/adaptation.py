@@ -19,14 +19,12 @@ steps each way reaches the held-out loss that scratch ends with.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import report
+import runs
 
 PACKAGES = ["jax", "jaxlib", "flax", "optax"]
 CONFIG = "configs/runs/adapt_stdlib_tiny.gin"
@@ -68,29 +66,14 @@ def folder_of(options: argparse.Namespace, way: str, seed: int) -> Path:
 
 def train(options: argparse.Namespace, name: str, seed: int) -> None:
     """Runs the way with the seed to its end, unless it was."""
-    folder, way = folder_of(options, name, seed), WAYS[name]
-    if (folder / "report.json").exists():
-        return
+    way = WAYS[name]
     bindings = [
-        f"MODEL_DIR={folder}",
         f"SOURCE={options.source}",
         f"TRAIN_STEPS={options.steps * way.longer}",
         f"config.Run.seed={seed}",
         *way.bindings,
     ]
-    files = [f"--gin_file={file}" for file in way.files]
-    command = [sys.executable, "-m", "t5x_lite.train", *files]
-    print(f"{folder}: training", flush=True)
-    with open(f"{folder}.log", "a") as log:
-        subprocess.run(
-            [*command, *(f"--gin.{each}" for each in bindings)], check=True, stdout=log, stderr=log
-        )
-
-
-def curve(folder: Path) -> dict[int, float]:
-    """Held-out loss by step."""
-    lines = (json.loads(line) for line in open(folder / "metrics.jsonl"))
-    return {row["step"]: row[LOSS] for row in lines if LOSS in row}
+    runs.finish(folder_of(options, name, seed), way.files, bindings)
 
 
 LOSS = "validation/loss"
@@ -162,12 +145,11 @@ def main() -> None:
     parser.add_argument("--output", default="runs/adaptation", help="folder of the runs")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--train_only", action="store_true", help="train, and measure later")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="also draw the curves to this file")
     options = parser.parse_args()
-    Path(options.output).mkdir(parents=True, exist_ok=True)
     studies: dict[str, dict[str, list]] = {}
     for seed in range(options.seeds):
         for name in options.ways:
@@ -176,7 +158,9 @@ def main() -> None:
         return
     for name in options.ways:
         folders = [folder_of(options, name, seed) for seed in range(options.seeds)]
-        studies.setdefault(WAYS[name].study, {})[name] = [curve(folder) for folder in folders]
+        studies.setdefault(WAYS[name].study, {})[name] = [
+            runs.curve(folder, LOSS) for folder in folders
+        ]
     rows = [row for study, curves in studies.items() for row in rows_of(study, curves)]
     print(report.table(rows))
     if options.json:
