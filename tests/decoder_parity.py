@@ -127,6 +127,11 @@ def drawn_ids(vocab: int, start: int, seed: int) -> Ids:
     return Ids(tokens.astype(np.int32), seen)
 
 
+def ids_of(pair: Pair, seed: int) -> Ids:
+    """Ids drawn for the models of a pair."""
+    return drawn_ids(pair.cfg.vocab, pair.cfg.start, seed)
+
+
 def where(ids: Ids) -> np.ndarray:
     """Positions [b t], 0 for padding."""
     return np.maximum(np.cumsum(ids.seen, axis=1) - 1, 0).astype(np.int32)

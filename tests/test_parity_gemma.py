@@ -53,16 +53,12 @@ def pair_of(name: str, folder, seed: int = 0):
     return decoder_parity.drawn(KINDS[kind](**fields), seed, folder)
 
 
-def ids_of(pair, seed: int):
-    return decoder_parity.drawn_ids(pair.cfg.vocab, pair.cfg.start, seed)
-
-
 @pytest.mark.parametrize("seed", decoder_parity.SEEDS)
 @pytest.mark.parametrize("name", DRAWS)
 def test_logits_equal_and_conversion_loses_nothing(name, seed, tmp_path):
     pair = pair_of(name, tmp_path / "theirs", seed)
-    decoder_parity.assert_alike(pair, ids_of(pair, seed))
-    decoder_parity.assert_there_and_back(pair, ids_of(pair, seed), tmp_path / "ours")
+    decoder_parity.assert_alike(pair, decoder_parity.ids_of(pair, seed))
+    decoder_parity.assert_there_and_back(pair, decoder_parity.ids_of(pair, seed), tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +66,7 @@ def test_logits_equal_and_conversion_loses_nothing(name, seed, tmp_path):
 )
 def test_gradients_equal(name, tmp_path):
     pair = pair_of(name, tmp_path / "theirs")
-    decoder_parity.assert_gradients_alike(pair, ids_of(pair, seed=2))
+    decoder_parity.assert_gradients_alike(pair, decoder_parity.ids_of(pair, seed=2))
 
 
 def read(kind="gemma2", names=(), **changes):

@@ -32,21 +32,17 @@ def pair_of(name: str, folder, seed: int = 0):
     return decoder_parity.drawn(transformers.GPT2Config(**fields | DRAWS[name]), seed, folder)
 
 
-def ids_of(pair, seed: int):
-    return decoder_parity.drawn_ids(pair.cfg.vocab, pair.cfg.start, seed)
-
-
 @pytest.mark.parametrize("seed", decoder_parity.SEEDS)
 @pytest.mark.parametrize("name", DRAWS)
 def test_logits_equal_and_conversion_loses_nothing(name, seed, tmp_path):
     pair = pair_of(name, tmp_path / "theirs", seed)
-    decoder_parity.assert_alike(pair, ids_of(pair, seed))
-    decoder_parity.assert_there_and_back(pair, ids_of(pair, seed), tmp_path / "ours")
+    decoder_parity.assert_alike(pair, decoder_parity.ids_of(pair, seed))
+    decoder_parity.assert_there_and_back(pair, decoder_parity.ids_of(pair, seed), tmp_path / "ours")
 
 
 def test_gradients_equal(tmp_path):
     pair = pair_of("plain", tmp_path / "theirs")
-    decoder_parity.assert_gradients_alike(pair, ids_of(pair, seed=2))
+    decoder_parity.assert_gradients_alike(pair, decoder_parity.ids_of(pair, seed=2))
 
 
 def test_released_files_leave_out_the_prefix_and_carry_masks(tmp_path):
