@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is SmolLM2-135M worth as an encoder-decoder, after a hundred steps on a CPU?
 
-Adapts it with configs/runs/adapt_ul2.gin and adapt_prefixlm_distill.gin, then finetunes the second
+Adapts it with configs/runs/adapt_ul2.gin and adapt_prefixlm_distill.gin, then finetunes the first
 and SmolLM2 itself on functions and their docstrings with equal compute (FLOPs of all steps), and
 decodes held-out functions greedily. Runs that are finished are not run again.
 
@@ -46,7 +46,7 @@ def train(options: argparse.Namespace) -> None:
         steps = f"TRAIN_STEPS={options.steps}"
         runs.finish(output / name, [file], [source, ROWS, steps, *few])
     for name, file in FINETUNED.items():
-        begun = f"INITIAL_CHECKPOINT={output / 'prefixlm_distill'}"
+        begun = f"INITIAL_CHECKPOINT={output / 'ul2'}"
         bindings = [source, f"TRAIN_STEPS={finetuning_steps(options, file)}"]
         bindings += [begun] if name.endswith("pair") else []
         bindings += [f"config.Evaluate.examples={options.examples}", "config.Evaluate.every=0"]
@@ -109,8 +109,8 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="SmolLM2's .gguf file or folder")
     parser.add_argument("--output", default="runs/adapt_smollm2", help="folder of the runs")
     parser.add_argument("--steps", type=int, default=100, help="steps of each adaptation")
-    parser.add_argument("--finetuning", type=int, default=40, help="steps of SmolLM2's finetuning")
-    parser.add_argument("--examples", type=int, default=48, help="functions that are decoded")
+    parser.add_argument("--finetuning", type=int, default=24, help="steps of SmolLM2's finetuning")
+    parser.add_argument("--examples", type=int, default=32, help="functions that are decoded")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="also draw the curves to this file")
     options = parser.parse_args()
