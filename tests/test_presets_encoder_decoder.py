@@ -64,10 +64,12 @@ PARTS = {
 }
 FAMILIES = ("byt5", "mt5", "t5_1_0", "t5_1_1", "t5gemma", "t5gemma2")
 STARTS = ("flan_t5_", "mt5_", "t5_1_", "umt5_", "byt5_", "ul2_", "t5gemma_", "t5gemma2_")
+# Gemma 2's softcaps with T5Gemma 2's merged attention: a study of ours that no family has.
+STUDIES = ("t5gemma_tiny_merged",)
 PRESETS = sorted(
     path.stem
     for path in (config_file.configs_folder() / "models").glob("*.gin")
-    if path.stem.startswith(STARTS) and path.stem not in FAMILIES
+    if path.stem.startswith(STARTS) and path.stem not in (*FAMILIES, *STUDIES)
 )
 
 

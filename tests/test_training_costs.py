@@ -33,8 +33,8 @@ def test_the_formula_counts_what_the_compiler_counts(layout):
         )
     # Unrolled: the compiler counts the body of a loop once.
     unrolled = model.Transformer(cfg, scan=False, remat="none")
-    train = config.Train(steps=1, batch_size=8)
-    loss = lambda params: step.token_sums(unrolled, train, params, batch, None).objective
+    run = config.Run("", cfg, train=config.Train(steps=1, batch_size=8))
+    loss = lambda params: step.token_sums(unrolled, run, params, batch, None, None).objective
     gradient = jax.jit(lambda params: jax.grad(loss)(model.unstack(params)))
     params = model.initialize(cfg, jax.random.key(0))
     counted = gradient.lower(params).compile().cost_analysis()["flops"] * jax.device_count()
