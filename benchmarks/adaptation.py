@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import report
-import runs
+import training_runs
 
 PACKAGES = ["jax", "jaxlib", "flax", "optax"]
 CONFIG = "configs/runs/adapt_stdlib_tiny.gin"
@@ -73,7 +73,7 @@ def train(options: argparse.Namespace, name: str, seed: int) -> None:
         f"config.Run.seed={seed}",
         *way.bindings,
     ]
-    runs.finish(folder_of(options, name, seed), way.files, bindings)
+    training_runs.finish(folder_of(options, name, seed), way.files, bindings)
 
 
 LOSS = "validation/loss"
@@ -159,7 +159,7 @@ def main() -> None:
     for name in options.ways:
         folders = [folder_of(options, name, seed) for seed in range(options.seeds)]
         studies.setdefault(WAYS[name].study, {})[name] = [
-            runs.curve(folder, LOSS) for folder in folders
+            training_runs.curve(folder, LOSS) for folder in folders
         ]
     rows = [row for study, curves in studies.items() for row in rows_of(study, curves)]
     print(report.table(rows))
