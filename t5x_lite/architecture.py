@@ -8,7 +8,11 @@ Every family (T5, T5Gemma, GPT-2, Llama, Qwen, Gemma ...) is a choice of these v
 from dataclasses import dataclass
 from typing import Literal
 
+from t5x_lite.heading import Heads
 from t5x_lite.typed import Checked, require
+
+# Ids and places in a weight are int32.
+INDICES = 2**31
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,9 @@ class Stack(Checked):
     def check(self):
         for name in ("layers", "embed", "heads", "head_dim", "mlp"):
             require(getattr(self, name) >= 1, f"Stack.{name} must be at least 1")
+        sizes = (self.layers, self.embed, self.heads, self.key_heads, self.head_dim, self.mlp)
+        sizes += (self.buckets, self.max_length or 1, self.window or 1)
+        require(max(sizes) < INDICES, f"Stack has a size of {max(sizes):,}: no array has")
         require(
             self.heads % self.key_heads == 0,
             f"Stack.heads ({self.heads}) must be a multiple of Stack.kv_heads ({self.kv_heads})",
@@ -150,7 +157,10 @@ class Model(Checked):
     `prefix_lm` lets a lone decoder read its inputs in both directions. `start` begins every decoder
     input; with `starts_prompts` False a lone decoder's prompts are decoded without it, as GPT-2's
     are. `activations` is the dtype of activations; weights are kept in float32. `pooling` makes
-    text embeddings.
+    text embeddings, `blockwise` heads guess tokens after the next one, for faster decoding.
+
+    `attention` is what computes attention: kernels (pallas), plain XLA (reference), or (auto) the
+    faster of both on the devices at hand; T5X_LITE_ATTENTION in the environment overrides it.
     """
 
     vocab: int
@@ -168,11 +178,14 @@ class Model(Checked):
     dropout: float = 0.0
     embedding_std: float = 1.0
     activations: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "pallas", "reference"] = "auto"
     pooling: Pooling | None = None
+    blockwise: Heads | None = None
 
     def check(self):
         require(self.encoder is not None or self.decoder is not None, "Model has no Stack at all")
         require(self.vocab >= 2, f"Model.vocab must be at least 2; got {self.vocab}")
+        require(self.vocab < INDICES, f"Model.vocab is {self.vocab:,}: ids are int32")
         require(0 <= self.start < self.vocab, f"Model.start must be below vocab {self.vocab}")
         require(0 <= self.dropout < 1, f"Model.dropout must be in [0, 1); got {self.dropout}")
         require(
@@ -186,6 +199,10 @@ class Model(Checked):
         require(
             not self.separate_embeddings or self.layout == "pair",
             "Model.separate_embeddings is for an encoder-decoder",
+        )
+        require(
+            self.blockwise is None or self.decoder is not None,
+            "Model.blockwise guesses what a decoder writes: an encoder alone writes nothing",
         )
         self.check_widths()
 

@@ -18,12 +18,17 @@ from t5x_lite.architecture import Model as Model
 from t5x_lite.architecture import Pooling as Pooling
 from t5x_lite.architecture import RotaryScaling as RotaryScaling
 from t5x_lite.architecture import Stack as Stack
+from t5x_lite.comparing import Compare as Compare
 from t5x_lite.denoising import CausalLM as CausalLM
 from t5x_lite.denoising import Denoisers as Denoisers
 from t5x_lite.denoising import FillInTheMiddle as FillInTheMiddle
 from t5x_lite.denoising import PrefixLM as PrefixLM
 from t5x_lite.denoising import SpanCorruption as SpanCorruption
+from t5x_lite.heading import HeadLoss as HeadLoss
+from t5x_lite.heading import Heads as Heads
+from t5x_lite.skipping import LayerSkip as LayerSkip
 from t5x_lite.typed import Checked, require
+from t5x_lite.writing import Decode as Decode
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,10 @@ class Train(Checked):
     faster on CPU too) or only its input. `unroll` is how many layers one turn of the scan over
     layers takes: narrow models train 1.5 times faster on CPU unrolled. `patience` is how many
     steps in a row may have a non-finite gradient (each is skipped) before the run stops. A weight
-    trains as the first of `parts` that names it says, or as the schedule says.
+    trains as the first of `parts` that names it says, or as the schedule says. `cross_entropy` is
+    from logits held `whole`, or made in `pieces` and again for the backward pass; auto is pieces
+    where a kernel makes them or the whole would take more than 1 GiB of a device. `heads` is how
+    the heads of Model.blockwise are trained; `layer_skip` teaches the decoder to exit early.
     """
 
     steps: int
@@ -211,6 +219,9 @@ class Train(Checked):
     log_every: int = 10
     tensorboard: bool = True
     parts: tuple[Part, ...] = ()
+    cross_entropy: Literal["auto", "whole", "pieces"] = "auto"
+    heads: HeadLoss = HeadLoss()
+    layer_skip: LayerSkip | None = None
 
     def check(self):
         for name in ("steps", "batch_size", "microbatches", "unroll", "patience", "log_every"):
@@ -264,52 +275,24 @@ class Checkpoint(Checked):
 
 
 @dataclass(frozen=True)
-class Decode(Checked):
-    """How text is written: greedily (temperature 0), by sampling, or by beam search (beams > 1).
-
-    `length` is the most new tokens of a row. `top_k` 0 and `top_p` 1 leave the distribution whole.
-    Beams are ranked by log-probability / ((5 + length) / 6) ** alpha (Wu et al., 2016, eq. 14).
-    """
-
-    length: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    beams: int = 1
-    alpha: float = 0.6
-    n_best: int = 1
-
-    def check(self):
-        require(self.length >= 1, f"Decode.length must be at least 1; got {self.length}")
-        require(self.temperature >= 0, "Decode.temperature cannot be negative")
-        require(self.top_k >= 0, "Decode.top_k cannot be negative")
-        require(0 < self.top_p <= 1, f"Decode.top_p must be in (0, 1]; got {self.top_p}")
-        require(self.beams >= 1, "Decode.beams must be at least 1")
-        require(
-            1 <= self.n_best <= self.beams,
-            f"Decode.n_best must be in 1..Decode.beams ({self.beams}); got {self.n_best}",
-        )
-        require(
-            self.beams == 1 or self.temperature == 0,
-            "Decode.beams searches for the most probable text: it cannot also sample "
-            "(temperature > 0)",
-        )
-
-
-@dataclass(frozen=True)
 class Mesh(Checked):
-    """Devices by axis. `data` and `fsdp` split the batch, `fsdp` and `tensor` split the weights.
+    """Devices by axis. `data` and `fsdp` split the batch, `fsdp` and `tensor` split the weights,
+    `context` the length of rows while they train, for rows too long for one device.
 
-    -1 takes all devices that the other axes leave.
+    -1 takes all devices that the other axes leave. `slices` says of how many slices the devices
+    are, which only a data-centre network joins: `data`, their multiple, spans them, and all other
+    axes stay within one.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
+    slices: int = 1
 
     def check(self):
-        sizes = (self.data, self.fsdp, self.tensor)
+        require(self.slices >= 1, f"Mesh.slices must be at least 1; got {self.slices}")
+        sizes = (self.data, self.fsdp, self.tensor, self.context)
         require(all(size >= 1 or size == -1 for size in sizes), "Mesh axes are at least 1, or -1")
         require(sizes.count(-1) <= 1, "At most one Mesh axis can be -1")
 
@@ -334,6 +317,7 @@ class Run(Checked):
     mesh: Mesh = Mesh()
     adaptation: Adaptation | None = None
     distillation: Distillation | None = None
+    compare: Compare | None = None
     seed: int = 0
 
     def check(self):
@@ -342,6 +326,14 @@ class Run(Checked):
             "Checkpoint.initial and Run.adaptation both say which weights the run begins with: "
             "bind one of them",
         )
+        require(
+            self.adaptation is None or self.model.blockwise is None,
+            "Run.adaptation makes a model without Model.blockwise: train them in a run that begins "
+            "with its weights (Checkpoint.initial)",
+        )
+        if self.train is not None and self.train.layer_skip is not None:
+            require(self.model.decoder is not None, "Train.layer_skip is for a decoder's layers")
+            self.train.layer_skip.check_layers(self.model.decoder.layers)
         if self.data is None:
             return
         require(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-""".gin text to the tree of `config.Run`, and back. Nothing else imports gin.
+""".gin text to the tree of `config.Run`, and back. Only this and its door import gin.
 
 A run file fills `config.Run` by macros in T5X's names and by bindings; `include` finds presets in
 the folder of the file, in the working folder and in the configs that the package ships. What a
-file can import is limited to `t5x_lite.config`: a config is data, not code.
+file can import and name is limited to the dataclasses of `t5x_lite.config` (`config_door`): it is
+data, not code.
 """
 
 import contextlib
@@ -15,8 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5x_lite import config
+from t5x_lite.config_door import HEADER, check, dataclass_names
 
-HEADER = "from __gin__ import dynamic_registration\nfrom t5x_lite import config\n"
+# A resolved config has some hundred lines; ours include three files deep.
+MOST_LINES = 20_000
+DEEPEST = 10
+MOST_BYTES = 2**20
 
 
 class ConfigError(ValueError):
@@ -34,7 +39,15 @@ def load(paths: list[str], bindings: list[str] = ()) -> config.Run:
         type, or two values contradict each other.
     """
     lines = [line for path in paths for line in read(path)]
-    return parse(lines, [quoted(binding) for binding in bindings])
+    if not lines:
+        raise ConfigError(f"No config.Run in the config: {' and '.join(paths)} is empty")
+    try:
+        return parse(lines, [quoted(binding) for binding in bindings])
+    except ConfigError as error:
+        places = [line.origin for line in lines] + [f"--gin.{each}" for each in bindings]
+        if any(place in str(error) for place in places):
+            raise
+        raise ConfigError(f"{error}\nThat is of {' and '.join(paths)}") from error
 
 
 # What eval needs of a config: a file of configs/data says no more than this leaves open.
@@ -83,20 +96,54 @@ class Line(NamedTuple):
     origin: str
 
 
-def read(path: str) -> list[Line]:
-    """The lines of a .gin file with its includes put in place, each with where it stands."""
+def read(path: str, above: tuple[Path, ...] = ()) -> list[Line]:
+    """The lines of a .gin file with its includes put in place, each with where it stands.
+
+    `above` are the files that include this one.
+
+    Raises:
+      ConfigError: there is no such file, it is no text, or files include each other endlessly.
+    """
     found = find(path)
     if found is None:
         raise ConfigError(f"No config file {path}.{near(path, shipped())}")
+    if found.resolve() in above:
+        raise ConfigError(f"{found} includes itself, by way of {above[-1]}")
+    if len(above) > DEEPEST:
+        raise ConfigError(f"{found}: files include each other more than {DEEPEST} deep")
     lines = []
-    for number, line in enumerate(found.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(content(found).splitlines(), 1):
         include = re.fullmatch(r"""\s*include\s+(["'])(.+)\1\s*(?:#.*)?""", line)
+        # The line itself stays, empty: includes count, even of empty files.
+        lines.append(Line("" if include else line, f"{found}:{number}"))
         if include:
-            beside = found.parent / include[2]
-            lines += read(str(beside) if beside.is_file() else include[2])
-        else:
-            lines.append(Line(line, f"{found}:{number}"))
+            lines += included(include[2], lines[-1].origin, (*above, found.resolve()))
+        if len(lines) > MOST_LINES:
+            raise ConfigError(f"{found}:{number}: more than {MOST_LINES:,} lines with the includes")
     return lines
+
+
+def included(name: str, origin: str, above: tuple[Path, ...]) -> list[Line]:
+    """The lines of a file that is included at `origin`."""
+    if not name.endswith(".gin"):
+        # What does not parse is told with its text: no other file's content may get out so.
+        raise ConfigError(f"{origin}: an include names a .gin file; found {name!r}")
+    beside = above[-1].parent / name
+    path = str(beside) if beside.is_file() else name
+    if find(path) is None:
+        raise ConfigError(f"{origin}: no config file {name}.{near(name, shipped())}")
+    return read(path, above)
+
+
+def content(path: Path) -> str:
+    """The text of a .gin file; ConfigError where it is none."""
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ConfigError(f"{path} has {size:,} bytes; no .gin file has more than {MOST_BYTES:,}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text: byte {error.start:,} is not UTF-8") from error
 
 
 def configs_folder() -> Path:
@@ -134,19 +181,21 @@ def quoted(binding: str) -> str:
 def parse(lines: list[Line], bindings: list[str]) -> config.Run:
     import gin
 
-    source = HEADER + "\n".join(without_imports(line) for line in lines)
+    below = [Line(part, f"--gin.{each}") for each in bindings for part in each.splitlines()]
+    source = HEADER + "\n".join(without_header(line.text) for line in lines)
     if not RUN.search(source):
+        where = f" ({lines[-1].origin})" if lines else ""
         raise ConfigError(
-            "No config.Run in the config: begin with a file of configs/runs, or bind config.Run"
+            f"No config.Run in the config{where}: begin with a file of configs/runs, or bind "
+            "config.Run"
         )
+    for binding in bindings:
+        check_macro(binding, source)
+    whole = "\n".join((source, *(line.text for line in below)))
     try:
-        with our_errors(lines):
-            gin.parse_config(source)
-        for binding in bindings:
-            check_macro(binding, source)
-            with our_errors([Line(binding, f"--gin.{binding}")]):
-                gin.parse_config(HEADER + binding)
-        with our_errors(lines):
+        with our_errors([*lines, *below]):
+            check(whole)
+            gin.parse_config(whole)
             run = plain(gin.get_configurable("t5x_lite.config.Run")())
     finally:
         gin.clear_config()
@@ -186,17 +235,9 @@ def our_errors(lines: list[Line]):
         raise ConfigError(explain(error, lines)) from error
 
 
-def without_imports(line: Line) -> str:
-    """line, or nothing where it imports what every config may; gin would run other imports."""
-    words = line.text.split("#")[0].strip()
-    if not re.match(r"(import|from|include)\s", words):
-        return line.text
-    if words not in HEADER.splitlines():
-        raise ConfigError(
-            f"{line.origin}: a config may only have the imports {HEADER.splitlines()}; found "
-            f"{words!r}. Python of yours is named by --import=MODULE"
-        )
-    return ""
+def without_header(text: str) -> str:
+    """A line, or nothing where it imports what every config may: `HEADER` has done so."""
+    return "" if text.split("#")[0].strip() in HEADER.splitlines() else text
 
 
 def check_macro(binding: str, source: str) -> None:
@@ -220,7 +261,8 @@ def explain(error: Exception, lines: list[Line]) -> str:
     if isinstance(error, tokenize.TokenError):
         return f"{lines[-1].origin}: the config ends inside a bracket or string ({error.args[0]})"
     header = len(HEADER.splitlines())
-    place = lambda found: lines[int(found[1]) - header - 1].origin
+    origins = {f"line {n}": line.origin for n, line in enumerate(lines, header + 1)}
+    place = lambda found: origins.get(f"line {found[1]}", found[0])
     message = re.sub(r"(?:In bindings string )?\bline (\d+)", place, str(error).strip())
     message = message.replace("In bindings string", "In")
     parameter = re.search(r"'config\.(\w+)' doesn't have a parameter named '(\w+)'", message)
@@ -239,10 +281,6 @@ def explain(error: Exception, lines: list[Line]) -> str:
     if missing:
         return f"config.{missing[1]} is not complete: bind {missing[2]}"
     return message
-
-
-def dataclass_names() -> list[str]:
-    return [name for name, value in vars(config).items() if dataclasses.is_dataclass(value)]
 
 
 def plain(value: Any) -> Any:

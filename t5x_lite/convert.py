@@ -134,6 +134,11 @@ def convert(given: argparse.Namespace) -> None:
     origin = origins.open(given.origin, asked)
     if origin.assumed:
         print(f"Assumed, as the files do not say: {origin.assumed}", file=sys.stderr)
+    if given.format != "ours" and origin.model.blockwise is not None:
+        print(
+            f"Left out: the heads that guess later tokens; {given.format} has none", file=sys.stderr
+        )
+        origin = origin.without_heads()
     settings = outputs.Settings(given.format, dtype(given.dtype), given.family, given.shard_size)
     output = outputs.make(origin, to, settings)
     if given.dry_run:

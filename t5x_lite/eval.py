@@ -83,7 +83,8 @@ def measure(given: argparse.Namespace) -> None:
 
     compilation.keep_compiled()
     asked = asked_data(given)
-    restored = restore.restore(given.checkpoint, given.step, given.best, given.mesh)
+    which = given.step, given.best, given.mesh, given.quantize
+    restored = restore.restore(given.checkpoint, *which)
     run = settled(with_data(restored.run, asked, given.checkpoint), given)
     evaluator = Evaluator(run, given.split)
     total = min(len(evaluator.dataset), run.evaluate.examples)
@@ -91,12 +92,16 @@ def measure(given: argparse.Namespace) -> None:
     print(f"{given.checkpoint}, step {restored.step}, {evaluator.dataset.name} {evaluator.split}")
     for name, number in numbers.items():
         print(f"  {name:<16}{number:>14,.4f}")
+    if evaluator.tally.calls:
+        print(evaluator.tally)
     if evaluator.kept is not None:
         show(evaluator.kept, given.show)
     if given.json:
         about = {"checkpoint": given.checkpoint, "step": restored.step, "split": evaluator.split}
+        about["quantize"] = given.quantize
         decode = dataclasses.asdict(run.decode)
         report = about | {"decode": decode, "metrics": numbers}
+        report["drafting"] = evaluator.tally.report()
         Path(given.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

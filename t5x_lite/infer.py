@@ -31,6 +31,10 @@ examples:
       --temperature=0.8 --top_p=0.95 --seed=7
   # a vector for every line, for search or clustering: adds "embedding"
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=v.jsonl --embed=mean
+  # guesses copied from the text or its input: faster where text repeats, and the same text;
+  # --verify writes it plainly as well and compares, --draw shows which guesses held
+  python -m t5x_lite.infer --checkpoint=smollm2.gguf --input=code.txt --output=c.jsonl \\
+      --decoder=lookup --verify --draw=blocks.html
   # how probable are given targets? adds "log_probability" (nats) to every line
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=pairs.jsonl \\
       --targets=phonemes --output=p.jsonl
@@ -70,6 +74,17 @@ def parser() -> options.Parser:
     add("--broken", choices=("skip", "stop"), default="skip", help=handling)
     add("--overwrite", action="store_true", help="begin an output that exists anew")
     options.add_decode(made)
+    add = made.add_argument_group("what guessing ahead did").add_argument
+    add(
+        "--verify",
+        action="store_true",
+        help="write every text plainly as well, and count those that differ",
+    )
+    add(
+        "--draw",
+        metavar="FILE",
+        help="draw the first texts by who guessed what: .html, .png, or - for the terminal",
+    )
     return made
 
 
@@ -93,12 +108,20 @@ def infer(given: argparse.Namespace) -> None:
         raise ValueError("--targets names a field of JSONL input, and its scores are JSON")
     if given.embed and (given.targets or given.text):
         raise ValueError("--embed writes vectors as JSON: leave out --targets and --text")
+    if (given.verify or given.draw) and (given.embed or given.targets):
+        raise ValueError("--verify and --draw are about texts that are written: leave out the rest")
+    from t5x_lite.evaluation.watching import Watch
+
+    watch = Watch(given.verify, given.draw)
     source = Source(given.input, jsonl, given.field)
     total, digest = source.count(), source.digest()
     from t5x_lite import interactive
 
-    session = interactive.load(given.checkpoint, step=given.step, best=given.best, mesh=given.mesh)
+    which = {name: getattr(given, name) for name in ("step", "best", "mesh", "quantize")}
+    session = interactive.load(given.checkpoint, **which)
     session.decode = session.settings(options.chosen(given))
+    if given.draw and session.decode.beams > 1:
+        raise ValueError("--draw shows who guessed each token, and beam search guesses none")
     if given.batch_size:
         session.predictor.batch_size = given.batch_size
     sink = Sink(given.output, settings(given, session, digest))
@@ -107,7 +130,8 @@ def infer(given: argparse.Namespace) -> None:
         print(f"{given.output} has {done:,} lines already: going on after them", file=sys.stderr)
     with sink.open() as output:
         records = itertools.islice(source.records(), done, None)
-        through(given, session, records, output, Progress("lines", total, done))
+        through(given, session, records, output, Progress("lines", total, done), watch)
+    watch.close(session.predictor)
 
 
 def settings(given: argparse.Namespace, session: Any, digest: str | None) -> dict[str, Any]:
@@ -115,6 +139,7 @@ def settings(given: argparse.Namespace, session: Any, digest: str | None) -> dic
     return {
         "checkpoint": str(Path(given.checkpoint).resolve()),
         "step": session.step,
+        "quantize": given.quantize,
         "input": given.input,
         "input_digest": digest,
         "field": given.field,
@@ -130,6 +155,7 @@ def through(
     records: Iterator[Record],
     output: Any,
     progress: Progress,
+    watch: Any,
 ) -> None:
     """Records to lines, some batches at a time; a person who types gets an answer per line."""
     typed = given.input == "-" and sys.stdin.isatty()
@@ -141,9 +167,8 @@ def through(
             if record.trouble:
                 troubled += 1
                 complain(given, record)
-        append(
-            output, written(given, session, chunk, lambda count, done=done: progress(done + count))
-        )
+        told = lambda count, done=done: progress(done + count)
+        append(output, written(given, session, chunk, told, watch))
         done += len(chunk)
     progress.close(done)
     if troubled:
@@ -165,7 +190,7 @@ def complain(given: argparse.Namespace, record: Record) -> None:
 
 
 def written(
-    given: argparse.Namespace, session: Any, chunk: Sequence[Record], told: Any
+    given: argparse.Namespace, session: Any, chunk: Sequence[Record], told: Any, watch: Any
 ) -> list[str]:
     """The output line of every record."""
     good = [record for record in chunk if not record.trouble]
@@ -179,10 +204,9 @@ def written(
     else:
         # A line's number is its own to the sampling: the draw does not depend on where one stops.
         rows = [record.number - 1 for record in good]
-        found = [
-            described(each)
-            for each in session.predictor.predict(texts, session.decode, rows=rows, told=told)
-        ]
+        predictions = session.predictor.predict(texts, session.decode, rows=rows, told=told)
+        watch(session.predictor, texts, rows, session.decode, predictions)
+        found = [described(each) for each in predictions]
     lines, answers = [], iter(found)
     for record in chunk:
         if record.trouble:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import conversion_toys as toys
 import jax
+import jax.numpy as jnp
 import numpy as np
 from conftest import FAMILIES, toy_batch
 
-from t5x_lite import adaptation, config, model, sharding
+from t5x_lite import adaptation, config, kernels, model, sharding
 from t5x_lite.conversion import matching
+from t5x_lite.model import positions
 from t5x_lite.model.attention import View
 from t5x_lite.model.tower import Layer
 
@@ -58,6 +60,11 @@ def nested(arrays: dict[str, np.ndarray], cfg: config.Model) -> dict:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
+def relative(stack: config.Stack, both_sides: bool):
+    """The relative positions of a stack, with a table of zeros."""
+    return positions.relative(np.zeros((stack.buckets, stack.heads)), stack, both_sides)
+
+
 def one_device() -> None:
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
 
@@ -77,9 +84,10 @@ def hidden(cfg: config.Model, params: dict, tower: str, ids: np.ndarray) -> np.n
     ids, where = (sharding.place(array, "batch length") for array in (ids, where))
 
     def read(self):
-        past = where[:, None, :] <= where[:, :, None]
+        ones = jnp.ones_like(where)
+        sight = self.sight(ones, ones, causal=True)
         x = self.embed(ids, reader=tower == "encoder")
-        return getattr(self, tower)(x, View(where, where, past))
+        return getattr(self, tower)(x, View(where, sight))
 
     apply = lambda params: model.Transformer(cfg).apply({"params": params}, method=read)
     return np.asarray(jax.jit(apply)(params))
@@ -99,9 +107,11 @@ def crossed_by(cfg: config.Model, params: dict, batch) -> np.ndarray:
 
     def add(self, batch):
         x, encoded = self.embed(batch.targets), self.embed(batch.inputs, reader=True)
-        seen = batch.target_segments[:, :, None] == batch.input_segments[:, None, :]
+        sight = kernels.Sight(batch.target_segments, batch.input_segments)
+        sight = kernels.prepared(sight, None)
+        view = View(batch.target_positions, None, seen=sight)
         bound = layer.bind({"params": first})
-        return bound.cross_attention.over_encoded(x, bound.crossed(encoded), seen)
+        return bound.cross_attention.over_encoded(x, bound.crossed(encoded), view)
 
     apply = lambda params: model.Transformer(cfg).apply({"params": params}, batch, method=add)
     return np.asarray(jax.jit(apply)(params))

@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -11,10 +12,19 @@ os.environ["XLA_FLAGS"] = (
     # Toys are compiled far longer than they run: without LLVM's costly passes, 2.5 times less.
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# XLA runs the eight devices and their parts on as many threads as there are cores, at least eight,
+# and the devices block theirs while they wait for each other: on a busy machine nothing is left for
+# the part that all wait for (aborted in 4 of 6 runs; with 32 threads in none of 10).
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu compiles without a chip if it asks no metadata server; read when jax is imported.
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+if "tpu" not in os.environ["JAX_PLATFORMS"]:
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+# Set before the workers start, which inherit it, as do the commands that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="t5x_lite_xla_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 
 import jax
 import numpy as np
@@ -25,11 +35,27 @@ from t5x_lite.batch import Batch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
+def compilation_cache():
     """Many tests compile the same toy: the second time it is read back."""
-    folder = os.environ.get("T5X_LITE_TEST_CACHE", tmp_path_factory.mktemp("xla"))
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """What a file compiled is dropped after it: kept, a process grows to 10 GB over the suite."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def without_the_mesh_of_others(request):
+    """Tests of kernels take arrays of no mesh; those of whole models set one and leave it set."""
+    of_kernels = ("test_attention", "test_kernels", "test_tpu_kernels", "test_tune")
+    if not request.module.__name__.startswith(of_kernels):
+        yield
+        return
+    with jax.set_mesh(None):
+        yield
 
 
 def toy_stack(**changes) -> config.Stack:

@@ -6,7 +6,6 @@ import dataclasses
 import adaptation_toys as toys
 import conversion_toys
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import toy_model
@@ -14,7 +13,6 @@ from conftest import toy_model
 from t5x_lite import config, model
 from t5x_lite.adaptation import beginning
 from t5x_lite.conversion import matching
-from t5x_lite.model import positions
 
 LONE = toy_model("joined", **toys.GEMMA2)
 WIDE = dataclasses.replace(LONE, vocab=4000)
@@ -91,7 +89,7 @@ def test_a_bucket_is_the_mean_of_what_the_source_has_at_its_distances(
     causal, both = (table[1] if per_layer else table for table in (causal, both))
     sums, counts = np.zeros((buckets, 4)), np.zeros(buckets)
     for distance in range(-furthest, furthest + 1):
-        bucket = lambda stack, side, d: int(positions.relative_bucket(jnp.array(d), stack, side))
+        bucket = lambda stack, side, d: int(toys.relative(stack, side).bucket(d))
         row = causal[bucket(lone.decoder, False, -abs(distance))]
         sums[bucket(encoder, True, distance)] += row
         counts[bucket(encoder, True, distance)] += 1

@@ -255,7 +255,7 @@ def test_killed_halfway_nothing_looks_whole_and_the_next_goes_through(tmp_path, 
 @pytest.mark.slow
 def test_terminated_halfway_it_cleans_up(tmp_path):
     origin, to = tmp_path / "origin", tmp_path / "out"
-    large(origin, layers=8, embed=512, mlp=2048)
+    large(origin, layers=24, embed=512, mlp=2048)  # enough time to be seen at work
     command = [*MODULE, f"--from={origin}", f"--to={to}", "--vocabulary=none"]
     process = subprocess.Popen(command, env=QUIETLY, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120

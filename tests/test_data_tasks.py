@@ -78,6 +78,14 @@ def test_docstrings_are_taken_out_of_their_functions():
     ]
 
 
+def test_functions_are_docstrings_the_other_way_with_their_first_paragraph():
+    first = lambda rows: list(itertools.islice(rows("validation"), 100))
+    pairs = zip(first(corpora.function_rows), first(corpora.docstring_rows), strict=True)
+    for function, docstring in pairs:
+        assert function.targets == docstring.inputs and function.references == (docstring.inputs,)
+        assert docstring.targets.startswith(function.inputs) and "\n\n" not in function.inputs
+
+
 def test_a_built_in_task_takes_another_vocabulary(cache_dir):
     cfg = config.Data("cmudict_g2p", LENGTHS, vocabulary=config.Vocabulary("bytes"))
     inputs, targets = data.open_vocabularies(cfg)

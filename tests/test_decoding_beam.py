@@ -11,7 +11,7 @@ import pytest
 from conftest import toy_model
 
 from t5x_lite import config, decoding, model, sharding
-from t5x_lite.decoding import beam, generation, loop, target
+from t5x_lite.decoding import beam, generation, protocol, target
 
 VOCABULARY, LENGTH, EOS = 4, 4, 1
 
@@ -30,20 +30,20 @@ def table(seed):
 def of_table(logits):
     logits = jnp.array(logits)
 
-    def forward(tokens, index, cache):
+    def forward(tokens, index, cache, tree=None):
         position = index[:, None] + jnp.arange(tokens.shape[1])
         place = sharding.spec("batch length whole")
         rows = logits.at[jnp.minimum(position, LENGTH), tokens].get(out_sharding=place)
         return rows, cache
 
-    return loop.Target(forward, lambda hidden: hidden)
+    return protocol.Target(forward, lambda hidden: hidden)
 
 
 def searched(logits, beams, alpha, length=LENGTH):
     """(text, score) of the finished texts, best first."""
     tokens = generation.place(np.zeros((1, 1), np.int32))
     prompts = target.Prompts(tokens, tokens[:, 0] + 1)
-    rules = loop.Rules(EOS, prompts.length + length, None)
+    rules = protocol.Rules(EOS, prompts.length + length, None)
     search = beam.Search(beams, beams, alpha)
 
     def run(prompts):
@@ -134,7 +134,7 @@ def one_beam(cfg, params, request, length):
             read = target.read(cfg, params, placed.inputs, placed.inputs_length)
         cache = target.prefill(cfg, params, read, prompts, prompts.tokens.shape[1] + length + 1)
         search = beam.Search(1, 1, 0.6)
-        rules = loop.Rules(request.eos, prompts.length + length, None)
+        rules = protocol.Rules(request.eos, prompts.length + length, None)
         state = beam.start(search, prompts, rules, cache, cache.keys[0].shape[2])
         state = beam.run(target.of(cfg, params, read), search, rules, state)
         return generation.ranked(state, search, length)

@@ -11,7 +11,15 @@ import pytest
 from conftest import toy_model
 
 from t5x_lite import config, decoding, model, sharding
-from t5x_lite.decoding import generation, loop, sampling, scoring, target
+from t5x_lite.decoding import (
+    acceptance,
+    generation,
+    loop,
+    protocol,
+    sampling,
+    scoring,
+    target,
+)
 
 KINDS = {
     "pair": toy_model("pair", positions="relative"),
@@ -52,10 +60,11 @@ def ready(kind, weights):
     return decoding.prepare(KINDS[kind], weights[kind])
 
 
-def generate(kind, weights, decode, examples=EXAMPLES, drafter=None, memory=None, **given):
+def generate(kind, weights, decode, examples=EXAMPLES, drafter=None, script=None, **given):
     request = decoding.request(KINDS[kind], examples, decode, **({"eos": NEVER} | given))
     params = ready(kind, weights)
-    return decoding.generate(KINDS[kind], params, request, decode, drafter, memory)
+    drafting = decoding.Drafting() if drafter is None else decoding.Drafting(drafter, script)
+    return decoding.generate(KINDS[kind], params, request, decode, drafting)
 
 
 class Rollout:
@@ -173,12 +182,20 @@ class Scripted:
     """Drafts from a script [b T] of what follows each slot, right or wrong."""
 
     width: int
+    top: int = 0
 
-    def propose(self, memory, state):
+    @property
+    def tree(self):
+        return protocol.chain(self.width)
+
+    def begin(self, setting):
+        return setting.weights
+
+    def propose(self, setting, memory, state):
         take = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, self.width - 1)
-        return jax.vmap(take)(memory, state.length)
+        return protocol.Draft(jax.vmap(take)(memory, state.length)), memory
 
-    def observe(self, memory, state, verdict):
+    def observe(self, setting, memory, state, verdict):
         return memory
 
 
@@ -199,7 +216,7 @@ def test_no_drafter_changes_a_token(alone, weights, kind, decode):
     plain = generate(kind, weights, decode)
     scripts = script(kind, plain), script(kind, plain, shift=1)
     oracle, hostile = (
-        generate(kind, weights, decode, drafter=Scripted(4), memory=memory) for memory in scripts
+        generate(kind, weights, decode, drafter=Scripted(4), script=given) for given in scripts
     )
     assert plain.calls == hostile.calls == 10
     assert oracle.calls == 3
@@ -213,8 +230,8 @@ def test_eos_inside_an_accepted_block_ends_the_text_there(alone, weights):
     free = generate("pair", weights, GREEDY)
     eos = int(free.tokens[2, 0, 5])
     plain = generate("pair", weights, GREEDY, eos=eos)
-    memory = script("pair", free)
-    drafted = generate("pair", weights, GREEDY, eos=eos, drafter=Scripted(8), memory=memory)
+    right = script("pair", free)
+    drafted = generate("pair", weights, GREEDY, eos=eos, drafter=Scripted(8), script=right)
     np.testing.assert_array_equal(drafted.tokens, plain.tokens)
     np.testing.assert_array_equal(drafted.lengths, plain.lengths)
 
@@ -229,9 +246,11 @@ def test_the_cache_equals_a_fresh_prefill_of_what_was_written(alone, weights, wi
 
     def written(params, request, memory):
         prompts = target.Prompts(request.prompts, request.prompts_length)
-        rules = loop.Rules(NEVER, prompts.length + request.limit, None)
-        state = generation.started(prompts, rules, prefill(params, prompts), 40, memory)
-        return loop.run(target.of(cfg, params, model.Read()), Scripted(width), rules, state)
+        rules = protocol.Rules(NEVER, prompts.length + request.limit, None)
+        lone = target.of(cfg, params, model.Read())
+        setting = protocol.Setting(lone, rules, prompts, weights=memory)
+        state = generation.started(setting, prefill(params, prompts), 40, memory)
+        return loop.run(setting, Scripted(width), acceptance.Exact(), state)
 
     state = jax.jit(written)(params, request, memory)
     fresh = jax.jit(prefill)(params, target.Prompts(state.tokens, state.length))

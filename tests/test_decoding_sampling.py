@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from t5x_lite import sharding
-from t5x_lite.decoding import loop, sampling
+from t5x_lite.decoding import acceptance, loop, protocol, sampling
 
 VOCABULARY, LENGTH, ROWS = 5, 3, 40_000
 
@@ -83,42 +83,52 @@ def table(seed=0):
 
 
 def target(logits):
-    def forward(tokens, index, cache):
+    def forward(tokens, index, cache, tree=None):
         position = index[:, None] + jnp.arange(tokens.shape[1])
         return logits[jnp.minimum(position, LENGTH), tokens], cache
 
-    return loop.Target(forward, lambda hidden: hidden)
+    return protocol.Target(forward, lambda hidden: hidden)
 
 
 @dataclass(frozen=True)
 class Guess:
     """Drafts that are right now and then: the same token as the root's, and the next one."""
 
-    width: int = 3
+    tree: protocol.Tree = protocol.chain(3)
+    top: int = 0
 
-    def propose(self, memory, state):
-        return (state.root[:, None] + jnp.arange(self.width - 1)) % VOCABULARY
+    def begin(self, setting):
+        return None
 
-    def observe(self, memory, state, verdict):
+    def propose(self, setting, memory, state):
+        guesses = (state.root[:, None] + jnp.arange(self.tree.width - 1)) % VOCABULARY
+        return protocol.Draft(guesses), memory
+
+    def observe(self, setting, memory, state, verdict):
         return memory
 
 
 def texts(logits, settings, drafter=None, eos=-1):
     """LENGTH tokens of ROWS rows, all after token 0."""
     zeros = jnp.zeros(ROWS, jnp.int32)
-    state = loop.State(
-        tokens=jnp.zeros((ROWS, LENGTH + 8), jnp.int32),
+    slots = jnp.zeros((ROWS, LENGTH + 8), jnp.int32)
+    state = protocol.State(
+        tokens=slots,
         length=zeros,
         root=zeros,
         done=zeros > 0,
         log_probability=jnp.zeros(ROWS),
+        call=slots,
+        node=slots,
         calls=jnp.int32(0),
         cache=(),
-        memory=(),
+        memory=None,
     )
-    rules = loop.Rules(eos, zeros + LENGTH + 1, settings)
-    run = jax.jit(lambda state: loop.run(target(logits), drafter or loop.Plain(), rules, state))
-    return run(state)
+    rules = protocol.Rules(eos, zeros + LENGTH + 1, settings)
+    prompts = protocol.Prompts(slots[:, :1], zeros + 1)
+    setting = protocol.Setting(target(logits), rules, prompts)
+    drafter = drafter or loop.Plain()
+    return jax.jit(lambda state: loop.run(setting, drafter, acceptance.Exact(), state))(state)
 
 
 def law(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -183,3 +193,15 @@ def test_log_probabilities_are_the_models_own_whatever_is_drawn():
     tokens = np.asarray(state.tokens)[:50, : LENGTH + 1]
     expected = [sum(own[i, row[i], row[i + 1]] for i in range(LENGTH)) for row in tokens]
     np.testing.assert_allclose(state.log_probability[:50], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_equal_logits_the_lowest_id_is_the_most_probable(seed):
+    """As numpy's argmax has it: few values, so that most rows have ties, both zeros among them."""
+    values = np.array([-np.inf, -1.5, -0.0, 0.0, 2.0], np.float32)
+    logits = np.random.default_rng(seed).choice(values[: 3 + seed], (50, 3, 7))
+    found = jax.jit(sampling.most_probable)(logits)
+    np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
+    assert found.dtype == np.int32
+    broken = np.full((1, 1, 7), np.nan, np.float32)
+    assert sampling.most_probable(broken).tolist() == [[6]]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, toy_batch, toy_model, toy_stack
 
-from t5x_lite import config, model, sharding
+from t5x_lite import config, kernels, model, sharding
 from t5x_lite.batch import Batch
+from t5x_lite.kernels import pairs
+from t5x_lite.kernels.relative import Relative
 from t5x_lite.model import attention, positions
 
 KINDS = [
@@ -172,18 +174,18 @@ def test_a_tree_of_drafts_equals_its_paths(one_device):
         np.testing.assert_allclose(by_tree[:, np.array(path)], chain, atol=1e-5)
 
 
-SHAPES = [config.Mesh(8, 1, 1), config.Mesh(2, 2, 2), config.Mesh(1, 4, 2)]
+SHAPES = [config.Mesh(8, 1, 1), config.Mesh(2, 2, 2)]
 
 
 @pytest.mark.parametrize(
     "layout, changes, meshes",
     [
-        ("pair", {"kv_heads": 2}, SHAPES),
+        ("pair", {"kv_heads": 2}, [*SHAPES, config.Mesh(1, 4, 2)]),
         ("joined", {"kv_heads": 2}, SHAPES),
         ("aligned", {"kv_heads": 2}, SHAPES),
-        ("pair", FAMILIES["t5gemma"], SHAPES[:2]),
-        ("pair", FAMILIES["t5gemma2"], SHAPES[:2]),
-        ("joined", FAMILIES["gpt2"], SHAPES[:2]),
+        ("pair", FAMILIES["t5gemma"], SHAPES),
+        ("pair", FAMILIES["t5gemma2"], SHAPES),
+        ("joined", FAMILIES["gpt2"], SHAPES),
     ],
 )
 def test_the_mesh_changes_neither_weights_nor_loss_nor_gradients(layout, changes, meshes):
@@ -243,19 +245,20 @@ def test_the_bias_along_diagonals_is_the_bucket_of_every_pair(both_sides):
     stack = toy_stack()
     table = jax.random.normal(jax.random.key(0), (stack.buckets, stack.heads))
     length = 200
-    fast = positions.relative_bias(table, stack, both_sides, length)
+    relative = positions.relative(table, stack, both_sides)
+    fast = pairs.along_diagonals(relative, length, length)
     place = np.arange(length)
-    bucket = positions.relative_bucket(place[None, :] - place[:, None], stack, both_sides)
+    bucket = relative.bucket(place[None, :] - place[:, None])
     np.testing.assert_allclose(fast, np.moveaxis(np.asarray(table)[bucket], -1, 0), rtol=1e-6)
 
 
 def test_buckets_begin_at_the_published_distances():
-    stack = toy_stack()
+    table = np.zeros((32, 4))
     firsts = lambda buckets: [int(np.argmax(buckets == b)) for b in range(buckets.max() + 1)]
     behind = -np.arange(300)
-    both = np.asarray(positions.relative_bucket(behind, stack, True))
+    both = np.asarray(Relative(table, 128, True).bucket(behind))
     assert firsts(both)[8:] == [8, 12, 16, 23, 32, 46, 64, 91]
-    causal = np.asarray(positions.relative_bucket(behind, stack, False))
+    causal = np.asarray(Relative(table, 128, False).bucket(behind))
     assert firsts(causal)[16] == 16 and firsts(causal)[31] == 113
 
 
@@ -287,11 +290,11 @@ def test_remat_and_dropout_keep_their_promises(one_device):
 @pytest.mark.parametrize("both_sides", [True, False])
 @pytest.mark.parametrize("form", ["below", "within", "halved"])
 def test_a_window_shows_what_its_form_says(one_device, form, both_sides):
-    stack = toy_stack(pattern=("sliding",), window=5, window_form=form)
-    where = np.arange(12)[None]
-    view = attention.View(where, where, np.ones((1, 12, 12), bool) & both_sides_or(both_sides))
-    own = attention.Traits(stack.window, None)
-    shown = np.asarray(attention.windowed(view, own, stack, both_sides).mask)[0]
+    stack = toy_stack(layers=1, pattern=("sliding",), window=5, window_form=form)
+    row = np.ones((1, 12), np.int32)
+    sight = kernels.prepared(kernels.Sight(row, row, causal=not both_sides), None)
+    own = attention.traits(stack, both_sides)
+    shown = np.asarray(sight.within(own.reach[0]).seen)[0]
     for query in range(12):
         for key in range(12):
             distance = query - key
@@ -303,11 +306,6 @@ def test_a_window_shows_what_its_form_says(one_device, form, both_sides):
             if not both_sides:
                 expected = 0 <= distance < 5
             assert shown[query, key] == expected, (query, key)
-
-
-def both_sides_or(both_sides: bool) -> np.ndarray:
-    place = np.arange(12)
-    return (place[None, :] <= place[:, None]) | both_sides
 
 
 @pytest.mark.parametrize("kind", ["mean", "first", "last"])

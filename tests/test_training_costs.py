@@ -34,7 +34,8 @@ def test_the_formula_counts_what_the_compiler_counts(layout):
     # Unrolled: the compiler counts the body of a loop once.
     unrolled = model.Transformer(cfg, scan=False, remat="none")
     run = config.Run("", cfg, train=config.Train(steps=1, batch_size=8))
-    loss = lambda params: step.token_sums(unrolled, run, params, batch, None, None).objective
+    sums = lambda params: step.token_sums(unrolled, run, params, batch, step.Moment(), None)
+    loss = lambda params: sums(params).objective
     gradient = jax.jit(lambda params: jax.grad(loss)(model.unstack(params)))
     params = model.initialize(cfg, jax.random.key(0))
     counted = gradient.lower(params).compile().cost_analysis()["flops"] * jax.device_count()

@@ -239,7 +239,8 @@ def losses(model_dir: Path) -> dict[int, float]:
     return records.read(model_dir).get("train/loss", {})
 
 
-@pytest.mark.slow
+# Killed once in each of four moments it is in test_faults.py, 200 times in benchmarks/soak.py.
+@pytest.mark.exhaustive
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(tmp_path):
     whole = make_run(tmp_path, tmp_path / "whole", steps=200)
     whole = dataclasses.replace(whole, checkpoint=config.Checkpoint(every=7))

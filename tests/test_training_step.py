@@ -202,3 +202,18 @@ def test_the_run_stops_and_says_where_the_gradient_is_not_finite():
     meter.stop_if_diverged([(7, broken)], [broken], patience=4)
     with pytest.raises(meter.Diverged, match=r"step 7.*encoder\.layers\.mlp\.up \(layers 1\)"):
         meter.stop_if_diverged([(7, broken)], [broken], patience=3)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_step_in_bfloat16_is_near_the_one_in_float32(microbatches):
+    exact = make_run("pair", microbatches=microbatches)
+    narrow = dataclasses.replace(
+        exact, model=dataclasses.replace(exact.model, activations="bfloat16")
+    )
+    found = [take_steps(run, [toy_batch("pair", rows=16)]) for run in (exact, narrow)]
+    (reached, told), (near, told_near) = found
+    np.testing.assert_allclose(losses_of(told_near), losses_of(told), rtol=1e-2)
+    moved = lambda new: jax.tree.map(np.subtract, jax.device_get(new.params), initial("pair"))
+    for x, y in zip(*map(jax.tree.leaves, (moved(near), moved(reached))), strict=True):
+        assert x.dtype == np.float32
+        assert np.linalg.norm(x - y) < 5e-2 * np.linalg.norm(y)

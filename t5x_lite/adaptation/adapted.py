@@ -162,5 +162,6 @@ def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def buckets(stack: config.Stack, both_sides: bool):
     """The bucket of each distance (key minus query)."""
-    bucket = lambda distance: positions.relative_bucket(jnp.asarray(distance), stack, both_sides)
-    return lambda distance: np.asarray(bucket(distance))
+    table = np.zeros((stack.buckets, stack.heads), np.float32)
+    relative = positions.relative(table, stack, both_sides)
+    return lambda distance: np.asarray(relative.bucket(jnp.asarray(distance)))

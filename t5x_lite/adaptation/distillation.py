@@ -3,10 +3,9 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from t5x_lite import config
+from t5x_lite import config, sharding
 from t5x_lite.adaptation.answers import Answered
 from t5x_lite.adaptation.teacher import Teacher, open_teacher
 from t5x_lite.batch import Batch, Lesson
@@ -136,7 +135,7 @@ def attend(
     if run.distillation is None:
         return School(batches, None)
     if run.distillation.answers is not None:
-        answered = Answered(run, jax.process_index(), jax.process_count())
+        answered = Answered(run, *sharding.batch_share())
         return School(Taught(batches, answered), None)
     teacher = open_teacher(run, vocabularies)
     return School(Taught(batches, Reading(teacher.model, teacher.size)), teacher)

@@ -63,7 +63,8 @@ class Report(NamedTuple):
 
     def text(self, trains: Mapping[str, str] | None = None) -> str:
         """The table as plain text."""
-        console = Console(file=io.StringIO(), width=140)
+        # Text in a notebook too, where rich would draw instead.
+        console = Console(file=io.StringIO(), width=140, force_jupyter=False)
         console.print(self.table(trains))
         lines = console.file.getvalue().splitlines()
         return "\n".join(line.rstrip() for line in lines)

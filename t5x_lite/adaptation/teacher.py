@@ -14,7 +14,6 @@ from t5x_lite.conversion import origins, weights
 from t5x_lite.conversion.origins import Origin
 from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.model.attention import View
-from t5x_lite.model.transformer import same
 from t5x_lite.sharding import spec
 
 
@@ -124,10 +123,7 @@ def logits(teacher: Teacher, params: Any, lesson: Lesson) -> Float[Array, "b t v
 
 def read(transformer: model.Transformer, lesson: Lesson) -> Float[Array, "b r d"]:
     """What the decoder makes of every token of a lesson."""
-    length = lesson.tokens.shape[1]
-    seen = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
-    if lesson.inside is not None:
-        seen = seen | (lesson.inside[:, :, None] & lesson.inside[:, None, :])
-    mask = seen & same(lesson.segments, lesson.segments)
-    view = View(lesson.positions, lesson.positions, mask)
+    inside = {"query_prefix": lesson.inside, "key_prefix": lesson.inside}
+    sight = transformer.sight(lesson.segments, lesson.segments, causal=True, **inside)
+    view = View(lesson.positions, sight, how=transformer.how)
     return transformer.decoder(transformer.embed(lesson.tokens), view)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays in TensorStore's zarr format, as orbax and T5X keep them: read and written in parts."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from t5x_lite.conversion.sources import SourceError
 
 # Of one chunk in one file; small enough that some of them in memory do not matter.
 CHUNK = 64 * 2**20
+# What no file has to be there for (chunks of zeros), and what a byte of a file unpacks to at most:
+# gzip and blosc reach 1000 times.
+SPARSE, PACKED = 2**28, 2**11
 At = tuple[int, int] | None
 Seen = Callable[[int, np.ndarray], None] | None
 # Files reach the disk all together, before the folder gets its name: one by one takes much longer.
@@ -47,8 +51,19 @@ class Reader:
         except ValueError as error:
             raise SourceError(f"{self.where} is no readable array: {first(error)}") from error
         self.shape = tuple(self.store.shape)
+        self.check_size(folder if ocdbt else folder / name)
         self.dtype = self.store.dtype.numpy_dtype
         self.kept: tuple[int, np.ndarray] | None = None
+
+    def check_size(self, folder: Path) -> None:
+        """SourceError for a shape that its files cannot fill: it would be zeros, or the memory."""
+        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        whole = math.prod(self.shape) * self.store.dtype.numpy_dtype.itemsize
+        if whole > SPARSE + PACKED * there:
+            raise SourceError(
+                f"{self.where} is broken: {list(self.shape)} would be {whole:,} bytes, its files "
+                f"have {there:,}"
+            )
 
     def read(self, at: At = None) -> np.ndarray:
         if at is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5x_lite.conversion import tokenizer_settings
+from t5x_lite.conversion.sources import naming
 
 # The names that a message's reasoning goes by.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -36,18 +37,25 @@ def read(folder: str | Path, name: str = "default") -> Chat | None:
       ValueError: the folder has several templates, none of that name.
     """
     settings = tokenizer_settings.read_settings(Path(folder))
+    with naming(settings.folder, "its chat template"):
+        templates = all_of(settings)
+        tokens = {role: settings.name(role) for role in TOKENS}
+    if not templates:
+        return None
+    if name not in templates:
+        raise ValueError(f"{folder} has no chat template {name!r}; it has {', '.join(templates)}")
+    return Chat(templates[name], {role: token for role, token in tokens.items() if token})
+
+
+def all_of(settings: tokenizer_settings.Settings) -> dict[str, str]:
+    """Every template of a folder, by name."""
     templates = told(settings)
     single = settings.folder / "chat_template.jinja"
     if single.exists():
         templates["default"] = single.read_text(encoding="utf-8")
     for path in sorted((settings.folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = path.read_text(encoding="utf-8")
-    if not templates:
-        return None
-    if name not in templates:
-        raise ValueError(f"{folder} has no chat template {name!r}; it has {', '.join(templates)}")
-    tokens = {role: settings.name(role) for role in TOKENS}
-    return Chat(templates[name], {role: token for role, token in tokens.items() if token})
+    return templates
 
 
 def told(settings: tokenizer_settings.Settings) -> dict[str, str]:

@@ -158,6 +158,11 @@ def open_gguf(path: Path) -> Foreign:
 
 def told_by_gguf(source: gguf.Source) -> Told:
     """Vocabulary, ends and chat template of a .gguf file."""
+    with sources.naming(source.path, "its tokenizer"):
+        return tokenizer_of_gguf(source)
+
+
+def tokenizer_of_gguf(source: gguf.Source) -> Told:
     metadata = source.metadata
     read = gguf_tokenizer.Read(metadata, source.path)
     stops = gguf_tokenizer.stops(read)

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t5x_lite import config, config_file
-from t5x_lite.conversion import checkpoint, run_folder, t5x, t5x_files, tensors, tokenizers
+from t5x_lite.conversion import (
+    checkpoint,
+    run_folder,
+    sources,
+    t5x,
+    t5x_files,
+    tensors,
+    tokenizers,
+)
 from t5x_lite.conversion.run_folder import Saved
 from t5x_lite.conversion.sources import SourceError
 from t5x_lite.conversion.tensors import Tensors
@@ -46,6 +54,13 @@ class Origin(NamedTuple):
     def weights(self, allow: Sequence[str]) -> Weights:
         """Its weights as ours; ValueError where they do not fit its model."""
         return self.saved if self.tensors is None else self.tensors.weights(allow)
+
+    def without_heads(self) -> "Origin":
+        """The checkpoint without its heads that guess later tokens, which only ours have."""
+        if self.model.blockwise is None:
+            return self
+        self.saved.leave_out("heads")
+        return self._replace(model=dataclasses.replace(self.model, blockwise=None))
 
     def run(self, folder: Path) -> config.Run:
         """The run to write beside the weights: the same one in another folder, or a model only."""
@@ -148,7 +163,8 @@ def with_remedy(read, path: Path):
 def of_t5x(path: Path, asked: Asked) -> Origin:
     source = t5x_files.Source(path)
     if asked.model is None:
-        model, assumed = t5x.model(source.names)
+        with sources.naming(path, "the model"):
+            model, assumed = t5x.model(source.names)
     else:
         model, assumed = model_of(asked.model), ""
     found = Tensors(source.path, model, source, t5x.table_of(model, source.names))

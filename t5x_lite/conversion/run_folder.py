@@ -48,6 +48,12 @@ class Saved:
         self.readers: dict[str, arrays.Reader] = {}
         self.sums: dict[str, dict[int | None, int]] = {}
 
+    def leave_out(self, part: str) -> None:
+        """From now on the weights of this part are not among those that are read."""
+        kept = [path for path in self.leaves if path.partition("/")[0] != part]
+        self.leaves = {path: self.leaves[path] for path in kept}
+        self.names = {path: self.names[path] for path in kept}
+
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         if path not in self.readers:
             params = self.folder / "params"

@@ -5,14 +5,18 @@ The format: eight bytes with the length of a JSON header, the header (name -> dt
 offsets), then the numbers. Nothing here runs code of a checkpoint, as unpickling would.
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import ml_dtypes
 import numpy as np
+
+from t5x_lite.data.special_tokens import panics_told
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -213,6 +217,20 @@ def check_extent(file: Path, found: dict[str, tuple], length: int) -> None:
         at = end
     if at != length:
         raise SourceError(f"{file} has {length - at:,} bytes after its last tensor")
+
+
+@contextlib.contextmanager
+def naming(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside as a SourceError that names path: libraries raise many kinds."""
+    try:
+        with panics_told():
+            yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise SourceError(f"{path}: {what} cannot be read: {told(error)}") from error
 
 
 def told(error: Exception) -> str:

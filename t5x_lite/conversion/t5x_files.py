@@ -176,7 +176,11 @@ def orbax(path: Path) -> dict[str, Any]:
         raise SourceError(f"{folder} is no T5X checkpoint: {told(error)}") from error
     if not named:
         raise SourceError(f"{folder} has no weights: there is nothing under target in it")
-    return {"/".join(key[1:]): arrays.Reader(folder, ".".join(key), ocdbt) for key in named}
+    try:
+        places = {"/".join(key[1:]): inside(".".join(key)) for key in named}
+    except ValueError as error:
+        raise SourceError(f"{folder}: {error}") from error
+    return {name: arrays.Reader(folder, place, ocdbt) for name, place in places.items()}
 
 
 class Writer:

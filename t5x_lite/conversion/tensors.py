@@ -50,7 +50,7 @@ class Tensors(NamedTuple):
         plan.check(str(self.path))
         allowed = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
         weights.check_duplicates(self.source, plan, self.duplicates, allowed)
-        return Converted(self.source, self.model, plan, allowed)
+        return Converted(self.source, self.model, plan, allowed, str(self.path))
 
 
 class WithProjection:
@@ -82,14 +82,13 @@ def of_folder(folder: str | Path) -> Tensors:
     dense = sentence_t5.dense_file(folder)
     if dense is not None:
         source = WithProjection(source, sources.open(dense))
-    family = huggingface.family_of(said)
-    source = renaming.renamed(source, family)
-    try:
-        cfg = family.model(said, source.names.keys())
-    except KeyError as error:
-        raise SourceError(f"{folder / 'config.json'} has no field {error}") from error
-    except TypeError as error:
-        raise SourceError(f"{folder / 'config.json'} cannot be understood: {error}") from error
+    with sources.naming(folder / "config.json", "the model"):
+        family = huggingface.family_of(said)
+        source = renaming.renamed(source, family)
+        try:
+            cfg = family.model(said, source.names.keys())
+        except KeyError as error:
+            raise SourceError(f"{folder / 'config.json'} has no field {error}") from error
     return Tensors(
         folder, cfg, source, family.entries(cfg), family.ignored(cfg), family.duplicates(cfg)
     )

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t5x_lite.data.special_tokens import MOST_SENTINELS
+
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 ENCODER_DECODERS = ("t5", "mt5", "umt5", "byt5", "t5gemma", "t5gemma2")
 MARKS = ("lstrip", "rstrip", "normalized", "single_word", "special")
@@ -55,7 +57,10 @@ class Settings(NamedTuple):
 
     def extra_ids(self, default: int) -> int:
         """How many sentinels the tokenizer adds."""
-        return self.count("extra_ids", self.tokenizer.get("extra_ids", default))
+        found = self.count("extra_ids", self.tokenizer.get("extra_ids", default))
+        if found is None or found >= MOST_SENTINELS:
+            raise self.wrong("extra_ids", found, f"a number of sentinels below {MOST_SENTINELS:,}")
+        return found
 
     def count(self, name: str, value: Any) -> Any:
         if value is None or (type(value) is int and 0 <= value < 10**7):
@@ -104,16 +109,19 @@ class Settings(NamedTuple):
     def added_tokens(self) -> dict[int, dict[str, Any]]:
         """Tokens that the files add to the tokenizer's own: content and marks, by id."""
         plain = read_json(self.folder / "added_tokens.json")
+        for token in plain.values():
+            self.count("the id of an added token", -1 if token is None else token)
         found = {token: {"content": name, "special": False} for name, token in plain.items()}
         told = self.tokenizer.get("added_tokens_decoder") or {}
         if not isinstance(told, dict) or not all(token.isdecimal() for token in told):
             raise self.wrong("added_tokens_decoder", told, "tokens by id")
         found |= {int(token): each for token, each in told.items()}
         made = {}
-        for token in found:
-            self.count("the id of an added token", token)
         for token, each in sorted(found.items()):
+            self.count("the id of an added token", token)
             each = each if isinstance(each, dict) else {"content": each}
+            if not isinstance(each.get("content"), str):
+                raise self.wrong("an added token", each, "the name of a token")
             marks = {mark: bool(each[mark]) for mark in MARKS if mark in each}
             made[token] = {"content": self.content("an added token", each), **marks}
         return made

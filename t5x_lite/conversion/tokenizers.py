@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t5x_lite.conversion.sources import naming
 from t5x_lite.conversion.tokenizer_files import Start as Start
 from t5x_lite.conversion.tokenizer_files import write as write
 from t5x_lite.conversion.tokenizer_files import write_pair as write_pair
 from t5x_lite.conversion.tokenizer_settings import ENCODER_DECODERS, NAMES, Settings, read_settings
 from t5x_lite.conversion.tokenizer_settings import read_json as read_json
 from t5x_lite.data import vocabularies
-from t5x_lite.data.special_tokens import count_sentinels
+from t5x_lite.data.special_tokens import count_sentinels, size_of
 from t5x_lite.data.vocabularies import Bytes, SentencePiece, TokenizerJson, Vocabulary
 
 PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
@@ -42,6 +43,11 @@ def read(folder: str | Path) -> tuple[Vocabulary, Ends]:
       ValueError: the folder has no tokenizer, or one that is not understood.
     """
     settings = read_settings(Path(folder))
+    with naming(settings.folder, "its tokenizer"):
+        return understood(settings)
+
+
+def understood(settings: Settings) -> tuple[Vocabulary, Ends]:
     vocabulary, lookup, adds = opened(settings)
     named = {role: settings.name(role) for role in NAMES}
     ids = {role: None if name is None else lookup(name) for role, name in named.items()}
@@ -153,6 +159,7 @@ def open_json(settings: Settings, text: bytes) -> Opened:
         made = tokenizers.Tokenizer.from_buffer(text)
     except ValueError as error:
         raise ValueError(f"{path} is no tokenizer ({error}): download it again") from error
+    size_of(made)
     missing = list(not_there(settings, made))
     for token, each in missing:
         made.add_tokens([tokenizers.AddedToken(**each)])
@@ -268,6 +275,7 @@ def from_merges(settings: Settings) -> bytes:
     except Exception as error:  # the library raises its bare Exception for a file it cannot read
         raise ValueError(f"{folder}: vocab.json and merges.txt: {error}") from error
     made = tokenizers.Tokenizer(bpe)
+    size_of(made)
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
     if settings.kind == "Qwen2Tokenizer":
         from t5x_lite.conversion.gguf_tokenizer import QWEN2

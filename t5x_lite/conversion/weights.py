@@ -34,14 +34,22 @@ class Weights(Protocol):
 class Converted:
     """Another make's tensors as weights of ours, converted when they are read.
 
+    `where` they lie is what messages name.
+
     Raises:
       SourceError: on reading, a weight is not finite (unless `allowed` of its name), or copies of
         one weight differ.
     """
 
     def __init__(
-        self, source: Source, cfg: config.Model, plan: Plan, allowed: Callable[[str], bool]
+        self,
+        source: Source,
+        cfg: config.Model,
+        plan: Plan,
+        allowed: Callable[[str], bool],
+        where: str = "the checkpoint",
     ):
+        self.where = where
         self.source, self.cfg, self.plan, self.allowed = source, cfg, plan, allowed
         self.leaves = plan.leaves
         self.places: dict[tuple[str, int | None], list[Piece]] = defaultdict(list)
@@ -68,8 +76,9 @@ class Converted:
         for copy in copies:
             if not same(values, self.piece(copy)):
                 raise SourceError(
-                    f"{copy.theirs} and {first.theirs} should both be {path}, but they differ: the "
-                    "model of the config has one for all layers, the checkpoint one for each"
+                    f"{self.where}: {copy.theirs} and {first.theirs} should both be {path}, but "
+                    "they differ: the model of the config has one for all layers, the checkpoint "
+                    "one for each"
                 )
         return values
 
@@ -79,8 +88,8 @@ class Converted:
             there = there.astype(np.float32)
         if not self.allowed(piece.theirs) and not finite(there):
             raise SourceError(
-                f"{piece.theirs} has values that are NaN or infinite. If that is meant, pass "
-                f"--allow={piece.theirs}"
+                f"{self.where}: {piece.theirs} has values that are NaN or infinite. If that is "
+                f"meant, pass --allow={piece.theirs}"
             )
         return transforms.read(there, piece.lies, piece.axes, piece.sizes)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.data import layout, mixing, objectives, randomness, rows, streams, tasks
+from t5x_lite.data import files, layout, mixing, objectives, randomness, rows, streams, tasks
 from t5x_lite.data.cache import Tokens
 from t5x_lite.data.lengths import Lengths, of
 from t5x_lite.denoising import Objective
@@ -262,21 +262,23 @@ def open_part(cfg: config.Data, source: Source, split: str, lengths: Lengths, ke
         streamed = streams.Streamed(task, split, lengths, make)
         counts = task.counts if source.first else {}
         return Part(source.name, streamed, key, counts, streamed.state, streamed.restore)
-    found = source.tokens()
+    found, stamps = source.tokens(), task.stamps(split)
     return Part(
         name=source.name,
         rows=make(found),
         key=key,
         counts=found.counts if source.first else {},
-        state=lambda: {"tokens": found.digest},
-        restore=functools.partial(check_digest, source.name, found.digest),
+        state=lambda: {"tokens": found.digest, "files": stamps},
+        restore=functools.partial(check_digest, source.name, found.digest, stamps),
     )
 
 
-def check_digest(name: str, digest: str, state: dict) -> None:
-    """Raises ValueError if the state is of other tokens."""
+def check_digest(name: str, digest: str, stamps: dict, state: dict) -> None:
+    """Raises ValueError if the state is of other tokens, naming the files that changed."""
     if state.get("tokens") != digest:
+        changed = files.changes(state["files"], stamps) if state.get("files") else ""
         raise ValueError(
-            f"The training data of {name} have changed since the checkpoint was written: the same "
-            "steps would read other examples. Put the old source back, or begin in a new MODEL_DIR"
+            f"The training data of {name} have changed since the checkpoint was written"
+            f"{changed and f' ({changed})'}: the same steps would read other examples. Put the old "
+            "source back, or begin in a new MODEL_DIR"
         )

@@ -127,6 +127,13 @@ def docstring_rows(split: str) -> Iterator[Row]:
             yield from documented_functions(text)
 
 
+def function_rows(split: str) -> Iterator[Row]:
+    """Each documented function the other way: what it is to do, in a paragraph, and its source."""
+    for row in docstring_rows(split):
+        paragraph, _, _ = row.targets.partition("\n\n")
+        yield Row(paragraph, row.inputs, (row.inputs,))
+
+
 def documented_functions(text: str) -> Iterator[Row]:
     """The functions of a module whose docstring stands on lines of its own."""
     try:

@@ -6,6 +6,7 @@ import glob
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,8 @@ from t5x_lite import config
 from t5x_lite.data.corpora import Row
 
 LEFT_OUT = "broken lines left out"
+# Of one example. A gzip file unpacks to a thousand times its size, and may be one line.
+MOST_BYTES = 2**28
 ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -45,10 +48,22 @@ def paths(cfg: config.Files, split: str) -> list[Path]:
 def source(cfg: config.Files, split: str) -> str:
     """Identifies how the split is read and its files by name, size and time of change."""
     how = [cfg.format, cfg.inputs, cfg.targets, cfg.whole_files, cfg.broken]
-    for path in paths(cfg, split):
-        stat = path.stat()
-        how.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    how += [[path, *stamp] for path, stamp in stamps(cfg, split).items()]
     return hashlib.sha256(json.dumps(how).encode()).hexdigest()
+
+
+def stamps(cfg: config.Files, split: str) -> dict[str, list[int]]:
+    """Size in bytes and time of change in ns of every file of a split, by its path."""
+    found = {str(path.resolve()): path.stat() for path in paths(cfg, split)}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
+
+
+def changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
+    """What became of the files between two `stamps`, in words; "" where nothing did."""
+    found = [f"{path} is gone" for path in before.keys() - now.keys()]
+    found += [f"{path} is new" for path in now.keys() - before.keys()]
+    found += [f"{path} has changed" for path in before.keys() & now if before[path] != now[path]]
+    return ", ".join(sorted(found)[:4])
 
 
 def format_of(cfg: config.Files, path: Path) -> str:
@@ -72,7 +87,6 @@ def rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator[Row]
     "skip", is left out and counted.
     """
     for path in paths(cfg, split):
-        read = READERS[format_of(cfg, path)]
         for place, fields in read(cfg, path):
             if isinstance(fields, str):
                 row, trouble = None, fields
@@ -87,6 +101,17 @@ def rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator[Row]
                     f'{path}, {place}: {trouble}. Mend it, or set Files.broken = "skip" to leave '
                     "such lines out and count them"
                 )
+
+
+def read(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    """The records of a file with their places, or what is wrong there instead of a record.
+
+    Raises ValueError where nothing of the rest of the file can be read.
+    """
+    try:
+        yield from READERS[format_of(cfg, path)](cfg, path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}): copy it again") from error
 
 
 def row_of(cfg: config.Files, fields: dict) -> tuple[Row | None, str]:
@@ -111,10 +136,19 @@ def opened(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
+def check_size(path: Path, place: str, content: bytes) -> None:
+    if len(content) > MOST_BYTES:
+        raise ValueError(
+            f"{path}, {place} has more than {MOST_BYTES:,} bytes: no example is so long. Is it "
+            "text, one example to a line?"
+        )
+
+
 def decoded_lines(path: Path) -> Iterator[tuple[str, str | None]]:
     """Numbered lines without their ends; None for a line that is no UTF-8."""
     with opened(path) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
+            check_size(path, f"line {number}", line)
             try:
                 yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
@@ -128,7 +162,7 @@ def jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
         elif line.strip():
             try:
                 fields = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield place, f"not JSON ({error})"
                 continue
             yield place, fields if isinstance(fields, dict) else "not a JSON object"
@@ -156,7 +190,9 @@ def text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
     if cfg.whole_files:
         try:
             with opened(path) as whole:
-                yield "the file", {cfg.targets: whole.read().decode("utf-8-sig")}
+                content = whole.read(MOST_BYTES + 1)
+            check_size(path, "the file", content)
+            yield "the file", {cfg.targets: content.decode("utf-8-sig")}
         except UnicodeDecodeError:
             yield "the file", "not UTF-8"
         return
@@ -173,16 +209,17 @@ def parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    number = 0
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from error
-    names = [name for name in (cfg.inputs, cfg.targets) if name in table.schema_arrow.names]
-    number = 0
-    for batch in table.iter_batches(columns=names or None):
-        for fields in batch.to_pylist():
-            number += 1
-            yield f"row {number}", fields
+        names = [name for name in (cfg.inputs, cfg.targets) if name in table.schema_arrow.names]
+        for batch in table.iter_batches(columns=names or None):
+            for fields in batch.to_pylist():
+                number += 1
+                yield f"row {number}", fields
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        after = f" after row {number}" if number else ""
+        raise ValueError(f"{path}: not a Parquet file, or a broken one{after} ({error})") from error
 
 
 READERS: dict[str, Callable] = {"jsonl": jsonl, "tsv": tsv, "text": text, "parquet": parquet}

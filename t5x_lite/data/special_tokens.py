@@ -2,12 +2,42 @@
 """Ids that are no part of a text: its end, padding, sentinels, and names in a text that stand for
 one id each."""
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+# The largest vocabularies have some hundred thousand.
+MOST_IDS = 10**7
+# T5 has 100; adding ten million to a SentencePiece model took minutes.
+MOST_SENTINELS = 10**5
+
+
+def size_of(tokenizer: Any) -> int:
+    """One more than the highest id of a tokenizer of the tokenizers library.
+
+    Raises ValueError for a size that no vocabulary has: written, the library would hold a place for
+    each id below it, and end the process where there is no memory for them.
+    """
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > MOST_IDS:
+        raise ValueError(f"a token has id {size - 1:,}; no vocabulary has {MOST_IDS:,} ids")
+    return size
+
+
+@contextlib.contextmanager
+def panics_told() -> Iterator[None]:
+    """A panic of the tokenizers library as a ValueError: what Rust raises is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library fails on it: {str(error)[:200]}") from error
 
 
 def until_end(ids: Sequence[int], stops: Sequence[int], pad: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_lite.batch import Batch
-from t5x_lite.data import layout, randomness
+from t5x_lite.data import files, layout, randomness, tasks
 from t5x_lite.data.cache import Chunk, Feature, Tokens
 from t5x_lite.data.lengths import Lengths
 from t5x_lite.data.rows import Examples, Shares, Windows
@@ -54,7 +54,7 @@ class Streamed:
     ):
         self.lengths = lengths
         self.task, self.split, self.make = task, split, make
-        self.source = task.source(split)
+        self.source, self.stamps = task.source(split), task.stamps(split)
         self.log = [Shard(0, 0, 0, 0)]
         self.loaded: dict[int, Loaded] = {}
         self.ahead: dict[int, Future] = {}  # the shard after the last one, being read meanwhile
@@ -70,7 +70,8 @@ class Streamed:
 
     def state(self) -> dict:
         """The places of the last shards read."""
-        return {"source": self.source, "shards": [list(shard) for shard in self.log]}
+        shards = [list(shard) for shard in self.log]
+        return {"source": self.source, "files": self.stamps, "shards": shards}
 
     def restore(self, state: dict) -> None:
         """Goes on from a state.
@@ -78,10 +79,12 @@ class Streamed:
         Raises ValueError if the source is no longer what it was.
         """
         if state["source"] != self.source:
+            before = state.get("files", {})
+            changed = files.changes(before, self.stamps) if before else ""
             raise ValueError(
                 f"The source of {self.task.name} has changed since the checkpoint was written "
-                "(its files by name, size or time of change): put it back as it was, or begin in "
-                "a new MODEL_DIR"
+                f"({changed or 'its files by name, size or time of change'}): put it back as it "
+                "was, or begin in a new MODEL_DIR"
             )
         self.log = [Shard(*shard) for shard in state["shards"]]
         self.loaded.clear()
@@ -142,6 +145,7 @@ class Streamed:
             size += sum(map(len, chunk.targets)) + sum(map(len, chunk.inputs or ()))
         if not taken:
             raise ValueError(f"{self.task.name} has no example in {self.split}")
+        tasks.unchanged(self.task, self.split, self.stamps, self.source)
         part = self.make(in_memory(taken, self.task, self.split))
         return Loaded(part, self.place or (epoch + 1, 0))
 

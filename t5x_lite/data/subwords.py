@@ -12,6 +12,7 @@ from t5x_lite.data.special_tokens import (
     PieceMarks,
     count_sentinels,
     sentinel_name,
+    size_of,
     top_ids,
     until_end,
 )
@@ -138,7 +139,7 @@ class TokenizerJson:
         self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.base = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        self.base = size_of(self.tokenizer)
         self.size = self.base + extra_ids
         self.sentinels = extra_ids or count_sentinels(self.size, self.tokenizer.id_to_token)
         self.sentinel_ids = top_ids(self.size, self.sentinels)

@@ -43,7 +43,8 @@ class Task:
 
     `source(split)` identifies what is read, so that a changed source is seen; `counts` is what
     reading counted so far. `score(split, predictions)` gives the task's own metrics of predictions
-    for the first examples of a split, beside `metrics`, which are names of ours.
+    for the first examples of a split, beside `metrics`, which are names of ours. `stamps(split)`
+    has what `files.stamps` tells of the split's files, {} for a source without files.
     """
 
     name: str
@@ -55,6 +56,22 @@ class Task:
     metrics: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     score: Callable[[str, list[str]], dict[str, float]] | None = None
+    stamps: Callable[[str], dict[str, list[int]]] = lambda split: {}
+
+
+def unchanged(task: Task, split: str, before: dict[str, list[int]], source: str) -> None:
+    """Returns if the task's source is still the one of which these are the stamps.
+
+    Raises:
+      ValueError: it is another one; its files that changed are named.
+    """
+    if task.source(split) == source:
+        return
+    found = files.changes(before, task.stamps(split)) or "the source is another one"
+    raise ValueError(
+        f"The data of {task.name} ({split}) changed while they were read: {found}. Put them back "
+        "as they were, or begin in a new MODEL_DIR"
+    )
 
 
 def with_edges(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarray]:
@@ -95,17 +112,23 @@ def some(rows: Iterator[Row]) -> Iterator[Row]:
 
 def tokens(task: Task, split: str, cache_dir: str) -> cache.Tokens:
     """The split's ids from the cache, made first if they are not there."""
+    source, stamps = task.source(split), task.stamps(split)
+
+    def chunks() -> Iterator[Chunk]:
+        yield from task.read(split)
+        unchanged(task, split, stamps, source)
+
     identity = {
         "task": task.name,
         "split": split,
-        "source": task.source(split),
+        "source": source,
         "vocabularies": [vocabularies.fingerprint(each) for each in task.vocabularies],
     }
     inputs, targets = task.vocabularies
     entry = cache.Entry(
         name=f"{task.name}-{split}",
         identity=identity,
-        chunks=task.read(split),
+        chunks=chunks(),
         sizes=(inputs.size, targets.size),
         eos=(inputs.eos, targets.eos),
         counts=task.counts,
@@ -163,6 +186,13 @@ BUILT_IN = {
         has_inputs=True,
         metrics=("rouge", "bleu", "chrf"),
     ),
+    "stdlib_functions": BuiltIn(
+        rows=corpora.function_rows,
+        source=corpora.stdlib_source,
+        symbols=None,
+        has_inputs=True,
+        metrics=("rouge", "bleu", "chrf"),
+    ),
 }
 
 
@@ -200,6 +230,7 @@ def from_files(cfg: config.Files, cache_dir: str) -> Task:
         has_inputs=cfg.inputs is not None,
         metrics=cfg.metrics,
         counts=counts,
+        stamps=partial(files.stamps, cfg),
     )
 
 

@@ -12,13 +12,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from t5x_lite.data.special_tokens import sentinel_name
+from t5x_lite.data.special_tokens import MOST_IDS, MOST_SENTINELS, panics_told, sentinel_name
 from t5x_lite.data.subwords import SentencePiece, TokenizerJson
 from t5x_lite.data.symbols import Bytes, Numbers, Symbols
+from t5x_lite.typed import WrongType, described, typed
 
 
 class Vocabulary(Protocol):
@@ -85,6 +86,25 @@ KINDS = {
 }
 
 
+# What a description may say, and how it is said.
+OPTIONS = {
+    "extra_ids": int,
+    "ends": bool,
+    "named": dict[str, int],
+    "symbols": tuple[str, ...],
+    "separator": str,
+    "size": int,
+    "eos": int,
+    "pad": int | None,
+    "bos": int | None,
+    "stops": tuple[int, ...],
+    "prefix_once": bool,
+    "inner": dict,
+    "names": tuple[str, ...],
+    "pattern": str | None,
+}
+
+
 def fingerprint(vocabulary: Vocabulary) -> str:
     """A digest that two vocabularies share only if they give the same ids."""
     text = json.dumps(vocabulary.description(), sort_keys=True).encode()
@@ -112,7 +132,17 @@ def load(folder: str | Path) -> Vocabulary:
     if not path.exists():
         raise ValueError(f"No vocabulary in {folder}: {path.name} is missing")
     model = folder / "model"
-    return make(path.read_text(encoding="utf-8"), model.read_bytes() if model.exists() else None)
+    try:
+        content = model.read_bytes() if model.exists() else None
+        with panics_told():
+            return make(path.read_text(encoding="utf-8"), content)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # sentencepiece, protobuf and tokenizers raise many kinds
+        raise ValueError(
+            f"{folder} holds no vocabulary that can be read ({type(error).__name__}: "
+            f"{str(error)[:200]}): copy it again from where the run was trained"
+        ) from error
 
 
 @functools.lru_cache(maxsize=16)
@@ -122,7 +152,23 @@ def make(description: str, model: bytes | None) -> Vocabulary:
     kind = options.pop("kind")
     if kind not in KINDS:
         raise ValueError(f"Vocabulary kind {kind!r} is not one of {', '.join(KINDS)}")
+    for name, value in options.items():
+        check_option(name, value)
     return KINDS[kind](**options) if model is None else KINDS[kind](model, **options)
+
+
+def check_option(name: str, value: Any) -> None:
+    """Raises ValueError where an option of a description is not what it can be."""
+    hint = OPTIONS.get(name)
+    if hint is None:
+        raise ValueError(f"{name} is no option of a vocabulary; there are {', '.join(OPTIONS)}")
+    try:
+        typed(value, hint)
+    except WrongType:
+        raise ValueError(f"{name} must be {described(hint)}; got {value!r:.80}") from None
+    most = MOST_SENTINELS if name == "extra_ids" else MOST_IDS
+    if type(value) is int and not -1 <= value < most:
+        raise ValueError(f"{name} is {value:,}; it is below {most:,} in any vocabulary")
 
 
 def save_pair(folder: str | Path, inputs: Vocabulary, targets: Vocabulary) -> None:

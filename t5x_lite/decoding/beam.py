@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.decoding import loop
+from t5x_lite.decoding.protocol import Rules, Target
 from t5x_lite.sharding import spec
 
 NEVER = -jnp.inf
@@ -60,7 +61,7 @@ def spread(x: Array, beams: int) -> Array:
     return jnp.repeat(x, beams, axis=0, out_sharding=place)
 
 
-def start(search: Search, prompts: Any, rules: loop.Rules, cache: Any, slots: int) -> State:
+def start(search: Search, prompts: Any, rules: Rules, cache: Any, slots: int) -> State:
     """The prompts as the first of k live texts; the other k - 1 have probability 0."""
     rows, length = prompts.tokens.shape
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, slots - length)))
@@ -79,7 +80,7 @@ def start(search: Search, prompts: Any, rules: loop.Rules, cache: Any, slots: in
     )
 
 
-def run(target: loop.Target, search: Search, rules: loop.Rules, state: State) -> State:
+def run(target: Target, search: Search, rules: Rules, state: State) -> State:
     """The state when every row is done."""
 
     def iterate(state: State) -> State:
@@ -90,7 +91,7 @@ def run(target: loop.Target, search: Search, rules: loop.Rules, state: State) ->
     return jax.lax.while_loop(lambda state: jnp.any(~state.done), iterate, state)
 
 
-def verify(target: loop.Target, search: Search, state: State) -> tuple[Float[Array, "b k v"], Any]:
+def verify(target: Target, search: Search, state: State) -> tuple[Float[Array, "b k v"], Any]:
     """The log-probability of every token after every live text."""
     rows = state.length.shape[0]
     index = spread(state.length, search.beams)
@@ -112,7 +113,7 @@ class Continuations(NamedTuple):
 
 
 def continuations(
-    search: Search, rules: loop.Rules, state: State, logits: Float[Array, "b k v"]
+    search: Search, rules: Rules, state: State, logits: Float[Array, "b k v"]
 ) -> Continuations:
     """The best (1 + e) k, where e ids end a text: at most e k do, so that k are left to live on."""
     rows, beams, size = logits.shape
@@ -123,7 +124,7 @@ def continuations(
     return Continuations(place // size, place % size, log_probability)
 
 
-def advance(search: Search, rules: loop.Rules, state: State, best: Continuations) -> State:
+def advance(search: Search, rules: Rules, state: State, best: Continuations) -> State:
     """One token further; rows that are done stay as they are."""
     stops = loop.ends(best.token, rules)
     within = jnp.arange(stops.shape[1]) < search.beams

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config, model, sharding
-from t5x_lite.decoding import beam, loop, target
+from t5x_lite.decoding import acceptance, beam, loop, target, widths
+from t5x_lite.decoding.protocol import Drafter, Prompts, Rules, Setting, State
 from t5x_lite.decoding.request import Request, bucket
 from t5x_lite.decoding.sampling import Sampling
 
@@ -19,7 +20,9 @@ class Result(NamedTuple):
     """New tokens [b n L], padded with 0, best first; their lengths [b n], EOS counted.
 
     log_probability [b n] sums over the tokens; scores [b n] are log_probability over the length
-    penalty, which is what beams are ranked by. calls is how many forward passes it took.
+    penalty, which is what beams are ranked by. calls is how many forward passes it took; call and
+    node [b n L] say of each token in which of them it was written and which node of the block had
+    guessed it (0: none; None after beam search).
     """
 
     tokens: np.ndarray
@@ -27,6 +30,8 @@ class Result(NamedTuple):
     scores: np.ndarray
     log_probability: np.ndarray
     calls: int
+    call: np.ndarray | None = None
+    node: np.ndarray | None = None
 
 
 class Shape(NamedTuple):
@@ -36,7 +41,19 @@ class Shape(NamedTuple):
     length: int
     beams: int
     n_best: int
-    drafter: Any
+    drafter: Drafter
+    accept: acceptance.Acceptance
+
+
+class Drafting(NamedTuple):
+    """Who drafts, with the weights it needs, and which of its guesses are accepted."""
+
+    drafter: Drafter = loop.Plain()
+    weights: Any = None
+    accept: acceptance.Acceptance = acceptance.Exact()
+
+
+PLAIN = Drafting()
 
 
 def generate(
@@ -44,24 +61,27 @@ def generate(
     params: Any,
     request: Request,
     decode: config.Decode,
-    drafter: Any = None,
-    memory: Any = None,
+    drafting: Drafting = PLAIN,
 ) -> Result:
     """What the model writes after each row of the request, decided on the device alone.
 
-    params come from `prepare`. drafter (loop.Drafter, with its first memory) changes how many
-    forward passes that takes, and no token. Runs under the mesh in force; rows must be a multiple
+    params come from `prepare`. drafting changes how many forward passes that takes and, as long as
+    its acceptance is exact, no token. Runs under the mesh in force; rows must be a multiple
     of `sharding.batch_shards()`.
     """
-    drafter = loop.Plain() if drafter is None else drafter
-    shape = Shape(target.precise(cfg), bucket(decode.length), decode.beams, decode.n_best, drafter)
+    how = (decode.beams, decode.n_best, drafting.drafter, drafting.accept)
+    shape = Shape(target.precise(cfg), bucket(decode.length), *how)
     placed = place(request._replace(eos=None))
     draws = place(draw(request, decode)) if decode.temperature > 0 else None
     alpha = jnp.float32(decode.alpha)
-    result = compiled(shape, params, placed._replace(eos=request.eos), draws, alpha, memory)
+    result = compiled(
+        shape, params, placed._replace(eos=request.eos), draws, alpha, drafting.weights
+    )
     result = jax.device_get(result)
     length = int(max(decode.length, 1))
-    return result._replace(tokens=result.tokens[:, :, :length], calls=int(result.calls))
+    each = {name: getattr(result, name) for name in ("tokens", "call", "node")}
+    cut = {name: None if rows is None else rows[:, :, :length] for name, rows in each.items()}
+    return result._replace(calls=int(result.calls), **cut)
 
 
 def draw(request: Request, decode: config.Decode) -> Sampling:
@@ -98,52 +118,72 @@ def place(rows: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled(shape: Shape, params, request: Request, draws, alpha, memory) -> Result:
+def compiled(shape: Shape, params, request: Request, draws, alpha, weights) -> Result:
     """One executable per shape: temperature, limits, seeds and penalties do not change it."""
-    cfg = shape.cfg
-    prompts = target.Prompts(request.prompts, request.prompts_length)
     read = model.Read()
     if request.inputs is not None:
-        read = target.read(cfg, params, request.inputs, request.inputs_length)
-    slots = request.prompts.shape[1] + shape.length + shape.drafter.width
-    cache = target.prefill(cfg, params, read, prompts, slots)
-    rules = loop.Rules(request.eos, request.prompts_length + request.limit, draws)
+        read = target.read(shape.cfg, params, request.inputs, request.inputs_length)
+    setting = set_up(shape, params, request, draws, weights, read)
+    prompts, rules, slots = setting.prompts, setting.rules, setting.slots
+    cache = target.prefill(shape.cfg, params, read, prompts, slots)
     if shape.beams > 1:
         read, cache = jax.tree.map(lambda x: beam.spread(x, shape.beams), (read, cache))
         search = beam.Search(shape.beams, shape.n_best, alpha)
         state = beam.start(search, prompts, rules, cache, slots)
-        state = beam.run(target.of(cfg, params, read), search, rules, state)
+        state = beam.run(target.of(shape.cfg, params, read), search, rules, state)
         result = ranked(state, search, shape.length)
     else:
-        state = started(prompts, rules, cache, slots, memory)
-        state = loop.run(target.of(cfg, params, read), shape.drafter, rules, state)
-        result = written(state, prompts, shape.length, alpha)
+        state = started(setting, cache, slots, shape.drafter.begin(setting))
+        result = written(run(shape, setting, state), prompts, shape.length, alpha)
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
 
 
-def started(prompts: target.Prompts, rules: loop.Rules, cache, slots: int, memory) -> loop.State:
+def set_up(shape: Shape, params, request: Request, draws, weights, read: model.Read) -> Setting:
+    """What stays the same while the request, its inputs read, is decoded."""
+    return Setting(
+        target.of(shape.cfg, params, read),
+        Rules(request.eos, request.prompts_length + request.limit, draws),
+        Prompts(request.prompts, request.prompts_length),
+        request.inputs,
+        request.inputs_length,
+        weights,
+        request.prompts.shape[1] + shape.length + shape.drafter.tree.width,
+    )
+
+
+def run(shape: Shape, setting: Setting, state: State) -> State:
+    """The state when every row is done, or when the rules want a pause."""
+    adapts = isinstance(shape.drafter, widths.Adaptive)
+    return (widths if adapts else loop).run(setting, shape.drafter, shape.accept, state)
+
+
+def started(setting: Setting, cache, slots: int, memory) -> State:
     """The loop's first state: everything but the last token of each prompt is in the cache."""
+    prompts, rules = setting.prompts, setting.rules
     tokens = prompts.tokens
     last = jnp.arange(tokens.shape[1]) == prompts.length[:, None] - 1
-    return loop.State(
-        tokens=jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1]))),
+    tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
+    return State(
+        tokens=tokens,
         length=prompts.length - 1,
-        root=jnp.sum(jnp.where(last, tokens, 0), axis=1),
+        root=jnp.sum(jnp.where(last, prompts.tokens, 0), axis=1),
         done=prompts.length >= rules.limit,
         log_probability=jnp.zeros_like(prompts.length, jnp.float32),
+        call=jnp.zeros_like(tokens),
+        node=jnp.zeros_like(tokens),
         calls=jnp.int32(0),
         cache=cache,
         memory=memory,
     )
 
 
-def written(state: loop.State, prompts: target.Prompts, length: int, alpha) -> Result:
+def written(state: State, prompts: Prompts, length: int, alpha) -> Result:
     """What each row wrote after its prompt."""
     lengths = state.length + 1 - prompts.length
-    tokens = since(state.tokens, prompts.length, lengths, length)
+    new = lambda slots: since(slots, prompts.length, lengths, length)[:, None]
     scores = state.log_probability / beam.penalty(lengths, alpha)
-    each = (tokens, lengths, scores, state.log_probability)
-    return Result(*(x[:, None] for x in each), state.calls)
+    each = (x[:, None] for x in (lengths, scores, state.log_probability))
+    return Result(new(state.tokens), *each, state.calls, new(state.call), new(state.node))
 
 
 def ranked(state: beam.State, search: beam.Search, length: int) -> Result:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoding loop: propose, verify a block in one forward pass, accept, commit, observe.
 
-  b rows    w block width    T slots of a row
+  b rows    w nodes of a block    D most tokens that one call can add    T slots of a row
 
 Slot i of a row holds its token at position i; a prompt comes first. What holds between iterations:
   the cache's slots below length[b] equal a fresh prefill of tokens[b, :length[b]];
@@ -12,119 +12,117 @@ Slot i of a row holds its token at position i; a prompt comes first. What holds 
 Plain decoding is the loop at width 1.
 """
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_lite.decoding import sampling
-
-
-class Target(NamedTuple):
-    """The model whose text is written, as the loop sees it.
-
-    forward(tokens [b w], index [b], cache) -> (hidden [b w d], cache), the block written into slots
-    index[b] and on; logits(hidden) -> float32 [b w v], each row whole on one device.
-    """
-
-    forward: Callable
-    logits: Callable
-
-
-class Rules(NamedTuple):
-    """When a row stops, and how it draws (None: greedily). limit counts slots, prompt and all.
-
-    eos is one id that ends a text, or several.
-    """
-
-    eos: int | Int[Array, " e"]
-    limit: Int[Array, " b"]
-    sampling: sampling.Sampling | None
-
-
-class State(NamedTuple):
-    """All that changes. memory is the drafter's; log_probability sums over what a row wrote."""
-
-    tokens: Int[Array, "b T"]
-    length: Int[Array, " b"]
-    root: Int[Array, " b"]
-    done: Bool[Array, " b"]
-    log_probability: Float[Array, " b"]
-    calls: Int[Array, ""]
-    cache: Any
-    memory: Any
-
-
-class Verdict(NamedTuple):
-    """What the model says of a block: its own choice after each token, and how many are accepted.
-
-    chosen[b, i] follows block[b, i]; the first count[b] of them are what the row goes on with.
-    """
-
-    block: Int[Array, "b w"]
-    chosen: Int[Array, "b w"]
-    log_probability: Float[Array, "b w"]
-    hidden: Float[Array, "b w d"]
-    count: Int[Array, " b"]
-
-
-class Drafter(Protocol):
-    """Guesses the tokens after the root; whatever it guesses, only the speed depends on it.
-
-    `width` counts the root too. A guess of -1 matches nothing: where there is none. A drafter is a
-    frozen dataclass: equal ones share an executable.
-    """
-
-    width: int
-
-    def propose(self, memory: Any, state: State) -> Int[Array, "b w-1"]:
-        """Guesses for the width - 1 tokens after each row's root."""
-
-    def observe(self, memory: Any, state: State, verdict: Verdict) -> Any:
-        """The memory for the next iteration, from the state after the commit and the verdict."""
+from t5x_lite.decoding import acceptance, sampling
+from t5x_lite.decoding.protocol import (
+    Draft,
+    Drafter,
+    Rules,
+    Setting,
+    State,
+    Target,
+    Tree,
+    Verdict,
+    chain,
+)
 
 
 @dataclass(frozen=True)
 class Plain:
     """The drafter that guesses nothing: one token per forward pass."""
 
-    width: int = 1
+    tree: Tree = chain(1)
+    top: int = 0
 
-    def propose(self, memory, state):
-        return state.root[:, None][:, :0]
+    def begin(self, setting):
+        return None
 
-    def observe(self, memory, state, verdict):
+    def propose(self, setting, memory, state):
+        return Draft(state.root[:, None][:, :0]), memory
+
+    def observe(self, setting, memory, state, verdict):
         return memory
 
 
-def run(target: Target, drafter: Drafter, rules: Rules, state: State) -> State:
+def run(setting: Setting, drafter: Drafter, accept: acceptance.Acceptance, state: State) -> State:
     """The state when every row is done, on the device from the first token to the last."""
 
     def iterate(state: State) -> State:
-        drafts = drafter.propose(state.memory, state)
-        verdict, cache = verify(target, rules, state, drafts)
-        verdict = accept(verdict, rules, state)
-        state = commit(state._replace(cache=cache), verdict, rules)
-        return state._replace(memory=drafter.observe(state.memory, state, verdict))
+        draft, memory = drafter.propose(setting, state.memory, state)
+        verdict, cache = verify(setting, drafter, accept, state, draft)
+        state = commit(state._replace(cache=cache), drafter.tree, verdict, setting.rules)
+        return state._replace(memory=drafter.observe(setting, memory, state, verdict))
 
-    return jax.lax.while_loop(lambda state: jnp.any(~state.done), iterate, state)
+    going = functools.partial(goes_on, setting.rules)
+    return jax.lax.while_loop(going, iterate, state)
+
+
+def goes_on(rules: Rules, state: State) -> Bool[Array, ""]:
+    """Whether some row is not done, and no pause is wanted yet."""
+    left = jnp.any(~state.done)
+    return left if rules.pause is None else left & (state.calls < rules.pause)
 
 
 def verify(
-    target: Target, rules: Rules, state: State, drafts: Int[Array, "b w-1"]
+    setting: Setting, drafter: Drafter, accept: acceptance.Acceptance, state: State, draft: Draft
 ) -> tuple[Verdict, Any]:
-    """One forward pass over root and drafts: the model's own choice after each of them."""
-    block = jnp.concatenate([state.root[:, None], drafts], axis=1)
+    """One forward pass over root and drafts, and how far the row goes on with them."""
+    target, rules, tree = setting.target, setting.rules, drafter.tree
+    block = jnp.concatenate([state.root[:, None], draft.tokens], axis=1)
     # -1 matches nothing, but embeds as some token; its keys and values are overwritten.
-    hidden, cache = target.forward(jnp.maximum(block, 0), state.length, state.cache)
-    logits = target.logits(hidden)
-    positions = state.length[:, None] + 1 + jnp.arange(block.shape[1])
+    cache = state.cache if draft.cache is None else draft.cache
+    middle = getattr(drafter, "middle", None)
+    given = (jnp.maximum(block, 0), state.length, cache, tree)
+    if middle is None:
+        hidden, cache = target.forward(*given)
+    else:
+        hidden, cache, middle = in_two(target, middle, *given)
+    logits, beside = said(setting, drafter, hidden)
+    positions = state.length[:, None] + 1 + tree.depth
     chosen = sampling.choose(logits, positions, rules.sampling)
-    log_probability = token_log_probability(logits, chosen)
-    return Verdict(block, chosen, log_probability, hidden, jnp.zeros_like(state.length)), cache
+    judged = acceptance.Judged(block, logits, chosen, draft, positions, tree, rules.sampling)
+    path, tokens, count = accept(judged)
+    along = logits if tree.is_chain else jax.vmap(lambda row, nodes: row[nodes])(logits, path)
+    return Verdict(
+        block=block,
+        chosen=chosen,
+        hidden=hidden,
+        top=jax.lax.top_k(logits, drafter.top)[1] if drafter.top else None,
+        path=path,
+        tokens=tokens,
+        log_probability=token_log_probability(along, tokens),
+        count=cut(tokens, count, rules, state),
+        middle=middle,
+        beside=beside,
+    ), cache
+
+
+def said(
+    setting: Setting, drafter: Drafter, hidden: Float[Array, "b w d"]
+) -> tuple[Float[Array, "b w v"], Float[Array, "b m v"] | None]:
+    """The logits of the block, and of what the drafter reads beside it in the same product."""
+    beside = getattr(drafter, "beside", None)
+    if beside is None:
+        return setting.target.logits(hidden), None
+    width = hidden.shape[1]
+    logits = setting.target.logits(jnp.concatenate([hidden, beside(setting, hidden)], axis=1))
+    return logits[:, :width], logits[:, width:]
+
+
+def in_two(target: Target, middle: int, tokens, index, cache, tree: Tree):
+    """What Target.forward gives, and the states that layer `middle` was given."""
+    early, late = target.part(0, middle), target.part(middle, target.layers)
+    x, own = early.through(early.begin(tokens, index), index, early.of(cache), tree)
+    cache = early.joined(cache, own)
+    y, own = late.through(x, index, late.of(cache), tree)
+    return late.finish(y), late.joined(cache, own), x
 
 
 def token_log_probability(
@@ -135,33 +133,54 @@ def token_log_probability(
     return jnp.sum(jnp.where(here, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
-def accept(verdict: Verdict, rules: Rules, state: State) -> Verdict:
-    """verdict with the count of new tokens: as far as drafts agree, to EOS, the limit at most."""
-    agree = verdict.block[:, 1:] == verdict.chosen[:, :-1]
-    count = 1 + jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1)
-    stops = ends(verdict.chosen, rules)
+def cut(
+    tokens: Int[Array, "b D"], count: Int[Array, " b"], rules: Rules, state: State
+) -> Int[Array, " b"]:
+    """How many of the accepted tokens a row takes: to EOS, and to its limit, at most."""
+    stops = ends(tokens, rules)
     # Without EOS in the block, argmax is 0: then nothing is cut.
     first_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1) + 1, count)
     count = jnp.minimum(count, jnp.minimum(first_stop, rules.limit - 1 - state.length))
-    return verdict._replace(count=jnp.where(state.done, 0, count).astype(jnp.int32))
+    return jnp.where(state.done, 0, count).astype(jnp.int32)
 
 
-def commit(state: State, verdict: Verdict, rules: Rules) -> State:
-    """state with the accepted tokens written; the cache moves nothing, its length says it all."""
-    count, width = verdict.count, verdict.chosen.shape[1]
-    accepted = jnp.arange(width) < count[:, None]
-    last = jnp.arange(width) == count[:, None] - 1
-    root = jnp.where(state.done, state.root, jnp.sum(jnp.where(last, verdict.chosen, 0), axis=1))
+def commit(state: State, tree: Tree, verdict: Verdict, rules: Rules) -> State:
+    """state with the accepted tokens written.
+
+    After a chain nothing moves in the cache, its length says it all; the accepted nodes of a tree
+    are moved to where a chain would have left them.
+    """
+    tokens, count = verdict.tokens, verdict.count
+    place = jnp.arange(tokens.shape[1])
+    last = place == count[:, None] - 1
+    root = jnp.where(state.done, state.root, jnp.sum(jnp.where(last, tokens, 0), axis=1))
     length = state.length + count
-    gain = jnp.sum(jnp.where(accepted, verdict.log_probability, 0), axis=1)
+    gain = jnp.sum(jnp.where(place < count[:, None], verdict.log_probability, 0), axis=1)
+    # The token after node path[i] is node path[i + 1]'s guess where that one was accepted.
+    following = jnp.concatenate([verdict.path[:, 1:], verdict.path[:, :1] * 0], axis=1)
+    node = jnp.where(place < count[:, None] - 1, following, 0)
+    first = state.length + 1
     return state._replace(
-        tokens=write(state.tokens, verdict.chosen, state.length + 1),
+        tokens=write(state.tokens, tokens, first),
         length=length,
         root=root,
         done=state.done | ends(root, rules) | (length + 1 >= rules.limit),
         log_probability=state.log_probability + gain,
+        call=write(state.call, jnp.zeros_like(tokens) + state.calls, first),
+        node=write(state.node, node, first),
         calls=state.calls + 1,
+        cache=state.cache if tree.is_chain else gathered(state.cache, state.length, verdict.path),
     )
+
+
+def gathered(cache: Any, index: Int[Array, " b"], path: Int[Array, "b D"]) -> Any:
+    """cache with the slots index + path of every layer copied to index, index + 1, ..."""
+
+    def row(x, start, nodes):
+        moved = jnp.take(x, start + nodes, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(x, moved, start, axis=1)
+
+    return jax.tree.map(lambda x: jax.vmap(row)(x, index, path), cache)
 
 
 def ends(tokens: Int[Array, "..."], rules: Rules) -> Bool[Array, "..."]:

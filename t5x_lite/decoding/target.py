@@ -2,22 +2,16 @@
 """A Transformer made ready to decode: weights unstacked, inputs read once, the cache filled."""
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from t5x_lite import config, model
+from t5x_lite import config, model, quantization
 from t5x_lite.decoding import sampling
-from t5x_lite.decoding.loop import Target
-
-
-class Prompts(NamedTuple):
-    """Decoder tokens that are given, beginning with Model.start; right-padded."""
-
-    tokens: Int[Array, "b p"]
-    length: Int[Array, " b"]
+from t5x_lite.decoding.protocol import Heads, Part, Prompts, Target, Tree
 
 
 def precise(cfg: config.Model) -> config.Model:
@@ -27,9 +21,13 @@ def precise(cfg: config.Model) -> config.Model:
 
 
 def prepare(cfg: config.Model, params: Any) -> Any:
-    """Trained params as decoding reads them: one tree per layer, in the dtype of activations."""
+    """Trained params as decoding reads them: one tree per layer, in the dtype of activations.
+
+    Quantised weights stay what they are.
+    """
     dtype = precise(cfg).activations
-    return model.unstack(jax.tree.map(lambda weight: jnp.asarray(weight, dtype), params))
+    cast = lambda weight: weight if quantization.few(weight) else jnp.asarray(weight, dtype)
+    return model.unstack(jax.tree.map(cast, params, is_leaf=quantization.few))
 
 
 def read(
@@ -53,15 +51,66 @@ def of(cfg: config.Model, params: Any, read: model.Read) -> Target:
     """The loop's view of a model that has read its inputs."""
     transformer = model.Transformer(cfg, scan=False)
 
-    def forward(tokens, index, cache):
-        return transformer.apply(
-            {"params": params}, model.Block(tokens, index), cache, read, method="decode"
-        )
+    def forward(tokens, index, cache, tree: Tree | None = None):
+        block = shaped(model.Block(tokens, index), tree)
+        return transformer.apply({"params": params}, block, cache, read, method="decode")
 
     def logits(hidden):
         return sampling.whole(transformer.apply({"params": params}, hidden, method="logits"))
 
-    return Target(forward, logits)
+    part = functools.partial(part_of, cfg, params, read)
+    return Target(forward, logits, part, cfg.decoder.layers, heads_of(cfg, params))
+
+
+def heads_of(cfg: config.Model, params: Any) -> Heads | None:
+    """The heads of a model, if it has any."""
+    if cfg.blockwise is None:
+        return None
+
+    transformer = model.Transformer(cfg, scan=False)
+    guess = functools.partial(transformer.apply, {"params": params}, method="guess")
+    return Heads(guess, cfg.blockwise.count, cfg.blockwise.sequential)
+
+
+def part_of(cfg: config.Model, params: Any, read: model.Read, first: int, last: int) -> Part:
+    """The layers first <= layer < last of the decoder, as a Part."""
+    own = slice(first, last)
+    of = lambda cache: model.Cache(cache.keys[own], cache.values[own])
+    transformer = model.Transformer(between(cfg, first, last), scan=False)
+    decoder = params["decoder"] | {"layers": params["decoder"]["layers"][own]}
+    apply = functools.partial(transformer.apply, {"params": params | {"decoder": decoder}})
+    seen = model.Read(None if read.crossed is None else of(read.crossed), read.seen)
+
+    def begin(tokens, index):
+        return apply(model.Block(tokens, index), method="begin")
+
+    def through(x, index, cache, tree: Tree | None = None):
+        # Only the width of the tokens is looked at: x stands in their place.
+        block = shaped(model.Block(jnp.zeros_like(x[:, :, 0], jnp.int32), index), tree)
+        return apply(x, block, cache, seen, method="through")
+
+    def joined(cache, part):
+        put = lambda whole, part: (*whole[:first], *part, *whole[last:])
+        return model.Cache(put(cache.keys, part.keys), put(cache.values, part.values))
+
+    finish = lambda x: apply(x, method="finish")
+    return Part(begin, through, finish, of, joined)
+
+
+def between(cfg: config.Model, first: int, last: int) -> config.Model:
+    """cfg with only the layers first <= layer < last in its decoder."""
+    sliding = cfg.decoder.sliding[first:last]
+    pattern = tuple("sliding" if each else "full" for each in sliding)
+    window = cfg.decoder.window if any(sliding) else None
+    decoder = dataclasses.replace(cfg.decoder, layers=last - first, pattern=pattern, window=window)
+    return dataclasses.replace(cfg, decoder=decoder)
+
+
+def shaped(block: model.Block, tree: Tree | None) -> model.Block:
+    """block in the shape of tree; a chain is what it is anyway."""
+    if tree is None or tree.is_chain:
+        return block
+    return block._replace(depth=jnp.array(tree.depth), ancestors=tree.ancestors)
 
 
 def prefill(

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from t5x_lite import config, sharding
+from t5x_lite import config, processes, sharding
 from t5x_lite.data import open_batches, open_dataset
+from t5x_lite.decoding.tally import Tally
 from t5x_lite.evaluation import losses, metrics
 from t5x_lite.evaluation.predict import Prediction, Predictor
 
@@ -18,7 +17,7 @@ from t5x_lite.evaluation.predict import Prediction, Predictor
 class Evaluator:
     """Measures any weights of a run on one split, which is opened once.
 
-    kept is where the latest predictions were written.
+    kept is where the latest predictions were written; tally what drafting was worth for them.
 
     Raises:
       ValueError: the split is not there, or a metric's name is unknown.
@@ -28,19 +27,21 @@ class Evaluator:
         self.run = run
         self.split = split or run.data.eval_split
         self.kept: Path | None = None
+        self.tally = Tally()
         self.dataset = open_dataset(run.data, self.split)
         for name in run.evaluate.metrics:
             metrics.find(name)
         shards = sharding.batch_shards()
         rows = -(-run.evaluate.batch_size // shards) * shards
+        host, hosts = sharding.batch_share()
         self.batches = open_batches(
             run.data,
             run.model.layout,
             rows,
             run.seed,
             split=self.split,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            host=host,
+            hosts=hosts,
         )
 
     def __call__(
@@ -74,6 +75,7 @@ class Evaluator:
         )
         ids, cut = self.inputs(count)
         found = predictor.continued(ids, self.run.decode, told=told)
+        self.tally = predictor.tally
         written = [each.texts[0] for each in found]
         references = [self.dataset.references(i) for i in range(count)]
         numbers = metrics.measure(names, written, references) if names else {}
@@ -103,7 +105,7 @@ class Evaluator:
 
     def keep(self, step: int, rows: list[dict]) -> Path | None:
         """Writes predictions/<split>-<step>.jsonl; one process does."""
-        if jax.process_index():
+        if not processes.first():
             return None
         folder = Path(self.run.model_dir) / "predictions"
         return write_anew(folder / f"{self.split}-{step}.jsonl", rows)

@@ -8,7 +8,38 @@ from typing import Any, NoReturn
 
 from t5x_lite import config
 
-DECODE = ("length", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best")
+DECODE = (
+    *("length", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best"),
+    *("decoder", "width", "accept"),
+)
+
+# What `decoding.choosing` makes of a name; A+B is both at once.
+DECODERS = {
+    "auto": "the model's own heads, or lookup for long texts; plain where neither is safe or pays",
+    "plain": "one token per forward pass",
+    "blockwise": "the model's own heads guess what follows (Stern et al., 2018)",
+    "refined": "the best chain through what those heads find likely",
+    "medusa": "a tree of what those heads find likely",
+    "lookup": "copies what followed the last tokens before: in the text, or the encoder's input",
+    "recycling": "a tree of the model's own runners-up; recycling:PATH begins with those of texts",
+    "trigram": "what most often followed the last two tokens",
+    "jacobi": "the last block's own answers, one further",
+    "lookahead": "n-grams of a window of Jacobi iterations",
+    "early": "early:N, the model's own first N layers",
+    "late": "late:N, the model's own layers from N on",
+    "draft": "draft:PATH, a smaller checkpoint of the same vocabulary",
+}
+ACCEPTANCES = {
+    "exact": "the text of plain decoding",
+    "speculative": "another text of the same law, for drafters with probabilities",
+    "block": "the same, judged a block at a time: more guesses hold",
+    "top-k": "top-k:N CHANGES THE TEXT: a guess among the N most probable holds",
+    "distance": "distance:N CHANGES THE TEXT: a guess within N ids holds (ids that are quantities)",
+    "typical": "typical[:0.3:0.09] CHANGES THE TEXT: so does a probable one, by the entropy",
+    "lenient": "lenient:0.5 CHANGES THE TEXT: so does one half as probable",
+    "minimum": "minimum:N CHANGES THE TEXT: N tokens per call at least",
+    "always": "CHANGES THE TEXT: every guess holds",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +82,12 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         help="devices for data, fsdp and tensor axes, e.g. 1,1,4 for a model too large for one "
         "device (default: all devices share the batch)",
     )
+    group.add_argument(
+        "--quantize",
+        metavar="KIND",
+        help="layers' matrices in few bits: int8, int4; int8_activations, int4_activations and "
+        "int4_int8_activations round activations too; int4:32 has a scale for each 32 numbers",
+    )
 
 
 def add_decode(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +102,19 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, metavar="A", help="length penalty of beam search; 0 is none")
     add("--n_best", type=int, metavar="N", help="hand back the N best beams")
     add("--batch_size", type=int, metavar="N", help="how many texts are written at once")
+    group = parser.add_argument_group(
+        "who guesses ahead: speed, the text stays the same",
+        table("--decoder", DECODERS) + "\n" + table("--accept", ACCEPTANCES),
+    )
+    add = group.add_argument
+    add("--decoder", metavar="NAME", help="auto (default), plain, lookup, early:4, lookup+trigram")
+    add("--width", type=int, metavar="N", help="tokens of a block; 0 is measured (default)")
+    add("--accept", metavar="RULE", help="which guesses hold (default: exact)")
+
+
+def table(title: str, rows: dict[str, str]) -> str:
+    """Names and what they do, for --help."""
+    return "\n".join([f"{title}:", *(f"  {name:<12}{text}" for name, text in rows.items())])
 
 
 def split_gin(arguments: list[str]) -> tuple[list[str], list[str]]:

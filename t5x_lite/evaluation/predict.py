@@ -9,25 +9,34 @@ import numpy as np
 from t5x_lite import config, decoding, sharding
 from t5x_lite.data import tasks
 from t5x_lite.data.vocabularies import Vocabulary, edges
+from t5x_lite.decoding.drafters.union import sources
+from t5x_lite.decoding.tally import Tally
+from t5x_lite.decoding.widths import Adaptive
+from t5x_lite.evaluation.drafting import Drafters
 
 
 class Prediction(NamedTuple):
     """What the model wrote for one input, best first, and what it thinks of each.
 
     scores are what the texts are ranked by: log_probabilities (in nats) over the length penalty.
+    Of the best text, calls says in which forward pass each token was written, and guessed by whom
+    it had been guessed ("model": nobody); both are empty after beam search.
     """
 
     texts: list[str]
     scores: list[float]
     log_probabilities: list[float]
     tokens: list[list[int]]
+    calls: list[int]
+    guessed: list[str]
 
 
 class Predictor:
     """Writes and scores texts with one set of weights.
 
     params are a model's own, as training has them. ended says whether an input ends with eos, as
-    the source of an example does; the beginning of a text to be continued does not.
+    the source of an example does; the beginning of a text to be continued does not. tally counts
+    what drafting was worth.
     """
 
     def __init__(
@@ -42,6 +51,8 @@ class Predictor:
         self.cfg = cfg
         self.params = decoding.prepare(cfg, params)
         self.inputs, self.targets = vocabularies
+        self.drafters = Drafters(cfg, self.params, self.targets)
+        self.tally = Tally()
         self.ended = ended
         self.batch_size = batch_size
 
@@ -63,11 +74,13 @@ class Predictor:
         *,
         rows: Sequence[int] | None = None,
         told: Callable[[int], None] | None = None,
+        counted: bool = True,
     ) -> list[Prediction]:
         """One Prediction for each input, given as ids with their end.
 
         rows numbers the inputs for sampling (0, 1, ... otherwise): with the same number and seed
-        a text is drawn the same in any company. told(count) hears how many are done so far.
+        a text is drawn the same in any company. told(count) hears how many are done so far. What
+        is not counted leaves tally as it is.
         """
         rows = range(len(ids)) if rows is None else rows
         found: dict[int, Prediction] = {}
@@ -80,9 +93,13 @@ class Predictor:
                 batch=self.rows(len(places)),
                 eos=self.targets.stops,
             )
-            result = decoding.generate(self.cfg, self.params, request, decode)
+            drafting = self.drafters.ready(request, decode)
+            result = decoding.generate(self.cfg, self.params, request, decode, drafting)
+            names = guessers(drafting)
+            if counted:
+                self.tally.add(result, names, len(places))
             for row, place in enumerate(places):
-                found[place] = self.prediction(result, row)
+                found[place] = self.prediction(result, row, names)
             if told:
                 told(len(found))
         return [found[place] for place in range(len(ids))]
@@ -135,7 +152,8 @@ class Predictor:
         rows = min(decoding.bucket(count, 1), max(self.batch_size, count))
         return -(-rows // shards) * shards
 
-    def prediction(self, result: decoding.Result, row: int) -> Prediction:
+    def prediction(self, result: decoding.Result, row: int, names: tuple[str, ...]) -> Prediction:
+        """Row `row` of a result; names[i] is who guesses node i of a block."""
         tokens = [
             ids[:length].tolist()
             for ids, length in zip(result.tokens[row], result.lengths[row], strict=True)
@@ -145,7 +163,17 @@ class Predictor:
             scores=result.scores[row].tolist(),
             log_probabilities=result.log_probability[row].tolist(),
             tokens=tokens,
+            calls=[] if result.call is None else result.call[row, 0, : len(tokens[0])].tolist(),
+            guessed=[]
+            if result.node is None
+            else [names[node] for node in result.node[row, 0, : len(tokens[0])]],
         )
+
+
+def guessers(drafting: decoding.Drafting) -> tuple[str, ...]:
+    """Who guesses each node of a block; "model" for the root."""
+    drafter = drafting.drafter
+    return sources(drafter.drafter if isinstance(drafter, Adaptive) else drafter)
 
 
 def has_inputs(run: config.Run) -> bool:

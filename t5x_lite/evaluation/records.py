@@ -52,7 +52,7 @@ class Source:
     def parsed(self, number: int, text: str) -> Record:
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Record(number, None, {}, f"broken JSON ({error})")
         if not isinstance(fields, dict) or self.field not in fields:
             there = f"it has {', '.join(fields)}" if isinstance(fields, dict) else "no object"
@@ -111,13 +111,23 @@ class Sink:
             raise ValueError(f"{self.path} exists, and a stream cannot be continued: {remedy}")
         if not self.beside.exists():
             raise ValueError(f"{self.path} exists, but {self.beside} does not: {remedy}")
-        there, here = json.loads(self.beside.read_text(encoding="utf-8")), self.settings
+        there, here = self.made(remedy), self.settings
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
                 raise ValueError(
                     f"{self.path} was made with {name} {there.get(name)!r}, now it is "
                     f"{here.get(name)!r}: {remedy}"
                 )
+
+    def made(self, remedy: str) -> dict[str, Any]:
+        """The settings that the output was made with."""
+        try:
+            found = json.loads(self.beside.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.beside} cannot be read ({error}): {remedy}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.beside} holds no settings: {remedy}")
+        return found
 
     def open(self) -> Any:
         """The stream that lines are appended to."""

@@ -8,6 +8,7 @@ import numpy as np
 from t5x_lite import config
 from t5x_lite.batch import Batch
 from t5x_lite.model.cache import Block, Cache, Read, empty_cache
+from t5x_lite.model.inspection import Given, Inside, Inspected
 from t5x_lite.model.layers import Named
 from t5x_lite.model.transformer import Transformer
 from t5x_lite.sharding import batch_shards, named, spec
@@ -15,6 +16,9 @@ from t5x_lite.sharding import batch_shards, named, spec
 __all__ = [
     "Block",
     "Cache",
+    "Given",
+    "Inside",
+    "Inspected",
     "Read",
     "Transformer",
     "axes",
@@ -86,6 +90,8 @@ def check_mesh(cfg: config.Model) -> None:
             parts = ("embed", "heads", "kv_heads", "mlp")
             sizes = (stack.embed, stack.heads, stack.key_heads, stack.mlp)
             fields |= {f"{name}.{part}": size for part, size in zip(parts, sizes, strict=True)}
+    if cfg.blockwise is not None and cfg.blockwise.mlp is not None:
+        fields["blockwise.mlp"] = cfg.blockwise.mlp
     for field, size in fields.items():
         axis = "fsdp" if field.endswith(".embed") else "tensor"
         if size % mesh[axis]:

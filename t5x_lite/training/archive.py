@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_lite import processes
 from t5x_lite.training import state as states
 
 
@@ -173,17 +174,24 @@ def restore(folder: Path, item: str, note: Note, expected: dict[str, Any] | None
         }
         arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected}
     wanted = ocp.args.PyTreeRestore(item=expected, restore_args=arguments)
+    arrays, damage = {}, ""
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arrays = reader.restore(folder / item, args=wanted)
+        # The handler alone: a Checkpointer waits for all processes, also for one that has failed.
+        arrays = ocp.PyTreeCheckpointHandler().restore((folder / item).absolute(), args=wanted)
     except (jax.errors.JaxRuntimeError, MemoryError):
         # The device or the host is too small: that says nothing about the files.
         raise
     except Exception as error:  # orbax raises a bare Exception for a chunk it cannot read
-        cause = first_line(error.__cause__ or error)
-        raise Damaged(f"{folder / item} cannot be read: {cause}") from error
+        damage = f"{folder / item} cannot be read: {first_line(error.__cause__ or error)}"
+    check_everywhere(damage)
     compare_digests(folder / item, note.arrays[item], arrays)
     return arrays
+
+
+def check_everywhere(damage: str) -> None:
+    """Raises Damaged in every process if there is damage in any: all use the same checkpoint."""
+    if found := "".join(processes.everyone(damage)):
+        raise Damaged(found[:1000])
 
 
 def compare_digests(path: Path, described: dict, arrays: dict) -> None:

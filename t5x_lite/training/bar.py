@@ -14,11 +14,11 @@ BAR = 16
 QUIET, LIVELY = 20.0, 2.0
 
 
-def console() -> Console:
-    """Where people read: stderr, plain text unless it is a terminal."""
+def console(quiet: bool = False) -> Console:
+    """Where people read: stderr, plain text unless it is a terminal; nowhere if quiet."""
     if sys.stderr.isatty():
-        return Console(stderr=True)
-    return Console(stderr=True, width=110, highlight=False)
+        return Console(stderr=True, quiet=quiet)
+    return Console(stderr=True, width=110, highlight=False, quiet=quiet)
 
 
 def count(value: float) -> str:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of a run: saved in the background, the last ones and the best one kept."""
 
+import contextlib
 import dataclasses
+import json
+import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite import config
+from t5x_lite import config, processes
 from t5x_lite.training import archive
 from t5x_lite.training.archive import CheckpointError, Damaged, Note
 from t5x_lite.training.state import TrainState
@@ -21,6 +25,8 @@ DAMAGED = ".damaged"
 # Renamed before deletion: a run killed while deleting leaves no half checkpoint under its number.
 DELETING = ".deleting"
 UNFINISHED = ".orbax-checkpoint-tmp"
+# Seconds for writing one: orbax measures them by the time of day, which may be set meanwhile.
+PATIENCE = 7 * 24 * 3600
 NO_SPACE = "No space left on device"
 
 
@@ -53,11 +59,14 @@ class Checkpoints:
 
         self.folder = Path(model_dir).resolve() / FOLDER
         self.cfg = cfg
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
+        if processes.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+        processes.wait()
+        self.had_files = self.has_files()
         self.notes = readable_notes(self.folder)
         self.pending: Note | None = None
-        self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=PATIENCE)
 
     def save(self, state: TrainState, note: Note) -> None:
         """Begins to write a checkpoint of `state`, after the one before is done.
@@ -83,12 +92,37 @@ class Checkpoints:
         """Starts the writer's threads; raises OSError at once where the disk is too small."""
         import orbax.checkpoint as ocp
 
+        self.stand_again()
         free = shutil.disk_usage(self.folder).free
         if free < size:
             # Found here, a full disk is one sentence; found in the threads, it is many tracebacks.
             raise OSError(f"{NO_SPACE}: it takes {mebibytes(size)}, {mebibytes(free)} are free")
         path = self.folder / str(step)
         self.writer.save(path, args=ocp.args.Composite(**items), force=False)
+
+    def stand_again(self) -> None:
+        """Makes the folder anew where somebody removed it, but not where all of MODEL_DIR is gone:
+        under the empty place of a disk that was unmounted nobody would look for checkpoints."""
+        if self.is_gone():
+            raise OSError(self.gone())
+        if self.folder.exists():
+            return
+        warnings.warn(f"{self.folder} was removed: its checkpoints are lost", stacklevel=2)
+        self.folder.mkdir(exist_ok=True)
+        self.notes.clear()
+
+    def has_files(self) -> bool:
+        """Whether anything but checkpoints is in MODEL_DIR: its lock, its config, its metrics."""
+        return any(self.folder.parent.glob("*.*"))
+
+    def is_gone(self) -> bool:
+        """Whether MODEL_DIR was moved or unmounted; there may be another folder of that name, since
+        orbax's threads make every folder that they write to."""
+        there = self.folder.parent.exists()
+        return not there or (self.had_files and not self.has_files())
+
+    def gone(self) -> str:
+        return f"{self.folder.parent} is empty or gone: was its disk unmounted?"
 
     def wait(self) -> None:
         """Returns when what was begun is on disk, and older checkpoints are removed."""
@@ -105,13 +139,21 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             step = self.pending.step if self.pending else "?"
             self.pending = None
+            if processes.lost(error):
+                raise
             raise CheckpointError(self.trouble(step, error)) from error
 
     def trouble(self, step, error: Exception) -> str:
         cause = archive.first_line(error)
-        if NO_SPACE in str(error) and not cause.startswith(NO_SPACE):
+        if self.is_gone():
+            cause = self.gone()
+        elif NO_SPACE in str(error) and not cause.startswith(NO_SPACE):
             cause = f"{NO_SPACE}, {mebibytes(shutil.disk_usage(self.folder).free)} are free"
-        remove_leftovers(self.folder)
+        with contextlib.suppress(OSError):
+            remove_leftovers(self.folder)
+            if self.is_gone():
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
         last = f"step {max(self.notes)} is whole" if self.notes else "there is none yet"
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: {cause}.\n"
@@ -122,7 +164,8 @@ class Checkpoints:
         """Removes all whole checkpoints but the last `keep` and the best."""
         kept = {*sorted(self.notes)[-self.cfg.keep :], best_step(self.notes)}
         for step in set(self.notes) - kept:
-            remove(self.folder / str(step))
+            if processes.first():
+                remove(self.folder / str(step))
             del self.notes[step]
 
     def restore(self, expected: TrainState, tell: Callable[[str], None]):
@@ -134,13 +177,15 @@ class Checkpoints:
           Mismatch: the newest is of another model.
           Damaged: there are checkpoints and none can be used.
         """
-        there = steps(self.folder.parent)
+        there = json.loads(processes.from_first(json.dumps(steps(self.folder.parent))))
         for step in reversed(there):
             try:
                 return self.read(step, expected)
             except Damaged as error:
-                aside = set_aside(self.folder / str(step))
                 self.notes.pop(step, None)
+                if not processes.first():
+                    continue
+                aside = set_aside(self.folder / str(step))
                 tell(f"Damaged checkpoint: {error}\nIt is kept as {aside}; using the one before.")
         if there:
             raise Damaged(
@@ -151,7 +196,12 @@ class Checkpoints:
 
     def read(self, step: int, expected: TrainState) -> tuple[TrainState, Note]:
         folder = self.folder / str(step)
-        note = archive.read_note(folder)
+        damage = ""
+        try:
+            note = archive.read_note(folder)
+        except Damaged as error:
+            damage = str(error)
+        archive.check_everywhere(damage)
         parts = {
             item: archive.restore(folder, item, note, shapes)
             for item, shapes in archive.parts(expected).items()
@@ -161,6 +211,23 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self.writer.close()
+
+
+def tell_once() -> None:
+    """For a command: what goes wrong in orbax's threads reaches us as an error that we tell.
+
+    Logs that repeat it are left out, and its other writers' complaints that their loop has ended.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def mebibytes(size: int) -> str:
@@ -180,8 +247,10 @@ def readable_notes(folder: Path) -> dict[int, Note]:
 
 def remove(path: Path) -> None:
     doomed = path.with_name(path.name + DELETING)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    # Somebody who made room by hand may have been faster.
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -15,6 +15,7 @@ def text(run: config.Run) -> str:
     """
     sharding.use_mesh(run.mesh)
     setup.check_batch(run.train)
+    setup.check_lengths(run, sharding.context_size())
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     axes = model.axes(run.model)
     update = optimizer.make(run.optimizer, schedule, axes, run.train.parts)
@@ -52,7 +53,8 @@ def adapted(run: config.Run, params) -> list[str]:
 
 
 def weights(params, axes) -> list[str]:
-    """One line per weight: name, axes, shape, and over which mesh axes it is split."""
+    """One line per weight: name, shape, axes, MiB on each device, and over which mesh axes it is
+    split."""
     mesh, rows = jax.sharding.get_mesh().shape, []
     for name, leaf, names in zip(
         states.names(params), jax.tree.leaves(params), jax.tree.leaves(axes), strict=True
@@ -62,5 +64,7 @@ def weights(params, axes) -> list[str]:
             for axis, place in zip(names.split(), leaf.sharding.spec, strict=False)
             if place and mesh[place] > 1
         ]
-        rows.append(f"{name:44} {str(leaf.shape):22} {names:34} {', '.join(split) or 'whole'}")
+        held = f"{states.size_per_device(leaf) / 2**20:10,.3f} MiB"
+        where = ", ".join(split) or "whole"
+        rows.append(f"{name:42} {str(leaf.shape):22} {names:42} {held}  {where}")
     return rows

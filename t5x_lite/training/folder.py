@@ -6,14 +6,17 @@ import dataclasses
 import difflib
 import fcntl
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from t5x_lite import config, config_file, data
+from t5x_lite import config, config_file, data, processes
 from t5x_lite.training import checkpoint
 
 CONFIG = "config.gin"
 VOCABULARY = "vocabulary"
+# Seconds until what one machine writes is seen by others: NFS looks again after 30 by default.
+VISIBLE = 40.0
 FREE_OF_TRAIN = ("steps", "log_every", "tensorboard", "patience", "remat", "unroll")
 
 
@@ -48,6 +51,55 @@ def locked(model_dir: Path):
         yield
 
 
+@contextlib.contextmanager
+def held(model_dir: Path):
+    """`locked` for all processes of a run at once: the first one holds it.
+
+    Raises:
+      FolderError: as `locked`, or the processes do not see the same folder.
+    """
+    with locked(model_dir) if processes.first() else contextlib.nullcontext():
+        check_shared(model_dir)
+        yield
+
+
+def check_shared(model_dir: Path) -> None:
+    """Raises FolderError unless every process sees what the first one wrote there."""
+    holder = model_dir / ".lock"
+    said = processes.from_first(holder.read_text() if processes.first() else "")
+    until = time.monotonic() + VISIBLE
+    while not (seen := holder.exists() and holder.read_text() == said):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.2)
+    found = processes.everyone(str(seen))
+    apart = [str(process) for process, there in enumerate(found) if there != "True"]
+    if apart:
+        raise FolderError(
+            f"MODEL_DIR {model_dir} of process {', '.join(apart)} is not that of process 0: give a "
+            "folder that all machines share (NFS, Filestore, a mounted bucket)"
+        )
+
+
+def agree(run: config.Run, tell: Callable[[str], None]) -> None:
+    """`check`, and that all processes run the same config.
+
+    Raises:
+      FolderError: as `check`.
+      ProcessesError: the configs differ.
+    """
+    processes.agree("The config", config_file.text(run))
+    if processes.first():
+        check(run, tell)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes text to path whole, or leaves what was there."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
 def check(run: config.Run, tell: Callable[[str], None]) -> None:
     """Returns if MODEL_DIR holds no run with checkpoints, or this one.
 
@@ -72,7 +124,7 @@ def check(run: config.Run, tell: Callable[[str], None]) -> None:
 
 def write(run: config.Run, vocabularies: tuple) -> None:
     """What is needed to read the weights: the resolved config and both vocabularies."""
-    (Path(run.model_dir) / CONFIG).write_text(config_file.text(run))
+    replace(Path(run.model_dir) / CONFIG, config_file.text(run))
     data.save_pair(Path(run.model_dir) / VOCABULARY, *vocabularies)
 
 

@@ -2,7 +2,10 @@
 """SIGTERM and Ctrl-C, as a request that a run answers at a good moment."""
 
 import contextlib
+import os
 import signal
+
+from t5x_lite import processes
 
 
 class Interrupted(KeyboardInterrupt):
@@ -16,16 +19,23 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """Notes the first signal; the second one ends the process at once.
 
-    Inside `anytime` the signal raises Interrupted where it arrives; elsewhere the run asks `due`.
+    Inside `anytime` the signal raises Interrupted where it arrives; elsewhere the run asks `due`
+    after it has told each step to `reached`.
+
+    Of several processes all end after the same step, whichever of them got the signal: JAX's
+    coordinator finds one that none has done yet.
     """
 
     def __init__(self):
+        self.several = processes.several()
         self.number: int | None = None
+        self.due = False
         self.raising = False
         self.before: dict[int, object] = {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # JAX itself notes SIGTERM where there are several processes.
+        for number in (signal.SIGINT,) if self.several else (signal.SIGINT, signal.SIGTERM):
             self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -35,19 +45,27 @@ class Interrupts:
 
     def note(self, number: int, _frame) -> None:
         again, self.number = self.number is not None, number
-        if again or self.raising:
+        if self.several and not again:
+            signal.raise_signal(signal.SIGTERM)
+        elif self.several:
+            # Left alone, the others notice that this one is lost.
+            os._exit(128 + number)
+        elif again or self.raising:
             raise Interrupted(number)
 
-    @property
-    def due(self) -> bool:
-        return self.number is not None
+    def reached(self, step: int) -> None:
+        """To be called after every step, with the number of those done."""
+        if not self.several:
+            self.due = self.number is not None
+        elif processes.stop_after(step):
+            self.number, self.due = self.number or signal.SIGTERM, True
 
     @contextlib.contextmanager
     def anytime(self):
         """Work that may be broken off anywhere without harm."""
-        self.raising = True
+        self.raising = not self.several
         try:
-            if self.due:
+            if self.raising and self.number is not None:
                 raise Interrupted(self.number)
             yield
         finally:

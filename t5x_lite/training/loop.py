@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 
-from t5x_lite import config, config_file, data, sharding
-from t5x_lite.training import archive, bar, costs, curves, folder, overview, setup
+from t5x_lite import config, config_file, data, processes, sharding
+from t5x_lite.training import archive, bar, costs, curves, folder, overview, records, setup
 from t5x_lite.training.checkpoint import Checkpoints
 from t5x_lite.training.interrupts import Interrupted, Interrupts
 from t5x_lite.training.meter import Meter, Totals, Work
-from t5x_lite.training.records import Records
 from t5x_lite.training.state import TrainState
 
 REPORT = "report.json"
@@ -32,7 +31,7 @@ def train(run: config.Run, profile: bool = False) -> dict[str, Any]:
       Interrupted: SIGTERM or Ctrl-C, after saving.
     """
     began = time.perf_counter()
-    with folder.locked(Path(run.model_dir)), Interrupts() as interrupts:
+    with folder.held(Path(run.model_dir)), Interrupts() as interrupts:
         training = Training(run, interrupts, profile)
         try:
             with interrupts.anytime():
@@ -52,7 +51,7 @@ class Training:
     def __init__(self, run: config.Run, interrupts: Interrupts, profile: bool):
         self.run, self.interrupts, self.profile = run, interrupts, profile
         self.path = Path(run.model_dir)
-        self.console = bar.console()
+        self.console = bar.console(quiet=not processes.first())
         self.tell = lambda text: self.console.print(text, markup=False, soft_wrap=True)
         # The newest evaluation: of which step, and what it came to.
         self.measured: tuple[int, dict[str, float]] = (-1, {})
@@ -67,7 +66,7 @@ class Training:
     def prepare(self) -> None:
         """Everything up to the first step: data, weights, compiled step, start-up table."""
         run = self.run
-        folder.check(run, self.tell)
+        folder.agree(run, self.tell)
         self.parts = setup.assemble(run)
         self.evaluator = setup.evaluator(run)
         self.work = work(run)
@@ -76,10 +75,17 @@ class Training:
         self.checkpoints = Checkpoints(self.path, run.checkpoint)
         self.restore()
         self.start = int(self.state.step)
-        folder.write(run, self.parts.vocabularies)
-        self.records = Records(self.path, run.train.tensorboard, anew=self.saved_step is None)
+        self.open_records()
         if self.start < run.train.steps:
             self.compile()
+
+    def open_records(self) -> None:
+        """What a reader needs, and where metrics go."""
+        self.records = records.Nowhere()
+        if processes.first():
+            folder.write(self.run, self.parts.vocabularies)
+            anew = self.saved_step is None
+            self.records = records.Records(self.path, self.run.train.tensorboard, anew)
 
     def restore(self) -> None:
         """The newest usable checkpoint, or new weights."""
@@ -101,6 +107,8 @@ class Training:
             self.teacher_params = self.parts.teacher.params()
         self.step = self.parts.step.lower(self.state, batch, self.teacher_params).compile()
         self.compile_seconds = time.perf_counter() - began
+        # Gloo, between processes on CPU, gives up where one comes half a minute after the other.
+        processes.wait()
         memory = self.step.memory_analysis()
         scratch = f"{memory.temp_size_in_bytes / 2**20:,.1f} MiB" if memory else "unknown"
         self.tell(
@@ -145,6 +153,7 @@ class Training:
     def after(self, done: int) -> None:
         """What is due after `done` steps; a signal is answered here."""
         run, last = self.run, done == self.run.train.steps
+        self.interrupts.reached(done)
         self.bar.advance(done)
         evaluate = last or (run.evaluate.every and done % run.evaluate.every == 0)
         save = last or done % run.checkpoint.every == 0
@@ -234,7 +243,9 @@ class Training:
             self.evaluate(done)
         self.checkpoints.wait()
         report = self.report(time.perf_counter() - began)
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        if not processes.first():
+            return report
+        folder.replace(path, json.dumps(report, indent=2) + "\n")
         picture = curves.draw(self.path)
         self.tell(f"finished at step {done}: {path}, {picture}")
         return report

@@ -2,12 +2,13 @@
 """Cross entropy per token, in T5X's form: label smoothing and z-loss."""
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from t5x_lite.kernels import TokenLosses
+from t5x_lite.kernels.token_losses import smoothed
 
 
 def hits(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Bool[Array, "b t v"]:
@@ -18,23 +19,6 @@ def hits(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Bool[Arra
 def choose(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Float[Array, "b t"]:
     """The logit of each target."""
     return jnp.sum(jnp.where(hits(logits, targets), logits, 0), axis=-1)
-
-
-def smoothed(smoothing: float, vocab: int) -> tuple[float, float, float]:
-    """Probability of the target, of every other id, and the entropy of that distribution."""
-    target, other = 1.0 - smoothing, smoothing / (vocab - 1)
-    entropy = -target * math.log(target)
-    if other > 0:
-        entropy -= (vocab - 1) * other * math.log(other)
-    return target, other, entropy
-
-
-class TokenLosses(NamedTuple):
-    """What is minimised, the negative log-likelihood in nats, and whether the target came first."""
-
-    objective: Float[Array, "b t"]
-    nll: Float[Array, "b t"]
-    correct: Bool[Array, "b t"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

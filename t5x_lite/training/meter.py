@@ -93,8 +93,9 @@ class Meter:
         """What `told` steps, which took `seconds`, come to.
 
         loss is nats per target token, objective the same with smoothing and z-loss, accuracy per
-        cent, divergence nats from the teacher per token; speeds count tokens per second over all
-        devices, without padding; padding and waiting are shares.
+        cent, divergence nats from the teacher per token, heads_accuracy per cent of the tokens
+        that heads guess; speeds count tokens per second over all devices, without padding; padding
+        and waiting are shares.
         """
         fine = [metrics for metrics in told if not metrics.skipped] or told
         weights, tokens = max(total("weights", fine), 1.0), total("tokens", told)
@@ -113,6 +114,8 @@ class Meter:
         }
         if told[0].sums.divergence is not None:
             line["divergence"] = total("divergence", fine) / max(total("taught", fine), 1.0)
+        if told[0].sums.guesses is not None:
+            line["heads_accuracy"] = 100 * total("guessed", fine) / max(total("guesses", fine), 1.0)
         if self.work.peak:
             line["mfu"] = self.work.flops / line["step_seconds"] / self.work.peak
         return line

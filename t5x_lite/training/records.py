@@ -19,6 +19,8 @@ class Records:
         if anew and (model_dir / METRICS).exists():
             (model_dir / METRICS).rename(free_name(model_dir / METRICS))
         self.lines = open(model_dir / METRICS, "a", buffering=1)  # noqa: SIM115
+        if torn(model_dir / METRICS):
+            self.lines.write("\n")
         self.board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -40,6 +42,22 @@ class Records:
         self.lines.close()
         if self.board is not None:
             self.board.close()
+
+
+class Nowhere:
+    """The records of a process that writes none."""
+
+    def write(self, step: int, values: dict[str, float], prefix: str = "train") -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def torn(path: Path) -> bool:
+    """Whether the last line is half written, as a full disk or a kill leaves it."""
+    with open(path, "rb") as lines:
+        return lines.seek(0, 2) > 0 and lines.seek(-1, 2) >= 0 and lines.read(1) != b"\n"
 
 
 def free_name(path: Path) -> Path:

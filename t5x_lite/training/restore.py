@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from t5x_lite import config, config_file, model, sharding
+from t5x_lite import config, config_file, model, quantization, sharding
 from t5x_lite.conversion import checkpoint as foreign
 from t5x_lite.conversion.chat import Chat
 from t5x_lite.data import vocabularies
@@ -37,15 +37,26 @@ def restore(
     step: int | None = None,
     best: bool = False,
     mesh: config.Mesh | None = None,
+    quantize: str | None = None,
 ) -> Restored:
     """The run in folder, with the newest weights unless a step or the best is asked for.
 
     A checkpoint of another make is a run without data. Sets the mesh: all devices share the batch
-    unless another one is given.
+    unless another one is given. quantize names how the layers' matrices are rounded
+    (`quantization.kind`).
 
     Raises:
       ValueError: it is no checkpoint, or its parts do not belong together.
     """
+    rounding = None if quantize is None else quantization.kind(quantize)
+    found = opened(folder, step, best, mesh)
+    if rounding is None:
+        return found
+    return found._replace(params=quantization.quantised(found.params, rounding))
+
+
+def opened(folder: str | Path, step: int | None, best: bool, mesh: config.Mesh | None) -> Restored:
+    """What `restore` gives, as it was saved."""
     if foreign.is_foreign(folder):
         if best or step is not None:
             raise ValueError(f"{folder} has one set of weights: a step, or the best, has a run")

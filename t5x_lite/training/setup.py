@@ -1,21 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a config to everything a run needs, with the checks that need data or devices."""
 
+import dataclasses
 import difflib
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from t5x_lite import adaptation, config, data, model, sharding
+from t5x_lite import adaptation, config, data, model, processes, sharding
 from t5x_lite.adaptation import agreement, distillation
 from t5x_lite.adaptation.teacher import Teacher
 from t5x_lite.conversion import checkpoint as foreign
 from t5x_lite.evaluation.evaluate import Evaluator
-from t5x_lite.training import archive, checkpoint, optimizer, overview, schedules, state, step
+from t5x_lite.training import (
+    archive,
+    checkpoint,
+    costs,
+    optimizer,
+    overview,
+    schedules,
+    state,
+    step,
+)
 from t5x_lite.training.archive import CheckpointError
 from t5x_lite.training.state import TrainState
+
+# Where a model's weights have its heads (Model.blockwise).
+HEADS = "heads"
 
 
 class Parts(NamedTuple):
@@ -40,6 +54,8 @@ def assemble(run: config.Run) -> Parts:
     """
     sharding.use_mesh(run.mesh)
     check_batch(run.train)
+    check_lengths(run, sharding.context_size())
+    host, hosts = sharding.batch_share()
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     axes = model.axes(run.model)
     update = optimizer.make(run.optimizer, schedule, axes, run.train.parts)
@@ -48,9 +64,12 @@ def assemble(run: config.Run) -> Parts:
         run.model.layout,
         run.train.batch_size,
         run.seed,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
+        host=host,
+        hosts=hosts,
     )
+    # Not times of change: every host may have a copy of its own.
+    read = [(part.get("tokens"), part.get("shards")) for part in batches.state().values()]
+    processes.agree("The training data", json.dumps(read))
     vocabularies = data.open_dataset(run.data, "train").vocabularies
     check_vocabularies(run, vocabularies)
     shapes = state.shapes(model.shapes(run.model), update)
@@ -68,6 +87,30 @@ def check_batch(cfg: config.Train) -> None:
         f"Train.batch_size ({cfg.batch_size}) must be a multiple of {shards * pieces}: the mesh "
         f"splits it into {shards} (Mesh.data x Mesh.fsdp) and Train.microbatches into {pieces}. "
         f"Near ones: {near}",
+    )
+
+
+def check_lengths(run: config.Run, context: int) -> None:
+    """Raises ValueError where rows cannot be split into `context` parts, naming the binding."""
+    if context == 1:
+        return
+    lengths = costs.row_lengths(run.model.layout, run.data.lengths)
+    told = " and ".join(str(length) for length in lengths if length)
+    config.require(
+        all(length % context == 0 for length in lengths),
+        f"Mesh.context={context} cannot split rows of {told} tokens evenly: choose Data.lengths "
+        "(TASK_FEATURE_LENGTHS) that are multiples of it",
+    )
+    whole = {
+        "Model.blockwise": run.model.blockwise,
+        "Train.layer_skip": run.train.layer_skip,
+        "Run.distillation": run.distillation,
+    }
+    wanting = [name for name, part in whole.items() if part is not None]
+    config.require(
+        not wanting,
+        f"Mesh.context={context} splits rows, and {', '.join(wanting)} needs whole ones: bind "
+        "Mesh.context = 1",
     )
 
 
@@ -92,23 +135,40 @@ def begin(parts: Parts, show: Callable[[Any], None] = lambda table: None) -> Tra
     elif run.checkpoint.initial is None:
         params = model.initialize(run.model, jax.random.key(run.seed))
     else:
-        params = initial(run.checkpoint.initial, run.model, parts.shapes.params)
+        params = initial(run.checkpoint.initial, run.model, parts.shapes.params, run.seed)
     return state.begin(params, parts.optimizer)
 
 
-def initial(folder: str, cfg: config.Model, shapes: Any) -> Any:
+def initial(folder: str, cfg: config.Model, shapes: Any, seed: int = 0) -> Any:
     """The weights of another run's newest checkpoint, or of one of another make, placed as
-    `shapes` says.
+    `shapes` says; heads (Model.blockwise) that it lacks are new, drawn by seed.
 
     Raises:
       CheckpointError: there is none, or it is of another model; the shapes are named.
     """
     if foreign.is_foreign(folder):
         try:
-            return foreign.params_for(folder, cfg)
+            trunk = foreign.params_for(folder, dataclasses.replace(cfg, blockwise=None))
         except ValueError as error:
             raise CheckpointError(f"Checkpoint.initial: {error}") from error
+        return trunk | new_heads(cfg, seed)
     params, step = checkpoint.load_params(folder)
+    added = {} if HEADS in params else new_heads(cfg, seed)
+    shapes = {name: part for name, part in shapes.items() if name not in added}
+    return placed(params, step, shapes, folder) | added
+
+
+def new_heads(cfg: config.Model, seed: int) -> dict:
+    """The part of new weights that are heads; nothing where the model has none."""
+    if cfg.blockwise is None:
+        return {}
+    # All other weights are never computed.
+    draw = jax.jit(lambda key: model.initialize(cfg, key)[HEADS])
+    return {HEADS: draw(jax.random.key(seed))}
+
+
+def placed(params: Any, step: int, shapes: Any, folder: str) -> Any:
+    """Whole host arrays of a run folder's checkpoint, placed as `shapes` says."""
     there, wanted = archive.flatten(params), archive.flatten(shapes)
     described = {name: {"shape": array.shape} for name, array in there.items()}
     note = archive.Note(step, "", arrays={"params": described})

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The systems of decoding.py: each writes ids after ids, greedily, with the same weights."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Ids = list[int]
+Write = Callable[[Sequence[Ids]], list[Ids]]
+
+PIECES = 32100
+T5_BASE = {
+    "vocab_size": 32128,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 3072,
+    "num_layers": 12,
+    "num_decoder_layers": 12,
+    "num_heads": 12,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+class Case(NamedTuple):
+    """Inputs of one model, to be continued by `length` tokens, or to EOS unless `forced`.
+
+    folder is a Hugging Face folder; rows are the encoder's inputs or, without a pair, prompts. half
+    says that the weights are numbers of float16, so that they may be kept in it.
+    """
+
+    name: str
+    folder: Path
+    pair: bool
+    rows: list[Ids]
+    length: int
+    forced: bool = False
+    half: bool = False
+
+
+class Model(NamedTuple):
+    """Our side of a case: config, weights that are prepared, and what ends a text."""
+
+    cfg: Any
+    params: Any
+    stops: tuple[int, ...]
+
+
+def cut(ids: Sequence[int], stops: Sequence[int]) -> Ids:
+    """ids up to the first that ends a text; that one is left out, as CTranslate2 does."""
+    ends = [place for place, token in enumerate(ids) if token in stops]
+    return list(ids[: ends[0]] if ends else ids)
+
+
+def random_t5(folder: Path) -> None:
+    """A T5-base of random weights in folder, for transformers, with a tokenizer of as many words.
+
+    Weights are drawn as transformers does and rounded to float16; queries are larger, so that texts
+    differ from one another.
+    """
+    import tokenizers
+    import torch
+    import transformers
+
+    if (folder / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("SelfAttention.q.weight", "EncDecAttention.q.weight")):
+                weight.mul_(4)
+    names = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(3, PIECES))]
+    table = {name: number for number, name in enumerate(names)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    wrapped.save_pretrained(folder)
+    model.half().save_pretrained(folder)
+
+
+def loaded(folder: Path) -> Model:
+    """Our model of a Hugging Face folder, whose tokenizer is not needed."""
+    from t5x_lite import config, decoding, sharding
+    from t5x_lite.conversion import tensors, weights
+
+    sharding.use_mesh(config.Mesh())
+    found = tensors.of_folder(folder)
+    eos = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    stops = tuple(eos) if isinstance(eos, list) else (eos,)
+    params = weights.load(found.weights(()), found.model)
+    # Prompts are ids, for every system the same: nothing is put before them.
+    cfg = dataclasses.replace(found.model, starts_prompts=False)
+    return Model(cfg, decoding.prepare(cfg, params), stops)
+
+
+def ours(case: Case, model: Model, decoder: str, width: int = 0) -> Write:
+    """t5x_lite with a drafter by name; counts calls in `write.calls`."""
+    from t5x_lite import config, decoding
+    from t5x_lite.evaluation.drafting import Drafters
+
+    decode = config.Decode(length=case.length, decoder=decoder, width=width)
+    drafters = Drafters(model.cfg, model.params, None)
+    # An id that no token has: nothing ends a text.
+    eos = -1 if case.forced else list(model.stops)
+
+    def write(rows: Sequence[Ids]) -> list[Ids]:
+        asked = decoding.request(model.cfg, rows, decode, eos=eos)
+        drafting = drafters.ready(asked, decode)
+        found = decoding.generate(model.cfg, model.params, asked, decode, drafting)
+        write.calls = found.calls
+        each = zip(found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
+        return [cut(ids[:length], () if case.forced else model.stops) for ids, length in each]
+
+    return write
+
+
+def ctranslate2(case: Case, compute_type: str, threads: int) -> Write:
+    """CTranslate2, with greedy search."""
+    import ctranslate2 as library
+    from transformers import AutoTokenizer
+
+    converted = case.folder.parent / f"{case.folder.name}-ct2"
+    if not converted.exists():
+        converter = library.converters.TransformersConverter(str(case.folder))
+        converter.convert(str(converted), quantization="float16" if case.half else None)
+    tokenizer = AutoTokenizer.from_pretrained(case.folder)
+    how = {"compute_type": compute_type, "intra_threads": threads, "inter_threads": 1}
+    least = case.length if case.forced else 0
+    back = tokenizer.convert_tokens_to_ids
+    if case.pair:
+        model = library.Translator(str(converted), **how)
+        lengths = {"max_decoding_length": case.length, "min_decoding_length": least}
+
+        def write(rows: Sequence[Ids]) -> list[Ids]:
+            read = [tokenizer.convert_ids_to_tokens(row) for row in rows]
+            found = model.translate_batch(read, beam_size=1, **lengths)
+            return [back(each.hypotheses[0]) for each in found]
+
+        return write
+    model = library.Generator(str(converted), **how)
+    lengths = {"max_length": case.length, "min_length": least}
+
+    def write(rows: Sequence[Ids]) -> list[Ids]:
+        read = [tokenizer.convert_ids_to_tokens(row) for row in rows]
+        found = model.generate_batch(read, include_prompt_in_result=False, **lengths)
+        return [back(each.sequences[0]) for each in found]
+
+    return write
+
+
+def transformers(case: Case, stops: Sequence[int], threads: int, **options: Any) -> Write:
+    """generate() of transformers; options are its own, such as prompt_lookup_num_tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    torch.set_num_threads(threads)
+    kind = AutoModelForSeq2SeqLM if case.pair else AutoModelForCausalLM
+    model = kind.from_pretrained(case.folder, dtype=torch.float32).eval()
+    least = {"min_new_tokens": case.length} if case.forced else {}
+    how = {"max_new_tokens": case.length, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+
+    def write(rows: Sequence[Ids]) -> list[Ids]:
+        width = max(map(len, rows))
+        # A decoder goes on at the end of its prompts: they are padded on the left.
+        padded, seen = np.zeros((2, len(rows), width), np.int64)
+        for row, ids in enumerate(rows):
+            place = slice(len(ids)) if case.pair else slice(width - len(ids), width)
+            padded[row, place], seen[row, place] = ids, 1
+        given = {"attention_mask": torch.tensor(seen), **how, **least, **options}
+        with torch.inference_mode():
+            found = model.generate(torch.tensor(padded), **given)
+        begins = 1 if case.pair else width
+        return [cut(row[begins:].tolist(), () if case.forced else stops) for row in found]
+
+    return write

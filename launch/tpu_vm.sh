@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Trains on a Cloud TPU slice of any number of hosts: --help.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/steps.sh
+. launch/steps.sh
+
+usage() {
+  cat <<'EOF'
+Trains on a Cloud TPU slice, all hosts of it, and begins again after a preemption.
+
+  launch/tpu_vm.sh WHAT --name=NAME --zone=ZONE --type=TYPE [flags] -- TRAINING FLAGS
+
+what
+  run      all of: up, train, watch, delete
+  up       ask for the slice (a queued resource), wait until it is there, install this clone on it
+  train    start python -m t5x_lite.train on every host, in the background
+  watch    tell the newest line of its log until it ends; after a preemption: up, train, watch
+  logs     follow the log of host 0
+  stop     let it save and end (SIGTERM)
+  delete   give the slice back: until then it costs
+
+flags
+  --name=NAME        of the queued resource and of the slice
+  --zone=ZONE        where the slice is
+  --type=TYPE        v5litepod-16, v6e-64, v5p-128, v4-32
+  --runtime=VERSION  software of the machines (default: the one for TYPE)
+  --project=PROJECT  default: that of gcloud
+  --bucket=BUCKET    mounted as ~/shared on every host: put MODEL_DIR there
+  --spot             cheaper, and may be taken away at any time
+  --poll=SECONDS     between looks (default 60)
+  --dry_run          print the commands, run none
+
+examples
+  launch/tpu_vm.sh run --name=pod --zone=us-west4-a --type=v5litepod-16 --spot --bucket=mine -- \
+      --gin_file=configs/runs/pretrain.gin --gin.MODEL_DIR=shared/pretrain --gin.config.Mesh.fsdp=-1
+  launch/tpu_vm.sh logs --name=pod --zone=us-west4-a --type=v5litepod-16
+  launch/tpu_vm.sh delete --name=pod --zone=us-west4-a --type=v5litepod-16
+EOF
+}
+
+runtime_of() {
+  case "$1" in
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    v4-* | v3-* | v2-*) echo tpu-ubuntu2204-base ;;
+    *) refuse "no software is known for --type=$1: name it with --runtime=VERSION" ;;
+  esac
+}
+
+read_flags() {
+  name="" zone="" type="" runtime="" project="" bucket="" spot="" poll=60 dry_run=""
+  training=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --name=*) name=$(value "$1") ;;
+      --zone=*) zone=$(value "$1") ;;
+      --type=*) type=$(value "$1") ;;
+      --runtime=*) runtime=$(value "$1") ;;
+      --project=*) project=$(value "$1") ;;
+      --bucket=*) bucket=$(value "$1") ;;
+      --poll=*) poll=$(value "$1") ;;
+      --spot) spot=--spot ;;
+      --dry_run) dry_run=yes ;;
+      --) shift; training=("$@"); break ;;
+      *) refuse "unknown flag $1" ;;
+    esac
+    shift
+  done
+  [ -n "$name" ] || refuse "--name=NAME is missing"
+  [ -n "$zone" ] || refuse "--zone=ZONE is missing"
+  [ -n "$type" ] || refuse "--type=TYPE is missing"
+  [ -n "$runtime" ] || runtime=$(runtime_of "$type")
+  place=(--zone="$zone" ${project:+--project="$project"})
+}
+
+queue() { step gcloud compute tpus queued-resources "$1" "$name" "${place[@]}" "${@:2}"; }
+
+# On one host ("0") or on all of them ("all").
+on() {
+  step gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" --command="$2"
+}
+
+state() { queue describe --format='value(state.state)' 2>/dev/null || echo NONE; }
+
+wait_for_slice() {
+  local now
+  if [ "$dry_run" ]; then
+    queue describe --format='value(state.state)'
+    return
+  fi
+  while now=$(state) && [ "$now" != ACTIVE ]; do
+    case "$now" in FAILED | SUSPENDED | SUSPENDING) refuse "the request for $name is $now" ;; esac
+    say "$name is $now; looking again in $poll s"
+    sleep "$poll"
+  done
+}
+
+up() {
+  if [ "$dry_run" ] || [ "$(state)" = NONE ]; then
+    queue create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" ${spot:+"$spot"}
+  fi
+  wait_for_slice
+  say "installing on every host"
+  step git archive --format=tar.gz --output=/tmp/t5x_lite.tar.gz HEAD
+  step gcloud compute tpus tpu-vm scp /tmp/t5x_lite.tar.gz "$name:t5x_lite.tar.gz" "${place[@]}" --worker=all
+  on all "mkdir -p t5x_lite && tar -xzf t5x_lite.tar.gz -C t5x_lite"
+  # The machines' own Python may be older than 3.11.
+  on all "python3 -m pip install --quiet --user uv && cd t5x_lite && ~/.local/bin/uv venv --quiet --allow-existing --python 3.11 && ~/.local/bin/uv pip install --quiet '.[tpu]'"
+  if [ -n "$bucket" ]; then
+    on all "mkdir -p shared && (mountpoint -q shared || gcsfuse --implicit-dirs $bucket shared)"
+  fi
+}
+
+train() {
+  [ ${#training[@]} -gt 0 ] || refuse "no training flags: put them behind --"
+  say "starting on every host"
+  # From the home folder, so that shared/... names the bucket; configs are found by the package.
+  local inner="t5x_lite/.venv/bin/python -m t5x_lite.train ${training[*]@Q} > train.log 2>&1"
+  inner="$inner; echo \$? > status"
+  on all "rm -f status; setsid nohup bash -c ${inner@Q} > /dev/null 2>&1 & echo \$! > pid"
+}
+
+# What host 0 says: the exit status, or nothing while it trains.
+ended() { on 0 "cat status 2>/dev/null || true"; }
+
+again() {
+  queue delete --force --quiet
+  up
+  train
+}
+
+watch() {
+  local status
+  if [ "$dry_run" ]; then
+    on 0 "cat status 2>/dev/null || true"
+    on 0 "tail -n 1 train.log"
+    return
+  fi
+  while true; do
+    if [ "$(state)" != ACTIVE ]; then
+      say "$name was taken away: asking for it again"
+      again
+    elif status=$(ended) && [ -n "$status" ]; then
+      on 0 "tail -n 3 train.log" || true
+      [ "$status" = 0 ] && return
+      goes_on "$status" || refuse "training ended with status $status: mend it, then train again"
+      say "training ended with status $status: starting it again"
+      train
+    else
+      on 0 "tail -n 1 train.log" || true
+    fi
+    sleep "$poll"
+  done
+}
+
+logs() { on 0 "tail -n 100 -F train.log"; }
+
+stop() { on all "pkill -TERM -P \$(cat pid) || true"; }
+
+delete() { queue delete --force --quiet; }
+
+run() {
+  up
+  train
+  watch
+  delete
+}
+
+case "${1:-}" in
+  run | up | train | watch | logs | stop | delete)
+    what=$1
+    shift
+    read_flags "$@"
+    "$what"
+    ;;
+  --help | -h) usage ;;
+  *) refuse "the first word says what to do: run, up, train, watch, logs, stop or delete" ;;
+esac

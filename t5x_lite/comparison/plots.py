@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a comparison."""
+
+from pathlib import Path
+
+import numpy as np
+
+from t5x_lite.comparison import claims, quality
+
+COLORS = {
+    "encoder_decoder": "#4c78a8",
+    "causal_decoder": "#e45756",
+    "prefix_decoder": "#f2a541",
+    "shallow_decoder": "#54a24b",
+}
+
+
+def draw(record: dict, folder: Path) -> list[Path]:
+    """Writes every picture of the record that has something to show."""
+    made = [
+        draw_quality(record, folder / "quality.png"),
+        draw_curves(record, folder / "learning.png"),
+        draw_speed(record, folder / "speed.png"),
+    ]
+    return [path for path in made if path is not None]
+
+
+def figure_of(panels: int):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(1, panels))
+
+
+def finish(axes, **labels) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(**labels)
+
+
+def draw_quality(record: dict, path: Path) -> Path | None:
+    """Each metric with its 95 % interval, twins side by side, every seed a dot."""
+    names = record["metrics"]
+    if not names:
+        return None
+    figure, panels = figure_of(len(names))
+    for axes, metric in zip(panels, names, strict=True):
+        for place, (twin, measured) in enumerate(record["quality"].items()):
+            found = quality.estimate(measured, metric)
+            half = 0.0 if np.isnan(found.half) else found.half
+            look = {"color": COLORS[twin], "capsize": 4, "fmt": "o"}
+            axes.errorbar([place], [found.value], yerr=[half], **look)
+            seeds = [each["metrics"][metric] for each in measured]
+            axes.plot([place + 0.18] * len(seeds), seeds, ".", color=COLORS[twin], alpha=0.5)
+        labels = [claims.spoken(twin).replace(" ", "\n") for twin in record["quality"]]
+        axes.set_xticks(range(len(labels)), labels)
+        axes.margins(x=0.15)
+        finish(axes, title=metric)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def draw_curves(record: dict, path: Path) -> Path | None:
+    """Held-out loss against the examples seen, every run a line."""
+    if not any(record["curves"].values()):
+        return None
+    figure, (axes,) = figure_of(1)
+    for twin, runs in record["curves"].items():
+        for number, curve in enumerate(runs):
+            shares = np.array([step for step, _ in curve], float) / max(curve[-1][0], 1)
+            label = claims.spoken(twin) if not number else None
+            losses = [loss for _, loss in curve]
+            axes.plot(100 * shares, losses, color=COLORS[twin], label=label, alpha=0.8)
+    axes.legend(frameon=False)
+    finish(axes, xlabel="percent of the training examples", ylabel="held-out loss (nats a token)")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def draw_speed(record: dict, path: Path) -> Path | None:
+    """Time to the first token against inputs, and speed afterwards, for every number of rows."""
+    speed = record["speed"]
+    if not speed:
+        return None
+    rows = sorted({each["rows"] for each in speed})
+    longest = max(each["outputs"] for each in speed)
+    figure, panels = figure_of(2 * len(rows))
+    for number, count in enumerate(rows):
+        first, after = panels[2 * number : 2 * number + 2]
+        for twin in record["quality"]:
+            line = sorted(
+                (each["inputs"], each["first_token_ms"], each["tokens_per_second"])
+                for each in speed
+                if (each["twin"], each["rows"], each["outputs"]) == (twin, count, longest)
+            )
+            inputs, milliseconds, rates = zip(*line, strict=True)
+            look = {"color": COLORS[twin], "label": claims.spoken(twin), "marker": "o"}
+            first.plot(inputs, milliseconds, **look)
+            after.plot(inputs, rates, **look)
+        finish(first, xlabel="ids in", ylabel="ms to the first token", title=f"{count} at once")
+        finish(after, xlabel="ids in", ylabel="tokens/s afterwards", title=f"{count} at once")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs at each width: measured once for a model, a batch and a device, and kept.
+
+Measured is the very program that will run, drafting and all, with every guess taken for wrong: then
+each call writes one token, and the time of some of them is the price of a width.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from t5x_lite import config
+from t5x_lite.decoding import generation, widths
+from t5x_lite.decoding.request import Request, bucket
+
+VARIABLE = "T5X_LITE_COSTS"
+DEFAULT = "~/.cache/t5x_lite/costs.json"
+# Calls of one measurement at least, and how often each width is measured, in turns; the quickest
+# counts.
+CALLS, ROUNDS = 8, 3
+
+
+def priced(
+    cfg: config.Model,
+    params: Any,
+    request: Request,
+    decode: config.Decode,
+    drafting: generation.Drafting,
+) -> generation.Drafting:
+    """drafting with the prices of its Adaptive drafter, from the table or measured now.
+
+    The first measurement compiles what `generate` needs anyway. Several processes measure together,
+    and all take what the first one measured: they must choose alike.
+    """
+    if jax.process_count() > 1:
+        seconds = np.array(measured(cfg, params, request, decode, drafting))
+        return with_prices(drafting, multihost_utils.broadcast_one_to_all(seconds).tolist())
+    name = key(cfg, params, request, decode, drafting)
+    table = read(file())
+    if name not in table:
+        seconds = measured(cfg, params, request, decode, drafting)
+        table = remembered(file(), name, seconds)
+    return with_prices(drafting, table[name])
+
+
+def with_prices(
+    drafting: generation.Drafting, seconds: list[float], blind: bool = False
+) -> generation.Drafting:
+    """drafting whose weights, the drafter's own, are joined by prices."""
+    each = np.array(seconds, np.float32), np.bool_(blind)
+    return drafting._replace(weights=widths.Priced(*each, drafting.weights))
+
+
+def measured(
+    cfg: config.Model,
+    params: Any,
+    request: Request,
+    decode: config.Decode,
+    drafting: generation.Drafting,
+) -> list[float]:
+    """Seconds of a call at each width of the drafter, in ascending order of widths.
+
+    Never less for a wider block than for a narrower one: that would be noise.
+    """
+    count = len(drafting.drafter.widths)
+    never = -1 if isinstance(request.eos, int) else np.full_like(request.eos, -1)
+    request = request._replace(eos=never)
+    most = max(min(decode.length, int(np.max(request.limit))) - 1, 1)
+
+    def one(number: int, calls: int) -> float:
+        """Seconds of the opening (encoder, prefill, first token) and of so many calls."""
+        forced = [1.0 if place == number else np.inf for place in range(count)]
+        blind = with_prices(drafting, forced, blind=True)
+        rows = request._replace(limit=np.minimum(request.limit, calls + 1))
+        began = time.perf_counter()
+        generation.generate(cfg, params, rows, decode, blind)
+        return time.perf_counter() - began
+
+    one(0, 0)
+    opening = one(0, 0)
+    calls = np.full(count, min(CALLS, most))
+    for number in range(count):
+        # The opening of a small model takes as long as a hundred calls: of a few, its noise would
+        # be most of what is left when it is taken off.
+        while calls[number] < most and one(number, calls[number]) < 1.5 * opening:
+            calls[number] = min(2 * calls[number], most)
+    whole = np.full(count, np.inf)
+    for _ in range(ROUNDS):
+        opening = min(opening, one(0, 0))
+        whole = np.minimum(whole, [one(number, calls[number]) for number in range(count)])
+    # On a busy machine the opening alone can have taken longer than all of it.
+    seconds = np.maximum(whole - opening, whole / 4) / calls
+    return np.maximum.accumulate(seconds).tolist()
+
+
+def key(
+    cfg: config.Model,
+    params: Any,
+    request: Request,
+    decode: config.Decode,
+    drafting: generation.Drafting,
+) -> str:
+    """A name for all that decides the price of a call: model, shapes, drafter, device, versions."""
+    shapes = [None if x is None else np.shape(x) for x in (request.inputs, request.prompts)]
+    device = jax.devices()[0]
+    about = (
+        cfg,
+        # Quantised weights are read in less time.
+        sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}),
+        drafting.drafter,
+        drafting.accept,
+        jax.tree.map(np.shape, drafting.weights),
+        shapes,
+        bucket(decode.length),
+        decode.temperature > 0,
+        (device.platform, device.device_kind, jax.device_count(), platform.node(), os.cpu_count()),
+        jax.sharding.get_abstract_mesh().shape_tuple,
+        jax.__version__,
+    )
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
+
+
+def file() -> Path:
+    """Where the table is: T5X_LITE_COSTS in the environment, or the user's cache."""
+    return Path(os.environ.get(VARIABLE) or DEFAULT).expanduser()
+
+
+def read(path: Path) -> dict[str, list[float]]:
+    """The prices by key; of a cache that somebody broke, none."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    sound = lambda row: isinstance(row, list) and all(isinstance(x, float) for x in row)
+    return (
+        {name: row for name, row in table.items() if sound(row)} if isinstance(table, dict) else {}
+    )
+
+
+def remembered(path: Path, name: str, seconds: list[float]) -> dict[str, list[float]]:
+    """The table with a row more, written in one move; where it cannot be written, still known."""
+    table = read(path) | {name: seconds}
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return table

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What accelerators can do, from their makers' pages, and how TPU slices are wired."""
+
+import re
+from typing import NamedTuple
+
+from t5x_lite.training import costs
+
+GIB = 1 << 30
+
+
+class Chip(NamedTuple):
+    """One accelerator: jax's device kind, memory that programs can have (bytes), its bandwidth and
+    that of one link in one direction (bytes per second).
+
+    `ring` is how many chips in a row make a ring, where slices are flat; 0: a slice of whole cubes
+    (4 x 4 x 4 chips) has rings along all of its sides. Chips of a `box` reach each other over the
+    link, those of several boxes over `network`; None: all are one torus, and `network` is what
+    joins it to others (0: not known).
+    """
+
+    kind: str
+    memory: int
+    bandwidth: float
+    link: float
+    ring: int = 0
+    box: int | None = None
+    network: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        return costs.peak(self.kind)
+
+
+# Memory of a TPU is what its compiler grants to a program (libtpu 0.0.52 names it when a program is
+# larger). Bandwidths: docs.cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e); they give the links' bits
+# or bytes of both directions and all ports (4 on v5e and v6e, 6 on v4 and v5p). GPUs: NVIDIA's data
+# sheets of A100 80GB SXM, H100 SXM and H200 SXM; memory as nvidia-smi tells it, NVLink in one
+# direction, network of a DGX (200 or 400 Gb/s for each GPU). Network of v5e and v6e: a pod's of 256
+# chips on the page of v6e (6.4 and 25.6 Tb/s).
+CHIPS = {
+    "v4": Chip("TPU v4", int(31.75 * GIB), 1228e9, 50e9),
+    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 819e9, 50e9, ring=16, network=3.125e9),
+    "v5p": Chip("TPU v5p", int(95.73 * GIB), 2765e9, 100e9),
+    "v6e": Chip("TPU v6 lite", int(31.24 * GIB), 1638e9, 100e9, ring=16, network=12.5e9),
+    "a100": Chip("NVIDIA A100", 80 * GIB, 2039e9, 300e9, box=8, network=25e9),
+    "h100": Chip("NVIDIA H100", int(79.6 * GIB), 3350e9, 450e9, box=8, network=50e9),
+    "h200": Chip("NVIDIA H200", int(140.4 * GIB), 4800e9, 450e9, box=8, network=50e9),
+}
+TPUS = tuple(name for name, chip in CHIPS.items() if chip.box is None)
+
+# How long one hop between neighbours takes, whatever is sent: "How to Scale Your Model" (Austin et
+# al., 2025), part 3.
+HOP_SECONDS = 1e-6
+
+TOPOLOGY = re.compile(r"(\w+?):(\d+(?:x\d+){1,2})")
+COUNTED = re.compile(r"(\w+?)x(\d+)")
+
+
+class Slice(NamedTuple):
+    """Chips that work together: their kind, how many, and the sides of the box that they fill."""
+
+    name: str
+    chip: Chip
+    count: int
+    sides: tuple[int, ...]
+
+    def wraps(self, side: int) -> bool:
+        """Whether the chips along a side are a ring: the last is a neighbour of the first."""
+        if self.chip.ring:
+            return self.sides[side] == self.chip.ring
+        return len(self.sides) == 3 and all(size % 4 == 0 for size in self.sides)
+
+
+def topology(name: str) -> Slice:
+    """The slice that a name such as "v5e:4x4" means.
+
+    Raises:
+      ValueError: it is no name of a TPU slice.
+    """
+    found = TOPOLOGY.fullmatch(name)
+    if not found or found[1] not in TPUS:
+        raise ValueError(
+            f"--topology={name}: write a TPU generation ({', '.join(TPUS)}) and the sides of the "
+            "slice, such as v5e:4x4, v6e:16x16 or v5p:4x4x8; GPUs are --chips=h100x8"
+        )
+    sides = tuple(int(side) for side in found[2].split("x"))
+    return Slice(name, CHIPS[found[1]], product(sides), sides)
+
+
+def counted(name: str) -> Slice:
+    """The chips that a name such as "h100x8" means; TPUs as a flat slice or cubes of so many.
+
+    Raises:
+      ValueError: the chip is unknown.
+    """
+    if TOPOLOGY.fullmatch(name):
+        return topology(name)
+    found = COUNTED.fullmatch(name)
+    if not found or found[1] not in CHIPS or not int(found[2]):
+        raise ValueError(
+            f"--chips={name}: write a chip ({', '.join(CHIPS)}) and how many, such as h100x8 or "
+            "v5ex16, or a TPU topology such as v5e:4x4"
+        )
+    return Slice(name, CHIPS[found[1]], int(found[2]), (int(found[2]),))
+
+
+def product(sizes) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def ring_bandwidth(slice_: Slice, spans: tuple[int, ...], members: int) -> float:
+    """Bytes per second that each chip of a group takes in, at best, in an all-gather.
+
+    The group's members lie in a box with `spans` chips along each side. Along every side longer
+    than one a chip has two links where the side is a ring, else one at its end; where the box holds
+    several such groups, they share its links ("How to Scale Your Model", part 3).
+    """
+    filled = product(spans)
+    links = sum(
+        2 if slice_.wraps(side) and span == slice_.sides[side] else 1
+        for side, span in enumerate(spans)
+        if span > 1
+    )
+    return slice_.chip.link * max(1, links) * members / filled

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libtpu made ready to compile where there is no TPU; to be called before jax is imported."""
+
+import importlib.util
+import os
+
+# What libtpu reads when it is loaded: it is to look for no chip, no metadata server and no other
+# process that uses it.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def prepare() -> None:
+    """Sets the environment for libtpu; call it before jax is used.
+
+    Raises:
+      ValueError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "Compiling for TPU chips that are not there needs libtpu: pip install "
+            "'t5x_lite[plan]'. --chips=h100x8 plans by arithmetic without it"
+        )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as tables for people and as a record for programs."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from t5x_lite.planning.collectives import Collective
+from t5x_lite.planning.figures import Estimate, Figures, estimate
+from t5x_lite.training import bar
+
+MIB, GIB = 1 << 20, 1 << 30
+REMEDIES = (
+    "more chips (--topology), weights split over more of them (Mesh.fsdp, Mesh.tensor), fewer rows "
+    "at once (Train.microbatches, BATCH_SIZE), less kept (Train.remat = 'layers'), or let --search "
+    "look for one that fits"
+)
+DECODE_REMEDIES = (
+    "more chips (--topology), weights split over more of them (Mesh.tensor), fewer rows "
+    "(--decode_rows) or tokens (--decode_length)"
+)
+
+
+def console() -> Console:
+    """As wide as the terminal; 100 columns where there is none."""
+    made = Console()
+    return made if made.is_terminal else Console(width=100)
+
+
+def show(figures: Figures, price: float | None) -> None:
+    """Prints what is known of a step."""
+    console().print(Group(*tables(figures, price)))
+
+
+def tables(figures: Figures, price: float | None) -> list[Any]:
+    parts: list[Any] = [headline(figures), memory_table(figures)]
+    if figures.flops is None:
+        return parts
+    found = estimate(figures, price)
+    if figures.collectives:
+        parts.append(collectives_table(figures.collectives))
+    parts.append(time_table(figures, found))
+    if figures.unknown_loops:
+        parts.append(
+            "Loops of unknown length, counted once: " + ", ".join(figures.unknown_loops[:5])
+        )
+    return parts
+
+
+def headline(figures: Figures) -> str:
+    """Whether it fits, and by how much."""
+    memory, slice_ = figures.memory, figures.slice
+    mesh = " x ".join(f"{axis} {size}" for axis, size in figures.mesh.items())
+    how = "by arithmetic alone, not compiled"
+    if figures.source == "compiled":
+        how = f"compiled in {bar.duration(figures.compile_seconds)}"
+    first = f"{figures.what} on {slice_.name} = {slice_.count} chips, {mesh} ({how})"
+    peak, available = memory.peak / GIB, memory.available / GIB
+    if memory.fits:
+        return (
+            f"{first}\nFITS: {peak:.2f} of {available:.2f} GiB of each chip, "
+            f"{available - peak:.2f} GiB are left"
+        )
+    remedies = REMEDIES if figures.what == "training step" else DECODE_REMEDIES
+    said = f"\nThe compiler: {memory.said.splitlines()[0]}" if memory.said else ""
+    return (
+        f"{first}\nDOES NOT FIT: {memory.excess / GIB:.2f} GiB too much, {peak:.2f} of "
+        f"{available:.2f} GiB of each chip{said}\nWhat helps: {remedies}"
+    )
+
+
+def memory_table(figures: Figures) -> Table:
+    table = plain("bytes of each chip", "MiB")
+    for kind, count in figures.memory.kinds.items():
+        table.add_row(kind, f"{count / MIB:,.1f}")
+    table.add_row("most at once", f"{figures.memory.peak / MIB:,.1f}")
+    return table
+
+
+def collectives_table(found: Iterable[Collective]) -> Table:
+    """The collectives of a step, summed by kind, mesh axes, and whether they overlap."""
+    table = plain("collectives of each chip", "axes", "times", "MiB", "ms", "while computing")
+    for row in summed(found):
+        table.add_row(
+            row["kind"],
+            "+".join(row["axes"]) or "none",
+            f"{row['times']:,}",
+            f"{row['bytes'] / MIB:,.1f}",
+            f"{1e3 * row['seconds']:,.3f}",
+            "yes" if row["overlapped"] else "no",
+        )
+    return table
+
+
+def summed(found: Iterable[Collective]) -> list[dict[str, Any]]:
+    """Collectives of one kind, axes and overlap as one row each, the longest first."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for each in found:
+        key = (each.kind, each.axes, each.overlapped)
+        row = rows.setdefault(
+            key,
+            {"kind": each.kind, "axes": list(each.axes), "overlapped": each.overlapped}
+            | {"times": 0, "bytes": 0, "seconds": 0.0},
+        )
+        row["times"] += each.times
+        row["bytes"] += each.times * each.bytes
+        row["seconds"] += each.times * each.seconds
+    return sorted(rows.values(), key=lambda row: -row["seconds"])
+
+
+def time_table(figures: Figures, found: Estimate) -> Table:
+    """The step's work and time."""
+    chip = figures.slice.chip
+    own = figures.model_flops / figures.slice.count
+    table = plain("a step", "", "by roofline, ms")
+    row = lambda name, amount, seconds: table.add_row(name, amount, f"{1e3 * seconds:,.3f}")
+    amount = f"{bar.count(figures.flops)} FLOPs at {bar.count(chip.peak)}FLOP/s"
+    row("compute", f"{amount} (the model's own: {bar.count(own)})", found.compute)
+    moved = f"{figures.moved / GIB:,.2f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s"
+    row("memory (HBM)", moved, found.memory)
+    row("interconnect", "the collectives above", found.interconnect)
+    row("all overlapped", "the longest of the three", found.overlapped)
+    beside = "collectives that the compiler lets go on beside other work overlap"
+    if figures.source == "arithmetic":
+        beside = "collectives of weights overlap, those of activations do not"
+    row("as scheduled", beside, found.scheduled)
+    row("nothing overlapped", "the sum", found.summed)
+    speed = f"{found.tokens_per_second:,.0f} tokens/s"
+    table.add_row("speed as scheduled", f"{speed}, {figures.tokens:,} tokens a step", "")
+    use = f"{100 * found.mfu:.1f} % as scheduled, {100 * found.mfu_bound:.1f} % at most"
+    table.add_row("model FLOP utilisation", use, "")
+    if found.cost is not None:
+        table.add_row("cost of 10^9 tokens", f"{found.cost:,.2f} in the price's currency", "")
+    return table
+
+
+def search_table(found: list[dict[str, Any]], price: float | None, count: int) -> Table:
+    """What fits, the fastest first."""
+    table = plain("what fits", "GiB of a chip", "ms a step", "tokens/s", "MFU %", "10^9 tokens")
+    for row in found:
+        known = row["estimate"]
+        cost = ""
+        if price is not None:
+            cost = f"{1e9 / known['tokens_per_second'] * count * price / 3600:,.2f}"
+        table.add_row(
+            row["name"],
+            f"{row['memory']['peak'] / GIB:.2f}",
+            f"{1e3 * known['scheduled']:,.1f}",
+            f"{known['tokens_per_second']:,.0f}",
+            f"{100 * known['mfu']:.1f}",
+            cost,
+        )
+    return table
+
+
+def plain(*columns: str) -> Table:
+    """A table without frame, numbers on the right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = column in ("MiB", "ms", "times") or "ms" in column or index > 2
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    return table
+
+
+def record(figures: Figures, price: float | None = None) -> dict[str, Any]:
+    """Everything that is known, as JSON can hold it; bytes, seconds and FLOPs."""
+    memory = figures.memory
+    found: dict[str, Any] = {
+        "what": figures.what,
+        "source": figures.source,
+        "slice": figures.slice.name,
+        "chips": figures.slice.count,
+        "chip": figures.slice.chip.kind,
+        "mesh": figures.mesh,
+        "memory": {"fits": memory.fits, "excess": memory.excess, "peak": memory.peak}
+        | {"available": memory.available, "kinds": memory.kinds},
+        "tokens": figures.tokens,
+        "model_flops": figures.model_flops,
+        "compile_seconds": round(figures.compile_seconds, 1),
+    }
+    if figures.flops is not None:
+        found |= {
+            "flops": figures.flops,
+            "moved": figures.moved,
+            "collectives": summed(figures.collectives),
+            "unknown_loops": list(figures.unknown_loops),
+            "estimate": estimate(figures, price)._asdict(),
+        }
+    return found

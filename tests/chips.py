@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who runs the kernels of a test: the accelerator that JAX has here, or nobody but the interpreter.
+
+JAX_PLATFORMS=cuda pytest tests/test_kernels_*       # Triton's kernels compiled
+JAX_PLATFORMS=tpu,cpu pytest tests/test_kernels_*    # Mosaic's; float64 is computed on the CPU
+"""
+
+import contextlib
+
+import jax
+import pytest
+
+from t5x_lite.kernels import dispatch, tiles
+
+
+def how(platform: tiles.Platform) -> tiles.How:
+    """Compiled where JAX's own device is of this platform, interpreted elsewhere."""
+    found, kind = tiles.device()
+    if found != platform:
+        return tiles.INTERPRETED
+    return tiles.How("gpu") if found == "gpu" else tiles.How("tpu", dispatch.generation(kind), kind)
+
+
+def float64() -> contextlib.AbstractContextManager:
+    """Computes what kernels are compared with where float64 is: not on a TPU."""
+    on_tpu = jax.default_backend() == "tpu"
+    return jax.default_device(jax.devices("cpu")[0]) if on_tpu else contextlib.nullcontext()
+
+
+def mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> jax.sharding.Mesh:
+    """A mesh of Auto axes; skips the test where there are not so many devices."""
+    wanted = 1
+    for size in shape:
+        wanted *= size
+    if jax.device_count() < wanted:
+        pytest.skip(f"needs {wanted} devices, there are {jax.device_count()}")
+    return jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))

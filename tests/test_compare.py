@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the comparison: what is matched matches, what is said of chance is right."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from conftest import FAMILIES, toy_model
+
+from t5x_lite import compare, config, decoding, model, sharding
+from t5x_lite.comparison import claims, costs, quality, speed, twins
+from t5x_lite.training import costs as step_costs
+
+LENGTHS = costs.Lengths(20.0, 12.0)
+# Deep enough that a layer less or more is no tenth of it.
+PAIRS = {
+    "t5": toy_model("pair", layers=6, embed=64, mlp=128),
+    "t5gemma": toy_model("pair", **FAMILIES["t5gemma"], layers=6, embed=64, mlp=128),
+}
+
+
+@pytest.mark.parametrize("matched", ["parameters", "training", "inference"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_twins_cost_what_the_encoder_decoder_costs(name, matched):
+    sharding.use_mesh(config.Mesh())
+    pair = PAIRS[name]
+    cost = lambda cfg: costs.cost(cfg, LENGTHS, matched)
+    for kind, layouts in [("causal_decoder", "joined"), ("shallow_decoder", "pair")]:
+        found = twins.matched(twins.SHAPES[kind](pair, 1), cost, cost(pair))
+        assert found.layout == layouts
+        # A step of the MLP's width moves all layers at once: that much cannot be met.
+        step = cost(twins.widened(found, twins.MULTIPLE)) - cost(found)
+        assert abs(cost(found) - cost(pair)) <= step / 2 + 1e-6
+        assert abs(cost(found) / cost(pair) - 1) < 0.05
+    prefix = twins.SHAPES["prefix_decoder"](pair, 1)(3)
+    assert prefix.prefix_lm
+    assert dataclasses.replace(prefix, prefix_lm=False) == twins.SHAPES["causal_decoder"](pair, 1)(
+        3
+    )
+
+
+def test_operations_to_learn_are_those_of_a_training_step():
+    pair, lengths = PAIRS["t5"], {"inputs": 20, "targets": 12}
+    assert costs.training(pair, LENGTHS) == step_costs.step_flops(pair, 1, lengths)
+    lone = twins.lone(pair, 3, False)
+    assert costs.training(lone, LENGTHS) == step_costs.step_flops(lone, 1, lengths)
+
+
+@pytest.mark.parametrize("layout", ["pair", "joined"])
+def test_the_cache_takes_the_bytes_of_its_arrays(layout):
+    sharding.use_mesh(config.Mesh())
+    cfg = toy_model(layout, kv_heads=2)
+    slots = 12 if layout == "pair" else 32
+    held = jax.eval_shape(lambda: model.empty_cache(cfg, 8, slots, scan=False))
+    if layout == "pair":
+        encoded = jax.ShapeDtypeStruct(
+            (8, 20, 16), np.float32, sharding=sharding.named("batch length width")
+        )
+        read = lambda params, x: model.Transformer(cfg).apply(
+            {"params": params}, x, method="crossed"
+        )
+        held = held, jax.eval_shape(read, model.shapes(cfg), encoded)
+    bytes_held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+    assert bytes_held == 8 * costs.cache_bytes(cfg, 20, 12, 4)
+
+
+def test_padding_is_counted_as_by_hand():
+    lengths = np.array([[4, 2], [8, 1], [1, 1], [2, 3], [9, 9]])
+    found = costs.padding(lengths, (10, 10), 2)
+    assert found["to the longest allowed"] == 1 - 40 / 100
+    # Pairs (4, 8) and (2, 1), then (1, 2) and (1, 3); the fifth has no partner.
+    assert found["to the longest of 2"] == 1 - 22 / (16 + 4 + 4 + 6)
+
+
+def seeds(draw, count, examples, mean, between):
+    """Measured runs whose metric is the mean of `examples` numbers, by the same examples."""
+    measured = []
+    shared = draw.normal(size=examples)
+    for _ in range(count):
+        values = mean + shared + draw.normal(0, between)
+        groups = np.array_split(values, quality.GROUPS)
+        without = [np.concatenate(groups[:i] + groups[i + 1 :]).mean() for i in range(len(groups))]
+        measured.append({"metrics": {"bleu": values.mean()}, "without": {"bleu": without}})
+    return measured
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=20)
+    without = [(values.sum() - value) / 19 for value in values]
+    found = quality.combined([values.mean()], [without])
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, 19) * values.std(ddof=1) / math.sqrt(20)
+    assert found.half == pytest.approx(half)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    draw = np.random.default_rng(1)
+    inside = 0
+    for _ in range(400):
+        found = quality.estimate(seeds(draw, 3, 100, 5.0, 0.2), "bleu")
+        inside += abs(found.value - 5.0) <= found.half
+    # Binomial of 400 at 0.95 has a standard deviation of 1.1 %; Welch is a little cautious.
+    assert 0.92 <= inside / 400 <= 0.995
+
+
+def test_a_difference_is_taken_on_the_same_examples():
+    draw = np.random.default_rng(2)
+    some = seeds(draw, 2, 200, 5.0, 0.0)
+    better = [
+        {
+            "metrics": {"bleu": each["metrics"]["bleu"] + 0.01},
+            "without": {"bleu": [value + 0.01 for value in each["without"]["bleu"]]},
+        }
+        for each in some
+    ]
+    assert quality.estimate(some, "bleu").half > 0.05
+    gap = quality.difference(better, some, "bleu")
+    assert gap.value == pytest.approx(0.01)
+    assert gap.beyond_noise
+    assert not quality.difference(some, some, "bleu").beyond_noise
+
+
+@pytest.mark.parametrize(
+    "metric, value, word", [("per", -1.0, "better"), ("per", 1.0, "worse"), ("bleu", 1.0, "better")]
+)
+def test_better_and_worse_follow_the_metric(metric, value, word):
+    said = claims.sentence(metric, "causal_decoder", quality.Estimate(value, 0.5))
+    assert f"causal decoder is {word}" in said
+    assert "beyond noise" in claims.sentence(metric, "causal_decoder", quality.Estimate(value, 2.0))
+    alone = quality.Estimate(value, math.nan)
+    assert "nan" not in claims.sentence(metric, "causal_decoder", alone) + claims.told(alone)
+
+
+def test_speed_is_told_for_every_case_and_twin():
+    sharding.use_mesh(config.Mesh())
+    pair = toy_model("pair")
+    lone = twins.lone(pair, 3, True)
+    key = jax.random.key(0)
+    ready = lambda cfg: decoding.prepare(cfg, model.initialize(cfg, key))
+    models = [speed.Model(name, cfg, ready(cfg)) for name, cfg in (("a", pair), ("b", lone))]
+    rows = speed.measure(models, speed.Case(8, 5, 4), 2)
+    assert [row["twin"] for row in rows] == ["a", "b"]
+    for row in rows:
+        assert min(row["first_token_ms"], row["last_token_ms"], row["tokens_per_second"]) > 0
+
+
+COMPARED = """
+include "runs/common.gin"
+include "models/g2p.gin"
+config.Run.compare = @config.Compare()
+MODEL_DIR = "{folder}/out"
+TRAIN_STEPS = 4
+BATCH_SIZE = 8
+MIXTURE_OR_TASK_NAME = @config.Files()
+TASK_FEATURE_LENGTHS = {{"inputs": 32, "targets": 32}}
+config.Files.name = "letters"
+config.Files.train = "{folder}/letters.jsonl"
+config.Files.validation = "{folder}/letters.jsonl"
+config.Files.test = "{folder}/letters.jsonl"
+config.Files.inputs = "inputs"
+config.Files.vocabulary = @config.Vocabulary()
+config.Vocabulary.kind = "bytes"
+config.Data.cache_dir = "{folder}/cache"
+config.Model.vocab = 384
+config.Schedule.kind = "constant"
+config.Schedule.peak = 0.001
+config.Compare.twins = ("encoder_decoder", "causal_decoder")
+config.Compare.seeds = 1
+config.Compare.quantised = ("int4_activations",)
+config.Compare.rows = (8,)
+config.Compare.input_lengths = (8,)
+config.Compare.output_lengths = (4,)
+config.Compare.repeats = 2
+config.Decode.length = 4
+"""
+
+
+@pytest.mark.slow
+def test_one_command_trains_measures_and_writes_a_page_that_stands_alone(tmp_path, capsys):
+    lines = [json.dumps({"inputs": "ab" * (i % 5 + 1), "targets": "ba"}) for i in range(40)]
+    (tmp_path / "letters.jsonl").write_text("\n".join(lines))
+    gin = tmp_path / "compare.gin"
+    gin.write_text(COMPARED.format(folder=tmp_path))
+    assert compare.main([f"--gin_file={gin}"]) == 0
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert record["metrics"] and "target_tokens" not in record["metrics"]
+    for (measured,) in record["quality"].values():
+        assert list(measured["quantised"]) == ["int4_activations"]
+        few = measured["quantised"]["int4_activations"]
+        assert 0 < abs(few["metrics"]["loss"] - measured["metrics"]["loss"]) < 1
+    assert {each["twin"] for each in record["speed"]} == {"encoder_decoder", "causal_decoder"}
+    assert all(record["curves"].values()) or not (tmp_path / "out" / "learning.png").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "nan" not in page.partition("data:image")[0]
+    assert "data:image/png;base64," in page
+    assert not any(link in page for link in ("http://", "https://", 'src="/', "<script"))
+    # The second time nothing is trained or measured again.
+    capsys.readouterr()
+    before = (tmp_path / "out" / "measured" / "speed.json").stat().st_mtime_ns
+    assert compare.main([f"--gin_file={gin}"]) == 0
+    assert "measuring" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "measured" / "speed.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"twins": ("causal_decoder", "prefix_decoder")}, "needs encoder_decoder"),
+        ({"twins": ("encoder_decoder",)}, "fewer than two"),
+        ({"seeds": 0}, "Compare.seeds"),
+        ({"output_lengths": (1,)}, "at least 2"),
+        ({"rows": ()}, "Compare.rows"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        config.Compare(**changes)
+
+
+def test_a_way_of_rounding_that_there_is_not_is_told_before_anything_is_trained(tmp_path, capsys):
+    gin = tmp_path / "compare.gin"
+    gin.write_text(COMPARED.format(folder=tmp_path))
+    assert compare.main([f"--gin_file={gin}", '--gin.config.Compare.quantised=("int9",)']) == 1
+    assert "int9" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_rounding_harms_is_said_and_what_it_does_not_is_not():
+    draw = np.random.default_rng(3)
+    whole = seeds(draw, 2, 200, 50.0, 0.1)
+    worse = [
+        {
+            "metrics": {"bleu": each["metrics"]["bleu"] - 1},
+            "without": {"bleu": [value - 1 for value in each["without"]["bleu"]]},
+        }
+        for each in whole
+    ]
+    runs = lambda few: [
+        each | {"quantised": {"int4": other}} for each, other in zip(whole, few, strict=True)
+    ]
+    record = {"encoder_decoder": runs(whole), "causal_decoder": runs(worse)}
+    (said,) = claims.roundings(record, ["bleu"])
+    assert said.startswith("int4 harms the causal decoder: bleu -1")
+
+
+def test_a_config_that_compares_nothing_says_what_to_bind(capsys):
+    assert compare.main(["--gin_file=configs/runs/quickstart.gin"]) == 1
+    assert "config.Run.compare = @config.Compare()" in capsys.readouterr().err
