@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from t5x_lite.evaluation import options
-from t5x_lite.evaluation.progress import Progress
 
 EXAMPLES = """\
 examples:
@@ -135,13 +134,7 @@ def adapt(given: argparse.Namespace) -> None:
         print(f"\n{told(made)}\nNothing was written.")
         return
     weights = made.weights(plan)
-    output = outputs.RunFolder(made.origin(), to, outputs.Settings("ours"))
-    needed = output.size(weights)
-    outputs.check_space(to, needed)
-    progress = Progress("MB", max(1, needed // 10**6))
-    with unfinished.folder(to) as folder:
-        output.write(weights, folder, lambda done: progress(done // 10**6))
-    progress.close(needed // 10**6)
+    outputs.write(outputs.RunFolder(made.origin(), to, outputs.Settings("ours")), weights, to)
     print(f"{told(made)}\n{to}", file=sys.stderr)
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from t5x_lite.evaluation import options
-from t5x_lite.evaluation.progress import Progress
 
 EXAMPLES = """\
 examples:
@@ -144,13 +143,8 @@ def convert(given: argparse.Namespace) -> None:
     if given.dry_run:
         return dry_run(given, origin, output, settings)
     weights = origin.weights(given.allow)
-    needed = output.size(weights)
-    outputs.check_space(to, needed)
     print(f"Weights: {outputs.told_dtypes(weights, settings.dtype)}", file=sys.stderr)
-    progress = Progress("MB", max(1, needed // 10**6))
-    with unfinished.folder(to) as folder:
-        output.write(weights, folder, lambda done: progress(done // 10**6))
-    progress.close(needed // 10**6)
+    outputs.write(output, weights, to)
     print(f"{origin.kind} to {given.format}: {to}", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ from conversion_toys import (
 )
 
 from t5x_lite import config, convert
-from t5x_lite.conversion import matching, sources, unfinished
+from t5x_lite.conversion import arrays, matching, sources, unfinished
 from t5x_lite.conversion.huggingface import llama, t5
 from t5x_lite.conversion.run_folder import Saved
 from t5x_lite.conversion.unfinished import OutputError
@@ -169,6 +169,45 @@ def test_an_error_leaves_nothing(tmp_path):
         (work / "half").write_text("x")
         raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_what_is_being_written(tmp_path, number):
+    """Else the folder that is removed comes back: its writers make it as they go on."""
+    ended = lambda number, frame: sys.exit(128 + number)
+    before = signal.signal(number, ended)
+    try:
+        with (
+            pytest.raises(SystemExit),
+            unfinished.folder(tmp_path / "out"),
+            unfinished.held_signals() as answer,
+        ):
+            answer()
+            signal.raise_signal(number)
+            passed = True
+            answer()
+            passed = False
+        assert passed and signal.getsignal(number) is ended and not list(tmp_path.iterdir())
+        with pytest.raises(SystemExit), unfinished.held_signals():
+            signal.raise_signal(number)
+        with pytest.raises(SystemExit), unfinished.held_signals():
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            pytest.fail("the second signal was held back")
+    finally:
+        signal.signal(number, before)
+
+
+def test_an_error_while_a_block_is_written_waits_for_it(tmp_path):
+    shape = (4, 2**22)
+    writer = arrays.Writer(tmp_path, "x", (shape, np.dtype(np.float32), None), None)
+
+    def fails(first_row, block):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        writer.write(np.ones(shape, np.float32), None, fails)
+    assert (tmp_path / "x" / "0.0").stat().st_size == arrays.CHUNK
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, ours, monkeypatch, capsys):

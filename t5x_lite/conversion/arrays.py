@@ -124,16 +124,19 @@ class Writer:
             target.write(values).result()
             return
         step, begun = self.chunks[1 if self.stacked == 0 else 0], None
-        for first_row in range(0, len(values), step):
-            rows = transforms.contiguous(values[first_row : first_row + step])
+        try:
+            for first_row in range(0, len(values), step):
+                rows = transforms.contiguous(values[first_row : first_row + step])
+                if begun is not None:
+                    begun.result()
+                # While this block is written, the digest of it and the next one are made.
+                begun = target[first_row : first_row + len(rows)].write(rows)
+                if seen is not None:
+                    seen(first_row, rows)
+        finally:
+            # After an error too: who removes the folder then finds nothing being written into it.
             if begun is not None:
                 begun.result()
-            # While this block is written, the digest of it and the next one are made.
-            begun = target[first_row : first_row + len(rows)].write(rows)
-            if seen is not None:
-                seen(first_row, rows)
-        if begun is not None:
-            begun.result()
 
 
 def first(error: Exception) -> str:

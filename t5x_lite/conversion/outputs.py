@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from t5x_lite import config
-from t5x_lite.conversion import huggingface, matching, moving, shards, t5x, tokenizers
+from t5x_lite.conversion import huggingface, matching, moving, shards, t5x, tokenizers, unfinished
 from t5x_lite.conversion.huggingface import sentence_t5
 from t5x_lite.conversion.matching import Leaf, Piece, Plan
 from t5x_lite.conversion.moving import Told
@@ -20,6 +20,7 @@ from t5x_lite.conversion.tables import Entry
 from t5x_lite.conversion.unfinished import OutputError
 from t5x_lite.conversion.weights import Weights
 from t5x_lite.data import vocabularies
+from t5x_lite.evaluation.progress import Progress
 
 FORMATS = ("ours", "huggingface", "t5x", "t5x_scanned")
 
@@ -177,6 +178,25 @@ def export_table(
 ) -> str:
     flat = [piece for group in pieces.values() for piece in group]
     return matching.table(Plan(leaves, flat, [], {}, {}), names)
+
+
+def write(output: Output, weights: Weights, to: Path) -> None:
+    """Writes the folder `to`, with progress on stderr: whole, or after an error not at all.
+
+    Raises:
+      OutputError: the disk has too little room, or `to` cannot be written.
+    """
+    needed = output.size(weights)
+    check_space(to, needed)
+    progress = Progress("MB", max(1, needed // 10**6))
+
+    def told(done: int) -> None:
+        answer_signals()
+        progress(done // 10**6)
+
+    with unfinished.folder(to) as folder, unfinished.held_signals() as answer_signals:
+        output.write(weights, folder, told)
+    progress.close(needed // 10**6)
 
 
 def check_space(folder: Path, needed: int) -> None:

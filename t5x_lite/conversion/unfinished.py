@@ -5,7 +5,8 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SUFFIX = ".unfinished"
@@ -63,6 +64,38 @@ def folder(to: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[Callable[[], None]]:
+    """Holds back Ctrl-C and SIGTERM; calling what it gives lets through one that came.
+
+    Threads of TensorStore write while Python goes on, and make the folders that they write to: a
+    folder removed in the midst of that comes back. Call it where nothing is being written. A second
+    signal is not held back.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame) -> None:
+        came.append(number)
+        if len(came) > 1:
+            answer()
+
+    def answer() -> None:
+        if came:
+            before[came[-1]](came[-1], None)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that is ignored, or ends the process without Python, stays as it is.
+    ours = [number for number, handler in before.items() if callable(handler)]
+    try:
+        for number in ours:
+            signal.signal(number, note)
+        yield answer
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+    answer()
 
 
 def remove(entry: Path) -> None:
