@@ -11,7 +11,7 @@ import pytest
 from conftest import FAMILIES, toy_model
 
 from t5x_lite import compare, config, decoding, model, sharding
-from t5x_lite.comparison import claims, costs, quality, speed, twins
+from t5x_lite.comparison import claims, costs, quality, report, speed, twins
 from t5x_lite.training import costs as step_costs
 
 LENGTHS = costs.Lengths(20.0, 12.0)
@@ -146,7 +146,19 @@ def test_speed_is_told_for_every_case_and_twin():
     rows = speed.measure(models, speed.Case(8, 5, 4), 2)
     assert [row["twin"] for row in rows] == ["a", "b"]
     for row in rows:
-        assert min(row["first_token_ms"], row["last_token_ms"], row["tokens_per_second"]) > 0
+        assert min(row["first_token_ms"], row["last_token_ms"]) > 0
+
+
+def test_a_rate_lost_in_noise_is_no_number():
+    case = speed.Case(8, 5, 5)
+    assert speed.rates(case, np.array([2.0, 4.0, 8.0])) == (8.0, [32 / 6, 32 / 3])
+    for gaps in ([0.0, 0.0, 0.0], [-1.0, 1.0, 5.0], [1e-9, 1e-9, 3.0], [-2.0, -1.0, 1.0]):
+        assert speed.rates(case, np.array(gaps)) == (None, None)
+    times = {"rows": 1, "inputs": 8, "outputs": 8, "first_token_ms": 1.0, "last_token_ms": 1.0}
+    none = {"tokens_per_second": None, "tokens_per_second_quartiles": None}
+    speeds = [times | none | {"twin": twin} for twin in ("encoder_decoder", "causal_decoder")]
+    assert claims.throughput(speeds).found == "lost in noise at 1 x (8 in, 8 out)"
+    assert report.speeds({"speed": speeds})[1][-1] == "lost in noise"
 
 
 COMPARED = """

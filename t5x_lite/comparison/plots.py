@@ -94,6 +94,7 @@ def draw_speed(record: dict, path: Path) -> Path | None:
                 if (each["twin"], each["rows"], each["outputs"]) == (twin, count, longest)
             )
             inputs, milliseconds, rates = zip(*line, strict=True)
+            rates = [np.nan if rate is None else rate for rate in rates]
             look = {"color": COLORS[twin], "label": claims.spoken(twin), "marker": "o"}
             first.plot(inputs, milliseconds, **look)
             after.plot(inputs, rates, **look)

@@ -165,10 +165,16 @@ def speeds(record: dict) -> list[list[str]]:
     rows = [["", "texts at once", "ids in", "ids out", "first token, ms", "tokens/s afterwards"]]
     for each in record["speed"]:
         case = [str(each[name]) for name in ("rows", "inputs", "outputs")]
-        low, high = each["tokens_per_second_quartiles"]
-        rate = f"{each['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
-        rows.append([claims.spoken(each["twin"]), *case, f"{each['first_token_ms']:.2f}", rate])
+        cells = f"{each['first_token_ms']:.2f}", rate(each)
+        rows.append([claims.spoken(each["twin"]), *case, *cells])
     return rows
+
+
+def rate(each: dict) -> str:
+    if each["tokens_per_second"] is None:
+        return "lost in noise"
+    low, high = each["tokens_per_second_quartiles"]
+    return f"{each['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
 def memories(record: dict) -> list[list[str]]:

@@ -38,7 +38,10 @@ def cases(asked: config.Compare) -> Iterator[Case]:
 
 def measure(models: Sequence[Model], case: Case, repeats: int) -> list[dict]:
     """For each model a row: milliseconds to the first token and to the last, tokens per second
-    after the first, medians of turns with their quartiles; one turn before them is not counted."""
+    after the first, medians of turns with their quartiles; one turn before them is not counted.
+
+    Tokens per second and their quartiles are None where the time between first and last token is
+    lost in noise."""
     first = [timed(each, case, 1) for each in models]
     whole = [timed(each, case, case.outputs) for each in models]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
@@ -69,7 +72,7 @@ def timed(model: Model, case: Case, limit: int) -> Callable[[], float]:
 
 def row(model: Model, case: Case, seconds: np.ndarray) -> dict:
     """Seconds [turns 2] to the first and last token, as a row of the report."""
-    rates = case.rows * (case.outputs - 1) / np.maximum(seconds[:, 1] - seconds[:, 0], 1e-9)
+    rate, range_of_rate = rates(case, seconds[:, 1] - seconds[:, 0])
     quartiles = lambda values: [float(np.percentile(values, q)) for q in (25, 75)]
     first, last = 1e3 * seconds[:, 0], 1e3 * seconds[:, 1]
     return {
@@ -78,6 +81,19 @@ def row(model: Model, case: Case, seconds: np.ndarray) -> dict:
         "first_token_ms": statistics.median(first.tolist()),
         "first_token_ms_quartiles": quartiles(first),
         "last_token_ms": statistics.median(last.tolist()),
-        "tokens_per_second": statistics.median(rates.tolist()),
-        "tokens_per_second_quartiles": quartiles(rates),
+        "tokens_per_second": rate,
+        "tokens_per_second_quartiles": range_of_rate,
     }
+
+
+def rates(case: Case, gaps: np.ndarray) -> tuple[float | None, list[float] | None]:
+    """Tokens per second at the median of the gaps (seconds), and at their quartiles; or None.
+
+    A gap is the difference of two times. Where the quartiles lie farther apart than the median from
+    zero, the quotient would be any number.
+    """
+    tokens = case.rows * (case.outputs - 1)
+    low, middle, high = np.percentile(gaps, [25, 50, 75])
+    if low <= 0 or high - low > middle:
+        return None, None
+    return float(tokens / middle), [float(tokens / high), float(tokens / low)]

@@ -157,6 +157,13 @@ class BuiltIn:
         )
 
 
+DOCSTRINGS = BuiltIn(
+    rows=corpora.docstring_rows,
+    source=corpora.stdlib_source,
+    symbols=None,
+    has_inputs=True,
+    metrics=("rouge", "bleu", "chrf"),
+)
 BUILT_IN = {
     "cmudict_g2p": BuiltIn(
         rows=partial(corpora.cmudict_rows, stress=False),
@@ -179,20 +186,8 @@ BUILT_IN = {
         has_inputs=False,
         metrics=(),
     ),
-    "stdlib_docstrings": BuiltIn(
-        rows=corpora.docstring_rows,
-        source=corpora.stdlib_source,
-        symbols=None,
-        has_inputs=True,
-        metrics=("rouge", "bleu", "chrf"),
-    ),
-    "stdlib_functions": BuiltIn(
-        rows=corpora.function_rows,
-        source=corpora.stdlib_source,
-        symbols=None,
-        has_inputs=True,
-        metrics=("rouge", "bleu", "chrf"),
-    ),
+    "stdlib_docstrings": DOCSTRINGS,
+    "stdlib_functions": dataclasses.replace(DOCSTRINGS, rows=corpora.function_rows),
 }
 
 
