@@ -22,9 +22,12 @@ examples
       trains every twin with every seed (hours), measures quality, speed and memory
   ... --gin.TRAIN_STEPS=500 --gin.config.Compare.seeds=1
       a quick look
+  ... --gin.config.Compare.seeds=1 \\
+      '--gin.config.Compare.trained={"encoder_decoder": ("runs/a",), "causal_decoder": ("runs/b",)}'
+      takes checkpoints that are there (of any make) instead of training these twins
 
 what MODEL_DIR holds
-  <twin>-<seed>/       a run folder each, for eval, infer and convert
+  <twin>-<seed>/       a run folder each, for eval, infer and convert; predictions
   measured/            quality and speed, piece by piece
   report.html          tables, pictures and words in one file; report.json, *.png"""
 
@@ -101,6 +104,7 @@ def described(run: config.Run, twin) -> dict:
         "parameters": twin.parameters,
         "off": twin.off,
         "steps": twin.steps,
+        "taken": list(twin.taken),
         "training_flops": costs.training(model, lengths),
         "inference_flops": costs.inference(model, lengths),
     }
@@ -109,21 +113,19 @@ def described(run: config.Run, twin) -> dict:
 def measured(run: config.Run, family: list, record: dict, modules: list[str]) -> dict:
     """The whole record: trains what is not trained, measures what is not measured."""
     from t5x_lite import data
-    from t5x_lite.comparison import costs, training, twins
+    from t5x_lite.comparison import costs, twins
 
-    asked, trained = run.compare, []
+    asked = run.compare
     runs = {
         (twin.name, seed): twins.run_of(run, twin, seed)
         for seed in range(asked.seeds)
         for twin in family
     }
-    for number, ((name, seed), each) in enumerate(runs.items(), 1):
-        print(f"{number} of {len(runs)}: {each.model_dir}", flush=True)
-        report = training.train(each, modules)
-        trained.append({"twin": name, "seed": seed, "seconds": report["train_seconds"]})
+    trained = train(asked, runs, modules)
     names = [twin.name for twin in family]
     found = {
-        name: [quality_of(run, runs[name, seed]) for seed in range(asked.seeds)] for name in names
+        name: [quality_of(run, runs[name, seed], name, seed) for seed in range(asked.seeds)]
+        for name in names
     }
     lengths, most = costs.lengths_of(run.data), run.data.lengths
     task = data.open_dataset(run.data, asked.split)
@@ -147,19 +149,35 @@ def measured(run: config.Run, family: list, record: dict, modules: list[str]) ->
     }
 
 
-def quality_of(run: config.Run, trained: config.Run) -> dict:
-    """The measures of a trained twin, kept in measured/ once they are made."""
+def train(asked: config.Compare, runs: dict, modules: list[str]) -> list[dict]:
+    """Trains each run by (twin, seed) that is not taken; how long that took, None where unknown."""
+    from t5x_lite.comparison import taken, training
+
+    trained = []
+    for number, ((name, seed), each) in enumerate(runs.items(), 1):
+        print(f"{number} of {len(runs)}: {each.model_dir}", flush=True)
+        here = name not in asked.trained
+        report = training.train(each, modules) if here else taken.report(each.model_dir)
+        trained.append({"twin": name, "seed": seed, "seconds": report.get("train_seconds")})
+    return trained
+
+
+def quality_of(run: config.Run, trained: config.Run, name: str, seed: int) -> dict:
+    """The measures of a twin, kept in measured/ once they are made; its own folder is only read."""
     from t5x_lite.comparison import quality
     from t5x_lite.training import restore
 
-    kept = Path(run.model_dir) / "measured" / f"{Path(trained.model_dir).name}.json"
+    kept = Path(run.model_dir) / "measured" / f"{name}-{seed}.json"
     cfg = run.compare
     asked = [cfg.split, cfg.examples, list(cfg.drafters), list(cfg.quantised)]
+    asked += [trained.model_dir] if name in cfg.trained else []
     if kept.exists() and (found := json.loads(kept.read_text()))["asked"] == asked:
         return found
     print(f"measuring {trained.model_dir}", flush=True)
-    restored = restore.restore(trained.model_dir, best=trained.checkpoint.metric is not None)
-    here = dataclasses.replace(restored.run, model_dir=trained.model_dir)
+    best = trained.checkpoint.metric is not None and name not in cfg.trained
+    restored = restore.restore(trained.model_dir, best=best)
+    folder = str(Path(run.model_dir) / f"{name}-{seed}")
+    here = dataclasses.replace(trained, model=restored.run.model, model_dir=folder)
     found = quality.measure(here, restored.params, restored.step, run.compare)
     found["drafted"] = quality.drafted(here, restored.params, run.compare)
     found["quantised"] = quality.quantised(here, restored.params, restored.step, run.compare)

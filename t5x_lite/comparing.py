@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which twins are compared, how they are matched and what is measured: its part of the config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from t5x_lite.typed import Checked, require
@@ -23,6 +23,10 @@ class Compare(Checked):
     `input_lengths` and `output_lengths` (ids), medians of `repeats` turns; `drafters` are names of
     `Decode.decoder` whose guesses are counted on the same texts; `quantised` are names of
     `--quantize`: each twin's quality is measured again with its weights so rounded.
+
+    A twin in `trained` is not trained but taken: {"causal_decoder": ("runs/a", "runs/b")} names a
+    checkpoint of any make for each seed, with the ids of the run's data. Other twins are matched
+    to a taken encoder-decoder; how far off a taken one is, is told.
     """
 
     twins: tuple[
@@ -39,6 +43,7 @@ class Compare(Checked):
     repeats: int = 5
     drafters: tuple[str, ...] = ("lookup", "trigram")
     quantised: tuple[str, ...] = ("int8", "int4", "int4_activations")
+    trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def check(self):
         require(len(self.twins) > 1, "Compare.twins names fewer than two: nothing to compare")
@@ -53,3 +58,9 @@ class Compare(Checked):
                 f"Compare.{name} must name numbers from 1 on; got {values}",
             )
         require(min(self.output_lengths) > 1, "Compare.output_lengths must be at least 2 each")
+        for name, paths in self.trained.items():
+            require(name in self.twins, f"Compare.trained names {name!r}, which is not in twins")
+            require(
+                len(paths) == self.seeds,
+                f"Compare.trained has {len(paths)} of {name}; Compare.seeds is {self.seeds}",
+            )

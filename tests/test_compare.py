@@ -192,36 +192,79 @@ config.Decode.length = 4
 """
 
 
-@pytest.mark.slow
-def test_one_command_trains_measures_and_writes_a_page_that_stands_alone(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder in which a small comparison was made."""
+    folder = tmp_path_factory.mktemp("compared")
     lines = [json.dumps({"inputs": "ab" * (i % 5 + 1), "targets": "ba"}) for i in range(40)]
-    (tmp_path / "letters.jsonl").write_text("\n".join(lines))
-    gin = tmp_path / "compare.gin"
-    gin.write_text(COMPARED.format(folder=tmp_path))
-    assert compare.main([f"--gin_file={gin}"]) == 0
-    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    (folder / "letters.jsonl").write_text("\n".join(lines))
+    (folder / "compare.gin").write_text(COMPARED.format(folder=folder))
+    assert compare.main([f"--gin_file={folder / 'compare.gin'}"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_one_command_trains_measures_and_writes_a_page_that_stands_alone(compared, capsys):
+    record = json.loads((compared / "out" / "report.json").read_text())
     assert record["metrics"] and "target_tokens" not in record["metrics"]
     for (measured,) in record["quality"].values():
         assert list(measured["quantised"]) == ["int4_activations"]
         few = measured["quantised"]["int4_activations"]
         assert 0 < abs(few["metrics"]["loss"] - measured["metrics"]["loss"]) < 1
     assert {each["twin"] for each in record["speed"]} == {"encoder_decoder", "causal_decoder"}
-    assert all(record["curves"].values()) or not (tmp_path / "out" / "learning.png").exists()
-    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(record["curves"].values()) or not (compared / "out" / "learning.png").exists()
+    page = (compared / "out" / "report.html").read_text()
     assert "nan" not in page.partition("data:image")[0]
     assert "data:image/png;base64," in page
     assert not any(link in page for link in ("http://", "https://", 'src="/', "<script"))
     # The second time nothing is trained or measured again.
     capsys.readouterr()
-    before = (tmp_path / "out" / "measured" / "speed.json").stat().st_mtime_ns
-    assert compare.main([f"--gin_file={gin}"]) == 0
+    before = (compared / "out" / "measured" / "speed.json").stat().st_mtime_ns
+    assert compare.main([f"--gin_file={compared / 'compare.gin'}"]) == 0
     assert "measuring" not in capsys.readouterr().out
-    assert (tmp_path / "out" / "measured" / "speed.json").stat().st_mtime_ns == before
+    assert (compared / "out" / "measured" / "speed.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_finished_runs_are_taken_as_they_are(compared, tmp_path, capsys):
+    """Same numbers as where they were trained; their folders are only read."""
+    first = compared / "out"
+    held = lambda: sorted(path for path in first.rglob("*") if path.is_file())
+    there = held()
+    paths = {name: (f"{first}/{name}-0",) for name in ("encoder_decoder", "causal_decoder")}
+    bound = f"--gin.config.Compare.trained={paths}"
+    again = [f"--gin_file={compared / 'compare.gin'}", f"--gin.MODEL_DIR='{tmp_path}/again'", bound]
+    # Of the model that is bound nothing is left but what the twins not taken would be matched to.
+    assert compare.main([*again, "--gin.config.Stack.layers=3"]) == 0
+    assert held() == there
+    records = [
+        json.loads((folder / "report.json").read_text()) for folder in (first, tmp_path / "again")
+    ]
+    for name in paths:
+        (one,), (other,) = (record["quality"][name] for record in records)
+        assert one["metrics"] == other["metrics"] and one["quantised"] == other["quantised"]
+    assert records[0]["curves"] == records[1]["curves"]
+    assert [each["parameters"] for each in records[0]["twins"]] == [
+        each["parameters"] for each in records[1]["twins"]
+    ]
+    assert "taken as they are" in (tmp_path / "again" / "report.html").read_text()
+    capsys.readouterr()
+    swapped = {"causal_decoder": paths["encoder_decoder"]}
+    assert compare.main([*again, f"--gin.config.Compare.trained={swapped}"]) == 1
+    assert "is no causal decoder" in capsys.readouterr().err
+    absent = {"causal_decoder": (f"{tmp_path}/absent",)}
+    assert compare.main([*again, f"--gin.config.Compare.trained={absent}"]) == 1
+    assert "absent" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
+        (
+            {"trained": {"prefix_decoder": ("a",)}, "twins": config.Compare().twins[:2]},
+            "not in twins",
+        ),
+        ({"trained": {"causal_decoder": ("a", "b")}}, "Compare.seeds is 3"),
         ({"twins": ("causal_decoder", "prefix_decoder")}, "needs encoder_decoder"),
         ({"twins": ("encoder_decoder",)}, "fewer than two"),
         ({"seeds": 0}, "Compare.seeds"),

@@ -71,9 +71,13 @@ def replace(path: Path, text: str) -> None:
 
 
 def note(record: dict) -> str:
+    found = [claims.spoken(each["name"]) for each in record["twins"] if each["taken"]]
+    alike = "all twins trained on the same examples as often"
+    if found:
+        alike = f"taken as they are, whatever they were trained on: {', '.join(found)}"
     return (
-        f"{record['examples']} examples of {record['split']}, {record['seeds']} seed(s), all twins "
-        f"trained on the same examples as often. {record['machine']}; {record['versions']}."
+        f"{record['examples']} examples of {record['split']}, {record['seeds']} seed(s), {alike}. "
+        f"{record['machine']}; {record['versions']}."
     )
 
 
@@ -155,9 +159,11 @@ def trainings(record: dict) -> list[list[str]]:
     rows = [["", "steps", "seconds (mean of seeds)", "GFLOPs an example"]]
     for each in record["twins"]:
         runs = [run for run in record["training"] if run["twin"] == each["name"]]
-        seconds = sum(run["seconds"] for run in runs) / len(runs)
+        known = [run["seconds"] for run in runs if run["seconds"] is not None]
+        seconds = f"{sum(known) / len(known):,.0f}" if known else "unknown"
+        steps = f"{each['steps']:,}" if each["steps"] else "taken as it is"
         flops = f"{each['training_flops'] / 1e9:.3g}"
-        rows.append([claims.spoken(each["name"]), f"{each['steps']:,}", f"{seconds:,.0f}", flops])
+        rows.append([claims.spoken(each["name"]), steps, seconds, flops])
     return rows
 
 

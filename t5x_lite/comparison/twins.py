@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t5x_lite import config, data
-from t5x_lite.comparison import costs
+from t5x_lite.comparison import costs, taken
 
 MULTIPLE = 8  # of which the width of an MLP stays one
 
@@ -17,6 +17,7 @@ class Twin(NamedTuple):
 
     steps makes it see the examples as often as the encoder-decoder does; cost is what
     `Compare.matched` names, off how far it is from that of the encoder-decoder (0.01: 1 % more).
+    taken are its checkpoints where it is not trained here; steps is 0 then.
     """
 
     name: str
@@ -25,26 +26,34 @@ class Twin(NamedTuple):
     parameters: int
     cost: float
     off: float
+    taken: tuple[str, ...] = ()
 
 
 def family(run: config.Run) -> list[Twin]:
     """The twins that run.compare names, matched to the run's own encoder-decoder.
 
     Raises:
-      ValueError: the run's model is no encoder-decoder, the data have no inputs, or no depth
-        comes within a tenth of the cost.
+      ValueError: the run's model is no encoder-decoder, the data have no inputs, no depth comes
+        within a tenth of the cost, or a checkpoint to take is not of such a twin.
     """
+    there = {name: taken.model_of(run, name, paths) for name, paths in run.compare.trained.items()}
+    run = dataclasses.replace(run, model=there.get("encoder_decoder", run.model))
     if run.model.layout != "pair":
         raise ValueError(
             "compare takes the config of the encoder-decoder and makes its twins: bind "
             "Model.encoder and Model.decoder"
         )
     lengths = costs.Lengths(*costs.lengths_of(run.data).mean(axis=0).tolist())
-    wanted = costs.cost(run.model, lengths, run.compare.matched)
-    found = []
+    measured = lambda cfg: costs.cost(cfg, lengths, run.compare.matched)
+    wanted, found = measured(run.model), []
     for name in run.compare.twins:
+        if name in there:
+            cfg = there[name]
+            price, paths = measured(cfg), run.compare.trained[name]
+            size = costs.parameters(cfg)
+            found.append(Twin(name, cfg, 0, size, price, price / wanted - 1, paths))
+            continue
         candidates = SHAPES[name](run.model, run.compare.shallow_layers)
-        measured = lambda cfg: costs.cost(cfg, lengths, run.compare.matched)
         cfg = run.model if name == "encoder_decoder" else matched(candidates, measured, wanted)
         price = measured(cfg)
         off = price / wanted - 1
@@ -116,6 +125,9 @@ def examples_per_row(run: config.Run, cfg: config.Model) -> float:
 
 def run_of(run: config.Run, twin: Twin, seed: int) -> config.Run:
     """The training run of a twin with the seed'th of the seeds."""
+    if twin.taken:
+        here = {"model_dir": twin.taken[seed], "model": twin.model, "compare": None}
+        return dataclasses.replace(run, **here)
     folder = Path(run.model_dir) / f"{twin.name}-{seed}"
     return dataclasses.replace(
         run,
