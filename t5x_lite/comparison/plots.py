@@ -14,6 +14,8 @@ COLORS = {
     "shallow_decoder": "#54a24b",
 }
 
+COLUMNS = 4  # of panels; more would be too small to read on a page
+
 
 def draw(record: dict, folder: Path) -> list[Path]:
     """Writes every picture of the record that has something to show."""
@@ -28,8 +30,13 @@ def draw(record: dict, folder: Path) -> list[Path]:
 def figure_of(panels: int):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
-    return figure, np.atleast_1d(figure.subplots(1, panels))
+    columns = min(panels, COLUMNS)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
+    every = np.ravel(figure.subplots(rows, columns))
+    for left in every[panels:]:
+        left.remove()
+    return figure, every[:panels]
 
 
 def finish(axes, **labels) -> None:
