@@ -126,8 +126,8 @@ def throughput(speed: Sequence[dict]) -> Claim:
     for case, here in by_case(speed).items():
         if {BASE, "causal_decoder"} <= here.keys():
             pair = [here[twin]["tokens_per_second"] for twin in (BASE, "causal_decoder")]
-            told = "lost in noise" if None in pair else f"{pair[0] / pair[1]:.2f} times"
-            found.append(f"{told} at {case[0]} x ({case[1]} in, {case[2]} out)")
+            times = "lost in noise" if None in pair else f"{pair[0] / pair[1]:.2f} times"
+            found.append(f"{times} at {case[0]} x ({case[1]} in, {case[2]} out)")
     return Claim(
         "and it writes 4.7 times as many tokens per second",
         "Elfeki et al., 2025, arXiv 2501.16273",

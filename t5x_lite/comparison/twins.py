@@ -47,25 +47,23 @@ def family(run: config.Run) -> list[Twin]:
     measured = lambda cfg: costs.cost(cfg, lengths, run.compare.matched)
     wanted, found = measured(run.model), []
     for name in run.compare.twins:
-        if name in there:
+        paths = run.compare.trained.get(name, ())
+        if paths:
             cfg = there[name]
-            price, paths = measured(cfg), run.compare.trained[name]
-            size = costs.parameters(cfg)
-            found.append(Twin(name, cfg, 0, size, price, price / wanted - 1, paths))
-            continue
-        candidates = SHAPES[name](run.model, run.compare.shallow_layers)
-        cfg = run.model if name == "encoder_decoder" else matched(candidates, measured, wanted)
+        elif name == "encoder_decoder":
+            cfg = run.model
+        else:
+            candidates = SHAPES[name](run.model, run.compare.shallow_layers)
+            cfg = matched(candidates, measured, wanted)
         price = measured(cfg)
         off = price / wanted - 1
-        if abs(off) > 0.1:
+        if abs(off) > 0.1 and not paths:
             raise ValueError(
                 f"No {name} comes nearer than {off:+.0%} to the {run.compare.matched} of the "
                 "encoder-decoder: choose another Compare.matched or Compare.shallow_layers"
             )
-        steps = round(
-            run.train.steps * examples_per_row(run, run.model) / examples_per_row(run, cfg)
-        )
-        found.append(Twin(name, cfg, steps, costs.parameters(cfg), price, off))
+        steps = 0 if paths else steps_of(run, cfg)
+        found.append(Twin(name, cfg, steps, costs.parameters(cfg), price, off, paths))
     return found
 
 
@@ -115,6 +113,11 @@ def widened(cfg: config.Model, extra: int) -> config.Model:
     """cfg with MLPs wider by `extra` (narrower where negative)."""
     wider = lambda stack: stack and dataclasses.replace(stack, mlp=stack.mlp + extra)
     return dataclasses.replace(cfg, encoder=wider(cfg.encoder), decoder=wider(cfg.decoder))
+
+
+def steps_of(run: config.Run, cfg: config.Model) -> int:
+    """Steps in which cfg sees the examples as often as the run's own model does."""
+    return round(run.train.steps * examples_per_row(run, run.model) / examples_per_row(run, cfg))
 
 
 def examples_per_row(run: config.Run, cfg: config.Model) -> float:

@@ -83,7 +83,9 @@ def held_signals() -> Iterator[Callable[[], None]]:
 
     def answer() -> None:
         if came:
-            before[came[-1]](came[-1], None)
+            number = came[-1]
+            came.clear()  # a handler that returns is called once
+            before[number](number, None)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # A signal that is ignored, or ends the process without Python, stays as it is.
