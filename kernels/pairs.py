@@ -14,17 +14,19 @@ from t5x_lite.kernels.sight import Sight
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["seen", "distance"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["seen", "distance", "index"], meta_fields=[]
 )
 @dataclass(frozen=True)
 class Pairs:
     """Which keys each query sees, and how far behind the query they are.
 
     distance is query minus key: [t s] of indexes, the same in every row, or [b t s] of positions.
+    index, where it is known, says that those of row b are index[b] + i - j.
     """
 
     seen: Bool[Array, " b #t s"]
     distance: Int[Array, "t s"] | Int[Array, "b t s"]
+    index: Int[Array, " b"] | None = None
 
     def within(self, reach: Int[Array, " 2"] | None) -> "Pairs":
         """The pairs among these that are within reach = (behind, ahead)."""
@@ -40,17 +42,22 @@ def pairs(sight: Sight | BlockSight) -> Pairs:
     if isinstance(sight, Sight):
         return Pairs(sight.mask(), sight.distance())
     distance = sight.query_positions()[:, :, None] - sight.key_positions()[:, None, :]
-    return Pairs(sight.mask(), distance)
+    chain = sight.depth is None and sight.ancestors is None
+    return Pairs(sight.mask(), distance, sight.index if chain else None)
 
 
 def bias(relative: Relative, over: Pairs) -> Float[Array, "#b n t s"]:
     """The bias of every pair, float32.
 
-    Of indexes: one value per head and distance, laid along the diagonals by reshaping, since a
-    gather of every pair costs more and its gradient is a scatter. Of positions: that gather.
+    Of indexes, and of a chain: one value per head and distance, laid along the diagonals by
+    reshaping, since a gather of every pair costs more and its gradient is a scatter. Of the
+    positions of a tree: that gather.
     """
+    t, s = over.distance.shape[-2:]
     if over.distance.ndim == 2:
-        return along_diagonals(relative, *over.distance.shape)[None]
+        return along_diagonals(relative.by_distance(1 - t, t + s), t, s)[None]
+    if over.index is not None:
+        return along_diagonals(from_each(relative, over.index, t, s), t, s)
     bucket = relative.bucket(-over.distance)
     rows, heads = placement(bucket)[0], placement(relative.table)[1]
     placed = spread(rows, None, None, heads)
@@ -58,14 +65,25 @@ def bias(relative: Relative, over: Pairs) -> Float[Array, "#b n t s"]:
     return jnp.moveaxis(found, -1, 1)
 
 
-def along_diagonals(relative: Relative, t: int, s: int) -> Float[Array, "n t s"]:
-    """The bias of query index i and key index j, both counted from 0."""
-    size = t + s
-    values = relative.by_distance(1 - t, size)
-    # Row i of [t, size - 1] begins i places earlier than row i - 1: column j is distance j - i.
-    rows = jnp.broadcast_to(values[:, None, :], (values.shape[0], t, size))
-    rows = rows.reshape(-1, t * size)[:, t - 1 : t - 1 + t * (size - 1)]
-    return rows.reshape(-1, t, size - 1)[:, :, :s]
+def from_each(
+    relative: Relative, index: Int[Array, " b"], t: int, s: int
+) -> Float[Array, "b n t+s"]:
+    """The bias of the distances 1 - t - index[b] and on, one row for each index from 0 to s."""
+    values = relative.by_distance(1 - t - s, t + 2 * s)
+    place = s - index[:, None] + jnp.arange(t + s)
+    placed = spread(placement(index)[0], None, placement(relative.table)[1])
+    found = values.T.at[place].get(mode="clip", out_sharding=placed)
+    return jnp.moveaxis(found, -1, 1)
+
+
+def along_diagonals(values: Float[Array, "*b n t+s"], t: int, s: int) -> Float[Array, "*b n t s"]:
+    """Row i of [t s] is values from place t - 1 - i on: what belongs to distance j - i, where the
+    first value is that of distance 1 - t."""
+    *outer, size = values.shape
+    # Row i of [t, size - 1] begins i places earlier than row i - 1.
+    rows = jnp.broadcast_to(values[..., None, :], (*outer, t, size))
+    rows = rows.reshape(*outer, t * size)[..., t - 1 : t - 1 + t * (size - 1)]
+    return rows.reshape(*outer, t, size - 1)[..., :s]
 
 
 def placement(x: jax.Array) -> tuple:

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import re
 import tokenize
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message names the binding and the remedy."""
 
 
-def load(paths: list[str], bindings: list[str] = ()) -> config.Run:
-    """The run that these files describe, with bindings such as "TRAIN_STEPS=100" on top.
+def load(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config.Run:
+    """The run that a file, or several together, describe, with bindings such as "TRAIN_STEPS=100"
+    on top.
 
     A binding's value is Python's literal, or else taken as a string: MODEL_DIR=/tmp/x needs no
     quotes.
@@ -38,6 +40,7 @@ def load(paths: list[str], bindings: list[str] = ()) -> config.Run:
       ConfigError: a file is missing or does not parse, a name is unknown, a value has the wrong
         type, or two values contradict each other.
     """
+    paths = [paths] if isinstance(paths, str) else paths
     lines = [line for path in paths for line in read(path)]
     if not lines:
         raise ConfigError(f"No config.Run in the config: {' and '.join(paths)} is empty")

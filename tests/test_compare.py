@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, toy_model
 
-from t5x_lite import compare, config, decoding, model, sharding
+from t5x_lite import compare, config, convert, decoding, model, sharding
 from t5x_lite.comparison import claims, costs, quality, report, speed, twins
 from t5x_lite.training import costs as step_costs
 
@@ -255,6 +255,37 @@ def test_finished_runs_are_taken_as_they_are(compared, tmp_path, capsys):
     absent = {"causal_decoder": (f"{tmp_path}/absent",)}
     assert compare.main([*again, f"--gin.config.Compare.trained={absent}"]) == 1
     assert "absent" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_make_is_taken_and_measures_the_same(compared, tmp_path):
+    first, foreign = compared / "out", tmp_path / "huggingface"
+    own = f"{first}/encoder_decoder-0"
+    convert.main([f"--from={own}", f"--to={foreign}", "--format=huggingface"])
+    paths = {"encoder_decoder": (str(foreign),), "causal_decoder": (f"{first}/causal_decoder-0",)}
+    again = [f"--gin_file={compared / 'compare.gin'}", f"--gin.MODEL_DIR='{tmp_path}/again'"]
+    assert compare.main([*again, f"--gin.config.Compare.trained={paths}"]) == 0
+    (one,), (other,) = (
+        json.loads((folder / "report.json").read_text())["quality"]["encoder_decoder"]
+        for folder in (first, tmp_path / "again")
+    )
+    assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_checkpoints_that_cannot_be_set_beside_the_others_are_refused(compared, tmp_path, capsys):
+    first = compared / "out"
+    bound = lambda paths: f"--gin.config.Compare.trained={paths}"
+    there = [f"--gin_file={compared / 'compare.gin'}", f"--gin.MODEL_DIR='{tmp_path}/again'"]
+    two = {"encoder_decoder": (f"{first}/encoder_decoder-0", f"{first}/causal_decoder-0")}
+    assert compare.main([*there, "--gin.config.Compare.seeds=2", bound(two)]) == 1
+    assert "are not of the same model" in capsys.readouterr().err
+    # The data's vocabulary has an id that the twin was not trained with.
+    one = {"encoder_decoder": (f"{first}/encoder_decoder-0",)}
+    named = """--gin.config.Vocabulary.names=("[X]",)"""
+    assert compare.main([*there, named, bound(one)]) == 1
+    assert "has other ids than the data" in capsys.readouterr().err
+    assert not (tmp_path / "again" / "encoder_decoder-0").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ RUNS = sorted(str(path) for path in Path("configs/runs").glob("*.gin") if path.n
 
 @pytest.mark.parametrize("path", RUNS)
 def test_a_run_written_as_text_is_the_same_run(path):
-    run = config_file.load([path])
+    run = config_file.load(path)
+    assert config_file.load([path]) == run
     text = config_file.text(run)
     assert config_file.from_text(text) == run
     assert config_file.text(config_file.from_text(text)) == text

@@ -240,16 +240,27 @@ def test_a_mesh_that_cannot_split_a_weight_is_refused_by_name(changes, message):
 
 
 @pytest.mark.parametrize("both_sides", [True, False])
-def test_the_bias_along_diagonals_is_the_bucket_of_every_pair(both_sides):
+@pytest.mark.parametrize(
+    "sight",
+    [
+        kernels.Sight(np.ones((1, 200), np.int32), np.ones((1, 170), np.int32)),
+        kernels.BlockSight(np.array([0, 7, 199]), width=1, slots=200),
+        kernels.BlockSight(np.array([0, 195, 31, 3]), width=5, slots=200),
+        kernels.BlockSight(np.array([0, 0]), width=130, slots=130),
+        kernels.BlockSight(np.array([4, 90]), 3, 200, np.array([0, 1, 1]), np.tri(3, dtype=bool)),
+    ],
+    ids=["rows", "tokens", "chains", "prompts", "tree"],
+)
+def test_the_bias_laid_out_is_the_bucket_of_every_pair(both_sides, sight):
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
     stack = toy_stack()
     table = jax.random.normal(jax.random.key(0), (stack.buckets, stack.heads))
-    length = 200
     relative = positions.relative(table, stack, both_sides)
-    fast = pairs.along_diagonals(relative, length, length)
-    place = np.arange(length)
-    bucket = relative.bucket(place[None, :] - place[:, None])
-    np.testing.assert_allclose(fast, np.moveaxis(np.asarray(table)[bucket], -1, 0), rtol=1e-6)
+    over = pairs.pairs(jax.tree.map(jnp.asarray, sight))
+    distance = np.asarray(over.distance)
+    bucket = relative.bucket(-distance.reshape(-1, *distance.shape[-2:]))
+    wanted = np.moveaxis(np.asarray(table)[bucket], -1, 1)
+    np.testing.assert_allclose(pairs.bias(relative, over), wanted, rtol=1e-6)
 
 
 def test_buckets_begin_at_the_published_distances():

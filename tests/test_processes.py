@@ -120,6 +120,16 @@ def test_two_processes_that_share_every_row_train_a_decoder_as_one_which_goes_on
 
 
 @pytest.mark.slow
+def test_two_processes_that_each_have_half_of_every_row_train_as_one(tmp_path):
+    run = run_of("pair", tmp_path, steps=3, mesh=config.Mesh(context=4))
+    train(run, 2, tmp_path)
+    nowhere_else = dict(model_dir=str(tmp_path / "alone"), mesh=config.Mesh())
+    alone = dataclasses.replace(run, **nowhere_else)
+    loop.train(alone)
+    assert_alike(run, alone)
+
+
+@pytest.mark.slow
 def test_a_lost_process_ends_the_other_and_a_signal_to_one_saves_in_all(tmp_path):
     saving = config.Checkpoint(every=5)
     run = run_of("pair", tmp_path, steps=100_000, checkpoint=saving, evaluate=UNMEASURED)

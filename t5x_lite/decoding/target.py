@@ -122,15 +122,16 @@ def prefill(
     is written too, because in a prefix-LM those before it see it; the loop writes the same again.
     """
     rows, length = prompts.tokens.shape
-    cache = model.empty_cache(cfg, rows, slots, scan=False)
+    empty = functools.partial(model.empty_cache, cfg, rows, scan=False)
     if length == 1:
-        return cache
+        return empty(slots)
     start = jnp.zeros_like(prompts.length)
-    _, cache = model.Transformer(cfg, scan=False).apply(
+    # Over a cache of the prompts alone: queries would be put to every slot that is still empty.
+    _, filled = model.Transformer(cfg, scan=False).apply(
         {"params": params},
         model.Block(prompts.tokens, start, prefix=prompts.length),
-        cache,
+        empty(length),
         read,
         method="decode",
     )
-    return cache
+    return jax.tree.map(lambda own, all: model.write_rows(all, own, start), filled, empty(slots))

@@ -7,7 +7,7 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.model.cache import Block, Cache, Read, empty_cache
+from t5x_lite.model.cache import Block, Cache, Read, empty_cache, write_rows
 from t5x_lite.model.inspection import Given, Inside, Inspected
 from t5x_lite.model.layers import Named
 from t5x_lite.model.transformer import Transformer
@@ -27,6 +27,7 @@ __all__ = [
     "initialize",
     "shapes",
     "unstack",
+    "write_rows",
 ]
 
 
