@@ -177,7 +177,7 @@ def quality_of(run: config.Run, trained: config.Run, name: str, seed: int) -> di
     best = trained.checkpoint.metric is not None and name not in cfg.trained
     restored = restore.restore(trained.model_dir, best=best)
     folder = str(Path(run.model_dir) / f"{name}-{seed}")
-    here = dataclasses.replace(trained, model=restored.run.model, model_dir=folder)
+    here = dataclasses.replace(trained, model_dir=folder)
     found = quality.measure(here, restored.params, restored.step, run.compare)
     found["drafted"] = quality.drafted(here, restored.params, run.compare)
     found["quantised"] = quality.quantised(here, restored.params, restored.step, run.compare)
@@ -209,8 +209,8 @@ def speed_of(run: config.Run, trained: list[config.Run], names: list[str]) -> li
         models = []
         for name, each in zip(names, trained, strict=True):
             restored = restore.restore(each.model_dir)
-            params = decoding.prepare(restored.run.model, restored.params)
-            models.append(speed.Model(name, restored.run.model, params))
+            params = decoding.prepare(each.model, restored.params)
+            models.append(speed.Model(name, each.model, params))
         for number, case in enumerate(cases[done:], done + 1):
             print(f"speed {number} of {len(cases)}: {case}", flush=True)
             table["rows"] += speed.measure(models, case, run.compare.repeats)

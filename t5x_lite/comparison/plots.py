@@ -73,7 +73,8 @@ def draw_curves(record: dict, path: Path) -> Path | None:
         return None
     figure, (axes,) = figure_of(1)
     for twin, runs in record["curves"].items():
-        for number, curve in enumerate(runs):
+        # A checkpoint of another make has none.
+        for number, curve in enumerate(filter(None, runs)):
             shares = np.array([step for step, _ in curve], float) / max(curve[-1][0], 1)
             label = claims.spoken(twin) if not number else None
             losses = [loss for _, loss in curve]

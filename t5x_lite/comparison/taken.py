@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Twins that are not trained here: finished runs, or checkpoints of other makes."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,7 @@ def model_of(run: config.Run, name: str, paths: Sequence[str]) -> config.Model:
       ValueError: there is no checkpoint, they differ, the twin's layout is another, or their ids
         are not those of the run's data.
     """
-    models = [
-        foreign.open(path).model if foreign.is_foreign(path) else restore.read_config(path).model
-        for path in paths
-    ]
+    models = [opened(path, run.model.activations) for path in paths]
     for path, each in zip(paths, models, strict=True):
         if each != models[0]:
             raise ValueError(f"Compare.trained: {path} and {paths[0]} are not of the same model")
@@ -37,6 +35,14 @@ def model_of(run: config.Run, name: str, paths: Sequence[str]) -> config.Model:
             if told:
                 raise ValueError(f"Compare.trained: {path} has other ids than the data: {told}")
     return models[0]
+
+
+def opened(path: str, activations: str) -> config.Model:
+    """The model of a checkpoint; one of another make, which does not say in what it is computed,
+    is so in `activations`, as the twins beside it are."""
+    if not foreign.is_foreign(path):
+        return restore.read_config(path).model
+    return dataclasses.replace(foreign.open(path).model, activations=activations)
 
 
 def report(path: str) -> dict:
