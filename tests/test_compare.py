@@ -316,6 +316,18 @@ def test_a_way_of_rounding_that_there_is_not_is_told_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
+def test_it_is_said_which_intervals_know_nothing_of_other_examples():
+    draw = np.random.default_rng(5)
+    drawn = lambda: [run | {"quantised": {}} for run in seeds(draw, 2, 200, 50.0, 0.1)]
+    found = {"encoder_decoder": drawn(), "causal_decoder": drawn()}
+    record = {"quality": found, "metrics": ["bleu"], "seeds": 2}
+    assert not any("whole split" in line for line in report.words(record))
+    for number, run in enumerate(run for runs in found.values() for run in runs):
+        run["metrics"]["loss"] = 2.0 + number
+    said = report.words(record | {"metrics": ["bleu", "loss"]})
+    assert said[-1].startswith("loss: one number for the whole split")
+
+
 def test_what_rounding_harms_is_said_and_what_it_does_not_is_not():
     draw = np.random.default_rng(3)
     whole = seeds(draw, 2, 200, 50.0, 0.1)

@@ -89,6 +89,14 @@ def words(record: dict) -> list[str]:
         said.append(
             "One seed: intervals hold for other test examples, not for another training run"
         )
+        return said
+    runs = [run for measured in record["quality"].values() for run in measured]
+    whole = [name for name in record["metrics"] if all(name not in run["without"] for run in runs)]
+    if whole:
+        said.append(
+            f"{', '.join(whole)}: one number for the whole split, so that intervals hold for "
+            "another training run, not for other test examples"
+        )
     return said
 
 
