@@ -11,7 +11,7 @@ import pytest
 from conftest import FAMILIES, toy_model
 
 from t5x_lite import compare, config, convert, decoding, model, sharding
-from t5x_lite.comparison import claims, costs, quality, report, speed, twins
+from t5x_lite.comparison import claims, costs, plots, quality, report, speed, twins
 from t5x_lite.training import costs as step_costs
 
 LENGTHS = costs.Lengths(20.0, 12.0)
@@ -314,6 +314,14 @@ def test_a_way_of_rounding_that_there_is_not_is_told_before_anything_is_trained(
     assert compare.main([f"--gin_file={gin}", '--gin.config.Compare.quantised=("int9",)']) == 1
     assert "int9" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_measured_at_its_end_alone_is_no_curve(tmp_path):
+    path = tmp_path / "learning.png"
+    ends = {"encoder_decoder": [[[500, 2.0]]], "causal_decoder": [[]]}
+    assert plots.draw_curves({"curves": ends}, path) is None and not path.exists()
+    both = ends | {"causal_decoder": [[], [[0, 3.0], [500, 2.0]]]}
+    assert plots.draw_curves({"curves": both}, path) == path and path.exists()
 
 
 def test_it_is_said_which_intervals_know_nothing_of_other_examples():

@@ -69,12 +69,15 @@ def draw_quality(record: dict, path: Path) -> Path | None:
 
 def draw_curves(record: dict, path: Path) -> Path | None:
     """Held-out loss against the examples seen, every run a line."""
-    if not any(record["curves"].values()):
+    # A run measured at its end alone is no curve, and a checkpoint of another make has none.
+    found = {
+        twin: [curve for curve in runs if len(curve) > 1] for twin, runs in record["curves"].items()
+    }
+    if not any(found.values()):
         return None
     figure, (axes,) = figure_of(1)
-    for twin, runs in record["curves"].items():
-        # A checkpoint of another make has none.
-        for number, curve in enumerate(filter(None, runs)):
+    for twin, runs in found.items():
+        for number, curve in enumerate(runs):
             shares = np.array([step for step, _ in curve], float) / max(curve[-1][0], 1)
             label = claims.spoken(twin) if not number else None
             losses = [loss for _, loss in curve]
