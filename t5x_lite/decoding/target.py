@@ -134,4 +134,5 @@ def prefill(
         read,
         method="decode",
     )
-    return jax.tree.map(lambda own, all: model.write_rows(all, own, start), filled, empty(slots))
+    put = lambda whole, own: model.write_rows(whole, own, start)
+    return jax.tree.map(put, empty(slots), filled)
