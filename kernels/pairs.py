@@ -57,7 +57,7 @@ def bias(relative: Relative, over: Pairs) -> Float[Array, "#b n t s"]:
     if over.distance.ndim == 2:
         return along_diagonals(relative.by_distance(1 - t, t + s), t, s)[None]
     if over.index is not None:
-        return along_diagonals(from_each(relative, over.index, t, s), t, s)
+        return along_diagonals(by_row(relative, over.index, t, s), t, s)
     bucket = relative.bucket(-over.distance)
     rows, heads = placement(bucket)[0], placement(relative.table)[1]
     placed = spread(rows, None, None, heads)
@@ -65,10 +65,11 @@ def bias(relative: Relative, over: Pairs) -> Float[Array, "#b n t s"]:
     return jnp.moveaxis(found, -1, 1)
 
 
-def from_each(
-    relative: Relative, index: Int[Array, " b"], t: int, s: int
-) -> Float[Array, "b n t+s"]:
-    """The bias of the distances 1 - t - index[b] and on, one row for each index from 0 to s."""
+def by_row(relative: Relative, index: Int[Array, " b"], t: int, s: int) -> Float[Array, "b n t+s"]:
+    """For each row the t + s biases that its chain needs: of distances 1 - t - index[b] and on.
+
+    Cut out of those of all distances, which the loop of decoding does not change; index is 0 to s.
+    """
     values = relative.by_distance(1 - t - s, t + 2 * s)
     place = s - index[:, None] + jnp.arange(t + s)
     placed = spread(placement(index)[0], None, placement(relative.table)[1])
