@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How gradients of split weights are summed on TPU: each device takes its part, none the whole."""
+"""How a step compiled for TPU reads split weights and sums their gradients: no copy of them all,
+and each device takes its part.
+"""
+
+import functools
+import re
 
 import jax
 import pytest
@@ -30,12 +35,19 @@ def no_mesh_left():
     jax.set_mesh(None)
 
 
-def test_gradients_of_split_weights_are_reduce_scattered_not_summed_whole():
+@functools.cache
+def program():
+    """The compiled step: its text, and the mesh's wiring."""
     run = config_file.load(["configs/runs/pretrain.gin"], TINY)
     slice_ = chips.topology("v5e:2x2")
     step = steps.training(run, compiled.devices(slice_))
     where = collectives.wiring(jax.sharding.get_mesh(), slice_)
-    module = hlo.parse(compiled.program(step.trace.lower())[1])
+    return compiled.program(step.trace.lower())[1], where
+
+
+def test_gradients_of_split_weights_are_reduce_scattered_not_summed_whole():
+    text, where = program()
+    module = hlo.parse(text)
     sums = {"reduce-scatter": 0, "all-reduce": 0}
     for each in collectives.collectives(module, trips.executions(module), where):
         if each.kind in sums and "fsdp" in each.axes:
@@ -46,3 +58,12 @@ def test_gradients_of_split_weights_are_reduce_scattered_not_summed_whole():
     assert sums["reduce-scatter"] == matrices
     # The embedding's table, whose gradient XLA scatters and sums; norms, biases, statistics.
     assert head <= sums["all-reduce"] < 1.1 * head
+
+
+def test_layers_are_read_as_they_are_kept():
+    loops = re.findall(r"= \((.*)\) while\(.*op_name=\"([^\"]*)\"", program()[0])
+    forward = [arrays for arrays, name in loops if "jvp" in name and "transpose" not in name]
+    assert len(forward) == 1
+    # Two layers of this device's half of the MLP: float32, and no copy in bfloat16 beside them.
+    for shape in ("2,128,256", "2,256,128", "2,128,4,32"):
+        assert f"f32[{shape}]" in forward[0] and f"bf16[{shape}]" not in forward[0]

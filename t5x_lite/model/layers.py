@@ -13,6 +13,7 @@ from flax.core import meta
 from jaxtyping import Array, Float
 
 from t5x_lite import config, quantization, sharding
+from t5x_lite.narrow import Slotted
 from t5x_lite.quantization import Quantised
 from t5x_lite.sharding import spec
 
@@ -58,6 +59,8 @@ def stored(module: nn.Module, name: str, axes: str, std: float | None = None) ->
         given = module.get_variable("params", name)
         if isinstance(given, Quantised):
             return given
+        if isinstance(given, Slotted):
+            return given.read()
     fan_in, arrow, _ = axes.partition("->")
     names = axes.replace("->", "").split()
     shape = tuple(module.sizes[axis] for axis in names)

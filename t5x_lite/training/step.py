@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_lite import config, kernels, model, sharding
+from t5x_lite import config, kernels, model, narrow, sharding
 from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.adaptation.teacher import Teacher
 from t5x_lite.batch import Batch, Lesson
@@ -90,8 +90,8 @@ def make(
         if run.model.dropout > 0 or draws_heads(run) or run.train.layer_skip:
             key = jax.random.fold_in(jax.random.key(run.seed), state.step)
         sums_and_gradient = functools.partial(differentiated, frozen=(state.params, teacher_params))
-        trained = narrowed(selection.take(state.params), run.model.activations)
-        sums, gradient = accumulate(sums_and_gradient, trained, batch, Moment(key, state.step), run)
+        asked = narrow.slots(selection.take(state.params), run.model.activations)
+        sums, gradient = accumulate(sums_and_gradient, asked, batch, Moment(key, state.step), run)
         squares = jax.tree.map(square_sums, gradient, trained_axes)
         count = state.step - state.skipped
         parts = jax.tree.leaves(adafactor.anew(selection.moving(squares, count)))
@@ -108,13 +108,13 @@ def make(
 
 
 def scored(run: config.Run, selection: Selection, teacher: Teacher | None):
-    """What is minimised, as a function of the weights that train: this microbatch's part of the
-    objective per target token of all microbatches, and its sums."""
+    """What is minimised, as a function of the slots of the weights that train (`narrow.slots`):
+    this microbatch's part of the objective per target token of all microbatches, and its sums."""
     transformer = model.Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
 
-    def objective(trained, batch: Batch, moment: Moment, total, *, frozen):
+    def objective(asked, batch: Batch, moment: Moment, total, *, frozen):
         params, teacher_params = frozen
-        params = selection.put(params, trained)
+        params = selection.put(params, narrow.joined(selection.take(params), asked))
         taught = None
         if batch.lesson is not None:
             taught = functools.partial(
@@ -232,33 +232,23 @@ def tokens(batch: Batch) -> jax.Array:
     return sum(jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
 
 
-def narrowed(params: Any, dtype: str) -> Any:
-    """params in the dtype in which the model reads each of them.
-
-    Gradients come in that dtype by nature; asked for as float32 they are the same numbers (but the
-    sum for a weight that is read twice, which is rounded here) in twice the memory: 0.8 GB more at
-    the peak of a step of T5 1.1 large.
-    """
-    return jax.tree.map(lambda weight: weight.astype(dtype), params)
-
-
 def widened(gradient: Any) -> Any:
     return jax.tree.map(lambda slope: slope.astype(jnp.float32), gradient)
 
 
-def accumulate(sums_and_gradient, params, batch: Batch, moment: Moment, run: config.Run):
+def accumulate(sums_and_gradient, asked, batch: Batch, moment: Moment, run: config.Run):
     """Sums and gradient over all microbatches, one after the other in a scan."""
     cfg = run.train
     total = jnp.maximum(jnp.sum(batch.loss_weights.astype(jnp.float32)), 1)
     if cfg.microbatches == 1:
-        (_, sums), gradient = sums_and_gradient(params, batch, moment, total)
+        (_, sums), gradient = sums_and_gradient(asked, batch, moment, total)
         return sums, gradient
 
     def add(totals, microbatch):
         number, rows = microbatch
         key = None if moment.key is None else jax.random.fold_in(moment.key, number)
         own = moment._replace(key=key)
-        (_, sums), gradient = sums_and_gradient(params, rows, own, total)
+        (_, sums), gradient = sums_and_gradient(asked, rows, own, total)
         return jax.tree.map(jnp.add, totals, (sums, widened(gradient))), None
 
     zeros = Sums(*[jnp.zeros(())] * 4, jnp.zeros((), jnp.int32))
@@ -266,7 +256,7 @@ def accumulate(sums_and_gradient, params, batch: Batch, moment: Moment, run: con
         zeros = zeros._replace(divergence=jnp.zeros(()), taught=jnp.zeros(()))
     if run.model.blockwise is not None:
         zeros = zeros._replace(guessed=jnp.zeros(()), guesses=jnp.zeros(()))
-    totals = (zeros, widened(jax.tree.map(jnp.zeros_like, params)))
+    totals = (zeros, widened(jax.tree.map(jnp.zeros_like, asked)))
     numbers = jnp.arange(cfg.microbatches)
     return jax.lax.scan(add, totals, (numbers, split(batch, cfg.microbatches)))[0]
 
