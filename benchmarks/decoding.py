@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens per second are written, beside CTranslate2 and transformers on the same weights?
+"""How many tokens per second are written, beside CTranslate2, transformers and llama.cpp on the
+same weights?
 
 Systems take turns within every round, so that a busy machine is busy for all of them. Reported are
 medians and quartiles over rounds, and the median over rounds of our speed over the other's in the
@@ -9,12 +10,18 @@ greedy, and compared id by id with our own plain decoding.
   t5_base   T5-base of random weights, 64 ids in and 64 out, no EOS: how fast a step is
   g2p       --g2p RUN: words of the test split
   restore   --restore RUN of configs/runs/restore_lines.gin: almost all of a text is a copy
-  smollm2   --smollm2 FILE.gguf: goes on with code and prose of Python's library
+  heads     --heads RUN of configs/runs/heads_restore_tuned.gin, or what widened.py made of it
+  code      --smollm2 FILE.gguf: goes on with code of Python's library
+  prose     the same with its documentation
+
+Texts alone are four of a case, one after the other (of t5_base, whose texts are alike, one).
+llama.cpp takes part where the package llama-cpp-python is installed; it is no part of any extra.
 
   python benchmarks/decoding.py --folder /tmp/decoding --cases t5_base [--batch 1 8] [--rounds 7]
 """
 
 import argparse
+import importlib.util
 import os
 import random
 import subprocess
@@ -36,6 +43,7 @@ from decoding_systems import Case, Write
 PACKAGES = ["jax", "jaxlib", "ctranslate2", "transformers", "torch"]
 OURS = "t5x_lite"
 CONTINUED, PROMPT, LENGTH = 8, 128, 64
+ALONE = 4
 
 
 class System(NamedTuple):
@@ -59,7 +67,7 @@ def t5_base(options: argparse.Namespace) -> Case:
     folder = options.folder / "t5_base"
     systems.random_t5(folder)
     draw = np.random.default_rng(0)
-    rows = draw.integers(3, systems.PIECES, (max(options.batch), 64)).tolist()
+    rows = draw.integers(3, systems.PIECES, (CONTINUED, 64)).tolist()
     return Case("t5_base", folder, True, rows, LENGTH, forced=True, half=True)
 
 
@@ -70,50 +78,81 @@ def of_run(name: str, checkpoint: str, options: argparse.Namespace, length: int)
 
     found = data.open_dataset(restore.read_config(checkpoint).data, "test")
     inputs = restore.restore(checkpoint).vocabularies[0]
-    texts = [found.inputs_text(number) for number in range(max(options.batch))]
+    texts = [found.inputs_text(number) for number in range(CONTINUED)]
     rows = [[*map(int, inputs.encode(text)), inputs.eos] for text in texts]
-    return Case(name, exported(checkpoint, options.folder), True, rows, length)
+    run = checkpoint if name == "heads" else None
+    return Case(name, exported(checkpoint, options.folder), True, rows, length, run=run)
 
 
-def smollm2(options: argparse.Namespace) -> Case:
-    """The first PROMPT ids of modules, every second one prose."""
-    import argparse as parsing
+def code() -> list[str]:
+    """Eight classes of Python's library."""
+    import argparse
+    import cmd
+    import configparser
+    import fractions
+    import inspect
+    import shlex
+    import string
+    import textwrap
+
+    chosen = [textwrap.TextWrapper, shlex.shlex, argparse.HelpFormatter, fractions.Fraction]
+    chosen += [configparser.RawConfigParser, string.Formatter, cmd.Cmd, argparse.Action]
+    return [inspect.getsource(each) for each in chosen]
+
+
+def prose() -> list[str]:
+    """Eight chapters of its documentation."""
+    import argparse
+    import difflib
     import heapq
     import inspect
     import pdb
-    import shlex
-    import textwrap
+    import statistics
+    import timeit
+    import unittest
 
+    chosen = [heapq.__about__, inspect.getdoc(pdb), inspect.getdoc(difflib.SequenceMatcher)]
+    chosen += map(inspect.getdoc, (argparse, statistics, difflib.Differ, timeit, unittest))
+    return chosen
+
+
+def smollm2(name: str, texts: Callable[[], list[str]], options: argparse.Namespace) -> Case:
+    """The first PROMPT ids of texts, gone on with."""
     from transformers import AutoTokenizer
 
     folder = exported(options.smollm2, options.folder)
-    code = [inspect.getsource(each) for each in (textwrap.TextWrapper, shlex.shlex)]
-    code += [inspect.getsource(parsing.HelpFormatter), inspect.getsource(heapq)]
-    prose = [heapq.__about__, pdb.__doc__, textwrap.__doc__ + inspect.getdoc(textwrap.wrap)]
-    prose.append(inspect.getdoc(parsing))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [text for pair in zip(code, prose, strict=True) for text in pair]
-    rows = [tokenizer.encode(text)[:PROMPT] for text in texts][: max(options.batch)]
-    return Case("smollm2", folder, False, rows, LENGTH)
+    rows = [tokenizer.encode(text)[:PROMPT] for text in texts()]
+    return Case(name, folder, False, rows, LENGTH, gguf=Path(options.smollm2))
 
 
 CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
     "t5_base": t5_base,
     "g2p": lambda options: of_run("g2p", options.g2p, options, 40),
     "restore": lambda options: of_run("restore", options.restore, options, 192),
-    "smollm2": smollm2,
+    "heads": lambda options: of_run("heads", options.heads, options, 192),
+    "code": lambda options: smollm2("code", code, options),
+    "prose": lambda options: smollm2("prose", prose, options),
 }
+# The option that names a case's checkpoint.
+CHECKPOINT = {name: name for name in ("g2p", "restore", "heads")}
+CHECKPOINT |= {"code": "smollm2", "prose": "smollm2"}
+OF_SMOLLM2 = (("lookup", 8), ("lookup", 0), ("recycling", 16), ("lookup+recycling", 16))
 DRAFTERS = {
     "t5_base": (),
     "g2p": (("lookup", 8), ("recycling", 16)),
     "restore": (("lookup", 8), ("lookup", 16), ("lookup", 0)),
-    "smollm2": (("lookup", 8), ("lookup", 0), ("recycling", 16), ("lookup+recycling", 16)),
+    "heads": (("blockwise", 4), ("blockwise", 8), ("lookup", 8)),
+    "code": OF_SMOLLM2,
+    "prose": OF_SMOLLM2,
 }
 
 
 def entrants(case: Case, threads: int) -> list[System]:
     """Every system, ours in its plain form first."""
     model = systems.loaded(case.folder)
+    if case.run:
+        model = systems.restored(case.run, model.stops)
     made = [System(OURS, lambda: systems.ours(case, model, "plain"))]
     for name, width in DRAFTERS[case.name]:
         label = f"{OURS}, {name} {width or 'auto'}"
@@ -130,6 +169,12 @@ def entrants(case: Case, threads: int) -> list[System]:
         layers = model.cfg.decoder.layers // 4
         early = lambda: theirs(assistant_early_exit=layers)
         made.append(System(f"transformers, assisted by {layers} layers", early, alone=True))
+    if case.gguf and importlib.util.find_spec("llama_cpp"):
+        for label, float32 in ("float32", True), ("the file's bits", False):
+            theirs = lambda float32=float32: systems.llama_cpp(
+                case, model.stops, threads, float32=float32
+            )
+            made.append(System(f"llama.cpp, {label}", theirs, alone=True))
     return made
 
 
@@ -152,10 +197,19 @@ def entered(case: Case, batch: int, asked: list[System]) -> tuple[list[Entered],
         print(f"{label}: {system.name} gets ready", flush=True)
         try:
             write = system.make()
-            running.append(Entered(system.name, write, write(case.rows[:batch]), [], []))
+            running.append(Entered(system.name, write, written(case, batch, write), [], []))
         except Exception as error:  # of any library, and for any reason: it becomes a row
             failed.append(report.Row(label, system.name, "tokens/s", None, str(error)[:80]))
     return running, failed
+
+
+def written(case: Case, batch: int, write: Write) -> list[list[int]]:
+    """Texts of the case, `batch` of them at a time."""
+    alone = 1 if case.forced else ALONE
+    rows = case.rows[: batch if batch > 1 else alone]
+    if hasattr(write, "calls"):
+        write.calls = 0
+    return [ids for first in range(0, len(rows), batch) for ids in write(rows[first:][:batch])]
 
 
 def measure(case: Case, batch: int, rounds: int, asked: list[System]) -> list[report.Row]:
@@ -166,7 +220,7 @@ def measure(case: Case, batch: int, rounds: int, asked: list[System]) -> list[re
         random.Random(number).shuffle(order)
         for each in order:
             begin, work = time.perf_counter(), time.process_time()
-            each.write(case.rows[:batch])
+            written(case, batch, each.write)
             each.worked.append(time.process_time() - work)
             each.seconds.append(time.perf_counter() - begin)
         left = (time.monotonic() - began) / (number + 1) * (rounds - number - 1)
@@ -193,6 +247,7 @@ def told(label: str, each: Entered, plain: Entered) -> list[report.Row]:
     }
     if hasattr(each.write, "calls"):
         values["calls"] = each.write.calls
+        values["tokens per call, of all rows"] = tokens / each.write.calls
     return [report.Row(label, each.name, key, round(float(x), 4)) for key, x in values.items()]
 
 
@@ -207,13 +262,14 @@ def main() -> None:
     add("--rounds", type=int, default=7)
     add("--only", nargs="*", help="systems whose names contain one of these; plain is always there")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    for case in ("g2p", "restore", "smollm2"):
-        add(f"--{case}", metavar="PATH", help=f"the checkpoint of case {case}")
+    for case in ("g2p", "restore", "heads", "smollm2"):
+        add(f"--{case}", metavar="PATH", help="the checkpoint of cases above")
     add("--json", help="also write the rows to this file")
     options = parser.parse_args()
     for name in options.cases:
-        if name != "t5_base" and getattr(options, name) is None:
-            parser.error(f"case {name} needs --{name}=PATH")
+        given = CHECKPOINT.get(name)
+        if given and getattr(options, given) is None:
+            parser.error(f"case {name} needs --{given}=PATH")
     if not 1 <= min(options.batch) <= max(options.batch) <= CONTINUED:
         parser.error(f"--batch must be in 1..{CONTINUED}")
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,8 @@ class Case(NamedTuple):
     """Inputs of one model, to be continued by `length` tokens, or to EOS unless `forced`.
 
     folder is a Hugging Face folder; rows are the encoder's inputs or, without a pair, prompts. half
-    says that the weights are numbers of float16, so that they may be kept in it.
+    says that the weights are numbers of float16, so that they may be kept in it. gguf is the file
+    that folder was made of, if it was; run a run folder whose heads are not in it.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Case(NamedTuple):
     length: int
     forced: bool = False
     half: bool = False
+    gguf: Path | None = None
+    run: str | None = None
 
 
 class Model(NamedTuple):
@@ -100,8 +103,17 @@ def loaded(folder: Path) -> Model:
     return Model(cfg, decoding.prepare(cfg, params), stops)
 
 
+def restored(run: str, stops: tuple[int, ...]) -> Model:
+    """Our model of a run folder, with its heads."""
+    from t5x_lite import decoding
+    from t5x_lite.training import restore
+
+    found = restore.restore(run)
+    return Model(found.run.model, decoding.prepare(found.run.model, found.params), stops)
+
+
 def ours(case: Case, model: Model, decoder: str, width: int = 0) -> Write:
-    """t5x_lite with a drafter by name; counts calls in `write.calls`."""
+    """t5x_lite with a drafter by name; adds its calls to `write.calls`."""
     from t5x_lite import config, decoding
     from t5x_lite.evaluation.drafting import Drafters
 
@@ -114,10 +126,11 @@ def ours(case: Case, model: Model, decoder: str, width: int = 0) -> Write:
         asked = decoding.request(model.cfg, rows, decode, eos=eos)
         drafting = drafters.ready(asked, decode)
         found = decoding.generate(model.cfg, model.params, asked, decode, drafting)
-        write.calls = found.calls
+        write.calls += found.calls
         each = zip(found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
         return [cut(ids[:length], () if case.forced else model.stops) for ids, length in each]
 
+    write.calls = 0
     return write
 
 
@@ -153,6 +166,33 @@ def ctranslate2(case: Case, compute_type: str, threads: int) -> Write:
         return [back(each.sequences[0]) for each in found]
 
     return write
+
+
+def llama_cpp(case: Case, stops: Sequence[int], threads: int, float32: bool) -> Write:
+    """llama.cpp, one row after the other, with the file's own bits or with what they stand for."""
+    import ctypes
+
+    import llama_cpp as library
+
+    file = case.gguf
+    if float32:
+        file = case.folder.parent / f"{case.gguf.stem}-float32.gguf"
+        if not file.exists():
+            how = library.llama_model_quantize_default_params()
+            how.ftype, how.allow_requantize = library.LLAMA_FTYPE_ALL_F32, True
+            names = (str(path).encode() for path in (case.gguf, file))
+            library.llama_model_quantize(*names, ctypes.byref(how))
+    slots = max(map(len, case.rows)) + case.length
+    both = {"n_threads": threads, "n_threads_batch": threads}
+    model = library.Llama(str(file), n_ctx=slots, n_batch=slots, **both, verbose=False)
+
+    def one(row: Ids) -> Ids:
+        # Otherwise the prompt that is still in its cache would cost nothing the second time.
+        model.reset()
+        tokens = model.generate(row, temp=0.0, top_k=1)
+        return cut([token for token, _ in zip(tokens, range(case.length), strict=False)], stops)
+
+    return lambda rows: [one(row) for row in rows]
 
 
 def transformers(case: Case, stops: Sequence[int], threads: int, **options: Any) -> Write:
