@@ -26,8 +26,9 @@ CHEAP = (1.0, 1.3, 1.6)
 LENGTH = 60
 
 
-def priced(seconds=CHEAP, drafter=None, blind=False):
-    return widths.Priced(np.array(seconds, np.float32), np.bool_(blind), drafter)
+def priced(seconds=CHEAP, drafter=None, blind=False, plain=None):
+    plain = np.float32(seconds[0] if plain is None else plain)
+    return widths.Priced(np.array(seconds, np.float32), plain, np.bool_(blind), drafter)
 
 
 def adaptive(floor):
@@ -125,8 +126,9 @@ def counting():
     return table_target(table)
 
 
-def chosen(right, seconds=CHEAP, floor=8, limit=LENGTH, blind=False):
-    """The width of every call, while rows are written with guesses that are right where told."""
+def chosen(right, seconds=CHEAP, floor=8, limit=LENGTH, blind=False, plain=None):
+    """The width of every call, while rows are written with guesses that are right where told; 0
+    where nothing was guessed."""
     use_one_device()
     made = widths.Adaptive(Truth(), (1, 3, 8), floor, 0.25 if floor == 8 else 0.6)
     rows = len(right)
@@ -135,7 +137,7 @@ def chosen(right, seconds=CHEAP, floor=8, limit=LENGTH, blind=False):
     prompts = protocol.Prompts(np.zeros((rows, 1), np.int32), np.ones(rows, np.int32))
     limits = np.broadcast_to(np.array(limit, np.int32), (rows,)) + 1
     given = generation.place((prompts, limits, script))
-    price = priced(seconds, None, blind)
+    price = priced(seconds, None, blind, plain)
 
     def setting(given):
         prompts, limits, script = given
@@ -149,13 +151,16 @@ def chosen(right, seconds=CHEAP, floor=8, limit=LENGTH, blind=False):
         return widths.decided(asked, made, state)
 
     def one(number, given, state):
+        if number == widths.RESTING:
+            return widths.plain_call(setting(given), made, acceptance.Exact(), state)
         return widths.one_call(setting(given), made, acceptance.Exact(), number, state)
 
-    calls = [jax.jit(lambda given, state, n=n: one(n, given, state)) for n in range(3)]
+    numbers = range(widths.RESTING, 3)
+    calls = {n: jax.jit(lambda given, state, n=n: one(n, given, state)) for n in numbers}
     state, found = jax.jit(opened)(given), []
     while not bool(state.done.all()):
         number = int(state.memory.width)
-        found.append(made.widths[number])
+        found.append(0 if number == widths.RESTING else made.widths[number])
         state = calls[number](given, state)
     for row, written in enumerate(np.asarray(state.tokens)):
         length = int(limits[row])
@@ -178,6 +183,18 @@ def test_guesses_that_always_hold_are_verified_at_full_width(floor):
     found = chosen(np.ones((1, LENGTH)), floor=floor)
     assert found.count(8) >= 6
     assert len(found) <= 12
+
+
+@pytest.mark.parametrize("right", [0.0, 0.3, 1.0])
+def test_where_guessing_itself_is_dear_the_drafter_rests(right):
+    price = {0: 1.0, 1: 1.3, 3: 1.5, 8: 1.8}
+    script = np.random.default_rng(5).random((1, LENGTH + 30)) < right
+    found = chosen(script, (1.3, 1.5, 1.8), plain=1.0)
+    if right == 1:
+        assert found.count(8) >= 6 and len(found) <= 12
+        return
+    assert found.count(0) > LENGTH / 2 and len(found) - found.count(0) >= 4
+    assert sum(price[width] for width in found) <= 1.05 * LENGTH
 
 
 def test_what_costs_too_much_is_not_verified():
@@ -273,10 +290,11 @@ def test_prices_are_those_of_calls_and_not_of_the_noise_of_what_comes_before(
     """An opening that takes up to a tenth more, as those of small models do on busy machines."""
     use_one_device()
     length, drafter = 200, widths.Adaptive(lookup.Lookup(chain(4)), (1, 4), 4)
-    prices, draw, clock = np.array([call, 5 * call]), np.random.default_rng(0), [0.0]
+    prices, draw, clock = np.array([call, 2 * call, 5 * call]), np.random.default_rng(0), [0.0]
 
     def generate(cfg, params, rows, decode, drafting):
-        width = int(np.argmin(drafting.weights.seconds))
+        told = drafting.weights
+        width = int(np.argmin([told.plain, *told.seconds]))
         clock[0] += opening * draw.uniform(1, 1.1) + prices[width] * (max(rows.limit) - 1)
 
     monkeypatch.setattr(costs.generation, "generate", generate)

@@ -55,9 +55,11 @@ def priced(
 def with_prices(
     drafting: generation.Drafting, seconds: list[float], blind: bool = False
 ) -> generation.Drafting:
-    """drafting whose weights, the drafter's own, are joined by prices."""
-    each = np.array(seconds, np.float32), np.bool_(blind)
-    return drafting._replace(weights=widths.Priced(*each, drafting.weights))
+    """drafting whose weights, the drafter's own, are joined by prices: of each width, and before
+    them that of a plain call, which without one is as dear as one of width 1."""
+    each = np.array(seconds[-len(drafting.drafter.widths) :], np.float32)
+    plain = np.float32(seconds[0])
+    return drafting._replace(weights=widths.Priced(each, plain, np.bool_(blind), drafting.weights))
 
 
 def measured(
@@ -67,17 +69,19 @@ def measured(
     decode: config.Decode,
     drafting: generation.Drafting,
 ) -> list[float]:
-    """Seconds of a call at each width of the drafter, in ascending order of widths.
+    """Seconds of a call at each width of the drafter, in ascending order of widths; before them
+    those of a call for which nothing is guessed, where the drafter can rest.
 
     Never less for a wider block than for a narrower one: that would be noise.
     """
-    count = len(drafting.drafter.widths)
+    count = len(drafting.drafter.widths) + drafting.drafter.is_ahead
     never = -1 if isinstance(request.eos, int) else np.full_like(request.eos, -1)
     request = request._replace(eos=never)
     most = max(min(decode.length, int(np.max(request.limit))) - 1, 1)
 
     def one(number: int, calls: int) -> float:
         """Seconds of the opening (encoder, prefill, first token) and of so many calls."""
+        # With no width at any price, the drafter rests.
         forced = [1.0 if place == number else np.inf for place in range(count)]
         blind = with_prices(drafting, forced, blind=True)
         rows = request._replace(limit=np.minimum(request.limit, calls + 1))
@@ -125,6 +129,7 @@ def key(
         (device.platform, device.device_kind, jax.device_count(), platform.node(), os.cpu_count()),
         jax.sharding.get_abstract_mesh().shape_tuple,
         jax.__version__,
+        drafting.drafter.is_ahead,
     )
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
 

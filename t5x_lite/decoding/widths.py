@@ -4,6 +4,9 @@
 The price of a call is measured for every width (`costs`); how often guesses hold is counted on the
 device, row by row. One call has one width for all rows; the text does not depend on it.
 
+Guessing has a price too, which of a small model is a good part of a call's: where no call can be
+afforded with it, one is made without (`RESTING`).
+
 b rows    n widths    w nodes of the widest block    D its depth
 """
 
@@ -28,15 +31,19 @@ FOLLOWING, WEIGHT = 0.75, 1.0
 # How much longer than plain decoding the slowest row may take, by the prices: 3 % and 1.2 tokens,
 # which makes 5 % of 60 tokens whatever the guesses are worth.
 SLACK, START = 0.03, 1.2
+# The number of the width of a call for which nothing is guessed.
+RESTING = -1
 
 
 class Priced(NamedTuple):
-    """The weights of an Adaptive: seconds of a call at each width, and its drafter's weights.
+    """The weights of an Adaptive: seconds of a call at each width, of one for which nothing is
+    guessed (`plain`), and its drafter's weights.
 
     With blind every guess is taken for wrong, which is how prices are measured.
     """
 
     seconds: Float[Array, " n"]
+    plain: Float[Array, ""]
     blind: Bool[Array, ""]
     drafter: Any = None
 
@@ -46,7 +53,7 @@ class Tracked(NamedTuple):
 
     right and judged [b 2] count first guesses, and guesses after one that held; older calls count
     less. width [] numbers the width of the next call; spent [] is the price of all calls so far, in
-    calls of width 1.
+    plain calls.
     """
 
     drafter: Any
@@ -64,7 +71,8 @@ class Adaptive:
     floor is the width it always guesses for, whatever is verified: 1 lets it rest while it does
     not pay; a drafter with a cache of its own, which must keep up, needs 2. At the whole width (for
     guesses that cost next to nothing) the guesses come first and the choice knows of them: where
-    there are none, or none that has proved right lately, nothing is verified.
+    there are none, or none that has proved right lately, nothing is verified. Where even they cost
+    more than they bring, it rests.
     first is how often a first guess is expected to hold before anything is known.
 
     The memory of the drafter must not depend on its tree, and dataclasses.replace(drafter, tree=)
@@ -141,9 +149,10 @@ def run(setting: Setting, adaptive: Adaptive, accept: acceptance.Acceptance, sta
     going = functools.partial(loop.goes_on, setting.rules)
 
     def through(state: State) -> State:
-        for number in range(len(adaptive.widths)):
+        for number in range(RESTING if adaptive.is_ahead else 0, len(adaptive.widths)):
             chosen = lambda state, number=number: going(state) & (state.memory.width == number)
-            call = lambda state, number=number: one_call(setting, adaptive, accept, number, state)
+            made = plain_call if number == RESTING else functools.partial(one_call, number=number)
+            call = lambda state, made=made: made(setting, adaptive, accept, state=state)
             state = jax.lax.while_loop(chosen, call, state)
         return state
 
@@ -178,6 +187,19 @@ def one_call(
     tree = Tree(adaptive.tree.parents[: draft.tokens.shape[1] + 1])
     tracked = counted(tracked._replace(drafter=memory), tree, draft, verdict)
     return decided(setting, adaptive, state._replace(memory=tracked))
+
+
+def plain_call(
+    setting: Setting, adaptive: Adaptive, accept: acceptance.Acceptance, state: State
+) -> State:
+    """One iteration for which nothing is guessed, and the width of the next."""
+    asked = Asked(Tree(adaptive.tree.parents[:1]), adaptive.top, adaptive.middle)
+    nothing = Draft(state.root[:, None][:, :0])
+    verdict, cache = loop.verify(setting, asked, accept, state, nothing)
+    state = loop.commit(state._replace(cache=cache), asked.tree, verdict, setting.rules)
+    tracked = state.memory
+    memory = adaptive.cut(1).observe(own(setting), tracked.drafter, state, verdict)
+    return decided(setting, adaptive, state._replace(memory=tracked._replace(drafter=memory)))
 
 
 class Asked(NamedTuple):
@@ -232,23 +254,42 @@ def counted(tracked: Tracked, tree: Tree, draft: Draft, verdict: Verdict) -> Tra
 
 def decided(setting: Setting, adaptive: Adaptive, state: State) -> State:
     """state with the width of the next call chosen, and its guesses where they come first."""
-    tracked, ahead = state.memory, None
-    if adaptive.is_ahead:
+    tracked = state.memory
+    if not adaptive.is_ahead:
+        return state._replace(memory=weighed(setting, adaptive, tracked, state))
+
+    def guessed(tracked: Tracked) -> Tracked:
         ahead, memory = guesses(setting, adaptive.drafter, tracked.drafter, state)
         tracked = tracked._replace(drafter=memory, ahead=ahead)
-    gain = jnp.where(state.done[:, None], 0, expected(setting, adaptive, tracked, state))
+        return weighed(setting, adaptive, tracked, state)
+
+    if tracked.ahead is None:
+        return state._replace(memory=guessed(tracked))
+    rested = lambda tracked: tracked._replace(width=jnp.int32(RESTING), spent=tracked.spent + 1)
+    rests = tracked.spent + jnp.min(prices(setting)) > allowance(setting, state)
+    return state._replace(memory=jax.lax.cond(rests, rested, guessed, tracked))
+
+
+def prices(setting: Setting) -> Float[Array, " n"]:
+    """The price of a call at each width, in plain calls; infinity rules a width out."""
     seconds = jnp.asarray(setting.weights.seconds)
-    # Prices of infinity rule a width out; of equal ones the narrowest is taken.
-    total = tracked.spent + jnp.where(jnp.isfinite(seconds), seconds / seconds[0], jnp.inf)
+    return jnp.where(jnp.isfinite(seconds), seconds / setting.weights.plain, jnp.inf)
+
+
+def weighed(setting: Setting, adaptive: Adaptive, tracked: Tracked, state: State) -> Tracked:
+    """tracked with the width chosen of which most is expected for its price, the narrowest of
+    equal ones, and paid for."""
+    gain = jnp.where(state.done[:, None], 0, expected(setting, adaptive, tracked, state))
+    total = tracked.spent + prices(setting)
     affordable = (total <= allowance(setting, state)) | (np.arange(len(adaptive.widths)) == 0)
-    worth = jnp.where(affordable, jnp.sum(gain, axis=0) / seconds, -1)
-    width = jnp.argmax(worth).astype(jnp.int32)
-    return state._replace(memory=tracked._replace(width=width, spent=total[width]))
+    worth = jnp.sum(gain, axis=0) / jnp.asarray(setting.weights.seconds)
+    width = jnp.argmax(jnp.where(affordable, worth, -1)).astype(jnp.int32)
+    return tracked._replace(width=width, spent=total[width])
 
 
 def allowance(setting: Setting, state: State) -> Float[Array, ""]:
-    """What the calls up to the next may cost, in calls of width 1: about what plain decoding would
-    have cost the row that is least far. A call of width 1 is always within it, and adds to it."""
+    """What the calls up to the next may cost, in plain calls: about what plain decoding would have
+    cost the row that is least far. A plain call is always within it, and adds to it."""
     written = state.length + 2 - setting.prompts.length
     least = jnp.min(jnp.where(state.done, jnp.iinfo(jnp.int32).max, written))
     return (1 + SLACK) * least + START
