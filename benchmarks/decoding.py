@@ -171,10 +171,10 @@ def entrants(case: Case, threads: int) -> list[System]:
         made.append(System(f"transformers, assisted by {layers} layers", early, alone=True))
     if case.gguf and importlib.util.find_spec("llama_cpp"):
         for label, float32 in ("float32", True), ("the file's bits", False):
-            theirs = lambda float32=float32: systems.llama_cpp(
+            make = lambda float32=float32: systems.llama_cpp(
                 case, model.stops, threads, float32=float32
             )
-            made.append(System(f"llama.cpp, {label}", theirs, alone=True))
+            made.append(System(f"llama.cpp, {label}", make, alone=True))
     return made
 
 

@@ -302,6 +302,7 @@ def test_prices_are_those_of_calls_and_not_of_the_noise_of_what_comes_before(
     greedy = dataclasses.replace(GREEDY, length=length)
     request = decoding.request(JOINED, EXAMPLES, greedy)
     found = costs.measured(JOINED, None, request, greedy, decoding.Drafting(drafter))
+    prices[1] = min(prices[1], prices[0] + costs.GUESSING)
     np.testing.assert_allclose(found, prices, rtol=0.15)
 
 
