@@ -38,6 +38,7 @@ def adaptive(floor):
 CASES = {
     "each": Drafted(adaptive(1), lambda kind: priced(), ("pair",)),
     "ahead": Drafted(adaptive(8), lambda kind: priced(), ("joined",)),
+    "resting": Drafted(adaptive(8), lambda kind: priced((1.9, 2.0, 2.1), plain=1.0), ("pair",)),
 }
 JOINED = KINDS["joined"]
 # Drafters of other kinds: with the model's own cache, one of their own, a tree.
@@ -69,7 +70,7 @@ SOME = [law for law in WHOLE if law.__name__.startswith(("greedy", "sampled", "l
 
 @pytest.mark.parametrize(
     "name, law",
-    [*(("ahead", law) for law in WHOLE), *(("each", law) for law in SOME)],
+    [*(("ahead", law) for law in WHOLE), *((n, law) for n in ("each", "resting") for law in SOME)],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_laws(name, law):
