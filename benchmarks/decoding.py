@@ -86,7 +86,6 @@ def of_run(name: str, checkpoint: str, options: argparse.Namespace, length: int)
 
 def code() -> list[str]:
     """Eight classes of Python's library."""
-    import argparse
     import cmd
     import configparser
     import fractions
@@ -102,7 +101,6 @@ def code() -> list[str]:
 
 def prose() -> list[str]:
     """Eight chapters of its documentation."""
-    import argparse
     import difflib
     import heapq
     import inspect
