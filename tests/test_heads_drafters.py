@@ -199,7 +199,7 @@ def test_heads_may_have_their_width_chosen(name, widths):
     kind = CASES[name].kinds[0]
     use_one_device()
     chosen = adaptive.Adaptive(CASES[name].drafter, widths)
-    weights = adaptive.Priced(np.array((1, 1.2), np.float32), np.bool_(False))
+    weights = adaptive.Priced(np.array((1, 1.2), np.float32), np.float32(1), np.bool_(False))
     same(write(kind, GREEDY, decoding.Drafting(chosen, weights)), write(kind, GREEDY))
 
 
