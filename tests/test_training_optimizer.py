@@ -61,9 +61,11 @@ def ours(names, weight, gradients, rate=0.1, **settings):
     ("names", "shape", "rows", "columns"),
     [
         ("vocab embed", (130, 128), (1,), (0,)),
+        ("vocab encoder_embed", (130, 128), (1,), (0,)),
         ("embed mlp", (128, 140), (0,), (1,)),
         ("embed heads head_dim", (128, 4, 32), (0,), (1, 2)),
         ("heads head_dim embed", (4, 32, 128), (2,), (0, 1)),
+        ("encoder_embed kv_heads head_dim", (128, 4, 32), (0,), (1, 2)),
         ("embed heads head_dim", (128, 3, 32), None, None),
         ("embed mlp", (64, 256), None, None),
         ("norm", (256,), None, None),
@@ -104,6 +106,19 @@ def test_a_factored_moment_is_one_row_and_one_column():
     assert moment.rows.shape == (2, 128, 1)
     assert moment.columns.shape == (2, 1, 256)
     assert moment.whole is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_a_model_is_factored_and_nothing_else(family):
+    sharding.use_mesh(config.Mesh())
+    cfg = toy_model("pair", **FAMILIES[family])
+    axes = model.axes(cfg)
+    settings = adafactor.Settings(min_dim_factored=1)
+    made = adafactor.adafactor(optax.constant_schedule(0.1), axes, settings)
+    state = jax.eval_shape(made.init, model.shapes(cfg))
+    moments = jax.tree.structure(axes).flatten_up_to(state.moments)
+    for names, moment in zip(jax.tree.leaves(axes), moments, strict=True):
+        assert (moment.whole is None) == optimizer.decays(names), names
 
 
 def test_a_zero_gradient_moves_nothing():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adafactor as T5 was trained with (Shazeer and Stern, 2018; t5x/adafactor.py).
 
-A weight is seen as a matrix whose rows are its "embed" axis and whose columns are all its other
-axes joined; the running mean of its squared gradient is kept as one vector of row means and one of
+A weight is seen as a matrix whose rows are its axis of a tower's width and whose columns are all
+its other axes joined; the running mean of its squared gradient is kept as one vector of row means and one of
 column means. No array is reshaped for it: means are taken over several axes at once, so weights and
 statistics may be split over any mesh. The leading axis of stacked layers is a batch of weights.
 """
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+ROWS = frozenset(("embed", "encoder_embed"))
 COLUMNS = frozenset(("vocab", "mlp", "heads", "kv_heads", "head_dim"))
 
 
@@ -59,7 +60,7 @@ def split_axes(names: str) -> Axes:
     """Where rows and columns are in "layers embed heads head_dim"; both empty if not a matrix."""
     axes = names.split()
     weight = tuple(i for i, axis in enumerate(axes) if axis != "layers")
-    rows = tuple(i for i in weight if axes[i] == "embed")
+    rows = tuple(i for i in weight if axes[i] in ROWS)
     columns = tuple(i for i in weight if axes[i] in COLUMNS)
     matrix = rows and columns and len(rows) + len(columns) == len(weight)
     return Axes(rows, columns, weight) if matrix else Axes((), (), weight)
