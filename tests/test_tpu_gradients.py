@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a step compiled for TPU reads split weights and sums their gradients: no copy of them all,
-and each device takes its part.
+and each device takes its part. What the optimizer then does with them.
 """
 
 import functools
@@ -24,9 +24,9 @@ TINY = [
     "config.Stack.layers=2",
     "BATCH_SIZE=16",
     'TASK_FEATURE_LENGTHS={"inputs":64,"targets":64}',
-    "config.Mesh.data=2",
-    "config.Mesh.fsdp=2",
+    "config.Mesh.data=-1",
 ]
+SPLIT = "config.Mesh.fsdp=2"
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,9 @@ def no_mesh_left():
 
 
 @functools.cache
-def program():
+def program(*bindings: str):
     """The compiled step: its text, and the mesh's wiring."""
-    run = config_file.load(["configs/runs/pretrain.gin"], TINY)
+    run = config_file.load(["configs/runs/pretrain.gin"], [*TINY, *bindings])
     slice_ = chips.topology("v5e:2x2")
     step = steps.training(run, compiled.devices(slice_))
     where = collectives.wiring(jax.sharding.get_mesh(), slice_)
@@ -46,7 +46,7 @@ def program():
 
 
 def test_gradients_of_split_weights_are_reduce_scattered_not_summed_whole():
-    text, where = program()
+    text, where = program(SPLIT)
     module = hlo.parse(text)
     sums = {"reduce-scatter": 0, "all-reduce": 0}
     for each in collectives.collectives(module, trips.executions(module), where):
@@ -61,9 +61,17 @@ def test_gradients_of_split_weights_are_reduce_scattered_not_summed_whole():
 
 
 def test_layers_are_read_as_they_are_kept():
-    loops = re.findall(r"= \((.*)\) while\(.*op_name=\"([^\"]*)\"", program()[0])
+    loops = re.findall(r"= \((.*)\) while\(.*op_name=\"([^\"]*)\"", program(SPLIT)[0])
     forward = [arrays for arrays, name in loops if "jvp" in name and "transpose" not in name]
     assert len(forward) == 1
     # Two layers of this device's half of the MLP: float32, and no copy in bfloat16 beside them.
     for shape in ("2,128,256", "2,256,128", "2,128,4,32"):
         assert f"f32[{shape}]" in forward[0] and f"bf16[{shape}]" not in forward[0]
+
+
+def test_the_optimizer_reads_gradients_as_they_are():
+    """In bfloat16 and in the order of the weights: none is written out again before it is used."""
+    entry = program()[0].split("\nENTRY ")[1]
+    for shape in ("2,256,256", "2,256,4,32", "2,4,32,256", "512,256", "256,512"):
+        again = rf"= \w+\[{shape}\]\S* (copy|convert)\("
+        assert f"f32[{shape}]" in entry and not re.search(again, entry), shape

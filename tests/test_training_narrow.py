@@ -32,7 +32,9 @@ def test_a_slot_has_the_gradient_and_its_own_numbers_do_not_matter():
     weight, x = jnp.arange(6.0).reshape(2, 3) / 7, jnp.ones(2, jnp.bfloat16)
 
     def loss(slot):
-        return jnp.sum(jnp.sin(x @ narrow.joined(weight, slot).read()).astype(jnp.float32))
+        return jnp.sum(
+            jnp.sin(x @ narrow.joined(weight, slot, "embed mlp").read()).astype(jnp.float32)
+        )
 
     for slot in (jnp.zeros((2, 3), jnp.bfloat16), jnp.full((2, 3), jnp.nan, jnp.bfloat16)):
         slope = jax.grad(loss)(slot)
@@ -41,17 +43,24 @@ def test_a_slot_has_the_gradient_and_its_own_numbers_do_not_matter():
         np.testing.assert_array_equal(bits(slope), bits(plain(weight.astype(jnp.bfloat16))))
 
 
-@pytest.mark.parametrize("layout", ["pair", "joined"])
-def test_the_gradient_is_that_of_narrow_weights(layout):
-    sharding.use_mesh(config.Mesh())
-    cfg = dataclasses.replace(toy_model(layout), activations="bfloat16")
+# As wide as the registers of a TPU, whose gradients are laid out on purpose.
+WIDE = dict(embed=128, head_dim=32, mlp=128, layers=1)
+
+
+@pytest.mark.parametrize("mesh", [config.Mesh(), config.Mesh(fsdp=2, tensor=2)])
+@pytest.mark.parametrize("layout, changes", [("pair", {}), ("joined", {}), ("pair", WIDE)])
+def test_the_gradient_is_that_of_narrow_weights(layout, changes, mesh):
+    sharding.use_mesh(mesh)
+    cfg = dataclasses.replace(toy_model(layout, **changes), activations="bfloat16")
     params, batch = model.initialize(cfg, jax.random.key(0)), toy_batch(layout)
     transformer = model.Transformer(cfg)
     loss = lambda params: jnp.sum(jnp.square(transformer.apply({"params": params}, batch)))
     copied = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), params)
     asked = narrow.slots(params, "bfloat16")
     expected = jax.jit(jax.value_and_grad(loss))(copied)
-    found = jax.jit(jax.value_and_grad(lambda slots: loss(narrow.joined(params, slots))))(asked)
+    found = jax.jit(
+        jax.value_and_grad(lambda slots: loss(narrow.joined(params, slots, model.axes(cfg))))
+    )(asked)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -59,5 +68,5 @@ def test_weights_of_the_right_dtype_are_asked_for_themselves():
     weights = {"a": jnp.ones(3), "b": jnp.ones(3, jnp.bfloat16)}
     asked = narrow.slots(weights, "bfloat16")
     assert asked["b"] is weights["b"] and not np.any(np.asarray(asked["a"], np.float32))
-    joined = narrow.joined(weights, asked)
+    joined = narrow.joined(weights, asked, {"a": "norm", "b": "norm"})
     assert joined["b"] is weights["b"] and joined["a"].weight is weights["a"]
