@@ -291,20 +291,40 @@ def test_prices_are_those_of_calls_and_not_of_the_noise_of_what_comes_before(
     """An opening that takes up to a tenth more, as those of small models do on busy machines."""
     use_one_device()
     length, drafter = 200, widths.Adaptive(lookup.Lookup(chain(4)), (1, 4), 4)
-    prices, draw, clock = np.array([call, 2 * call, 5 * call]), np.random.default_rng(0), [0.0]
+    prices, draw, clock = np.array([2 * call, 5 * call]), np.random.default_rng(0), [0.0]
 
     def generate(cfg, params, rows, decode, drafting):
-        told = drafting.weights
-        width = int(np.argmin([told.plain, *told.seconds]))
+        width = int(np.argmin(drafting.weights.seconds))
         clock[0] += opening * draw.uniform(1, 1.1) + prices[width] * (max(rows.limit) - 1)
 
+    def silent(drafter, length, rows, weights):
+        guesses = np.isinf(weights.plain) * np.max(rows.limit)
+        clock[0] += call * (draw.uniform(1, 1.1) + guesses)
+
     monkeypatch.setattr(costs.generation, "generate", generate)
+    monkeypatch.setattr(costs, "silent", silent)
     monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
     greedy = dataclasses.replace(GREEDY, length=length)
     request = decoding.request(JOINED, EXAMPLES, greedy)
-    found = costs.measured(JOINED, None, request, greedy, decoding.Drafting(drafter))
-    prices[1] = min(prices[1], prices[0] + costs.GUESSING)
+    plain, *found = costs.measured(JOINED, None, request, greedy, decoding.Drafting(drafter))
     np.testing.assert_allclose(found, prices, rtol=0.15)
+    np.testing.assert_allclose(found[0] - plain, call, rtol=0.15)
+
+
+@pytest.mark.parametrize(
+    "drafter, kind",
+    [(lookup.Lookup(chain(8)), "pair"), (Recycling(likeliest(8, CHANCES)), "joined")],
+)
+def test_guesses_for_a_model_that_does_nothing_are_all_made_and_none_holds(drafter, kind):
+    use_one_device()
+    drafting = decoding.Drafting(widths.Adaptive(drafter, (1, 8), 8))
+    request = decoding.request(KINDS[kind], EXAMPLES, GREEDY)
+    rows = generation.place(request._replace(eos=None))
+    for number in (widths.RESTING, 0, 1):
+        weights = costs.with_prices(drafting, costs.only(number, 2), blind=True).weights
+        calls = costs.silent(drafting.drafter, GREEDY.length, rows, weights)
+        assert calls == np.max(request.limit)
+    assert 0 <= costs.guessing(request, GREEDY, drafting) < 1
 
 
 def test_another_batch_or_drafter_has_other_prices():
