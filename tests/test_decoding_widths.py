@@ -153,7 +153,8 @@ def chosen(right, seconds=CHEAP, floor=8, limit=LENGTH, blind=False, plain=None)
 
     def one(number, given, state):
         if number == widths.RESTING:
-            return widths.plain_call(setting(given), made, acceptance.Exact(), state)
+            state = widths.plain_call(setting(given), made, acceptance.Exact(), state)
+            return widths.awake(setting(given), made, state)
         return widths.one_call(setting(given), made, acceptance.Exact(), number, state)
 
     numbers = range(widths.RESTING, 3)
@@ -242,7 +243,9 @@ def test_what_became_of_guesses_is_counted_as_in_python(seed):
     written = random.integers(0, 3, (6, 4)).astype(np.int32)
     count = random.integers(0, 5, 6).astype(np.int32)
     nothing = jnp.zeros((6, 2))
-    tracked = widths.Tracked(None, None, nothing, nothing, jnp.int32(0), jnp.float32(0))
+    tracked = widths.Tracked(
+        None, None, nothing, nothing, jnp.int32(0), jnp.float32(0), jnp.int32(0)
+    )
     verdict = protocol.Verdict(*[None] * 4, None, jnp.array(written), None, jnp.array(count))
     found = widths.counted(tracked, tree, protocol.Draft(jnp.array(guesses)), verdict)
     for row in range(6):
@@ -297,9 +300,9 @@ def test_prices_are_those_of_calls_and_not_of_the_noise_of_what_comes_before(
         width = int(np.argmin(drafting.weights.seconds))
         clock[0] += opening * draw.uniform(1, 1.1) + prices[width] * (max(rows.limit) - 1)
 
-    def silent(drafter, length, rows, weights):
-        guesses = np.isinf(weights.plain) * np.max(rows.limit)
-        clock[0] += call * (draw.uniform(1, 1.1) + guesses)
+    def silent(shape, rows, weights):
+        guesses = shape.drafter is not generation.PLAIN.drafter
+        clock[0] += call * (draw.uniform(1, 1.1) + guesses * np.max(rows.limit))
 
     monkeypatch.setattr(costs.generation, "generate", generate)
     monkeypatch.setattr(costs, "silent", silent)
@@ -322,7 +325,8 @@ def test_guesses_for_a_model_that_does_nothing_are_all_made_and_none_holds(draft
     rows = generation.place(request._replace(eos=None))
     for number in (widths.RESTING, 0, 1):
         weights = costs.with_prices(drafting, costs.only(number, 2), blind=True).weights
-        calls = costs.silent(drafting.drafter, GREEDY.length, rows, weights)
+        shape = generation.Shape(None, GREEDY.length, 1, 1, drafting.drafter, acceptance.Exact())
+        calls = costs.silent(shape, rows, weights)
         assert calls == np.max(request.limit)
     assert 0 <= costs.guessing(request, GREEDY, drafting) < 1
 

@@ -116,7 +116,7 @@ def only(number: int, count: int) -> list[float]:
 
 
 def guessing(request: Request, decode: config.Decode, drafting: generation.Drafting) -> float:
-    """Seconds that guessing before a call and choosing its width add to it.
+    """Seconds that guessing before a call and choosing its width add to one of plain decoding.
 
     Measured of a model that does nothing. Of a large one's calls it is less than their noise: a
     drafter that was thought to cost 1 ms in 28 (2 us are true) spent on looking what it may lose
@@ -125,24 +125,25 @@ def guessing(request: Request, decode: config.Decode, drafting: generation.Draft
     """
     wide = drafting.drafter
     narrow = drafting._replace(drafter=dataclasses.replace(wide, widths=(1, wide.tree.width)))
+    narrow = with_prices(narrow, only(0, 2), blind=True)
     rows = generation.place(request._replace(eos=None))
-    calls = max(int(np.max(request.limit)), 1)
 
-    def one(number: int) -> float:
-        weights = with_prices(narrow, only(number, 2), blind=True).weights
+    def one(drafting: generation.Drafting) -> float:
+        shape = generation.Shape(None, bucket(decode.length), 1, 1, drafting.drafter, Exact())
         began = time.perf_counter()
-        jax.block_until_ready(silent(narrow.drafter, bucket(decode.length), rows, weights))
+        jax.block_until_ready(silent(shape, rows, drafting.weights))
         return time.perf_counter() - began
 
-    one(0)
-    each = [(one(widths.RESTING), one(0)) for _ in range(ROUNDS)]
-    resting, guessed = np.min(each, axis=0)
-    return float(max(guessed - resting, 0.0)) / calls
+    both = generation.PLAIN, narrow
+    list(map(one, both))
+    plain, guessed = np.min([list(map(one, both)) for _ in range(ROUNDS)], axis=0)
+    return float(max(guessed - plain, 0.0)) / max(int(np.max(request.limit)), 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def silent(drafter: widths.Adaptive, length: int, request: Request, weights: widths.Priced):
-    """The calls that an Adaptive makes of a model that costs nothing, and says token 0."""
+@functools.partial(jax.jit, static_argnums=0)
+def silent(shape: generation.Shape, request: Request, weights: Any):
+    """How many calls a text takes of a model that costs nothing, and says token 0."""
+    drafter = shape.drafter
     words = np.zeros(max(drafter.top, 1), np.float32)
     nothing = Target(
         forward=lambda tokens, index, cache, tree=None: (0.0 * tokens[..., None], cache),
@@ -150,11 +151,11 @@ def silent(drafter: widths.Adaptive, length: int, request: Request, weights: wid
     )
     prompts = Prompts(request.prompts, request.prompts_length)
     rules = Rules(-1, request.prompts_length + request.limit, None)
-    slots = request.prompts.shape[1] + length + drafter.tree.width
+    slots = request.prompts.shape[1] + shape.length + drafter.tree.width
     inputs = request.inputs, request.inputs_length
     setting = Setting(nothing, rules, prompts, *inputs, weights, slots)
     state = generation.started(setting, None, slots, drafter.begin(setting))
-    return widths.run(setting, drafter, Exact(), state).calls
+    return generation.run(shape, setting, state).calls
 
 
 def key(

@@ -31,8 +31,8 @@ FOLLOWING, WEIGHT = 0.75, 1.0
 # How much longer than plain decoding the slowest row may take, by the prices: 3 % and 1.2 tokens,
 # which makes 5 % of 60 tokens whatever the guesses are worth.
 SLACK, START = 0.03, 1.2
-# The number of the width of a call for which nothing is guessed.
-RESTING = -1
+# The number of the width of a call for which nothing is guessed, and the most of them in a row.
+RESTING, LONGEST = -1, 16
 
 
 class Priced(NamedTuple):
@@ -53,7 +53,7 @@ class Tracked(NamedTuple):
 
     right and judged [b 2] count first guesses, and guesses after one that held; older calls count
     less. width [] numbers the width of the next call; spent [] is the price of all calls so far, in
-    plain calls.
+    plain calls, and of those until the call of number `until` [] for which it rests.
     """
 
     drafter: Any
@@ -62,6 +62,7 @@ class Tracked(NamedTuple):
     judged: Float[Array, "b 2"]
     width: Int[Array, ""]
     spent: Float[Array, ""]
+    until: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Adaptive:
         nothing = jnp.zeros_like(setting.prompts.length, jnp.float32)[:, None] + np.zeros(2)
         counts = nothing.astype(jnp.float32)
         memory = self.drafter.begin(own(setting))
-        return Tracked(memory, None, counts, counts, jnp.int32(0), jnp.float32(0))
+        return Tracked(memory, None, counts, counts, jnp.int32(0), jnp.float32(0), jnp.int32(0))
 
     def propose(self, setting: Setting, memory: Tracked, state: State) -> tuple[Draft, Tracked]:
         """The widest block, for a loop that knows of no widths."""
@@ -149,14 +150,35 @@ def run(setting: Setting, adaptive: Adaptive, accept: acceptance.Acceptance, sta
     going = functools.partial(loop.goes_on, setting.rules)
 
     def through(state: State) -> State:
-        for number in range(RESTING if adaptive.is_ahead else 0, len(adaptive.widths)):
+        if adaptive.is_ahead:
+            state = rested(setting, adaptive, accept, state)
+        for number in range(len(adaptive.widths)):
             chosen = lambda state, number=number: going(state) & (state.memory.width == number)
-            made = plain_call if number == RESTING else functools.partial(one_call, number=number)
-            call = lambda state, made=made: made(setting, adaptive, accept, state=state)
+            call = lambda state, number=number: one_call(setting, adaptive, accept, number, state)
             state = jax.lax.while_loop(chosen, call, state)
         return state
 
     return jax.lax.while_loop(going, through, opened(setting, adaptive, state))
+
+
+def rested(
+    setting: Setting, adaptive: Adaptive, accept: acceptance.Acceptance, state: State
+) -> State:
+    """state after the calls for which nothing is guessed, if there are to be some now."""
+
+    def rests(state: State):
+        resting = (state.memory.width == RESTING) & (state.calls < state.memory.until)
+        return loop.goes_on(setting.rules, state) & resting
+
+    call = functools.partial(plain_call, setting, adaptive, accept)
+    return awake(setting, adaptive, jax.lax.while_loop(rests, call, state))
+
+
+def awake(setting: Setting, adaptive: Adaptive, state: State) -> State:
+    """state with the width of the next call chosen where a rest is over."""
+    over = (state.memory.width == RESTING) & (state.calls >= state.memory.until)
+    decide = lambda tracked: decided(setting, adaptive, state._replace(memory=tracked)).memory
+    return state._replace(memory=jax.lax.cond(over, decide, lambda same: same, state.memory))
 
 
 def opened(setting: Setting, adaptive: Adaptive, state: State) -> State:
@@ -192,14 +214,14 @@ def one_call(
 def plain_call(
     setting: Setting, adaptive: Adaptive, accept: acceptance.Acceptance, state: State
 ) -> State:
-    """One iteration for which nothing is guessed, and the width of the next."""
+    """One iteration for which nothing is guessed."""
     asked = Asked(Tree(adaptive.tree.parents[:1]), adaptive.top, adaptive.middle)
     nothing = Draft(state.root[:, None][:, :0])
     verdict, cache = loop.verify(setting, asked, accept, state, nothing)
     state = loop.commit(state._replace(cache=cache), asked.tree, verdict, setting.rules)
     tracked = state.memory
     memory = adaptive.cut(1).observe(own(setting), tracked.drafter, state, verdict)
-    return decided(setting, adaptive, state._replace(memory=tracked._replace(drafter=memory)))
+    return state._replace(memory=tracked._replace(drafter=memory))
 
 
 class Asked(NamedTuple):
@@ -265,9 +287,13 @@ def decided(setting: Setting, adaptive: Adaptive, state: State) -> State:
 
     if tracked.ahead is None:
         return state._replace(memory=guessed(tracked))
-    rested = lambda tracked: tracked._replace(width=jnp.int32(RESTING), spent=tracked.spent + 1)
-    rests = tracked.spent + jnp.min(prices(setting)) > allowance(setting, state)
-    return state._replace(memory=jax.lax.cond(rests, rested, guessed, tracked))
+    owed = tracked.spent + jnp.min(prices(setting)) - allowance(setting, state)
+    # Every plain call is allowed to cost SLACK more than it does: in so many the next is paid for.
+    count = jnp.ceil(jnp.clip(owed / SLACK, 1, LONGEST)).astype(jnp.int32)
+    resting = lambda tracked: tracked._replace(
+        width=jnp.int32(RESTING), spent=tracked.spent + count, until=state.calls + count
+    )
+    return state._replace(memory=jax.lax.cond(owed > 0, resting, guessed, tracked))
 
 
 def prices(setting: Setting) -> Float[Array, " n"]:
