@@ -60,14 +60,13 @@ def by_rows(slot: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slotted:
-    """A weight and its slot, of one shape; whether it belongs to a layer, which a scan stacks."""
+    """A weight and its slot, of one shape."""
 
     weight: Any
     slot: Any
-    layer: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def read(self) -> jax.Array:
-        return read(self.weight, by_rows(self.slot) if self.layer else self.slot)
+        return read(self.weight, by_rows(self.slot))
 
 
 def slots(weights: Any, dtype: str) -> Any:
@@ -77,12 +76,7 @@ def slots(weights: Any, dtype: str) -> Any:
     return jax.tree.map(own, weights)
 
 
-def joined(weights: Any, slots: Any, axes: Any) -> Any:
-    """The weights as the model reads them, each with its slot; axes are their axes' names."""
-
-    def join(weight, slot, names: str):
-        if slot.dtype == weight.dtype:
-            return slot
-        return Slotted(weight, slot, "layers" in names.split())
-
-    return jax.tree.map(join, weights, slots, axes)
+def joined(weights: Any, slots: Any) -> Any:
+    """The weights as the model reads them, each with its slot."""
+    join = lambda weight, slot: slot if slot.dtype == weight.dtype else Slotted(weight, slot)
+    return jax.tree.map(join, weights, slots)

@@ -29,12 +29,11 @@ def test_reading_rounds_as_a_cast_does():
 
 
 def test_a_slot_has_the_gradient_and_its_own_numbers_do_not_matter():
+    sharding.use_mesh(config.Mesh())
     weight, x = jnp.arange(6.0).reshape(2, 3) / 7, jnp.ones(2, jnp.bfloat16)
 
     def loss(slot):
-        return jnp.sum(
-            jnp.sin(x @ narrow.joined(weight, slot, "embed mlp").read()).astype(jnp.float32)
-        )
+        return jnp.sum(jnp.sin(x @ narrow.joined(weight, slot).read()).astype(jnp.float32))
 
     for slot in (jnp.zeros((2, 3), jnp.bfloat16), jnp.full((2, 3), jnp.nan, jnp.bfloat16)):
         slope = jax.grad(loss)(slot)
@@ -58,9 +57,7 @@ def test_the_gradient_is_that_of_narrow_weights(layout, changes, mesh):
     copied = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), params)
     asked = narrow.slots(params, "bfloat16")
     expected = jax.jit(jax.value_and_grad(loss))(copied)
-    found = jax.jit(
-        jax.value_and_grad(lambda slots: loss(narrow.joined(params, slots, model.axes(cfg))))
-    )(asked)
+    found = jax.jit(jax.value_and_grad(lambda slots: loss(narrow.joined(params, slots))))(asked)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -68,5 +65,5 @@ def test_weights_of_the_right_dtype_are_asked_for_themselves():
     weights = {"a": jnp.ones(3), "b": jnp.ones(3, jnp.bfloat16)}
     asked = narrow.slots(weights, "bfloat16")
     assert asked["b"] is weights["b"] and not np.any(np.asarray(asked["a"], np.float32))
-    joined = narrow.joined(weights, asked, {"a": "norm", "b": "norm"})
+    joined = narrow.joined(weights, asked)
     assert joined["b"] is weights["b"] and joined["a"].weight is weights["a"]

@@ -83,7 +83,7 @@ def make(
     """
     selection = Selection(run.train.parts, axes)
     trained_axes = selection.take(axes)
-    differentiated = jax.value_and_grad(scored(run, selection, trained_axes, teacher), has_aux=True)
+    differentiated = jax.value_and_grad(scored(run, selection, teacher), has_aux=True)
 
     def step(state: TrainState, batch: Batch, teacher_params: Any = None):
         key = None
@@ -110,15 +110,14 @@ def make(
     return jax.jit(step, donate_argnums=() if kernels.device()[0] == "cpu" else 0)
 
 
-def scored(run: config.Run, selection: Selection, trained_axes: Any, teacher: Teacher | None):
+def scored(run: config.Run, selection: Selection, teacher: Teacher | None):
     """What is minimised, as a function of the slots of the weights that train (`narrow.slots`):
     this microbatch's part of the objective per target token of all microbatches, and its sums."""
     transformer = model.Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
 
     def objective(asked, batch: Batch, moment: Moment, total, *, frozen):
         params, teacher_params = frozen
-        joined = narrow.joined(selection.take(params), asked, trained_axes)
-        params = selection.put(params, joined)
+        params = selection.put(params, narrow.joined(selection.take(params), asked))
         taught = None
         if batch.lesson is not None:
             taught = functools.partial(
