@@ -228,6 +228,12 @@ def test_a_row_that_is_done_has_no_say():
     assert alone[6:].count(1) >= len(alone) - 10
 
 
+def test_a_row_that_is_ahead_is_not_paid_for():
+    """Two tries; then the last row decides, whose guesses are wrong."""
+    found = chosen(np.stack([np.ones(LENGTH + 30), np.zeros(LENGTH + 30)]))
+    assert len(found) == LENGTH and set(found[2:]) == {1}
+
+
 def test_no_wider_than_there_is_room():
     assert max(chosen(np.ones((1, LENGTH)), limit=1)) == 1
     assert chosen(np.ones((1, LENGTH)), limit=20)[-1] <= 8

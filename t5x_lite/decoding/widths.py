@@ -31,6 +31,9 @@ FOLLOWING, WEIGHT = 0.75, 1.0
 # How much longer than plain decoding the slowest row may take, by the prices: 3 % and 1.2 tokens,
 # which makes 5 % of 60 tokens whatever the guesses are worth.
 SLACK, START = 0.03, 1.2
+# A token of a row that is so many ahead of the last one counts 1/e of the last one's. Eight texts
+# of SmolLM2 at prices of three machines: all calls together 0.2 % more to 12 % less than without.
+AHEAD = 4.0
 # The number of the width of a call for which nothing is guessed, and the most of them in a row.
 RESTING, LONGEST = -1, 16
 
@@ -305,12 +308,19 @@ def prices(setting: Setting) -> Float[Array, " n"]:
 def weighed(setting: Setting, adaptive: Adaptive, tracked: Tracked, state: State) -> Tracked:
     """tracked with the width chosen of which most is expected for its price, the narrowest of
     equal ones, and paid for."""
-    gain = jnp.where(state.done[:, None], 0, expected(setting, adaptive, tracked, state))
+    gain = urgency(setting, state)[:, None] * expected(setting, adaptive, tracked, state)
     total = tracked.spent + prices(setting)
     affordable = (total <= allowance(setting, state)) | (np.arange(len(adaptive.widths)) == 0)
     worth = jnp.sum(gain, axis=0) / jnp.asarray(setting.weights.seconds)
     width = jnp.argmax(jnp.where(affordable, worth, -1)).astype(jnp.int32)
     return tracked._replace(width=width, spent=total[width])
+
+
+def urgency(setting: Setting, state: State) -> Float[Array, " b"]:
+    """How much a token counts in each row: rows that are written together end with the last."""
+    left = jnp.where(state.done, -1, setting.rules.limit - state.length)
+    behind = (left - jnp.max(left)).astype(jnp.float32)
+    return jnp.where(state.done, 0, jnp.exp(behind / AHEAD))
 
 
 def allowance(setting: Setting, state: State) -> Float[Array, ""]:
