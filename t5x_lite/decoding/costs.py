@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from t5x_lite import config
 from t5x_lite.decoding import generation, widths
 from t5x_lite.decoding.acceptance import Exact
-from t5x_lite.decoding.protocol import Prompts, Rules, Setting, Target
+from t5x_lite.decoding.protocol import Target
 from t5x_lite.decoding.request import Request, bucket
 
 VARIABLE = "T5X_LITE_COSTS"
@@ -149,12 +149,8 @@ def silent(shape: generation.Shape, request: Request, weights: Any):
         forward=lambda tokens, index, cache, tree=None: (0.0 * tokens[..., None], cache),
         logits=lambda hidden: hidden + words,
     )
-    prompts = Prompts(request.prompts, request.prompts_length)
-    rules = Rules(-1, request.prompts_length + request.limit, None)
-    slots = request.prompts.shape[1] + shape.length + drafter.tree.width
-    inputs = request.inputs, request.inputs_length
-    setting = Setting(nothing, rules, prompts, *inputs, weights, slots)
-    state = generation.started(setting, None, slots, drafter.begin(setting))
+    setting = generation.set_up(shape, nothing, request._replace(eos=-1), None, weights)
+    state = generation.started(setting, None, setting.slots, drafter.begin(setting))
     return generation.run(shape, setting, state).calls
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config, model, sharding
 from t5x_lite.decoding import acceptance, beam, loop, target, widths
-from t5x_lite.decoding.protocol import Drafter, Prompts, Rules, Setting, State
+from t5x_lite.decoding.protocol import Drafter, Prompts, Rules, Setting, State, Target
 from t5x_lite.decoding.request import Request, bucket
 from t5x_lite.decoding.sampling import Sampling
 
@@ -123,7 +123,7 @@ def compiled(shape: Shape, params, request: Request, draws, alpha, weights) -> R
     read = model.Read()
     if request.inputs is not None:
         read = target.read(shape.cfg, params, request.inputs, request.inputs_length)
-    setting = set_up(shape, params, request, draws, weights, read)
+    setting = set_up(shape, target.of(shape.cfg, params, read), request, draws, weights)
     prompts, rules, slots = setting.prompts, setting.rules, setting.slots
     cache = target.prefill(shape.cfg, params, read, prompts, slots)
     if shape.beams > 1:
@@ -138,10 +138,10 @@ def compiled(shape: Shape, params, request: Request, draws, alpha, weights) -> R
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
 
 
-def set_up(shape: Shape, params, request: Request, draws, weights, read: model.Read) -> Setting:
-    """What stays the same while the request, its inputs read, is decoded."""
+def set_up(shape: Shape, asked: Target, request: Request, draws, weights) -> Setting:
+    """What stays the same while the request is put to a model, its inputs read."""
     return Setting(
-        target.of(shape.cfg, params, read),
+        asked,
         Rules(request.eos, request.prompts_length + request.limit, draws),
         Prompts(request.prompts, request.prompts_length),
         request.inputs,

@@ -86,4 +86,5 @@ def advanced(shape: Shape, asked: Asked, read: model.Read, state: State, every):
 
 
 def set_up(shape: Shape, asked: Asked, read: model.Read) -> Setting:
-    return generation.set_up(shape, *asked, read)
+    reader = target.of(shape.cfg, asked.params, read)
+    return generation.set_up(shape, reader, asked.request, asked.draws, asked.weights)
