@@ -261,6 +261,8 @@ def near(name: str, names: list[str]) -> str:
 
 def explain(error: Exception, lines: list[Line]) -> str:
     """gin's words, with the file and line, and the nearest known name added."""
+    if isinstance(error, tokenize.TokenError) and "too many nested" in error.args[0]:
+        return f"{lines[-1].origin}: a value nests too deep ({error.args[0]})"  # Python 3.13's limit
     if isinstance(error, tokenize.TokenError):
         return f"{lines[-1].origin}: the config ends inside a bracket or string ({error.args[0]})"
     header = len(HEADER.splitlines())

@@ -15,7 +15,9 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
+
+from t5x_lite import compat
 
 # Seconds: between signs of life, until a silent process is lost, until others have heard of an end.
 BEAT, LOST, HEARD = 1.0, 30.0, 10.0
@@ -236,7 +238,7 @@ def joined(told: Meeting | None, command: str):
         yield
         return
     join(told, command)
-    watch = Watch(command, shared())
+    watch = Watch(command, compat.distributed_state())
     watch.start()
     try:
         yield
@@ -252,16 +254,8 @@ def joined(told: Meeting | None, command: str):
     jax.distributed.shutdown()
 
 
-def shared() -> Any:
-    """JAX's distributed state: its client holds the board, and is None for a process alone."""
-    # The board has no public door; orbax goes through this one too.
-    from jax._src import distributed
-
-    return distributed.global_state
-
-
 def several() -> bool:
-    return shared().client is not None
+    return compat.distributed_state().client is not None
 
 
 def stop_after(step: int) -> bool:
@@ -274,12 +268,12 @@ def stop_after(step: int) -> bool:
 
 def first() -> bool:
     """Whether this process is the one that writes what is written once."""
-    return shared().process_id == 0
+    return compat.distributed_state().process_id == 0
 
 
 def everyone(text: str) -> list[str]:
     """What each process says here; all of them must ask."""
-    state = shared()
+    state = compat.distributed_state()
     if state.client is None:
         return [text]
     talk = f"{TALK}{next(talks)}"

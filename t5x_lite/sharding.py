@@ -8,6 +8,7 @@ are rows of this table, not other code.
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -178,6 +179,21 @@ def batch_share() -> tuple[int, int]:
             "a multiple of the devices of a process"
         )
     return parts.index(tuple(sorted(read[jax.process_index()]))), len(parts)
+
+
+def by_rows(tree: Any) -> Any:
+    """Arrays whose first axis is the batch, each resharded to `spec("batch whole ...")`.
+
+    From jax 0.11 on, a slice or reshape whose every dimension is 1 (one row, one token) loses its
+    sharding, and what it is concatenated or mapped with has to have the same one.
+
+    Args:
+      tree: arrays [b ...]; returned unchanged where no mesh is set.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    placed = lambda x: jax.reshard(x, spec("batch" + " whole" * (x.ndim - 1)))
+    return jax.tree.map(placed, tree)
 
 
 def place(value: np.ndarray, axes: str) -> jax.Array:

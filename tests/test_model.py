@@ -108,7 +108,17 @@ def test_cached_blocks_equal_teacher_forcing(one_device, layout, prefix_lm, stac
     whole = logits_of(cfg, params, batch)
     blocks = (5, 1, 3, 2, 1)  # the first holds the prefix
     cached = decode_in_blocks(cfg, params, sharding.place_batch(batch), blocks, scan)
-    np.testing.assert_allclose(cached, whole, atol=1e-5)
+    # Normalizing queries and keys can condition a token so badly that one ulp of the weights moves
+    # its logits by more than 1e-5: no two orders of summation agree better than that.
+    nudged = np.abs(logits_of(cfg, one_ulp_away(params), batch) - whole).max()
+    np.testing.assert_allclose(cached, whole, atol=max(1e-5, nudged if cfg.decoder.qk_norm else 0))
+
+
+def one_ulp_away(params):
+    """params, each weight one unit in the last place larger or smaller."""
+    draw = np.random.default_rng(1)
+    nudge = lambda x: np.nextafter(x, draw.choice([-np.inf, np.inf], x.shape).astype(np.float32))
+    return jax.tree.map(nudge, params)
 
 
 def unpacked(batch: Batch) -> Batch:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from t5x_lite import sharding
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding.protocol import Draft, Tree
 
@@ -64,7 +65,7 @@ class Exact:
 def at_parents(tree: Tree, x: Array) -> Array:
     """x [b w ...] of each node's parent; of the root, its own."""
     parents = np.maximum(tree.parents, 0)
-    return jax.vmap(lambda row: row[parents])(x)
+    return sharding.by_rows(jax.vmap(lambda row: row[parents])(x))
 
 
 def deepest(judged: Judged, holds: Bool[Array, "b w"]) -> Accepted:
@@ -81,7 +82,7 @@ def deepest(judged: Judged, holds: Bool[Array, "b w"]) -> Accepted:
         here = np.arange(tree.width) == last
         path = jnp.sum(jnp.where(here[:, None], tree.paths, 0), axis=0)
         count = jnp.sum(jnp.where(here, tree.depth, 0)) + 1
-        guessed = block[jnp.concatenate([path[1:], path[-1:]])]
+        guessed = block[path[np.minimum(steps + 1, steps[-1])]]
         return Accepted(path, jnp.where(steps < count - 1, guessed, chosen[path]), count)
 
-    return jax.vmap(row)(reached, judged.chosen, judged.block)
+    return jax.vmap(row)(*sharding.by_rows((reached, judged.chosen, judged.block)))

@@ -18,8 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from t5x_lite import sharding
 from t5x_lite.decoding import acceptance, sampling
 from t5x_lite.decoding.protocol import (
     Draft,
@@ -75,7 +77,7 @@ def verify(
 ) -> tuple[Verdict, Any]:
     """One forward pass over root and drafts, and how far the row goes on with them."""
     target, rules, tree = setting.target, setting.rules, drafter.tree
-    block = jnp.concatenate([state.root[:, None], draft.tokens], axis=1)
+    block = jnp.concatenate(sharding.by_rows([state.root[:, None], draft.tokens]), axis=1)
     # -1 matches nothing, but embeds as some token; its keys and values are overwritten.
     cache = state.cache if draft.cache is None else draft.cache
     middle = getattr(drafter, "middle", None)
@@ -157,7 +159,8 @@ def commit(state: State, tree: Tree, verdict: Verdict, rules: Rules) -> State:
     length = state.length + count
     gain = jnp.sum(jnp.where(place < count[:, None], verdict.log_probability, 0), axis=1)
     # The token after node path[i] is node path[i + 1]'s guess where that one was accepted.
-    following = jnp.concatenate([verdict.path[:, 1:], verdict.path[:, :1] * 0], axis=1)
+    depths = np.arange(tokens.shape[1])
+    following = sharding.by_rows(verdict.path[:, np.minimum(depths + 1, depths[-1])])
     node = jnp.where(place < count[:, None] - 1, following, 0)
     first = state.length + 1
     return state._replace(

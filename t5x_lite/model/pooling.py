@@ -4,6 +4,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from t5x_lite import sharding
+
 
 def pool(x: Float[Array, "b s d"], exists: Bool[Array, "b s"], kind: str) -> Float[Array, "b d"]:
     """The mean of the tokens that exist, or the first or last of them, in float32; 0 of none."""
@@ -16,7 +18,7 @@ def pool(x: Float[Array, "b s d"], exists: Bool[Array, "b s"], kind: str) -> Flo
         share = exists & (place == jnp.max(jnp.where(exists, place, -1), axis=1, keepdims=True))
     share = share.astype(jnp.float32)
     share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1)
-    return jnp.einsum("bs,bsd->bd", share, x.astype(jnp.float32))
+    return jnp.einsum("bs,bsd->bd", sharding.by_rows(share), x.astype(jnp.float32))
 
 
 def normalized(x: Float[Array, "b d"]) -> Float[Array, "b d"]:

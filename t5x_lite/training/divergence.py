@@ -70,7 +70,8 @@ def best(teacher: Float[Array, "b t v"], count: int, temperature: float):
 
 def put(x: Float[Array, "b t v"], ids: Int[Array, "b t k"], values) -> Float[Array, "b t v"]:
     """x with values [b t k] at ids."""
-    return jax.vmap(jax.vmap(lambda row, at, new: row.at[at].set(new)))(x, ids, values)
+    by_token = jax.vmap(jax.vmap(lambda row, at, new: row.at[at].set(new)))
+    return by_token(*(jax.reshard(each, spec("batch length whole")) for each in (x, ids, values)))
 
 
 def but(x: Float[Array, "b t v"], ids: Int[Array, "b t k"]) -> Float[Array, "b t v"]:
