@@ -21,6 +21,16 @@ def how(platform: tiles.Platform) -> tiles.How:
     return tiles.How("gpu") if found == "gpu" else tiles.How("tpu", dispatch.generation(kind), kind)
 
 
+def described_gpu(kind: str = "NVIDIA H100 80GB HBM3") -> contextlib.AbstractContextManager:
+    """Target of lowering, in a `with` block: one GPU of this kind, which need not be there.
+
+    From jax 0.11 on a Triton kernel is lowered for a known kind of GPU only; 0.10.2 takes any.
+    """
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    # No axes: the program is that of a single device.
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu))
+
+
 def float64() -> contextlib.AbstractContextManager:
     """Computes what kernels are compared with where float64 is: not on a TPU."""
     on_tpu = jax.default_backend() == "tpu"

@@ -42,5 +42,6 @@ def test_it_is_lowered_for_cuda(size, dtype):
     q, past = Case(width=6, size=size, dtype=dtype, **rules).draw()
     inputs = past._replace(sight=jnp.ones((3, 200), bool), relative=None)
     call = jax.jit(lambda *x: triton.attend(*x, 30.0, tiles.How("gpu")))
-    lowered = call.trace(q, (past, inputs)).lower(lowering_platforms=("cuda",))
+    with chips.described_gpu():
+        lowered = call.trace(q, (past, inputs)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == 2

@@ -112,7 +112,10 @@ def test_diagonals_are_added_up(shape):
     np.testing.assert_allclose(along_diagonals(x), np.stack(wanted, axis=1), atol=1e-5)
 
 
-def kernels(lowered) -> int:
+def triton_calls(function, *arguments) -> int:
+    """Number of Triton kernels in the program that a jitted function is lowered to for CUDA."""
+    with chips.described_gpu():
+        lowered = function.trace(*arguments).lower(lowering_platforms=("cuda",))
     return lowered.as_text().count("__gpu$xla.gpu.triton")
 
 
@@ -121,19 +124,18 @@ def kernels(lowered) -> int:
 def test_it_is_lowered_for_cuda(size, dtype):
     q, sources, gradient = case(EVERYTHING._replace(heads=(2, 2, size)), 0, dtype)
     attention = lambda *x: flash_triton.flash_attention(*x, GPU)
-    call = context_and_gradients.trace(attention, q, sources, gradient, 2.0)
     # Forward, queries' gradient, the bias's, and keys' of both sources.
-    assert kernels(call.lower(lowering_platforms=("cuda",))) == 5
+    assert triton_calls(context_and_gradients, attention, q, sources, gradient, 2.0) == 5
 
 
 def test_gpus_have_kernels_for_those_who_ask(monkeypatch):
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    monkeypatch.setattr(dispatch, "device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
-    assert dispatch.chosen("auto") is None
-    assert dispatch.chosen("pallas") == GPU
+    with chips.described_gpu():
+        assert dispatch.chosen("auto") is None
+        assert dispatch.chosen("pallas") == GPU
     q, (source,), _ = case(Kind(causal=True, heads=(1, 2, 64)), 0)
     block = BlockSight(jnp.int32([90, 30]), width=4, slots=200)
     for sight, queries in ((source.sight, q), (block, q[:, :4])):
         own = (dispatch.Source(source.keys, source.values, sight, source.relative),)
-        call = jax.jit(lambda q, own: dispatch.attend(q, own, how=GPU)).trace(queries, own)
-        assert kernels(call.lower(lowering_platforms=("cuda",))) == 1
+        attention = jax.jit(lambda q, own: dispatch.attend(q, own, how=GPU))
+        assert triton_calls(attention, queries, own) == 1
