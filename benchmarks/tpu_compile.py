@@ -141,11 +141,18 @@ def compiled(trace) -> tuple[object | None, float, str]:
 
 
 def moved(program: str) -> int:
-    """Bytes of HBM that a program reads and writes, loops by their trips."""
+    """Bytes of HBM that a program reads and writes, loops by their trips.
+
+    Raises:
+      ValueError: the program does not say how often a loop runs; its body would count once.
+    """
     from t5x_lite.planning import counted, hlo, trips
 
     module = hlo.parse(program)
-    return counted.work(module, trips.executions(module)).moved
+    executions = trips.executions(module)
+    if executions.unknown:
+        raise ValueError(f"No trip count for {', '.join(executions.unknown)}: bytes would be wrong")
+    return counted.work(module, executions).moved
 
 
 def cost(executable) -> tuple[float, float]:

@@ -17,9 +17,13 @@ from t5x_lite.planning import chips, collectives, counted, hlo, trips
 SHAPE = (16, 32)
 
 
-def program(function, *arguments) -> hlo.Module:
+def program_text(function, *arguments) -> str:
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in arguments]
-    return hlo.parse(jax.jit(function).lower(*shapes).compile().as_text())
+    return jax.jit(function).lower(*shapes).compile().as_text()
+
+
+def program(function, *arguments) -> hlo.Module:
+    return hlo.parse(program_text(function, *arguments))
 
 
 def work(module: hlo.Module) -> counted.Work:
@@ -92,6 +96,66 @@ def test_a_noted_trip_count_is_believed_and_fast_memory_costs_no_bytes():
     # The copy reads 256 bytes of HBM into fast memory; every product writes 256 bytes to HBM.
     assert found == counted.Work(flops=6 * 2 * 8**3, moved=256 + 6 * 256)
     assert trips.executions(hlo.parse(NOTED.replace("NOTE", ""))).unknown == ("w",)
+
+
+ELEMENT = re.compile(r"^ *%(\S+) = .* get-tuple-element\(%([\w.\-]+)\), index=(\d+).*\n", re.M)
+
+
+def compact(text: str) -> str:
+    """A program as XLA's compact dumps write it (those of jaxlib 0.12): `%loop#0` where an element
+    of a tuple is used, and no instruction for it."""
+    sources = {name: (source, index) for name, source, index in ELEMENT.findall(text)}
+
+    def used(name: str) -> str:
+        if name not in sources:
+            return name
+        source, index = sources[name]
+        return f"{used(source)}#{index}"
+
+    return hlo.NAME.sub(lambda match: f"%{used(match[1])}", ELEMENT.sub("", text))
+
+
+def in_loop(x, weights):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ weights), jnp.sum(x)), x, length=6)
+
+
+NESTED = """\
+HloModule nested
+
+ENTRY %main (p: (f32[4], (f32[8], (s32[], bf16[2,3])))) -> bf16[2,3] {
+  %p = (f32[4]{0}, /*index=1*/(f32[8]{0:T(8)S(1)}, (s32[], bf16[2,3]{1,0:T(2,128)(2,1)}))) parameter(0)
+  %second = (f32[8]{0:T(8)S(1)}, (s32[], bf16[2,3]{1,0:T(2,128)(2,1)})) get-tuple-element(%p), index=1
+  %fast = f32[8]{0:T(8)S(1)} get-tuple-element(%second), index=0
+  %inner = (s32[], bf16[2,3]{1,0:T(2,128)(2,1)}) get-tuple-element(%second), index=1
+  %matrix = bf16[2,3]{1,0:T(2,128)(2,1)} get-tuple-element(%inner), index=1
+  %sine = f32[8]{0} sine(%fast)
+  ROOT %copy = bf16[2,3]{1,0:T(2,128)(2,1)} copy(%matrix)
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("kind", ["a loop", "its trips unnoted", "nested tuples"])
+def test_elements_of_tuples_written_where_they_are_used_are_the_same_program(kind):
+    text = NESTED if kind == "nested tuples" else program_text(in_loop, SHAPE, (32, 32))
+    if kind == "its trips unnoted":
+        text = re.sub(r"known_trip_count", "", text)
+    assert "get-tuple-element" in text and "#" not in text and "#1" in compact(text)
+    spelled, short = hlo.parse(text), hlo.parse(compact(text))
+    assert trips.executions(short) == trips.executions(spelled)
+    assert work(short) == work(spelled) and not trips.executions(short).unknown
+    # Every instruction, with the operation, arrays and memory spaces of all its operands.
+    for name, computation in spelled.computations.items():
+        assert described(short.computations[name]) == described(computation)
+
+
+def described(computation: hlo.Computation) -> list:
+    """Each instruction that is not an element of a tuple, and what it reads."""
+    own = [x for x in computation.instructions.values() if x.operation != "get-tuple-element"]
+    read = [[computation.instructions[name] for name in x.operands] for x in own]
+    return [
+        (x.name, x.operation, x.arrays, [(y.operation, y.arrays) for y in operands])
+        for x, operands in zip(own, read, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(

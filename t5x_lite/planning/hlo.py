@@ -3,6 +3,10 @@
 
 Only what planning asks for is kept: of every instruction its arrays, operation, operands and
 attributes, by computation.
+
+An operand that is an element of a tuple has an instruction of its own, `%x = s32[]
+get-tuple-element(%loop), index=0`, or, since XLA's dumps are compact (those of jaxlib 0.12), is
+written where it is used, `%loop#0`. Both are read as the same module.
 """
 
 import math
@@ -14,7 +18,7 @@ BITS = {"pred": 8, "token": 0, "opaque": 0}
 INDEX_COMMENT = re.compile(r"/\*index=\d+\*/")
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 SPACE = re.compile(r"S\((\d+)\)")
-NAME = re.compile(r"%([\w.\-]+)")
+NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 NUMBERED = re.compile(r"(\d+)")
 HBM = 0
@@ -38,9 +42,10 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """`%name = arrays operation(operands), attributes`; a tuple's arrays stand one by one."""
+    """`%name = shape operation(operands), attributes`; a tuple's arrays stand one by one."""
 
     name: str
+    shape: str
     arrays: tuple[Array, ...]
     operation: str
     operands: tuple[str, ...]
@@ -105,6 +110,7 @@ def parse(text: str) -> Module:
             current = None
         elif " = " in line:
             found = instruction(line)
+            add_elements(current, found.operands)
             current[found.name] = found
             root = found.name if line.lstrip().startswith("ROOT ") else root
     if entry is None:
@@ -123,9 +129,40 @@ def instruction(line: str) -> Instruction:
     end = closing(rest, len(operation))
     arguments = rest[len(operation) + 1 : end - 1]
     operands = tuple(NAME.findall(arguments))
+    attributes = rest[end:].lstrip(", ")
     return Instruction(
-        name.lstrip("%"), arrays(shape), operation, operands, arguments, rest[end:].lstrip(", ")
+        name.lstrip("%"), shape, arrays(shape), operation, operands, arguments, attributes
     )
+
+
+def add_elements(instructions: dict[str, Instruction], operands: tuple[str, ...]) -> None:
+    """Adds the get-tuple-element instructions that operands such as `loop#0` stand for; `loop#1#0`
+    is the first element of loop's second."""
+    for operand in operands:
+        name, *indices = operand.split("#")
+        for index in indices:
+            source, name = instructions[name], f"{name}#{index}"
+            shape = elements(source.shape)[int(index)]
+            instructions[name] = Instruction(
+                name=name,
+                shape=shape,
+                arrays=arrays(shape),
+                operation="get-tuple-element",
+                operands=(source.name,),
+                arguments=f"%{source.name}",
+                attributes=f"index={index}",
+            )
+
+
+def elements(shape: str) -> list[str]:
+    """Splits a tuple's shape into those of its elements: (f32[2,3]{1,0}, (s32[], u8[])) has two."""
+    depth, start, parts = 0, 1, []
+    for place, letter in enumerate(shape):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+            parts.append(shape[start:place].strip())
+            start = place + 1
+    return parts
 
 
 def shape_end(text: str) -> int:
