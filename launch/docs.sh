@@ -1,16 +1,42 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes the API reference of docstrings, as pages in site/ (or the folder that is named). Installs
-# the docs extra into .venv-docs, or into the environment in force.
-#   launch/docs.sh [FOLDER]
+# Writes the API reference: --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-site="${1:-site}"
-
+# shellcheck source=launch/steps.sh
+. launch/steps.sh
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
+
+usage() {
+  cat <<'EOT'
+Writes the API reference, from docstrings, as pages in site/ or FOLDER. Installs t5x_lite with its docs
+extra into .venv-docs or the active environment.
+
+  launch/docs.sh [--unpinned] [FOLDER]
+
+flags
+  --unpinned  with the newest versions that pyproject.toml allows, tested or not; otherwise with the
+              newest tested ones
+
+environment
+  PYTHON      interpreter for a new .venv-docs (default python3)
+
+examples
+  launch/docs.sh
+  launch/docs.sh /tmp/reference
+EOT
+}
+
+versions=newest
+case "${1:-}" in
+  --unpinned) versions=unpinned; shift ;;
+  --help | -h) usage; exit ;;
+  -*) refuse "unknown flag $1" ;;
+esac
+site="${1:-site}"
 use_environment .venv-docs
-"$python" -m pip install --quiet --disable-pip-version-check --editable ".[docs,gguf,demo,plan]"
+install "$versions" --editable ".[docs,gguf,demo,plan]"
 
 # Modules are imported to be read: no device is wanted.
 JAX_PLATFORMS=cpu "$python" - "$site" <<'PYTHON'

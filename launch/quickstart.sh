@@ -1,19 +1,48 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# From a fresh clone to decoded words: installs into .venv, trains a small T5 to pronounce English
-# words, measures it on words it never saw, and shows some of them. A second run goes on from what
-# is there. PYTHON=python3.12 launch/quickstart.sh takes another interpreter.
+# From a fresh clone to decoded words: --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/steps.sh
+. launch/steps.sh
+# shellcheck source=launch/environment.sh
+. launch/environment.sh
+
+usage() {
+  cat <<'EOT'
+Installs t5x_lite into .venv, trains a small T5 to pronounce English words, evaluates it on words of
+the test split and prints some of them. A second run resumes the first.
+
+  launch/quickstart.sh [--unpinned]
+
+flags
+  --unpinned  with the newest versions that pyproject.toml allows, tested or not; otherwise with the
+              newest tested ones
+
+environment
+  PYTHON      interpreter for a new .venv (default python3)
+
+examples
+  launch/quickstart.sh
+  PYTHON=python3.13 launch/quickstart.sh
+EOT
+}
+
+versions=newest
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --unpinned) versions=unpinned ;;
+    --help | -h) usage; exit ;;
+    *) refuse "unknown flag $1" ;;
+  esac
+  shift
+done
 began=$(date +%s)
-python=.venv/bin/python
 run=runs/quickstart
 
-say() { printf '\n%s\n' "== $*" >&2; }
-
 say "1/4 Installing into .venv"
-[ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
-"$python" -m pip install --quiet --disable-pip-version-check .
+VIRTUAL_ENV="" use_environment .venv
+install "$versions" .
 
 say "2/4 Training: spelling to phonemes, on the CMU Pronouncing Dictionary"
 "$python" -m t5x_lite.train --gin_file=configs/runs/quickstart.gin --gin.MODEL_DIR="$run"

@@ -29,9 +29,10 @@ step() {
 
 # The value of --name=value; refuses one that is empty.
 value() {
-  local given="${1#*=}"
-  [ "$given" != "$1" ] && [ -n "$given" ] || refuse "$1 needs a value: ${1%%=*}=VALUE"
-  printf '%s' "$given"
+  case "$1" in
+    *=?*) printf '%s' "${1#*=}" ;;
+    *) refuse "$1 needs a value: ${1%%=*}=VALUE" ;;
+  esac
 }
 
 # Whether training that ended with this status is to be started again.

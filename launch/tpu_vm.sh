@@ -107,8 +107,8 @@ up() {
   step git archive --format=tar.gz --output=/tmp/t5x_lite.tar.gz HEAD
   step gcloud compute tpus tpu-vm scp /tmp/t5x_lite.tar.gz "$name:t5x_lite.tar.gz" "${place[@]}" --worker=all
   on all "mkdir -p t5x_lite && tar -xzf t5x_lite.tar.gz -C t5x_lite"
-  # The machines' own Python may be older than 3.11.
-  on all "python3 -m pip install --quiet --user uv && cd t5x_lite && ~/.local/bin/uv venv --quiet --allow-existing --python 3.11 && ~/.local/bin/uv pip install --quiet '.[tpu]'"
+  # The machines' own Python may be older than 3.11, and 3.11 has no newer JAX than 0.10.2.
+  on all "python3 -m pip install --quiet --user uv && cd t5x_lite && ~/.local/bin/uv venv --quiet --allow-existing --python 3.13 && ~/.local/bin/uv pip install --quiet '.[tpu]'"
   if [ -n "$bucket" ]; then
     on all "mkdir -p shared && (mountpoint -q shared || gcsfuse --implicit-dirs $bucket shared)"
   fi

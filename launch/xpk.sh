@@ -32,7 +32,7 @@ flags
   --spot             cheaper, and may be taken away at any time
   --restarts=N       how often GKE starts the workload again (default 50)
   --image=IMAGE      with t5x_lite installed; otherwise this clone goes onto --base
-  --base=IMAGE       default python:3.12
+  --base=IMAGE       default python:3.13
   --dry_run          print the commands, run none
 
 examples
@@ -45,7 +45,7 @@ EOF
 
 read_flags() {
   cluster="" zone="" type="" name="" slices=1 project="" bucket="" tier=--on-demand restarts=50
-  image="" base=python:3.12 dry_run=""
+  image="" base=python:3.13 dry_run=""
   training=()
   while [ $# -gt 0 ]; do
     case "$1" in
