@@ -2,6 +2,7 @@
 """Lone decoders of transformers beside ours: the same weights, the same ids, both results."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,12 @@ class State:
 
     def read(self, name, at=None):
         return self.arrays[name]
+
+
+def cache_argument(theirs, cache) -> dict:
+    """The cache as the keyword that `theirs.forward` takes: transformers 5.24 renamed it."""
+    renamed = "cache" in inspect.signature(theirs.forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
 
 
 def drawn_sizes(seed: int) -> dict:
@@ -160,7 +167,7 @@ def their_cached_logits(theirs: torch.nn.Module, ids: Ids) -> np.ndarray:
     with torch.no_grad():
         for i in range(LENGTH):
             given = inputs(ids, slice(i, i + 1))
-            out = theirs(**given, past_key_values=cache, use_cache=True)
+            out = theirs(**given, use_cache=True, **cache_argument(theirs, cache))
             cache = out.past_key_values
             logits.append(out.logits.numpy())
     return np.concatenate(logits, axis=1)

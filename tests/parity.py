@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from decoder_parity import State, ours, state_of
+from decoder_parity import State, cache_argument, ours, state_of
 from safetensors.numpy import save_file
 
 from t5x_lite import config, model, sharding
@@ -93,8 +93,8 @@ def their_cached_logits(theirs, ids: Ids) -> np.ndarray:
                 encoder_outputs=encoded,
                 attention_mask=tensor(ids.seen),
                 decoder_input_ids=tensor(ids.decoder[:, i : i + 1]),
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument(theirs, cache),
             )
             cache = out.past_key_values
             logits.append(out.logits.numpy())
