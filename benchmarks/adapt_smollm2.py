@@ -31,11 +31,11 @@ METRICS = ("loss", "rouge1", "rouge2", "rougeLsum", "bits_per_byte")
 
 def flops(file: str) -> int:
     """FLOPs of one step of a run, as its start-up table has them."""
-    from t5x_lite import config_file
-    from t5x_lite.training import costs
+    from t5x_lite.config import gin_file
+    from t5x_lite.training.flops import step_flops
 
-    run = config_file.load([file], [])
-    return costs.step_flops(run.model, run.train.batch_size, run.data.lengths)
+    run = gin_file.load_run([file], [])
+    return step_flops(run.model, run.train.batch_size, run.data.lengths)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ def train(options: argparse.Namespace) -> None:
         steps = f"TRAIN_STEPS={options.steps}"
         training_runs.finish(output / name, [file], [source, ROWS, steps, *few])
     for name, file in chosen(options, FINETUNED).items():
-        begun = f"INITIAL_CHECKPOINT={output / 'ul2'}"
+        begun = f"INITIAL_CHECKPOINT_PATH={output / 'ul2'}"
         bindings = [source, f"TRAIN_STEPS={finetuning_steps(options, file)}"]
         bindings += [begun] if name.endswith("pair") else []
         bindings += [f"config.Evaluate.examples={options.examples}", "config.Evaluate.every=0"]
@@ -87,7 +87,7 @@ def draw(options: argparse.Namespace) -> None:
     """Training loss (a running mean) and held-out loss of the adaptations against step."""
     from matplotlib.figure import Figure
 
-    from t5x_lite.training import curves
+    from t5x_lite.training.reporting import curves
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -95,7 +95,7 @@ def draw(options: argparse.Namespace) -> None:
         held_out = training_runs.curve(Path(options.output) / name, LOSS)
         trained = training_runs.curve(Path(options.output) / name, "train/loss")
         axes.plot(list(held_out), list(held_out.values()), "o-", color=color, label=name)
-        smooth = curves.smooth(list(trained.values()))
+        smooth = curves.running_mean(list(trained.values()))
         axes.plot(list(trained), smooth, color=color, alpha=0.35, label=f"{name}, training")
     axes.set(
         title="SmolLM2-135M as an encoder-decoder",

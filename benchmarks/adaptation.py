@@ -35,7 +35,7 @@ MERGED = "configs/models/t5gemma_tiny_merged.gin"
 
 
 @dataclass(frozen=True)
-class Way:
+class Arrangement:
     """A run: the files of its config, bindings, how many times longer it is."""
 
     study: str
@@ -46,17 +46,17 @@ class Way:
 
 
 WAYS = {
-    "copy": Way("adaptation", color="#4c78a8"),
-    "random": Way("adaptation", (CONFIG_RANDOM,), color="#f58518"),
-    "merged": Way("adaptation", (CONFIG, MERGED), color="#54a24b"),
-    "scratch": Way(
+    "copy": Arrangement("adaptation", color="#4c78a8"),
+    "random": Arrangement("adaptation", (CONFIG_RANDOM,), color="#f58518"),
+    "merged": Arrangement("adaptation", (CONFIG, MERGED), color="#54a24b"),
+    "scratch": Arrangement(
         "adaptation",
         bindings=("config.Run.adaptation=None", "config.Schedule.peak=0.002"),
         longer=2,
         color="#e45756",
     ),
-    "plain": Way("distillation", (CONFIG, PREFIX_LM), color="#4c78a8"),
-    "taught": Way("distillation", (CONFIG_TAUGHT,), color="#e45756"),
+    "plain": Arrangement("distillation", (CONFIG, PREFIX_LM), color="#4c78a8"),
+    "taught": Arrangement("distillation", (CONFIG_TAUGHT,), color="#e45756"),
 }
 
 

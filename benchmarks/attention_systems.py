@@ -108,55 +108,65 @@ def jax_passes(case: Case, attention, given: tuple, read, gradient) -> Ready:
     return Ready(lambda: run(given, read, gradient), jax.block_until_ready, values)
 
 
-def jax_attend(q, k, v, seen, bias, how):
-    """Our attention to one source; how None is plain XLA."""
-    from t5x_lite import kernels
+def jax_attend(q, k, v, mask, bias, backend):
+    """Our attention to one source; backend None is plain XLA."""
+    from t5x_lite.kernels import api as kernels
     from t5x_lite.kernels import reference
 
-    if how is not None:
-        return kernels.attend(q, (kernels.Source(k, v, seen, bias),), None, how)
+    if backend is not None:
+        source = kernels.AttentionSource(k, v, mask, bias)
+        return kernels.dot_product_attention(q, (source,), None, backend)
     if bias is not None:
         bias = bias.reshape(bias.shape[0], *q.shape[2:4], *bias.shape[2:])
-    return reference.attend(q, k, v, seen.seen, bias)
+    return reference.reference_attention(q, k, v, mask.visible, bias)
 
 
 def jax_ours(system: str, case: Case) -> Ready:
     import jax
     import jax.numpy as jnp
 
-    from t5x_lite import kernels
+    from t5x_lite.kernels import api as kernels
 
-    how = kernels.chosen("pallas") if system == OURS else None
+    backend = kernels.select_backend("pallas") if system == OURS else None
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in operands(case)]
     apart = lambda x: x.reshape(*x.shape[:2], case.heads, 1, case.head_dim)
     q, gradient = apart(arrays[0]), apart(arrays[3])
     k, v = (jnp.swapaxes(x, 1, 2) for x in arrays[1:3])
     ones = jnp.ones((case.rows, case.length), jnp.int32)
-    sight = kernels.Sight(ones, ones, case.causal)
-    seen = jax.jit(lambda sight: kernels.prepared(sight, how))(sight)
-    given = q, k, v
+    mask = kernels.Mask(ones, ones, case.causal)
+    mask = jax.jit(lambda mask: kernels.prepare_mask(mask, backend))(mask)
+    arguments = q, k, v
     if case.biased:
-        relative = kernels.Relative(jnp.asarray(table_of(case)), FARTHEST, not case.causal)
-        given += (jax.jit(kernels.laid)(relative, seen),)
+        table = jnp.asarray(table_of(case))
+        bias = kernels.RelativePositionBias(table, FARTHEST, not case.causal)
+        arguments += (jax.jit(kernels.prepare_bias)(bias, mask),)
 
     def attention(q, k, v, *rest):
-        *bias, seen = rest
-        return jax_attend(q, k, v, seen, bias[0] if bias else None, how)
+        *bias, mask = rest
+        return jax_attend(q, k, v, mask, bias[0] if bias else None, backend)
 
-    return jax_passes(case, attention, given, seen, gradient)
+    return jax_passes(case, attention, arguments, mask, gradient)
 
 
 def jax_dot(system: str, case: Case) -> Ready:
     import jax
     import jax.numpy as jnp
 
-    from t5x_lite.kernels import Relative, pairs
+    from t5x_lite.kernels import dense_mask
+    from t5x_lite.kernels.api import RelativePositionBias
 
-    *given, gradient = (jnp.asarray(x, jnp.bfloat16) for x in operands(case))
+    *arguments, gradient = (jnp.asarray(x, jnp.bfloat16) for x in operands(case))
     if case.biased:
-        relative = Relative(jnp.asarray(table_of(case)), FARTHEST, not case.causal)
-        lay = lambda relative: pairs.along_diagonals(relative, case.length, case.length)
-        given.append(jax.jit(lambda relative: lay(relative)[None].astype(jnp.bfloat16))(relative))
+        bias = RelativePositionBias(jnp.asarray(table_of(case)), FARTHEST, not case.causal)
+
+        @jax.jit
+        def materialize(bias):
+            length = case.length
+            values = bias.by_distance(1 - length, 2 * length)
+            matrix = dense_mask.toeplitz_matrix(values, length, length)
+            return matrix[None].astype(jnp.bfloat16)
+
+        arguments.append(materialize(bias))
 
     def attention(q, k, v, *rest):
         *bias, _ = rest
@@ -164,7 +174,7 @@ def jax_dot(system: str, case: Case) -> Ready:
             q, k, v, *bias, scale=1.0, is_causal=case.causal, implementation=DOT[system]
         )
 
-    return jax_passes(case, attention, tuple(given), None, gradient)
+    return jax_passes(case, attention, tuple(arguments), None, gradient)
 
 
 @functools.lru_cache(1)
@@ -182,27 +192,26 @@ def jax_decoding(system: str, case: Case) -> Ready:
     import jax
     import jax.numpy as jnp
 
-    from t5x_lite import kernels
+    from t5x_lite.kernels import api as kernels
 
-    how = kernels.chosen("pallas") if system == OURS else None
+    backend = kernels.select_backend("pallas") if system == OURS else None
     shape = (case.rows, case.width, case.heads, 1, case.head_dim)
     q = jnp.asarray(numbers(shape, case.head_dim)[0], jnp.bfloat16)
     index = jnp.full((case.rows,), case.length - case.width, jnp.int32)
-    sight = kernels.BlockSight(index, width=case.width, slots=case.length)
-    relative = kernels.Relative(jnp.asarray(table_of(case)), FARTHEST, False)
+    mask = kernels.CacheMask(index, width=case.width, slots=case.length)
+    bias = kernels.RelativePositionBias(jnp.asarray(table_of(case)), FARTHEST, False)
 
-    def layers(q, caches, sight, relative):
-        seen = kernels.prepared(sight, how)
-        bias = relative
-        if how is None:  # `kernels.laid` needs a mesh for biases of positions
-            bias = jnp.moveaxis(relative.table[relative.bucket(-seen.distance)], -1, 1)
+    def layers(q, caches, mask, bias):
+        mask = kernels.prepare_mask(mask, backend)
+        if backend is None:  # `kernels.prepare_bias` needs a mesh for biases of positions
+            bias = jnp.moveaxis(bias.table[bias.bucket(-mask.distance)], -1, 1)
         for keys, values in caches:
             # Each layer waits for the one before it, as in a model.
-            q = q + jax_attend(q, keys, values, seen, bias, how)
+            q = q + jax_attend(q, keys, values, mask, bias, backend)
         return (q,)
 
-    run, own = jax.jit(layers), caches(case)
-    call = lambda: run(q, own, sight, relative)
+    run, layer_caches = jax.jit(layers), caches(case)
+    call = lambda: run(q, layer_caches, mask, bias)
     values = lambda told: [some(told[0], case)]
     return Ready(call, jax.block_until_ready, values, case.cache_bytes)
 
@@ -247,9 +256,9 @@ def by_distance(case: Case) -> np.ndarray:
     """The bias [n 2t-1] of key index minus query index, from 1 - t on."""
     import jax.numpy as jnp
 
-    from t5x_lite.kernels import Relative
+    from t5x_lite.kernels.api import RelativePositionBias
 
-    relative = Relative(jnp.asarray(table_of(case)), FARTHEST, not case.causal)
+    relative = RelativePositionBias(jnp.asarray(table_of(case)), FARTHEST, not case.causal)
     return np.array(relative.by_distance(1 - case.length, 2 * case.length - 1))
 
 

@@ -29,7 +29,7 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
 MEASURED = """
 import sys, time
 from t5x_lite import convert
-from t5x_lite.conversion import origins, outputs, unfinished
+from t5x_lite.checkpoints import opening, outputs, unfinished
 begin, worked = time.perf_counter(), time.process_time()
 {work}
 print(time.perf_counter() - begin, time.process_time() - worked)
@@ -41,7 +41,7 @@ COPY = MEASURED.format(
     work="""
 import shutil
 from pathlib import Path
-with unfinished.folder(sys.argv[2]) as folder:
+with unfinished.unfinished_folder(sys.argv[2]) as folder:
     for file in Path(sys.argv[1]).iterdir():
         shutil.copyfile(file, folder / file.name)
 """
@@ -50,17 +50,18 @@ with unfinished.folder(sys.argv[2]) as folder:
 
 def checkpoint(folder: Path, layers: int, dtype: str) -> int:
     """Writes a Hugging Face folder of drawn weights in shards of 500 MB; gives its bytes."""
-    from t5x_lite.conversion import matching, moving, sources, unfinished
-    from t5x_lite.conversion.huggingface import llama
+    from t5x_lite.checkpoints import matching, transfer, unfinished
+    from t5x_lite.checkpoints.formats import safetensors_files
+    from t5x_lite.checkpoints.formats.huggingface import llama
 
     said = {"model_type": "llama", "num_hidden_layers": layers} | WIDTHS | HEADS
     said |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
     said |= {"max_position_embeddings": 2048, "rope_theta": 10000.0}
-    cfg = llama.model(said, ["lm_head.weight"])
-    kind = next(each for each in sources.DTYPES.values() if each.name == dtype)
+    cfg = llama.parse_config(said, ["lm_head.weight"])
+    kind = next(each for each in safetensors_files.DTYPES.values() if each.name == dtype)
 
     class Drawn:
-        leaves = matching.leaves(cfg)
+        leaves = matching.model_leaves(cfg)
         names = {path: (leaf.shape, kind) for path, leaf in leaves.items()}
 
         def read(self, path: str, layer: int | None = None) -> np.ndarray:
@@ -70,10 +71,10 @@ def checkpoint(folder: Path, layers: int, dtype: str) -> int:
             return draw.standard_normal(wanted, np.float32).astype(kind)
 
     drawn = Drawn()
-    tensors = moving.by_tensor(drawn, cfg, llama.entries(cfg))
-    names = moving.described(drawn, tensors, None)
-    with unfinished.folder(folder) as work:
-        moving.to_safetensors(drawn, tensors, work, names, 500_000_000, lambda done: None)
+    tensors = transfer.group_by_tensor(drawn, cfg, llama.entries(cfg))
+    names = transfer.describe_tensors(drawn, tensors, None)
+    with unfinished.unfinished_folder(folder) as work:
+        transfer.write_safetensors(drawn, tensors, work, names, 500_000_000, lambda done: None)
         (work / "config.json").write_text(json.dumps(said))
     return sum(file.stat().st_size for file in folder.iterdir())
 

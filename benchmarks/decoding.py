@@ -74,10 +74,11 @@ def t5_base(options: argparse.Namespace) -> Case:
 def of_run(name: str, checkpoint: str, options: argparse.Namespace, length: int) -> Case:
     """Inputs of a run's test split, as its own data pipeline reads them."""
     from t5x_lite import data
-    from t5x_lite.training import restore
+    from t5x_lite.checkpoints.opening import open_checkpoint
 
-    found = data.open_dataset(restore.read_config(checkpoint).data, "test")
-    inputs = restore.restore(checkpoint).vocabularies[0]
+    opened = open_checkpoint(checkpoint)
+    found = data.open_dataset(opened.run.data, "test")
+    inputs = opened.text.vocabularies[0]
     texts = [found.inputs_text(number) for number in range(CONTINUED)]
     rows = [[*map(int, inputs.encode(text)), inputs.eos] for text in texts]
     run = checkpoint if name == "heads" else None
@@ -154,24 +155,40 @@ def entrants(case: Case, threads: int) -> list[System]:
     made = [System(OURS, lambda: systems.ours(case, model, "plain"))]
     for name, width in DRAFTERS[case.name]:
         label = f"{OURS}, {name} {width or 'auto'}"
-        make = lambda name=name, width=width: systems.ours(case, model, name, width)
+
+        def make(name=name, width=width):
+            return systems.ours(case, model, name, width)
+
         made.append(System(label, make))
     for kind in ("float32", "int8"):
-        make = lambda kind=kind: systems.ctranslate2(case, kind, threads)
+
+        def make(kind=kind):
+            return systems.ctranslate2(case, kind, threads)
+
         made.append(System(f"CTranslate2 {kind}", make))
-    theirs = lambda **how: systems.transformers(case, model.stops, threads, **how)
+
+    def theirs(**how):
+        return systems.transformers(case, model.stops, threads, **how)
+
     made.append(System("transformers", theirs))
     if not case.pair:
-        lookup = lambda: theirs(prompt_lookup_num_tokens=10)
+
+        def lookup():
+            return theirs(prompt_lookup_num_tokens=10)
+
         made.append(System("transformers, prompt lookup", lookup, alone=True))
         layers = model.cfg.decoder.layers // 4
-        early = lambda: theirs(assistant_early_exit=layers)
+
+        def early():
+            return theirs(assistant_early_exit=layers)
+
         made.append(System(f"transformers, assisted by {layers} layers", early, alone=True))
     if case.gguf and importlib.util.find_spec("llama_cpp"):
         for label, float32 in ("float32", True), ("the file's bits", False):
-            make = lambda float32=float32: systems.llama_cpp(
-                case, model.stops, threads, float32=float32
-            )
+
+            def make(float32=float32):
+                return systems.llama_cpp(case, model.stops, threads, float32=float32)
+
             made.append(System(f"llama.cpp, {label}", make, alone=True))
     return made
 
@@ -276,7 +293,10 @@ def main() -> None:
         case = CASES[name](options)
         asked = entrants(case, options.threads)
         if options.only is not None:
-            wanted = lambda system: any(part in system.name for part in options.only)
+
+            def wanted(system):
+                return any(part in system.name for part in options.only)
+
             asked = [asked[0], *filter(wanted, asked[1:])]
         for batch in options.batch:
             rows += measure(case, batch, options.rounds, asked)

@@ -91,42 +91,42 @@ def random_t5(folder: Path) -> None:
 def loaded(folder: Path) -> Model:
     """Our model of a Hugging Face folder, whose tokenizer is not needed."""
     from t5x_lite import config, decoding, sharding
-    from t5x_lite.conversion import tensors, weights
+    from t5x_lite.checkpoints import tensors, weights
 
     sharding.use_mesh(config.Mesh())
-    found = tensors.of_folder(folder)
+    found = tensors.open_hugging_face_tensors(folder)
     eos = json.loads((folder / "config.json").read_text())["eos_token_id"]
     stops = tuple(eos) if isinstance(eos, list) else (eos,)
-    params = weights.load(found.weights(()), found.model)
+    params = weights.place_weights(found.weights(()), found.model)
     # Prompts are ids, for every system the same: nothing is put before them.
-    cfg = dataclasses.replace(found.model, starts_prompts=False)
-    return Model(cfg, decoding.prepare(cfg, params), stops)
+    cfg = dataclasses.replace(found.model, add_bos=False)
+    return Model(cfg, decoding.prepare_params(cfg, params), stops)
 
 
 def restored(run: str, stops: tuple[int, ...]) -> Model:
     """Our model of a run folder, with its heads."""
     from t5x_lite import decoding
-    from t5x_lite.training import restore
+    from t5x_lite.checkpoints.opening import open_checkpoint
 
-    found = restore.restore(run)
-    return Model(found.run.model, decoding.prepare(found.run.model, found.params), stops)
+    found = open_checkpoint(run).load()
+    return Model(found.run.model, decoding.prepare_params(found.run.model, found.params), stops)
 
 
 def ours(case: Case, model: Model, decoder: str, width: int = 0) -> Write:
     """t5x_lite with a drafter by name; adds its calls to `write.calls`."""
     from t5x_lite import config, decoding
-    from t5x_lite.evaluation.drafting import Drafters
+    from t5x_lite.evaluation.drafting import DrafterCache
 
-    decode = config.Decode(length=case.length, decoder=decoder, width=width)
-    drafters = Drafters(model.cfg, model.params, None)
+    decode = config.Decode(max_new_tokens=case.length, drafter=decoder, draft_length=width)
+    drafters = DrafterCache(model.cfg, model.params, None)
     # An id that no token has: nothing ends a text.
     eos = -1 if case.forced else list(model.stops)
 
     def write(rows: Sequence[Ids]) -> list[Ids]:
-        asked = decoding.request(model.cfg, rows, decode, eos=eos)
-        drafting = drafters.ready(asked, decode)
+        asked = decoding.make_request(model.cfg, rows, decode, eos=eos)
+        drafting = drafters.prepare(asked, decode)
         found = decoding.generate(model.cfg, model.params, asked, decode, drafting)
-        write.calls += found.calls
+        write.calls += found.steps
         each = zip(found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
         return [cut(ids[:length], () if case.forced else model.stops) for ids, length in each]
 

@@ -22,11 +22,13 @@ import jax
 import numpy as np
 import report
 
-from t5x_lite import config, config_file, model, sharding
-from t5x_lite.adaptation import distillation
+from t5x_lite import config, model, sharding
+from t5x_lite.adaptation import distilled_batches
 from t5x_lite.adaptation.teacher import Teacher
-from t5x_lite.batch import Answers, Batch
-from t5x_lite.training import answering, memory, optimizer, schedules, state
+from t5x_lite.batch import Batch, TeacherLogits
+from t5x_lite.checkpoints import train_state
+from t5x_lite.config import gin_file
+from t5x_lite.training import host, optimizer, schedules, write_teacher_logits
 from t5x_lite.training import step as training_step
 
 ROWS, INPUTS, TARGETS = 4, 256, 64
@@ -35,10 +37,10 @@ ROWS, INPUTS, TARGETS = 4, 256, 64
 def student(file: str) -> config.Run:
     """The run of the benchmark, without a teacher."""
     bindings = ["MODEL_DIR=unused", "MIXTURE_OR_TASK_NAME=unused", "TRAIN_STEPS=1000"]
-    bindings += [f"BATCH_SIZE={ROWS}", 'config.Model.activations="float32"']
+    bindings += [f"BATCH_SIZE={ROWS}", 'config.Model.dtype="float32"']
     bindings += [f'TASK_FEATURE_LENGTHS={{"inputs": {INPUTS}, "targets": {TARGETS}}}']
     bindings += ['config.Schedule.kind="constant"', "config.Schedule.peak=0.001"]
-    return config_file.load(["runs/common.gin", file], bindings)
+    return gin_file.load_run(["runs/common.gin", file], bindings)
 
 
 def drawn(vocab: int) -> Batch:
@@ -58,10 +60,10 @@ class Case:
     def __init__(self, run: config.Run, teacher: Teacher, batch: Batch, params: Any):
         axes = model.axes(run.model)
         schedule = schedules.learning_rate(run.schedule, run.train.steps)
-        update = optimizer.make(run.optimizer, schedule, axes)
-        made = training_step.make(run, update, schedule, axes, teacher)
+        update = optimizer.make_optimizer(run.optimizer, schedule, axes)
+        made = training_step.make_step(run, update, schedule, axes, teacher)
         self.batch, self.params = sharding.place_batch(batch), params
-        self.state = state.begin(model.initialize(run.model, jax.random.key(0)), update)
+        self.state = train_state.begin_state(model.initialize(run.model, jax.random.key(0)), update)
         self.compiled = made.lower(self.state, self.batch, params).compile()
         self.seconds: list[float] = []
 
@@ -83,16 +85,19 @@ def cases(file: str, top_k: int) -> dict[str, Case]:
     params = model.initialize(cfg, jax.random.key(1))
     whole = config.Distillation("drawn")
     best = dataclasses.replace(whole, top_k=top_k)
-    lesson = distillation.Reading(cfg, cfg.vocab).lesson(batch)
-    read = jax.device_get(answering.jitted(best, teacher)(params, sharding.place_batch(lesson)))
+    teacher_data = distilled_batches.TeacherBatchBuilder(cfg, cfg.vocab).teacher_data(batch)
+    read = jax.device_get(
+        write_teacher_logits.jit_teacher(best, teacher)(params, sharding.place_batch(teacher_data))
+    )
     with_whole = dataclasses.replace(run, distillation=whole)
     with_best = dataclasses.replace(run, distillation=best)
-    live, stored = batch._replace(lesson=lesson), Answers(*read, lesson.known)
+    live = batch._replace(teacher_data=teacher_data)
+    stored = batch._replace(teacher_data=TeacherLogits(*read, teacher_data.known))
     return {
         "no teacher": Case(run, teacher, batch, None),
         "live, whole distribution": Case(with_whole, teacher, live, params),
         f"live, top {top_k}": Case(with_best, teacher, live, params),
-        f"answers, top {top_k}": Case(with_best, teacher, batch._replace(lesson=stored), None),
+        f"answers, top {top_k}": Case(with_best, teacher, stored, None),
     }
 
 
@@ -105,7 +110,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/t5_1_1_small.gin", help=".gin of the student")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
-    memory.keep_freed()
+    host.keep_freed()
     found = cases(options.model, options.top_k)
     for _ in range(2 + (3 if options.quick else 15)):
         for case in found.values():

@@ -22,14 +22,14 @@ import numpy as np
 import report
 
 from t5x_lite import config, decoding, interactive
-from t5x_lite.decoding import tally
+from t5x_lite.decoding.acceptance import stats
 from t5x_lite.decoding.drafters import trees
 from t5x_lite.decoding.drafters.jacobi import Jacobi
 from t5x_lite.decoding.drafters.lookahead import Lookahead
 from t5x_lite.decoding.drafters.lookup import Lookup
-from t5x_lite.decoding.drafters.recycling import CHANCES, Recycling, expected
+from t5x_lite.decoding.drafters.recycling import CHANCES, Recycling, count_successors
 from t5x_lite.decoding.drafters.trigram import Trigram
-from t5x_lite.decoding.drafters.union import sources, union
+from t5x_lite.decoding.drafters.union import draft_sources, union
 from t5x_lite.decoding.generation import PLAIN
 from t5x_lite.decoding.protocol import chain
 
@@ -39,13 +39,13 @@ DRAFTERS = {
     "plain": PLAIN.drafter,
     "lookup 8": Lookup(chain(8)),
     "trigram 8": Trigram(chain(8)),
-    "trigram 12, a tree": Trigram(trees.likeliest(12, (0.5, 0.2, 0.1))),
-    "recycling 16": Recycling(trees.likeliest(16, CHANCES)),
-    "recycling 32": Recycling(trees.likeliest(32, CHANCES)),
-    BEGUN: Recycling(trees.likeliest(16, CHANCES)),
+    "trigram 12, a tree": Trigram(trees.best_tree(12, (0.5, 0.2, 0.1))),
+    "recycling 16": Recycling(trees.best_tree(16, CHANCES)),
+    "recycling 32": Recycling(trees.best_tree(32, CHANCES)),
+    BEGUN: Recycling(trees.best_tree(16, CHANCES)),
     "jacobi 8": Jacobi(chain(8)),
     "lookahead 5 4 5": Lookahead(5, 4, 5),
-    "lookup 8 + recycling 16": union(Lookup(chain(8)), Recycling(trees.likeliest(16, CHANCES))),
+    "lookup 8 + recycling 16": union(Lookup(chain(8)), Recycling(trees.best_tree(16, CHANCES))),
     "lookup 8 + trigram 8": union(Lookup(chain(8)), Trigram(chain(8))),
 }
 SOURCES = {
@@ -76,30 +76,30 @@ def continued(path: str) -> Case:
     texts = [
         (kind, each if isinstance(each, str) else inspect.getsource(each)) for kind, each in texts
     ]
-    rows = [ids[:PROMPT] for ids in session.predictor.read([text for _, text in texts])]
-    others = session.predictor.written([inspect.getsource(each) for each in OTHERS])
+    rows = [ids[:PROMPT] for ids in session.predictor.encode_inputs([text for _, text in texts])]
+    others = session.predictor.encode_targets([inspect.getsource(each) for each in OTHERS])
     kinds = [kind for kind, _ in texts]
-    return Case(session, rows, kinds, config.Decode(length=LENGTH), others)
+    return Case(session, rows, kinds, config.Decode(max_new_tokens=LENGTH), others)
 
 
-def spelt(path: str, words: int = 32) -> Case:
+def spelled(path: str, words: int = 32) -> Case:
     """Held-out words of a g2p run."""
     session = interactive.load(path)
     lines = sorted(Path(path, "predictions").glob("*.jsonl"))[-1].read_text().splitlines()
     pairs = [json.loads(line) for line in lines]
-    predictor, start = session.predictor, session.predictor.cfg.start
-    rows = predictor.read([pair["input"] for pair in pairs[:words]])
-    others = predictor.written([pair["prediction"] for pair in pairs[words:]])
+    predictor, start = session.predictor, session.predictor.cfg.decoder_start_token_id
+    rows = predictor.encode_inputs([pair["input"] for pair in pairs[:words]])
+    others = predictor.encode_targets([pair["prediction"] for pair in pairs[words:]])
     begun = [[start, *other] for other in others]
-    return Case(session, rows, ["g2p"] * words, config.Decode(length=32), begun)
+    return Case(session, rows, ["g2p"] * words, config.Decode(max_new_tokens=32), begun)
 
 
 def measured(case: Case, name: str, plain: decoding.Result | None) -> tuple[list, decoding.Result]:
     """Rows of the report for one drafter, and what it wrote."""
     predictor, drafter = case.session.predictor, DRAFTERS[name]
     eos = predictor.targets.stops
-    request = decoding.request(predictor.cfg, case.rows, case.decode, eos=eos)
-    weights = expected(case.others) if name == BEGUN else None
+    request = decoding.make_request(predictor.cfg, case.rows, case.decode, eos=eos)
+    weights = count_successors(case.others) if name == BEGUN else None
     drafting = decoding.Drafting(drafter, weights)
     result = decoding.generate(predictor.cfg, predictor.params, request, case.decode, drafting)
     if plain is not None and not np.array_equal(result.tokens, plain.tokens):
@@ -109,9 +109,9 @@ def measured(case: Case, name: str, plain: decoding.Result | None) -> tuple[list
         own = np.array([each == kind for each in case.kinds])
         each = ("tokens", "lengths", "call", "node")
         part = result._replace(**{field: getattr(result, field)[own] for field in each})
-        count = tally.Tally()
-        count.add(part, sources(drafter), int(own.sum()))
-        rows.append(report.Row(kind, name, "tokens per call", round(count.tokens_per_call, 3)))
+        count = stats.AcceptanceStats()
+        count.add(part, draft_sources(drafter), int(own.sum()))
+        rows.append(report.Row(kind, name, "tokens per call", round(count.tokens_per_step, 3)))
         for source, tokens in count.guessed.items():
             share = round(tokens / count.tokens, 3)
             rows.append(report.Row(kind, name, f"share guessed by {source}", share))
@@ -128,7 +128,7 @@ def held(result: decoding.Result, tree) -> list[tuple[str, float]]:
     ]
     tried, right = np.zeros(8), np.zeros(8)
     for row, length in enumerate(result.lengths[:, 0]):
-        call, node = result.call[row, 0, :length], result.node[row, 0, :length]
+        call, node = result.token_step[row, 0, :length], result.token_node[row, 0, :length]
         for number in range(call.max() + 1):
             path = [0, *(int(each) for each in node[call == number] if each)]
             for at in path:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(DRAFTERS), help="some drafters")
     options = parser.parse_args()
     rows = known(options.json)
-    for make, path in ((spelt, options.g2p), (continued, options.smollm2)):
+    for make, path in ((spelled, options.g2p), (continued, options.smollm2)):
         if not path:
             continue
         case, plain = make(path), None

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import report
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests/laws")]
 PACKAGES = ["gin-config", "tokenizers", "sentencepiece", "gguf", "tensorstore", "pyarrow", "jax"]
 
 
@@ -68,19 +68,21 @@ def outcomes(name: str, rounds: range, seed: int):
 
 def measured(name: str, rounds: range, seed: int) -> list[report.Row]:
     """How many rounds of a reader were read, refused and faults, and how fast."""
-    from t5x_lite.evaluation.progress import Progress
+    from t5x_lite.cli.progress import Progress
 
-    progress = Progress(f"rounds of {name}", len(rounds))
     began, read, faults = time.perf_counter(), 0, 0
-    for done, (content, fault) in enumerate(outcomes(name, rounds, seed), 1):
-        read += content
-        if fault:
-            faults += 1
-            print(f"\n{fault}", flush=True)
-        progress(done)
-    progress.close(len(rounds))
+    with Progress(f"rounds of {name}", len(rounds)) as progress:
+        for done, (content, fault) in enumerate(outcomes(name, rounds, seed), 1):
+            read += content
+            if fault:
+                faults += 1
+                print(f"\n{fault}", flush=True)
+            progress(done)
     seconds = time.perf_counter() - began
-    row = lambda metric, value: report.Row(name, "t5x_lite", metric, value)
+
+    def row(metric, value):
+        return report.Row(name, "t5x_lite", metric, value)
+
     return [
         row("seed", seed),
         row("rounds", len(rounds)),

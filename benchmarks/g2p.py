@@ -30,9 +30,9 @@ def measure(folder: str, examples: int, beams: list[int]) -> list[report.Row]:
     path = Path(folder) / "report.json"
     if not path.exists():
         return [report.Row("cmudict_g2p test", folder, "per", None, f"not trained: no {path}")]
-    from t5x_lite.training import restore
+    from t5x_lite.checkpoints.opening import open_checkpoint
 
-    restored = restore.restore(folder)
+    restored = open_checkpoint(folder).load()
     system, rows = f"t5x_lite {Path(folder).name}", []
     for count in beams:
         measured = decoded(restored, folder, examples, count)

@@ -28,11 +28,11 @@ import report
 import training_runs
 
 from t5x_lite import config, decoding
+from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.data import corpora
 from t5x_lite.decoding import protocol
-from t5x_lite.decoding.drafters import blockwise, medusa, refined
+from t5x_lite.decoding.drafters import blockwise, medusa, refined, trees
 from t5x_lite.evaluation import metrics
-from t5x_lite.training import bigrams, restore
 
 BLOCKS = (2, 4, 8)
 BATCH = 64
@@ -66,12 +66,12 @@ def variants(shapes: bool) -> list[Variant]:
     sources = (("", ()), (", distilled", (DISTILLED,)))
     made = [Variant(f"frozen{data}", (FROZEN, *files), (), BLOCKS) for data, files in sources]
     for block in BLOCKS[::-1]:
-        size = f"config.Heads.block={block}"
+        size = f"config.DraftHeads.block={block}"
         for data, files in sources:
             made.append(Variant(f"fine-tuned{data} {block}", (JOINT, *files), (size,), (block,)))
     if shapes:
         for shape, mlp in (("stern", 256), ("medusa", None), ("hydra", None)):
-            bound = (f"config.Heads.shape={shape}", f"config.Heads.mlp={mlp}")
+            bound = (f"config.DraftHeads.shape={shape}", f"config.DraftHeads.mlp={mlp}")
             made.append(Variant(f"frozen {shape}", (FROZEN,), bound, BLOCKS))
     return made
 
@@ -91,7 +91,7 @@ def self_said(options: argparse.Namespace) -> Path:
 def train(variant: Variant, options: argparse.Namespace) -> Path:
     """The folder of the variant's finished run."""
     folder = options.folder / variant.folder
-    bindings = [f"INITIAL_CHECKPOINT={options.trunk}", f"TRAIN_STEPS={options.steps}"]
+    bindings = [f"INITIAL_CHECKPOINT_PATH={options.trunk}", f"TRAIN_STEPS={options.steps}"]
     bindings += ["config.Evaluate.examples=0", "config.Evaluate.batches=0"]
     if DISTILLED in variant.files:
         said = f"config.Files.train={self_said(options)}"
@@ -111,17 +111,19 @@ class Writer:
     """A model that writes the words, in batches, by any drafter."""
 
     def __init__(self, folder: Path, words: Words):
-        self.restored, self.words = restore.restore(folder), words
+        self.restored, self.words = open_checkpoint(folder).load(), words
         self.cfg = self.restored.run.model
-        self.params = decoding.prepare(self.cfg, self.restored.params)
+        self.params = decoding.prepare_params(self.cfg, self.restored.params)
         inputs, self.targets = self.restored.vocabularies
         self.ids = [[*map(int, ids), inputs.eos] for ids in inputs.encode_all(words.texts)]
-        self.decode = config.Decode(length=40)
+        self.decode = config.Decode(max_new_tokens=40)
 
     def result(self, rows: range, drafting: decoding.Drafting) -> decoding.Result:
         """What the words of these numbers become."""
         ids = [self.ids[row] for row in rows]
-        request = decoding.request(self.cfg, ids, self.decode, batch=BATCH, eos=self.targets.stops)
+        request = decoding.make_request(
+            self.cfg, ids, self.decode, batch=BATCH, eos=self.targets.stops
+        )
         return decoding.generate(self.cfg, self.params, request, self.decode, drafting)
 
     def all(self, drafting: decoding.Drafting) -> list[decoding.Result]:
@@ -137,13 +139,13 @@ class Writer:
             self.targets.decode(ids[0, : length[0]].tolist())
             for (ids, length), _ in zip(rows, self.ids, strict=False)
         ]
-        return metrics.measure(("per", "wer"), texts, self.words.spoken)
+        return metrics.measure_metrics(("per", "wer"), texts, self.words.spoken)
 
 
 def calls(result: decoding.Result) -> np.ndarray:
     """How many calls each row took; a row that only fills up the batch took none."""
     last = np.maximum(result.lengths[:, 0] - 1, 0)
-    counted = np.take_along_axis(result.call[:, 0], last[:, None], axis=1)[:, 0] + 1
+    counted = np.take_along_axis(result.token_step[:, 0], last[:, None], axis=1)[:, 0] + 1
     return np.where(result.lengths[:, 0] > 0, counted, 0)
 
 
@@ -160,7 +162,7 @@ def per_call(results: list[decoding.Result]) -> dict[str, float]:
 
 def accepted(results: list[decoding.Result], block: int) -> list[float]:
     """In which share of the calls after the first the guess of head 1, 2, ... was accepted."""
-    nodes = np.concatenate([result.node[:, 0] for result in results])
+    nodes = np.concatenate([result.token_node[:, 0] for result in results])
     counted = np.concatenate([calls(result) for result in results])
     later = max(counted.sum() - (counted > 0).sum(), 1)
     return [float((nodes == head).sum() / later) for head in range(1, block)]
@@ -196,12 +198,12 @@ def draftings(variant: Variant, writer: Writer) -> dict[tuple[str, str], decodin
     rows = corpora.cmudict_rows("train", stress=False)
     texts = writer.targets.encode_all([row.targets for row in rows][::DISTANCE])
     said = [[*map(int, ids), writer.targets.eos] for ids in texts]
-    learned = bigrams.fit(said, vocab=writer.cfg.vocab)
+    learned = refined.fit_bigrams(said, vocab=writer.cfg.vocab)
     for block in variant.blocks[1:]:
         drafter = refined.Refined(protocol.chain(block), share=0.0)
         made[f"k = {block}", "frozen, refined"] = decoding.Drafting(drafter, learned)
     for nodes in (8, 16):
-        drafter = medusa.Medusa(medusa.promising(nodes, medusa.CHANCES))
+        drafter = medusa.Medusa(trees.best_tree_of_heads(nodes, medusa.CHANCES))
         made[f"k = {nodes}", "frozen, tree"] = decoding.Drafting(drafter)
     return made
 

@@ -37,7 +37,7 @@ Segments = Iterator[np.ndarray]  # target segments [rows length] of each batch
 
 
 def ours(cfg: config.Data) -> Segments:
-    batches = data.open_batches(cfg, "pair", BATCH, seed=0)
+    batches = data.open_batches(cfg, "encoder_decoder", BATCH, seed=0)
     step = 0
     while True:
         yield batches.at(step).target_segments

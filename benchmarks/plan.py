@@ -27,7 +27,8 @@ os.environ.update(preparing.ENVIRONMENT)
 
 import report
 
-from t5x_lite import config, config_file
+from t5x_lite import config
+from t5x_lite.config import gin_file
 from t5x_lite.planning import chips, compiled
 from t5x_lite.planning import report as plans
 
@@ -71,14 +72,14 @@ def run_of(case: str) -> tuple[config.Run, chips.Slice]:
     if not found:
         raise ValueError(f"{case} is not model:topology:fsdp[N]:rows")
     model, topology, fsdp, rows = found.groups()
-    slice_ = chips.topology(topology)
+    slice_ = chips.parse_topology(topology)
     over = int(fsdp or slice_.count)
     bindings = ["MODEL_DIR=unused", "MIXTURE_OR_TASK_NAME=unused", "TRAIN_STEPS=100000"]
     bindings += [f"BATCH_SIZE={int(rows) * slice_.count}", f"TASK_FEATURE_LENGTHS={LENGTHS}"]
     bindings += ['config.Schedule.kind="constant"', "config.Schedule.peak=0.001"]
     bindings += [f"config.Mesh.data={slice_.count // over}", f"config.Mesh.fsdp={over}"]
     files = ["runs/common.gin", f"models/{model}.gin"]
-    return config_file.load(files, bindings), slice_
+    return gin_file.load_run(files, bindings), slice_
 
 
 def measured(case: str) -> dict:

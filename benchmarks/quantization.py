@@ -33,14 +33,15 @@ def measure(folder: str, kind: str, examples: int) -> list[report.Row]:
     """A run's newest weights, rounded as `kind` says."""
     import jax
 
-    from t5x_lite import config, quantization
+    from t5x_lite import config
+    from t5x_lite.checkpoints.opening import open_checkpoint
     from t5x_lite.evaluation import evaluate, predict
-    from t5x_lite.training import restore
+    from t5x_lite.model import quantization
 
-    restored = restore.restore(folder, mesh=config.Mesh(), quantize=None if kind == WHOLE else kind)
+    restored = open_checkpoint(folder).load(config.Mesh(), None if kind == WHOLE else kind)
     with tempfile.TemporaryDirectory() as kept:
         settings = dataclasses.replace(restored.run.evaluate, examples=examples, batches=20)
-        greedy = config.Decode(length=restored.run.decode.length)
+        greedy = config.Decode(max_new_tokens=restored.run.decode.max_new_tokens)
         run = dataclasses.replace(
             restored.run, evaluate=settings, decode=greedy, model_dir=str(kept)
         )
@@ -48,8 +49,8 @@ def measure(folder: str, kind: str, examples: int) -> list[report.Row]:
         numbers = found(restored.params, restored.step)
     towers = [restored.params[name] for name in ("encoder", "decoder") if name in restored.params]
     layers = [tower["layers"] for tower in towers]
-    numbers["layers, KB"] = quantization.size(layers) / 1e3
-    numbers["weights, KB"] = quantization.size(restored.params) / 1e3
+    numbers["layers, KB"] = quantization.weight_bytes(layers) / 1e3
+    numbers["weights, KB"] = quantization.weight_bytes(restored.params) / 1e3
     predictor = predict.Predictor(run.model, restored.params, restored.vocabularies)
     texts = [found.dataset.inputs_text(place) for place in range(64)]
     seconds = min(spent(predictor, texts, greedy) for _ in range(TIMES + 1))

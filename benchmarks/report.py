@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 
@@ -84,9 +85,10 @@ def table(rows: list[Row]) -> str:
 
 
 def write(path: str | Path, rows: list[Row], packages: list[str]) -> None:
-    """Writes machine, versions and rows as JSON, replacing the file in one move."""
+    """Writes command, date, machine, versions and rows as JSON, replacing the file in one move."""
     record = {
         "command": " ".join(["python", *sys.argv]),
+        "date": date.today().isoformat(),
         "machine": machine(),
         "versions": versions(packages),
         "rows": [{k: v for k, v in asdict(row).items() if v != ""} for row in rows],

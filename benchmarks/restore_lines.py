@@ -2,7 +2,7 @@
 """Makes the data of configs/runs/restore_lines.gin: lines of Python's standard library, corrupted.
 
 An example is a few lines of a module, at most 160 bytes. In every second of them one character is
-lost, doubled, exchanged with its neighbour or replaced; the target is what was there. Splits go by
+lost, doubled, exchanged with its neighbor or replaced; the target is what was there. Splits go by
 module, as in the built-in tasks; the same library gives the same files.
 
   python benchmarks/restore_lines.py --out=data/restore

@@ -140,19 +140,19 @@ def soak(killed: Run, kills: int, seed: int, starting: float) -> list[dict]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    from t5x_lite.training import records
+    from t5x_lite.training.reporting import metric_writers
 
-    return records.read(folder)["train/loss"]
+    return metric_writers.read_metrics(folder)["train/loss"]
 
 
 def digests(folder: Path, step: int) -> dict:
     """Shape, dtype and digest of every weight and of the optimizer at the last step, read back."""
-    from t5x_lite.training import archive
+    from t5x_lite.checkpoints import checkpoint_io
 
     place = folder / "checkpoints" / str(step)
-    note = archive.read_note(place)
+    note = checkpoint_io.read_metadata(place)
     for item in note.arrays:
-        archive.restore(place, item, note)
+        checkpoint_io.restore_arrays(place, item, note)
     return note.arrays
 
 

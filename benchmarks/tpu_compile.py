@@ -54,8 +54,8 @@ VOCAB = 32128
 
 def ours(case: str, devices: list, attention: str, layers: int | None = None, unroll: int = 1):
     """The step of `t5x_lite.train` from the shipped configs, traced."""
-    from t5x_lite import config_file
-    from t5x_lite.training import ahead
+    from t5x_lite.config import gin_file
+    from t5x_lite.planning import aot
 
     size, inputs, targets, rows = case.split(":")
     bindings = ["MODEL_DIR=unused", "MIXTURE_OR_TASK_NAME=unused", "TRAIN_STEPS=100000"]
@@ -65,8 +65,8 @@ def ours(case: str, devices: list, attention: str, layers: int | None = None, un
     bindings += [f'config.Model.attention="{attention}"', f"config.Train.unroll={unroll}"]
     if layers:
         bindings.append(f"config.Stack.layers={layers}")
-    run = config_file.load(["runs/common.gin", f"models/t5_1_1_{size}.gin"], bindings)
-    return ahead.traced(run, devices)
+    run = gin_file.load_run(["runs/common.gin", f"models/t5_1_1_{size}.gin"], bindings)
+    return aot.trace_step(run, devices)
 
 
 def t5x_network(folder: Path):
@@ -97,10 +97,14 @@ def t5x(case: str, devices: list, folder: Path):
     transformer, update = network.Transformer(cfg), optax.adafactor(1e-3)
     mesh = jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     jax.set_mesh(mesh)
-    ids = lambda length: jnp.zeros((1, length), jnp.int32)
-    begin = lambda: transformer.init(
-        jax.random.key(0), ids(inputs), ids(targets), ids(targets), enable_dropout=False
-    )["params"]
+
+    def ids(length):
+        return jnp.zeros((1, length), jnp.int32)
+
+    def begin():
+        return transformer.init(
+            jax.random.key(0), ids(inputs), ids(targets), ids(targets), enable_dropout=False
+        )["params"]
 
     def step(params, state, source, shifted, target):
         def loss(params):
@@ -115,9 +119,12 @@ def t5x(case: str, devices: list, folder: Path):
         change, state = update.update(gradient, state, params)
         return optax.apply_updates(params, change), state, value
 
-    placed = lambda shapes, spec: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), shapes
-    )
+    def placed(shapes, spec):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+            shapes,
+        )
+
     shapes = jax.eval_shape(begin)
     state = placed(jax.eval_shape(update.init, shapes), P())
     params = placed(shapes, P())
@@ -133,7 +140,7 @@ def compiled(trace) -> tuple[object | None, float, str]:
 
     began = time.perf_counter()
     try:
-        executable, program = planning.program(trace.lower())
+        executable, program = planning.compile_program(trace.lower())
         return executable, time.perf_counter() - began, program
     except jax.errors.JaxRuntimeError as error:
         said = [line for line in str(error).splitlines() if "Used" in line or "exceeded" in line]
@@ -148,11 +155,11 @@ def moved(program: str) -> int:
     """
     from t5x_lite.planning import counted, hlo, trips
 
-    module = hlo.parse(program)
+    module = hlo.parse_module(program)
     executions = trips.executions(module)
     if executions.unknown:
         raise ValueError(f"No trip count for {', '.join(executions.unknown)}: bytes would be wrong")
-    return counted.work(module, executions).moved
+    return counted.program_cost(module, executions).moved
 
 
 def cost(executable) -> tuple[float, float]:
@@ -191,7 +198,10 @@ def rows_of(case: str, devices: list, options: argparse.Namespace) -> list[repor
         system = "t5x_lite" if attention == "pallas" else "t5x_lite, plain XLA"
         accessed = None
         if options.accessed:
-            accessed = lambda _, attention=attention: continued(case, devices, attention)
+
+            def accessed(_, attention=attention):
+                return continued(case, devices, attention)
+
         rows += measured(case, system, ours(case, devices, attention), accessed)
     if options.t5x:
         trace = t5x(case, devices, Path(options.t5x))

@@ -40,30 +40,35 @@ def ours(threads: int) -> tuple[Step, int]:
     """The step of `t5x_lite.train` from the shipped configs, and the number of weights."""
     import jax
 
-    from t5x_lite import config_file, model, sharding
+    from t5x_lite import model, sharding
     from t5x_lite.batch import Batch
-    from t5x_lite.training import memory, optimizer, schedules, state
+    from t5x_lite.checkpoints import train_state
+    from t5x_lite.config import gin_file
+    from t5x_lite.training import host, optimizer, schedules
     from t5x_lite.training import step as training_step
 
-    memory.keep_freed()
+    host.keep_freed()
     bindings = ["MODEL_DIR=unused", "MIXTURE_OR_TASK_NAME=unused", "TRAIN_STEPS=1000"]
-    bindings += [f"BATCH_SIZE={ROWS}", 'config.Model.activations="float32"']
+    bindings += [f"BATCH_SIZE={ROWS}", 'config.Model.dtype="float32"']
     bindings += [f'TASK_FEATURE_LENGTHS={{"inputs": {INPUTS}, "targets": {TARGETS}}}']
     bindings += ['config.Schedule.kind="constant"', f"config.Schedule.peak={RATE}"]
     bindings += ["config.Train.z_loss=0.0"]  # the peer has none
-    run = config_file.load(["runs/common.gin", "models/t5_1_1_small.gin"], bindings)
+    run = gin_file.load_run(["runs/common.gin", "models/t5_1_1_small.gin"], bindings)
     sharding.use_mesh(run.mesh)
     axes = model.axes(run.model)
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
-    update = optimizer.make(run.optimizer, schedule, axes)
-    advance = training_step.make(run, update, schedule, axes)
-    now = state.begin(model.initialize(run.model, jax.random.key(0)), update)
+    update = optimizer.make_optimizer(run.optimizer, schedule, axes)
+    advance = training_step.make_step(run, update, schedule, axes)
+    now = train_state.begin_state(model.initialize(run.model, jax.random.key(0)), update)
 
     inputs, targets = (each.astype(np.int32) for each in ids())
-    layout = lambda rows: (
-        np.ones_like(rows),
-        np.broadcast_to(np.arange(rows.shape[1]), rows.shape),
-    )
+
+    def layout(rows):
+        return (
+            np.ones_like(rows),
+            np.broadcast_to(np.arange(rows.shape[1]), rows.shape),
+        )
+
     weights = np.ones(targets.shape, np.float32)
     batch = Batch(targets, *layout(targets), weights, inputs, *layout(inputs))
 
@@ -120,7 +125,10 @@ def serve(system: str, threads: int) -> None:
     """Makes one step for every line of stdin and answers with what it took, as a line of JSON."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not get among the answers
-    tell = lambda **found: print(json.dumps(found), file=answers)
+
+    def tell(**found):
+        return print(json.dumps(found), file=answers)
+
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     try:

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from t5x_lite import config, data, decoding
-from t5x_lite.conversion import matching, moving, run_folder
-from t5x_lite.training import restore
+from t5x_lite.checkpoints import matching, run_folder, transfer
+from t5x_lite.checkpoints.opening import open_checkpoint
 
 T5_BASE = {"layers": 12, "embed": 768, "heads": 12, "head_dim": 64, "mlp": 3072}
 VOCAB = 32128
@@ -38,22 +38,22 @@ def widened(cfg: config.Model) -> config.Model:
         plain = small and (stack.norm, stack.positions, stack.gated) == ("rms", "relative", False)
         if not plain or stack.kv_heads not in (None, stack.heads) or stack.bias_per_layer:
             raise ValueError("--run is no T5 without gates that fits into T5-base")
-    blockwise = cfg.blockwise and dataclasses.replace(cfg.blockwise, mlp=T5_BASE["embed"])
+    draft_heads = cfg.draft_heads and dataclasses.replace(cfg.draft_heads, mlp=T5_BASE["embed"])
     return dataclasses.replace(
         cfg,
         vocab=VOCAB,
         encoder=dataclasses.replace(cfg.encoder, **T5_BASE),
         decoder=dataclasses.replace(cfg.decoder, **T5_BASE),
-        blockwise=blockwise,
+        draft_heads=draft_heads,
     )
 
 
 class Padded:
     """The weights of a checkpoint in a wider model's shapes; unused is a word that no text has."""
 
-    def __init__(self, saved: run_folder.Saved, cfg: config.Model, unused: int):
+    def __init__(self, saved: run_folder.SavedWeights, cfg: config.Model, unused: int):
         self.saved, self.unused = saved, unused
-        self.leaves = matching.leaves(cfg)
+        self.leaves = matching.model_leaves(cfg)
         self.names = {key: (leaf.shape, saved.names[key][1]) for key, leaf in self.leaves.items()}
         self.shrink = np.float32((saved.run.model.decoder.embed / cfg.decoder.embed) ** 0.5)
 
@@ -77,11 +77,11 @@ class Padded:
 
 def texts(checkpoint: Path, rows: list[list[int]], length: int) -> list[list[int]]:
     """What a checkpoint writes, greedily."""
-    made = restore.restore(str(checkpoint))
+    made = open_checkpoint(checkpoint).load()
     cfg = made.run.model
-    params = decoding.prepare(cfg, made.params)
-    decode = config.Decode(length=length)
-    asked = decoding.request(cfg, rows, decode, eos=made.vocabularies[1].eos)
+    params = decoding.prepare_params(cfg, made.params)
+    decode = config.Decode(max_new_tokens=length)
+    asked = decoding.make_request(cfg, rows, decode, eos=made.vocabularies[1].eos)
     found = decoding.generate(cfg, params, asked, decode)
     pairs = zip(found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
     return [ids[:length] for ids, length in pairs]
@@ -96,8 +96,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"{options.out} exists: choose another --out")
-    saved = run_folder.Saved(options.run)
-    vocabulary = restore.restore(str(options.run)).vocabularies[0]
+    saved = run_folder.SavedWeights(options.run)
+    vocabulary = open_checkpoint(options.run).text.vocabularies[0]
     found = data.open_dataset(saved.run.data, "test")
     rows = [
         [*map(int, vocabulary.encode(found.inputs_text(n))), vocabulary.eos] for n in range(TEXTS)
@@ -106,9 +106,9 @@ def main() -> None:
     unused = next(word for word in range(3, saved.run.model.vocab) if word not in seen)
     cfg = widened(saved.run.model)
     run = dataclasses.replace(saved.run, model=cfg, model_dir=str(options.out))
-    moving.to_run_folder(Padded(saved, cfg, unused), run, options.out, None, lambda done: None)
+    transfer.write_run_folder(Padded(saved, cfg, unused), run, options.out, None, lambda done: None)
     shutil.copytree(options.run / "vocabulary", options.out / "vocabulary")
-    length = saved.run.decode.length
+    length = saved.run.decode.max_new_tokens
     pairs = zip(texts(options.run, rows, length), texts(options.out, rows, length), strict=True)
     print(f"{options.out}: {sum(a == b for a, b in pairs)} of {TEXTS} texts are the small model's")
 

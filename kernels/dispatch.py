@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention asked for by meaning: who computes it, and each device its own rows and heads."""
+"""Attention and cross entropy by meaning: selects a backend, and runs it per device of the mesh."""
 
 import functools
 import os
@@ -10,213 +10,290 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_lite.kernels import block_decode_attention as decoding
-from t5x_lite.kernels import block_decode_triton, flash_triton, reference
-from t5x_lite.kernels import cross_entropy as losses
-from t5x_lite.kernels import flash_attention as flash
-from t5x_lite.kernels import pairs as drawn
-from t5x_lite.kernels.block_sight import BlockSight
-from t5x_lite.kernels.pairs import Pairs
-from t5x_lite.kernels.relative import Relative
-from t5x_lite.kernels.sight import Sight
-from t5x_lite.kernels.source import Source
-from t5x_lite.kernels.tiles import INTERPRETED, How, device
-from t5x_lite.kernels.token_losses import TokenLosses
-from t5x_lite.kernels.vocabulary import VocabularyRule
+from t5x_lite.kernels import dense_mask, reference
+from t5x_lite.kernels.backend import (
+    INTERPRETED,
+    Backend,
+    mesh_axes,
+    partition_spec,
+    target_device,
+)
+from t5x_lite.kernels.decode import api as decode
+from t5x_lite.kernels.decode import triton as triton_decode
+from t5x_lite.kernels.decode.mask import CacheMask
+from t5x_lite.kernels.dense_mask import AttentionSource, DenseMask
+from t5x_lite.kernels.flash import api as flash
+from t5x_lite.kernels.flash_triton import api as flash_triton
+from t5x_lite.kernels.mask import Mask
+from t5x_lite.kernels.relative import RelativePositionBias
+from t5x_lite.kernels.vocabulary.cross_entropy import (
+    TokenLosses,
+    chunked_cross_entropy,
+    fused_cross_entropy,
+)
+from t5x_lite.kernels.vocabulary.logits import CrossEntropyConfig
 
-VARIABLE = "T5X_LITE_ATTENTION"
-WISHES = ("auto", "pallas", "reference")
+BACKEND_VARIABLE = "T5X_LITE_ATTENTION"
+BACKEND_CHOICES = ("auto", "pallas", "reference")
 
 
-def chosen(wish: str) -> How | None:
-    """How attention is computed on the devices in force, or None for plain XLA.
+def select_backend(choice: str) -> Backend | None:
+    """Returns the backend that computes attention on the devices in force; None is plain XLA.
 
-    auto is the kernels on TPUs and plain XLA elsewhere: on GPUs too, as long as the Triton kernels
-    have not been measured there, so these are for those who ask for pallas. Kernels that are asked
-    for where there is neither are interpreted, which is for tests.
+    "auto" is the kernels on TPUs and plain XLA elsewhere: on GPUs too, as long as the Triton
+    kernels have not been measured there, so they run only for "pallas". Where there is neither a
+    TPU nor a GPU, "pallas" interprets the TPU kernels, which is for tests.
+
+    Args:
+      choice: "auto", "pallas" or "reference"; T5X_LITE_ATTENTION in the environment overrides it.
 
     Raises:
-      ValueError: T5X_LITE_ATTENTION says something else than wishes can be.
+      ValueError: the choice is none of these.
     """
-    wish = os.environ.get(VARIABLE) or wish
-    if wish not in WISHES:
-        raise ValueError(f"{VARIABLE}={wish!r}: it must be one of {', '.join(WISHES)}")
-    platform, kind = device()
-    if wish == "reference" or (wish == "auto" and platform != "tpu"):
+    choice = os.environ.get(BACKEND_VARIABLE) or choice
+    if choice not in BACKEND_CHOICES:
+        choices = ", ".join(BACKEND_CHOICES)
+        raise ValueError(f"{BACKEND_VARIABLE}={choice!r}: it must be one of {choices}")
+    device = target_device()
+    if choice == "reference" or (choice == "auto" and device.platform != "tpu"):
         return None
-    if platform == "gpu":
-        return How("gpu")
-    return How("tpu", generation(kind), kind) if platform == "tpu" else INTERPRETED
+    if device.platform == "gpu":
+        return Backend("gpu")
+    if device.platform == "tpu":
+        return Backend("tpu", tpu_generation(device.kind), device.kind)
+    return INTERPRETED
 
 
-def generation(kind: str) -> int:
-    """The number in a TPU's name: "TPU v5 lite" is 5."""
-    digits = [letter for letter in kind if letter.isdigit()]
+def tpu_generation(kind: str) -> int:
+    """Returns the number in a TPU's name: "TPU v5 lite" is 5."""
+    digits = [character for character in kind if character.isdigit()]
     return int(digits[0]) if digits else 5
 
 
-def prepared(sight: Sight | BlockSight | Bool[Array, "b s"], how: How | None):
-    """sight as attention reads it: for plain XLA drawn as pairs, once for all layers.
+def prepare_mask(mask: Mask | CacheMask | Bool[Array, "b s"], backend: Backend | None):
+    """Returns the mask as attention takes it: a DenseMask for plain XLA, once for all layers.
 
-    Bool [b s] are keys that every query of a row sees. Marks of keys are whole on every device.
+    What describes keys is unsharded along them, as every device needs all keys of its rows.
+
+    Args:
+      mask: a Mask, a CacheMask, or Bool [b s] of keys that every query of a row attends to.
+      backend: what computes attention; None is plain XLA.
     """
-    if isinstance(sight, Sight):
-        prefix = sight.key_prefix
-        prefix = None if prefix is None else whole_along(prefix, 1)
-        sight = replace(sight, key_segments=whole_along(sight.key_segments, 1), key_prefix=prefix)
-    if how is not None:
-        return sight
-    if isinstance(sight, (Sight, BlockSight)):
-        return drawn.pairs(sight)
-    return Pairs(sight[:, None, :], jnp.zeros((1, sight.shape[1]), jnp.int32))
+    if isinstance(mask, Mask):
+        prefix = mask.key_prefix
+        prefix = None if prefix is None else unshard_axis(prefix, 1)
+        mask = replace(mask, key_segments=unshard_axis(mask.key_segments, 1), key_prefix=prefix)
+    if backend is not None:
+        return mask
+    if isinstance(mask, (Mask, CacheMask)):
+        return dense_mask.materialize_mask(mask)
+    return DenseMask(mask[:, None, :], jnp.zeros((1, mask.shape[1]), jnp.int32))
 
 
-def laid(relative: Relative, sight):
-    """relative as attention reads it, for what `prepared` made of a sight."""
-    return drawn.bias(relative, sight) if isinstance(sight, Pairs) else relative
+def prepare_bias(bias: RelativePositionBias, mask):
+    """Returns the bias as attention takes it: the array of all pairs for a DenseMask.
+
+    Args:
+      bias: the relative position bias.
+      mask: what `prepare_mask` returned.
+    """
+    return dense_mask.materialize_bias(bias, mask) if isinstance(mask, DenseMask) else bias
 
 
-def attend(
+def dot_product_attention(
     q: Float[Array, "b t k g h"],
-    sources: tuple[Source, ...],
+    sources: tuple[AttentionSource, ...],
     softcap: float | None = None,
-    how: How | None = None,
+    backend: Backend | None = None,
 ) -> Float[Array, "b t k g h"]:
     """Softmax attention over all sources in one softmax, g query heads to each of k key heads.
 
-    Queries come scaled. softcap c turns scores x into c tanh(x / c), before bias and mask. Scores
-    and softmax are float32. A query that may see nothing gets 0.
+    Scores and softmax are float32. A fully masked query gets 0.
+
+    Args:
+      q: [b t k g h], queries, already scaled.
+      sources: keys, values, masks and biases; masks and biases are those of `prepare_mask` and
+        `prepare_bias`.
+      softcap: c turns scores x into c tanh(x / c), before bias and mask; None without one.
+      backend: the backend that masks were prepared for; None is plain XLA.
     """
-    context = drawn.placement(q)[1]
-    sources = tuple(with_whole_keys(source) for source in sources)
-    if isinstance(sources[0].sight, Pairs):
-        return over_pairs(q, sources, softcap)
-    if isinstance(sources[-1].sight, (BlockSight, jax.Array)):
-        return by_device(functools.partial(blocks, softcap=softcap, how=how), q, sources)
-    kernel = functools.partial(rows, softcap=softcap, how=how, context=context)
-    return by_device(kernel, q, sources)
+    context_axes = mesh_axes(q)[1]
+    sources = tuple(gather_keys(source) for source in sources)
+    if isinstance(sources[0].mask, DenseMask):
+        return dense_attention(q, sources, softcap)
+    if isinstance(sources[-1].mask, (CacheMask, jax.Array)):
+        kernel = functools.partial(cache_attention, softcap=softcap, backend=backend)
+    else:
+        kernel = functools.partial(
+            row_attention, softcap=softcap, backend=backend, context_axes=context_axes
+        )
+    return run_sharded(kernel, q, sources)
 
 
-def with_whole_keys(source: Source) -> Source:
-    """source with all keys of a row on every device that has some of its queries: where the length
-    of rows is split over the mesh, this is the all-gather."""
-    keys, values = (whole_along(x, 2) for x in (source.keys, source.values))
+def gather_keys(source: AttentionSource) -> AttentionSource:
+    """Returns the source with all keys of a row on every device that has some of its queries: where
+    the length of rows is split over the mesh, this is the all-gather."""
+    keys, values = (unshard_axis(x, 2) for x in (source.keys, source.values))
     return source._replace(keys=keys, values=values)
 
 
-def whole_along(x: jax.Array, axis: int) -> jax.Array:
-    placed = list(drawn.placement(x))
-    if placed[axis] is None:
+def unshard_axis(x: jax.Array, axis: int) -> jax.Array:
+    """Returns x with all of `axis` on every device."""
+    spec = list(mesh_axes(x))
+    if spec[axis] is None:
         return x
-    placed[axis] = None
-    return jax.reshard(x, jax.sharding.PartitionSpec(*placed))
+    spec[axis] = None
+    return jax.reshard(x, jax.sharding.PartitionSpec(*spec))
 
 
-def over_pairs(q, sources: tuple[Source, ...], softcap) -> Float[Array, "b t k g h"]:
-    """Plain XLA: keys and pairs of all sources one after the other."""
-    keys, values, seen, bias = joined(q, sources)
-    return reference.attend(q, keys, values, seen, bias, softcap)
+def dense_attention(q, sources: tuple[AttentionSource, ...], softcap) -> Float[Array, "b t k g h"]:
+    """Attention in plain XLA over the concatenated keys of all sources.
 
-
-def probabilities(
-    q: Float[Array, "b t k g h"], sources: tuple[Source, ...], softcap: float | None = None
-) -> Float[Array, "b n t s"]:
-    """The shares in which `attend` adds up the values of all sources, one after the other along s.
-
-    Drawn as pairs, in plain XLA: for looking at texts that are short enough for it.
+    Args:
+      q: queries.
+      sources: with a DenseMask each.
+      softcap: cap of the scores, or None.
     """
-    sources = tuple(with_whole_keys(source) for source in sources)
-    keys, _, seen, bias = joined(q, sources)
-    shares = reference.probabilities(q, keys, seen, bias, softcap)
-    b, k, g, t, s = shares.shape
-    rows, heads, _, *rest = drawn.placement(shares)
-    return jnp.reshape(shares, (b, k * g, t, s), out_sharding=drawn.spread(rows, heads, *rest))
+    keys, values, visible, bias = concatenate_sources(q, sources)
+    return reference.reference_attention(q, keys, values, visible, bias, softcap)
 
 
-def joined(q, sources: tuple[Source, ...]):
-    """Keys, values, pairs and bias (None: there is none) of all sources, drawn as pairs, as one."""
+def attention_probs(
+    q: Float[Array, "b t k g h"],
+    sources: tuple[AttentionSource, ...],
+    softcap: float | None = None,
+) -> Float[Array, "b n t s"]:
+    """Returns the attention probabilities of all sources, one after the other along s.
+
+    An array of all pairs, in plain XLA: to inspect texts that are short enough for it.
+
+    Args:
+      q: [b t k g h], queries, already scaled.
+      sources: with a DenseMask each.
+      softcap: cap of the scores, or None.
+    """
+    sources = tuple(gather_keys(source) for source in sources)
+    keys, _, visible, bias = concatenate_sources(q, sources)
+    probs = reference.softmax_probs(q, keys, visible, bias, softcap)
+    b, k, g, t, s = probs.shape
+    rows, heads, _, *rest = mesh_axes(probs)
+    return jnp.reshape(probs, (b, k * g, t, s), out_sharding=partition_spec(rows, heads, *rest))
+
+
+def concatenate_sources(q, sources: tuple[AttentionSource, ...]):
+    """Returns keys, values, visible pairs and bias (None without one) of all sources as one."""
     first = sources[0]
     b, t, k, g, _ = q.shape
-    bias = first.relative
+    bias = first.bias
     if bias is not None:
-        rows, heads, *rest = drawn.placement(bias)
-        placed = drawn.spread(rows, heads, None, *rest)
+        rows, heads, *rest = mesh_axes(bias)
+        sharding = partition_spec(rows, heads, None, *rest)
         shape = (bias.shape[0], k, g, *bias.shape[2:])
-        bias = jnp.reshape(bias, shape, out_sharding=placed)
+        bias = jnp.reshape(bias, shape, out_sharding=sharding)
     if len(sources) == 1:
-        return first.keys, first.values, first.sight.seen, bias
-    join = lambda parts, axis: jnp.concatenate([part.astype(q.dtype) for part in parts], axis)
-    keys = join([source.keys for source in sources], 2)
-    values = join([source.values for source in sources], 2)
-    seen = [whole(source.sight.seen, t) for source in sources]
-    return keys, values, jnp.concatenate(seen, axis=2), None
+        return first.keys, first.values, first.mask.visible, bias
+    keys = jnp.concatenate([source.keys.astype(q.dtype) for source in sources], 2)
+    values = jnp.concatenate([source.values.astype(q.dtype) for source in sources], 2)
+    visible = [broadcast_queries(source.mask.visible, t) for source in sources]
+    return keys, values, jnp.concatenate(visible, axis=2), None
 
 
-def whole(seen: Bool[Array, " b #t s"], t: int) -> Bool[Array, "b t s"]:
-    shape = (seen.shape[0], t, seen.shape[2])
-    placed = drawn.spread(*drawn.placement(seen))
-    return jnp.broadcast_to(seen, shape, out_sharding=placed)
+def broadcast_queries(visible: Bool[Array, " b #t s"], t: int) -> Bool[Array, "b t s"]:
+    """Returns a mask with all t queries written out."""
+    shape = (visible.shape[0], t, visible.shape[2])
+    return jnp.broadcast_to(visible, shape, out_sharding=partition_spec(*mesh_axes(visible)))
 
 
-def rows(q, sources: tuple[Source, ...], *, softcap, how: How, context=None):
-    """Whole rows of tokens, for training and encoding; context are the mesh axes over which the
-    queries of a row are split."""
-    if context is not None:
-        first = jax.lax.axis_index(context) * q.shape[1]
-        sources = tuple(source._replace(sight=source.sight.later(first)) for source in sources)
-    form = flash_triton if how.platform == "gpu" else flash
-    return form.flash_attention(q, sources, softcap, how)
+def row_attention(
+    q, sources: tuple[AttentionSource, ...], *, softcap, backend: Backend, context_axes=None
+) -> Float[Array, "b t k g h"]:
+    """Attention over whole rows of tokens on one device, for training and encoding.
+
+    Args:
+      q: this device's queries.
+      sources: all keys of its rows.
+      softcap: cap of the scores, or None.
+      backend: what runs the kernel.
+      context_axes: the mesh axes over which the queries of a row are split, or None.
+    """
+    if context_axes is not None:
+        first = jax.lax.axis_index(context_axes) * q.shape[1]
+        sources = tuple(source._replace(mask=source.mask.with_offset(first)) for source in sources)
+    module = flash_triton if backend.platform == "gpu" else flash
+    return module.flash_attention(q, sources, softcap, backend)
 
 
-def blocks(q, sources: tuple[Source, ...], *, softcap, how: How):
-    """Blocks of a few tokens over a cache, for decoding."""
-    if how.platform == "gpu":
-        return block_decode_triton.attend(q, sources, softcap, how)
+def cache_attention(
+    q, sources: tuple[AttentionSource, ...], *, softcap, backend: Backend
+) -> Float[Array, "b w k g h"]:
+    """Attention of a few new tokens over a cache on one device, for decoding.
+
+    Args:
+      q: queries of the new tokens.
+      sources: the cache, and where there is one the encoder's output.
+      softcap: cap of the scores, or None.
+      backend: what runs the kernel.
+    """
+    if backend.platform == "gpu":
+        return triton_decode.triton_decode_attention(q, sources, softcap, backend)
     if len(sources) == 1:
-        return decoding.attend(q, sources[0], softcap, how)
-    return decoding.merged_decode_attention(q, sources, softcap, how)
+        return decode.decode_attention(q, sources[0], softcap, backend)
+    return decode.merged_decode_attention(q, sources, softcap, backend)
 
 
 def cross_entropy(
     hidden: Float[Array, "b t d"],
     table: Float[Array, "..."],
     targets: Int[Array, "b t"],
-    rule: VocabularyRule,
-    how: How | None = None,
+    config: CrossEntropyConfig,
+    backend: Backend | None = None,
 ) -> TokenLosses:
-    """The losses of each token from hidden states and the table of logits, made in pieces.
+    """Returns the losses of each token from hidden states, without an array of all logits.
 
-    Where the mesh splits the vocabulary of table, rule.axes are filled in; where it splits its
-    width, the table is gathered, and its gradient reduce-scattered.
+    Where the mesh splits the vocabulary of the table, config.axes are filled in; where it splits
+    its width, the table is gathered, and its gradient reduce-scattered.
+
+    Args:
+      hidden: [b t d], what the logits are computed from.
+      table: [v d] where config.tied, an embedding; else [d v], a head.
+      targets: [b t], ids.
+      config: of logits and loss.
+      backend: what computes it; None, and a GPU, is plain XLA.
     """
-    places = drawn.placement(table)
-    axes, whole = places[0 if rule.tied else 1] or (), places[1 if rule.tied else 0]
-    rule = replace(rule, axes=(axes,) if isinstance(axes, str) else tuple(axes))
+    spec = mesh_axes(table)
+    axes, width_axes = spec[0 if config.tied else 1] or (), spec[1 if config.tied else 0]
+    config = replace(config, axes=(axes,) if isinstance(axes, str) else tuple(axes))
 
-    def local(hidden, table, targets):
-        if whole:
+    def local_losses(hidden, table, targets):
+        if width_axes:
             # Along the first axis, where TPUs have a reduce-scatter for the way back.
-            table = jax.lax.all_gather(table.T if rule.tied else table, whole, tiled=True)
-            table = table.T if rule.tied else table
-        flat = hidden.reshape(-1, hidden.shape[-1]), table, targets.reshape(-1)
-        if how is None or how.platform == "gpu":
-            told = losses.chunked_cross_entropy(*flat, rule)
+            table = table.T if config.tied else table
+            table = jax.lax.all_gather(table, width_axes, tiled=True)
+            table = table.T if config.tied else table
+        rows, row_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        if backend is None or backend.platform == "gpu":
+            losses = chunked_cross_entropy(rows, table, row_targets, config)
         else:
-            told = losses.fused_cross_entropy(*flat, rule, how)
-        return TokenLosses(*(one.reshape(targets.shape) for one in told))
+            losses = fused_cross_entropy(rows, table, row_targets, config, backend)
+        return TokenLosses(*(field.reshape(targets.shape) for field in losses))
 
-    placed = jax.sharding.PartitionSpec(*drawn.placement(targets))
-    return by_device(local, hidden, table, targets, result=TokenLosses(placed, placed, placed))
+    result = jax.sharding.PartitionSpec(*mesh_axes(targets))
+    return run_sharded(
+        local_losses, hidden, table, targets, result=TokenLosses(result, result, result)
+    )
 
 
-def by_device(kernel, *operands: Any, result: Any = None):
-    """kernel on each device's part of the operands, as their own types say they are split.
+def run_sharded(kernel, *operands: Any, result: Any = None):
+    """Runs a kernel on each device's part of the operands, as their types say they are split.
 
-    The result is split as `result` says, or as the first operand is.
+    Args:
+      kernel: function of local arrays.
+      *operands: pytrees of arrays.
+      result: PartitionSpecs of what the kernel returns; by default that of the first operand.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(*operands)
-    specs = jax.tree.map(lambda x: jax.sharding.PartitionSpec(*drawn.placement(x)), operands)
+    specs = jax.tree.map(lambda x: jax.sharding.PartitionSpec(*mesh_axes(x)), operands)
     # Without the check of varying axes: interpreted kernels fail it (JAX 0.10.2).
-    split = jax.shard_map(kernel, in_specs=specs, out_specs=result or specs[0], check_vma=False)
-    return split(*operands)
+    run = jax.shard_map(kernel, in_specs=specs, out_specs=result or specs[0], check_vma=False)
+    return run(*operands)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5's relative position bias (Raffel et al., 2020, section 2.1) as a table and integer steps."""
+"""T5's relative position bias (Raffel et al., 2020, section 2.1): a table and bucket boundaries."""
 
 import functools
 import math
@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def steps(buckets: int, max_distance: int) -> tuple[int, ...]:
-    """The first distance of every bucket of one side after the first: [buckets - 1] integers.
+def bucket_boundaries(buckets: int, max_distance: int) -> tuple[int, ...]:
+    """Returns the smallest distance of every bucket of one side after the first: buckets - 1 ints.
 
     Near distances have a bucket each, far ones share logarithmic ones. The logarithm is taken in
     float32, operation by operation as the published code does it: an integer that falls on a
@@ -21,17 +21,17 @@ def steps(buckets: int, max_distance: int) -> tuple[int, ...]:
     Raises:
       ValueError: max_distance leaves no room for logarithmic buckets.
     """
-    near = buckets // 2
-    if max_distance <= near:
+    exact = buckets // 2
+    if max_distance <= exact:
         raise ValueError(
-            f"max_distance must be above {near}, half of the {buckets} buckets; got {max_distance}"
+            f"max_distance must be above {exact}, half of the {buckets} buckets; got {max_distance}"
         )
-    reach = np.arange(near, max_distance + 2)
-    share = np.log(reach.astype(np.float32) / np.float32(near))
-    share = share / np.float32(math.log(max_distance / near))
-    bucket = near + (share * np.float32(buckets - near)).astype(np.int32)
-    first = lambda wanted: int(reach[np.argmax(bucket >= wanted)])
-    return (*range(1, near + 1), *(first(wanted) for wanted in range(near + 1, buckets)))
+    distance = np.arange(exact, max_distance + 2)
+    share = np.log(distance.astype(np.float32) / np.float32(exact))
+    share = share / np.float32(math.log(max_distance / exact))
+    bucket = exact + (share * np.float32(buckets - exact)).astype(np.int32)
+    logarithmic = (int(distance[np.argmax(bucket >= b)]) for b in range(exact + 1, buckets))
+    return (*range(1, exact + 1), *logarithmic)
 
 
 @functools.partial(
@@ -40,11 +40,14 @@ def steps(buckets: int, max_distance: int) -> tuple[int, ...]:
     meta_fields=["max_distance", "both_sides"],
 )
 @dataclass(frozen=True)
-class Relative:
+class RelativePositionBias:
     """A bias for every head and every bucket of distances (key index minus query index).
 
-    With both_sides half of the buckets are for keys after the query; without, those keys share
-    the bucket of distance 0.
+    Attributes:
+      table: [k n], the bias of bucket k for head n.
+      max_distance: distance from which on all keys of a side share its last bucket, about.
+      both_sides: half of the buckets are for keys after the query; without, those keys share the
+        bucket of distance 0.
     """
 
     table: Float[Array, "k n"]
@@ -52,33 +55,38 @@ class Relative:
     both_sides: bool
 
     @property
-    def side(self) -> int:
-        """The buckets of one side."""
+    def buckets_per_side(self) -> int:
+        """Number of buckets of one side."""
         return self.table.shape[0] // 2 if self.both_sides else self.table.shape[0]
 
     @property
-    def farthest(self) -> int:
-        """From this distance on, on either side, the bias no longer changes."""
-        return steps(self.side, self.max_distance)[-1]
+    def boundaries(self) -> tuple[int, ...]:
+        """The smallest distance of every bucket of one side after the first."""
+        return bucket_boundaries(self.buckets_per_side, self.max_distance)
+
+    @property
+    def last_boundary(self) -> int:
+        """Distance from which on, on either side, the bias no longer changes."""
+        return self.boundaries[-1]
 
     def bucket(self, distance: Int[Array, "..."]) -> Int[Array, "..."]:
-        """The bucket of key index minus query index: a count of the steps it has passed."""
-        reach = jnp.abs(distance) if self.both_sides else jnp.maximum(-distance, 0)
-        passed = sum(
-            (reach >= step).astype(jnp.int32) for step in steps(self.side, self.max_distance)
-        )
-        return passed + jnp.where(distance > 0, self.side, 0) if self.both_sides else passed
+        """Returns the bucket of key index minus query index: the number of boundaries passed."""
+        size = jnp.abs(distance) if self.both_sides else jnp.maximum(-distance, 0)
+        passed = sum((size >= boundary).astype(jnp.int32) for boundary in self.boundaries)
+        if not self.both_sides:
+            return passed
+        return passed + jnp.where(distance > 0, self.buckets_per_side, 0)
 
     def by_distance(self, first: int, count: int) -> Float[Array, "n d"]:
-        """The bias of distances first, first + 1, ... per head, float32: linear in length.
+        """Returns the bias of distances first, first + 1, ... per head, float32.
 
         A product with one-hot rows, not a gather: its gradient in the table is a product too.
         """
         bucket = self.bucket(first + jnp.arange(count))
-        chosen = jax.nn.one_hot(bucket, self.table.shape[0], dtype=jnp.float32)
+        one_hot = jax.nn.one_hot(bucket, self.table.shape[0], dtype=jnp.float32)
         return jnp.einsum(
             "dk,kn->nd",
-            chosen,
+            one_hot,
             self.table.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks that were measured to be fastest, per chip and shape; `python -m t5x_lite.tune` writes
-them."""
+"""Table of the fastest block sizes of flash attention, as measured by `python -m t5x_lite.tune`."""
 
 import functools
 import json
@@ -8,14 +7,25 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-VARIABLE = "T5X_LITE_TILES"
-DEFAULT = "~/.cache/t5x_lite/tiles.json"
+from t5x_lite.utils.atomic_files import write_atomically
+
+TABLE_VARIABLE = "T5X_LITE_TILES"
+DEFAULT_TABLE = "~/.cache/t5x_lite/tiles.json"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the best blocks of flash attention depend on. chip is jax's device_kind; queries and
-    keys are lengths of a row; bytes is the size of an element."""
+class AttentionShape:
+    """Key of the table: what the best block sizes depend on.
+
+    Attributes:
+      chip: jax's device_kind.
+      queries: queries in a row.
+      keys: keys in a row.
+      head_dim: size of a head.
+      bytes: bytes of an element.
+      biased: True with a relative position bias.
+      causal: True with a causal mask.
+    """
 
     chip: str
     queries: int
@@ -27,52 +37,63 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The fastest blocks for a shape, and the milliseconds of a forward and backward pass."""
+class MeasuredBlocks:
+    """Row of the table: the fastest block sizes for a shape.
 
-    shape: Shape
+    Attributes:
+      shape: what was measured.
+      query: queries of a block.
+      key: keys of a block.
+      milliseconds: time of a forward and backward pass.
+    """
+
+    shape: AttentionShape
     query: int
     key: int
     milliseconds: float
 
 
-def file() -> Path:
-    """Where the table is: T5X_LITE_TILES in the environment, or the user's cache."""
-    return Path(os.environ.get(VARIABLE) or DEFAULT).expanduser()
+def table_path() -> Path:
+    """Returns T5X_LITE_TILES of the environment, or a file in the user's cache."""
+    return Path(os.environ.get(TABLE_VARIABLE) or DEFAULT_TABLE).expanduser()
 
 
-def blocks(shape: Shape) -> tuple[int, int] | None:
-    """Queries and keys of a block for a shape: those measured for the nearest lengths of the same
-    kind on the same chip, or None."""
-    alike = [row for row in read(file()) if kind(row.shape) == kind(shape)]
-    if not alike:
+def fastest_blocks(shape: AttentionShape) -> tuple[int, int] | None:
+    """Returns queries and keys of a block for a shape, None where nothing like it was measured.
+
+    They are those measured for the nearest lengths of the same kind on the same chip.
+    """
+    rows = read_table(table_path())
+    same_kind = [row for row in rows if shape_kind(row.shape) == shape_kind(shape)]
+    if not same_kind:
         return None
-    nearest = min(alike, key=lambda row: distance(row.shape, shape))
+    nearest = min(same_kind, key=lambda row: length_difference(row.shape, shape))
     return nearest.query, nearest.key
 
 
-def kind(shape: Shape) -> tuple:
+def shape_kind(shape: AttentionShape) -> tuple:
+    """Returns what must be equal for measured block sizes to apply: all but the lengths."""
     return shape.chip, shape.head_dim, shape.bytes, shape.biased, shape.causal
 
 
-def distance(one: Shape, other: Shape) -> int:
-    """How many times lengths must be doubled or halved, roughly."""
-    pairs = ((one.queries, other.queries), (one.keys, other.keys))
+def length_difference(shape: AttentionShape, other: AttentionShape) -> int:
+    """Returns about how many times lengths must be doubled or halved to get from one to another."""
+    pairs = ((shape.queries, other.queries), (shape.keys, other.keys))
     return sum(abs(a.bit_length() - b.bit_length()) for a, b in pairs)
 
 
 @functools.cache
-def read(path: Path) -> tuple[Measured, ...]:
-    """The rows of a table; none where there is no file.
+def read_table(path: Path) -> tuple[MeasuredBlocks, ...]:
+    """Returns the rows of the table at path, none if the file does not exist.
 
     Raises:
-      ValueError: the file is no such table.
+      ValueError: the file is not a table of tiles.
     """
     if not path.exists():
         return ()
     try:
         rows = json.loads(path.read_text())
-        return tuple(Measured(Shape(**row.pop("shape")), **row) for row in rows)
+        return tuple(MeasuredBlocks(AttentionShape(**row.pop("shape")), **row) for row in rows)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a table of tiles ({error}): delete it, or write it anew with "
@@ -80,12 +101,10 @@ def read(path: Path) -> tuple[Measured, ...]:
         ) from error
 
 
-def write(path: Path, new: list[Measured]) -> None:
-    """Writes the table with new rows in place of those of the same shapes, in one move."""
-    shapes = {row.shape for row in new}
-    rows = [row for row in read(path) if row.shape not in shapes] + new
+def write_table(path: Path, measured: list[MeasuredBlocks]) -> None:
+    """Writes the table at path with new rows in place of those of the same shapes."""
+    shapes = {row.shape for row in measured}
+    rows = [row for row in read_table(path) if row.shape not in shapes] + measured
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    os.replace(partial, path)
-    read.cache_clear()
+    write_atomically(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    read_table.cache_clear()

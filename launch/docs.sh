@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Writes the API reference: --help.
+# Builds the documentation site: --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/steps.sh
@@ -10,8 +10,9 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'EOT'
-Writes the API reference, from docstrings, as pages in site/ or FOLDER. Installs t5x_lite with its docs
-extra into .venv-docs or the active environment.
+Builds the documentation as pages in site/ or FOLDER: guides, config reference, benchmarks, and the API
+from docstrings. Installs t5x_lite with its docs extra into .venv-docs or the active environment. The
+generated pages of docs/ are renewed first (python launch/pages.py).
 
   launch/docs.sh [--unpinned] [FOLDER]
 
@@ -24,7 +25,7 @@ environment
 
 examples
   launch/docs.sh
-  launch/docs.sh /tmp/reference
+  launch/docs.sh /tmp/site
 EOT
 }
 
@@ -34,25 +35,11 @@ case "${1:-}" in
   --help | -h) usage; exit ;;
   -*) refuse "unknown flag $1" ;;
 esac
-site="${1:-site}"
+site=$(realpath --canonicalize-missing "${1:-site}")
 use_environment .venv-docs
-install "$versions" --editable ".[docs,gguf,demo,plan]"
+install "$versions" --editable ".[docs]"
 
-# Modules are imported to be read: no device is wanted.
-JAX_PLATFORMS=cpu "$python" - "$site" <<'PYTHON'
-import sys
-from pathlib import Path
-
-import pdoc
-
-import t5x_lite
-import t5x_lite.kernels
-
-# A clone stands on its package's own path, where the package would be found in itself for ever.
-del t5x_lite.__path__[1:]
-pdoc.render.configure(docformat="google", footer_text=f"t5x_lite {t5x_lite.__version__}")
-# What imports TensorFlow is left out.
-modules = "t5x_lite", "!t5x_lite.data.seqio_.*"
-pdoc.pdoc(*modules, output_directory=Path(sys.argv[1]))
-PYTHON
-echo "The reference: $site/index.html"
+"$python" launch/pages.py
+# Dead links and broken pages end the build.
+"$python" -m mkdocs build --quiet --strict --site-dir "$site"
+echo "The site: $site/index.html"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs the test extra, then runs lint and tests: --help.
+# Installs the test extra, then runs lint, types and tests: --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/steps.sh
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'EOT'
-Installs t5x_lite with its test extra, checks lint and formatting, and runs every test.
+Installs t5x_lite with its test extra, checks lint, formatting and types, and runs every test.
 
   launch/test.sh [--oldest | --unpinned] [ARGUMENTS OF PYTEST]
 
@@ -84,7 +84,7 @@ fi
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-# Not `python -m pytest`: that would put the clone on the path, and our kernels/ before the package of
-# that name which transformers imports.
+# Older libraries have other types.
+[ "$versions" = oldest ] || "$python" -m ty check --python "$python"
 # Two processes, whole files each: a file's models and references are made once.
 exec "$bin/pytest" --numprocesses=2 --dist=loadfile --durations=25 "$@"

@@ -1,55 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m t5x_lite.adapt: a pretrained model in another arrangement of its towers."""
+"""python -m t5x_lite.adapt: makes an encoder-decoder of a pretrained decoder, or the reverse."""
 
 import argparse
-import os
-import signal
 import sys
 from pathlib import Path
+from typing import Any
 
-from t5x_lite.evaluation import options
+from t5x_lite import config
+from t5x_lite.cli.command import Command
+from t5x_lite.cli.parser import Parser
 
 EXAMPLES = """\
 examples:
   # a decoder-only model as an encoder-decoder, with sentinels and UL2's modes
   python -m t5x_lite.adapt --source=smollm2.gguf --output=runs/smollm2_pair --cross_scale=0.1 \\
       --sentinels=100 --names="[NLU],[NLG],[S2S]"
-  # what would happen: the model, where every weight comes from; nothing is written
+  # the plan: the model, and the source of every weight; nothing is written
   python -m t5x_lite.adapt --source=smollm2.gguf --output=runs/smollm2_pair --dry_run
   # a large encoder and a small decoder: there is nothing to copy cross-attention from
   python -m t5x_lite.adapt --encoder_source=gemma-2-9b --source=gemma-2-2b --cross=random \\
       --output=runs/gemma_9b_2b
   # without layers of cross-attention: one softmax over inputs and past (T5Gemma 2)
   python -m t5x_lite.adapt --source=gemma-3-270m --cross=merged --eoi=256000 --output=runs/merged
-  # back again, and an encoder alone
+  # back to a decoder, and an encoder alone
   python -m t5x_lite.adapt --source=runs/smollm2_pair --to=decoder_only --output=runs/back
   python -m t5x_lite.adapt --source=smollm2.gguf --to=encoder_only --sentinels=100 \\
       --output=runs/encoder
 
-The output is a run folder: eval, infer and convert take it, and training begins with it
-(--gin.INITIAL_CHECKPOINT=runs/smollm2_pair, and Vocabulary.kind = "checkpoint" for the data). A run
-can also adapt by itself, with config.Run.adaptation: see configs/runs/adapt_ul2.gin.
+The output is a run folder for eval, infer and convert; training starts from it
+(--gin.INITIAL_CHECKPOINT_PATH=runs/smollm2_pair, and Vocabulary.kind = "checkpoint" for the data).
+A run can also adapt by itself, with config.Run.adaptation: see configs/runs/adapt_ul2.gin.
 
 Encoder and decoder are copies; the encoder reads in both directions. Old ids keep their rows, new
-ones are added above them. An adapted model has to be trained before it writes sense.
+ones are added above them. An adapted model needs training before its texts make sense.
 """
 
 
-def parser() -> options.Parser:
-    made = options.Parser(
-        prog="python -m t5x_lite.adapt",
+def parser() -> Parser:
+    """Parser of the command."""
+    command = Parser(
+        "adapt",
         description="Makes an encoder-decoder of a decoder-only checkpoint, or the reverse.",
         epilog=EXAMPLES,
     )
-    add = made.add_argument
+    add = command.add_argument
     kinds = "a run folder, a Hugging Face folder or a .gguf file"
     add("--source", required=True, metavar="PATH", help=f"where the decoder comes from: {kinds}")
-    add("--output", required=True, metavar="PATH", help="the run folder to make")
+    add("--output", required=True, metavar="PATH", help="the run folder to write")
     add(
         "--to",
         choices=("encoder_decoder", "decoder_only", "encoder_only"),
         default="encoder_decoder",
-        help="what to make (default: encoder_decoder)",
+        help="architecture of the output (default: encoder_decoder)",
     )
     add("--encoder_source", metavar="PATH", help="where the encoder comes from (--source)")
     add(
@@ -64,110 +66,109 @@ def parser() -> options.Parser:
         type=float,
         default=1.0,
         metavar="S",
-        help="what cross-attention says at the start, times S: small or 0 for models without norms "
+        help="scale of cross-attention's output at the start: small or 0 for models without norms "
         "after the sublayers, such as Llama's",
     )
     add("--dry_run", action="store_true", help="print what would happen, write nothing")
-    add("--seed", type=int, default=0, metavar="N", help="what new weights are drawn by (0)")
-    add_vocabulary(made.add_argument_group("vocabulary and embeddings"))
-    return made
+    add("--seed", type=int, default=0, metavar="N", help="seed of new weights (0)")
+    add_vocabulary(command.add_argument_group("vocabulary and embeddings"))
+    return command
 
 
 def add_vocabulary(group) -> None:
+    """Adds the options of vocabulary and embeddings to a group."""
     add = group.add_argument
     add("--sentinels", type=int, default=0, metavar="N", help="sentinels to add (T5 has 100)")
     add(
         "--names",
         default="",
         metavar="A,B",
-        help='texts that become one id each, such as "[NLU],[NLG],[S2S]"',
+        help='texts of one id each, such as "[NLU],[NLG],[S2S]"',
     )
     add(
         "--rows",
         choices=("mean", "random"),
         default="mean",
         help="embeddings of new ids: the mean of the old ones with a tenth of their spread as "
-        "noise (the default), or drawn as for pretraining",
+        "noise (the default), or initialized as for pretraining",
     )
     add(
         "--separate_embeddings",
         action="store_true",
-        help="an embedding for each tower (T5Gemma), as unequal widths have anyway",
+        help="an embedding for each tower (T5Gemma); towers of unequal width always have their own",
     )
     add(
         "--vocabulary",
         metavar="PATH",
-        help="where the source has none: a SentencePiece .model, a tokenizer.json, a folder with "
+        help="if the source has none: a SentencePiece .model, a tokenizer.json, a folder with "
         "one, bytes; or none, to adapt the weights alone",
     )
     add("--eoi", type=int, metavar="ID", help="the id with a row that is not scaled (T5Gemma 2)")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    given = parser().parse(arguments)
-    # No weight goes to a device: what trains on this machine keeps its accelerator.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # So that what was begun is removed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        adapt(given)
-    except KeyboardInterrupt:
-        options.stop("t5x_lite.adapt", "stopped; nothing was written", status=130)
-    except (ValueError, OSError) as error:
-        options.stop("t5x_lite.adapt", error)
-
-
-def adapt(given: argparse.Namespace) -> None:
+def adapt(args: argparse.Namespace) -> None:
     """Opens and plans everything before anything is written."""
-    from t5x_lite.adaptation import beginning, making, report
-    from t5x_lite.conversion import outputs, unfinished
+    from t5x_lite.adaptation import adapt_checkpoint, initial_weights, report
+    from t5x_lite.checkpoints import outputs, unfinished
 
-    to = Path(given.output).expanduser()
-    if not given.dry_run:
-        unfinished.check(to)
-    how, way, growth = asked(given)
-    made = making.opened(how, way, growth, given.seed)
-    plan = beginning.planned(made.run, made.sources)
-    table = report.of(plan, how).text()
-    print(table, file=sys.stdout if given.dry_run else sys.stderr)
-    if given.dry_run:
-        print(f"\n{told(made)}\nNothing was written.")
-        return
-    weights = made.weights(plan)
-    outputs.write(outputs.RunFolder(made.origin(), to, outputs.Settings("ours")), weights, to)
-    print(f"{told(made)}\n{to}", file=sys.stderr)
-
-
-def asked(given: argparse.Namespace) -> tuple:
-    """The options as Adaptation, Way and Growth."""
-    from t5x_lite import config
-    from t5x_lite.adaptation.derived import Way
-    from t5x_lite.adaptation.making import Growth
-
-    merged = given.cross == "merged"
-    how = config.Adaptation(
-        source=given.source,
-        encoder_source=given.encoder_source,
-        cross="copy" if merged else given.cross,
-        cross_scale=given.cross_scale,
-        rows=given.rows,
+    to = Path(args.output).expanduser()
+    if not args.dry_run:
+        unfinished.check_output_folder(to)
+    adaptation = adaptation_config(args)
+    adapted = adapt_checkpoint.plan_adapted_model(
+        adaptation, arrangement(args), vocabulary_extension(args), args.seed
     )
-    way = Way(given.to, merged, given.separate_embeddings, given.eoi)
-    names = tuple(name.strip() for name in given.names.split(",") if name.strip())
-    return how, way, Growth(names, given.sentinels, given.vocabulary)
+    plan = initial_weights.plan_weights(adapted.run, adapted.sources)
+    table = report.make_report(plan, adaptation).text()
+    print(table, file=sys.stdout if args.dry_run else sys.stderr)
+    if args.dry_run:
+        print(f"\n{summary(adapted)}\nNothing was written.")
+        return
+    folder = outputs.RunFolderOutput(adapted.contents(), to, outputs.OutputSettings("ours"))
+    outputs.write_output(folder, adapted.weights(plan), to)
+    print(f"{summary(adapted)}\n{to}", file=sys.stderr)
 
 
-def told(made) -> str:
-    """The model and its vocabulary in one line each."""
-    model, lines = made.run.model, []
+def adaptation_config(args: argparse.Namespace) -> config.Adaptation:
+    """The config of an adaptation with these options."""
+    return config.Adaptation(
+        source=args.source,
+        encoder_source=args.encoder_source,
+        cross="copy" if args.cross == "merged" else args.cross,
+        cross_scale=args.cross_scale,
+        rows=args.rows,
+    )
+
+
+def arrangement(args: argparse.Namespace) -> Any:
+    """The architecture to derive, as a derive_config.Arrangement."""
+    from t5x_lite.adaptation.derive_config import Arrangement
+
+    return Arrangement(args.to, args.cross == "merged", args.separate_embeddings, args.eoi)
+
+
+def vocabulary_extension(args: argparse.Namespace) -> Any:
+    """Additions to the vocabulary, as an adapt_checkpoint.VocabularyExtension."""
+    from t5x_lite.adaptation.adapt_checkpoint import VocabularyExtension
+
+    names = tuple(name.strip() for name in args.names.split(",") if name.strip())
+    return VocabularyExtension(names, args.sentinels, args.vocabulary)
+
+
+def summary(adapted: Any) -> str:
+    """The towers and the vocabulary of an adapted model, a line each."""
+    model, lines = adapted.run.model, []
     for name in ("encoder", "decoder"):
         stack = getattr(model, name)
         if stack is not None:
             lines.append(f"{name}: {stack.layers} layers of width {stack.embed}")
-    vocabulary = "none" if made.text is None else f"{made.text.pair[1].size:,} ids"
+    vocabulary = "none" if adapted.text is None else f"{adapted.text.vocabularies[1].size:,} ids"
     lines.append(f"vocabulary: {vocabulary}; Model.vocab = {model.vocab}")
     return "\n".join(lines)
 
 
+COMMAND = Command("adapt", parser, adapt, afterwards="nothing was written", rewrites_weights=True)
+main = COMMAND.main
+
 if __name__ == "__main__":
-    main()
+    COMMAND.start()

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one training or scoring step reads, in the three layouts of `config.Model.layout`."""
+"""Input of a training or scoring step, in the three layouts of `config.Model.layout`."""
 
 from typing import Any, NamedTuple
 
 
-class Lesson(NamedTuple):
-    """What a decoder-only teacher reads of a batch: each row's texts, inputs before targets.
+class TeacherBatch(NamedTuple):
+    """Input of a decoder-only teacher: the texts of each row, inputs before targets.
 
-    tokens [b r] are the decoder's own inputs, the teacher's start before a text where it has one.
-    The token at places[b, i] of a row is read last before targets[b, i]; known [b t] is false where
-    nothing is read before, and for padding. inside [b r] is true for the tokens of the inputs,
-    which a teacher with Model.prefix_lm reads in both directions; None for all others.
+    Attributes:
+      tokens: [b r] int32 decoder inputs, with the teacher's start token if it has one.
+      segments: [b r] int32 segment ids; 0 is padding.
+      positions: [b r] int32 positions within each text.
+      places: [b t] int32 index into tokens of the last token before targets[b, i].
+      known: [b t] bool; False for padding and for targets without a token before them.
+      inside: [b r] True for tokens of the inputs, which a teacher with Model.prefix_lm reads in
+        both directions; None for other teachers.
     """
 
     tokens: Any
@@ -21,9 +25,14 @@ class Lesson(NamedTuple):
     inside: Any = None
 
 
-class Answers(NamedTuple):
-    """What a teacher answered: its most probable ids [b t k], the logarithms of their probabilities
-    and of that of all other ids together [b t k + 1], and known [b t] as in Lesson."""
+class TeacherLogits(NamedTuple):
+    """Top-k predictions of a teacher.
+
+    Attributes:
+      ids: [b t k] int32 most probable ids.
+      log_probabilities: [b t k + 1] their log-probabilities, and that of all other ids together.
+      known: [b t] bool, as in TeacherBatch.
+    """
 
     ids: Any
     log_probabilities: Any
@@ -31,18 +40,27 @@ class Answers(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of packed examples; numpy on the host, jax arrays on the mesh.
+    """Rows of packed examples; numpy arrays on the host, jax arrays on the mesh.
 
-    Segments number the examples of a row from 1; 0 is padding. Positions count from 0 in each
-    example. Loss weights are 1 where a target is to be predicted and 0 elsewhere.
+    The layouts:
 
-    pair      inputs [b s] for the encoder, targets [b t] for the decoder.
-    joined    a decoder alone: inputs and targets one after the other in targets [b t];
-              prefix [b t] is true where the token belongs to the inputs; inputs are None.
-    aligned   an encoder alone: targets[b, i] is to be predicted at inputs[b, i].
+      pair      inputs [b s] for the encoder, targets [b t] for the decoder.
+      joined    decoder only: inputs and targets one after the other in targets [b t].
+      aligned   encoder only: targets[b, i] is predicted at inputs[b, i].
 
-    The decoder's own inputs are not stored: they are the targets one place later within each
-    segment, beginning with Model.start. `lesson` is there if the run has a teacher.
+    Decoder inputs are not stored: they are the targets shifted right within each segment,
+    beginning with Model.decoder_start_token_id.
+
+    Attributes:
+      targets: [b t] int32 token ids.
+      target_segments: [b t] int32 number of the example in its row, from 1; 0 is padding.
+      target_positions: [b t] int32 position in the example, from 0.
+      loss_weights: [b t] float32, 1 for targets to predict and 0 for others.
+      inputs: [b s] int32 token ids; None in layout joined.
+      input_segments: [b s] int32, as target_segments.
+      input_positions: [b s] int32, as target_positions.
+      prefix: [b t] True for tokens of the inputs in layout joined; None in others.
+      teacher_data: input or predictions of the teacher; None for a run without one.
     """
 
     targets: Any
@@ -53,4 +71,4 @@ class Batch(NamedTuple):
     input_segments: Any = None
     input_positions: Any = None
     prefix: Any = None
-    lesson: Lesson | Answers | None = None
+    teacher_data: TeacherBatch | TeacherLogits | None = None

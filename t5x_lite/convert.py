@@ -1,45 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m t5x_lite.convert: a checkpoint of one make as that of another."""
+"""python -m t5x_lite.convert: converts a checkpoint from one format to another."""
 
 import argparse
-import os
 import re
-import signal
 import sys
 from pathlib import Path
+from typing import Any
 
-from t5x_lite.evaluation import options
+from t5x_lite.cli.command import Command
+from t5x_lite.cli.parser import Parser
 
 EXAMPLES = """\
 examples:
-  # a model of Hugging Face as a run folder that train, eval and infer take
+  # a Hugging Face model as a run folder for train, eval and infer
   python -m t5x_lite.convert --from=flan-t5-small --to=runs/flan_small
-  # what would happen: every tensor, where it goes, what does not fit; nothing is written
+  # the plan: every tensor, where it goes, what does not match; nothing is written
   python -m t5x_lite.convert --from=flan-t5-small --to=runs/flan_small --dry_run
   # a trained run for transformers (and for what converts from it, such as CTranslate2)
   python -m t5x_lite.convert --from=runs/g2p --to=g2p_hf --format=huggingface
   # a .gguf file, weights rounded to bfloat16
   python -m t5x_lite.convert --from=smollm2.q8_0.gguf --to=runs/smollm2 --dtype=bfloat16
-  # T5X checkpoints do not say what their vocabulary is, nor all of their model
+  # T5X checkpoints lack the vocabulary and part of the model's config
   python -m t5x_lite.convert --from=t5_1_1_small/checkpoint_1000000 --to=runs/t5_small \\
       --model=models/t5_1_1_small.gin --vocabulary=sentencepiece.model --extra_ids=100
   python -m t5x_lite.convert --from=runs/t5_small --to=t5x_small/checkpoint_0 --format=t5x
 
 A tensor that is missing, left over, misshapen, NaN or infinite is an error that names it;
---allow=PATTERN lets it pass: left over is left out, missing is new as for training.
-Numbers are moved, not computed: without --dtype and quantised files, there and back gives the same
-bits. One tensor lies in memory at a time. The output appears when it is whole, under its name; what
-is there already is never written over. Only safetensors, GGUF and TensorStore are read.
+--allow=PATTERN lets it pass: one left over is left out, one missing is initialized as for training.
+Numbers are moved, not computed: without --dtype and quantized files, there and back gives the same
+bits. One tensor is in memory at a time. The output appears under its name when it is whole; it
+never replaces what is there. Only safetensors, GGUF and TensorStore are read.
 """
 
 
-def parser() -> options.Parser:
-    made = options.Parser(
-        prog="python -m t5x_lite.convert",
+def parser() -> Parser:
+    """Parser of the command."""
+    command = Parser(
+        "convert",
         description="Converts checkpoints: ours, Hugging Face's, T5X's; GGUF to any of them.",
         epilog=EXAMPLES,
     )
-    add = made.add_argument
+    add = command.add_argument
     add(
         "--from",
         dest="origin",
@@ -47,7 +48,7 @@ def parser() -> options.Parser:
         metavar="PATH",
         help="a run folder, a Hugging Face folder, a .gguf file or a T5X checkpoint",
     )
-    add("--to", required=True, metavar="PATH", help="the folder to make")
+    add("--to", required=True, metavar="PATH", help="the folder to write")
     add(
         "--format",
         choices=("ours", "huggingface", "t5x", "t5x_scanned"),
@@ -68,26 +69,31 @@ def parser() -> options.Parser:
         metavar="PATTERN",
         help='names that may be missing, left over or not finite, such as "vision_tower.*"',
     )
-    add_special(made.add_argument_group("for some formats"))
-    return made
+    add_special(command.add_argument_group("for some formats"))
+    return command
 
 
 def add_special(group) -> None:
+    """Adds the options of single formats to a group."""
     add = group.add_argument
-    add("--family", metavar="NAME", help="Hugging Face model_type to write (default: which fits)")
+    add(
+        "--family",
+        metavar="NAME",
+        help="Hugging Face model_type to write (default: the one that fits)",
+    )
     add(
         "--shard_size",
-        type=size,
+        type=parse_size,
         default="5GB",
         metavar="SIZE",
         help="most bytes of a safetensors file, such as 500MB (default: 5GB)",
     )
-    add("--step", type=int, metavar="N", help="which checkpoint of a run folder (the newest)")
+    add("--step", type=int, metavar="N", help="the checkpoint of this step (the newest)")
     add("--model", metavar="FILE", help=".gin of the model of a T5X checkpoint (else by shapes)")
     add(
         "--vocabulary",
         metavar="PATH",
-        help="where the origin has none: a SentencePiece .model, a tokenizer.json, a folder with "
+        help="if the origin has none: a SentencePiece .model, a tokenizer.json, a folder with "
         "one, bytes; or none, to convert the weights alone",
     )
     add(
@@ -99,80 +105,89 @@ def add_special(group) -> None:
     )
 
 
-def size(text: str) -> int:
-    """The bytes that "5GB", "500MB" or "1000" are."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB" or "1000".
+
+    Raises:
+      argparse.ArgumentTypeError: the text is not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-    if not found or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MB")
-    return int(float(found[1]) * units[found[2].upper()])
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * units[match[2].upper()])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    given = parser().parse(arguments)
-    # No weight goes to a device: what trains on this machine keeps its accelerator.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # So that what was begun is removed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        convert(given)
-    except KeyboardInterrupt:
-        options.stop("t5x_lite.convert", "stopped; nothing was written", status=130)
-    except (ValueError, OSError) as error:
-        options.stop("t5x_lite.convert", error)
-
-
-def convert(given: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace) -> None:
     """Opens and matches everything before anything is written."""
-    from t5x_lite.conversion import origins, outputs, unfinished
+    from t5x_lite.checkpoints import outputs, unfinished
+    from t5x_lite.checkpoints.opening import ConversionOptions, open_checkpoint
 
-    to = Path(given.to).expanduser()
-    if not given.dry_run:
-        unfinished.check(to)
-    asked = origins.Asked(given.model, given.vocabulary, given.extra_ids, given.step)
-    origin = origins.open(given.origin, asked)
+    to = Path(args.to).expanduser()
+    if not args.dry_run:
+        unfinished.check_output_folder(to)
+    options = ConversionOptions(args.model, args.vocabulary, args.extra_ids)
+    origin = open_checkpoint(args.origin, args.step, options=options)
     if origin.assumed:
         print(f"Assumed, as the files do not say: {origin.assumed}", file=sys.stderr)
-    if given.format != "ours" and origin.model.blockwise is not None:
+    if args.format != "ours" and origin.model.draft_heads is not None:
         print(
-            f"Left out: the heads that guess later tokens; {given.format} has none", file=sys.stderr
+            f"Left out: the heads that guess later tokens; {args.format} has none", file=sys.stderr
         )
         origin = origin.without_heads()
-    settings = outputs.Settings(given.format, dtype(given.dtype), given.family, given.shard_size)
-    output = outputs.make(origin, to, settings)
-    if given.dry_run:
-        return dry_run(given, origin, output, settings)
-    weights = origin.weights(given.allow)
-    print(f"Weights: {outputs.told_dtypes(weights, settings.dtype)}", file=sys.stderr)
-    outputs.write(output, weights, to)
-    print(f"{origin.kind} to {given.format}: {to}", file=sys.stderr)
+    contents = outputs.CheckpointContents(origin.run, origin.text, origin.step)
+    settings = outputs.OutputSettings(
+        args.format, find_dtype(args.dtype), args.family, args.shard_size
+    )
+    output = outputs.make_output(contents, to, settings)
+    if args.dry_run:
+        return dry_run(args, origin, output, settings)
+    weights = origin.weights(args.allow)
+    print(f"Weights: {outputs.describe_dtypes(weights, settings.dtype)}", file=sys.stderr)
+    outputs.write_output(output, weights, to)
+    print(f"{origin.kind} to {args.format}: {to}", file=sys.stderr)
 
 
-def dtype(name: str | None):
-    """The numpy dtype of that name."""
-    from t5x_lite.conversion import sources
+def find_dtype(name: str | None) -> Any:
+    """The numpy dtype of that name; None for None."""
+    from t5x_lite.checkpoints.formats import safetensors_files
 
-    return None if name is None else next(d for d in sources.DTYPES.values() if d.name == name)
+    return next((each for each in safetensors_files.DTYPES.values() if each.name == name), None)
 
 
-def dry_run(given: argparse.Namespace, origin, output, settings) -> None:
-    """Prints the tables of both sides; ends with status 2 where something does not fit."""
-    from t5x_lite.conversion import matching, outputs
+def dry_run(args: argparse.Namespace, origin: Any, output: Any, settings: Any) -> None:
+    """Prints the tables of both sides.
+
+    Args:
+      args: options of the command.
+      origin: the checkpoint to convert.
+      output: where it goes.
+      settings: format and dtype of the output.
+
+    Raises:
+      ValueError: a tensor does not match.
+    """
+    from t5x_lite.checkpoints import matching, outputs
 
     if origin.tensors is not None:
-        plan = origin.tensors.plan(given.allow)
+        plan = origin.tensors.plan(args.allow)
         print(f"{origin.kind} -> ours")
-        print(matching.table(plan, origin.tensors.source.names))
+        print(matching.format_plan(plan, origin.tensors.source.names))
         if plan.problems:
-            options.stop("t5x_lite.convert", f"{len(plan.problems)} problems, marked with !")
-    weights = origin.weights(given.allow)
+            raise ValueError(f"{len(plan.problems)} problems, marked with !")
+    weights = origin.weights(args.allow)
     table = output.table(weights)
     if table:
-        print(f"\nours -> {given.format}\n{table}")
-    total = matching.count(weights.leaves)
+        print(f"\nours -> {args.format}\n{table}")
+    total = matching.count_parameters(weights.leaves)
     print(f"\n{total:,} parameters, {output.size(weights) / 1e9:,.3f} GB")
-    print(f"Weights: {outputs.told_dtypes(weights, settings.dtype)}. Nothing was written.")
+    print(f"Weights: {outputs.describe_dtypes(weights, settings.dtype)}. Nothing was written.")
 
+
+COMMAND = Command(
+    "convert", parser, convert, afterwards="nothing was written", rewrites_weights=True
+)
+main = COMMAND.main
 
 if __name__ == "__main__":
-    main()
+    COMMAND.start()

@@ -3,13 +3,16 @@
 
 import argparse
 import dataclasses
-import importlib
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 from t5x_lite import config
-from t5x_lite.evaluation import options
+from t5x_lite.cli import gin_arguments, options
+from t5x_lite.cli.command import Command
+from t5x_lite.cli.parser import Parser
+from t5x_lite.cli.progress import Progress
+from t5x_lite.utils.atomic_files import write_atomically
 
 EXAMPLES = """\
 examples:
@@ -17,10 +20,10 @@ examples:
   python -m t5x_lite.eval --checkpoint=runs/g2p
   # the test split with 4 beams, from the best checkpoint
   python -m t5x_lite.eval --checkpoint=runs/g2p --split=test --beams=4 --best
-  # a quick look: 200 examples, other metrics, the numbers as JSON too
+  # quick: 200 examples, other metrics, the numbers as JSON too
   python -m t5x_lite.eval --checkpoint=runs/g2p --examples=200 --metrics=exact_match,bleu \\
       --json=runs/g2p/test.json
-  # a checkpoint of another make has no data of its own: say what it is measured on
+  # a checkpoint of another format has no data: name those to measure on
   python -m t5x_lite.eval --checkpoint=smollm2.q8_0.gguf --gin_file=configs/data/jsonl_pairs.gin \\
       --gin.config.Files.validation=pairs.jsonl
   # a seqio task of your own: import the module that registers it
@@ -28,139 +31,133 @@ examples:
 
 metrics: exact_match, edit_distance, per and wer (phoneme and word error rate), bleu, chrf, rouge.
 Predictions are kept as JSONL in DIR/predictions/<split>-<step>.jsonl (of a checkpoint of another
-make in runs/NAME): input, prediction, references, score.
+format in runs/NAME): input, prediction, references, score.
 """
 
 
-def parser() -> options.Parser:
-    made = options.Parser(
-        prog="python -m t5x_lite.eval",
+def parser() -> Parser:
+    """Parser of the command."""
+    command = Parser(
+        "eval",
         description="Measures a trained run on held-out data: losses, and metrics of its texts.",
         epilog=EXAMPLES,
     )
-    options.add_checkpoint(made)
-    group = made.add_argument_group("what is measured")
+    options.add_checkpoint(command)
+    group = command.add_argument_group("measurements")
     add = group.add_argument
     add("--split", metavar="NAME", help="which split (default: the run's Data.eval_split)")
-    add("--examples", type=int, metavar="N", help="write texts for the first N only; 0 for none")
+    add("--examples", type=int, metavar="N", help="decode the first N examples only; 0 for none")
     add("--batches", type=int, metavar="N", help="losses over N batches only; 0 for none")
     add("--metrics", metavar="A,B", help="which metrics (default: those of the task)")
     add("--json", metavar="FILE", help="write the numbers to FILE as well")
     add("--show", type=int, default=5, metavar="N", help="print N predictions (default 5)")
-    modules = "import MODULE first: it registers seqio tasks"
-    add("--import", dest="modules", action="append", default=[], metavar="MODULE", help=modules)
-    add(
-        "--gin_file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "
-        "--gin.NAME=VALUE sets a macro or a field of it",
+    data = (
+        "measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "
+        "--gin.NAME=VALUE sets a macro or a field of it"
     )
-    options.add_decode(made)
-    return made
+    gin_arguments.add_gin(group, required=False, text=data)
+    options.add_decode(command)
+    return command
 
 
-def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        plain, bindings = options.split_gin(arguments)
-        given = parser().parse(plain)
-        given.bindings = bindings
-        sys.path.insert(0, "")
-        for module in given.modules:
-            importlib.import_module(module)
-        measure(given)
-    except (ValueError, OSError, ImportError) as error:
-        options.stop("t5x_lite.eval", error)
-
-
-def measure(given: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace) -> None:
     """Restores, evaluates, prints and writes."""
+    requested = requested_data(args)
+    from t5x_lite.checkpoints.opening import open_checkpoint
     from t5x_lite.evaluation.evaluate import Evaluator
-    from t5x_lite.evaluation.progress import Progress
-    from t5x_lite.training import compilation, restore
+    from t5x_lite.training import host
 
-    compilation.keep_compiled()
-    asked = asked_data(given)
-    which = given.step, given.best, given.mesh, given.quantize
-    restored = restore.restore(given.checkpoint, *which)
-    run = settled(with_data(restored.run, asked, given.checkpoint), given)
-    evaluator = Evaluator(run, given.split)
+    host.keep_compiled()
+    opened = open_checkpoint(args.checkpoint, args.step, args.best)
+    restored = opened.load(args.mesh, args.quantize)
+    run = with_options(with_data(restored.run, requested, args.checkpoint), args)
+    evaluator = Evaluator(run, args.split)
     total = min(len(evaluator.dataset), run.evaluate.examples)
-    numbers = evaluator(restored.params, restored.step, Progress("examples", total))
-    print(f"{given.checkpoint}, step {restored.step}, {evaluator.dataset.name} {evaluator.split}")
+    with Progress("examples", total) as progress:
+        numbers = evaluator(restored.params, restored.step, progress)
+    print(f"{args.checkpoint}, step {restored.step}, {evaluator.dataset.name} {evaluator.split}")
     for name, number in numbers.items():
         print(f"  {name:<16}{number:>14,.4f}")
-    if evaluator.tally.calls:
+    if evaluator.tally.steps:
         print(evaluator.tally)
-    if evaluator.kept is not None:
-        show(evaluator.kept, given.show)
-    if given.json:
-        about = {"checkpoint": given.checkpoint, "step": restored.step, "split": evaluator.split}
-        about["quantize"] = given.quantize
-        decode = dataclasses.asdict(run.decode)
-        report = about | {"decode": decode, "metrics": numbers}
-        report["drafting"] = evaluator.tally.report()
-        Path(given.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if evaluator.predictions_path is not None:
+        show(evaluator.predictions_path, args.show)
+    if args.json:
+        report = {
+            "checkpoint": args.checkpoint,
+            "step": restored.step,
+            "split": evaluator.split,
+            "quantize": args.quantize,
+            "decode": dataclasses.asdict(run.decode),
+            "metrics": numbers,
+            "drafting": evaluator.tally.report(),
+        }
+        write_atomically(Path(args.json), json.dumps(report, indent=1) + "\n")
 
 
-def asked_data(given: argparse.Namespace) -> config.Data | None:
-    """What the command line says to measure on; None if that is the checkpoint's own data."""
-    from t5x_lite import config_file
+def requested_data(args: argparse.Namespace) -> config.Data | None:
+    """Data that the command line names; None to measure on those of the checkpoint."""
+    from t5x_lite.config import gin_file
 
-    if not given.gin_file and not given.bindings:
+    if not args.gin_file and not args.bindings:
         return None
-    return config_file.load_data(given.gin_file, given.bindings)
+    return gin_file.load_data(args.gin_file, args.bindings)
 
 
-def with_data(run: config.Run, asked: config.Data | None, checkpoint: str) -> config.Run:
-    """run with the data asked for, tokenised as the checkpoint wants it.
+def with_data(run: config.Run, requested: config.Data | None, checkpoint: str) -> config.Run:
+    """A run with other data, in the vocabulary of its checkpoint.
+
+    Args:
+      run: config of the checkpoint.
+      requested: the data to measure on; None for those of the run.
+      checkpoint: path of the checkpoint.
 
     Raises:
       ValueError: there are no data.
     """
     path = Path(checkpoint)
-    if asked is not None:
+    if requested is not None:
         vocabulary = config.Vocabulary(kind="checkpoint", path=checkpoint)
-        run = dataclasses.replace(run, data=in_vocabulary(asked, vocabulary))
+        run = dataclasses.replace(run, data=in_vocabulary(requested, vocabulary))
     if run.data is None:
         raise ValueError(
             f"{path} has no data of its own: name some with --gin_file=FILE, such as "
             "configs/data/cmudict_g2p.gin, or with --gin.config.Data.task=... and "
             "--gin.config.Data.lengths=..."
         )
-    # Nothing is written into a checkpoint of another make.
+    # Nothing is written into a checkpoint of another format.
     folder = path if (path / "config.gin").exists() else Path("runs") / path.stem
     return dataclasses.replace(run, model_dir=str(folder))
 
 
 def in_vocabulary(data: config.Data, vocabulary: config.Vocabulary) -> config.Data:
-    """data with this vocabulary; a seqio task keeps its own."""
-    from t5x_lite.data import tasks
+    """Data with another vocabulary; a seqio task keeps its own."""
+    from t5x_lite.data import built_in
 
-    def changed(task):
+    def replaced(task: Any) -> Any:
         if isinstance(task, config.Mixture):
-            return dataclasses.replace(task, tasks=tuple(map(changed, task.tasks)))
+            return dataclasses.replace(task, tasks=tuple(map(replaced, task.tasks)))
         if isinstance(task, config.Files):
             return dataclasses.replace(task, vocabulary=vocabulary)
         return task
 
-    own = vocabulary if isinstance(data.task, str) and data.task in tasks.BUILT_IN else None
-    return dataclasses.replace(data, task=changed(data.task), vocabulary=own)
+    replacement = (
+        vocabulary if isinstance(data.task, str) and data.task in built_in.BUILT_IN else None
+    )
+    return dataclasses.replace(data, task=replaced(data.task), vocabulary=replacement)
 
 
-def settled(run: config.Run, given: argparse.Namespace) -> config.Run:
-    """run with what the command line asks for; without a number, all of the split."""
+def with_options(run: config.Run, args: argparse.Namespace) -> config.Run:
+    """A run with the options of the command line; without --examples, all of the split."""
     everything = 2**31 - 1
     evaluate = dataclasses.replace(
         run.evaluate,
-        examples=everything if given.examples is None else given.examples,
-        batches=everything if given.batches is None else given.batches,
-        batch_size=given.batch_size or run.evaluate.batch_size,
-        metrics=tuple(given.metrics.split(",")) if given.metrics else run.evaluate.metrics,
+        examples=everything if args.examples is None else args.examples,
+        batches=everything if args.batches is None else args.batches,
+        batch_size=args.batch_size or run.evaluate.batch_size,
+        metrics=tuple(args.metrics.split(",")) if args.metrics else run.evaluate.metrics,
     )
-    decode = dataclasses.replace(run.decode, **options.chosen(given))
+    decode = dataclasses.replace(run.decode, **options.decode_fields(args))
     return dataclasses.replace(run, evaluate=evaluate, decode=decode)
 
 
@@ -176,5 +173,8 @@ def show(path: Path, count: int) -> None:
     print(f"All predictions: {path}")
 
 
+COMMAND = Command("eval", parser, measure)
+main = COMMAND.main
+
 if __name__ == "__main__":
-    main()
+    COMMAND.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained run in one line, for notebooks and scripts: load it, then generate and score.
+"""Trained models in notebooks and scripts: load one, then generate, score and inspect.
 
     from t5x_lite import interactive
 
@@ -9,33 +9,38 @@
     g2p.generate(5 * ["cat"], temperature=1.0, seed=7)      # five draws, the same for a seed
     g2p.score("cat", "K AE T")                              # log-probability, in nats
     g2p.embed(["cat", "hats"])                              # a vector for each, numpy [2 d]
-    for piece in g2p.stream("photograph"):                  # the same text as it is written
+    for piece in g2p.stream("photograph"):                  # the same text, streamed
         print(piece, end="", flush=True)
-    g2p.explain("photograph").lens                          # what each layer would have written
+    g2p.explain("photograph").lens                          # logit lens: predictions of each layer
     g2p.train_step(["jaxon"], ["JH AE K S AH N"])           # one step of Adam: the loss before it
 
-A Hugging Face folder and a .gguf file are loaded as they are:
+A Hugging Face folder or a .gguf file is loaded without conversion:
 
     smol = interactive.load("SmolLM2-135M-Instruct.Q4_1.gguf")
-    smol.generate("The capital of France is", length=32)
+    smol.generate("The capital of France is", max_new_tokens=32)
     smol.chat("What is the capital of France?")             # with the model's own chat template
 
 Importing this module imports neither JAX nor TensorFlow; loading a run never imports TensorFlow.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from t5x_lite import config
+from t5x_lite.config import aliases
+from t5x_lite.utils.nearest import suggest
 
 
 class Session:
-    """A model with its weights and vocabularies. `decode` holds what generate does by default.
+    """A model with its weights and vocabularies.
 
-    template is its chat template (`conversion.chat.Chat`), None if it was taught none.
+    Args:
+      predictor: `evaluation.predict.Predictor`, with the model, its weights and its vocabularies.
+      decode: default options of `generate`.
+      step: training step of the weights.
+      template: its chat template (`tokenizers.chat.ChatTemplate`); None for a model without one.
     """
 
     def __init__(self, predictor: Any, decode: config.Decode, step: int = 0, template: Any = None):
@@ -46,53 +51,62 @@ class Session:
         self.learner = None
 
     def generate(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """What the model writes: a text for a text, a list for a list; with n_best lists of texts.
+        """Generates a text for a text, a list for a list; with n_best, lists of texts.
 
         options are the fields of `config.Decode`: length, temperature, top_k, top_p, seed, beams,
-        alpha, n_best; decoder="lookup" and others guess ahead, which changes the speed alone.
-        `predictor.tally` counts tokens per call.
+        alpha, n_best; drafter="lookup" and others speculate, which changes the speed alone.
+        `predictor.tally` counts tokens per forward pass.
 
         Raises:
-          ValueError: an unknown option, or one that does not fit the others.
+          ValueError: an unknown option, or options that contradict each other.
         """
-        found = self.predict(texts, **options)
+        predictions = self.predict(texts, **options)
         several = self.settings(options).n_best > 1
-        shown = lambda prediction: prediction.texts if several else prediction.texts[0]
-        return shown(found) if isinstance(texts, str) else [shown(each) for each in found]
+
+        def result(prediction):
+            return prediction.texts if several else prediction.texts[0]
+
+        if isinstance(texts, str):
+            return result(predictions)
+        return [result(each) for each in predictions]
 
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """As generate, with scores, log-probabilities and ids (`evaluation.predict.Prediction`)."""
+        """Generates texts with scores and ids, as `evaluation.predict.Prediction`."""
         if isinstance(texts, str):
             return self.predictor.predict([texts], self.settings(options))[0]
         return self.predictor.predict(list(texts), self.settings(options))
 
     def stream(self, text: str, *, every: int = 4, **options: Any) -> Iterator[str]:
-        """Pieces of the text that generate would give, one after every so many forward passes.
+        """Yields the text of `generate` piece by piece.
 
-        options are those of generate. A piece may be empty: a letter that is not whole yet waits
-        for the next one.
+        A piece may be empty: bytes of an incomplete character wait for the next piece.
+
+        Args:
+          text: the input.
+          every: number of forward passes per piece.
+          **options: those of `generate`.
 
         Raises:
-          ValueError: beams, which know their text at the end only, or an unknown option.
+          ValueError: beam search, which has its text only at the end, or an unknown option.
         """
         from t5x_lite.evaluation import streaming
 
-        pieces = streaming.stream(self.predictor, text, self.settings(options), every)
+        pieces = streaming.stream_text(self.predictor, text, self.settings(options), every)
         return (piece.text for piece in pieces)
 
     def chat(self, messages: str | Sequence[dict[str, str]], **options: Any) -> str:
-        """The answer to a question, or to a conversation: {"role": "user", "content": "..."} ...
+        """Answers a question, or a conversation: {"role": "user", "content": "..."} ...
 
         options are those of generate.
 
         Raises:
-          ValueError: the model has no chat template, or it refuses these messages.
+          ValueError: the model has no chat template, or the template rejects these messages.
         """
         return self.generate(self.prompt(messages), **options)
 
     def prompt(self, messages: str | Sequence[dict[str, str]]) -> str:
-        """The text that `chat` continues: messages as the model's chat template writes them."""
-        from t5x_lite.conversion import chat
+        """Formats messages with the model's chat template: the input of `chat`."""
+        from t5x_lite.tokenizers import chat
 
         if self.template is None:
             raise ValueError("The model has no chat template: give generate the text to continue")
@@ -102,7 +116,7 @@ class Session:
         return chat.render_chat(template, messages, add_generation_prompt=True, **tokens)
 
     def score(self, inputs: str | Sequence[str], targets: str | Sequence[str]) -> Any:
-        """The log-probability, in nats, of each target after its input; of one pair, a number."""
+        """Log-probability in nats of each target given its input; a float for a single pair."""
         if isinstance(inputs, str) != isinstance(targets, str):
             raise ValueError("score takes two texts, or two lists of texts")
         if isinstance(inputs, str):
@@ -110,18 +124,21 @@ class Session:
         return [total for total, _ in self.predictor.score(list(inputs), list(targets))]
 
     def embed(
-        self, texts: str | Sequence[str], pooling: str | None = None, told: Any = None
+        self, texts: str | Sequence[str], pooling: str | None = None, on_progress: Any = None
     ) -> Any:
-        """The float32 vectors [n d] of texts, or [d] of one.
+        """Embeds texts as float32 vectors [n d], or one text as [d].
 
-        pooling takes the mean, first or last of a text's tokens; without it, what the model itself
-        does, or else the mean.
+        Args:
+          texts: a text or a list of texts.
+          pooling: "mean", "first" or "last" token; None for the model's own pooling, or else the
+            mean.
+          on_progress: callback with the number of texts that are done; None for no reports.
         """
         from t5x_lite.evaluation import embed
 
         if isinstance(texts, str):
             return embed.embed(self.predictor, [texts], pooling)[0]
-        return embed.embed(self.predictor, list(texts), pooling, told)
+        return embed.embed(self.predictor, list(texts), pooling, on_progress)
 
     def explain(
         self,
@@ -131,25 +148,30 @@ class Session:
         top: int = 5,
         **options: Any,
     ) -> Any:
-        """What the model makes of input and target, or of what it writes itself
-        (`analysis.Explanation`): its views draw themselves in a notebook and in a terminal.
+        """Analyzes the model on input and target, or on the target that it generates.
+
+        Returns an `analysis.Explanation`, whose views render in a notebook and in a terminal:
 
         alternatives  each token, its probability and the top most probable ones
-        lens          what each layer would have written next (the logit lens)
-        attention     who looks at whom, in every layer and head
-        decoder_lens  what the decoder writes when it reads each layer of the encoder
-        blocks        which tokens each forward pass wrote, and which a drafter had guessed
+        lens          the next token predicted from each layer (the logit lens)
+        attention     attention probabilities of every layer and head
+        decoder_lens  the decoder's output given each layer of the encoder
+        blocks        tokens of each forward pass, and those a drafter had proposed
         positions     T5's position bias, by head and distance
 
-        options are those of generate.
+        Args:
+          input: the input text.
+          target: the target text; None to generate it.
+          top: number of alternatives of each token.
+          **options: those of `generate`.
 
         Raises:
-          ValueError: the model has no decoder, or the text is too long to be looked at whole.
+          ValueError: the model has no decoder, or the text is too long for one forward pass.
         """
         from t5x_lite import analysis
 
-        given = {"decode": self.settings(options), "top": top}
-        return analysis.explain(self.predictor, input, target, **given)
+        decode = self.settings(options)
+        return analysis.explain(self.predictor, input, target, decode=decode, top=top)
 
     def train_step(
         self,
@@ -157,38 +179,43 @@ class Session:
         targets: str | Sequence[str],
         learning_rate: float = 1e-3,
     ) -> float:
-        """One step of Adam on these pairs; the loss before it, in nats per target token.
+        """One step of Adam; it changes the weights of this session only, and nothing on disk.
 
-        For play: it changes this session's weights only, and nothing on disk.
+        Args:
+          inputs: a text or a list of texts.
+          targets: as many texts.
+          learning_rate: step size of Adam.
+
+        Returns:
+          The loss before the step, in nats per target token.
 
         Raises:
-          ValueError: texts that do not pair up, or a loss that is not finite.
+          ValueError: inputs and targets do not pair up, or the loss is not finite.
         """
-        from t5x_lite import quantization
-        from t5x_lite.training import play
+        from t5x_lite.model import quantization
+        from t5x_lite.training import fit_in_memory
 
         if isinstance(inputs, str) != isinstance(targets, str):
             raise ValueError("train_step takes two texts, or two lists of texts")
         if isinstance(inputs, str):
             inputs, targets = [inputs], [targets]
         predictor = self.predictor
-        if quantization.holds(predictor.params):
-            raise ValueError("Weights in few bits cannot learn: load without quantize")
+        if quantization.has_quantized(predictor.params):
+            raise ValueError("Quantized weights cannot be trained: load without quantize")
         if self.learner is None:
-            self.learner = play.Learner(predictor.cfg, predictor.params)
-        ids = predictor.read(list(inputs)), predictor.written(list(targets))
+            self.learner = fit_in_memory.Learner(predictor.cfg, predictor.params)
+        ids = predictor.encode_inputs(list(inputs)), predictor.encode_targets(list(targets))
         loss = self.learner.step(*ids, learning_rate)
         predictor.params = predictor.drafters.params = self.learner.params
         return loss
 
     def settings(self, options: dict[str, Any]) -> config.Decode:
-        """decode with some fields replaced."""
+        """Returns the default options with some fields replaced."""
         known = [field.name for field in dataclasses.fields(config.Decode)]
+        options = aliases.rename_keywords(options, "Decode")
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise ValueError(f"Unknown option {name}: {hint}There are {', '.join(known)}")
+                raise ValueError(f"Unknown option {name}: {suggest(name, known)}")
         return dataclasses.replace(self.decode, **options)
 
 
@@ -200,20 +227,25 @@ def load(
     mesh: config.Mesh | None = None,
     quantize: str | None = None,
 ) -> Session:
-    """The run in a MODEL_DIR, with its newest weights unless a step or the best is asked for.
+    """Loads a run, a Hugging Face folder or a .gguf file.
 
-    path may also be a Hugging Face folder or a .gguf file. Sets the mesh for the process: all
-    devices share the batch unless another one is given. quantize keeps the layers' matrices in few
-    bits: int8, int4, with _activations theirs too, with :32 in groups of 32.
+    Args:
+      path: a MODEL_DIR, a Hugging Face folder or a .gguf file.
+      step: checkpoint of a run; None for the newest.
+      best: loads the best checkpoint of a run by the run's metric.
+      mesh: sets the mesh of the process; None shards the batch over all devices.
+      quantize: quantizes the matrices of layers: int8, int4; with _activations activations too,
+        with :32 in groups of 32. None for no quantization.
 
     Raises:
-      ValueError: path is no checkpoint, or a run folder that has no such one.
+      ValueError: path is not a checkpoint, or a run without the requested one.
     """
+    from t5x_lite.checkpoints.opening import open_checkpoint
     from t5x_lite.evaluation import predict
-    from t5x_lite.training import compilation, restore
+    from t5x_lite.training import host
 
-    compilation.keep_compiled()
-    restored = restore.restore(path, step=step, best=best, mesh=mesh, quantize=quantize)
+    host.keep_compiled()
+    restored = open_checkpoint(path, step, best).load(mesh, quantize)
     run = restored.run
     predictor = predict.Predictor(
         run.model,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh, the one table from named axes to mesh axes, and how arrays get onto devices.
+"""The device mesh, the table from named axes to mesh axes, and placement of arrays.
 
 Weights and activations name their axes; only `RULES` knows the mesh. FSDP and tensor parallelism
 are rows of this table, not other code.
@@ -20,14 +20,14 @@ from t5x_lite import config
 from t5x_lite.batch import Batch
 
 AXES = ("data", "fsdp", "tensor")
-# Splits the length of rows; a mesh has it only where Mesh.context is above 1. Beside `tensor`, as
-# neighbours exchange keys and values in every layer.
+# Shards the length of rows; a mesh has it only if Mesh.context is above 1. Next to `tensor` in the
+# mesh, as neighbors exchange keys and values in every layer.
 CONTEXT = "context"
 LENGTH_SPLIT = contextvars.ContextVar("LENGTH_SPLIT", default=False)
 
-# Activations: batch length width whole. Weights: the rest; `embed` is what FSDP splits, and it
-# becomes `width` (whole again) at the moment of use. `encoder_embed` is the width of an encoder
-# beside a decoder of another one.
+# Axes of activations: batch, length, width, whole. The others are axes of weights. FSDP shards
+# `embed`, which is gathered to `width` for use. `encoder_embed` is the width of an encoder whose
+# decoder has another one.
 RULES = {
     "batch": ("data", "fsdp"),
     "length": None,  # CONTEXT inside `split_rows`
@@ -35,7 +35,6 @@ RULES = {
     "whole": None,
     "layers": None,
     "vocab": "tensor",
-    "expert": None,  # Reserved: no layer has experts.
     "embed": "fsdp",
     "encoder_embed": "fsdp",
     "encoder_width": None,
@@ -56,17 +55,17 @@ RULES = {
 
 
 def spec(axes: str) -> P:
-    """The placement of an array whose axes are named, e.g. spec("batch length width")."""
+    """Partition spec of an array with named axes, such as spec("batch length width")."""
     length = {"length": CONTEXT} if context_size() > 1 and LENGTH_SPLIT.get() else {}
     return P(*((RULES | length)[axis] for axis in axes.split()))
 
 
 @contextlib.contextmanager
 def split_rows() -> Iterator[None]:
-    """While a program is traced inside, the length of rows is split over Mesh.context.
+    """Context in which traced programs shard the length of rows over Mesh.context.
 
-    Training's forward pass is traced so. Everything else, decoding with its blocks of a few tokens
-    above all, has whole rows on each device of the context axis.
+    For the forward pass of training. Other programs, such as decoding with its blocks of a few
+    tokens, replicate rows along the context axis.
     """
     token = LENGTH_SPLIT.set(True)
     try:
@@ -76,25 +75,24 @@ def split_rows() -> Iterator[None]:
 
 
 def context_size() -> int:
-    """Over how many devices the mesh in force splits the length of rows."""
+    """Number of devices over which the mesh in force can shard the length of rows."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(CONTEXT, 1)
 
 
 def token_axes() -> frozenset[str]:
-    """The mesh axes over which tokens are split: their devices have their own share of every
-    gradient."""
+    """Mesh axes that shard tokens; devices along them hold partial sums of every gradient."""
     axes = [axis for axis in spec("batch length") if axis]
     return frozenset(jax.tree.leaves(axes))
 
 
 def weight_axis() -> tuple[str, int]:
-    """The mesh axis over which weights are split and gathered for use (FSDP), and its size."""
+    """FSDP's mesh axis, over which weights are sharded and gathered for use, and its size."""
     axis = RULES["embed"]
     return axis, jax.sharding.get_abstract_mesh().shape[axis]
 
 
 def mesh_sizes(cfg: config.Mesh, devices: int) -> dict[str, int]:
-    """Devices per axis, with -1 filled in; without CONTEXT where rows stay whole.
+    """Devices per mesh axis, with -1 filled in; without CONTEXT if its size is 1.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices.
@@ -113,29 +111,43 @@ def mesh_sizes(cfg: config.Mesh, devices: int) -> dict[str, int]:
 
 
 def use_mesh(cfg: config.Mesh, devices: list | None = None) -> jax.sharding.Mesh:
-    """Makes the mesh over devices (all of them unless given) and sets it for what follows."""
+    """Creates the mesh over devices (None: all of them) and sets it for the process."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(cfg, len(devices))
     if cfg.slices == 1:
         mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
     else:
         kinds = (AxisType.Explicit,) * len(sizes)
-        mesh = jax.sharding.Mesh(over_slices(sizes, cfg.slices, devices), tuple(sizes), kinds)
+        mesh = jax.sharding.Mesh(slice_devices(sizes, cfg.slices, devices), tuple(sizes), kinds)
     jax.set_mesh(mesh)
     return mesh
 
 
-def over_slices(sizes: dict[str, int], slices: int, devices: list) -> np.ndarray:
-    """devices in the shape of sizes, of which `data` alone goes from slice to slice.
+def one_device_mesh() -> contextlib.AbstractContextManager:
+    """Context in which the mesh in force is one device of this process."""
+    sizes = (1,) * len(AXES)
+    return jax.set_mesh(jax.make_mesh(sizes, AXES, devices=jax.local_devices()[:1]))
 
-    Where devices tell no slice, the devices of a process are one.
+
+def slice_devices(sizes: dict[str, int], slices: int, devices: list) -> np.ndarray:
+    """Arranges devices of several slices so that only the `data` axis crosses slices.
+
+    If devices have no slice_index, the devices of a process count as a slice.
+
+    Args:
+      sizes: devices per mesh axis.
+      slices: number of slices.
+      devices: all devices.
+
+    Returns:
+      Devices in an array of the shape of sizes.
 
     Raises:
-      ValueError: there are other slices, or `data` is no multiple of them.
+      ValueError: the number of slices differs, or does not divide `data`.
     """
     alone = not hasattr(devices[0], "slice_index")
-    named = "process_index" if alone else "slice_index"
-    there = len({getattr(device, named) for device in devices})
+    attribute = "process_index" if alone else "slice_index"
+    there = len({getattr(device, attribute) for device in devices})
     if there != slices:
         raise ValueError(
             f"Mesh.slices={slices}, but the {len(devices)} devices are of {there} "
@@ -154,23 +166,22 @@ def over_slices(sizes: dict[str, int], slices: int, devices: list) -> np.ndarray
 
 
 def batch_shards() -> int:
-    """How many parts the batch is split into: a batch size must be a multiple of it."""
+    """Number of shards of the batch axis; it has to divide a batch size."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     return sizes["data"] * sizes["fsdp"]
 
 
 def batch_share() -> tuple[int, int]:
-    """Which part of the rows of a batch this process reads, and of how many parts.
+    """Part of each batch that this process reads, and the number of parts.
 
-    Processes whose devices the mesh gives the same rows (tensor parallelism between hosts) read
-    the same part.
+    Processes whose devices hold the same rows (tensor parallelism across hosts) read the same part.
 
     Raises:
-      ValueError: the mesh gives some processes some of the rows of others.
+      ValueError: the rows of two processes overlap in part.
     """
     rows = batch_shards()
     read: dict[int, set[int]] = {}
-    for device, (part,) in named("batch").devices_indices_map((rows,)).items():
+    for device, (part,) in named_sharding("batch").devices_indices_map((rows,)).items():
         read.setdefault(device.process_index, set()).update(range(*part.indices(rows)))
     parts = sorted({tuple(sorted(each)) for each in read.values()})
     if sum(map(len, parts)) != rows:
@@ -182,29 +193,38 @@ def batch_share() -> tuple[int, int]:
 
 
 def by_rows(tree: Any) -> Any:
-    """Arrays whose first axis is the batch, each resharded to `spec("batch whole ...")`.
+    """Reshards arrays whose first axis is the batch to `spec("batch whole ...")`.
 
-    From jax 0.11 on, a slice or reshape whose every dimension is 1 (one row, one token) loses its
-    sharding, and what it is concatenated or mapped with has to have the same one.
+    From jax 0.11 on, a slice or reshape with all dimensions 1 (one row, one token) loses its
+    sharding, and arrays that are concatenated or mapped together need the same one.
 
     Args:
-      tree: arrays [b ...]; returned unchanged where no mesh is set.
+      tree: arrays [b ...]; returned unchanged if no mesh is set.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return tree
-    placed = lambda x: jax.reshard(x, spec("batch" + " whole" * (x.ndim - 1)))
-    return jax.tree.map(placed, tree)
+
+    def reshard(x):
+        return jax.reshard(x, spec("batch" + " whole" * (x.ndim - 1)))
+
+    return jax.tree.map(reshard, tree)
 
 
 def place(value: np.ndarray, axes: str) -> jax.Array:
-    """A host array of this process, as (its part of) a global array."""
-    return jax.make_array_from_process_local_data(named(axes), np.asarray(value))
+    """Creates a global array from each process's own part of it."""
+    return jax.make_array_from_process_local_data(named_sharding(axes), np.asarray(value))
 
 
-def named(axes: str) -> NamedSharding:
+def place_whole(array: np.ndarray, placement: NamedSharding) -> jax.Array:
+    """Creates a global array from a host array that every process holds in full."""
+    return jax.make_array_from_callback(array.shape, placement, lambda part: array[part])
+
+
+def named_sharding(axes: str) -> NamedSharding:
+    """Sharding of an array with named axes on the mesh in force."""
     return NamedSharding(jax.sharding.get_mesh(), spec(axes))
 
 
 def place_batch(batch: Batch) -> Batch:
-    """The rows of this host, placed as one global batch over the mesh."""
+    """Creates the global batch from the rows of each process."""
     return jax.tree.map(lambda rows: place(rows, "batch length"), batch)

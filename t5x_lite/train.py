@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the run that .gin files describe: python -m t5x_lite.train --help."""
+"""python -m t5x_lite.train: trains the run that .gin files describe."""
 
 import argparse
-import sys
 
-from t5x_lite import gin_arguments, processes
+from t5x_lite import processes
+from t5x_lite.cli import gin_arguments
+from t5x_lite.cli.command import Command
+from t5x_lite.cli.parser import Parser
 
-TEACHING = """\
+DESCRIPTION = """\
 Trains a model, evaluates it, and keeps everything in MODEL_DIR. The same command again goes on
-from the newest checkpoint; a run that was killed ends with the same weights as one that was not.
+from the newest checkpoint; a run that was killed ends with the same weights as one that was not."""
 
-examples
+EXAMPLES = """\
+examples:
   python -m t5x_lite.train --gin_file=configs/runs/g2p.gin --gin.MODEL_DIR=runs/g2p
       the whole run
   ... --dry_run
@@ -25,70 +28,61 @@ examples
   ... --profile
       a trace of five steps in MODEL_DIR/profile, for TensorBoard or Perfetto
 
-what MODEL_DIR holds
+MODEL_DIR:
   config.gin, vocabulary/          what is needed to read the weights
   checkpoints/<step>/              weights, optimizer, data position; the last ones and the best
   metrics.jsonl, tensorboard/      losses, speeds and held-out metrics by step
-  predictions/                     what was decoded at each evaluation
+  predictions/                     texts decoded at each evaluation
   report.json, learning_curve.png  at the end
 
 Ctrl-C and SIGTERM save first; a second one ends at once. Of several processes one is enough, and
-all end; MODEL_DIR must be the same folder for all. Exit status: 0 finished, 1 refused
-or failed with a reason, 75 another process was lost, 128 + signal when interrupted."""
+all end; MODEL_DIR must be the same folder for all. Exit status: 0 finished, 2 refused with a
+reason, 1 failed on the way, 75 another process was lost, 128 + signal when interrupted."""
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m t5x_lite.train",
-        description=TEACHING,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    gin_arguments.add(made)
-    processes.add(made)
-    made.add_argument("--dry_run", action="store_true", help="print what would be trained")
-    made.add_argument("--profile", action="store_true", help="write a profiler trace")
-    return made
+def parser() -> Parser:
+    """Parser of the command."""
+    command = Parser("train", description=DESCRIPTION, epilog=EXAMPLES)
+    gin_arguments.add_gin(command)
+    processes.add_arguments(command)
+    command.add_argument("--dry_run", action="store_true", help="print what would be trained")
+    command.add_argument("--profile", action="store_true", help="write a profiler trace")
+    return command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; gives back its exit status."""
-    known, extra = parser().parse_known_args(arguments)
-    try:
-        found = gin_arguments.bindings(extra)
-        meeting = None if known.dry_run else processes.meeting(known)
-        with processes.joined(meeting, "t5x_lite.train"):
-            return command(known, found)
-    except ValueError as error:
-        print(f"t5x_lite.train: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # A disk that is full, read-only or gone: a traceback would say no more.
-        print(f"t5x_lite.train: {error}. The same command goes on later.", file=sys.stderr)
-        return 1
+def train(args: argparse.Namespace) -> int:
+    """Trains, alone or as one of several processes; returns the exit status."""
+    meeting = None if args.dry_run else processes.parse_rendezvous(args)
+    with processes.process_group(meeting, "t5x_lite.train"):
+        return train_here(args)
 
 
-def command(known: argparse.Namespace, found: list[str]) -> int:
-    gin_arguments.bring(known.modules)
-    from t5x_lite import config_file
+def train_here(args: argparse.Namespace) -> int:
+    """Trains in this process; returns the exit status."""
+    from t5x_lite.config import gin_file
 
-    run = config_file.load(known.gin_file, found)
-    # After the config is read: a misspelt name is told at once, before jax takes its seconds.
-    from t5x_lite.training import checkpoint, compilation, dry_run, interrupts, loop, memory
+    run = gin_file.load_run(args.gin_file, args.bindings)
+    # After the config is read: a misspelled name is reported before jax takes its seconds.
+    from t5x_lite.checkpoints import manager
+    from t5x_lite.training import host, loop, preemption
+    from t5x_lite.training.reporting import dry_run
 
-    memory.keep_freed()
-    compilation.keep_compiled()
-    if known.dry_run:
-        print(dry_run.text(run))
+    host.keep_freed()
+    host.keep_compiled()
+    if args.dry_run:
+        print(dry_run.describe_run(run))
         return 0
-    checkpoint.tell_once()
+    manager.quiet_writer_logs()
     try:
-        loop.train(run, profile=known.profile)
-    except interrupts.Interrupted as error:
-        print(f"t5x_lite.train: ended by {error}", file=sys.stderr)
-        return 128 + error.number
+        loop.train(run, profile=args.profile)
+    except preemption.Interrupted as error:
+        # A good end for the other processes, which end after the same step.
+        return COMMAND.interrupted(error)
     return 0
 
 
+COMMAND = Command("train", parser, train, afterwards="the same command goes on later")
+main = COMMAND.main
+
 if __name__ == "__main__":
-    sys.exit(main())
+    COMMAND.start()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a pretrained model to another arrangement of it: the map of the weights, and a teacher."""
+"""Adaptation of pretrained models to another arrangement of towers, and distillation."""
 
-from t5x_lite.adaptation.beginning import MissingSource, explain, initialize
+from t5x_lite.adaptation.initial_weights import MissingSource, explain, initialize
 from t5x_lite.adaptation.report import Report
 
 __all__ = ["MissingSource", "Report", "explain", "initialize"]

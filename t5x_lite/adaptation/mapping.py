@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every weight of an adapted model comes from, settled before one of them is read."""
+"""The origin of every weight of an adapted model, planned before a weight is read."""
 
 from typing import Literal, NamedTuple
 
 from t5x_lite import config
-from t5x_lite.adaptation import towers
-from t5x_lite.adaptation.towers import Side, Sides
-from t5x_lite.conversion import matching
-from t5x_lite.conversion.matching import Leaf
+from t5x_lite.adaptation import arrangement
+from t5x_lite.adaptation.arrangement import Side, Sides
+from t5x_lite.checkpoints import matching
+from t5x_lite.checkpoints.matching import Leaf
 
 SELF, CROSS = "layers/attention/", "layers/cross_attention/"
 HEAD, EOI, PROJECTION = "head", "eoi_embedding", "projection"
@@ -16,36 +16,51 @@ WIDTHS = {name: slice(1, None) for name in ("embedding", "encoder_embedding", "p
 WIDTHS |= {HEAD: slice(0, 1)}
 
 
-class Piece(NamedTuple):
-    """One weight and where it comes from: the weight `path` of the checkpoint `source`.
+class WeightOrigin(NamedTuple):
+    """Origin of one weight of an adapted model.
 
-    copied is as it is; grown has rows for new ids too; bias is a table of relative positions, read
-    by distance; row is the embedding of one id; new comes from nowhere. `turned` is [v d] for
-    [d v]. `twins` are weights (source, path, turned) that must hold the same values, since the
-    model has one weight for both. `scale` multiplies a weight, or one plus it if it is `plus_one`.
+    Attributes:
+      kind: "copied" (unchanged), "grown" (with rows for new ids), "bias" (a table of relative
+        positions, resampled by distance), "row" (the embedding of one id) or "new" (no origin).
+      source: field of Adaptation that names the checkpoint.
+      path: weight of the checkpoint.
+      turned: True if the weight is transposed, [v d] for [d v].
+      tied: weights (source, path, turned) that must have the same values, since the model has one
+        weight for all of them.
+      scale: factor of the weight.
+      plus_one: the scale multiplies one plus the weight (a norm of kind "rms_plus_one").
     """
 
-    how: Literal["copied", "grown", "bias", "row", "new"]
+    kind: Literal["copied", "grown", "bias", "row", "new"]
     source: str = ""
     path: str = ""
     turned: bool = False
-    twins: tuple[tuple[str, str, bool], ...] = ()
+    tied: tuple[tuple[str, str, bool], ...] = ()
     scale: float = 1.0
     plus_one: bool = False
 
 
-class Plan(NamedTuple):
-    """The pieces of all weights of `model`, and which weights of the sources nobody reads."""
+class AdaptationPlan(NamedTuple):
+    """Origins of all weights of an adapted model.
+
+    Attributes:
+      model: config of the adapted model.
+      sides: towers of the checkpoints, by tower of the model.
+      leaves: shapes of the model's weights by path.
+      origins: origin of each weight by path.
+      unread: weights of the checkpoints that are unused, by (source, path).
+      warnings: settings under which the same weights compute something else.
+    """
 
     model: config.Model
     sides: Sides
     leaves: dict[str, Leaf]
-    pieces: dict[str, Piece]
+    origins: dict[str, WeightOrigin]
     unread: dict[tuple[str, str], Leaf]
     warnings: list[str]
 
     def side(self, path: str) -> Side:
-        """The tower whose weight that is, or that reads with it."""
+        """The checkpoint's tower that a weight belongs to, or that embeds its ids with it."""
         part = path.partition("/")[0]
         if part in self.sides:
             return self.sides[part]
@@ -53,145 +68,212 @@ class Plan(NamedTuple):
         return self.sides.get(reads) or self.sides["encoder"]
 
 
-def plan(
-    cfg: config.Model, how: config.Adaptation, source: config.Model, other: config.Model | None
-) -> Plan:
-    """How the weights of cfg are made of those of `source` and `other`, Adaptation's checkpoints.
+def plan_adaptation(
+    cfg: config.Model,
+    adaptation: config.Adaptation,
+    source: config.Model,
+    other: config.Model | None,
+) -> AdaptationPlan:
+    """Plans the weights of an adapted model.
+
+    Args:
+      cfg: config of the adapted model.
+      adaptation: config of the adaptation.
+      source: model of Adaptation.source.
+      other: model of Adaptation.encoder_source; None without one.
 
     Raises:
-      ValueError: they cannot be; both values that contradict each other are named.
+      ValueError: the model cannot be adapted from these; the message has both values that
+        contradict each other.
     """
-    made = towers.sides(cfg, how, source, other)
-    leaves = matching.leaves(cfg)
-    there = {side.source: matching.leaves(side.model) for side in made.values()}
-    found = Plan(cfg, made, leaves, {}, {}, towers.differences(cfg, made))
+    sides = arrangement.match_towers(cfg, adaptation, source, other)
+    leaves = matching.model_leaves(cfg)
+    there = {side.source: matching.model_leaves(side.model) for side in sides.values()}
+    plan = AdaptationPlan(cfg, sides, leaves, {}, {}, arrangement.describe_differences(cfg, sides))
     for path in leaves:
-        piece = piece_of(found, how, path, there)
-        check_shape(found, path, piece, there)
-        found.pieces[path] = piece
-    check_vocabulary(found)
+        origin = find_origin(plan, adaptation, path, there)
+        check_shape(plan, path, origin, there)
+        plan.origins[path] = origin
+    check_vocabulary(plan)
     config.require(
-        how.cross_scale == 1 or any(piece.scale != 1 for piece in found.pieces.values()),
-        f"Adaptation.cross_scale is {how.cross_scale}, but no cross-attention is made from "
+        adaptation.cross_scale == 1 or any(origin.scale != 1 for origin in plan.origins.values()),
+        f"Adaptation.cross_scale is {adaptation.cross_scale}, but no cross-attention is made from "
         "self-attention or drawn anew: leave it out",
     )
-    used = {(piece.source, piece.path) for piece in found.pieces.values()}
-    used |= {twin[:2] for piece in found.pieces.values() for twin in piece.twins}
+    used = {(origin.source, origin.path) for origin in plan.origins.values()}
+    used |= {twin[:2] for origin in plan.origins.values() for twin in origin.tied}
     unread = {
         (name, path): leaf
         for name, weights in there.items()
         for path, leaf in weights.items()
         if (name, path) not in used
     }
-    return found._replace(unread=unread)
+    return plan._replace(unread=unread)
 
 
-def piece_of(found: Plan, how: config.Adaptation, path: str, there: dict) -> Piece:
-    """Where the weight of that path comes from."""
-    side = found.side(path)
+def find_origin(
+    plan: AdaptationPlan, adaptation: config.Adaptation, path: str, there: dict
+) -> WeightOrigin:
+    """Finds the origin of a weight.
+
+    Args:
+      plan: the plan, with its towers.
+      adaptation: config of the adaptation.
+      path: path of the model's weight.
+      there: leaves of the checkpoints, by field of Adaptation and path.
+    """
+    side = plan.side(path)
     part, _, inside = path.partition("/")
-    if part in found.sides:
+    if part in plan.sides:
         if inside.startswith(CROSS):
-            return cross(found, how, inside, side)
+            return cross_attention_origin(plan, adaptation, inside, side)
         is_bias = inside in ("bias", f"{SELF}bias")
-        same = is_bias and alike(getattr(found.model, part), part, side)
+        same = is_bias and has_equal_buckets(getattr(plan.model, part), part, side)
         kind = "bias" if is_bias and not same else "copied"
-        return Piece(kind, side.source, f"{side.tower}/{inside}")
+        return WeightOrigin(kind, side.source, f"{side.tower}/{inside}")
     if path == PROJECTION:
         known = path in there[side.source]
-        return Piece("copied", side.source, path) if known else Piece("new")
+        return WeightOrigin("copied", side.source, path) if known else WeightOrigin("new")
     if path == EOI:
-        if side.model.eoi == found.model.eoi:
-            return Piece("copied", side.source, path)
-        known = found.model.eoi < side.model.vocab
-        return Piece("row", side.source, side.table) if known else Piece("new")
+        if side.model.eoi == plan.model.eoi:
+            return WeightOrigin("copied", side.source, path)
+        known = plan.model.eoi < side.model.vocab
+        return WeightOrigin("row", side.source, side.table) if known else WeightOrigin("new")
     if path == HEAD:
-        return grown(found, side, *logits_of(side))
-    return grown(found, side, side.table, False)._replace(twins=twins(found, path, side))
+        return table_origin(plan, side, *logits_weight(side))
+    return table_origin(plan, side, side.table, False)._replace(tied=tied_weights(plan, path, side))
 
 
-def alike(wanted: config.Stack, part: str, side: Side) -> bool:
-    """Whether the relative positions of `side` have the buckets that the model's tower has."""
-    buckets = lambda stack: (stack.buckets, stack.max_distance)
-    return part == side.tower and buckets(wanted) == buckets(side.stack)
+def has_equal_buckets(wanted: config.Stack, part: str, side: Side) -> bool:
+    """True if the relative positions of a checkpoint's tower have the buckets of the model's.
+
+    Args:
+      wanted: config of the model's tower.
+      part: name of the model's tower.
+      side: tower of the checkpoint.
+    """
+    same_buckets = (wanted.buckets, wanted.max_distance) == (
+        side.stack.buckets,
+        side.stack.max_distance,
+    )
+    return part == side.tower and same_buckets
 
 
-def cross(found: Plan, how: config.Adaptation, inside: str, side: Side) -> Piece:
-    """The piece of a weight of the decoder's cross-attention.
+def cross_attention_origin(
+    plan: AdaptationPlan, adaptation: config.Adaptation, inside: str, side: Side
+) -> WeightOrigin:
+    """Finds the origin of a weight of the decoder's cross-attention.
+
+    Args:
+      plan: the plan, with its towers.
+      adaptation: config of the adaptation.
+      inside: path of the weight within the decoder.
+      side: tower of the checkpoint that becomes the decoder.
 
     Raises:
       ValueError: it is to be copied, but the encoder is of another width.
     """
-    if how.cross == "random":
-        return scaled(Piece("new"), found.model.decoder, how.cross_scale, inside)
-    width = found.model.encoder.embed
+    if adaptation.cross == "random":
+        return scale_output(WeightOrigin("new"), plan.model.decoder, adaptation.cross_scale, inside)
+    width = plan.model.encoder.embed
     there = side.model.encoder.embed if side.crosses else side.stack.embed
     config.require(
         width == there,
         f'Adaptation.cross = "copy", but the weights of Adaptation.{side.source} attend to '
         f"{there} features and the encoder's Stack.embed is {width}: bind Adaptation.cross = "
-        '"random", and let Train.parts train it alone at first',
+        '"random", and let Train.param_groups train it alone at first',
     )
     if side.crosses:
-        return Piece("copied", side.source, f"{side.tower}/{inside}")
-    copied = Piece("copied", side.source, f"{side.tower}/{inside.replace(CROSS, SELF)}")
-    return scaled(copied, found.model.decoder, how.cross_scale, inside)
+        return WeightOrigin("copied", side.source, f"{side.tower}/{inside}")
+    copied = WeightOrigin("copied", side.source, f"{side.tower}/{inside.replace(CROSS, SELF)}")
+    return scale_output(copied, plan.model.decoder, adaptation.cross_scale, inside)
 
 
-def scaled(piece: Piece, stack: config.Stack, scale: float, inside: str) -> Piece:
-    """The piece, with the scale if the sublayer's output is linear in it."""
+def scale_output(
+    origin: WeightOrigin, stack: config.Stack, scale: float, inside: str
+) -> WeightOrigin:
+    """Adds the scale to the origin of a weight that the sublayer's output is linear in.
+
+    Args:
+      origin: origin of a weight of cross-attention.
+      stack: config of the decoder.
+      scale: Adaptation.cross_scale.
+      inside: path of the weight within the decoder.
+    """
     last = ("post_norm", "post_norm_bias") if stack.post_norms else ("out", "out_bias")
     name = inside.removeprefix(CROSS)
     if scale == 1 or name not in last:
-        return piece
+        return origin
     plus_one = stack.norm == "rms_plus_one" and name == "post_norm"
-    return piece._replace(scale=scale, plus_one=plus_one)
+    return origin._replace(scale=scale, plus_one=plus_one)
 
 
-def logits_of(side: Side) -> tuple[str, bool]:
-    """The weight that the checkpoint's logits are read through, and whether it is [v d]."""
+def logits_weight(side: Side) -> tuple[str, bool]:
+    """Path of the checkpoint's output weight, and True if it is transposed, [v d]."""
     return ("embedding", True) if side.model.tied else (HEAD, False)
 
 
-def grown(found: Plan, side: Side, path: str, turned: bool) -> Piece:
-    same = found.model.vocab == side.model.vocab
-    return Piece("copied" if same else "grown", side.source, path, turned)
+def table_origin(plan: AdaptationPlan, side: Side, path: str, turned: bool) -> WeightOrigin:
+    """Origin of a weight with one row per id: copied, or grown for a larger vocabulary.
+
+    Args:
+      plan: the plan, with the model.
+      side: tower of the checkpoint.
+      path: path of the checkpoint's weight.
+      turned: True if it is transposed.
+    """
+    same = plan.model.vocab == side.model.vocab
+    return WeightOrigin("copied" if same else "grown", side.source, path, turned)
 
 
-def twins(found: Plan, path: str, side: Side) -> tuple:
-    """What else the one table of the model has to serve as."""
+def tied_weights(plan: AdaptationPlan, path: str, side: Side) -> tuple:
+    """Weights of the checkpoints that must equal the model's embedding, as they share it.
+
+    Args:
+      plan: the plan, with its towers.
+      path: path of the model's weight.
+      side: tower of the checkpoint that the embedding comes from.
+    """
     if path != "embedding":
         return ()
-    cfg, made = found.model, []
-    # An encoder's table that never gave logits is no twin of the one that did.
+    cfg, others = plan.model, []
+    # An encoder's table that computes no logits does not have to equal the head.
     gives_logits = side.table == "embedding"
     if cfg.tied and not side.model.tied and gives_logits:
-        made.append((side.source, HEAD, True))
-    if cfg.layout == "pair" and not cfg.separate_embeddings:
-        reader = found.sides["encoder"]
+        others.append((side.source, HEAD, True))
+    if cfg.layout == "encoder_decoder" and not cfg.separate_embeddings:
+        reader = plan.sides["encoder"]
         if (reader.source, reader.table) != (side.source, side.table):
-            made.append((reader.source, reader.table, False))
-    return tuple(made)
+            others.append((reader.source, reader.table, False))
+    return tuple(others)
 
 
-def check_vocabulary(found: Plan) -> None:
-    for side in found.sides.values():
+def check_vocabulary(plan: AdaptationPlan) -> None:
+    """Raises ValueError if the model has fewer ids than a checkpoint."""
+    for side in plan.sides.values():
         config.require(
-            found.model.vocab >= side.model.vocab,
-            f"Model.vocab is {found.model.vocab}, but Adaptation.{side.source} has embeddings of "
+            plan.model.vocab >= side.model.vocab,
+            f"Model.vocab is {plan.model.vocab}, but Adaptation.{side.source} has embeddings of "
             f"{side.model.vocab} ids: bind Model.vocab = {side.model.vocab} or more",
         )
 
 
-def check_shape(found: Plan, path: str, piece: Piece, there: dict) -> None:
-    """Raises ValueError where the weight is not there, or of another shape than it should be."""
-    for source, name, turned in ((piece.source, piece.path, piece.turned), *piece.twins):
-        if piece.how in ("new", "row", "bias"):
+def check_shape(plan: AdaptationPlan, path: str, origin: WeightOrigin, there: dict) -> None:
+    """Raises ValueError if a checkpoint lacks the weight or has it in another shape.
+
+    Args:
+      plan: the plan, with the shapes of the model's weights.
+      path: path of the model's weight.
+      origin: its origin.
+      there: leaves of the checkpoints, by field of Adaptation and path.
+    """
+    for source, name, turned in ((origin.source, origin.path, origin.turned), *origin.tied):
+        if origin.kind in ("new", "row", "bias"):
             continue
         leaf = there[source].get(name)
         shape = None if leaf is None else leaf.shape[::-1] if turned else leaf.shape
-        wanted = found.leaves[path].shape
-        # Rows of ids are grown, and positions cut: only their widths must agree.
+        wanted = plan.leaves[path].shape
+        # Rows of ids are added and positions cut: only the widths must agree.
         widths = WIDTHS.get(path.rpartition("/")[2], slice(None))
         fits = shape is not None and shape[widths] == wanted[widths]
         config.require(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen decoder-only model of any make, and what it thinks the next token is."""
+"""A frozen decoder-only model of any checkpoint format, and its logits for distillation."""
 
 from typing import Any, NamedTuple
 
@@ -8,53 +8,60 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_lite import config, model
-from t5x_lite.adaptation import agreement
-from t5x_lite.batch import Lesson
-from t5x_lite.conversion import origins, weights
-from t5x_lite.conversion.origins import Origin
-from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.model.attention import View
+from t5x_lite.adaptation import vocabulary_compatibility
+from t5x_lite.batch import TeacherBatch
+from t5x_lite.checkpoints import weights
+from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from t5x_lite.model.attention import AttentionContext
 from t5x_lite.sharding import spec
+from t5x_lite.tokenizers.vocabulary import Vocabulary
 
 
 class Teacher(NamedTuple):
-    """An opened checkpoint: what it is, without its weights. `size` ids are taught, 0..size - 1."""
+    """An opened checkpoint of a teacher, without its weights.
+
+    Attributes:
+      path: path of the checkpoint.
+      model: its config.
+      opened: the opened checkpoint.
+      size: number of ids with logits of the teacher, 0..size - 1.
+    """
 
     path: str
     model: config.Model
-    origin: Origin
+    opened: OpenedCheckpoint
     size: int
 
     def params(self) -> Any:
-        """The weights on the mesh in force, in the dtype that they are used in.
+        """The weights on the mesh in force, in the dtype of computation.
 
         Raises:
-          ValueError: the checkpoint is damaged or not of its model.
+          ValueError: the checkpoint is damaged, or does not match its config.
         """
         # Cast once here instead of at every use: half the memory, the same values.
         try:
-            return weights.load(self.origin.weights(()), self.model, self.model.activations)
+            return weights.place_weights(self.opened.weights(), self.model, self.model.dtype)
         except ValueError as error:
             raise ValueError(f"Distillation.teacher: {error}") from error
 
 
 def open_teacher(run: config.Run, vocabularies: tuple[Vocabulary, Vocabulary]) -> Teacher:
-    """The teacher of Run.distillation, whose vocabulary agrees with those of the run.
+    """Opens the teacher of Run.distillation, whose vocabulary must agree with those of the run.
 
     Raises:
-      ValueError: nothing that is read lies there, it is no decoder alone, cannot read rows as long
-        as the run's, or has another vocabulary; the first difference is told.
+      ValueError: it is not a checkpoint, is not decoder-only, has too few positions for the rows
+        of the run, or has another vocabulary; the message has the first difference.
     """
     path = run.distillation.teacher
     try:
-        origin = origins.open(path, origins.Asked())
+        opened = open_checkpoint(path)
     except ValueError as error:
         raise ValueError(f"Distillation.teacher: {error}") from error
-    cfg = origin.model
+    cfg = opened.model
     config.require(
-        cfg.layout == "joined",
-        f"Distillation.teacher: {path} has an encoder; a teacher is decoder-only, as it has to say "
-        "what comes next",
+        cfg.layout == "decoder_only",
+        f"Distillation.teacher: {path} has an encoder; a teacher is decoder-only, as it has to "
+        "predict the next token",
     )
     model.check_mesh(cfg)
     longest = sum(run.data.lengths.values())
@@ -63,67 +70,107 @@ def open_teacher(run: config.Run, vocabularies: tuple[Vocabulary, Vocabulary]) -
         f"Distillation.teacher: {path} has {cfg.decoder.max_length} positions, but Data.lengths "
         f"{run.data.lengths} make texts of {longest}",
     )
-    taught = origin.text.pair[1]
-    for own in vocabularies:
-        check_vocabulary(path, taught, own)
-    check_mode(run, vocabularies[1], taught.size)
-    size = taught_size(cfg, taught, run.model, vocabularies[1])
+    teacher_vocabulary = opened.text.vocabularies[1]
+    for run_vocabulary in vocabularies:
+        check_vocabulary(path, teacher_vocabulary, run_vocabulary)
+    check_mode(run, vocabularies[1], teacher_vocabulary.size)
+    size = shared_vocabulary_size(cfg, teacher_vocabulary, run.model, vocabularies[1])
     config.require(
         (run.distillation.top_k or 1) <= size,
         f"Distillation.teacher knows {size} ids, fewer than top_k = {run.distillation.top_k}. Bind "
         "Distillation.top_k = None for the whole distribution",
     )
-    return Teacher(path, cfg, origin, size)
+    return Teacher(path, cfg, opened, size)
 
 
-def taught_size(
-    teacher: config.Model, taught: Vocabulary, student: config.Model, own: Vocabulary
+def shared_vocabulary_size(
+    teacher: config.Model,
+    teacher_vocabulary: Vocabulary,
+    student: config.Model,
+    run_vocabulary: Vocabulary,
 ) -> int:
-    """How many ids both have: of equal vocabularies those of the models, padding included."""
-    if taught.size == own.size:
+    """Number of ids that teacher and student share.
+
+    Args:
+      teacher: model of the teacher.
+      teacher_vocabulary: its vocabulary.
+      student: model of the run.
+      run_vocabulary: vocabulary of the run's targets.
+
+    Returns:
+      With equal vocabularies the ids of both models, padding included.
+    """
+    if teacher_vocabulary.size == run_vocabulary.size:
         return min(teacher.vocab, student.vocab)
-    # Ids that the run has added stand where the teacher's model has padding.
-    return taught.size
+    # Ids that the run has added are padding in the teacher's model.
+    return teacher_vocabulary.size
 
 
-def check_vocabulary(path: str, taught: Vocabulary, own: Vocabulary) -> None:
-    """Raises ValueError where the teacher means another text by an id that the run has too."""
-    told = agreement.difference(taught, own)
-    if told is None and taught.eos != own.eos:
-        told = f"texts end with id {taught.eos} there and {own.eos} here"
+def check_vocabulary(path: str, teacher_vocabulary: Vocabulary, run_vocabulary: Vocabulary) -> None:
+    """Raises ValueError if an id stands for another text in the teacher's vocabulary.
+
+    Args:
+      path: path of the teacher.
+      teacher_vocabulary: its vocabulary.
+      run_vocabulary: vocabulary of the run's inputs or targets.
+    """
+    difference = vocabulary_compatibility.describe_difference(teacher_vocabulary, run_vocabulary)
+    if difference is None and teacher_vocabulary.eos != run_vocabulary.eos:
+        difference = (
+            f"texts end with id {teacher_vocabulary.eos} there and {run_vocabulary.eos} here"
+        )
     config.require(
-        told is None,
-        f"Distillation.teacher ({path}) has another vocabulary than the run: {told}. Both must "
-        'read text alike: bind Data.vocabulary to one of Vocabulary.kind = "checkpoint", '
+        difference is None,
+        f"Distillation.teacher ({path}) has another vocabulary than the run: {difference}. Both "
+        'must read text alike: bind Data.vocabulary to one of Vocabulary.kind = "checkpoint", '
         f"Vocabulary.path = {path!r}",
     )
 
 
-def check_mode(run: config.Run, own: Vocabulary, size: int) -> None:
-    """Raises ValueError where inputs would begin with ids that the teacher never saw."""
+def check_mode(run: config.Run, run_vocabulary: Vocabulary, size: int) -> None:
+    """Raises ValueError if inputs begin with a mode whose ids the teacher lacks.
+
+    Args:
+      run: config of the run.
+      run_vocabulary: vocabulary of the run's targets.
+      size: number of ids of the teacher.
+    """
     objective = run.data.objective
     for part in getattr(objective, "parts", (objective,)):
         mode = getattr(part, "mode", None)
         config.require(
-            mode is None or max(own.encode(mode), default=0) < size,
+            mode is None or max(run_vocabulary.encode(mode), default=0) < size,
             f"Run.distillation: the mode {mode!r} of {type(part).__name__} is an id that the "
             "teacher does not have. Leave out PrefixLM.mode, or train without a teacher",
         )
 
 
-def logits(teacher: Teacher, params: Any, lesson: Lesson) -> Float[Array, "b t v"]:
-    """The teacher's float32 logits for every target, of the ids that it teaches."""
+def compute_logits(
+    teacher: Teacher, params: Any, teacher_data: TeacherBatch
+) -> Float[Array, "b t v"]:
+    """Computes the teacher's logits for every target.
+
+    Args:
+      teacher: the teacher.
+      params: its weights.
+      teacher_data: rows that it reads.
+
+    Returns:
+      float32, of the ids 0..Teacher.size - 1, without gradient.
+    """
     transformer = model.Transformer(teacher.model)
-    hidden = transformer.apply({"params": params}, lesson, method=read)
-    chosen = jnp.take_along_axis(hidden, lesson.places[:, :, None], axis=1)
-    found = transformer.apply({"params": params}, chosen, method="logits")
-    whole = jax.reshard(found, spec("batch length whole"))
-    return jax.lax.stop_gradient(whole[:, :, : teacher.size])
+    hidden = transformer.apply({"params": params}, teacher_data, method=hidden_states)
+    chosen = jnp.take_along_axis(hidden, teacher_data.places[:, :, None], axis=1)
+    logits = transformer.apply({"params": params}, chosen, method=model.Transformer.logits)
+    replicated = jax.reshard(logits, spec("batch length whole"))
+    return jax.lax.stop_gradient(replicated[:, :, : teacher.size])
 
 
-def read(transformer: model.Transformer, lesson: Lesson) -> Float[Array, "b r d"]:
-    """What the decoder makes of every token of a lesson."""
-    inside = {"query_prefix": lesson.inside, "key_prefix": lesson.inside}
-    sight = transformer.sight(lesson.segments, lesson.segments, causal=True, **inside)
-    view = View(lesson.positions, sight, how=transformer.how)
-    return transformer.decoder(transformer.embed(lesson.tokens), view)
+def hidden_states(
+    transformer: model.Transformer, teacher_data: TeacherBatch
+) -> Float[Array, "b r d"]:
+    """The decoder's output for every token of a teacher's batch."""
+    inside = {"query_prefix": teacher_data.inside, "key_prefix": teacher_data.inside}
+    mask = transformer.mask(teacher_data.segments, teacher_data.segments, causal=True, **inside)
+    context = AttentionContext(teacher_data.positions, mask, backend=transformer.backend)
+    return transformer.decoder(transformer.embed(teacher_data.tokens), context)

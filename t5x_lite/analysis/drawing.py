@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What views are drawn with: tables and shades, for a notebook as HTML and for a terminal."""
+"""Tables, shades and figures of views: HTML for notebooks, rich for terminals."""
 
 import base64
 import html
@@ -10,18 +10,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from t5x_lite.tokenizers.vocabulary import Vocabulary
+
 SHADES = " ░▒▓█"
-# Of text that goes elsewhere than to a terminal.
+# Columns of text that is not printed to a terminal.
 WIDTH = 120
-# Of a table that a terminal can show, columns beyond these are left out, evenly.
+# The most columns of a table in a terminal; others are left out, evenly.
 MOST_COLUMNS = 8
-# Names of columns up to this long are not cut.
+# Column names up to this length are not truncated.
 WHOLE = 11
 BLUE, RED, GREEN = (33, 102, 172), (178, 24, 43), (26, 152, 80)
 
 
+# Mark of a space, which would be invisible at the edge of a token (as in SentencePiece).
+SPACE = "▁"
+MARKS = {"\n": "⏎", "\t": "⇥"}
+
+
 class Cell(NamedTuple):
-    """A text; share, in 0..1, is how strongly its ground is coloured."""
+    """A cell of a table.
+
+    Attributes:
+      text: its text.
+      share: strength of its background color, in 0..1.
+      hint: tooltip in HTML.
+      color: RGB of the background.
+    """
 
     text: str
     share: float = 0.0
@@ -29,13 +43,14 @@ class Cell(NamedTuple):
     color: tuple[int, int, int] = BLUE
 
 
-class View:
-    """Something that draws itself: in a notebook by `_repr_html_`, in a terminal by print.
+class Renderable:
+    """Base class of views: rendered in a notebook by `_repr_html_`, in a terminal by print.
 
-    A kind of view says what it shows by `html` and `terminal`.
+    Subclasses implement `html` and `terminal`.
     """
 
     def html(self) -> str:
+        """The view as HTML."""
         raise NotImplementedError
 
     def terminal(self) -> list[Any]:
@@ -49,35 +64,37 @@ class View:
         yield from self.terminal()
 
     def __str__(self) -> str:
-        return printed(self)
+        return render_text(self)
 
     __repr__ = __str__
 
 
-def printed(view: View) -> str:
-    """view as text, with colours where the output is a terminal that has them."""
+def render_text(view: Renderable) -> str:
+    """Renders a view as text, in color if the output is a terminal."""
     from rich.console import Console
 
     colored = sys.stdout.isatty()
-    held = io.StringIO()
+    buffer = io.StringIO()
     width = None if colored else WIDTH
-    # In a notebook rich would draw the view there and then, beside what `_repr_html_` draws.
-    console = Console(file=held, force_terminal=colored, force_jupyter=False, width=width)
+    # Without force_jupyter=False rich would display the view a second time in a notebook.
+    console = Console(file=buffer, force_terminal=colored, force_jupyter=False, width=width)
     console.print(view)
-    return held.getvalue().rstrip("\n")
+    return buffer.getvalue().rstrip("\n")
 
 
 def heading(text: str) -> str:
+    """A heading in HTML."""
     return f'<h4 style="margin:0.8em 0 0.3em">{html.escape(text)}</h4>'
 
 
 def paragraph(text: str) -> str:
+    """A paragraph in HTML."""
     return f'<p style="margin:0.3em 0">{html.escape(text)}</p>'
 
 
-def table(names: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> str:
-    """An HTML table; what is in it is text and never markup."""
-    # Notebooks have a style of their own for tables: striped rows, text to the right.
+def html_table(names: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> str:
+    """A table in HTML; its content is escaped."""
+    # Overrides the style of notebooks: striped rows, text aligned right.
     cell = "border:1px solid rgba(128,128,128,0.25);padding:2px 6px;text-align:left"
     row_style = '<tr style="background:none">'
     head = "".join(f'<th style="{cell}">{html.escape(name)}</th>' for name in names)
@@ -89,31 +106,33 @@ def table(names: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> str:
 
 
 def html_cell(cell: Cell | str, style: str) -> str:
+    """A cell in HTML."""
     cell = Cell(cell) if isinstance(cell, str) else cell
     if cell.share > 0:
         red, green, blue = cell.color
-        # Over 0.75 of the ground dark text is no longer read on it.
+        # Dark text is unreadable on a background above 0.75.
         style += f";background:rgba({red},{green},{blue},{0.75 * min(cell.share, 1):.3f})"
     hint = f' title="{html.escape(cell.hint)}"' if cell.hint else ""
     return f'<td style="{style}"{hint}>{html.escape(cell.text)}</td>'
 
 
 def rich_table(names: Sequence[str], rows: Sequence[Sequence[Cell | str]]) -> Any:
-    """The same table for a terminal."""
+    """A table for a terminal."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in names:
         least = min(len(name), WHOLE)
-        made.add_column(Text(name), overflow="ellipsis", no_wrap=True, min_width=least)
+        table.add_column(Text(name), overflow="ellipsis", no_wrap=True, min_width=least)
     for row in rows:
-        made.add_row(*(rich_cell(cell) for cell in row))
-    return made
+        table.add_row(*(rich_cell(cell) for cell in row))
+    return table
 
 
 def rich_cell(cell: Cell | str) -> Any:
+    """A cell for a terminal."""
     from rich.text import Text
 
     cell = Cell(cell) if isinstance(cell, str) else cell
@@ -125,6 +144,7 @@ def rich_cell(cell: Cell | str) -> Any:
 
 
 def percent(share: float) -> str:
+    """Formats a share in percent."""
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
@@ -134,18 +154,64 @@ def shades(row: np.ndarray) -> str:
     return "".join(SHADES[step] for step in steps)
 
 
-def spread(count: int, most: int = MOST_COLUMNS) -> list[int]:
-    """At most `most` of range(count), evenly, the first and the last among them."""
+def spread_evenly(count: int, most: int = MOST_COLUMNS) -> list[int]:
+    """At most `most` of range(count), evenly spaced, with the first and the last."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
 
 
-def picture(draw: Callable[[Any], None], width: float, height: float) -> str:
-    """An HTML image, held in the text itself, of what draw(figure) puts on a matplotlib figure."""
+def figure_html(draw: Callable[[Any], None], width: float, height: float) -> str:
+    """Draws a matplotlib figure as an inline HTML image.
+
+    Args:
+      draw: function that draws on the figure.
+      width: in inches.
+      height: in inches.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     draw(figure)
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=96)
-    code = base64.b64encode(held.getvalue()).decode()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=96)
+    code = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="" style="max-width:100%" src="data:image/png;base64,{code}">'
+
+
+def token_label(vocabulary: Vocabulary, token: int, start: int | None = None) -> str:
+    """The text that a token adds to a preceding text, with visible spaces and line ends.
+
+    Args:
+      vocabulary: vocabulary of the token.
+      token: its id.
+      start: the model's start token, which is labeled <start>; None without one.
+
+    Returns:
+      The text, or <end>, <pad>, <start> or <id> for ids without text.
+    """
+    if token in vocabulary.stops:
+        return "<end>"
+    if token == start:
+        return "<start>"
+    if token == vocabulary.pad:
+        return "<pad>"
+    # A token may lose its space at the beginning of a text, so it is decoded after itself.
+    alone, twice = vocabulary.decode([token]), vocabulary.decode([token, token])
+    text = twice[len(alone) :] if alone and twice.startswith(alone) else alone
+    separator = getattr(vocabulary, "separator", "")
+    text = text.removeprefix(separator) if separator else text
+    if not text.strip("\ufffd"):
+        return f"<{token}>"
+    for character, mark in MARKS.items():
+        text = text.replace(character, mark)
+    return text.replace(" ", SPACE)
+
+
+def token_labels(vocabulary: Vocabulary, ids: Sequence[int], start: int | None = None) -> list[str]:
+    """Labels of tokens.
+
+    Args:
+      vocabulary: vocabulary of the tokens.
+      ids: the tokens.
+      start: the model's start token; None without one.
+    """
+    return [token_label(vocabulary, int(token), start) for token in ids]

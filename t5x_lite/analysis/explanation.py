@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A text and what the model made of it, to be looked at from several sides."""
+"""Explanation of a text: views of the model's predictions, attention and decoding."""
 
 import functools
 from typing import Any
@@ -9,96 +9,126 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.analysis import decoder_lens, drawing, reading
-from t5x_lite.analysis.labels import label, labels
-from t5x_lite.analysis.maps import Attention, Positions
+from t5x_lite.analysis.drawing import token_label, token_labels
+from t5x_lite.analysis.maps import AttentionMaps, Positions
 from t5x_lite.analysis.views import Alternatives, Blocks, DecoderLens, Lens
-from t5x_lite.evaluation.blocks import drawn
+from t5x_lite.evaluation.draft_report import draft_text
 from t5x_lite.evaluation.predict import Prediction, Predictor
 from t5x_lite.model import positions
 
 
-class Explanation(drawing.View):
-    """What a model made of an input and what it wrote, or was given as written.
+class Explanation(drawing.Renderable):
+    """A text as a model reads or writes it, with views of what happens inside the model.
 
-    input and written are texts. Each view draws itself in a notebook and in a terminal, and has its
-    numbers as numpy: alternatives, lens, attention, decoder_lens, blocks, positions. One that the
-    model has nothing for raises a ValueError that says so.
+    Each view renders itself in a notebook and in a terminal, and has its numbers as numpy:
+    alternatives, lens, attention, decoder_lens, blocks, positions. A view that does not apply to
+    the model raises a ValueError.
+
+    Attributes:
+      input: the input text.
+      written: the output text.
     """
 
     def __init__(
         self,
         predictor: Predictor,
         input: str,
-        text: reading.Text,
-        read: reading.Reading,
+        text: reading.ExplainedText,
+        read: reading.Inspection,
         decode: config.Decode,
-        made: Prediction | None,
+        prediction: Prediction | None,
     ):
+        """Keeps the inputs of the views, which are computed on demand.
+
+        Args:
+          predictor: the model with its vocabularies.
+          input: the input text.
+          text: its ids, with those written.
+          read: activations of the model over the text.
+          decode: settings of decoding.
+          prediction: the prediction, if the model wrote the text; None for a given target.
+        """
         self.predictor, self.input, self.text = predictor, input, text
-        self.read, self.decode, self.made = read, decode, made
+        self.read, self.decode, self.prediction = read, decode, prediction
         self.written = predictor.targets.decode(text.written)
 
     @functools.cached_property
     def alternatives(self) -> Alternatives:
+        """Probabilities of the tokens written, and of their alternatives."""
         guesses = reading.Guesses(*(each[-1] for each in self.read.guesses))
-        return Alternatives(self.labels, guesses, [self.named(row) for row in guesses.ids])
+        return Alternatives(self.labels, guesses, [self.target_labels(row) for row in guesses.ids])
 
     @functools.cached_property
     def lens(self) -> Lens:
+        """The logit lens: predictions of every layer."""
         guesses = self.read.guesses
-        return Lens(self.labels, guesses, [self.named(row[:, 0]) for row in guesses.ids])
+        return Lens(self.labels, guesses, [self.target_labels(row[:, 0]) for row in guesses.ids])
 
     @functools.cached_property
-    def attention(self) -> Attention:
+    def attention(self) -> AttentionMaps:
+        """Attention of every layer and head."""
         cfg, text = self.predictor.cfg, self.text
-        inputs = labels(self.predictor.inputs, text.inputs)
+        inputs = token_labels(self.predictor.inputs, text.inputs)
         before = text.tokens[: text.prompt]
-        # What a lone decoder was given are inputs.
-        prompt = labels(self.predictor.inputs, before, cfg.start)
+        # The prompt of a decoder-only model has the vocabulary of inputs.
+        prompt = token_labels(self.predictor.inputs, before, cfg.decoder_start_token_id)
         tokens = [*prompt, *self.labels][:-1]
-        return Attention(inputs, tokens, self.read.decoder, self.read.cross, self.read.encoder)
+        return AttentionMaps(inputs, tokens, self.read.decoder, self.read.cross, self.read.encoder)
 
     @functools.cached_property
     def decoder_lens(self) -> DecoderLens:
+        """Texts decoded from every layer of the encoder."""
         predictor = self.predictor
-        given = (self.text.inputs, self.decode.length, predictor.targets.stops)
-        ids = decoder_lens.written(predictor.cfg, predictor.params, *given)
+        ids = decoder_lens.decode_layers(
+            predictor.cfg,
+            predictor.params,
+            inputs=self.text.inputs,
+            length=self.decode.max_new_tokens,
+            stops=predictor.targets.stops,
+        )
         return DecoderLens(ids, [predictor.targets.decode(row) for row in ids])
 
     @property
     def blocks(self) -> Blocks:
-        if self.made is None or not self.made.calls:
-            reason = "was given" if self.made is None else "was found by beam search"
+        """Tokens by the forward pass that wrote them."""
+        if self.prediction is None or not self.prediction.calls:
+            reason = "was given" if self.prediction is None else "was found by beam search"
             raise ValueError(
                 f"This text {reason}, not written block by block: explain without a target and "
                 "with beams=1"
             )
-        return Blocks(self.labels, drawn(self.input, self.made, self.predictor.targets))
+        return Blocks(self.labels, draft_text(self.input, self.prediction, self.predictor.targets))
 
     @functools.cached_property
     def positions(self) -> Positions:
+        """Relative position biases."""
         return position_bias(self.predictor.cfg, self.predictor.params)
 
     @functools.cached_property
     def labels(self) -> list[str]:
-        """Of the tokens that were written."""
-        return self.named(self.text.written)
+        """Labels of the tokens written."""
+        return self.target_labels(self.text.written)
 
-    def named(self, ids: Any) -> list[str]:
-        name = functools.cache(lambda token: label(self.predictor.targets, token))
-        return [name(int(token)) for token in ids]
+    def target_labels(self, ids: Any) -> list[str]:
+        """Labels of ids of the targets' vocabulary."""
 
-    def views(self) -> list[drawing.View]:
-        """Those that this model and this text have."""
-        found = [self.alternatives, self.lens, self.attention]
-        has = self.predictor.cfg
-        if has.encoder is not None:
-            found.append(self.decoder_lens)
-        if self.made is not None and self.made.calls:
-            found.append(self.blocks)
-        if any(stack and stack.positions == "relative" for stack in (has.encoder, has.decoder)):
-            found.append(self.positions)
-        return found
+        @functools.cache
+        def label(token: int) -> str:
+            return token_label(self.predictor.targets, token)
+
+        return [label(int(token)) for token in ids]
+
+    def views(self) -> list[drawing.Renderable]:
+        """The views that apply to this model and text."""
+        views = [self.alternatives, self.lens, self.attention]
+        cfg = self.predictor.cfg
+        if cfg.encoder is not None:
+            views.append(self.decoder_lens)
+        if self.prediction is not None and self.prediction.calls:
+            views.append(self.blocks)
+        if any(stack and stack.positions == "relative" for stack in (cfg.encoder, cfg.decoder)):
+            views.append(self.positions)
+        return views
 
     def html(self) -> str:
         title = drawing.heading(f"{self.input} → {self.written}")
@@ -108,7 +138,7 @@ class Explanation(drawing.View):
         from rich.text import Text
 
         names = ".alternatives .lens .attention .decoder_lens .blocks .positions"
-        texts = [Text(f"{self.input} → {self.written}"), Text(f"look at {names}", style="dim")]
+        texts = [Text(f"{self.input} → {self.written}"), Text(f"views: {names}", style="dim")]
         return [texts[0], *self.alternatives.terminal(), texts[1]]
 
 
@@ -120,40 +150,46 @@ def explain(
     decode: config.Decode,
     top: int = 5,
 ) -> Explanation:
-    """The model's reading of input and of target; without a target, of what it writes itself as
-    decode says. top is how many alternatives a place has.
+    """Explains a text: an input with its target, or with what the model writes.
+
+    Args:
+      predictor: the model with its vocabularies.
+      input: the input text.
+      target: the output text; None for the text that the model writes.
+      decode: settings of decoding.
+      top: number of alternatives per token.
 
     Raises:
-      ValueError: there is no decoder, the text is empty where it may not be, or too long.
+      ValueError: the model lacks a decoder, a text is empty that must not be, or is too long.
     """
-    example, made = predictor.read([input])[0], None
+    example, prediction = predictor.encode_inputs([input])[0], None
     if target is None:
-        made = predictor.continued([example], decode)[0]
-    written = predictor.written([target])[0] if made is None else made.tokens[0]
-    text = reading.text_of(predictor.cfg, example, written)
-    read = reading.read(predictor.cfg, predictor.params, text, top)
-    return Explanation(predictor, input, text, read, decode, made)
+        prediction = predictor.predict_ids([example], decode)[0]
+    written = predictor.encode_targets([target])[0] if prediction is None else prediction.tokens[0]
+    text = reading.explained_text(predictor.cfg, example, written)
+    read = reading.inspect_text(predictor.cfg, predictor.params, text, top)
+    return Explanation(predictor, input, text, read, decode, prediction)
 
 
 def position_bias(cfg: config.Model, params: Any) -> Positions:
-    """The relative position bias of every stack that has one; NaN where a decoder never looks.
+    """Relative position biases of every stack with a table; NaN for the future of a decoder.
 
     Raises:
-      ValueError: none has one.
+      ValueError: no stack has a table.
     """
-    found, farthest = {}, 0
+    stacks, farthest = {}, 0
     for name, stack in (("encoder", cfg.encoder), ("decoder", cfg.decoder)):
         if stack is not None and stack.positions == "relative":
-            found[name] = stack
+            stacks[name] = stack
             farthest = max(farthest, stack.max_distance)
-    if not found:
+    if not stacks:
         raise ValueError(
-            "This model has no table of position biases: its positions are "
+            "This model lacks a table of position biases: its positions are "
             f"{(cfg.decoder or cfg.encoder).positions}"
         )
     distances = np.arange(-farthest, farthest + 1)
     bias = {}
-    for name, stack in found.items():
+    for name, stack in stacks.items():
         tower, both = params[name], name == "encoder"
         layers = tower["layers"] if stack.bias_per_layer else []
         tables = [layer["attention"]["bias"] for layer in layers] or [tower["bias"]]

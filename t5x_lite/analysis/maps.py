@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model looks: how attention is shared, and what positions add to it."""
+"""Attention maps of layers and heads, and relative position biases."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,17 +7,24 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.analysis import drawing
-from t5x_lite.analysis.drawing import Cell, View, percent
+from t5x_lite.analysis.drawing import Cell, Renderable, percent
 
-# Maps of longer texts are drawn without the names of their tokens.
+# Maps of longer texts are drawn without token labels.
 MOST_NAMED = 60
-# Distances that a terminal has room for.
+# Distances shown in a terminal.
 SHOWN = (-64, -16, -4, -2, -1, 0, 1, 2, 4, 16, 64)
 
 
 @dataclass(repr=False)
-class Map(View):
-    """Who looks at whom: shares [t s] of the attention of each query among the keys."""
+class Map(Renderable):
+    """Attention of each query to the keys.
+
+    Attributes:
+      title: heading of the map.
+      queries: [t] labels.
+      keys: [s] labels.
+      shares: [t s] attention probabilities.
+    """
 
     title: str
     queries: list[str]
@@ -25,25 +32,30 @@ class Map(View):
     shares: np.ndarray
 
     def rows(self) -> list[list[Cell | str]]:
-        found = []
+        """Rows of the table: a query with a cell per key."""
+        rows = []
         for query, row in zip(self.queries, self.shares, strict=True):
-            hint = lambda key, share, query=query: f"{query} → {key}: {percent(share)}"
-            cells = [Cell("  ", s, hint(k, s)) for k, s in zip(self.keys, row, strict=True)]
-            found.append([query, *cells])
-        return found
+            cells = [
+                Cell("  ", share, f"{query} → {key}: {percent(share)}")
+                for key, share in zip(self.keys, row, strict=True)
+            ]
+            rows.append([query, *cells])
+        return rows
 
     def html(self) -> str:
         named = max(len(self.queries), len(self.keys)) <= MOST_NAMED
-        made = drawing.table(["", *self.keys], self.rows()) if named else self.drawn()
-        return drawing.heading(self.title) + made
+        table = drawing.html_table(["", *self.keys], self.rows()) if named else self.image()
+        return drawing.heading(self.title) + table
 
-    def drawn(self) -> str:
+    def image(self) -> str:
+        """The map as an image, without labels."""
+
         def draw(figure):
             axes = figure.add_subplot()
             axes.imshow(self.shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             axes.set(xlabel="key", ylabel="query")
 
-        return drawing.picture(draw, 8, 6)
+        return drawing.figure_html(draw, 8, 6)
 
     def terminal(self) -> list[Any]:
         rows = []
@@ -63,11 +75,16 @@ KINDS = {
 
 
 @dataclass(repr=False)
-class Attention(View):
-    """How attention is shared in every layer and head.
+class AttentionMaps(Renderable):
+    """Attention probabilities of every layer and head; None for attention that the model lacks.
 
-    encoder [layers n s s], decoder [layers n t t], cross [layers n t s]; None for what the model
-    does not have. inputs [s] and tokens [t] are labels of what the encoder and the decoder read.
+    Attributes:
+      inputs: [s] labels of the encoder's inputs.
+      tokens: [t] labels of the decoder's inputs.
+      decoder: [layers n t t] self-attention of the decoder.
+      cross: [layers n t s] attention of the decoder to the inputs.
+      encoder: [layers n s s] self-attention of the encoder.
+
     In a merged decoder a row of `decoder` and the row of `cross` beside it sum to 1 together.
     """
 
@@ -80,15 +97,20 @@ class Attention(View):
 
     @property
     def kinds(self) -> list[str]:
-        """Which there are, what tells most first."""
+        """Kinds of attention of the model, the most informative first."""
         order = ("cross", "encoder", "decoder")
         return [kind for kind in order if getattr(self, kind) is not None]
 
     def map(self, kind: str, layer: int | None = None, head: int | None = None) -> Map:
-        """One head (counted from 0) of a layer (from 1; without it the last), or their mean.
+        """Attention of one head, or the mean of a layer's heads.
+
+        Args:
+          kind: "encoder", "decoder" or "cross".
+          layer: number from 1; None for the last.
+          head: number from 0; None for the mean.
 
         Raises:
-          ValueError: the model has no such attention, layer or head.
+          ValueError: the model lacks such an attention, layer or head.
         """
         if kind not in KINDS:
             raise ValueError(f"Attention is of the kinds {', '.join(KINDS)}; got {kind!r}")
@@ -109,7 +131,7 @@ class Attention(View):
         return Map(title, queries, keys, chosen)
 
     def all_heads(self, kind: str) -> str:
-        """An image of every head: layers downwards, heads to the right."""
+        """An image of every head: layers downward, heads to the right."""
         shares = getattr(self, kind)
         layers, heads, t, s = shares.shape
         wide = np.full((layers, heads, t + 1, s + 1), np.nan, np.float32)
@@ -123,7 +145,7 @@ class Attention(View):
             axes.set_xticks((np.arange(heads) + 0.5) * (s + 1), np.arange(heads))
             axes.set(xlabel="head", ylabel="layer", facecolor="white")
 
-        return drawing.picture(draw, min(1.2 * heads, 12) + 1, min(1.2 * layers, 20) + 0.5)
+        return drawing.figure_html(draw, min(1.2 * heads, 12) + 1, min(1.2 * layers, 20) + 0.5)
 
     def html(self) -> str:
         parts = []
@@ -137,9 +159,13 @@ class Attention(View):
 
 
 @dataclass(repr=False)
-class Positions(View):
-    """T5's relative position bias: bias[stack] [tables n distances] is what each head adds to the
-    scores of a key `distances` places after the query; one table, or one for each layer."""
+class Positions(Renderable):
+    """Relative position bias of T5 (Raffel et al., 2020), with one table, or one per layer.
+
+    Attributes:
+      distances: [distances] key position minus query position.
+      bias: [tables n distances] by stack: the term added to the scores of each head.
+    """
 
     distances: np.ndarray
     bias: dict[str, np.ndarray]
@@ -155,20 +181,21 @@ class Positions(View):
                 # Near distances have a bucket each, far ones share them.
                 one.set_xscale("symlog", linthresh=8)
 
-        picture = drawing.picture(draw, 6 * len(self.bias), 4)
+        picture = drawing.figure_html(draw, 6 * len(self.bias), 4)
         return drawing.heading(self.title) + picture
 
     def terminal(self) -> list[Any]:
         columns = [place for place in SHOWN if place in self.distances]
         where = [int(np.flatnonzero(self.distances == place)[0]) for place in columns]
-        found = [self.title]
+        parts = [self.title]
         for stack, tables in self.bias.items():
             # Of layers with tables of their own the first is shown.
-            rows = [[f"head {n}", *map(shown, row[where])] for n, row in enumerate(tables[0])]
+            rows = [[f"head {n}", *map(format_bias, row[where])] for n, row in enumerate(tables[0])]
             names = [stack, *(f"{place:+d}" if place else "0" for place in columns)]
-            found.append(drawing.rich_table(names, rows))
-        return found
+            parts.append(drawing.rich_table(names, rows))
+        return parts
 
 
-def shown(bias: float) -> str:
+def format_bias(bias: float) -> str:
+    """Formats a bias; empty for NaN."""
     return "" if np.isnan(bias) else f"{bias:.1f}"

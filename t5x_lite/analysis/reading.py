@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One text read by a model with everything kept that analysis looks at: ids in, numpy out."""
+"""Forward pass over one text that keeps attention and states of every layer: ids in, numpy out."""
 
 import functools
 from collections.abc import Sequence
@@ -13,16 +13,20 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.decoding import generation, sampling
-from t5x_lite.decoding.request import check_ids, prompt
+from t5x_lite.decoding.request import check_ids, decoder_prompt
 
-# How attention is shared grows with the square of a text: beyond this many bytes a shorter text, or
-# a smaller model, shows the same.
+# The most bytes of attention probabilities, which grow with the square of the text.
 MOST_BYTES = 1 << 31
 
 
-class Text(NamedTuple):
-    """What is looked into: the encoder's inputs (none for a lone decoder), the decoder's own tokens
-    of which the first `prompt` were given to it, and what it wrote."""
+class ExplainedText(NamedTuple):
+    """Ids of a text to explain.
+
+    Attributes:
+      inputs: ids for the encoder; empty for a decoder-only model.
+      tokens: ids for the decoder, prompt and output.
+      prompt: number of ids of the prompt.
+    """
 
     inputs: list[int]
     tokens: list[int]
@@ -30,19 +34,23 @@ class Text(NamedTuple):
 
     @property
     def written(self) -> list[int]:
+        """The ids of the output."""
         return self.tokens[self.prompt :]
 
     @property
-    def read(self) -> list[int]:
-        """The tokens that something is written after: all but the last."""
+    def decoder_inputs(self) -> list[int]:
+        """The tokens that the decoder reads: all but the last."""
         return self.tokens[:-1]
 
 
 class Guesses(NamedTuple):
-    """What is thought to come next, best first, and of what did: all [... t] over the written.
+    """Predictions of the tokens written.
 
-    ids and log_probability [... t k] are the best k tokens; rank is 0 where the one that came was
-    thought the most probable.
+    Attributes:
+      ids: [... t k] the k most probable tokens, the best first.
+      log_probability: [... t k] their log-probabilities.
+      rank: [... t] rank of the token written; 0 for the most probable.
+      log_probability_of_written: [... t] log-probability of the token written.
     """
 
     ids: np.ndarray
@@ -51,9 +59,15 @@ class Guesses(NamedTuple):
     log_probability_of_written: np.ndarray
 
 
-class Reading(NamedTuple):
-    """guesses of every layer, [layers + 1 t ...]: the last are the model's own. The rest as in
-    `model.Inside`, of the one text: [layers n t s]."""
+class Inspection(NamedTuple):
+    """Predictions and attention of every layer over one text.
+
+    Attributes:
+      guesses: [layers + 1 t ...] predictions; the last are the model's.
+      decoder: [layers n t t] self-attention of the decoder.
+      cross: [layers n t s] attention to the inputs; None without an encoder.
+      encoder: [layers n s s] self-attention of the encoder; None without one.
+    """
 
     guesses: Guesses
     decoder: np.ndarray
@@ -61,102 +75,149 @@ class Reading(NamedTuple):
     encoder: np.ndarray | None
 
 
-def text_of(cfg: config.Model, example: Sequence[int], written: Sequence[int]) -> Text:
-    """example, ids for the encoder or the prompt of a lone decoder, with what is written after it.
+def explained_text(
+    cfg: config.Model, example: Sequence[int], written: Sequence[int]
+) -> ExplainedText:
+    """Checks ids and arranges them for the model.
+
+    Args:
+      cfg: config of the model.
+      example: ids for the encoder, or the prompt of a decoder-only model.
+      written: ids of the output.
 
     Raises:
-      ValueError: there is no decoder, nothing is written, or ids are outside of the vocabulary.
+      ValueError: the model lacks a decoder, the output is empty, or ids are outside the vocabulary.
     """
     if cfg.decoder is None:
         raise ValueError("An encoder alone writes nothing to explain: the model needs a decoder")
     check_ids(cfg, "Input", [example], empty=cfg.encoder is None)
     check_ids(cfg, "Target", [written])
-    before = [cfg.start] if cfg.encoder else prompt(cfg, example)
+    before = [cfg.decoder_start_token_id] if cfg.encoder else decoder_prompt(cfg, example)
     inputs = [*example] if cfg.encoder else []
-    text = Text(inputs, [*before, *written], len(before))
+    text = ExplainedText(inputs, [*before, *written], len(before))
     most = cfg.decoder.max_length
-    if most is not None and len(text.read) > most:
+    if most is not None and len(text.decoder_inputs) > most:
         raise ValueError(
-            f"The text has {len(text.read)} tokens, but the model {most} positions "
-            "(Stack.max_length): give it a shorter one"
+            f"The text has {len(text.decoder_inputs)} tokens, but the model {most} positions "
+            "(Stack.max_length): use a shorter text"
         )
     check_size(cfg, text)
     return text
 
 
-def check_size(cfg: config.Model, text: Text) -> None:
-    """Raises ValueError for a text whose attention would not fit."""
-    t, s = decoding.bucket(len(text.read)), decoding.bucket(len(text.inputs))
+def check_size(cfg: config.Model, text: ExplainedText) -> None:
+    """Raises ValueError if the attention over a text takes more than MOST_BYTES."""
+    t, s = (
+        decoding.bucket_length(len(text.decoder_inputs)),
+        decoding.bucket_length(len(text.inputs)),
+    )
     pairs = cfg.decoder.layers * cfg.decoder.heads * t * (t + s)
     if cfg.encoder:
         pairs += cfg.encoder.layers * cfg.encoder.heads * s * s
     # One copy on the device, one on the host.
     if 8 * pairs > MOST_BYTES:
         raise ValueError(
-            f"How this model shares its attention over {len(text.inputs) + len(text.read)} tokens "
+            f"This model's attention over {len(text.inputs) + len(text.decoder_inputs)} tokens "
             f"takes {8 * pairs / 1e9:.1f} GB: explain at most "
             f"{int((t + s) * (MOST_BYTES / 8 / pairs) ** 0.5)} tokens at once"
         )
 
 
-def given(text: Text, rows: int) -> model.Given:
-    """text in each of `rows` rows: the mesh wants as many, one is looked at."""
-    repeat = lambda ids: decoding.pad([ids] * rows, decoding.bucket(len(ids)))
-    made = model.Given(*repeat(text.read), np.full(rows, text.prompt, np.int32))
-    return made._replace(**dict(zip(("inputs", "inputs_length"), repeat(text.inputs), strict=True)))
+def repeat_text(text: ExplainedText, rows: int) -> model.InspectionInputs:
+    """Repeats a text in as many rows as the mesh needs; only the first is used."""
+
+    def repeat(ids: list[int]) -> tuple:
+        return decoding.pad_rows([ids] * rows, decoding.bucket_length(len(ids)))
+
+    repeated = model.InspectionInputs(
+        *repeat(text.decoder_inputs), np.full(rows, text.prompt, np.int32)
+    )
+    return repeated._replace(
+        **dict(zip(("inputs", "inputs_length"), repeat(text.inputs), strict=True))
+    )
 
 
-def read(cfg: config.Model, params: Any, text: Text, top: int) -> Reading:
-    """text as the model reads it, with its best `top` guesses; params come from
-    `decoding.prepare`."""
+def inspect_text(cfg: config.Model, params: Any, text: ExplainedText, top: int) -> Inspection:
+    """Runs the model over a text, and keeps attention and predictions of every layer.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `decoding.prepare_params`.
+      text: the text.
+      top: number of predictions per token.
+    """
     if not 1 <= top <= cfg.vocab:
         raise ValueError(f"top must be in 1..{cfg.vocab}, the vocabulary; got {top}")
-    cfg = decoding.precise(cfg)
-    placed = placed_for(cfg, text)
-    inside = compiled(cfg, params, placed)
-    wanted = jnp.asarray(decoding.pad([text.tokens[1:]], placed.tokens.shape[1])[0][0])
-    guesses = jax.device_get(guessed(cfg, top, params, inside.states, wanted))
-    cut = slice(text.prompt - 1, len(text.read))
+    cfg = decoding.with_cpu_dtype(cfg)
+    placed = place_text(cfg, text)
+    inside = jit_inspect(cfg, params, placed)
+    wanted = jnp.asarray(decoding.pad_rows([text.tokens[1:]], placed.tokens.shape[1])[0][0])
+    guesses = jax.device_get(jit_logit_lens(cfg, top, params, inside.states, wanted))
+    cut = slice(text.prompt - 1, len(text.decoder_inputs))
     guesses = Guesses(*(each[:, cut] for each in guesses))
-    t, s = len(text.read), len(text.inputs)
-    part = lambda shares, rows, columns: (
-        None if shares is None else np.asarray(shares[:, :, :rows, :columns], np.float32)
-    )
+    t, s = len(text.decoder_inputs), len(text.inputs)
     shares = jax.device_get(inside._replace(states=None))
-    return Reading(
+    return Inspection(
         guesses,
-        part(shares.decoder, t, t),
-        part(shares.cross, t, s),
-        part(shares.encoder, s, s),
+        crop(shares.decoder, t, t),
+        crop(shares.cross, t, s),
+        crop(shares.encoder, s, s),
     )
 
 
-def placed_for(cfg: config.Model, text: Text) -> model.Given:
-    rows = given(text, sharding.batch_shards())
+def crop(shares: np.ndarray | None, rows: int, columns: int) -> np.ndarray | None:
+    """Attention without padding, in float32.
+
+    Args:
+      shares: [layers n t s] padded; None without such an attention.
+      rows: number of queries.
+      columns: number of keys.
+    """
+    return None if shares is None else np.asarray(shares[:, :, :rows, :columns], np.float32)
+
+
+def place_text(cfg: config.Model, text: ExplainedText) -> model.InspectionInputs:
+    """Places a text on the mesh in force."""
+    rows = repeat_text(text, sharding.batch_shards())
     if cfg.encoder is None:
         rows = rows._replace(inputs=None, inputs_length=None)
-    return generation.place(rows)
+    return generation.shard_rows(rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled(cfg: config.Model, params: Any, placed: model.Given) -> model.Inside:
-    """What happens inside over the first row, whole on every device."""
+def jit_inspect(
+    cfg: config.Model, params: Any, placed: model.InspectionInputs
+) -> model.Activations:
+    """Activations of the first row, replicated on every device.
+
+    Args:
+      cfg: config of the model.
+      params: weights.
+      placed: the text on the mesh.
+    """
     transformer = model.Inspected(cfg, scan=False)
-    inside = transformer.apply({"params": params}, placed, method="inside")
+    inside = transformer.apply({"params": params}, placed, method=model.Inspected.inside)
     return jax.tree.map(lambda x: jax.reshard(x, P())[:, 0], inside)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def guessed(
+def jit_logit_lens(
     cfg: config.Model,
     top: int,
     params: Any,
     states: Float[Array, "layers t d"],
     wanted: Int[Array, " t"],
 ) -> Guesses:
-    """The logit lens (nostalgebraist, 2020): the head reads the states of every layer.
+    """Logit lens (nostalgebraist, 2020): the output head applied to the states of every layer.
 
     One layer at a time: all logits at once would take layers x t x v floats.
+
+    Args:
+      cfg: config of the model.
+      top: number of predictions per token.
+      params: weights.
+      states: of every layer.
+      wanted: the tokens written.
     """
     transformer = model.Transformer(cfg, scan=False)
     rows = sharding.batch_shards()
@@ -164,14 +225,14 @@ def guessed(
     def layer(x):
         x = jnp.broadcast_to(x, (rows, *x.shape))
         x = jax.reshard(x, sharding.spec("batch length width"))
-        logits = transformer.apply({"params": params}, x, method="logits")
-        logits = jax.reshard(sampling.whole(logits), P())[0]
+        logits = transformer.apply({"params": params}, x, method=model.Transformer.logits)
+        logits = jax.reshard(sampling.gather_vocabulary(logits), P())[0]
         log_probability = jax.nn.log_softmax(logits)
         best, ids = jax.lax.top_k(log_probability, top)
-        # Summed and not taken by index: a table has no place on the mesh.
+        # A masked sum: take_along_axis has no sharding rule here.
         here = jnp.arange(logits.shape[-1]) == wanted[:, None]
-        own = jnp.sum(jnp.where(here, log_probability, 0), axis=-1)
-        rank = jnp.sum(log_probability > own[:, None], axis=-1)
-        return Guesses(ids, best, rank, own)
+        written_log_probability = jnp.sum(jnp.where(here, log_probability, 0), axis=-1)
+        rank = jnp.sum(log_probability > written_log_probability[:, None], axis=-1)
+        return Guesses(ids, best, rank, written_log_probability)
 
     return jax.lax.map(layer, states)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be seen of a text that was read: each view has its numbers and draws itself."""
+"""Views of an explained text: each has its numbers and renders itself."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.analysis import drawing
-from t5x_lite.analysis.drawing import Cell, View, percent
+from t5x_lite.analysis.drawing import Cell, Renderable, percent
 from t5x_lite.analysis.reading import Guesses
-from t5x_lite.evaluation import blocks
+from t5x_lite.evaluation import draft_report
 
 
 @dataclass(repr=False)
-class Alternatives(View):
-    """Each token that was written, how probable the model found it, and what else it thought of.
+class Alternatives(Renderable):
+    """Probabilities of the tokens written, and of their alternatives.
 
-    tokens [t] as labels, guesses [t ...]; best [t][k] are the labels of guesses.ids.
+    Attributes:
+      tokens: [t] labels of the tokens written.
+      guesses: [t ...] predictions of the model.
+      best: `[t][k]` labels of guesses.ids.
     """
 
     tokens: list[str]
@@ -26,15 +29,17 @@ class Alternatives(View):
 
     @property
     def probability(self) -> np.ndarray:
-        """Of each token that was written, [t]."""
+        """[t] probability of each token written."""
         return np.exp(self.guesses.log_probability_of_written)
 
     @property
     def names(self) -> list[str]:
+        """Names of the columns."""
         return ["token", "probability", "rank", *(f"{k + 1}." for k in range(len(self.best[0])))]
 
     def rows(self) -> list[list[Cell | str]]:
-        found = []
+        """A row per token."""
+        rows = []
         likely = np.exp(self.guesses.log_probability)
         for place, token in enumerate(self.tokens):
             share, rank = self.probability[place], int(self.guesses.rank[place])
@@ -42,20 +47,24 @@ class Alternatives(View):
                 Cell(f"{label} {percent(other)}", other)
                 for label, other in zip(self.best[place], likely[place], strict=True)
             ]
-            own = Cell(percent(share), share, color=drawing.GREEN if rank == 0 else drawing.RED)
-            found.append([token, own, str(rank + 1), *others])
-        return found
+            probability = Cell(
+                percent(share), share, color=drawing.GREEN if rank == 0 else drawing.RED
+            )
+            rows.append([token, probability, str(rank + 1), *others])
+        return rows
 
     def summary(self) -> str:
-        own = self.guesses.log_probability_of_written
+        """Log-probability and perplexity of the text."""
+        log_probability = self.guesses.log_probability_of_written
+        total, perplexity = log_probability.sum(), np.exp(-log_probability.mean())
+        first = (self.guesses.rank == 0).sum()
         return (
-            f"{len(own)} tokens, log-probability {own.sum():.3f} nats, perplexity "
-            f"{np.exp(-own.mean()):.3f}; {(self.guesses.rank == 0).sum()} of them were the model's "
-            "first choice"
+            f"{len(log_probability)} tokens, log-probability {total:.3f} nats, perplexity "
+            f"{perplexity:.3f}; {first} of them were the model's first choice"
         )
 
     def html(self) -> str:
-        table = drawing.table(self.names, self.rows())
+        table = drawing.html_table(self.names, self.rows())
         return drawing.heading(self.title) + table + drawing.paragraph(self.summary())
 
     def terminal(self) -> list[Any]:
@@ -63,12 +72,13 @@ class Alternatives(View):
 
 
 @dataclass(repr=False)
-class Lens(View):
-    """What the model would say next if it ended at each layer: the final norm and the head read the
-    state after it (the logit lens).
+class Lens(Renderable):
+    """Logit lens: predictions from the state after each layer, by the final norm and the head.
 
-    tokens [t] are those that were written; guesses [layers + 1 t ...], the first of the embeddings,
-    the last the model's own; best [layers + 1][t] the label of each first guess.
+    Attributes:
+      tokens: [t] labels of the tokens written.
+      guesses: [layers + 1 t ...] predictions; the first from the embeddings, the last the model's.
+      best: `[layers + 1][t]` label of the most probable token.
     """
 
     tokens: list[str]
@@ -77,17 +87,19 @@ class Lens(View):
     title = "Logit lens: what each layer would have written next"
 
     def cells(self, layer: int) -> list[Cell]:
-        found = []
+        """A column of the table: the predictions of a layer."""
+        cells = []
         for place, label in enumerate(self.best[layer]):
             share = float(np.exp(self.guesses.log_probability[layer, place, 0]))
             right = self.guesses.rank[layer, place] == 0
             hint = f"{percent(share)}; the token written is number " + str(
                 int(self.guesses.rank[layer, place]) + 1
             )
-            found.append(Cell(label, share, hint, drawing.GREEN if right else drawing.BLUE))
-        return found
+            cells.append(Cell(label, share, hint, drawing.GREEN if right else drawing.BLUE))
+        return cells
 
     def table(self, layers: list[int]) -> tuple[list[str], list[list[Cell | str]]]:
+        """Column names and rows of the table of some layers."""
         names = ["written", *(f"layer {layer}" if layer else "embedding" for layer in layers)]
         columns = [self.tokens, *(self.cells(layer) for layer in layers)]
         return names, [list(row) for row in zip(*columns, strict=True)]
@@ -96,26 +108,31 @@ class Lens(View):
         key = "Green where it is the token that was written; the stronger, the more certain."
         names, rows = self.table(list(range(len(self.best))))
         if len(names) > len(rows):
-            # A page is longer than wide: of few tokens, layers go downwards.
+            # Few tokens: a row per layer, as a page is longer than wide.
             names, *rows = (list(row) for row in zip(names, *rows, strict=True))
-        table = drawing.table(names, rows)
+        table = drawing.html_table(names, rows)
         return drawing.heading(self.title) + table + drawing.paragraph(key)
 
     def terminal(self) -> list[Any]:
-        layers = drawing.spread(len(self.best))
+        layers = drawing.spread_evenly(len(self.best))
         return [self.title, drawing.rich_table(*self.table(layers))]
 
 
 @dataclass(repr=False)
-class DecoderLens(View):
-    """What the decoder writes when it reads the encoder's states after each layer, the first of the
-    embeddings: ids [layers + 1][...] and their texts."""
+class DecoderLens(Renderable):
+    """Texts that the decoder writes from the encoder's states after each layer.
+
+    Attributes:
+      ids: `[layers + 1][...]` ids; the first from the embeddings.
+      texts: [layers + 1] their texts.
+    """
 
     ids: list[list[int]]
     texts: list[str]
     title = "DecoderLens: what the decoder writes when it reads each layer of the encoder"
 
     def rows(self) -> list[list[Cell | str]]:
+        """A row per layer."""
         last = self.texts[-1]
         return [
             [str(layer) if layer else "embedding", Cell(text, 0.4 * (text == last))]
@@ -123,33 +140,37 @@ class DecoderLens(View):
         ]
 
     def html(self) -> str:
-        return drawing.heading(self.title) + drawing.table(["layer", "text"], self.rows())
+        return drawing.heading(self.title) + drawing.html_table(["layer", "text"], self.rows())
 
     def terminal(self) -> list[Any]:
         return [self.title, drawing.rich_table(["layer", "text"], self.rows())]
 
 
 @dataclass(repr=False)
-class Blocks(View):
-    """Which tokens each forward pass of the model wrote, and who had guessed them: tokens [t] as
-    labels; drawn.calls and drawn.guessed [t] say it of each."""
+class Blocks(Renderable):
+    """Tokens by the forward pass that wrote them, and by the drafter that proposed them.
+
+    Attributes:
+      tokens: [t] labels of the tokens written.
+      drawn: the text with the pass (calls) and the drafter (guessed) of each token.
+    """
 
     tokens: list[str]
-    drawn: blocks.Drawn
+    drawn: draft_report.DraftedText
     title = "Blocks: what each forward pass wrote"
 
     @property
     def blocks(self) -> list[list[str]]:
-        """The tokens of every call, in order."""
+        """The tokens of every forward pass, in order."""
         calls = np.array(self.drawn.calls)
         return [[self.tokens[i] for i in np.flatnonzero(calls == n)] for n in np.unique(calls)]
 
     def html(self) -> str:
-        made = blocks.paragraph(self.drawn, blocks.colours([self.drawn]))
-        key = "A line begins what one forward pass wrote; coloured is what had been guessed."
-        return drawing.heading(self.title) + made + drawing.paragraph(key)
+        text = draft_report.html_paragraph(self.drawn, draft_report.drafter_colors([self.drawn]))
+        key = "A line begins what one forward pass wrote; draft tokens are colored."
+        return drawing.heading(self.title) + text + drawing.paragraph(key)
 
     def terminal(self) -> list[Any]:
         from rich.text import Text
 
-        return [self.title, Text.from_ansi(blocks.terminal([self.drawn]))]
+        return [self.title, Text.from_ansi(draft_report.terminal_text([self.drawn]))]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder-decoder or decoder-only? Twins matched, trained, measured and set side by side."""
+"""Comparison of encoder-decoder and decoder-only twins: matched, trained and measured."""

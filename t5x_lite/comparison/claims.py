@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison says in words: which twins differ beyond noise, and what is published."""
+"""Findings of a comparison in sentences: differences beyond noise, and published claims."""
 
 import math
 from collections.abc import Sequence
@@ -11,156 +11,188 @@ BASE = "encoder_decoder"
 
 
 class Claim(NamedTuple):
-    """A published statement, where it stands, and what these measurements say to it."""
+    """A published claim beside the measurements of this comparison.
+
+    Attributes:
+      text: the claim.
+      source: its publication.
+      measured: the measurements here, in words.
+    """
 
     text: str
     source: str
-    found: str
+    measured: str
 
 
-def spoken(name: str) -> str:
+def twin_label(name: str) -> str:
+    """Name of a twin in prose."""
     return {"encoder_decoder": "encoder-decoder"}.get(name, name.replace("_", " "))
 
 
-def told(found: quality.Estimate, form: str = "+.3g") -> str:
-    """A number with the half of its 95 % interval where there is one."""
-    known = math.isfinite(found.half)
-    return f"{found.value:{form}} ± {found.half:.2g}" if known else f"{found.value:{form}}"
+def format_estimate(estimate: quality.MetricEstimate, form: str = "+.3g") -> str:
+    """Formats a value, with half of its 95 % interval if that is known."""
+    value = f"{estimate.value:{form}}"
+    return f"{value} ± {estimate.half:.2g}" if math.isfinite(estimate.half) else value
 
 
-def differences(measured: dict[str, list[dict]], metrics: Sequence[str]) -> list[str]:
-    """A sentence for each metric and twin beside the encoder-decoder."""
+def describe_differences(measured: dict[str, list[dict]], metrics: Sequence[str]) -> list[str]:
+    """A sentence for each metric and each twin other than the encoder-decoder."""
     sentences = []
     for metric in metrics:
         for name in measured:
-            if name == BASE or not shared(measured, name, metric):
+            if name == BASE or not has_metric(measured, name, metric):
                 continue
-            gap = quality.difference(measured[name], measured[BASE], metric)
-            sentences.append(sentence(metric, name, gap))
+            gap = quality.estimate_difference(measured[name], measured[BASE], metric)
+            sentences.append(describe_gap(metric, name, gap))
     return sentences
 
 
-def shared(measured: dict[str, list[dict]], name: str, metric: str) -> bool:
+def has_metric(measured: dict[str, list[dict]], name: str, metric: str) -> bool:
+    """True if every run of a twin and of the encoder-decoder has the metric.
+
+    Args:
+      measured: measurements of each run, by twin.
+      name: name of the twin.
+      metric: name of the metric.
+    """
     return all(metric in each["metrics"] for each in measured[name] + measured[BASE])
 
 
-def sentence(metric: str, name: str, gap: quality.Estimate) -> str:
-    """What a gap (twin minus encoder-decoder) says."""
+def describe_gap(metric: str, name: str, gap: quality.MetricEstimate) -> str:
+    """Describes a difference from the encoder-decoder.
+
+    Args:
+      metric: name of the metric.
+      name: name of the twin.
+      gap: twin minus encoder-decoder.
+    """
     if math.isnan(gap.half):
-        return f"{metric}: {spoken(name)} {gap.value:+.3g}; one seed tells no interval of it"
+        return f"{metric}: {twin_label(name)} {gap.value:+.3g}; one seed gives no interval"
     interval = f"{gap.value:+.3g} (95 % interval {gap.value - gap.half:+.3g} to "
     interval += f"{gap.value + gap.half:+.3g})"
     if not gap.beyond_noise:
-        return (
-            f"{metric}: {spoken(name)} and encoder-decoder do not differ beyond noise, {interval}"
-        )
+        pair = f"{twin_label(name)} and encoder-decoder"
+        return f"{metric}: {pair} do not differ beyond noise, {interval}"
     better = (gap.value < 0) == (metric in quality.LESS_IS_BETTER)
     word = "better" if better else "worse"
-    return f"{metric}: {spoken(name)} is {word} than the encoder-decoder, {interval}"
+    return f"{metric}: {twin_label(name)} is {word} than the encoder-decoder, {interval}"
 
 
-def rounding(runs: Sequence[dict], name: str, metric: str) -> quality.Estimate:
-    """What rounding weights in that way adds to a metric of a twin's runs."""
-    return quality.difference([run["quantised"][name] for run in runs], runs, metric)
+def rounding_effect(runs: Sequence[dict], name: str, metric: str) -> quality.MetricEstimate:
+    """Change of a metric by rounding the weights of a twin.
+
+    Args:
+      runs: measurements of the twin's runs.
+      name: kind of rounding, from Compare.quantized.
+      metric: name of the metric.
+    """
+    return quality.estimate_difference([run["quantized"][name] for run in runs], runs, metric)
 
 
-def roundings(measured: dict[str, list[dict]], metrics: Sequence[str]) -> list[str]:
-    """A sentence for each twin, way of rounding and metric that it harms beyond noise."""
+def describe_roundings(measured: dict[str, list[dict]], metrics: Sequence[str]) -> list[str]:
+    """A sentence for each twin and kind of rounding that harms metrics beyond noise."""
     sentences = []
     for twin, runs in measured.items():
-        for name in runs[0]["quantised"]:
-            gaps = {metric: rounding(runs, name, metric) for metric in metrics}
+        for name in runs[0]["quantized"]:
+            gaps = {metric: rounding_effect(runs, name, metric) for metric in metrics}
             harmed = [
-                f"{metric} {told(gap)}"
+                f"{metric} {format_estimate(gap)}"
                 for metric, gap in gaps.items()
                 if gap.beyond_noise and (gap.value > 0) == (metric in quality.LESS_IS_BETTER)
             ]
             if harmed:
-                sentences.append(f"{name} harms the {spoken(twin)}: " + ", ".join(harmed))
+                sentences.append(f"{name} harms the {twin_label(twin)}: " + ", ".join(harmed))
     return sentences
 
 
-def published(record: dict) -> list[Claim]:
-    """The published claims beside what was measured here."""
+def published_claims(record: dict) -> list[Claim]:
+    """The published claims, each with the measurements here."""
     return [
-        few_bits(record["quality"], record["metrics"]),
-        first_token(record["speed"]),
-        throughput(record["speed"]),
-        padding(record["padding"]),
-        shallow(record["speed"]),
+        quantization_claim(record["quality"], record["metrics"]),
+        first_token_claim(record["speed"]),
+        throughput_claim(record["speed"]),
+        padding_claim(record["padding"]),
+        shallow_decoder_claim(record["speed"]),
     ]
 
 
-def few_bits(measured: dict[str, list[dict]], metrics: Sequence[str]) -> Claim:
+def quantization_claim(measured: dict[str, list[dict]], metrics: Sequence[str]) -> Claim:
+    """Claim about 4-bit weights and activations."""
     name, others = "int4_activations", "causal_decoder"
-    there = {BASE, others} <= measured.keys() and name in measured[BASE][0]["quantised"]
-    found = []
+    there = {BASE, others} <= measured.keys() and name in measured[BASE][0]["quantized"]
+    measurements = []
     for metric in metrics if there else ():
-        gaps = [rounding(measured[twin], name, metric) for twin in (BASE, others)]
-        found.append(f"{metric} {' and '.join(map(told, gaps))}")
+        gaps = [rounding_effect(measured[twin], name, metric) for twin in (BASE, others)]
+        measurements.append(f"{metric} {' and '.join(map(format_estimate, gaps))}")
     return Claim(
         "weights and activations in 4 bits hurt a decoder, and hardly an encoder-decoder",
         "Wu et al., 2023, arXiv 2301.12017",
-        "encoder-decoder and causal decoder: " + "; ".join(found)
-        if found
-        else "not measured: no causal decoder, or int4_activations not asked for",
+        "encoder-decoder and causal decoder: " + "; ".join(measurements)
+        if measurements
+        else "not measured: no causal decoder, or int4_activations not in Compare.quantized",
     )
 
 
-def first_token(speed: Sequence[dict]) -> Claim:
-    found = []
-    for case, here in by_case(speed).items():
+def first_token_claim(speed: Sequence[dict]) -> Claim:
+    """Claim about the time to the first token."""
+    measurements = []
+    for case, here in group_by_case(speed).items():
         if {BASE, "causal_decoder"} <= here.keys() and case[0] == 1:
             ratio = here[BASE]["first_token_ms"] / here["causal_decoder"]["first_token_ms"]
-            found.append(f"{1 - ratio:+.0%} at {case[1]} ids in and {case[2]} out")
+            measurements.append(f"{1 - ratio:+.0%} at {case[1]} ids in and {case[2]} out")
     return Claim(
         "below a billion parameters, on edge devices, an encoder-decoder's first token comes 47 % "
         "sooner",
         "Elfeki et al., 2025, arXiv 2501.16273",
-        "lower by " + "; ".join(found) if found else "not measured: no causal decoder, one at once",
+        "lower by " + "; ".join(measurements)
+        if measurements
+        else "not measured: no causal decoder, one at once",
     )
 
 
-def throughput(speed: Sequence[dict]) -> Claim:
-    found = []
-    for case, here in by_case(speed).items():
+def throughput_claim(speed: Sequence[dict]) -> Claim:
+    """Claim about tokens per second."""
+    measurements = []
+    for case, here in group_by_case(speed).items():
         if {BASE, "causal_decoder"} <= here.keys():
             pair = [here[twin]["tokens_per_second"] for twin in (BASE, "causal_decoder")]
             times = "lost in noise" if None in pair else f"{pair[0] / pair[1]:.2f} times"
-            found.append(f"{times} at {case[0]} x ({case[1]} in, {case[2]} out)")
+            measurements.append(f"{times} at {case[0]} x ({case[1]} in, {case[2]} out)")
     return Claim(
         "and it writes 4.7 times as many tokens per second",
         "Elfeki et al., 2025, arXiv 2501.16273",
-        "; ".join(found) if found else "not measured: no causal decoder",
+        "; ".join(measurements) if measurements else "not measured: no causal decoder",
     )
 
 
-def padding(shares: dict[str, float]) -> Claim:
-    found = "; ".join(f"{share:.0%} filled up {how}" for how, share in shares.items())
+def padding_claim(shares: dict[str, float]) -> Claim:
+    """Claim about padding."""
+    measurements = "; ".join(f"{share:.0%} padded {method}" for method, share in shares.items())
     return Claim(
         "more than half of all tokens are padding without bucketing or packing",
         "claimed of encoder-decoder training; lengths of this task's training examples",
-        found,
+        measurements,
     )
 
 
-def shallow(speed: Sequence[dict]) -> Claim:
-    found = []
-    for case, here in by_case(speed).items():
+def shallow_decoder_claim(speed: Sequence[dict]) -> Claim:
+    """Claim about the time to the last token of a shallow decoder."""
+    measurements = []
+    for case, here in group_by_case(speed).items():
         if {BASE, "shallow_decoder"} <= here.keys():
             ratio = here[BASE]["last_token_ms"] / here["shallow_decoder"]["last_token_ms"]
-            found.append(f"{ratio:.2f} times at {case[0]} x ({case[1]} in, {case[2]} out)")
+            measurements.append(f"{ratio:.2f} times at {case[0]} x ({case[1]} in, {case[2]} out)")
     return Claim(
         "moving parameters from decoder to encoder answers 3 times as fast",
         "Kasai et al., 2021, arXiv 2006.10369, and the makers of small translators since",
-        "; ".join(found) if found else "not measured: no shallow decoder",
+        "; ".join(measurements) if measurements else "not measured: no shallow decoder",
     )
 
 
-def by_case(speed: Sequence[dict]) -> dict[tuple[int, int, int], dict[str, dict]]:
+def group_by_case(speed: Sequence[dict]) -> dict[tuple[int, int, int], dict[str, dict]]:
     """Rows of the speed table by (rows, inputs, outputs) and twin."""
-    found: dict[tuple[int, int, int], dict[str, dict]] = {}
+    groups: dict[tuple[int, int, int], dict[str, dict]] = {}
     for each in speed:
         case = (each["rows"], each["inputs"], each["outputs"])
-        found.setdefault(case, {})[each["twin"]] = each
-    return found
+        groups.setdefault(case, {})[each["twin"]] = each
+    return groups

@@ -1,88 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an example costs a model: operations to learn from it, to answer it, and memory to hold."""
+"""Cost of an example for a model: FLOPs of training and of inference, and memory of its cache."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from t5x_lite import config, data, model
-from t5x_lite.training import costs
+from t5x_lite.training import flops
 
 SAMPLE = 2000  # examples whose lengths are averaged: enough for a mean to 2 %
 
 
 class Lengths(NamedTuple):
-    """Ids of an example: means over a split, cut as in training."""
+    """Mean numbers of ids of an example over a split, truncated as in training."""
 
     inputs: float
     targets: float
 
 
-def lengths_of(cfg: config.Data, split: str = "train") -> np.ndarray:
-    """The lengths [n 2] of the inputs and targets of the first examples of a split, as cut.
+def example_lengths(cfg: config.Data, split: str = "train") -> np.ndarray:
+    """Lengths [n 2] of inputs and targets of the first examples of a split, truncated.
 
     Raises:
-      ValueError: the examples have no inputs, so that there is nothing for an encoder to read.
+      ValueError: the examples lack inputs, which an encoder needs.
     """
     dataset = data.open_dataset(cfg, split)
     count = min(len(dataset), SAMPLE)
     rows = [dataset.ids(i) for i in range(count)]
     if not count or rows[0][0] is None:
         raise ValueError(
-            f"{dataset.name} has no inputs: compare needs examples of inputs and targets, because "
-            "an encoder-decoder reads the ones and writes the others"
+            f"{dataset.name} has no inputs: compare needs examples of inputs and targets, for "
+            "the encoder and the decoder"
         )
     most = (cfg.lengths["inputs"], cfg.lengths["targets"])
     return np.minimum([[len(inputs), len(targets)] for inputs, targets in rows], most)
 
 
-def parameters(cfg: config.Model) -> int:
+def count_parameters(cfg: config.Model) -> int:
+    """Number of parameters of a model."""
     return sum(model.count(cfg).values())
 
 
-def forward(cfg: config.Model, lengths: Lengths, scored: float) -> float:
-    """Operations of a forward pass over an example, with logits at `scored` positions.
+def forward_flops(cfg: config.Model, lengths: Lengths, scored: float) -> float:
+    """FLOPs of a forward pass over an example, counted as in `training.flops`.
 
-    Two for every weight and token that meet, and two products per attention (`training.costs`).
+    Args:
+      cfg: config of the model.
+      lengths: lengths of the example.
+      scored: number of positions with logits.
     """
     inputs, targets = lengths
-    if cfg.layout == "joined":
-        total = costs.self_attention_and_mlp(cfg.decoder, inputs + targets)
+    if cfg.layout == "decoder_only":
+        total = flops.self_attention_and_mlp_flops(cfg.decoder, inputs + targets)
     else:
-        total = costs.self_attention_and_mlp(cfg.encoder, inputs)
-        total += costs.self_attention_and_mlp(cfg.decoder, targets)
-        total += costs.cross_attention(cfg.decoder, targets, inputs)
+        total = flops.self_attention_and_mlp_flops(cfg.encoder, inputs)
+        total += flops.self_attention_and_mlp_flops(cfg.decoder, targets)
+        total += flops.cross_attention_flops(cfg.decoder, targets, inputs)
     return total + 2 * cfg.decoder.embed * cfg.vocab * scored
 
 
-def training(cfg: config.Model, lengths: Lengths) -> float:
-    """Operations to learn from an example; a lone decoder has logits for its inputs too."""
-    scored = sum(lengths) if cfg.layout == "joined" else lengths.targets
-    return 3 * forward(cfg, lengths, scored)
+def training_flops(cfg: config.Model, lengths: Lengths) -> float:
+    """FLOPs to train on an example; a decoder-only model has logits for its inputs too."""
+    scored = sum(lengths) if cfg.layout == "decoder_only" else lengths.targets
+    return 3 * forward_flops(cfg, lengths, scored)
 
 
-def inference(cfg: config.Model, lengths: Lengths) -> float:
-    """Operations to answer an example, every token of it once."""
-    return forward(cfg, lengths, lengths.targets)
+def inference_flops(cfg: config.Model, lengths: Lengths) -> float:
+    """FLOPs to decode an example, one pass per token."""
+    return forward_flops(cfg, lengths, lengths.targets)
 
 
-def cost(cfg: config.Model, lengths: Lengths, matched: str) -> float:
-    """What `Compare.matched` names."""
+def matched_cost(cfg: config.Model, lengths: Lengths, matched: str) -> float:
+    """The cost that twins are matched by.
+
+    Args:
+      cfg: config of the model.
+      lengths: mean lengths of the examples.
+      matched: Compare.matched: "parameters", "training" or "inference".
+    """
     if matched == "parameters":
-        return float(parameters(cfg))
-    return training(cfg, lengths) if matched == "training" else inference(cfg, lengths)
+        return float(count_parameters(cfg))
+    return training_flops(cfg, lengths) if matched == "training" else inference_flops(cfg, lengths)
 
 
 def cache_bytes(cfg: config.Model, inputs: int, outputs: int, size: int) -> int:
-    """Keys and values that decoding keeps per text, with `size` bytes a number."""
+    """Bytes of the keys and values that decoding keeps per text.
+
+    Args:
+      cfg: config of the model.
+      inputs: number of ids read.
+      outputs: number of ids written.
+      size: bytes of one number.
+    """
     stack = cfg.decoder
     slots = inputs + outputs
     return 2 * stack.layers * stack.key_heads * stack.head_dim * slots * size
 
 
-def padding(lengths: np.ndarray, most: tuple[int, int], rows: int) -> dict[str, float]:
-    """The share of padding among all tokens without packing: with every text filled up to the
-    longest allowed, and to the longest of `rows` texts as they come."""
+def padding_shares(lengths: np.ndarray, most: tuple[int, int], rows: int) -> dict[str, float]:
+    """Shares of padding among all tokens without packing.
+
+    Args:
+      lengths: [n 2] lengths of inputs and targets.
+      most: the greatest lengths allowed, of inputs and of targets.
+      rows: number of texts in a batch.
+
+    Returns:
+      Shares for texts padded to the longest allowed, and to the longest of their batch.
+    """
     used = lengths.sum()
     whole = lengths[: len(lengths) // rows * rows].reshape(-1, rows, 2)
     batched = (whole.max(axis=1) * rows).sum()

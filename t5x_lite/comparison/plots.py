@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a comparison."""
+"""Plots of a comparison."""
 
 from pathlib import Path
 
@@ -17,17 +17,18 @@ COLORS = {
 COLUMNS = 4  # of panels; more would be too small to read on a page
 
 
-def draw(record: dict, folder: Path) -> list[Path]:
-    """Writes every picture of the record that has something to show."""
-    made = [
+def draw_plots(record: dict, folder: Path) -> list[Path]:
+    """Writes the plots of the record, without empty ones."""
+    paths = [
         draw_quality(record, folder / "quality.png"),
         draw_curves(record, folder / "learning.png"),
         draw_speed(record, folder / "speed.png"),
     ]
-    return [path for path in made if path is not None]
+    return [path for path in paths if path is not None]
 
 
-def figure_of(panels: int):
+def make_panels(panels: int):
+    """Makes a figure with a number of panels; returns both."""
     from matplotlib.figure import Figure
 
     columns = min(panels, COLUMNS)
@@ -39,7 +40,8 @@ def figure_of(panels: int):
     return figure, every[:panels]
 
 
-def finish(axes, **labels) -> None:
+def style_axes(axes, **labels) -> None:
+    """Applies the common style and the labels to a panel."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(**labels)
@@ -50,40 +52,42 @@ def draw_quality(record: dict, path: Path) -> Path | None:
     names = record["metrics"]
     if not names:
         return None
-    figure, panels = figure_of(len(names))
+    figure, panels = make_panels(len(names))
     for axes, metric in zip(panels, names, strict=True):
         for place, (twin, measured) in enumerate(record["quality"].items()):
-            found = quality.estimate(measured, metric)
-            half = 0.0 if np.isnan(found.half) else found.half
+            estimate = quality.estimate_metric(measured, metric)
+            half = 0.0 if np.isnan(estimate.half) else estimate.half
             look = {"color": COLORS[twin], "capsize": 4, "fmt": "o"}
-            axes.errorbar([place], [found.value], yerr=[half], **look)
+            axes.errorbar([place], [estimate.value], yerr=[half], **look)
             seeds = [each["metrics"][metric] for each in measured]
             axes.plot([place + 0.18] * len(seeds), seeds, ".", color=COLORS[twin], alpha=0.5)
-        labels = [claims.spoken(twin).replace(" ", "\n") for twin in record["quality"]]
+        labels = [claims.twin_label(twin).replace(" ", "\n") for twin in record["quality"]]
         axes.set_xticks(range(len(labels)), labels)
         axes.margins(x=0.15)
-        finish(axes, title=metric)
+        style_axes(axes, title=metric)
     figure.savefig(path, dpi=130)
     return path
 
 
 def draw_curves(record: dict, path: Path) -> Path | None:
     """Held-out loss against the examples seen, every run a line."""
-    # A run measured at its end alone is no curve, and a checkpoint of another make has none.
-    found = {
+    # A run measured at its end alone is not a curve, and another library's checkpoint has none.
+    curves = {
         twin: [curve for curve in runs if len(curve) > 1] for twin, runs in record["curves"].items()
     }
-    if not any(found.values()):
+    if not any(curves.values()):
         return None
-    figure, (axes,) = figure_of(1)
-    for twin, runs in found.items():
+    figure, (axes,) = make_panels(1)
+    for twin, runs in curves.items():
         for number, curve in enumerate(runs):
             shares = np.array([step for step, _ in curve], float) / max(curve[-1][0], 1)
-            label = claims.spoken(twin) if not number else None
+            label = claims.twin_label(twin) if not number else None
             losses = [loss for _, loss in curve]
             axes.plot(100 * shares, losses, color=COLORS[twin], label=label, alpha=0.8)
     axes.legend(frameon=False)
-    finish(axes, xlabel="percent of the training examples", ylabel="held-out loss (nats a token)")
+    style_axes(
+        axes, xlabel="percent of the training examples", ylabel="held-out loss (nats a token)"
+    )
     figure.savefig(path, dpi=130)
     return path
 
@@ -95,7 +99,7 @@ def draw_speed(record: dict, path: Path) -> Path | None:
         return None
     rows = sorted({each["rows"] for each in speed})
     longest = max(each["outputs"] for each in speed)
-    figure, panels = figure_of(2 * len(rows))
+    figure, panels = make_panels(2 * len(rows))
     for number, count in enumerate(rows):
         first, after = panels[2 * number : 2 * number + 2]
         for twin in record["quality"]:
@@ -106,11 +110,11 @@ def draw_speed(record: dict, path: Path) -> Path | None:
             )
             inputs, milliseconds, rates = zip(*line, strict=True)
             rates = [np.nan if rate is None else rate for rate in rates]
-            look = {"color": COLORS[twin], "label": claims.spoken(twin), "marker": "o"}
+            look = {"color": COLORS[twin], "label": claims.twin_label(twin), "marker": "o"}
             first.plot(inputs, milliseconds, **look)
             after.plot(inputs, rates, **look)
-        finish(first, xlabel="ids in", ylabel="ms to the first token", title=f"{count} at once")
-        finish(after, xlabel="ids in", ylabel="tokens/s afterwards", title=f"{count} at once")
+        style_axes(first, xlabel="ids in", ylabel="ms to the first token", title=f"{count} at once")
+        style_axes(after, xlabel="ids in", ylabel="tokens/s afterwards", title=f"{count} at once")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
     return path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained twin's answers are worth, with what chance alone could have made of them.
+"""Quality of a trained twin, with the uncertainty of each metric.
 
 Uncertainty has two parts: other test examples (a jackknife over groups of them, which corpus
 metrics such as BLEU allow too) and another seed. They are added.
@@ -14,105 +14,149 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_lite import config, quantization
+from t5x_lite import config
 from t5x_lite.evaluation import evaluate, metrics
 from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.model import quantization
 
 GROUPS = 20
-WIDTH = 8  # of a drafted block: every guess that could hold is tried
+WIDTH = 8  # of a drafted block: long enough for every draft token that could be accepted
 # Of these less is better; of all other metrics more.
 LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "per", "wer", "edit_distance")
 
 
-def measure(run: config.Run, params: Any, step: int, asked: config.Compare) -> dict:
-    """Metrics of the run's weights on asked.examples of asked.split, whole ("metrics") and with
-    each group of examples left out ("without": a list by metric)."""
-    settings = dataclasses.replace(run.evaluate, examples=asked.examples, batches=10**6)
-    evaluator = evaluate.Evaluator(dataclasses.replace(run, evaluate=settings), asked.split)
+def evaluate_twin(run: config.Run, params: Any, step: int, compare: config.Compare) -> dict:
+    """Measures the run's weights on Compare.examples examples of Compare.split.
+
+    Args:
+      run: config of the twin's run.
+      params: its weights.
+      step: step of the weights.
+      compare: config of the comparison.
+
+    Returns:
+      "metrics" of all examples, and "without": metrics with each group of examples left out, a
+      list by metric.
+    """
+    settings = dataclasses.replace(run.evaluate, examples=compare.examples, batches=10**6)
+    evaluator = evaluate.Evaluator(dataclasses.replace(run, evaluate=settings), compare.split)
     numbers = evaluator(params, step)
     measured = {"metrics": numbers, "without": {}}
-    if evaluator.kept is None:
+    if evaluator.predictions_path is None:
         return measured
-    with open(evaluator.kept, encoding="utf-8") as lines:
+    with open(evaluator.predictions_path, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     names = run.evaluate.metrics or evaluator.dataset.metrics
-    return measured | {"without": left_out(names, rows)}
+    return measured | {"without": jackknife_metrics(names, rows)}
 
 
-def drafted(run: config.Run, params: Any, asked: config.Compare) -> dict[str, dict]:
-    """Of each drafter of asked.drafters what its guesses were worth on the test texts: tokens per
-    call and in which share of calls the first, second, ... guess held (`decoding.tally`)."""
-    settings = dataclasses.replace(run.evaluate, examples=asked.examples, batches=0)
-    evaluator = evaluate.Evaluator(dataclasses.replace(run, evaluate=settings), asked.split)
-    count = min(len(evaluator.dataset), asked.examples)
-    if not evaluator.decodes() or not count:
+def measure_drafters(run: config.Run, params: Any, compare: config.Compare) -> dict[str, dict]:
+    """Measures the drafters of Compare.drafters on the test texts.
+
+    Args:
+      run: config of the twin's run.
+      params: its weights.
+      compare: config of the comparison.
+
+    Returns:
+      Acceptance statistics by drafter: tokens per forward pass, and the share of passes in which
+      the first, second, ... draft token was accepted (`decoding.acceptance.stats`).
+    """
+    settings = dataclasses.replace(run.evaluate, examples=compare.examples, batches=0)
+    evaluator = evaluate.Evaluator(dataclasses.replace(run, evaluate=settings), compare.split)
+    count = min(len(evaluator.dataset), compare.examples)
+    if not evaluator.has_predictions() or not count:
         return {}
     ids, _ = evaluator.inputs(count)
-    rows, found = run.evaluate.batch_size, {}
-    for name in asked.drafters:
-        made = Predictor(run.model, params, evaluator.dataset.vocabularies, batch_size=rows)
-        made.continued(ids, dataclasses.replace(run.decode, beams=1, decoder=name, width=WIDTH))
-        found[name] = made.tally.report()
-    return found
+    rows, results = run.evaluate.batch_size, {}
+    for name in compare.drafters:
+        predictor = Predictor(run.model, params, evaluator.dataset.vocabularies, batch_size=rows)
+        predictor.predict_ids(
+            ids, dataclasses.replace(run.decode, beams=1, drafter=name, draft_length=WIDTH)
+        )
+        results[name] = predictor.tally.report()
+    return results
 
 
-def quantised(run: config.Run, params: Any, step: int, asked: config.Compare) -> dict[str, dict]:
-    """`measure` of the weights in few bits, for each way of asked.quantised; what is written with
-    them is kept apart, in a folder of that name."""
-    found = {}
-    for name in asked.quantised:
-        here = dataclasses.replace(run, model_dir=str(Path(run.model_dir) / "quantised" / name))
-        few = quantization.quantised(params, quantization.kind(name))
-        found[name] = measure(here, few, step, asked)
-    return found
+def measure_quantized(
+    run: config.Run, params: Any, step: int, compare: config.Compare
+) -> dict[str, dict]:
+    """Measures the quantized weights, for each kind of Compare.quantized.
+
+    Args:
+      run: config of the twin's run.
+      params: its weights.
+      step: step of the weights.
+      compare: config of the comparison.
+
+    Returns:
+      `evaluate_twin` by kind; the predictions are kept in a folder per kind.
+    """
+    results = {}
+    for name in compare.quantized:
+        here = dataclasses.replace(run, model_dir=str(Path(run.model_dir) / "quantized" / name))
+        rounded = quantization.quantize_params(params, quantization.parse_quantization(name))
+        results[name] = evaluate_twin(here, rounded, step, compare)
+    return results
 
 
-def left_out(names: Sequence[str], rows: Sequence[dict]) -> dict[str, list[float]]:
-    """Each metric of rows without one group of them, for each group in turn."""
+def jackknife_metrics(names: Sequence[str], rows: Sequence[dict]) -> dict[str, list[float]]:
+    """Each metric of the rows with one group of them left out, for each group (jackknife)."""
     groups = np.array_split(np.arange(len(rows)), min(GROUPS, len(rows)))
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
     for group in groups:
         rest = np.setdiff1d(np.arange(len(rows)), group)
         if not len(rest):
             continue
         predictions = [rows[i]["prediction"] for i in rest]
         references = [rows[i]["references"] for i in rest]
-        for name, value in metrics.measure(names, predictions, references).items():
-            found.setdefault(name, []).append(value)
-    return found
+        for name, value in metrics.measure_metrics(names, predictions, references).items():
+            results.setdefault(name, []).append(value)
+    return results
 
 
-class Estimate(NamedTuple):
-    """A number and the half of its 95 % interval (nan: from one seed and no groups)."""
+class MetricEstimate(NamedTuple):
+    """A value and half of its 95 % interval (NaN: from one seed and no groups)."""
 
     value: float
     half: float
 
     @property
     def beyond_noise(self) -> bool:
+        """True if the interval excludes zero."""
         return abs(self.value) > self.half
 
 
-def estimate(measured: Sequence[dict], metric: str) -> Estimate:
-    """The mean of a metric over seeds, which measured lists."""
-    return combined(
+def estimate_metric(measured: Sequence[dict], metric: str) -> MetricEstimate:
+    """Mean of a metric over seeds; `measured` has the measurements of each."""
+    return combine_estimates(
         [each["metrics"][metric] for each in measured],
         [each["without"].get(metric, []) for each in measured],
     )
 
 
-def difference(some: Sequence[dict], others: Sequence[dict], metric: str) -> Estimate:
-    """some minus others, seed by seed and on the same examples."""
+def estimate_difference(
+    some: Sequence[dict], others: Sequence[dict], metric: str
+) -> MetricEstimate:
+    """Estimates some minus others, seed by seed and on the same examples.
+
+    Args:
+      some: measurements of each seed.
+      others: the same of another twin.
+      metric: name of the metric.
+    """
     pairs = list(zip(some, others, strict=True))
     values = [a["metrics"][metric] - b["metrics"][metric] for a, b in pairs]
     without = [
         np.subtract(a["without"].get(metric, []), b["without"].get(metric, [])) for a, b in pairs
     ]
-    return combined(values, without)
+    return combine_estimates(values, without)
 
 
-def combined(values: Sequence[float], without: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of values over seeds; without[seed] are values with a group left out.
+def combine_estimates(
+    values: Sequence[float], without: Sequence[Sequence[float]]
+) -> MetricEstimate:
+    """Mean of values over seeds; without[seed] are the values with a group left out.
 
     The variance of the mean is that between seeds over their number, plus the jackknife's
     (n - 1) / n * sum of squares about the mean; Student's t with the degrees of freedom of
@@ -130,7 +174,7 @@ def combined(values: Sequence[float], without: Sequence[Sequence[float]]) -> Est
         parts.append((spread, count - 1))
     variance = sum(part for part, _ in parts)
     if not parts or variance == 0:
-        return Estimate(float(np.mean(values)), 0.0 if parts else math.nan)
+        return MetricEstimate(float(np.mean(values)), 0.0 if parts else math.nan)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts if part)
     half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
-    return Estimate(float(np.mean(values)), float(half))
+    return MetricEstimate(float(np.mean(values)), float(half))

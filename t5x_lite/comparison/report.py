@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A comparison as one page of HTML that stands alone, and as JSON."""
+"""A comparison as one self-contained HTML page, and as JSON."""
 
 import base64
 import json
-import os
 from pathlib import Path
 
 from t5x_lite.comparison import claims, plots, quality
+from t5x_lite.utils.atomic_files import write_atomically
 
 PAGE = """\
 <!doctype html>
@@ -36,88 +36,88 @@ img { max-width: 100% } .note { color: #555; font-size: 14px }
 <table><tr><th>Claim</th><th>Here</th></tr>
 {% for claim in published %}
 <tr><td>{{ claim.text }} <span class="note">({{ claim.source }})</span></td>
-<td style="text-align: left">{{ claim.found }}</td></tr>
+<td style="text-align: left">{{ claim.measured }}</td></tr>
 {% endfor %}</table>
 </body></html>
 """
 
 
-def write(record: dict, folder: Path) -> Path:
-    """report.json, the pictures and report.html in the folder; the path of the page."""
+def write_report(record: dict, folder: Path) -> Path:
+    """Writes report.json, the plots and report.html; returns the path of the page."""
     import jinja2
 
-    replace(folder / "report.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / "report.json", json.dumps(record, indent=1) + "\n")
     pictures = [
         (path.stem, base64.b64encode(path.read_bytes()).decode())
-        for path in plots.draw(record, folder)
+        for path in plots.draw_plots(record, folder)
     ]
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     text = page.render(
         title=f"{record['task']}: twins with equal {record['matched']}",
-        note=note(record),
-        words=words(record),
-        tables=tables(record),
+        note=report_note(record),
+        words=describe_results(record),
+        tables=report_tables(record),
         pictures=pictures,
-        published=claims.published(record),
+        published=claims.published_claims(record),
     )
-    replace(folder / "report.html", text)
+    write_atomically(folder / "report.html", text)
     return folder / "report.html"
 
 
-def replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".partial")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def note(record: dict) -> str:
-    found = [claims.spoken(each["name"]) for each in record["twins"] if each["taken"]]
+def report_note(record: dict) -> str:
+    """The examples, seeds, machine and versions of a comparison."""
+    taken = [claims.twin_label(each["name"]) for each in record["twins"] if each["taken"]]
     alike = "all twins trained on the same examples as often"
-    if found:
-        alike = f"taken as they are, whatever they were trained on: {', '.join(found)}"
+    if taken:
+        alike = f"taken as they are, trained elsewhere: {', '.join(taken)}"
     return (
         f"{record['examples']} examples of {record['split']}, {record['seeds']} seed(s), {alike}. "
         f"{record['machine']}; {record['versions']}."
     )
 
 
-def words(record: dict) -> list[str]:
-    """What differs beyond noise and what does not."""
-    said = claims.differences(record["quality"], record["metrics"])
-    said += claims.roundings(record["quality"], record["metrics"])
+def describe_results(record: dict) -> list[str]:
+    """Sentences on differences, with the limits of their intervals."""
+    sentences = claims.describe_differences(record["quality"], record["metrics"])
+    sentences += claims.describe_roundings(record["quality"], record["metrics"])
     if record["seeds"] == 1:
-        said.append(
+        sentences.append(
             "One seed: intervals hold for other test examples, not for another training run"
         )
-        return said
+        return sentences
     runs = [run for measured in record["quality"].values() for run in measured]
     whole = [name for name in record["metrics"] if all(name not in run["without"] for run in runs)]
     if whole:
-        said.append(
+        sentences.append(
             f"{', '.join(whole)}: one number for the whole split, so that intervals hold for "
             "another training run, not for other test examples"
         )
-    return said
+    return sentences
 
 
-def tables(record: dict) -> list[tuple[str, list[list[str]]]]:
-    made = [
-        ("Twins", twins(record)),
-        ("Quality (half of the 95 % interval)", qualities(record)),
-        ("In few bits: what changes beside the weights as trained", few_bits(record)),
-        ("Drafts: tokens per call (share of calls whose first guess held)", drafts(record)),
-        ("Training", trainings(record)),
-        ("Speed (medians)", speeds(record)),
-        ("Memory", memories(record)),
+def report_tables(record: dict) -> list[tuple[str, list[list[str]]]]:
+    """Headings and tables of the report, without empty ones."""
+    tables = [
+        ("Twins", twins_table(record)),
+        ("Quality (half of the 95 % interval)", quality_table(record)),
+        ("Quantized: change from the weights as trained", quantization_table(record)),
+        (
+            "Drafting: tokens per forward pass (share of passes that accept the first draft token)",
+            drafting_table(record),
+        ),
+        ("Training", training_table(record)),
+        ("Speed (medians)", speed_table(record)),
+        ("Memory", memory_table(record)),
     ]
-    return [(head, rows) for head, rows in made if len(rows) > 1]
+    return [(head, rows) for head, rows in tables if len(rows) > 1]
 
 
-def twins(record: dict) -> list[list[str]]:
+def twins_table(record: dict) -> list[list[str]]:
+    """Size of every twin."""
     head = ["", "encoder layers", "decoder layers", "MLP width", "parameters", "off the match"]
     return [head] + [
         [
-            claims.spoken(each["name"]),
+            claims.twin_label(each["name"]),
             str(each["encoder_layers"]),
             str(each["decoder_layers"]),
             str(each["mlp"]),
@@ -128,42 +128,46 @@ def twins(record: dict) -> list[list[str]]:
     ]
 
 
-def qualities(record: dict) -> list[list[str]]:
+def quality_table(record: dict) -> list[list[str]]:
+    """Metrics of every twin."""
     rows = [["", *record["metrics"]]]
     for twin, measured in record["quality"].items():
-        found = [quality.estimate(measured, metric) for metric in record["metrics"]]
-        cells = [claims.told(each, ".4g") for each in found]
-        rows.append([claims.spoken(twin), *cells])
+        estimates = [quality.estimate_metric(measured, metric) for metric in record["metrics"]]
+        cells = [claims.format_estimate(each, ".4g") for each in estimates]
+        rows.append([claims.twin_label(twin), *cells])
     return rows
 
 
-def few_bits(record: dict) -> list[list[str]]:
-    """A row for every twin and way of rounding; differences on the same examples."""
+def quantization_table(record: dict) -> list[list[str]]:
+    """Change of the metrics by quantization, for every twin and kind, on the same examples."""
     rows = [["", "weights", *record["metrics"]]]
     for twin, runs in record["quality"].items():
-        for name in runs[0]["quantised"]:
-            gaps = [claims.rounding(runs, name, metric) for metric in record["metrics"]]
-            cells = [claims.told(gap) for gap in gaps]
-            rows.append([claims.spoken(twin), name, *cells])
+        for name in runs[0]["quantized"]:
+            gaps = [claims.rounding_effect(runs, name, metric) for metric in record["metrics"]]
+            cells = [claims.format_estimate(gap) for gap in gaps]
+            rows.append([claims.twin_label(twin), name, *cells])
     return rows
 
 
-def drafts(record: dict) -> list[list[str]]:
-    """Means over seeds, a drafter a column."""
+def drafting_table(record: dict) -> list[list[str]]:
+    """Acceptance statistics: means over seeds, a column per drafter."""
     names = sorted({name for runs in record["quality"].values() for name in runs[0]["drafted"]})
     rows = [["", *names]]
     for twin, runs in record["quality"].items() if names else ():
         cells = []
         for name in names:
-            found = [run["drafted"][name] for run in runs]
-            per_call = sum(each["tokens_per_call"] for each in found) / len(found)
-            held = sum((each["held_by_position"] or [0.0])[0] for each in found) / len(found)
-            cells.append(f"{per_call:.2f} ({held:.0%})")
-        rows.append([claims.spoken(twin), *cells])
+            reports = [run["drafted"][name] for run in runs]
+            per_call = sum(each["tokens_per_call"] for each in reports) / len(reports)
+            accepted = sum((each["held_by_position"] or [0.0])[0] for each in reports) / len(
+                reports
+            )
+            cells.append(f"{per_call:.2f} ({accepted:.0%})")
+        rows.append([claims.twin_label(twin), *cells])
     return rows
 
 
-def trainings(record: dict) -> list[list[str]]:
+def training_table(record: dict) -> list[list[str]]:
+    """Steps, seconds and FLOPs of training."""
     rows = [["", "steps", "seconds (mean of seeds)", "GFLOPs an example"]]
     for each in record["twins"]:
         runs = [run for run in record["training"] if run["twin"] == each["name"]]
@@ -171,29 +175,32 @@ def trainings(record: dict) -> list[list[str]]:
         seconds = f"{sum(known) / len(known):,.0f}" if known else "unknown"
         steps = f"{each['steps']:,}" if each["steps"] else "taken as it is"
         flops = f"{each['training_flops'] / 1e9:.3g}"
-        rows.append([claims.spoken(each["name"]), steps, seconds, flops])
+        rows.append([claims.twin_label(each["name"]), steps, seconds, flops])
     return rows
 
 
-def speeds(record: dict) -> list[list[str]]:
+def speed_table(record: dict) -> list[list[str]]:
+    """Times of every twin and case."""
     rows = [["", "texts at once", "ids in", "ids out", "first token, ms", "tokens/s afterwards"]]
     for each in record["speed"]:
         case = [str(each[name]) for name in ("rows", "inputs", "outputs")]
-        cells = f"{each['first_token_ms']:.2f}", rate(each)
-        rows.append([claims.spoken(each["twin"]), *case, *cells])
+        cells = f"{each['first_token_ms']:.2f}", format_rate(each)
+        rows.append([claims.twin_label(each["twin"]), *case, *cells])
     return rows
 
 
-def rate(each: dict) -> str:
+def format_rate(each: dict) -> str:
+    """Formats tokens per second with their quartiles."""
     if each["tokens_per_second"] is None:
         return "lost in noise"
     low, high = each["tokens_per_second_quartiles"]
     return f"{each['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
-def memories(record: dict) -> list[list[str]]:
+def memory_table(record: dict) -> list[list[str]]:
+    """Memory of weights and of caches."""
     rows = [["", "weights, MB", "ids in", "ids out", "cache a text, MB"]]
     for each in record["memory"]:
         sizes = [f"{each['weights'] / 1e6:.2f}", str(each["inputs"]), str(each["outputs"])]
-        rows.append([claims.spoken(each["twin"]), *sizes, f"{each['cache'] / 1e6:.3f}"])
+        rows.append([claims.twin_label(each["twin"]), *sizes, f"{each['cache'] / 1e6:.3f}"])
     return rows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How soon the first token comes and how fast the others, twins in turns on one machine."""
+"""Time to the first token and tokens per second afterwards, twins in turns on one machine."""
 
 import statistics
 import time
@@ -10,56 +10,86 @@ import numpy as np
 
 from t5x_lite import config, decoding
 
-ENDLESS = -1  # no token ends a text, so that every text has the length asked for
+ENDLESS = -1  # eos that no token equals, so that every text has the requested length
 
 
-class Model(NamedTuple):
-    """A twin ready to decode: its config and `decoding.prepare`d weights."""
+class TwinModel(NamedTuple):
+    """A twin ready to decode.
+
+    Attributes:
+      name: name of the twin.
+      cfg: its config.
+      params: its weights from `decoding.prepare_params`.
+    """
 
     name: str
     cfg: config.Model
     params: Any
 
 
-class Case(NamedTuple):
-    """So many texts at once, of so many ids in and out."""
+class SpeedCase(NamedTuple):
+    """Sizes of a timed batch.
+
+    Attributes:
+      rows: number of texts at once.
+      inputs: number of ids read per text.
+      outputs: number of ids written per text.
+    """
 
     rows: int
     inputs: int
     outputs: int
 
 
-def cases(asked: config.Compare) -> Iterator[Case]:
-    for rows in asked.rows:
-        for inputs in asked.input_lengths:
-            for outputs in asked.output_lengths:
-                yield Case(rows, inputs, outputs)
+def speed_cases(compare: config.Compare) -> Iterator[SpeedCase]:
+    """All combinations of the sizes of a comparison."""
+    for rows in compare.rows:
+        for inputs in compare.input_lengths:
+            for outputs in compare.output_lengths:
+                yield SpeedCase(rows, inputs, outputs)
 
 
-def measure(models: Sequence[Model], case: Case, repeats: int) -> list[dict]:
-    """For each model a row: milliseconds to the first token and to the last, tokens per second
-    after the first, medians of turns with their quartiles; one turn before them is not counted.
+def time_twins(models: Sequence[TwinModel], case: SpeedCase, repeats: int) -> list[dict]:
+    """Times all models in turns; a warm-up turn before them is not counted.
 
-    Tokens per second and their quartiles are None where the time between first and last token is
-    lost in noise."""
-    first = [timed(each, case, 1) for each in models]
-    whole = [timed(each, case, case.outputs) for each in models]
+    Args:
+      models: the twins.
+      case: sizes of the batch.
+      repeats: number of turns.
+
+    Returns:
+      A row per model: milliseconds to the first and to the last token, and tokens per second after
+      the first, medians with their quartiles. Tokens per second are None where the time between
+      first and last token is lost in noise.
+    """
+    first = [make_timer(each, case, 1) for each in models]
+    whole = [make_timer(each, case, case.outputs) for each in models]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for turn in range(repeats + 1):
         for place in range(len(models)):
             pair = first[place](), whole[place]()
             if turn:
                 times[place].append(pair)
-    return [row(model, case, np.array(found)) for model, found in zip(models, times, strict=True)]
+    return [
+        speed_row(model, case, np.array(seconds))
+        for model, seconds in zip(models, times, strict=True)
+    ]
 
 
-def timed(model: Model, case: Case, limit: int) -> Callable[[], float]:
-    """Seconds to write `limit` tokens after the case's inputs; the executable is that of the whole
-    length, so that the first token is timed as it comes."""
+def make_timer(model: TwinModel, case: SpeedCase, limit: int) -> Callable[[], float]:
+    """Makes a function that decodes a random batch and returns its seconds.
+
+    The executable is that of all outputs, so that the first token is timed as in a full answer.
+
+    Args:
+      model: the twin.
+      case: sizes of the batch.
+      limit: number of tokens to write.
+    """
     draw = np.random.default_rng(0)
     texts = draw.integers(3, model.cfg.vocab, (case.rows, case.inputs)).tolist()
-    decode = config.Decode(length=case.outputs)
-    request = decoding.request(model.cfg, texts, decode, eos=ENDLESS)
+    decode = config.Decode(max_new_tokens=case.outputs)
+    request = decoding.make_request(model.cfg, texts, decode, eos=ENDLESS)
     request = request._replace(limit=np.minimum(request.limit, limit))
 
     def run() -> float:
@@ -70,10 +100,15 @@ def timed(model: Model, case: Case, limit: int) -> Callable[[], float]:
     return run
 
 
-def row(model: Model, case: Case, seconds: np.ndarray) -> dict:
-    """Seconds [turns 2] to the first and last token, as a row of the report."""
-    rate, range_of_rate = rates(case, seconds[:, 1] - seconds[:, 0])
-    quartiles = lambda values: [float(np.percentile(values, q)) for q in (25, 75)]
+def speed_row(model: TwinModel, case: SpeedCase, seconds: np.ndarray) -> dict:
+    """Summarizes times as a row of the report.
+
+    Args:
+      model: the twin.
+      case: sizes of the batch.
+      seconds: [turns 2] to the first and to the last token.
+    """
+    rate, range_of_rate = token_rates(case, seconds[:, 1] - seconds[:, 0])
     first, last = 1e3 * seconds[:, 0], 1e3 * seconds[:, 1]
     return {
         "twin": model.name,
@@ -86,11 +121,16 @@ def row(model: Model, case: Case, seconds: np.ndarray) -> dict:
     }
 
 
-def rates(case: Case, gaps: np.ndarray) -> tuple[float | None, list[float] | None]:
+def quartiles(values: np.ndarray) -> list[float]:
+    """The lower and the upper quartile."""
+    return [float(np.percentile(values, q)) for q in (25, 75)]
+
+
+def token_rates(case: SpeedCase, gaps: np.ndarray) -> tuple[float | None, list[float] | None]:
     """Tokens per second at the median of the gaps (seconds), and at their quartiles; or None.
 
-    A gap is the difference of two times. Where the quartiles lie farther apart than the median from
-    zero, the quotient would be any number.
+    A gap is the difference of two times. If the quartiles are farther apart than the median is from
+    zero, the quotient is meaningless.
     """
     tokens = case.rows * (case.outputs - 1)
     low, middle, high = np.percentile(gaps, [25, 50, 75])

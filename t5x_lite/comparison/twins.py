@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The twins of a model: other architectures of as many parameters, or of as much work."""
+"""The twins of a model: other architectures with as many parameters or FLOPs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,15 +9,21 @@ from typing import NamedTuple
 from t5x_lite import config, data
 from t5x_lite.comparison import costs, taken
 
-MULTIPLE = 8  # of which the width of an MLP stays one
+MULTIPLE = 8  # of the width of an MLP
 
 
 class Twin(NamedTuple):
     """One architecture of the family.
 
-    steps makes it see the examples as often as the encoder-decoder does; cost is what
-    `Compare.matched` names, off how far it is from that of the encoder-decoder (0.01: 1 % more).
-    taken are its checkpoints where it is not trained here; steps is 0 then.
+    Attributes:
+      name: one of Compare.twins.
+      model: its config.
+      steps: steps in which it sees the examples as often as the encoder-decoder does; 0 if it is
+        trained already.
+      parameters: number of parameters.
+      cost: the cost that Compare.matched names.
+      off: relative difference of the cost from the encoder-decoder's (0.01: 1 % more).
+      taken: its checkpoints, if it is trained already.
     """
 
     name: str
@@ -29,23 +35,28 @@ class Twin(NamedTuple):
     taken: tuple[str, ...] = ()
 
 
-def family(run: config.Run) -> list[Twin]:
-    """The twins that run.compare names, matched to the run's own encoder-decoder.
+def make_family(run: config.Run) -> list[Twin]:
+    """Makes the twins of Run.compare, matched to the run's encoder-decoder.
 
     Raises:
-      ValueError: the run's model is no encoder-decoder, the data have no inputs, no depth comes
-        within a tenth of the cost, or a checkpoint to take is not of such a twin.
+      ValueError: the run's model is not an encoder-decoder, the data lack inputs, no depth comes
+        within a tenth of the cost, or a checkpoint in Compare.trained is of another twin.
     """
-    there = {name: taken.model_of(run, name, paths) for name, paths in run.compare.trained.items()}
+    there = {
+        name: taken.trained_model(run, name, paths) for name, paths in run.compare.trained.items()
+    }
     run = dataclasses.replace(run, model=there.get("encoder_decoder", run.model))
-    if run.model.layout != "pair":
+    if run.model.layout != "encoder_decoder":
         raise ValueError(
             "compare takes the config of the encoder-decoder and makes its twins: bind "
             "Model.encoder and Model.decoder"
         )
-    lengths = costs.Lengths(*costs.lengths_of(run.data).mean(axis=0).tolist())
-    measured = lambda cfg: costs.cost(cfg, lengths, run.compare.matched)
-    wanted, found = measured(run.model), []
+    lengths = costs.Lengths(*costs.example_lengths(run.data).mean(axis=0).tolist())
+
+    def cost(cfg: config.Model) -> float:
+        return costs.matched_cost(cfg, lengths, run.compare.matched)
+
+    wanted, results = cost(run.model), []
     for name in run.compare.twins:
         paths = run.compare.trained.get(name, ())
         if paths:
@@ -54,80 +65,106 @@ def family(run: config.Run) -> list[Twin]:
             cfg = run.model
         else:
             candidates = SHAPES[name](run.model, run.compare.shallow_layers)
-            cfg = matched(candidates, measured, wanted)
-        price = measured(cfg)
+            cfg = match_cost(candidates, cost, wanted)
+        price = cost(cfg)
         off = price / wanted - 1
         if abs(off) > 0.1 and not paths:
             raise ValueError(
                 f"No {name} comes nearer than {off:+.0%} to the {run.compare.matched} of the "
                 "encoder-decoder: choose another Compare.matched or Compare.shallow_layers"
             )
-        steps = 0 if paths else steps_of(run, cfg)
-        found.append(Twin(name, cfg, steps, costs.parameters(cfg), price, off, paths))
-    return found
+        steps = 0 if paths else matched_steps(run, cfg)
+        results.append(Twin(name, cfg, steps, costs.count_parameters(cfg), price, off, paths))
+    return results
 
 
-def lone(cfg: config.Model, layers: int, prefix_lm: bool) -> config.Model:
-    """cfg without its encoder, with so many layers."""
+def decoder_only_twin(cfg: config.Model, layers: int, prefix_lm: bool) -> config.Model:
+    """A decoder-only twin.
+
+    Args:
+      cfg: config of the encoder-decoder.
+      layers: number of layers.
+      prefix_lm: True if the inputs are read bidirectionally.
+    """
     decoder = dataclasses.replace(cfg.decoder, layers=layers, merged=False)
     alone = {"encoder": None, "separate_embeddings": False}
     return dataclasses.replace(cfg, decoder=decoder, prefix_lm=prefix_lm, **alone)
 
 
 def deep_encoder(cfg: config.Model, layers: int, shallow: int) -> config.Model:
-    """cfg with `shallow` decoder layers and so many of the encoder."""
+    """An encoder-decoder twin with a shallow decoder.
+
+    Args:
+      cfg: config of the encoder-decoder.
+      layers: number of layers of the encoder.
+      shallow: number of layers of the decoder.
+    """
     decoder = dataclasses.replace(cfg.decoder, layers=shallow)
     return dataclasses.replace(
         cfg, encoder=dataclasses.replace(cfg.encoder, layers=layers), decoder=decoder
     )
 
 
-# Of each twin, its model by number of layers.
+# The config of each twin as a function of its number of layers.
 SHAPES: dict[str, Callable[[config.Model, int], Callable[[int], config.Model]]] = {
     "encoder_decoder": lambda cfg, shallow: lambda layers: cfg,
-    "causal_decoder": lambda cfg, shallow: lambda layers: lone(cfg, layers, False),
-    "prefix_decoder": lambda cfg, shallow: lambda layers: lone(cfg, layers, True),
+    "causal_decoder": lambda cfg, shallow: lambda layers: decoder_only_twin(cfg, layers, False),
+    "prefix_decoder": lambda cfg, shallow: lambda layers: decoder_only_twin(cfg, layers, True),
     "shallow_decoder": lambda cfg, shallow: lambda layers: deep_encoder(cfg, layers, shallow),
 }
 
 
-def matched(
+def match_cost(
     shape: Callable[[int], config.Model], cost: Callable[[config.Model], float], wanted: float
 ) -> config.Model:
-    """The depth of which the cost is nearest to the one wanted, then the MLP width that meets it.
+    """Finds the depth with the nearest cost, then the MLP width that matches it.
 
-    Cost grows with depth and is linear in the width.
+    The cost grows with depth and is linear in the width.
+
+    Args:
+      shape: config by number of layers.
+      cost: cost of a config.
+      wanted: the cost to match.
     """
     layers = 1
     while cost(shape(layers + 1)) <= wanted:
         layers += 1
     layers = min((layers, layers + 1), key=lambda count: abs(cost(shape(count)) - wanted))
     cfg = shape(layers)
-    first, second = (cost(widened(cfg, extra)) for extra in (0, MULTIPLE))
+    first, second = (cost(widen_mlp(cfg, extra)) for extra in (0, MULTIPLE))
     extra = round((wanted - first) / (second - first)) * MULTIPLE
     narrow = MULTIPLE - min(stack.mlp for stack in (cfg.encoder, cfg.decoder) if stack)
-    return widened(cfg, max(extra, narrow))
+    return widen_mlp(cfg, max(extra, narrow))
 
 
-def widened(cfg: config.Model, extra: int) -> config.Model:
-    """cfg with MLPs wider by `extra` (narrower where negative)."""
-    wider = lambda stack: stack and dataclasses.replace(stack, mlp=stack.mlp + extra)
+def widen_mlp(cfg: config.Model, extra: int) -> config.Model:
+    """cfg with MLPs wider by `extra`; narrower if it is negative."""
+
+    def wider(stack: config.Stack | None) -> config.Stack | None:
+        return stack and dataclasses.replace(stack, mlp=stack.mlp + extra)
+
     return dataclasses.replace(cfg, encoder=wider(cfg.encoder), decoder=wider(cfg.decoder))
 
 
-def steps_of(run: config.Run, cfg: config.Model) -> int:
-    """Steps in which cfg sees the examples as often as the run's own model does."""
+def matched_steps(run: config.Run, cfg: config.Model) -> int:
+    """Steps in which cfg sees the examples as often as the run's model does."""
     return round(run.train.steps * examples_per_row(run, run.model) / examples_per_row(run, cfg))
 
 
 def examples_per_row(run: config.Run, cfg: config.Model) -> float:
-    """How many examples packing puts into a row of the model's layout."""
+    """Mean number of examples that packing puts into a row of the model's layout."""
     batches = data.open_batches(run.data, cfg.layout, run.train.batch_size, run.seed)
     return batches.statistics.examples_per_row
 
 
-def run_of(run: config.Run, twin: Twin, seed: int) -> config.Run:
-    """The training run of a twin with the seed'th of the seeds."""
+def twin_run(run: config.Run, twin: Twin, seed: int) -> config.Run:
+    """The training run of a twin.
+
+    Args:
+      run: config of the comparison.
+      twin: the twin.
+      seed: number of the seed, from 0 to Compare.seeds - 1.
+    """
     if twin.taken:
         here = {"model_dir": twin.taken[seed], "model": twin.model, "compare": None}
         return dataclasses.replace(run, **here)

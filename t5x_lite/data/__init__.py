@@ -4,13 +4,13 @@
 from t5x_lite.data.batches import Batches, Statistics, open_batches
 from t5x_lite.data.datasets import Dataset, open_dataset, open_vocabularies
 from t5x_lite.data.prefetching import prefetch
-from t5x_lite.data.vocabularies import encode_ended, load_pair, save_pair
+from t5x_lite.tokenizers.vocabularies import encode_with_ends, load_pair, save_pair
 
 __all__ = [
     "Batches",
     "Dataset",
     "Statistics",
-    "encode_ended",
+    "encode_with_ends",
     "load_pair",
     "open_batches",
     "open_dataset",

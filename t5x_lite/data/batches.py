@@ -11,20 +11,26 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
+from t5x_lite.config.objectives import Objective
+from t5x_lite.config.windows import LengthLimits, length_limits
 from t5x_lite.data import files, layout, mixing, objectives, randomness, rows, streams, tasks
 from t5x_lite.data.cache import Tokens
-from t5x_lite.data.lengths import Lengths, of
-from t5x_lite.denoising import Objective
+from t5x_lite.data.task import Task, cached_tokens
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one epoch of rows holds; `fill` is the share of places that are not padding.
+    """Statistics of one epoch of rows.
 
-    `truncated` counts the examples that lost tokens to Data.lengths, by feature; `counts` what
-    reading the source counted (broken lines).
+    Attributes:
+      examples: number of examples.
+      rows: number of rows.
+      examples_per_row: their mean number in a row.
+      fill: share of places that are not padding, by feature.
+      truncated: examples that lost tokens to Data.lengths, by feature.
+      counts: counts of the reader (broken lines), by name.
     """
 
     examples: int
@@ -52,8 +58,14 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """This host's part of every batch."""
+class HostShard:
+    """One host's part of every batch.
+
+    Attributes:
+      host: number of the host.
+      hosts: number of hosts.
+      batch_size: rows of a batch, all hosts together.
+    """
 
     host: int
     hosts: int
@@ -72,8 +84,17 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One task's rows in the batches, the key of their order, and what a checkpoint keeps."""
+class MixturePart:
+    """One source of rows in the batches: a task, by one objective.
+
+    Attributes:
+      name: of the task, and of the objective where there are several.
+      rows: its rows.
+      key: random key of their order.
+      counts: counts of the reader (broken lines), by name.
+      state: returns what a checkpoint keeps of it.
+      restore: continues from such a state.
+    """
 
     name: str
     rows: rows.Examples | rows.Windows | streams.Streamed
@@ -84,29 +105,35 @@ class Part:
 
 
 class Batches:
-    """Batches of a split, any of them at any time without those before it; of a streamed split
-    only forward, from the last state restored."""
+    """Batches of a split by step, each without those before it; of a streamed split only forward,
+    from the last state restored."""
 
-    def __init__(self, parts: list[Part], mixture: mixing.Mixture, lengths: Lengths, shard: Shard):
+    def __init__(
+        self,
+        parts: list[MixturePart],
+        mixture: mixing.MixtureSampler,
+        lengths: LengthLimits,
+        shard: HostShard,
+    ):
         self.parts, self.mixture, self.lengths, self.shard = parts, mixture, lengths, shard
 
     def at(self, step: int) -> Batch:
-        """This host's rows [batch_size / hosts, ...] of the batch of a step."""
+        """Returns this host's rows [batch_size / hosts, ...] of the batch of a step."""
         first = step * self.shard.batch_size + self.shard.host * self.shard.size
         which, ranks = self.mixture.draw(np.arange(first, first + self.shard.size))
         if (which == which[0]).all():
             part = self.parts[which[0]]
             return part.rows.batch(ranks, part.key)
-        batch = layout.empty(self.shard.size, self.lengths)
+        batch = layout.empty_batch(self.shard.size, self.lengths)
         for number in np.unique(which):
             places, part = np.flatnonzero(which == number), self.parts[number]
-            layout.put(batch, places, part.rows.batch(ranks[places], part.key))
+            layout.copy_rows(batch, places, part.rows.batch(ranks[places], part.key))
         return batch
 
     def evaluation(self) -> Iterator[Batch]:
-        """Every row of the split once, in order; rows beyond the last are padding.
+        """Yields every row of the split once, in order; rows beyond the last are padding.
 
-        Noise, where an objective draws it, is the same whatever the seed.
+        Noise, where an objective draws it, is the same for every seed.
         """
         sizes = [part.rows.rows for part in self.parts]
         edges = np.concatenate([[0], np.cumsum(sizes)])
@@ -114,23 +141,29 @@ class Batches:
             first = start + self.shard.host * self.shard.size
             numbers = np.arange(first, min(first + self.shard.size, int(edges[-1])))
             which = np.searchsorted(edges, numbers, side="right") - 1
-            batch = layout.empty(self.shard.size, self.lengths)
+            batch = layout.empty_batch(self.shard.size, self.lengths)
             for number in np.unique(which):
                 places, part = np.flatnonzero(which == number), self.parts[number]
-                layout.put(batch, places, part.rows.batch(numbers[places] - edges[number], None))
+                layout.copy_rows(
+                    batch, places, part.rows.batch(numbers[places] - edges[number], None)
+                )
             yield batch
 
     @functools.cached_property
     def statistics(self) -> Statistics:
-        """One epoch of every part, added up; of a stream, its first shard."""
-        shares = [part.rows.shares() for part in self.parts]
-        count = sum(share.rows for share in shares)
-        examples = sum(share.examples for share in shares)
-        tokens = added([share.tokens for share in shares])
-        if self.lengths.layout == "joined":
+        """Statistics of one epoch of every part, added up; of a stream, of its first shard."""
+        epochs = [part.rows.epoch_counts() for part in self.parts]
+        count = sum(epoch.rows for epoch in epochs)
+        examples = sum(epoch.examples for epoch in epochs)
+        tokens = add_counts([epoch.tokens for epoch in epochs])
+        if self.lengths.layout == "decoder_only":
             fill = {"row": sum(tokens.values()) / (count * self.lengths.row)}
         else:
-            wide = self.lengths.inputs if self.lengths.layout == "pair" else self.lengths.row
+            wide = (
+                self.lengths.inputs
+                if self.lengths.layout == "encoder_decoder"
+                else self.lengths.row
+            )
             places = {"inputs": wide, "targets": self.lengths.row}
             fill = {name: tokens[name] / (count * places[name]) for name in tokens}
         return Statistics(
@@ -138,19 +171,19 @@ class Batches:
             rows=count,
             examples_per_row=examples / count,
             fill=fill,
-            truncated=added([share.truncated for share in shares]),
-            counts=added([part.counts for part in self.parts]),
+            truncated=add_counts([epoch.truncated for epoch in epochs]),
+            counts=add_counts([part.counts for part in self.parts]),
         )
 
     def state(self) -> dict:
-        """What a checkpoint keeps beside the step, for JSON: which tokens these are, and how far
-        streams have come. It holds for this step and those made ahead of it."""
+        """State for a checkpoint, as JSON: digests of the tokens, and the positions of streams. It
+        holds for this step and those prefetched."""
         return {part.name: part.state() for part in self.parts}
 
     def restore(self, state: dict) -> None:
-        """Goes on where the state was taken.
+        """Continues from a state.
 
-        Raises ValueError if the data are no longer those of the state.
+        Raises ValueError if the data are not those of the state.
         """
         if state.keys() != {part.name for part in self.parts}:
             raise ValueError(
@@ -161,8 +194,8 @@ class Batches:
             part.restore(state[part.name])
 
 
-def added(counts: list[dict[str, int]]) -> dict[str, int]:
-    """The dictionaries added up, name by name."""
+def add_counts(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Sums of the dictionaries, name by name."""
     names = dict.fromkeys(name for each in counts for name in each)
     return {name: sum(each.get(name, 0) for each in counts) for name in names}
 
@@ -176,107 +209,147 @@ def open_batches(
     host: int = 0,
     hosts: int = 1,
 ) -> Batches:
-    """Batches of `batch_size` rows over all hosts, of one split.
+    """Opens the batches of one split.
 
-    `layout` is config.Model.layout. Raises ValueError if the data do not suit the layout or the
-    lengths, and where opening or reading them fails.
+    Args:
+      cfg: the data.
+      layout: config.Model.layout.
+      batch_size: rows of a batch, all hosts together.
+      seed: of the run.
+      split: of the tasks.
+      host: number of this host.
+      hosts: number of hosts.
+
+    Raises:
+      ValueError: the data do not suit the layout or the lengths, or cannot be read.
     """
-    shard = Shard(host, hosts, batch_size)
-    lengths = of(cfg.lengths, layout)
+    shard = HostShard(host, hosts, batch_size)
+    lengths = length_limits(cfg.lengths, layout)
     parts, rates = [], []
-    for source, rate in sources(cfg, split):
+    for source, rate in list_sources(cfg, split):
         task = source.task
         check_inputs(cfg, task, lengths)
         part = open_part(cfg, source, split, lengths, randomness.key(seed, "part", source.name))
-        share = part.rows.shares()
-        if not share.whole:
+        epoch = part.rows.epoch_counts()
+        if not epoch.whole:
             raise ValueError(
-                f"None of {share.examples} examples of {task.name} fits Data.lengths "
+                f"None of {epoch.examples} examples of {task.name} fits Data.lengths "
                 f"{cfg.lengths} whole: raise the lengths, or cut running text up by Data.objective"
             )
         parts.append(part)
-        # Rates are of examples, but what is drawn are rows.
-        rates.append(rate * share.rows / share.examples)
-    mixture = mixing.Mixture(rates, randomness.key(seed, "mixture"))
+        # Rates are of examples, but rows are drawn.
+        rates.append(rate * epoch.rows / epoch.examples)
+    mixture = mixing.MixtureSampler(rates, randomness.key(seed, "mixture"))
     batches = Batches(parts, mixture, lengths, shard)
-    found = batches.statistics
-    level = (
-        logging.WARNING
-        if any([*found.truncated.values(), *found.counts.values()])
-        else logging.INFO
-    )
-    log.log(level, "%s, %s: %s", "+".join(part.name for part in parts), split, found)
+    statistics = batches.statistics
+    lost = any([*statistics.truncated.values(), *statistics.counts.values()])
+    level = logging.WARNING if lost else logging.INFO
+    log.log(level, "%s, %s: %s", "+".join(part.name for part in parts), split, statistics)
     return batches
 
 
-class Source(NamedTuple):
-    """What the rows of a part are made of: a task, by one objective or by its own pairs.
+class PartSource(NamedTuple):
+    """Source of a part's rows: a task, by one objective or by its own pairs.
 
-    `tokens` reads its cache once for all its parts; only the `first` tells what reading counted.
+    Attributes:
+      name: of the part.
+      task: the task.
+      tokens: reads its cache, once for all parts of the task.
+      objective: of the part; None for the task's own pairs.
+      first: true for the first part of the task, which reports the reader's counts.
     """
 
     name: str
-    task: tasks.Task
+    task: Task
     tokens: Callable[[], Tokens]
     objective: Objective | None
     first: bool = True
 
 
-def sources(cfg: config.Data, split: str) -> list[tuple[Source, float]]:
-    """Each task by each denoiser, with its rate."""
-    found = []
-    for task, rate in tasks.having(cfg, split):
-        tokens = functools.cache(functools.partial(tasks.tokens, task, split, cfg.cache_dir))
+def list_sources(cfg: config.Data, split: str) -> list[tuple[PartSource, float]]:
+    """Sources of a split, each task by each denoiser, with their rates."""
+    result = []
+    for task, rate in tasks.tasks_with_split(cfg, split):
+        tokens = functools.cache(functools.partial(cached_tokens, task, split, cfg.cache_dir))
         if cfg.objective is None:
-            found.append((Source(task.name, task, tokens, None), rate))
+            result.append((PartSource(task.name, task, tokens, None), rate))
             continue
         parts = objectives.denoisers(cfg.objective, task.vocabularies[1])
         for number, (name, objective, share) in enumerate(parts):
             name = f"{task.name}/{name}" if name else task.name
-            found.append((Source(name, task, tokens, objective, number == 0), rate * share))
-    return found
+            result.append((PartSource(name, task, tokens, objective, number == 0), rate * share))
+    return result
 
 
-def check_inputs(cfg: config.Data, task: tasks.Task, lengths: Lengths) -> None:
-    """Raises ValueError unless the task has what the layout reads."""
+def check_inputs(cfg: config.Data, task: Task, lengths: LengthLimits) -> None:
+    """Checks that a task has the inputs that the layout reads.
+
+    Args:
+      cfg: the data.
+      task: one of their tasks.
+      lengths: limits of the rows.
+
+    Raises:
+      ValueError: it lacks them, or has inputs that have no place.
+    """
     if cfg.objective is not None:
         return
-    if not task.has_inputs and lengths.layout != "joined":
+    if not task.has_inputs and lengths.layout != "decoder_only":
         raise ValueError(
             f"{task.name} is text without inputs: set Data.objective (SpanCorruption or PrefixLM), "
             "or train a decoder alone"
         )
-    if task.has_inputs and not lengths.inputs and lengths.layout != "aligned":
+    if task.has_inputs and not lengths.inputs and lengths.layout != "encoder_only":
         raise ValueError(f'{task.name} has inputs: set Data.lengths["inputs"]')
 
 
-def open_part(cfg: config.Data, source: Source, split: str, lengths: Lengths, key: int) -> Part:
-    """The source's rows, cached or streamed."""
+def open_part(
+    cfg: config.Data, source: PartSource, split: str, lengths: LengthLimits, key: int
+) -> MixturePart:
+    """Opens the rows of a source, cached or streamed.
+
+    Args:
+      cfg: the data.
+      source: task and objective.
+      split: of the task.
+      lengths: limits of the rows.
+      key: random key of their order.
+    """
     task = source.task
     if source.objective is None:
-        make = lambda found: rows.Examples(found, lengths, cfg.pack)
+        make_rows = functools.partial(rows.Examples, lengths=lengths, pack=cfg.pack)
     else:
-        cutter = objectives.cutter(source.objective, lengths, task.vocabularies[1])
-        make = lambda found: rows.Windows(found, cutter)
+        preprocessor = objectives.make_preprocessor(source.objective, lengths, task.vocabularies[1])
+        make_rows = functools.partial(rows.Windows, preprocessor=preprocessor)
     if cfg.stream and split == "train":
-        streamed = streams.Streamed(task, split, lengths, make)
+        streamed = streams.Streamed(task, split, lengths, make_rows)
         counts = task.counts if source.first else {}
-        return Part(source.name, streamed, key, counts, streamed.state, streamed.restore)
-    found, stamps = source.tokens(), task.stamps(split)
-    return Part(
+        return MixturePart(source.name, streamed, key, counts, streamed.state, streamed.restore)
+    tokens, stamps = source.tokens(), task.stamps(split)
+    return MixturePart(
         name=source.name,
-        rows=make(found),
+        rows=make_rows(tokens),
         key=key,
-        counts=found.counts if source.first else {},
-        state=lambda: {"tokens": found.digest, "files": stamps},
-        restore=functools.partial(check_digest, source.name, found.digest, stamps),
+        counts=tokens.counts if source.first else {},
+        state=lambda: {"tokens": tokens.digest, "files": stamps},
+        restore=functools.partial(check_digest, source.name, tokens.digest, stamps),
     )
 
 
 def check_digest(name: str, digest: str, stamps: dict, state: dict) -> None:
-    """Raises ValueError if the state is of other tokens, naming the files that changed."""
+    """Checks that a state is of the same tokens.
+
+    Args:
+      name: of the part.
+      digest: of its tokens.
+      stamps: of its files, from `files.stamps`.
+      state: what a checkpoint kept of the part.
+
+    Raises:
+      ValueError: they are other tokens; the message names the files that changed.
+    """
     if state.get("tokens") != digest:
-        changed = files.changes(state["files"], stamps) if state.get("files") else ""
+        changed = files.describe_changes(state["files"], stamps) if state.get("files") else ""
         raise ValueError(
             f"The training data of {name} have changed since the checkpoint was written"
             f"{changed and f' ({changed})'}: the same steps would read other examples. Put the old "

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens kept on disk: for each feature one flat array and the offsets of its examples.
 
-A folder is made once, under a name that depends on the task, its source and its vocabularies, and
-never changed: it is filled under another name and moved into place, so that a reader sees all of
-it or nothing, and two processes may make it at once.
+A folder is written once, under a name that depends on the task, its source and its vocabularies,
+and never changed: it is filled under another name and moved into place, so that a reader sees all
+of it or nothing, and two processes may write it at once.
 """
 
 import hashlib
@@ -18,24 +18,34 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t5x_lite.data.corpora import Row
+from t5x_lite.data.corpora import TextExample
 
 FORMAT = 2  # raised when the same source gives other ids or another order
 
 
 class Chunk(NamedTuple):
-    """Some examples: ids per feature (`inputs` None is text alone), and their text if known."""
+    """Consecutive examples.
+
+    Attributes:
+      inputs: token ids of each; None for text alone.
+      targets: token ids of each.
+      rows: their text, if known.
+    """
 
     inputs: list[np.ndarray] | None
     targets: list[np.ndarray]
-    rows: list[Row] | None = None
+    rows: list[TextExample] | None = None
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Token ids of all examples end to end; example i is tokens[offsets[i]:offsets[i + 1]].
+    """Token ids of all examples end to end.
 
-    `ends` is true if every example finishes with `eos`, which then also survives truncation.
+    Attributes:
+      tokens: ids of all examples [total], uint16 or int32.
+      offsets: example i is tokens[offsets[i] : offsets[i + 1]], int64 [examples + 1].
+      eos: id of the end.
+      ends: true if every example finishes with `eos`, which then also survives truncation.
     """
 
     tokens: np.ndarray
@@ -56,7 +66,16 @@ class Feature:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A split in tokens. `rows` gives the text of example i where it was kept."""
+    """A split in tokens.
+
+    Attributes:
+      name: of task and split.
+      inputs: feature of the inputs; None for text alone.
+      targets: feature of the targets.
+      digest: of all ids.
+      rows: text of the examples where it was kept.
+      counts: counts of the reader (broken lines), by name.
+    """
 
     name: str
     inputs: Feature | None
@@ -70,22 +89,22 @@ class Tokens:
 
 
 class Rows:
-    """The text of examples, one JSON line each, read where it is asked for."""
+    """Text of examples, one JSON line each, read on access."""
 
     def __init__(self, path: Path, offsets: np.ndarray):
         self.path, self.offsets = path, offsets
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, i: int) -> TextExample:
         with open(self.path, "rb") as lines:
             lines.seek(self.offsets[i])
             inputs, targets, references = json.loads(lines.readline())
-        return Row(inputs, targets, tuple(references))
+        return TextExample(inputs, targets, tuple(references))
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[TextExample]:
         with open(self.path, "rb") as lines:
             for line in lines:
                 inputs, targets, references = json.loads(line)
-                yield Row(inputs, targets, tuple(references))
+                yield TextExample(inputs, targets, tuple(references))
 
 
 class FeatureWriter:
@@ -127,7 +146,7 @@ class RowWriter:
         self.folder, self.offsets = folder, [0]
         self.file = open(folder / "rows.jsonl", "wb")
 
-    def write(self, rows: list[Row]) -> None:
+    def write(self, rows: list[TextExample]) -> None:
         for row in rows:
             line = json.dumps([row.inputs, row.targets, row.references]).encode() + b"\n"
             self.file.write(line)
@@ -139,11 +158,17 @@ class RowWriter:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What names a folder of the cache, and how its examples are made.
+class CacheEntry:
+    """Identity of a folder of the cache, and the examples that fill it.
 
-    `identity` is everything that decides the ids. `sizes` and `eos` are of (inputs, targets).
-    `counts` is read after the last chunk: what the reader counted (broken lines, say).
+    Attributes:
+      name: of task and split.
+      identity: everything that determines the ids, as JSON.
+      chunks: the examples.
+      sizes: of the vocabularies (inputs, targets).
+      eos: their ids of the end.
+      counts: counts of the reader (broken lines), complete after the last chunk.
+      keep_rows: true to keep the text too.
     """
 
     name: str
@@ -155,28 +180,37 @@ class Entry:
     keep_rows: bool
 
 
-def tokens(cache_dir: str, entry: Entry) -> Tokens:
-    """The entry's tokens, made now unless they are there.
+def open_tokens(cache_dir: str, entry: CacheEntry) -> Tokens:
+    """Opens the tokens of an entry, written first if they are not in the cache.
 
-    Raises ValueError if there is no example at all, or if a folder of the cache is damaged.
+    Raises ValueError if there are no examples, or if a folder of the cache is damaged.
     """
     whole = json.dumps({"format": FORMAT, **entry.identity}, sort_keys=True)
     key = hashlib.sha256(whole.encode()).hexdigest()[:20]
     root = Path(cache_dir).expanduser()
     folder = root / f"{entry.name.replace('/', '_')}-{key}"
     if not folder.exists():
-        make(root, folder, entry)
-    return read(folder, entry.name)
+        write_folder(root, folder, entry)
+    return read_folder(folder, entry.name)
 
 
-def make(root: Path, folder: Path, entry: Entry) -> None:
-    """Fills a folder beside the final one and moves it there, unless another was faster."""
+def write_folder(root: Path, folder: Path, entry: CacheEntry) -> None:
+    """Fills a temporary folder and moves it into place, unless another process was faster.
+
+    Args:
+      root: folder of the cache.
+      folder: final folder of the entry.
+      entry: identity and examples.
+
+    Raises:
+      ValueError: the cache cannot be written.
+    """
     partial = None
     try:
         root.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
         partial.chmod(0o755)  # mkdtemp keeps others out, but a cache may be shared
-        fill(partial, entry)
+        write_chunks(partial, entry)
         os.rename(partial, folder)
     except OSError as error:
         if not folder.exists():
@@ -189,7 +223,7 @@ def make(root: Path, folder: Path, entry: Entry) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def fill(folder: Path, entry: Entry) -> None:
+def write_chunks(folder: Path, entry: CacheEntry) -> None:
     """Writes every chunk and, last, meta.json."""
     writers: dict[str, FeatureWriter] = {}
     rows = RowWriter(folder) if entry.keep_rows else None
@@ -209,7 +243,9 @@ def fill(folder: Path, entry: Entry) -> None:
     if rows is not None:
         rows.close()
     if examples == 0:
-        raise ValueError(f"{entry.name} has no example: is the file empty, or every line left out?")
+        raise ValueError(
+            f"{entry.name} has no examples: is the file empty, or every line left out?"
+        )
     meta = {
         "examples": examples,
         "features": {name: writer.close() for name, writer in writers.items()},
@@ -219,19 +255,19 @@ def fill(folder: Path, entry: Entry) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def read(folder: Path, name: str) -> Tokens:
-    """The tokens of a finished folder, mapped into memory."""
+def read_folder(folder: Path, name: str) -> Tokens:
+    """Maps the tokens of a finished folder into memory."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         features = {
-            side: read_feature(folder, side, feature) for side, feature in meta["features"].items()
+            side: map_feature(folder, side, feature) for side, feature in meta["features"].items()
         }
         offsets = folder / "rows_offsets.npy"
         rows = Rows(folder / "rows.jsonl", np.load(offsets)) if offsets.exists() else None
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"The cached tokens in {folder} are damaged ({error}); delete that folder and they "
-            "are made again"
+            "are written again"
         ) from error
     digests = "".join(feature["digest"] for feature in meta["features"].values())
     return Tokens(
@@ -244,11 +280,24 @@ def read(folder: Path, name: str) -> Tokens:
     )
 
 
-def read_feature(folder: Path, name: str, meta: dict) -> Feature:
+def map_feature(folder: Path, name: str, meta: dict) -> Feature:
+    """Maps one feature of a finished folder into memory.
+
+    Args:
+      folder: of the entry.
+      name: "inputs" or "targets".
+      meta: what `FeatureWriter.close` returned.
+
+    Raises:
+      ValueError: the files have other sizes.
+    """
     offsets = np.load(folder / f"{name}_offsets.npy")
     path, dtype = folder / f"{name}.bin", np.dtype(meta["dtype"])
     if path.stat().st_size != meta["tokens"] * dtype.itemsize or offsets[-1] != meta["tokens"]:
-        raise ValueError(f"{path.name} has not {meta['tokens']} tokens")
+        raise ValueError(
+            f"{path.name} should hold {meta['tokens']} tokens, but has {path.stat().st_size} bytes "
+            f"and offsets up to {offsets[-1]}"
+        )
     empty = meta["tokens"] == 0
     # A plain array on the mapped memory: numpy's memmap class makes every access slower.
     ids = np.zeros(0, dtype) if empty else np.asarray(np.memmap(path, dtype, mode="r"))

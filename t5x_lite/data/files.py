@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own files as rows of text: JSONL, TSV, plain text and Parquet, by globs; .gz is read
-as what is inside."""
+"""A user's own files as examples: JSONL, TSV, plain text and Parquet, by globs; .gz files are
+unpacked."""
 
 import glob
 import gzip
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from t5x_lite import config
-from t5x_lite.data.corpora import Row
+from t5x_lite.data.corpora import TextExample
 
 LEFT_OUT = "broken lines left out"
 # Of one example. A gzip file unpacks to a thousand times its size, and may be one line.
@@ -27,95 +27,100 @@ ENDINGS = {
 }
 
 
-def splits(cfg: config.Files) -> tuple[str, ...]:
+def list_splits(cfg: config.Files) -> tuple[str, ...]:
+    """Splits that have files."""
     names = ("train", "validation", "test")
     return tuple(name for name in names if getattr(cfg, name) is not None)
 
 
-def paths(cfg: config.Files, split: str) -> list[Path]:
-    """The files of a split in order of their names.
+def list_paths(cfg: config.Files, split: str) -> list[Path]:
+    """Files of a split in the order of their names.
 
     Raises ValueError if the glob matches none.
     """
     pattern = str(Path(getattr(cfg, split)).expanduser())
-    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    found = [path for path in found if path.is_file()]
-    if not found:
+    matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    matches = [path for path in matches if path.is_file()]
+    if not matches:
         raise ValueError(f"Files.{split} of {cfg.name!r} matches no file: {getattr(cfg, split)}")
-    return found
+    return matches
 
 
 def source(cfg: config.Files, split: str) -> str:
-    """Identifies how the split is read and its files by name, size and time of change."""
-    how = [cfg.format, cfg.inputs, cfg.targets, cfg.whole_files, cfg.broken]
-    how += [[path, *stamp] for path, stamp in stamps(cfg, split).items()]
-    return hashlib.sha256(json.dumps(how).encode()).hexdigest()
+    """Digest of the options of reading, and of the split's files by name, size and time of
+    change."""
+    identity = [cfg.format, cfg.inputs, cfg.targets, cfg.whole_files, cfg.broken]
+    identity += [[path, *stamp] for path, stamp in stamps(cfg, split).items()]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def stamps(cfg: config.Files, split: str) -> dict[str, list[int]]:
     """Size in bytes and time of change in ns of every file of a split, by its path."""
-    found = {str(path.resolve()): path.stat() for path in paths(cfg, split)}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
+    stats = {str(path.resolve()): path.stat() for path in list_paths(cfg, split)}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
-def changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
-    """What became of the files between two `stamps`, in words; "" where nothing did."""
-    found = [f"{path} is gone" for path in before.keys() - now.keys()]
-    found += [f"{path} is new" for path in now.keys() - before.keys()]
-    found += [f"{path} has changed" for path in before.keys() & now if before[path] != now[path]]
-    return ", ".join(sorted(found)[:4])
+def describe_changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
+    """Text of the changes of files between two `stamps`; "" where nothing changed."""
+    lines = [f"{path} is gone" for path in before.keys() - now.keys()]
+    lines += [f"{path} is new" for path in now.keys() - before.keys()]
+    lines += [f"{path} has changed" for path in before.keys() & now if before[path] != now[path]]
+    return ", ".join(sorted(lines)[:4])
 
 
 def format_of(cfg: config.Files, path: Path) -> str:
-    """The file's format: as configured, else by its ending.
+    """Format of a file: as configured, else by its ending.
 
-    Raises ValueError if neither says it.
+    Raises ValueError if neither determines it.
     """
     named = path.with_suffix("") if path.suffix == ".gz" else path
     kind = cfg.format or ENDINGS.get(named.suffix)
     if kind is None:
-        raise ValueError(
-            f"{path}: the ending says no format; set Files.format to jsonl, tsv, text or parquet"
-        )
+        raise ValueError(f"{path}: unknown ending; set Files.format to jsonl, tsv, text or parquet")
     return kind
 
 
-def rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator[Row]:
-    """The examples of a split, file after file.
+def read_rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator[TextExample]:
+    """Yields the examples of a split, file after file.
 
-    A line that cannot be read raises ValueError with its file and number, or, if `broken` is
-    "skip", is left out and counted.
+    Args:
+      cfg: the files.
+      split: train, validation or test.
+      counts: receives the number of lines left out, if Files.broken is "skip".
+
+    Raises:
+      ValueError: a line cannot be read and Files.broken is not "skip"; with its file and number.
     """
-    for path in paths(cfg, split):
-        for place, fields in read(cfg, path):
+    for path in list_paths(cfg, split):
+        for place, fields in read_records(cfg, path):
             if isinstance(fields, str):
-                row, trouble = None, fields
+                row, problem = None, fields
             else:
-                row, trouble = row_of(cfg, fields)
+                row, problem = row_of(cfg, fields)
             if row is not None:
                 yield row
             elif cfg.broken == "skip":
                 counts[LEFT_OUT] = counts.get(LEFT_OUT, 0) + 1
             else:
                 raise ValueError(
-                    f'{path}, {place}: {trouble}. Mend it, or set Files.broken = "skip" to leave '
+                    f'{path}, {place}: {problem}. Fix it, or set Files.broken = "skip" to leave '
                     "such lines out and count them"
                 )
 
 
-def read(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
-    """The records of a file with their places, or what is wrong there instead of a record.
+def read_records(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    """Yields the records of a file with their places, or a message instead of a broken record.
 
-    Raises ValueError where nothing of the rest of the file can be read.
+    Raises ValueError where the rest of the file cannot be read.
     """
     try:
         yield from READERS[format_of(cfg, path)](cfg, path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is no whole gzip file ({error}): copy it again") from error
+        raise ValueError(f"{path} is not a complete gzip file ({error}): copy it again") from error
 
 
-def row_of(cfg: config.Files, fields: dict) -> tuple[Row | None, str]:
-    """The row of a record, or None and what is wrong with it."""
+def row_of(cfg: config.Files, fields: dict) -> tuple[TextExample | None, str]:
+    """Example of a record, or None and a message."""
     wanted = [cfg.targets] if cfg.inputs is None else [cfg.inputs, cfg.targets]
     for name in wanted:
         if name not in fields:
@@ -129,14 +134,25 @@ def row_of(cfg: config.Files, fields: dict) -> tuple[Row | None, str]:
     targets = fields[cfg.targets]
     answers = tuple(targets) if isinstance(targets, list) else (targets,)
     inputs = None if cfg.inputs is None else fields[cfg.inputs]
-    return Row(inputs, answers[0], answers), ""
+    return TextExample(inputs, answers[0], answers), ""
 
 
-def opened(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> BinaryIO:
+    """Opens a file for reading bytes, unpacked if it is a .gz file."""
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
 def check_size(path: Path, place: str, content: bytes) -> None:
+    """Checks the size of one example.
+
+    Args:
+      path: file of the example.
+      place: line or row, for the message.
+      content: bytes of the example.
+
+    Raises:
+      ValueError: it is larger than MOST_BYTES.
+    """
     if len(content) > MOST_BYTES:
         raise ValueError(
             f"{path}, {place} has more than {MOST_BYTES:,} bytes: no example is so long. Is it "
@@ -145,8 +161,8 @@ def check_size(path: Path, place: str, content: bytes) -> None:
 
 
 def decoded_lines(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Numbered lines without their ends; None for a line that is no UTF-8."""
-    with opened(path) as lines:
+    """Yields numbered lines; None for a line that is not UTF-8."""
+    with open_binary(path) as lines:
         for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
             check_size(path, f"line {number}", line)
             try:
@@ -155,7 +171,8 @@ def decoded_lines(path: Path) -> Iterator[tuple[str, str | None]]:
                 yield f"line {number}", None
 
 
-def jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+def read_jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    """Records of a file with one JSON object per line."""
     for place, line in decoded_lines(path):
         if line is None:
             yield place, "not UTF-8"
@@ -168,7 +185,7 @@ def jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
             yield place, fields if isinstance(fields, dict) else "not a JSON object"
 
 
-def tsv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+def read_tsv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
     """Records under the names in the first line; no quoting, as in most TSV corpora."""
     lines = decoded_lines(path)
     names = next(lines, ("", ""))[1]
@@ -186,10 +203,11 @@ def tsv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
                 yield place, f"{len(cells)} columns where the first line has {len(head)}"
 
 
-def text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+def read_text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    """Records of plain text: one per line, or the whole file."""
     if cfg.whole_files:
         try:
-            with opened(path) as whole:
+            with open_binary(path) as whole:
                 content = whole.read(MOST_BYTES + 1)
             check_size(path, "the file", content)
             yield "the file", {cfg.targets: content.decode("utf-8-sig")}
@@ -203,7 +221,8 @@ def text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
             yield place, {cfg.targets: line.rstrip("\r\n")}
 
 
-def parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+def read_parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+    """Records of a Parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -222,4 +241,9 @@ def parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
         raise ValueError(f"{path}: not a Parquet file, or a broken one{after} ({error})") from error
 
 
-READERS: dict[str, Callable] = {"jsonl": jsonl, "tsv": tsv, "text": text, "parquet": parquet}
+READERS: dict[str, Callable] = {
+    "jsonl": read_jsonl,
+    "tsv": read_tsv,
+    "text": read_text,
+    "parquet": read_parquet,
+}

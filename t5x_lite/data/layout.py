@@ -6,16 +6,21 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_lite.batch import Batch
+from t5x_lite.config.windows import LengthLimits
 from t5x_lite.data import packing
 from t5x_lite.data.cache import Feature
-from t5x_lite.data.lengths import Lengths
 from t5x_lite.data.ragged import Ragged
 
 
 class Tiles(NamedTuple):
-    """What stands in the rows, in order: each row's examples and then its padding.
+    """Contents of the rows, in order: each row's examples and then its padding.
 
-    Lengths and values are of the tiles, so that repeating a value by its length gives whole rows.
+    Repeating a tile's value by its length gives whole rows.
+
+    Attributes:
+      lengths: tokens of each tile [tiles].
+      numbers: number of the tile's example in its row, from 1; 0 for padding [tiles].
+      examples: tile of each example [examples].
     """
 
     lengths: np.ndarray
@@ -23,15 +28,21 @@ class Tiles(NamedTuple):
     examples: np.ndarray
 
     def values(self, of_examples: np.ndarray) -> np.ndarray:
-        """A value for each tile, 0 for padding."""
+        """Returns a value for each tile, 0 for padding."""
         result = np.zeros(len(self.lengths), np.int32)
         result[self.examples] = of_examples
         return result
 
 
-def tiles(row: np.ndarray, lengths: np.ndarray, rows: int, width: int) -> Tiles:
-    """Tiles of `rows` rows of `width` tokens, example i of this length being in row[i], which
-    never falls."""
+def make_tiles(row: np.ndarray, lengths: np.ndarray, rows: int, width: int) -> Tiles:
+    """Lays examples out in rows.
+
+    Args:
+      row: row of each example, ascending [examples].
+      lengths: tokens of each example [examples].
+      rows: number of rows.
+      width: tokens of a row.
+    """
     counts = np.bincount(row, minlength=rows)
     padding = np.cumsum(counts) + np.arange(rows)
     examples = np.arange(len(row)) + row
@@ -43,56 +54,79 @@ def tiles(row: np.ndarray, lengths: np.ndarray, rows: int, width: int) -> Tiles:
     return Tiles(every, numbers, examples)
 
 
-def segments_and_positions(found: Tiles, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each token's example in its row, and its place in the example; 0 is padding."""
-    segments = np.repeat(found.numbers, found.lengths)
-    begins = (np.cumsum(found.lengths) - found.lengths).astype(np.int32)
-    positions = np.arange(len(segments), dtype=np.int32) - np.repeat(begins, found.lengths)
+def segments_and_positions(tiles: Tiles, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Number of each token's example in its row (0 is padding), and its place in the example, both
+    int32 of `shape`."""
+    segments = np.repeat(tiles.numbers, tiles.lengths)
+    begins = (np.cumsum(tiles.lengths) - tiles.lengths).astype(np.int32)
+    positions = np.arange(len(segments), dtype=np.int32) - np.repeat(begins, tiles.lengths)
     positions *= segments > 0
     return segments.reshape(shape), positions.reshape(shape)
 
 
-def side(
+def lay_out_side(
     row: np.ndarray, ragged: Ragged, shape: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, segments and positions of one side of pairs."""
-    found = tiles(row, ragged.lengths, *shape)
-    segments, positions = segments_and_positions(found, shape)
+    """Tokens, segments and positions of one side of pairs, int32 of `shape`.
+
+    Args:
+      row: row of each example, ascending [examples].
+      ragged: ids of the examples.
+      shape: rows, and tokens of a row.
+    """
+    tiles = make_tiles(row, ragged.lengths, *shape)
+    segments, positions = segments_and_positions(tiles, shape)
     tokens = np.zeros(shape, np.int32)
     tokens[segments > 0] = ragged.tokens
     return tokens, segments, positions
 
 
-def build(
-    lengths: Lengths,
+def build_batch(
+    lengths: LengthLimits,
     rows: int,
     row: np.ndarray,
     examples: tuple[Ragged | None, Ragged],
     weights: np.ndarray | float = 1.0,
 ) -> Batch:
-    """`rows` rows in the layout of the lengths, example i in row[i], which never falls.
+    """Builds a batch in the layout of the lengths.
 
-    Inputs None leaves all of a row to be predicted. `weights` are of the target tokens.
+    Args:
+      lengths: limits of the rows.
+      rows: number of rows.
+      row: row of each example, ascending [examples].
+      examples: inputs and targets; inputs None leaves all of a row to be predicted.
+      weights: of the target tokens in the loss, end to end.
     """
     inputs, targets = examples
-    if lengths.layout == "joined":
-        return joined(lengths, rows, row, inputs, targets)
-    wide = lengths.inputs if lengths.layout == "pair" else lengths.row
-    read, written = side(row, inputs, (rows, wide)), side(row, targets, (rows, lengths.row))
+    if lengths.layout == "decoder_only":
+        return join_pairs(lengths, rows, row, inputs, targets)
+    wide = lengths.inputs if lengths.layout == "encoder_decoder" else lengths.row
+    read, written = (
+        lay_out_side(row, inputs, (rows, wide)),
+        lay_out_side(row, targets, (rows, lengths.row)),
+    )
     loss = np.zeros((rows, lengths.row), np.float32)
     loss[written[1] > 0] = weights
     return Batch(*written, loss, *read)
 
 
-def joined(
-    lengths: Lengths, rows: int, row: np.ndarray, inputs: Ragged | None, targets: Ragged
+def join_pairs(
+    lengths: LengthLimits, rows: int, row: np.ndarray, inputs: Ragged | None, targets: Ragged
 ) -> Batch:
-    """Inputs and targets one after the other; the loss is on targets."""
+    """Batch of a decoder-only model: inputs and targets one after the other, loss on targets.
+
+    Args:
+      lengths: limits of the rows.
+      rows: number of rows.
+      row: row of each example, ascending [examples].
+      inputs: ids of the inputs, or None.
+      targets: ids of the targets.
+    """
     shape = rows, lengths.row
     first = np.zeros_like(targets.lengths) if inputs is None else inputs.lengths
-    found = tiles(row, first + targets.lengths, *shape)
-    segments, positions = segments_and_positions(found, shape)
-    prefix = positions < np.repeat(found.values(first), found.lengths).reshape(shape)
+    tiles = make_tiles(row, first + targets.lengths, *shape)
+    segments, positions = segments_and_positions(tiles, shape)
+    prefix = positions < np.repeat(tiles.values(first), tiles.lengths).reshape(shape)
     written = (segments > 0) & ~prefix
     tokens = np.zeros(shape, np.int32)
     if inputs is not None:
@@ -101,22 +135,33 @@ def joined(
     return Batch(tokens, segments, positions, written.astype(np.float32), prefix=prefix)
 
 
-def empty(rows: int, lengths: Lengths) -> Batch:
+def empty_batch(rows: int, lengths: LengthLimits) -> Batch:
     """A batch of padding."""
     none = Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
-    return build(lengths, rows, np.zeros(0, np.int64), (none, none))
+    return build_batch(lengths, rows, np.zeros(0, np.int64), (none, none))
 
 
-def put(batch: Batch, places: np.ndarray, part: Batch) -> None:
-    """Writes the rows of a part to their places in the batch."""
+def copy_rows(batch: Batch, places: np.ndarray, part: Batch) -> None:
+    """Writes the rows of a part to their places in a batch.
+
+    Args:
+      batch: changed in place.
+      places: rows of the batch [rows of part].
+      part: the rows to write.
+    """
     for whole, rows in zip(batch, part, strict=True):
         if whole is not None:
             whole[places] = rows
 
 
-def take(feature: Feature, examples: np.ndarray, most: int) -> Ragged:
-    """The ids of examples, each cut to `most` tokens; a cut one keeps its end (as in T5's
-    append_eos_after_trim)."""
+def take_examples(feature: Feature, examples: np.ndarray, most: int) -> Ragged:
+    """Ids of examples, truncated; a truncated one keeps its end (T5's append_eos_after_trim).
+
+    Args:
+      feature: ids of all examples.
+      examples: numbers of the examples to take.
+      most: greatest length.
+    """
     first = feature.offsets[examples]
     whole = feature.offsets[examples + 1] - first
     lengths = np.minimum(whole, most)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which task each row comes from, so that rates hold and any row can be found by itself."""
+"""Task of each row of a mixture, so that rates hold and any row can be computed by itself."""
 
 import functools
 
@@ -10,8 +10,8 @@ from t5x_lite.data import randomness
 BLOCK = 8192  # rows in which the rates hold exactly, but for one row of each task
 
 
-class Mixture:
-    """Every block of rows takes counts[k] rows of task k, in an order of its own."""
+class MixtureSampler:
+    """Draws rows from tasks: each block of rows takes counts[k] rows of task k, in random order."""
 
     def __init__(self, rates: list[float], key: int):
         """Raises ValueError for a rate that is not positive."""
@@ -23,7 +23,7 @@ class Mixture:
         self.block = functools.lru_cache(maxsize=2)(self.order)
 
     def order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each place of a block: the task, and the rank among the task's rows there."""
+        """Returns for each place of a block the task, and the rank among the task's rows there."""
         size = int(self.counts.sum())
         place = randomness.permute(np.arange(size), size, randomness.key(self.key, block))
         first = np.concatenate([[0], np.cumsum(self.counts)])
@@ -34,7 +34,7 @@ class Mixture:
         return which, rank - first[which]
 
     def draw(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each row by its number: the task, and which of the task's own rows it is."""
+        """Returns for each row, by its number, the task and the number of the task's row."""
         if len(self.counts) == 1:
             return np.zeros_like(turns), turns
         size = int(self.counts.sum())

@@ -10,23 +10,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t5x_lite import config, windows
-from t5x_lite.data import spans, splits
-from t5x_lite.data.lengths import Lengths
+from t5x_lite import config
+from t5x_lite.config import windows
+from t5x_lite.config.objectives import Objective
+from t5x_lite.config.windows import LengthLimits
+from t5x_lite.data import randomness
 from t5x_lite.data.ragged import Ragged, column, side_by_side
-from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.denoising import Objective
+from t5x_lite.tokenizers.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class Cutter:
-    """An objective fitted to lengths and a vocabulary: it wants windows of `window` tokens.
+class WindowPreprocessor:
+    """An objective for given lengths and a vocabulary.
 
-    `sentinels` [k], `mode` [m] and `marks` [3] (of fill-in-the-middle) are ids.
+    Attributes:
+      objective: its config.
+      lengths: limits of the rows.
+      window: tokens of a window of text.
+      eos: id of the end.
+      sentinels: ids of the sentinels [k].
+      mode: ids of the mode that inputs begin with [m].
+      marks: ids of fill-in-the-middle's marks [3].
     """
 
     objective: Objective
-    lengths: Lengths
+    lengths: LengthLimits
     window: int
     eos: int
     sentinels: np.ndarray
@@ -34,14 +42,14 @@ class Cutter:
     marks: np.ndarray
 
     @property
-    def runs_on(self) -> bool:
-        """Whether the ends of examples are tokens of the text; denoising and infilling set their
+    def keeps_ends(self) -> bool:
+        """True if the ends of examples are tokens of the text; denoising and infilling add their
         own ends."""
         return not isinstance(self.objective, config.SpanCorruption | config.FillInTheMiddle)
 
     @property
-    def least(self) -> int:
-        """The fewest tokens of text there must be: room for one span of the mean length."""
+    def min_tokens(self) -> int:
+        """Least tokens of text: room for one span of the mean length."""
         if isinstance(self.objective, config.SpanCorruption):
             return int(np.ceil(self.objective.mean_span)) + 1
         return 2
@@ -49,89 +57,103 @@ class Cutter:
     def __call__(
         self, texts: np.ndarray, keys: np.ndarray
     ) -> tuple[Ragged | None, Ragged, np.ndarray | float]:
-        """Inputs, targets and the targets' weights in the loss, of windows [b t]; t is `window`
-        or, for a last piece, less."""
-        if self.lengths.layout == "aligned":
-            return self.masked(texts, keys)
+        """Returns inputs, targets and the targets' weights in the loss.
+
+        Args:
+          texts: windows of token ids [b t]; t is `window` or, for a last window, less.
+          keys: one uint64 per window [b].
+        """
+        if self.lengths.layout == "encoder_only":
+            return self.masked_lm(texts, keys)
         return *self.parts(texts, keys), 1.0
 
     def mask(self, tokens: int, keys: np.ndarray) -> np.ndarray:
-        """Which tokens of each window are hidden [b t]."""
+        """Mask of the tokens of each window that are hidden [b t]."""
         density, span = self.objective.noise_density, self.objective.mean_span
-        capped = self.objective.overflow == "cap" and self.lengths.layout != "aligned"
+        capped = self.objective.overflow == "cap" and self.lengths.layout != "encoder_only"
         most = len(self.sentinels) if capped else None
-        return spans.noise_mask(tokens, *windows.noise_and_spans(tokens, density, span, most), keys)
+        return noise_mask(tokens, *windows.noise_and_spans(tokens, density, span, most), keys)
 
-    def masked(self, texts: np.ndarray, keys: np.ndarray) -> tuple[Ragged, Ragged, np.ndarray]:
-        """Each hidden token replaced by the first sentinel, and only those to be predicted (the
-        masked language model of an encoder, with T5's spans)."""
+    def masked_lm(self, texts: np.ndarray, keys: np.ndarray) -> tuple[Ragged, Ragged, np.ndarray]:
+        """Returns inputs with each hidden token replaced by the first sentinel, and the text with
+        loss on the hidden tokens (the masked language model of an encoder, with T5's spans)."""
         mask = self.mask(texts.shape[1], keys)
-        told = np.tile(self.mode.astype(texts.dtype), (len(texts), 1))
-        read = np.hstack([told, np.where(mask, self.sentinels[0], texts)])
-        lengths = np.full(len(texts), read.shape[1])
+        mode = np.tile(self.mode.astype(texts.dtype), (len(texts), 1))
+        inputs = np.hstack([mode, np.where(mask, self.sentinels[0], texts)])
+        lengths = np.full(len(texts), inputs.shape[1])
         return (
-            Ragged(read.reshape(-1), lengths),
-            Ragged(np.hstack([told, texts]).reshape(-1), lengths),
-            np.hstack([np.zeros(told.shape), mask]).reshape(-1).astype(np.float32),
+            Ragged(inputs.reshape(-1), lengths),
+            Ragged(np.hstack([mode, texts]).reshape(-1), lengths),
+            np.hstack([np.zeros(mode.shape), mask]).reshape(-1).astype(np.float32),
         )
 
     def parts(self, texts: np.ndarray, keys: np.ndarray) -> tuple[Ragged | None, Ragged]:
-        """Inputs and targets of windows [b t]."""
+        """Returns inputs and targets of windows [b t], with one key per window [b]."""
         rows, tokens = texts.shape
         end = column(np.array([self.eos], texts.dtype), rows)
         match self.objective:
             case config.CausalLM():
                 return None, Ragged(texts.reshape(-1), np.full(rows, tokens))
             case config.SpanCorruption():
-                read, asked = spans.corrupt(texts, self.mask(tokens, keys), self.sentinels)
-                pair = side_by_side(read, end), side_by_side(asked, end)
+                inputs, targets = corrupt(texts, self.mask(tokens, keys), self.sentinels)
+                pair = side_by_side(inputs, end), side_by_side(targets, end)
             case config.PrefixLM():
                 least, most = self.targets(tokens)
-                pair = splits.cut(texts, tokens - most, tokens - least, keys)
+                pair = split_prefix(texts, tokens - most, tokens - least, keys)
             case config.FillInTheMiddle(order=order):
-                middle = splits.middles(tokens, *self.targets(tokens), keys)
-                read, asked = splits.fill_in(texts, middle, self.marks.astype(texts.dtype), order)
-                pair = read, side_by_side(asked, end)
+                middle = draw_middles(tokens, *self.targets(tokens), keys)
+                inputs, targets = fill_in(texts, middle, self.marks.astype(texts.dtype), order)
+                pair = inputs, side_by_side(targets, end)
         if not len(self.mode):
             return pair
         return side_by_side(column(self.mode.astype(texts.dtype), rows), pair[0]), pair[1]
 
     def targets(self, tokens: int) -> tuple[int, int]:
-        """The fewest and most tokens of a window that are targets."""
+        """Returns the least and most tokens of a window that are targets."""
         return windows.target_range(self.objective, tokens, self.lengths, len(self.mode))
 
 
-def cutter(objective: Objective, lengths: Lengths, vocabulary: Vocabulary) -> Cutter:
-    """The objective with the longest window whose inputs and targets fit the lengths.
+def make_preprocessor(
+    objective: Objective, lengths: LengthLimits, vocabulary: Vocabulary
+) -> WindowPreprocessor:
+    """Binds an objective to the longest window whose inputs and targets fit the lengths.
 
-    Raises ValueError if none fits, the layout has no place for it, or the vocabulary has too few
-    sentinels.
+    Args:
+      objective: its config.
+      lengths: limits of the rows.
+      vocabulary: of the text.
+
+    Raises:
+      ValueError: no window fits, the objective does not suit the layout, or the vocabulary has too
+        few sentinels.
     """
     name = type(objective).__name__
     check_layout(objective, lengths)
     mode = np.array(vocabulary.encode(getattr(objective, "mode", None) or ""), np.int32)
     sentinels = vocabulary.sentinel_ids
-    window = windows.window(objective, lengths, len(mode), len(sentinels))
+    window = windows.longest_window(objective, lengths, len(mode), len(sentinels))
     if window < 2:
-        told = f"inputs {lengths.inputs}, targets {lengths.targets}"
         raise ValueError(
-            f"Data.lengths ({told}) are too short for {name}: not even a window of 2 tokens fits"
+            f"Data.lengths (inputs {lengths.inputs}, targets {lengths.targets}) are too short for "
+            f"{name}: not even a window of 2 tokens fits"
         )
     windows.check_sentinels(objective, lengths, len(mode), len(sentinels))
     marks = marks_of(objective, vocabulary)
-    return Cutter(objective, lengths, window, vocabulary.eos, sentinels, mode, marks)
+    return WindowPreprocessor(objective, lengths, window, vocabulary.eos, sentinels, mode, marks)
 
 
-def check_layout(objective: Objective, lengths: Lengths) -> None:
-    """Raises ValueError unless a model of the layout can be trained so."""
+def check_layout(objective: Objective, lengths: LengthLimits) -> None:
+    """Raises ValueError unless a model of the layout can be trained with the objective."""
     name, spans = type(objective).__name__, isinstance(objective, config.SpanCorruption)
-    if lengths.layout == "aligned" and not spans:
+    if lengths.layout == "encoder_only" and not spans:
         raise ValueError(
             f"{name} is for a model with a decoder; an encoder alone is trained with SpanCorruption"
         )
-    if lengths.layout == "pair" and isinstance(objective, config.CausalLM):
+    if lengths.layout == "encoder_decoder" and isinstance(objective, config.CausalLM):
         raise ValueError("CausalLM leaves the encoder nothing to read: use PrefixLM")
-    wants_inputs = lengths.layout == "pair" or (spans and lengths.layout == "joined")
+    wants_inputs = lengths.layout == "encoder_decoder" or (
+        spans and lengths.layout == "decoder_only"
+    )
     if wants_inputs and not lengths.inputs:
         raise ValueError(f'{name} needs Data.lengths["inputs"]')
 
@@ -156,24 +178,24 @@ def marks_of(objective: Objective, vocabulary: Vocabulary) -> np.ndarray:
 def denoisers(
     objective: Objective | config.Denoisers, vocabulary: Vocabulary
 ) -> list[tuple[str, Objective, float]]:
-    """Name, objective and share of the windows of each denoiser; an objective alone has no name.
+    """Name, objective and share of the windows of each denoiser; a single objective has no name.
 
-    Raises ValueError if two modes are the same ids.
+    Raises ValueError if two modes have the same ids.
     """
     if not isinstance(objective, config.Denoisers):
         return [("", objective, 1.0)]
     check_modes(objective, vocabulary)
-    total, seen, found = sum(objective.rates), Counter(), []
+    total, repeats, result = sum(objective.rates), Counter(), []
     for part, rate in zip(objective.parts, objective.rates, strict=True):
-        name = name_of(part)
-        seen[name] += 1
-        number = f" {seen[name]}" if seen[name] > 1 else ""
-        found.append((name + number, part, rate / total))
-    return found
+        name = objective_name(part)
+        repeats[name] += 1
+        number = f" {repeats[name]}" if repeats[name] > 1 else ""
+        result.append((name + number, part, rate / total))
+    return result
 
 
 def check_modes(objective: config.Denoisers, vocabulary: Vocabulary) -> None:
-    """Raises ValueError where a vocabulary without such names makes two modes one."""
+    """Raises ValueError if two modes have the same ids in this vocabulary, or one has none."""
     modes = {getattr(part, "mode", None) for part in objective.parts} - {None}
     coded: dict[tuple, str] = {}
     for mode in sorted(modes):
@@ -187,8 +209,8 @@ def check_modes(objective: config.Denoisers, vocabulary: Vocabulary) -> None:
         coded[ids] = mode
 
 
-def name_of(objective: Objective) -> str:
-    """What a person calls the objective, with its mode and numbers: "[NLU] spans 0.15 3"."""
+def objective_name(objective: Objective) -> str:
+    """Name of an objective in reports, with its mode and numbers: "[NLU] spans 0.15 3"."""
     match objective:
         case config.SpanCorruption(density, span):
             name = f"spans {density:g} {span:g}"
@@ -200,3 +222,130 @@ def name_of(objective: Objective) -> str:
             name = "causal"
     mode = getattr(objective, "mode", None)
     return name if mode is None else f"{mode} {name}"
+
+
+def segmentation(items: int, parts: int, keys: np.ndarray) -> np.ndarray:
+    """Lengths [b parts] of a random partition into positive parts, all equally likely.
+
+    Args:
+      items: number of items.
+      parts: number of parts.
+      keys: one uint64 per partition [b].
+    """
+    draws = randomness.keys(0, keys[:, None] + np.arange(1, items, dtype=np.uint64))
+    # The parts - 1 smallest draws say after which items the cuts come.
+    cuts = np.argpartition(draws, parts - 2, axis=1)[:, : parts - 1] if parts > 1 else draws[:, :0]
+    cuts = np.sort(cuts.astype(np.int64), axis=1) + 1
+    edges = np.pad(cuts, ((0, 0), (1, 1)), constant_values=((0, 0), (0, items)))
+    return np.diff(edges, axis=1)
+
+
+def noise_mask(tokens: int, noise: int, spans: int, keys: np.ndarray) -> np.ndarray:
+    """Mask of the hidden tokens [b tokens]: spans alternate with text, text first (T5's
+    random_spans_noise_mask).
+
+    Args:
+      tokens: length of a window.
+      noise: number of hidden tokens.
+      spans: number of hidden spans.
+      keys: one uint64 per window [b].
+    """
+    hidden = segmentation(noise, spans, randomness.keys(1, keys))
+    kept = segmentation(tokens - noise, spans, randomness.keys(2, keys))
+    runs = np.stack([kept, hidden], axis=2).reshape(-1)
+    flags = np.tile(np.array([False, True]), len(keys) * spans)
+    return np.repeat(flags, runs).reshape(len(keys), tokens)
+
+
+def replace_runs(windows: np.ndarray, mask: np.ndarray, sentinels: np.ndarray) -> Ragged:
+    """Replaces the k-th masked run of each window by the k-th sentinel.
+
+    Args:
+      windows: token ids [b t].
+      mask: true where they are replaced [b t].
+      sentinels: ids [k].
+    """
+    first = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
+    marked = np.array(windows)
+    marked[first] = sentinels[(np.cumsum(first, axis=1) - 1)[first]]
+    keep = first | ~mask
+    return Ragged(marked[keep], keep.sum(axis=1))
+
+
+def corrupt(windows: np.ndarray, mask: np.ndarray, sentinels: np.ndarray) -> tuple[Ragged, Ragged]:
+    """Inputs with the masked spans behind sentinels, targets with the rest, without ends.
+
+    Args:
+      windows: token ids [b t].
+      mask: true where they are hidden [b t].
+      sentinels: ids [k].
+    """
+    return replace_runs(windows, mask, sentinels), replace_runs(windows, ~mask, sentinels)
+
+
+def split_prefix(
+    windows: np.ndarray, least: int, most: int, keys: np.ndarray
+) -> tuple[Ragged, Ragged]:
+    """Splits windows at a place drawn uniformly.
+
+    Args:
+      windows: token ids [b t].
+      least: smallest length of the first part.
+      most: greatest length of it.
+      keys: one uint64 per window [b].
+    """
+    place = least + randomness.uniform(3, keys, most - least + 1)
+    before = np.arange(windows.shape[1]) < place[:, None]
+    return (
+        Ragged(windows[before], place),
+        Ragged(windows[~before], windows.shape[1] - place),
+    )
+
+
+def draw_middles(
+    tokens: int, least: int, most: int, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and length [b] of a random run of tokens, every run equally likely.
+
+    Args:
+      tokens: length of a window.
+      least: smallest length of a run.
+      most: greatest length of a run.
+      keys: one uint64 per window [b].
+    """
+    lengths = np.arange(least, most + 1)
+    # The number of places of each length.
+    ends = np.cumsum(tokens - lengths + 1)
+    # 53 bits: all integers that a float holds exactly, whatever the number of runs.
+    share = (randomness.keys(4, keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    drawn = np.floor(share * ends[-1]).astype(np.int64)
+    which = np.searchsorted(ends, drawn, side="right")
+    return ends[which] - 1 - drawn, lengths[which]
+
+
+def fill_in(
+    windows: np.ndarray, middle: tuple[np.ndarray, np.ndarray], marks: np.ndarray, order: str
+) -> tuple[Ragged, Ragged]:
+    """Prefix and suffix of each window with their marks, and the middle.
+
+    Args:
+      windows: token ids [b t].
+      middle: begin and length of the middle of each window [b].
+      marks: ids before the prefix, before the suffix, and after both [3].
+      order: of prefix "p" and suffix "s" in the inputs; "m" is ignored.
+    """
+    begin, length = (each[:, None] for each in middle)
+    place = np.arange(windows.shape[1])
+    before, after = place < begin, place >= begin + length
+    pieces = {
+        "p": (column(marks[:1], len(windows)), select_tokens(windows, before)),
+        "s": (column(marks[1:2], len(windows)), select_tokens(windows, after)),
+    }
+    around = [part for name in order.replace("m", "") for part in pieces[name]]
+    inputs = side_by_side(*around, column(marks[2:], len(windows)))
+    return inputs, select_tokens(windows, ~before & ~after)
+
+
+def select_tokens(windows: np.ndarray, chosen: np.ndarray) -> Ragged:
+    """Tokens of windows [b t] where `chosen` [b t] is true."""
+    return Ragged(windows[chosen], chosen.sum(axis=1))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which lengths share a row: a plan made once, from lengths alone.
+"""Packing of examples into rows: a plan computed once, from lengths alone.
 
 Examples of equal lengths form a class. The plan fixes how many examples of each class stand in
-each row; an epoch only decides which of them, and in which order the rows come. So the number of
-rows of an epoch is known, and any row of any epoch can be found without those before it.
+each row; an epoch only determines which of them, and the order of the rows. So the number of rows
+of an epoch is known, and any row of any epoch can be computed without those before it.
 """
 
 from typing import NamedTuple
@@ -16,20 +16,33 @@ CLASSES = 20_000  # beyond so many different lengths they are rounded up, to bou
 
 
 class Pattern(NamedTuple):
-    """`rows` rows that each take `count` examples of a class after those of the pattern before."""
+    """Rows that each take examples of a class after those of another pattern.
+
+    Attributes:
+      before: number of the other pattern, -1 for new rows.
+      group: number of the class.
+      count: examples of the class in each row.
+    """
 
     before: int
     group: int
     count: int
 
 
-class Plan(NamedTuple):
-    """Rows by pattern, patterns by entry, examples by class; every `first` has one more element.
+class PackingPlan(NamedTuple):
+    """Rows by pattern, patterns by entry, examples by class.
 
-    Pattern p covers rows pattern_first[p]..pattern_first[p + 1]. Its entries e say that each of
-    its rows takes entry_count[e] examples of class entry_class[e]; those of its first row have
-    ranks from entry_rank[e] in the class. members[class_first[c]:class_first[c + 1]] are the
-    examples of class c.
+    Each of the rows of pattern p takes, for each of its entries e, entry_count[e] examples of class
+    entry_class[e].
+
+    Attributes:
+      pattern_first: pattern p covers rows pattern_first[p] to pattern_first[p + 1] - 1.
+      entry_first: pattern p has entries entry_first[p] to entry_first[p + 1] - 1.
+      entry_class: class of an entry.
+      entry_count: examples of it in each row.
+      entry_rank: rank in the class of the first example of the pattern's first row.
+      class_first: class c has members class_first[c] to class_first[c + 1] - 1.
+      members: numbers of the examples, class by class.
     """
 
     pattern_first: np.ndarray
@@ -46,7 +59,7 @@ class Plan(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Examples in rows: example[i] stands in row[i], which counts the rows asked for from 0."""
+    """Examples in rows: example[i] stands in row[i], which counts the selected rows from 0."""
 
     row: np.ndarray
     example: np.ndarray
@@ -59,7 +72,7 @@ def ranges(counts: np.ndarray) -> np.ndarray:
     return np.arange(total) - np.repeat(ends - counts, counts)
 
 
-def classes(lengths: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def length_classes(lengths: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct lengths [k d], and the class of each example [n] from its lengths [n d].
 
     Where there are more than CLASSES, lengths are rounded up to multiples of 2, 4 and so on, but
@@ -78,7 +91,7 @@ def classes(lengths: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 class Bins:
-    """Open rows, grouped by the pattern they carry: how many there are and what room is left."""
+    """Open rows, grouped by their pattern: the number of rows and the room left in each."""
 
     def __init__(self, capacity: np.ndarray):
         self.capacity = capacity
@@ -90,7 +103,7 @@ class Bins:
         self.closed: list[tuple[int, int]] = []
 
     def best(self, lengths: np.ndarray) -> int | None:
-        """The group with the least room that still takes an example of these lengths."""
+        """Returns the group with the least room that still takes an example of these lengths."""
         room = self.room[: self.used]
         fits = (self.rows[: self.used] > 0) & (room >= lengths).all(axis=1)
         candidates = np.flatnonzero(fits)
@@ -99,6 +112,13 @@ class Bins:
         return int(candidates[np.argmin((room[candidates] / self.capacity).sum(axis=1))])
 
     def add(self, rows: int, room: np.ndarray, pattern: int) -> None:
+        """Adds a group of open rows.
+
+        Args:
+          rows: their number.
+          room: tokens left in each [d].
+          pattern: number of their pattern.
+        """
         if rows == 0:
             return
         if self.used == len(self.rows):
@@ -111,9 +131,16 @@ class Bins:
         self.used += 1
 
     def place(self, group: int, lengths: np.ndarray, count: int, source: int | None) -> int:
-        """Puts up to count examples of a class in rows of one group, each as full as it gets.
+        """Places examples of a class in rows of one group, each as full as possible.
 
-        Returns how many found a place. source None opens new rows, as many as are needed.
+        Args:
+          group: number of the class.
+          lengths: of its examples [d].
+          count: examples to place.
+          source: group of rows to fill; None opens as many new rows as are needed.
+
+        Returns:
+          The number of examples that were placed.
         """
         room = self.capacity if source is None else self.room[source].copy()
         pattern = -1 if source is None else int(self.pattern[source])
@@ -130,7 +157,7 @@ class Bins:
         return full * each + rest
 
     def close(self, least: np.ndarray) -> None:
-        """Takes out the groups with no room for any example that is still to come."""
+        """Removes the groups with no room for any of the remaining examples."""
         rows, room = self.rows[: self.used], self.room[: self.used]
         shut = (rows > 0) & (room < least).any(axis=1)
         patterns = self.pattern[: self.used][shut].tolist()
@@ -143,11 +170,16 @@ class Bins:
 
 
 def best_fit(lengths: np.ndarray, counts: np.ndarray, capacity: np.ndarray) -> Bins:
-    """Best fit decreasing over classes of lengths [k d], counts[c] examples each.
+    """Best fit decreasing over classes of lengths.
 
     An example goes to the row with the least room, summed over the lengths as shares of the
     capacity, that takes it; largest examples first. (Of bins of equal size, best fit decreasing
     needs at most 11/9 of the fewest possible: Johnson, 1973.)
+
+    Args:
+      lengths: of each class [k d].
+      counts: examples of each class [k].
+      capacity: of a row [d].
     """
     order = np.argsort(-(lengths / capacity).sum(axis=1), kind="stable")
     least = np.minimum.accumulate(lengths[order][::-1], axis=0)[::-1]
@@ -163,16 +195,19 @@ def best_fit(lengths: np.ndarray, counts: np.ndarray, capacity: np.ndarray) -> B
     return bins
 
 
-def plan(lengths: np.ndarray, capacity: tuple[int, ...], pack: bool) -> Plan:
-    """The plan for examples of these lengths [n d], none above the capacity [d].
+def make_plan(lengths: np.ndarray, capacity: tuple[int, ...], pack: bool) -> PackingPlan:
+    """Plans the rows of examples.
 
-    Without packing every example has a row of its own.
+    Args:
+      lengths: of the examples, none above the capacity [n d].
+      capacity: of a row [d].
+      pack: false gives every example a row of its own.
     """
     limits = np.array(capacity, np.int64)
     if not pack:
-        return alone(len(lengths))
+        return unpacked_plan(len(lengths))
     lengths = np.maximum(lengths, 1)  # an empty example still needs a place
-    shapes, class_of = classes(lengths, limits)
+    shapes, class_of = length_classes(lengths, limits)
     counts = np.bincount(class_of, minlength=len(shapes))
     bins = best_fit(shapes, counts, limits)
     entries: list[tuple[int, int]] = []
@@ -188,7 +223,7 @@ def plan(lengths: np.ndarray, capacity: tuple[int, ...], pack: bool) -> Plan:
     entry_class, entry_count = np.array(entries, np.int64).T
     entry_first = np.array(entry_first)
     taken = entry_count * np.repeat(np.array(rows), np.diff(entry_first))
-    return Plan(
+    return PackingPlan(
         pattern_first=pattern_first,
         entry_first=entry_first,
         entry_class=entry_class,
@@ -200,7 +235,7 @@ def plan(lengths: np.ndarray, capacity: tuple[int, ...], pack: bool) -> Plan:
 
 
 def ranks(entry_class: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """The rank in its class at which each entry begins, entries taking ranks in turn."""
+    """Rank in its class at which each entry begins, entries taking ranks in turn."""
     order = np.argsort(entry_class, kind="stable")
     before = np.cumsum(taken[order]) - taken[order]
     begins = np.searchsorted(entry_class[order], entry_class[order], side="left")
@@ -209,15 +244,22 @@ def ranks(entry_class: np.ndarray, taken: np.ndarray) -> np.ndarray:
     return result
 
 
-def alone(examples: int) -> Plan:
-    """The plan in which row i holds one example of a single class."""
+def unpacked_plan(examples: int) -> PackingPlan:
+    """Plan in which row i holds one example of a single class."""
     one, zero = np.ones(1, np.int64), np.zeros(1, np.int64)
     whole = np.array([0, examples])
-    return Plan(whole, np.array([0, 1]), zero, one, zero, whole, np.arange(examples))
+    return PackingPlan(whole, np.array([0, 1]), zero, one, zero, whole, np.arange(examples))
 
 
-def find(plan: Plan, rows: np.ndarray, epochs: np.ndarray, key: int | None) -> Slots:
-    """The examples of rows[i] of the plan in epoch epochs[i]; in plan order if key is None."""
+def find_slots(plan: PackingPlan, rows: np.ndarray, epochs: np.ndarray, key: int | None) -> Slots:
+    """Selects the examples of rows.
+
+    Args:
+      plan: of the split.
+      rows: numbers of the rows [n].
+      epochs: epoch of each row [n].
+      key: random key of the assignment; None keeps the order of the plan.
+    """
     pattern = np.searchsorted(plan.pattern_first, rows, side="right") - 1
     entries = plan.entry_first[pattern + 1] - plan.entry_first[pattern]
     row = np.repeat(np.arange(len(rows)), entries)

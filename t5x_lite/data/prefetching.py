@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches made ahead of the step that reads them."""
+"""Batches prepared ahead of the step that reads them."""
 
 import queue
 import threading
@@ -12,10 +12,10 @@ AHEAD = 4
 
 
 class Prefetch(Iterator[tuple[int, Batch]]):
-    """(step, batch) from a thread that stays some batches ahead.
+    """Iterator of (step, batch) from a thread that stays some batches ahead.
 
-    `waited` is how many seconds the reader has waited for batches in all. An error in the thread
-    is raised where the batch is read. `close` ends the thread; leaving the loop does too.
+    `waited` is the number of seconds that the reader has waited for batches. An error in the thread
+    is raised where the batch is read. `close` ends the thread; the end of the loop does too.
     """
 
     def __init__(self, batches, start: int, stop: int):
@@ -26,6 +26,13 @@ class Prefetch(Iterator[tuple[int, Batch]]):
         self.thread.start()
 
     def fill(self, batches, start: int, stop: int) -> None:
+        """Puts batches in the queue; runs in the thread.
+
+        Args:
+          batches: source of the batches, by `at(step)`.
+          start: first step.
+          stop: step after the last one.
+        """
         try:
             for step in range(start, stop):
                 if not self.put((step, batches.at(step))):
@@ -35,7 +42,7 @@ class Prefetch(Iterator[tuple[int, Batch]]):
             self.put(error)
 
     def put(self, item) -> bool:
-        """False once the reader is gone."""
+        """Puts an item in the queue; returns False once the reader is gone."""
         while not self.closed.is_set():
             try:
                 self.ready.put(item, timeout=0.1)
@@ -64,5 +71,11 @@ class Prefetch(Iterator[tuple[int, Batch]]):
 
 
 def prefetch(batches, start: int, stop: int) -> Prefetch:
-    """(step, batches.at(step)) for start <= step < stop, made ahead in a thread."""
+    """Iterates over (step, batches.at(step)), prepared ahead in a thread.
+
+    Args:
+      batches: source of the batches, by `at(step)`.
+      start: first step.
+      stop: step after the last one.
+    """
     return Prefetch(batches, start, stop)

@@ -16,7 +16,7 @@ ROUNDS = 6
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al., 2014): a bijection of uint64 arrays."""
+    """The finalizer of SplitMix64 (Steele et al., 2014): a bijection of uint64 arrays."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -35,16 +35,30 @@ def keys(first: int, counters: np.ndarray) -> np.ndarray:
 
 
 def uniform(first: int, counters: np.ndarray, below: np.ndarray | int) -> np.ndarray:
-    """Integers in [0, below), one per counter; below at most 2**32."""
+    """Random integers, one per counter.
+
+    Args:
+      first: the key.
+      counters: integers of any shape.
+      below: exclusive upper bound, at most 2**32; broadcasts against the counters.
+
+    Returns:
+      int64 in [0, below), of the counters' shape.
+    """
     high = keys(first, counters) >> np.uint64(32)
     return (high * np.asarray(below).astype(np.uint64) >> np.uint64(32)).astype(np.int64)
 
 
 def permute(index: np.ndarray, size: np.ndarray | int, first: np.ndarray | int) -> np.ndarray:
-    """Where index goes in a permutation of range(size) chosen by the key; element by element.
+    """Image of an index under a random permutation of range(size), element by element.
 
     A Feistel network on the smallest even number of bits that holds size, walked until it lands
     inside (Black and Rogaway, 2002): a bijection of range(size) in constant memory.
+
+    Args:
+      index: integers in [0, size) [n].
+      size: of the range; broadcasts against index.
+      first: key of the permutation; broadcasts against index.
     """
     index = np.asarray(index, np.int64)
     size = np.broadcast_to(np.asarray(size, np.uint64), index.shape)
@@ -62,7 +76,14 @@ def permute(index: np.ndarray, size: np.ndarray | int, first: np.ndarray | int) 
 
 
 def feistel(x: np.ndarray, half: np.ndarray, mask: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """A keyed bijection of 2 * half bits."""
+    """Keyed bijection of integers of 2 * half bits.
+
+    Args:
+      x: uint64 [n].
+      half: bits of a half [n].
+      mask: 2**half - 1 [n].
+      first: key [n].
+    """
     left, right = x >> half, x & mask
     for turn in range(ROUNDS):
         salted = right + first + np.uint64(turn * GOLDEN & WORD)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """seqio, in both directions: registered Tasks and Mixtures as ours, and ours registered there.
 
-Importing this module imports TensorFlow; only `tasks.resolve` does so, for a name that is none of
-ours, and a user's own module that calls `register_built_ins`.
+Importing this module imports TensorFlow; only `tasks.resolve` does so, for a name that is not one
+of ours, and a user's own module that calls `register_built_ins`.
 """
 
 import functools
@@ -18,44 +18,45 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite import config
-from t5x_lite.data import tasks
+from t5x_lite.data import built_in
 from t5x_lite.data.cache import Chunk
-from t5x_lite.data.corpora import Row
+from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.seqio_objectives import preprocessor as preprocessor
-from t5x_lite.data.seqio_vocabularies import Adapted as Adapted
-from t5x_lite.data.seqio_vocabularies import ours as ours
-from t5x_lite.data.vocabularies import Vocabulary
+from t5x_lite.data.task import CHUNK, Task
+from t5x_lite.tokenizers.seqio_vocabularies import SeqioVocabulary as SeqioVocabulary
+from t5x_lite.tokenizers.seqio_vocabularies import from_seqio as from_seqio
+from t5x_lite.tokenizers.vocabulary import Vocabulary
 
-# They take lengths only to trim, which is done, and counted, when rows are made.
+# They take lengths only to trim, which is done, and counted, when rows are built.
 TRIMMING = (seqio.preprocessors.append_eos_after_trim,)
 
-REGISTERED: dict[str, tasks.Task] = {}  # ours that stand in seqio's registry
+REGISTERED: dict[str, Task] = {}  # ours that stand in seqio's registry
 
 
 def names() -> list[str]:
-    """All that is registered in seqio."""
+    """Names of all Tasks and Mixtures that are registered in seqio."""
     return sorted({*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()})
 
 
-def find(name: str, cfg: config.Data) -> list[tuple[tasks.Task, float]] | None:
-    """The tasks of a registered Task or Mixture with their rates; None if there is none."""
+def find_tasks(name: str, cfg: config.Data) -> list[tuple[Task, float]] | None:
+    """Tasks of a registered Task or Mixture with their rates; None if the name is unknown."""
     if name not in names():
         return None
     if cfg.vocabulary is not None:
         raise ValueError(
             f"{name} is a seqio task with its own vocabulary: leave out Data.vocabulary"
         )
-    found = seqio.get_mixture_or_task(name)
-    if isinstance(found, seqio.Task):
-        return [(adapted(found, cfg), 1.0)]
-    rates = [(task, found.get_rate(task)) for task in found.tasks]
-    return [(adapted(task, cfg), rate) for task, rate in rates if rate > 0]
+    registered = seqio.get_mixture_or_task(name)
+    if isinstance(registered, seqio.Task):
+        return [(adapt_task(registered, cfg), 1.0)]
+    rates = [(task, registered.get_rate(task)) for task in registered.tasks]
+    return [(adapt_task(task, cfg), rate) for task, rate in rates if rate > 0]
 
 
-def adapted(task: seqio.Task, cfg: config.Data) -> tasks.Task:
-    """A seqio Task as ours; one that `register` made, as what it was made from.
+def adapt_task(task: seqio.Task, cfg: config.Data) -> Task:
+    """Converts a seqio Task to ours; for one that `register` added, returns the original.
 
-    Raises ValueError if it has no feature "targets", or a vocabulary that cannot be kept.
+    Raises ValueError if it has no feature "targets", or a vocabulary that cannot be saved.
     """
     if task.name in REGISTERED:
         return REGISTERED[task.name]
@@ -64,15 +65,17 @@ def adapted(task: seqio.Task, cfg: config.Data) -> tasks.Task:
         raise ValueError(
             f'{task.name} has no output feature "targets", only {", ".join(map(repr, features))}'
         )
-    targets = ours(features["targets"], f"{task.name}, targets")
-    inputs = ours(features["inputs"], f"{task.name}, inputs") if "inputs" in features else targets
+    targets = from_seqio(features["targets"], f"{task.name}, targets")
+    inputs = (
+        from_seqio(features["inputs"], f"{task.name}, inputs") if "inputs" in features else targets
+    )
     cut_to = cfg.lengths if any(map(needs_lengths, task.preprocessors)) else None
     pair = (inputs, targets)
-    return tasks.Task(
+    return Task(
         name=task.name,
         splits=tuple(task.splits),
         vocabularies=pair,
-        read=functools.partial(read, task, cut_to, pair),
+        read=functools.partial(read_examples, task, cut_to, pair),
         source=functools.partial(source, task, cut_to),
         has_inputs="inputs" in features,
         metrics=(),
@@ -81,25 +84,39 @@ def adapted(task: seqio.Task, cfg: config.Data) -> tasks.Task:
 
 
 def needs_lengths(preprocessor: Callable) -> bool:
-    """Whether it cuts up text by length, as t5's span_corruption does, and not only trims."""
+    """True if a preprocessor cuts text up by length, as t5's span_corruption does, and does not
+    only trim."""
     if preprocessor in TRIMMING:
         return False
     return "sequence_length" in inspect.signature(preprocessor).parameters
 
 
-def dataset(task: seqio.Task, cut_to: dict | None, split: str, seed: int) -> tf.data.Dataset:
-    """The task's examples in source order, not trimmed; the seed decides random preprocessors."""
+def load_dataset(task: seqio.Task, cut_to: dict | None, split: str, seed: int) -> tf.data.Dataset:
+    """Loads a task's examples in source order, not trimmed.
+
+    Args:
+      task: of seqio.
+      cut_to: lengths for preprocessors that cut text up, or None.
+      split: of the task.
+      seed: of random preprocessors.
+    """
     examples = task.source.get_dataset(split=split, shuffle=False)
     examples = task.preprocess_precache(examples, seed=seed)
     return task.preprocess_postcache(examples, sequence_length=cut_to, seed=seed)
 
 
 def as_text(value, vocabulary: Vocabulary, ids: np.ndarray) -> str:
-    """The text that came with the ids, where it is one string; else what they decode to."""
+    """Text of one side of an example.
+
+    Args:
+      value: the pretokenized text, if the task kept it.
+      vocabulary: decodes the ids where there is no text.
+      ids: of the example.
+    """
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else vocabulary.decode(ids)
 
 
-def read(
+def read_examples(
     task: seqio.Task,
     cut_to: dict | None,
     pair: tuple[Vocabulary, Vocabulary],
@@ -107,63 +124,90 @@ def read(
     begin: int = 0,
     epoch: int = 0,
 ) -> Iterator[Chunk]:
-    """The examples from number `begin` on."""
-    found = dataset(task, cut_to, split, seed=epoch).skip(begin).as_numpy_iterator()
-    while batch := list(itertools.islice(found, tasks.CHUNK)):
+    """Reads the examples of a split.
+
+    Args:
+      task: of seqio.
+      cut_to: lengths for preprocessors that cut text up, or None.
+      pair: vocabularies of (inputs, targets).
+      split: of the task.
+      begin: number of the first example.
+      epoch: seed of random preprocessors.
+
+    Raises:
+      ValueError: the preprocessors return no inputs or targets.
+    """
+    examples = load_dataset(task, cut_to, split, seed=epoch).skip(begin).as_numpy_iterator()
+    while batch := list(itertools.islice(examples, CHUNK)):
         absent = {"inputs", "targets"} & set(task.output_features) - set(batch[0])
         if absent:
             raise ValueError(
-                f"{task.name}: its preprocessors give no feature {', '.join(sorted(absent))}, only "
+                f"{task.name}: its preprocessors return no {', '.join(sorted(absent))}, only "
                 f"{', '.join(batch[0])}"
             )
         targets = [np.asarray(each["targets"]) for each in batch]
         inputs = None
         if "inputs" in task.output_features:
             inputs = [np.asarray(each["inputs"]) for each in batch]
-        rows = [text_row(each, pair) for each in batch] if split != "train" else None
+        rows = [make_example(each, pair) for each in batch] if split != "train" else None
         yield Chunk(inputs, targets, rows)
 
 
-def text_row(example: dict, pair: tuple[Vocabulary, Vocabulary]) -> Row:
+def make_example(example: dict, pair: tuple[Vocabulary, Vocabulary]) -> TextExample:
+    """Example of seqio as text; pair decodes the ids where the text was not kept."""
     targets = as_text(example.get("targets_pretokenized"), pair[1], example["targets"])
     inputs = None
     if "inputs" in example:
         inputs = as_text(example.get("inputs_pretokenized"), pair[0], example["inputs"])
-    return Row(inputs, targets, (targets,))
+    return TextExample(inputs, targets, (targets,))
 
 
 def score(
     task: seqio.Task, cut_to: dict | None, split: str, predictions: list[str]
 ) -> dict[str, float]:
-    """The task's own metric functions over predictions of the first examples of the split."""
+    """Computes a task's own metrics of predictions.
+
+    Args:
+      task: of seqio.
+      cut_to: lengths for preprocessors that cut text up, or None.
+      split: of the task.
+      predictions: texts for the first examples of the split.
+    """
     vocabulary = task.output_features["targets"].vocabulary
-    answers, said = [], []
-    examples = dataset(task, cut_to, split, seed=0).as_numpy_iterator()
+    answers, outputs = [], []
+    examples = load_dataset(task, cut_to, split, seed=0).as_numpy_iterator()
     for example, prediction in zip(examples, predictions, strict=False):
         right = vocabulary.decode([int(token) for token in example["targets"]])
         answers.append(task.postprocess_fn(right, example=example, is_target=True))
-        said.append(task.postprocess_fn(prediction, example=example, is_target=False))
+        outputs.append(task.postprocess_fn(prediction, example=example, is_target=False))
     result = {}
     for metric in task.predict_metric_fns:
-        result |= {name: float(value) for name, value in metric(answers, said).items()}
+        result |= {name: float(value) for name, value in metric(answers, outputs).items()}
     return result
 
 
 def source(task: seqio.Task, cut_to: dict | None, split: str) -> str:
-    """Identifies what the task reads and does, as far as that can be seen from outside."""
-    seen = [describe(task.source), split, str(cut_to), *map(describe, task.preprocessors)]
+    """Digest of a task's source and preprocessors, as far as they can be inspected.
+
+    Args:
+      task: of seqio.
+      cut_to: lengths for preprocessors that cut text up, or None.
+      split: of the task.
+    """
+    parts = [describe(task.source), split, str(cut_to), *map(describe, task.preprocessors)]
     if isinstance(task.source, seqio.FileDataSource):
         for name in task.source.list_shards(split):
             path = Path(name)
-            seen.append(f"{name} {path.stat() if path.exists() else ''}")
+            parts.append(f"{name} {path.stat() if path.exists() else ''}")
     if isinstance(task.source, seqio.TfdsDataSource):
         builder = task.source.tfds_dataset.builder
-        seen.append(f"{builder.info.full_name} {builder.info.splits[split].num_examples}")
-    return hashlib.sha256("\n".join(seen).encode()).hexdigest()
+        parts.append(f"{builder.info.full_name} {builder.info.splits[split].num_examples}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def describe(thing) -> str:
-    """A function by its name and code, anything else by how it prints, less memory addresses."""
+    """Text of a function by its name and code, of anything else by its repr, without memory
+    addresses."""
     if isinstance(thing, functools.partial):
         parts = [thing.func, *thing.args, *thing.keywords.values()]
         return f"partial({', '.join(map(describe, parts))})"
@@ -180,7 +224,7 @@ def describe(thing) -> str:
 
 
 def describe_code(code: types.CodeType) -> str:
-    """A digest of what the code does, the same in every process."""
+    """Digest of bytecode, the same in every process."""
     parts = [code.co_code.hex(), *code.co_names]
     for constant in code.co_consts:
         if inspect.iscode(constant):
@@ -192,7 +236,7 @@ def describe_code(code: types.CodeType) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def register(task: tasks.Task) -> seqio.Task:
+def register(task: Task) -> seqio.Task:
     """Registers one of our tasks in seqio under its own name, with its vocabularies and ids.
 
     A mixture or another converter then reads it like any seqio Task; it is done once per name.
@@ -201,14 +245,14 @@ def register(task: tasks.Task) -> seqio.Task:
         return seqio.TaskRegistry.get(task.name)
     names = ("inputs", "targets") if task.has_inputs else ("targets",)
     pair = {"inputs": task.vocabularies[0], "targets": task.vocabularies[1]}
-    features = {name: seqio.Feature(Adapted(pair[name]), pair[name].ends) for name in names}
+    features = {name: seqio.Feature(SeqioVocabulary(pair[name]), pair[name].ends) for name in names}
 
     def examples(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         signature = {name: tf.TensorSpec([None], tf.int32) for name in names} | {
             f"{name}_pretokenized": tf.TensorSpec([], tf.string) for name in names
         }
         return tf.data.Dataset.from_generator(
-            lambda: dictionaries(task, split, names), output_signature=signature
+            lambda: example_dicts(task, split, names), output_signature=signature
         )
 
     REGISTERED[task.name] = task
@@ -220,8 +264,14 @@ def register(task: tasks.Task) -> seqio.Task:
     )
 
 
-def dictionaries(task: tasks.Task, split: str, names: tuple[str, ...]) -> Iterator[dict]:
-    """One dictionary of ids and text per example."""
+def example_dicts(task: Task, split: str, names: tuple[str, ...]) -> Iterator[dict]:
+    """Yields a dictionary of ids and text per example.
+
+    Args:
+      task: one of ours.
+      split: of the task.
+      names: of its features.
+    """
     for chunk in task.read(split):
         for i in range(len(chunk.targets)):
             yield {name: getattr(chunk, name)[i] for name in names} | {
@@ -231,5 +281,5 @@ def dictionaries(task: tasks.Task, split: str, names: tuple[str, ...]) -> Iterat
 
 def register_built_ins() -> None:
     """Registers the built-in tasks, so that a seqio Mixture can name them."""
-    for name in tasks.BUILT_IN:
-        register(tasks.built_in(name, None, ""))
+    for name in built_in.BUILT_IN:
+        register(built_in.built_in_task(name, None, ""))

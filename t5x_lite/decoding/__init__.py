@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ids to ids: one loop for plain and drafted decoding, beam search, scoring of given targets."""
+"""Ids to ids: one loop for plain and drafted decoding, beam search, scoring of targets."""
 
 from t5x_lite.decoding.generation import Drafting, Result, generate
-from t5x_lite.decoding.request import Request, bucket, pad, request
+from t5x_lite.decoding.request import Request, bucket_length, make_request, pad_rows
 from t5x_lite.decoding.scoring import Scores, score
 from t5x_lite.decoding.streaming import stream
-from t5x_lite.decoding.target import precise, prepare
+from t5x_lite.decoding.target import prepare_params, with_cpu_dtype
 
 __all__ = [
     "Drafting",
     "Request",
     "Result",
     "Scores",
-    "bucket",
+    "bucket_length",
     "generate",
-    "pad",
-    "precise",
-    "prepare",
-    "request",
+    "make_request",
+    "pad_rows",
+    "prepare_params",
     "score",
     "stream",
+    "with_cpu_dtype",
 ]

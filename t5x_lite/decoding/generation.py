@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a request to ids: read the inputs, fill the cache, run the loop, hand back what is new."""
+"""From a request to ids: encode the inputs, fill the cache, run the loop, return the new tokens.
+
+b rows    n texts per row    T slots of a row    L new tokens, at most
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -8,49 +11,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 from t5x_lite import config, model, sharding
-from t5x_lite.decoding import acceptance, beam, loop, target, widths
-from t5x_lite.decoding.protocol import Drafter, Prompts, Rules, Setting, State, Target
-from t5x_lite.decoding.request import Request, bucket
-from t5x_lite.decoding.sampling import Sampling
+from t5x_lite.decoding import beam, loop, target
+from t5x_lite.decoding.acceptance import exact
+from t5x_lite.decoding.adaptive.adaptive_loop import run_adaptive_loop
+from t5x_lite.decoding.adaptive.drafter import Adaptive
+from t5x_lite.decoding.protocol import (
+    DecodeContext,
+    DecodeState,
+    Drafter,
+    Prompts,
+    StoppingCriteria,
+    Target,
+)
+from t5x_lite.decoding.request import Request, bucket_length
+from t5x_lite.decoding.sampling import SamplingParams
 
 
 class Result(NamedTuple):
-    """New tokens [b n L], padded with 0, best first; their lengths [b n], EOS counted.
+    """Decoded texts, the best one first.
 
-    log_probability [b n] sums over the tokens; scores [b n] are log_probability over the length
-    penalty, which is what beams are ranked by. calls is how many forward passes it took; call and
-    node [b n L] say of each token in which of them it was written and which node of the block had
-    guessed it (0: none; None after beam search).
+    Attributes:
+      tokens: [b n L], padded with 0.
+      lengths: [b n], EOS counted.
+      scores: [b n], log_probability over the length penalty; ranks beams.
+      log_probability: [b n], summed over the tokens.
+      steps: number of forward passes.
+      token_step: [b n L], the forward pass that wrote each token; None after beam search.
+      token_node: [b n L], the node of the block whose draft a token was, 0 for the model's own
+        choice; None after beam search.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     scores: np.ndarray
     log_probability: np.ndarray
-    calls: int
-    call: np.ndarray | None = None
-    node: np.ndarray | None = None
+    steps: int
+    token_step: np.ndarray | None = None
+    token_node: np.ndarray | None = None
 
 
-class Shape(NamedTuple):
-    """What an executable is compiled for, besides the shapes of its arguments."""
+class DecodeProgram(NamedTuple):
+    """Static arguments of a compiled program, besides the shapes of its arrays.
+
+    Attributes:
+      cfg: config of the model.
+      length: L.
+      beams: beams of a row; 1 for the decoding loop.
+      n_best: texts to return per row.
+      drafter: the drafter.
+      accept: the acceptance rule.
+    """
 
     cfg: config.Model
     length: int
     beams: int
     n_best: int
     drafter: Drafter
-    accept: acceptance.Acceptance
+    accept: exact.Acceptance
 
 
 class Drafting(NamedTuple):
-    """Who drafts, with the weights it needs, and which of its guesses are accepted."""
+    """A drafter with its weights and the rule that accepts its drafts.
+
+    Attributes:
+      drafter: the drafter.
+      weights: its own weights, any tree of arrays, or None.
+      accept: the acceptance rule.
+    """
 
     drafter: Drafter = loop.Plain()
     weights: Any = None
-    accept: acceptance.Acceptance = acceptance.Exact()
+    accept: exact.Acceptance = exact.Exact()
 
 
 PLAIN = Drafting()
@@ -63,31 +97,52 @@ def generate(
     decode: config.Decode,
     drafting: Drafting = PLAIN,
 ) -> Result:
-    """What the model writes after each row of the request, decided on the device alone.
+    """Continues each row of a request, on the device from the first token to the last.
 
-    params come from `prepare`. drafting changes how many forward passes that takes and, as long as
-    its acceptance is exact, no token. Runs under the mesh in force; rows must be a multiple
-    of `sharding.batch_shards()`.
+    Runs under the mesh in force; rows must be a multiple of `sharding.batch_shards()`.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      request: the rows.
+      decode: limits, sampling and beams.
+      drafting: changes how many forward passes are needed and, if its acceptance is exact, no
+        token.
+
+    Returns:
+      The new tokens, as numpy arrays.
     """
-    how = (decode.beams, decode.n_best, drafting.drafter, drafting.accept)
-    shape = Shape(target.precise(cfg), bucket(decode.length), *how)
-    placed = place(request._replace(eos=None))
-    draws = place(draw(request, decode)) if decode.temperature > 0 else None
-    alpha = jnp.float32(decode.alpha)
-    result = compiled(
-        shape, params, placed._replace(eos=request.eos), draws, alpha, drafting.weights
+    program = DecodeProgram(
+        cfg=target.with_cpu_dtype(cfg),
+        length=bucket_length(decode.max_new_tokens),
+        beams=decode.beams,
+        n_best=decode.n_best,
+        drafter=drafting.drafter,
+        accept=drafting.accept,
     )
-    result = jax.device_get(result)
-    length = int(max(decode.length, 1))
-    each = {name: getattr(result, name) for name in ("tokens", "call", "node")}
-    cut = {name: None if rows is None else rows[:, :, :length] for name, rows in each.items()}
-    return result._replace(calls=int(result.calls), **cut)
+    placed = shard_rows(request._replace(eos=None))
+    sampling = shard_rows(make_sampling_params(request, decode)) if decode.temperature > 0 else None
+    alpha = jnp.float32(decode.alpha)
+    result = compiled_generate(
+        program, params, placed._replace(eos=request.eos), sampling, alpha, drafting.weights
+    )
+    return trim_result(jax.device_get(result), max(decode.max_new_tokens, 1))
 
 
-def draw(request: Request, decode: config.Decode) -> Sampling:
-    """How each row of the request draws."""
+def trim_result(result: Result, length: int) -> Result:
+    """Cuts the arrays of a result, whose L is a bucket, to `length` tokens."""
+    arrays = {
+        name: getattr(result, name)[:, :, :length]
+        for name in ("tokens", "token_step", "token_node")
+        if getattr(result, name) is not None
+    }
+    return result._replace(steps=int(result.steps), **arrays)
+
+
+def make_sampling_params(request: Request, decode: config.Decode) -> SamplingParams:
+    """Returns the sampling parameters of each row of the request."""
     rows = len(request.row)
-    return Sampling(
+    return SamplingParams(
         temperature=np.full(rows, decode.temperature, np.float32),
         top_k=np.full(rows, decode.top_k, np.int32),
         top_p=np.full(rows, decode.top_p, np.float32),
@@ -96,8 +151,8 @@ def draw(request: Request, decode: config.Decode) -> Sampling:
     )
 
 
-def place(rows: Any) -> Any:
-    """Arrays that every process holds whole, split over the mesh by rows.
+def shard_rows(rows: Any) -> Any:
+    """Splits arrays, complete on every process, over the mesh by rows.
 
     Raises:
       ValueError: the rows cannot be split evenly.
@@ -111,93 +166,196 @@ def place(rows: Any) -> Any:
                 "batch to a multiple"
             )
         axes = "batch length" if array.ndim == 2 else "batch"
-        named = sharding.named(axes)
-        return jax.make_array_from_callback(array.shape, named, lambda part: array[part])
+        return sharding.place_whole(array, sharding.named_sharding(axes))
 
     return jax.tree.map(split, rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled(shape: Shape, params, request: Request, draws, alpha, weights) -> Result:
-    """One executable per shape: temperature, limits, seeds and penalties do not change it."""
-    read = model.Read()
+def compiled_generate(
+    program: DecodeProgram,
+    params: Any,
+    request: Request,
+    sampling: SamplingParams | None,
+    alpha: Array,
+    weights: Any,
+) -> Result:
+    """Decodes a request; temperature, limits, seeds and penalties share one executable.
+
+    Args:
+      program: static arguments.
+      params: weights of the model.
+      request: the rows, on the mesh.
+      sampling: how rows are sampled; None for greedy decoding.
+      alpha: exponent of the length penalty, float32.
+      weights: the drafter's own weights.
+
+    Returns:
+      The result, replicated, its arrays `program.length` long.
+    """
+    cfg = program.cfg
+    encoded = model.EncoderMemory()
     if request.inputs is not None:
-        read = target.read(shape.cfg, params, request.inputs, request.inputs_length)
-    setting = set_up(shape, target.of(shape.cfg, params, read), request, draws, weights)
-    prompts, rules, slots = setting.prompts, setting.rules, setting.slots
-    cache = target.prefill(shape.cfg, params, read, prompts, slots)
-    if shape.beams > 1:
-        read, cache = jax.tree.map(lambda x: beam.spread(x, shape.beams), (read, cache))
-        search = beam.Search(shape.beams, shape.n_best, alpha)
-        state = beam.start(search, prompts, rules, cache, slots)
-        state = beam.run(target.of(shape.cfg, params, read), search, rules, state)
-        result = ranked(state, search, shape.length)
+        encoded = target.encode_inputs(cfg, params, request.inputs, request.inputs_length)
+    decoded = target.make_target(cfg, params, encoded)
+    context = make_context(program, decoded, request, sampling, weights)
+    prompts, stopping, slots = context.prompts, context.stopping, context.slots
+    cache = target.prefill(cfg, params, encoded, prompts, slots)
+    if program.beams > 1:
+        repeat = functools.partial(beam.repeat_rows, beams=program.beams)
+        encoded, cache = jax.tree.map(repeat, (encoded, cache))
+        search = beam.BeamSearch(program.beams, program.n_best, alpha)
+        state = beam.initial_beams(search, prompts, stopping, cache, slots)
+        decoded = target.make_target(cfg, params, encoded)
+        state = beam.run_beam_search(decoded, search, stopping, state)
+        result = beam_result(state, search, program.length)
     else:
-        state = started(setting, cache, slots, shape.drafter.begin(setting))
-        result = written(run(shape, setting, state), prompts, shape.length, alpha)
+        state = initial_state(context, cache, slots, program.drafter.begin(context))
+        result = loop_result(run_decoding(program, context, state), prompts, program.length, alpha)
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
 
 
-def set_up(shape: Shape, asked: Target, request: Request, draws, weights) -> Setting:
-    """What stays the same while the request is put to a model, its inputs read."""
-    return Setting(
-        asked,
-        Rules(request.eos, request.prompts_length + request.limit, draws),
-        Prompts(request.prompts, request.prompts_length),
-        request.inputs,
-        request.inputs_length,
-        weights,
-        request.prompts.shape[1] + shape.length + shape.drafter.tree.width,
+def make_context(
+    program: DecodeProgram,
+    decoded: Target,
+    request: Request,
+    sampling: SamplingParams | None,
+    weights: Any,
+) -> DecodeContext:
+    """Collects what stays constant while a request is decoded.
+
+    Args:
+      program: static arguments.
+      decoded: the model, its inputs encoded.
+      request: the rows.
+      sampling: how rows are sampled; None for greedy decoding.
+      weights: the drafter's own weights.
+
+    Returns:
+      The context.
+    """
+    return DecodeContext(
+        target=decoded,
+        stopping=StoppingCriteria(request.eos, request.prompts_length + request.limit),
+        prompts=Prompts(request.prompts, request.prompts_length),
+        inputs=request.inputs,
+        inputs_length=request.inputs_length,
+        weights=weights,
+        slots=request.prompts.shape[1] + program.length + program.drafter.tree.width,
+        sampling=sampling,
     )
 
 
-def run(shape: Shape, setting: Setting, state: State) -> State:
-    """The state when every row is done, or when the rules want a pause."""
-    adapts = isinstance(shape.drafter, widths.Adaptive)
-    return (widths if adapts else loop).run(setting, shape.drafter, shape.accept, state)
+def run_decoding(program: DecodeProgram, context: DecodeContext, state: DecodeState) -> DecodeState:
+    """Decodes until every row is done, or paused.
+
+    Args:
+      program: static arguments.
+      context: constants of the request.
+      state: state to start from.
+
+    Returns:
+      The last state.
+    """
+    adaptive = isinstance(program.drafter, Adaptive)
+    run = run_adaptive_loop if adaptive else loop.run_loop
+    return run(context, program.drafter, program.accept, state)
 
 
-def started(setting: Setting, cache, slots: int, memory) -> State:
-    """The loop's first state: everything but the last token of each prompt is in the cache."""
-    prompts, rules = setting.prompts, setting.rules
+def initial_state(
+    context: DecodeContext, cache: Any, slots: int, drafter_state: Any
+) -> DecodeState:
+    """Returns the loop's first state, all but the last token of each prompt in the cache.
+
+    Args:
+      context: constants of the request.
+      cache: cache of the prompts.
+      slots: T.
+      drafter_state: the drafter's first state.
+    """
+    prompts = context.prompts
     tokens = prompts.tokens
     last = jnp.arange(tokens.shape[1]) == prompts.length[:, None] - 1
     tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
-    return State(
+    return DecodeState(
         tokens=tokens,
         length=prompts.length - 1,
         root=jnp.sum(jnp.where(last, prompts.tokens, 0), axis=1),
-        done=prompts.length >= rules.limit,
+        done=prompts.length >= context.stopping.limit,
         log_probability=jnp.zeros_like(prompts.length, jnp.float32),
-        call=jnp.zeros_like(tokens),
-        node=jnp.zeros_like(tokens),
-        calls=jnp.int32(0),
+        token_step=jnp.zeros_like(tokens),
+        token_node=jnp.zeros_like(tokens),
+        steps=jnp.int32(0),
         cache=cache,
-        memory=memory,
+        drafter_state=drafter_state,
     )
 
 
-def written(state: State, prompts: Prompts, length: int, alpha) -> Result:
-    """What each row wrote after its prompt."""
+def loop_result(state: DecodeState, prompts: Prompts, length: int, alpha: Array) -> Result:
+    """Returns the text that each row has after its prompt.
+
+    Args:
+      state: state of the loop.
+      prompts: the prompts.
+      length: L.
+      alpha: exponent of the length penalty.
+    """
     lengths = state.length + 1 - prompts.length
-    new = lambda slots: since(slots, prompts.length, lengths, length)[:, None]
-    scores = state.log_probability / beam.penalty(lengths, alpha)
-    each = (x[:, None] for x in (lengths, scores, state.log_probability))
-    return Result(new(state.tokens), *each, state.calls, new(state.call), new(state.node))
 
+    def new(slots):
+        return slice_new_tokens(slots, prompts.length, lengths, length)[:, None]
 
-def ranked(state: beam.State, search: beam.Search, length: int) -> Result:
-    """The best n finished texts of each row."""
-    tokens, lengths, log_probability, scores = jax.tree.map(
-        lambda x: x[:, : search.n_best], state.finished
+    scores = state.log_probability / beam.length_penalty(lengths, alpha)
+    return Result(
+        tokens=new(state.tokens),
+        lengths=lengths[:, None],
+        scores=scores[:, None],
+        log_probability=state.log_probability[:, None],
+        steps=state.steps,
+        token_step=new(state.token_step),
+        token_node=new(state.token_node),
     )
-    cut = lambda tokens, lengths: since(tokens, state.prompt, lengths, length)
-    tokens = jax.vmap(cut, in_axes=1, out_axes=1)(tokens, lengths)
-    return Result(tokens, lengths, scores, log_probability, state.calls)
 
 
-def since(tokens, start, lengths, size: int):
-    """tokens [b T] from slot start[b] on, `size` of them, those from lengths[b] on set to 0."""
-    take = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size)
+def beam_result(state: beam.BeamState, search: beam.BeamSearch, length: int) -> Result:
+    """Returns the n best finished texts of each row.
+
+    Args:
+      state: last state of the search.
+      search: its settings.
+      length: L.
+    """
+    finished = jax.tree.map(lambda x: x[:, : search.n_best], state.finished)
+
+    def new(tokens, lengths):
+        return slice_new_tokens(tokens, state.prompt, lengths, length)
+
+    return Result(
+        tokens=jax.vmap(new, in_axes=1, out_axes=1)(finished.tokens, finished.lengths),
+        lengths=finished.lengths,
+        scores=finished.score,
+        log_probability=finished.log_probability,
+        steps=state.steps,
+    )
+
+
+def slice_new_tokens(
+    tokens: Int[Array, "b T"], start: Int[Array, " b"], lengths: Int[Array, " b"], size: int
+) -> Int[Array, "b L"]:
+    """Takes the slots after the prompts.
+
+    Args:
+      tokens: the rows, of tokens or of any other numbers per slot.
+      start: first slot after each prompt.
+      lengths: how many slots of each row to keep; those after them are set to 0.
+      size: L.
+
+    Returns:
+      The slots start[b], start[b] + 1, ...
+    """
+
+    def take(row, start):
+        return jax.lax.dynamic_slice_in_dim(row, start, size)
+
     tokens = jax.vmap(take)(tokens, start)
     return jnp.where(jnp.arange(size) < lengths[:, None], tokens, 0)

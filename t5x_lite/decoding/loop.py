@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoding loop: propose, verify a block in one forward pass, accept, commit, observe.
 
-  b rows    w nodes of a block    D most tokens that one call can add    T slots of a row
+  b rows    w nodes of a block    D most tokens that one step can add    T slots of a row
+  v vocabulary    d model width
 
-Slot i of a row holds its token at position i; a prompt comes first. What holds between iterations:
-  the cache's slots below length[b] equal a fresh prefill of tokens[b, :length[b]];
-  slots from length[b] on are never read before they are overwritten;
+Slot i of a row holds its token at position i; a prompt comes first. Invariants between steps:
+  slots [0, length[b]) of the cache equal a fresh prefill of tokens[b, :length[b]];
+  slots from length[b] on are overwritten before they are read;
   tokens[b, length[b]] is root[b], chosen but not yet in the cache;
-  a row that is not done grows by at least one token per iteration;
-  what a row writes depends on no other row.
+  a row that is not done grows by at least one token per step;
+  a row's text depends on no other row.
 Plain decoding is the loop at width 1.
 """
 
@@ -22,77 +23,127 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import sharding
-from t5x_lite.decoding import acceptance, sampling
+from t5x_lite.decoding import sampling
+from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.protocol import (
+    DecodeContext,
+    DecodeState,
     Draft,
     Drafter,
-    Rules,
-    Setting,
-    State,
+    StoppingCriteria,
     Target,
     Tree,
-    Verdict,
+    VerifyOutput,
     chain,
 )
 
 
 @dataclass(frozen=True)
 class Plain:
-    """The drafter that guesses nothing: one token per forward pass."""
+    """Drafter of plain decoding: no drafts, one token per forward pass.
+
+    Attributes:
+      tree: the root alone.
+      top: 0.
+    """
 
     tree: Tree = chain(1)
     top: int = 0
 
-    def begin(self, setting):
-        return None
+    def begin(self, context: DecodeContext) -> None:
+        """Returns no state."""
 
-    def propose(self, setting, memory, state):
-        return Draft(state.root[:, None][:, :0]), memory
+    def propose(self, context: DecodeContext, drafter_state: None, state: DecodeState):
+        """Returns an empty draft.
 
-    def observe(self, setting, memory, state, verdict):
-        return memory
+        Args:
+          context: constants of the request; unused.
+          drafter_state: None.
+          state: state of the loop.
+        """
+        return Draft(state.root[:, None][:, :0]), drafter_state
+
+    def observe(
+        self, context: DecodeContext, drafter_state: None, state: DecodeState, output: VerifyOutput
+    ) -> None:
+        """Returns no state.
+
+        Args:
+          context: constants of the request; unused.
+          drafter_state: None.
+          state: state of the loop; unused.
+          output: what the model made of the block; unused.
+        """
 
 
-def run(setting: Setting, drafter: Drafter, accept: acceptance.Acceptance, state: State) -> State:
-    """The state when every row is done, on the device from the first token to the last."""
+def run_loop(
+    context: DecodeContext, drafter: Drafter, accept: exact.Acceptance, state: DecodeState
+) -> DecodeState:
+    """Decodes until every row is done, or paused; all on the device.
 
-    def iterate(state: State) -> State:
-        draft, memory = drafter.propose(setting, state.memory, state)
-        verdict, cache = verify(setting, drafter, accept, state, draft)
-        state = commit(state._replace(cache=cache), drafter.tree, verdict, setting.rules)
-        return state._replace(memory=drafter.observe(setting, memory, state, verdict))
+    Args:
+      context: constants of the request.
+      drafter: proposes the blocks.
+      accept: the rule that decides which drafts are accepted.
+      state: state to start from.
 
-    going = functools.partial(goes_on, setting.rules)
-    return jax.lax.while_loop(going, iterate, state)
+    Returns:
+      The last state.
+    """
+
+    def iterate(state: DecodeState) -> DecodeState:
+        draft, drafter_state = drafter.propose(context, state.drafter_state, state)
+        output, cache = verify(context, drafter, accept, state, draft)
+        state = commit(state._replace(cache=cache), drafter.tree, output, context.stopping)
+        return state._replace(drafter_state=drafter.observe(context, drafter_state, state, output))
+
+    unfinished = functools.partial(should_continue, context.stopping)
+    return jax.lax.while_loop(unfinished, iterate, state)
 
 
-def goes_on(rules: Rules, state: State) -> Bool[Array, ""]:
-    """Whether some row is not done, and no pause is wanted yet."""
+def should_continue(stopping: StoppingCriteria, state: DecodeState) -> Bool[Array, ""]:
+    """Returns True while some row is not done and the step of the pause is not reached."""
     left = jnp.any(~state.done)
-    return left if rules.pause is None else left & (state.calls < rules.pause)
+    return left if stopping.pause is None else left & (state.steps < stopping.pause)
 
 
 def verify(
-    setting: Setting, drafter: Drafter, accept: acceptance.Acceptance, state: State, draft: Draft
-) -> tuple[Verdict, Any]:
-    """One forward pass over root and drafts, and how far the row goes on with them."""
-    target, rules, tree = setting.target, setting.rules, drafter.tree
+    context: DecodeContext,
+    drafter: Drafter,
+    accept: exact.Acceptance,
+    state: DecodeState,
+    draft: Draft,
+) -> tuple[VerifyOutput, Any]:
+    """Runs one forward pass over root and drafts, and applies the acceptance rule.
+
+    Args:
+      context: constants of the request.
+      drafter: gives the shape of the block and which outputs it needs.
+      accept: the acceptance rule.
+      state: state of the loop before the step.
+      draft: the draft tokens.
+
+    Returns:
+      The output, and the cache with the block in the slots from length[b] on.
+    """
+    target, tree = context.target, drafter.tree
     block = jnp.concatenate(sharding.by_rows([state.root[:, None], draft.tokens]), axis=1)
     # -1 matches nothing, but embeds as some token; its keys and values are overwritten.
+    tokens = jnp.maximum(block, 0)
     cache = state.cache if draft.cache is None else draft.cache
     middle = getattr(drafter, "middle", None)
-    given = (jnp.maximum(block, 0), state.length, cache, tree)
     if middle is None:
-        hidden, cache = target.forward(*given)
+        hidden, cache = target.forward(tokens, state.length, cache, tree)
     else:
-        hidden, cache, middle = in_two(target, middle, *given)
-    logits, beside = said(setting, drafter, hidden)
+        hidden, cache, middle = forward_in_two(target, middle, tokens, state.length, cache, tree)
+    logits = target.logits(hidden)
     positions = state.length[:, None] + 1 + tree.depth
-    chosen = sampling.choose(logits, positions, rules.sampling)
-    judged = acceptance.Judged(block, logits, chosen, draft, positions, tree, rules.sampling)
-    path, tokens, count = accept(judged)
+    chosen = sampling.choose_tokens(logits, positions, context.sampling)
+    path, tokens, count = accept(
+        exact.VerifyInput(block, logits, chosen, draft, positions, tree, context.sampling)
+    )
     along = logits if tree.is_chain else jax.vmap(lambda row, nodes: row[nodes])(logits, path)
-    return Verdict(
+    return VerifyOutput(
         block=block,
         chosen=chosen,
         hidden=hidden,
@@ -100,101 +151,153 @@ def verify(
         path=path,
         tokens=tokens,
         log_probability=token_log_probability(along, tokens),
-        count=cut(tokens, count, rules, state),
+        count=count_committed(tokens, count, context.stopping, state),
         middle=middle,
-        beside=beside,
     ), cache
 
 
-def said(
-    setting: Setting, drafter: Drafter, hidden: Float[Array, "b w d"]
-) -> tuple[Float[Array, "b w v"], Float[Array, "b m v"] | None]:
-    """The logits of the block, and of what the drafter reads beside it in the same product."""
-    beside = getattr(drafter, "beside", None)
-    if beside is None:
-        return setting.target.logits(hidden), None
-    width = hidden.shape[1]
-    logits = setting.target.logits(jnp.concatenate([hidden, beside(setting, hidden)], axis=1))
-    return logits[:, :width], logits[:, width:]
+def forward_in_two(
+    target: Target,
+    middle: int,
+    tokens: Int[Array, "b w"],
+    index: Int[Array, " b"],
+    cache: Any,
+    tree: Tree,
+) -> tuple[Float[Array, "b w d"], Any, Float[Array, "b w d"]]:
+    """Runs Target.forward in two parts, to see the input of layer `middle`.
 
+    Args:
+      target: the model.
+      middle: first layer of the second part.
+      tokens: the block.
+      index: slot of each row's root.
+      cache: cache of all layers.
+      tree: shape of the block.
 
-def in_two(target: Target, middle: int, tokens, index, cache, tree: Tree):
-    """What Target.forward gives, and the states that layer `middle` was given."""
-    early, late = target.part(0, middle), target.part(middle, target.layers)
-    x, own = early.through(early.begin(tokens, index), index, early.of(cache), tree)
-    cache = early.joined(cache, own)
-    y, own = late.through(x, index, late.of(cache), tree)
-    return late.finish(y), late.joined(cache, own), x
+    Returns:
+      Hidden states and cache, as Target.forward, and the input of layer `middle`.
+    """
+    early = target.layer_range(0, middle)
+    late = target.layer_range(middle, target.num_layers)
+    x, part = early.apply_layers(early.embed(tokens, index), index, early.take_cache(cache), tree)
+    cache = early.put_cache(cache, part)
+    y, part = late.apply_layers(x, index, late.take_cache(cache), tree)
+    return late.final_norm(y), late.put_cache(cache, part), x
 
 
 def token_log_probability(
     logits: Float[Array, "b w v"], tokens: Int[Array, "b w"]
 ) -> Float[Array, "b w"]:
-    """The log-probability of tokens under the model itself: no temperature, nothing left out."""
+    """Log-probabilities of tokens under the model itself: no temperature, top-k or top-p."""
     here = jnp.arange(logits.shape[-1]) == tokens[..., None]
     return jnp.sum(jnp.where(here, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
-def cut(
-    tokens: Int[Array, "b D"], count: Int[Array, " b"], rules: Rules, state: State
+def count_committed(
+    tokens: Int[Array, "b D"],
+    count: Int[Array, " b"],
+    stopping: StoppingCriteria,
+    state: DecodeState,
 ) -> Int[Array, " b"]:
-    """How many of the accepted tokens a row takes: to EOS, and to its limit, at most."""
-    stops = ends(tokens, rules)
+    """Cuts the accepted tokens off after EOS and at the limit of the row.
+
+    Args:
+      tokens: accepted tokens.
+      count: how many of them are accepted.
+      stopping: EOS and limits.
+      state: state of the loop before the step.
+
+    Returns:
+      How many tokens each row takes; 0 where it is done.
+    """
+    stops = ends_text(tokens, stopping)
     # Without EOS in the block, argmax is 0: then nothing is cut.
     first_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1) + 1, count)
-    count = jnp.minimum(count, jnp.minimum(first_stop, rules.limit - 1 - state.length))
+    count = jnp.minimum(count, jnp.minimum(first_stop, stopping.limit - 1 - state.length))
     return jnp.where(state.done, 0, count).astype(jnp.int32)
 
 
-def commit(state: State, tree: Tree, verdict: Verdict, rules: Rules) -> State:
-    """state with the accepted tokens written.
+def commit(
+    state: DecodeState, tree: Tree, output: VerifyOutput, stopping: StoppingCriteria
+) -> DecodeState:
+    """Appends the accepted tokens to each row.
 
-    After a chain nothing moves in the cache, its length says it all; the accepted nodes of a tree
-    are moved to where a chain would have left them.
+    The cache of a chain stays as it is: `length` alone says how much of it is valid. The accepted
+    nodes of a tree are moved to where a chain would have left them.
+
+    Args:
+      state: state before the step, with the cache that holds the block.
+      tree: shape of the block.
+      output: what was accepted.
+      stopping: EOS and limits.
+
+    Returns:
+      The state after the step; the drafter's state is unchanged.
     """
-    tokens, count = verdict.tokens, verdict.count
+    tokens, count = output.tokens, output.count
     place = jnp.arange(tokens.shape[1])
     last = place == count[:, None] - 1
     root = jnp.where(state.done, state.root, jnp.sum(jnp.where(last, tokens, 0), axis=1))
     length = state.length + count
-    gain = jnp.sum(jnp.where(place < count[:, None], verdict.log_probability, 0), axis=1)
-    # The token after node path[i] is node path[i + 1]'s guess where that one was accepted.
+    gain = jnp.sum(jnp.where(place < count[:, None], output.log_probability, 0), axis=1)
+    # The token after node path[i] is the draft of node path[i + 1] if that one was accepted.
     depths = np.arange(tokens.shape[1])
-    following = sharding.by_rows(verdict.path[:, np.minimum(depths + 1, depths[-1])])
+    following = sharding.by_rows(output.path[:, np.minimum(depths + 1, depths[-1])])
     node = jnp.where(place < count[:, None] - 1, following, 0)
     first = state.length + 1
+    cache = state.cache
+    if not tree.is_chain:
+        cache = compact_cache(cache, state.length, output.path)
     return state._replace(
-        tokens=write(state.tokens, tokens, first),
+        tokens=write_block(state.tokens, tokens, first),
         length=length,
         root=root,
-        done=state.done | ends(root, rules) | (length + 1 >= rules.limit),
+        done=state.done | ends_text(root, stopping) | (length + 1 >= stopping.limit),
         log_probability=state.log_probability + gain,
-        call=write(state.call, jnp.zeros_like(tokens) + state.calls, first),
-        node=write(state.node, node, first),
-        calls=state.calls + 1,
-        cache=state.cache if tree.is_chain else gathered(state.cache, state.length, verdict.path),
+        token_step=write_block(state.token_step, jnp.zeros_like(tokens) + state.steps, first),
+        token_node=write_block(state.token_node, node, first),
+        steps=state.steps + 1,
+        cache=cache,
     )
 
 
-def gathered(cache: Any, index: Int[Array, " b"], path: Int[Array, "b D"]) -> Any:
-    """cache with the slots index + path of every layer copied to index, index + 1, ..."""
+def compact_cache(cache: Any, index: Int[Array, " b"], path: Int[Array, "b D"]) -> Any:
+    """Copies the slots of a path to where a chain would have left them.
 
-    def row(x, start, nodes):
+    Args:
+      cache: arrays [b, key heads, T, ...] of every layer.
+      index: slot of each row's root.
+      path: nodes whose slots, index + path, move to index, index + 1, ...
+
+    Returns:
+      The new cache.
+    """
+
+    def compact_row(x, start, nodes):
         moved = jnp.take(x, start + nodes, axis=1)
         return jax.lax.dynamic_update_slice_in_dim(x, moved, start, axis=1)
 
-    return jax.tree.map(lambda x: jax.vmap(row)(x, index, path), cache)
+    return jax.tree.map(lambda x: jax.vmap(compact_row)(x, index, path), cache)
 
 
-def ends(tokens: Int[Array, "..."], rules: Rules) -> Bool[Array, "..."]:
-    """Which tokens end a text."""
-    return jnp.any(tokens[..., None] == jnp.atleast_1d(rules.eos), axis=-1)
+def ends_text(tokens: Int[Array, "..."], stopping: StoppingCriteria) -> Bool[Array, "..."]:
+    """Returns True for each token that is an EOS."""
+    return jnp.any(tokens[..., None] == jnp.atleast_1d(stopping.eos), axis=-1)
 
 
-def write(
+def write_block(
     tokens: Int[Array, "b T"], block: Int[Array, "b w"], index: Int[Array, " b"]
 ) -> Int[Array, "b T"]:
-    """tokens with block written from index[b] on in each row b."""
+    """Writes a block into each row.
+
+    Args:
+      tokens: the rows.
+      block: what to write.
+      index: slot of the first token written.
+
+    Returns:
+      The new rows.
+    """
     return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
         tokens, block, index, 0
     )

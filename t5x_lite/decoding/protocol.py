@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decoding loop, its drafters and its rules of acceptance hand one another.
+"""Interfaces between the decoding loop, its drafters and its acceptance rules.
 
-b rows    w nodes of a block, root and drafts    D most tokens that one call can add to a row
-T slots of a row    v vocabulary    d model width
+A step of the loop is one forward pass of the target over one block of every row.
+
+  b rows    w nodes of a block, root and drafts    D most tokens that one step can add to a row
+  T slots of a row    v vocabulary    d model width
 """
 
 import functools
@@ -13,95 +15,124 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_lite.decoding import sampling
+from t5x_lite.decoding.sampling import SamplingParams
 
 
 class Target(NamedTuple):
-    """The model whose text is written, as the loop sees it.
+    """The model that is decoded, as the loop sees it.
 
-    forward(tokens [b w], index [b], cache, tree=None) -> (hidden [b w d], cache), the block written
-    into slots index[b] and on; logits(hidden) -> float32 [b w v], each row whole on one device.
-    part(first, last) -> the Part with the layers first <= layer < last of `layers`. heads are those
-    that guess later tokens, None where the model has none.
+    Attributes:
+      forward: (tokens [b w], index [b], cache, tree=None) -> (hidden [b w d], cache), with the
+        block written into the slots from index[b] on.
+      logits: hidden [b w d] -> float32 [b w v], the vocabulary of a row whole on one device.
+      layer_range: (first, last) -> the LayerRange of the layers first <= layer < last.
+      num_layers: layers of the decoder.
+      heads: the heads that predict later tokens; None if the model has none.
     """
 
     forward: Callable
     logits: Callable
-    part: Callable | None = None
-    layers: int = 0
-    heads: "Heads | None" = None
+    layer_range: Callable | None = None
+    num_layers: int = 0
+    heads: "TargetHeads | None" = None
 
 
-class Heads(NamedTuple):
-    """The `count` heads of a Target; head i (0, 1, ...) guesses token i + 1 after the model's own.
+class TargetHeads(NamedTuple):
+    """Draft heads of a Target: head i (0, 1, ...) predicts token i + 1 after the model's own.
 
-    guess(hidden [b t d], which, since=None) -> [b t g d], what the logits of the heads of the slice
-    `which` are read from, where hidden is what the root is read from. `sequential` heads are asked
-    for one at a time: head i with since [b t i + 1], the root and the guesses of the heads before.
+    Attributes:
+      apply: (hidden [b t d], heads, tokens=None) -> [b t g d], the hidden states to read the logits
+        of the g heads of the slice `heads` from; `hidden` is the state that the root is read from.
+      count: number of heads.
+      sequential: heads depend on the drafts before them and are applied one at a time, head i with
+        tokens [b t i + 1]: the root and the drafts of the heads before it.
     """
 
-    guess: Callable
+    apply: Callable
     count: int
     sequential: bool
 
 
-class Part(NamedTuple):
-    """Some consecutive layers of a Target, over their own part of its cache.
+class LayerRange(NamedTuple):
+    """Consecutive layers of a Target, over their slice of its cache.
 
-    begin(tokens [b w], index) -> x [b w d], what the first layer of all is given;
-    through(x, index, cache, tree=None) -> (x, cache), the block written as in Target.forward;
-    finish(x) -> hidden, as after the last layer of all; of(cache) -> their part of a whole cache,
-    and joined(cache, part) -> the whole one with that part replaced.
+    Attributes:
+      embed: (tokens [b w], index [b]) -> x [b w d], the input of the first layer of all.
+      apply_layers: (x, index, cache, tree=None) -> (x, cache), with the block written as by
+        Target.forward.
+      final_norm: x -> hidden, as after the last layer of all.
+      take_cache: whole cache -> the part of these layers.
+      put_cache: (whole cache, part) -> the whole cache with that part replaced.
     """
 
-    begin: Callable
-    through: Callable
-    finish: Callable
-    of: Callable
-    joined: Callable
+    embed: Callable
+    apply_layers: Callable
+    final_norm: Callable
+    take_cache: Callable
+    put_cache: Callable
 
 
-class Rules(NamedTuple):
-    """When a row stops, and how it draws (None: greedily). limit counts slots, prompt and all.
+class StoppingCriteria(NamedTuple):
+    """Conditions that end a row, and the loop.
 
-    eos is one id that ends a text, or several. pause is the number of calls after which the loop
-    stops for the time being (None: it goes on until every row is done).
+    Attributes:
+      eos: the id that ends a text, or several of which each does.
+      limit: most slots of a row, prompt included.
+      pause: number of steps after which the loop returns although rows are left (None: never).
     """
 
     eos: int | Int[Array, " e"]
     limit: Int[Array, " b"]
-    sampling: sampling.Sampling | None
     pause: Int[Array, ""] | None = None
 
 
 class Prompts(NamedTuple):
-    """Decoder tokens that are given, beginning with Model.start; right-padded."""
+    """Decoder tokens of the request, right-padded; Model.decoder_start_token_id comes first."""
 
     tokens: Int[Array, "b p"]
     length: Int[Array, " b"]
 
 
-class Setting(NamedTuple):
-    """What stays the same while a request is decoded; weights are the drafter's own (or None).
+class DecodeContext(NamedTuple):
+    """Everything that stays constant while a request is decoded.
 
-    inputs [b s], of which the first inputs_length[b] exist, are the encoder's: None for a lone
-    decoder. slots is T.
+    Attributes:
+      target: the model.
+      stopping: conditions that end a row.
+      prompts: the decoder's prompts.
+      inputs: the encoder's tokens, of which the first inputs_length[b] exist; None without an
+        encoder.
+      inputs_length: lengths of inputs.
+      weights: the drafter's own weights, or None.
+      slots: T.
+      sampling: how rows are sampled; None for greedy decoding.
     """
 
     target: Target
-    rules: Rules
+    stopping: StoppingCriteria
     prompts: Prompts
     inputs: Int[Array, "b s"] | None = None
     inputs_length: Int[Array, " b"] | None = None
     weights: Any = None
     slots: int = 0
+    sampling: SamplingParams | None = None
 
 
-class State(NamedTuple):
-    """All that changes. memory is the drafter's; log_probability sums over what a row wrote.
+class DecodeState(NamedTuple):
+    """Everything that changes from step to step.
 
-    call[b, i] is the number of the call that wrote slot i, and node[b, i] which node of its block
-    had guessed it: 0 where it is the model's own choice after the last guess that was right.
+    Attributes:
+      tokens: prompt and new tokens of each row by slot.
+      length: number of tokens of each row that are in the cache.
+      root: tokens[b, length[b]], the last token, not yet in the cache.
+      done: rows that have ended.
+      log_probability: sum over the new tokens of each row.
+      token_step: the step that wrote each slot.
+      token_node: the node of the block whose draft a slot holds; 0 for the model's own choice after
+        the last accepted draft.
+      steps: number of steps so far.
+      cache: keys and values of the target.
+      drafter_state: state of the drafter, any tree of arrays.
     """
 
     tokens: Int[Array, "b T"]
@@ -109,22 +140,24 @@ class State(NamedTuple):
     root: Int[Array, " b"]
     done: Bool[Array, " b"]
     log_probability: Float[Array, " b"]
-    call: Int[Array, "b T"]
-    node: Int[Array, "b T"]
-    calls: Int[Array, ""]
+    token_step: Int[Array, "b T"]
+    token_node: Int[Array, "b T"]
+    steps: Int[Array, ""]
     cache: Any
-    memory: Any
+    drafter_state: Any
 
 
 class Draft(NamedTuple):
-    """Guesses for the nodes after the root; -1 matches nothing: where there is no guess.
+    """Draft tokens for the nodes after the root.
 
-    log_probability is the law that each guess was drawn from by `sampling.guess`, which
-    speculative acceptance asks for. None for guesses that are a function of what was written, or
-    drawn with the model's own noise (`sampling.choose`): all that exact acceptance needs.
-
-    cache is the target's, where the drafter has used its slots from length on to note things down;
-    the block overwrites them.
+    Attributes:
+      tokens: one per node; -1, which never matches, where there is no draft.
+      log_probability: the distribution that each token was drawn from by `sampling.sample_draft`,
+        which speculative acceptance needs. None for tokens that are a function of the text so far,
+        or that were drawn with the model's own noise (`sampling.choose_tokens`): exact acceptance
+        needs no more.
+      cache: the target's cache, if the drafter used its slots from `length` on as scratch space;
+        the block overwrites them.
     """
 
     tokens: Int[Array, "b w-1"]
@@ -132,14 +165,19 @@ class Draft(NamedTuple):
     cache: Any = None
 
 
-class Verdict(NamedTuple):
-    """What the model says of a block.
+class VerifyOutput(NamedTuple):
+    """Result of verifying one block.
 
-    chosen[b, i] is its own choice after node i of the block; the row goes on with the first
-    count[b] of tokens, which are what follows the nodes path[b, 0] = 0, path[b, 1], ... For a row
-    that is done count is 0. top [b w K] are the K most probable tokens after every node, and middle
-    what layer `drafter.middle` was given for it, where the drafter asks for them; beside are the
-    logits of what `drafter.beside` gave.
+    Attributes:
+      block: the root and the draft tokens.
+      chosen: the model's own choice after every node.
+      hidden: the model's hidden state at every node.
+      top: the K = `drafter.top` most probable tokens after every node; None if K is 0.
+      path: nodes whose successors are accepted: path[b, 0] = 0 is the root, then drafts.
+      tokens: the accepted tokens, each the successor of the same place of `path`.
+      log_probability: log-probability of `tokens` under the model.
+      count: how many of `tokens` the row takes; 0 for a row that is done.
+      middle: input of layer `drafter.middle` at every node, for drafters that have a `middle`.
     """
 
     block: Int[Array, "b w"]
@@ -151,14 +189,17 @@ class Verdict(NamedTuple):
     log_probability: Float[Array, "b D"]
     count: Int[Array, " b"]
     middle: Float[Array, "b w d"] | None = None
-    beside: Float[Array, "b m v"] | None = None
 
 
 @dataclass(frozen=True)
 class Tree:
-    """The shape of a block: node i continues node parents[i]; the root, node 0, has parent -1.
+    """Shape of a block: node i continues node parents[i]; the root, node 0, has parent -1.
 
-    A chain is (-1, 0, 1, ...). Parents stand before their children.
+    A chain is (-1, 0, 1, ...). Parents come before their children (as in SpecInfer, Miao et al.,
+    2024, arXiv 2305.09781).
+
+    Raises:
+      ValueError: parents do not describe such a tree.
     """
 
     parents: tuple[int, ...]
@@ -170,56 +211,80 @@ class Tree:
 
     @property
     def width(self) -> int:
+        """Number of nodes, the root included."""
         return len(self.parents)
 
     @functools.cached_property
     def is_chain(self) -> bool:
+        """True if every node continues the one before it."""
         return self.parents == tuple(range(-1, self.width - 1))
 
     @functools.cached_property
     def depth(self) -> np.ndarray:
-        """How far below the root each node is [w]."""
+        """Distance [w] of each node from the root."""
         return self.ancestors.sum(axis=1, dtype=np.int32) - 1
 
     @functools.cached_property
     def ancestors(self) -> np.ndarray:
-        """Which nodes [w w] each node continues, itself among them."""
-        seen = np.eye(self.width, dtype=bool)
+        """Tree mask [w w]: True where the second node is the first or one of its ancestors."""
+        mask = np.eye(self.width, dtype=bool)
         for node, parent in enumerate(self.parents[1:], start=1):
-            seen[node] |= seen[parent]
-        return seen
+            mask[node] |= mask[parent]
+        return mask
 
     @functools.cached_property
     def paths(self) -> np.ndarray:
-        """The nodes [w D] from the root to each node, which is repeated to the end."""
+        """Nodes [w D] from the root to each node, which is repeated to the end."""
         steps = int(self.depth.max()) + 1
         rows = [np.flatnonzero(row) for row in self.ancestors]
         return np.array([[*row, *[row[-1]] * (steps - len(row))] for row in rows], np.int32)
 
 
 def chain(width: int) -> Tree:
-    """A root and width - 1 guesses one after the other."""
+    """Returns the tree of a root and width - 1 drafts, one after the other."""
     return Tree(tuple(range(-1, width - 1)))
 
 
 class Drafter(Protocol):
-    """Guesses what follows the root; whatever it guesses, only the speed depends on it.
+    """Proposes tokens to follow the root; only the speed depends on what it proposes.
 
-    A drafter is a frozen dataclass (equal ones share an executable) with a `tree`, whose width
-    counts the root too, and `top`, how many tokens after every node `observe` wants to see. One
-    that wants to see the states between two layers has a `middle`, the number of the later one. One
-    that reads more logits in the product that gives the block's has `beside(setting, hidden [b w
-    d]) -> [b m d]`, what they are read from.
+    A drafter is a frozen dataclass, so that equal ones share an executable. One that needs the
+    hidden states between two layers also has a `middle`, the index of the later layer.
     """
 
-    tree: Tree
-    top: int
+    @property
+    def tree(self) -> Tree:
+        """Shape of its block, whose width counts the root too."""
 
-    def begin(self, setting: Setting) -> Any:
-        """The memory before the first call: arrays of fixed shapes."""
+    @property
+    def top(self) -> int:
+        """Number of most probable tokens after every node that `observe` needs."""
 
-    def propose(self, setting: Setting, memory: Any, state: State) -> tuple[Draft, Any]:
-        """Guesses for the nodes 1, 2, ... of the tree, and the memory that `observe` is given."""
+    def begin(self, context: DecodeContext) -> Any:
+        """Returns the drafter's state before the first step: arrays of fixed shapes."""
 
-    def observe(self, setting: Setting, memory: Any, state: State, verdict: Verdict) -> Any:
-        """The memory for the next call, from the state after the commit and the verdict."""
+    def propose(
+        self, context: DecodeContext, drafter_state: Any, state: DecodeState
+    ) -> tuple[Draft, Any]:
+        """Proposes a token for each of the nodes 1, 2, ... of the tree.
+
+        Args:
+          context: constants of the request.
+          drafter_state: this drafter's state.
+          state: state of the loop, whose root is not in the cache yet.
+
+        Returns:
+          The draft, and the drafter's state that `observe` is called with.
+        """
+
+    def observe(
+        self, context: DecodeContext, drafter_state: Any, state: DecodeState, output: VerifyOutput
+    ) -> Any:
+        """Returns the drafter's state for the next step.
+
+        Args:
+          context: constants of the request.
+          drafter_state: this drafter's state, from `propose`.
+          state: state of the loop after the commit.
+          output: what the model made of the block.
+        """

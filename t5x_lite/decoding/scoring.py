@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log-probability of given targets, in one teacher-forced pass."""
+"""Log-probabilities of targets, in one teacher-forced pass.
+
+b rows    t target tokens, padded
+"""
 
 import functools
 from collections.abc import Sequence
@@ -9,16 +12,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from t5x_lite import config, model
 from t5x_lite.batch import Batch
 from t5x_lite.decoding import generation, loop, target
-from t5x_lite.decoding.request import bucket, check, check_ids, pad, prompt
-from t5x_lite.decoding.sampling import whole
+from t5x_lite.decoding.request import (
+    bucket_length,
+    check_examples,
+    check_ids,
+    decoder_prompt,
+    pad_rows,
+)
+from t5x_lite.decoding.sampling import gather_vocabulary
 
 
 class Scores(NamedTuple):
-    """log_probability [b] of each target, and of its tokens [b t], 0 after their lengths [b]."""
+    """Log-probabilities of targets.
+
+    Attributes:
+      log_probability: [b], of each target.
+      tokens: [b t], of each of its tokens, 0 after the last.
+      lengths: [b], lengths of the targets.
+    """
 
     log_probability: np.ndarray
     tokens: np.ndarray
@@ -31,45 +47,57 @@ def score(
     inputs: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
 ) -> Scores:
-    """How probable the model finds each row of targets after its inputs, in nats.
+    """Computes the log-probability of each target after its inputs, in nats.
 
-    inputs are what `generation.generate` is asked to continue: ids for the encoder, or the prompts
-    of a lone decoder. params come from `prepare`. The number of rows must be a multiple of
-    `sharding.batch_shards()`.
+    The number of rows must be a multiple of `sharding.batch_shards()`.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      inputs: ids that `generation.generate` would continue: encoder inputs, or prompts of a
+        decoder-only model.
+      targets: ids of each target.
 
     Raises:
       ValueError: lengths differ, something is empty, or ids are outside of the vocabulary.
     """
-    check(cfg, inputs)
+    check_examples(cfg, inputs)
     check_ids(cfg, "Target", targets)
     if len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: they must pair up")
-    if cfg.encoder is None and not cfg.starts_prompts:
-        inputs = [prompt(cfg, row) for row in inputs]
-        rows = continued(cfg, params, inputs, targets)
+    if cfg.encoder is None and not cfg.add_bos:
+        inputs = [decoder_prompt(cfg, row) for row in inputs]
+        rows = score_as_blocks(cfg, params, inputs, targets)
     else:
-        batch = teacher_forced(cfg, inputs, targets)
-        rows = jax.device_get(compiled(target.precise(cfg), params, generation.place(batch)))
+        batch = teacher_forced_batch(cfg, inputs, targets)
+        rows = jax.device_get(
+            compiled_scores(target.with_cpu_dtype(cfg), params, generation.shard_rows(batch))
+        )
     begins = np.zeros(len(targets), int) if cfg.encoder else np.array([len(x) for x in inputs])
     lengths = np.array([len(row) for row in targets])
     width = max(lengths)
-    where = begins[:, None] + np.arange(width)
+    where = np.minimum(begins[:, None] + np.arange(width), rows.shape[1] - 1)
     inside = np.arange(width) < lengths[:, None]
-    there = np.take_along_axis(rows, np.minimum(where, rows.shape[1] - 1), axis=1)
-    tokens = np.where(inside, there, 0)
+    tokens = np.where(inside, np.take_along_axis(rows, where, axis=1), 0)
     return Scores(tokens.sum(axis=1, dtype=np.float64), tokens, lengths)
 
 
-def teacher_forced(
+def teacher_forced_batch(
     cfg: config.Model, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
 ) -> Batch:
-    """One example per row, unpacked."""
+    """Returns a batch with one example per row, unpacked.
+
+    Args:
+      cfg: config of the model.
+      inputs: ids of encoder inputs, or of prompts of a decoder-only model.
+      targets: ids of each target.
+    """
     if cfg.encoder is None:
         rows = [[*before, *after] for before, after in zip(inputs, targets, strict=True)]
         begins = np.array([len(row) for row in inputs])
     else:
         rows, begins = targets, np.zeros(len(targets), int)
-    ids, lengths = pad(rows, bucket(max(map(len, rows))))
+    ids, lengths = pad_rows(rows, bucket_length(max(map(len, rows))))
     where = np.arange(ids.shape[1], dtype=np.int32)
     inside = where < lengths[:, None]
     batch = Batch(
@@ -80,7 +108,7 @@ def teacher_forced(
     )
     if cfg.encoder is None:
         return batch._replace(prefix=where < begins[:, None])
-    ids, lengths = pad(inputs, bucket(max(map(len, inputs))))
+    ids, lengths = pad_rows(inputs, bucket_length(max(map(len, inputs))))
     where = np.arange(ids.shape[1], dtype=np.int32)
     inside = where < lengths[:, None]
     return batch._replace(
@@ -91,32 +119,64 @@ def teacher_forced(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled(cfg: config.Model, params, batch: Batch):
-    """The log-probability of every target [b t], 0 where none is asked for."""
+def compiled_scores(cfg: config.Model, params: Any, batch: Batch) -> Float[Array, "b t"]:
+    """Computes the log-probability of every target token, 0 where its loss weight is.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      batch: the rows, on the mesh.
+    """
     logits = model.Transformer(cfg, scan=False).apply({"params": params}, batch)
-    tokens = loop.token_log_probability(whole(logits), batch.targets)
+    tokens = loop.token_log_probability(gather_vocabulary(logits), batch.targets)
     return jax.reshard(jnp.where(batch.loss_weights > 0, tokens, 0), P())
 
 
-def continued(cfg: config.Model, params, inputs, targets) -> np.ndarray:
-    """The log-probability of every token [b t] of inputs and targets after those before it.
+def score_as_blocks(
+    cfg: config.Model,
+    params: Any,
+    inputs: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+) -> np.ndarray:
+    """Computes the log-probability of every token of inputs and targets after those before it.
 
-    For a lone decoder whose texts have no start: the first token, which nothing precedes, has 0.
+    For decoder-only models whose texts have no start token: the first token has 0.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      inputs: ids of the prompts.
+      targets: ids of the targets.
+
+    Returns:
+      An array [b t].
     """
     rows = [[*before, *after] for before, after in zip(inputs, targets, strict=True)]
-    ids, _ = pad(rows, bucket(max(map(len, rows))))
+    ids, _ = pad_rows(rows, bucket_length(max(map(len, rows))))
     prefix = np.array([len(row) for row in inputs], np.int32)
-    placed = generation.place((ids, prefix))
-    return jax.device_get(compiled_block(target.precise(cfg), params, *placed))
+    ids, prefix = generation.shard_rows((ids, prefix))
+    cfg = target.with_cpu_dtype(cfg)
+    return jax.device_get(compiled_block_scores(cfg, params, ids, prefix))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled_block(cfg: config.Model, params, ids, prefix):
-    """What `continued` gives: each row read as one block on an empty cache, as prompts are."""
+def compiled_block_scores(
+    cfg: config.Model, params: Any, ids: Int[Array, "b t"], prefix: Int[Array, " b"]
+) -> Float[Array, "b t"]:
+    """Computes what `score_as_blocks` returns: each row is one block on an empty cache.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      ids: inputs and targets.
+      prefix: lengths of the inputs.
+    """
     transformer = model.Transformer(cfg, scan=False)
-    block = model.Block(ids, jnp.zeros_like(prefix), prefix=prefix)
+    block = model.TokenBlock(ids, jnp.zeros_like(prefix), prefix=prefix)
     cache = model.empty_cache(cfg, *ids.shape, scan=False)
-    hidden, _ = transformer.apply({"params": params}, block, cache, method="decode")
-    logits = whole(transformer.apply({"params": params}, hidden, method="logits"))
+    hidden, _ = transformer.apply({"params": params}, block, cache, method=model.Transformer.decode)
+    logits = gather_vocabulary(
+        transformer.apply({"params": params}, hidden, method=model.Transformer.logits)
+    )
     tokens = loop.token_log_probability(logits[:, :-1], ids[:, 1:])
     return jax.reshard(jnp.pad(tokens, ((0, 0), (1, 0))), P())

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoding loop with pauses: what is written so far comes out, cache and all stay where they
-are."""
+"""The decoding loop with pauses: returns the text so far; cache and state stay on the device."""
 
 import functools
 from collections.abc import Iterator
@@ -9,20 +8,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
 
 from t5x_lite import config, model
 from t5x_lite.decoding import generation, target
-from t5x_lite.decoding.generation import PLAIN, Drafting, Result, Shape
-from t5x_lite.decoding.protocol import Setting, State
-from t5x_lite.decoding.request import Request, bucket
+from t5x_lite.decoding.generation import PLAIN, DecodeProgram, Drafting, Result
+from t5x_lite.decoding.protocol import DecodeContext, DecodeState
+from t5x_lite.decoding.request import Request, bucket_length
+from t5x_lite.decoding.sampling import SamplingParams
 
 
-class Asked(NamedTuple):
-    """What `generation.generate` is asked, on the mesh."""
+class DecodeArguments(NamedTuple):
+    """Traced arguments of a compiled program, on the mesh.
+
+    Attributes:
+      params: weights of the model.
+      request: the rows.
+      sampling: how rows are sampled; None for greedy decoding.
+      weights: the drafter's own weights.
+    """
 
     params: Any
     request: Request
-    draws: Any
+    sampling: SamplingParams | None
     weights: Any
 
 
@@ -34,57 +42,118 @@ def stream(
     drafting: Drafting = PLAIN,
     every: int = 4,
 ) -> Iterator[Result]:
-    """What `generate` gives, in the making: all that is written after every so many calls, and at
-    the end. The last Result has the tokens that `generate` would give.
+    """Yields the growing result of `generate`; the last one has the tokens of `generate`.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      request: the rows.
+      decode: limits and sampling.
+      drafting: drafter, its weights, and the acceptance rule.
+      every: number of forward passes between two results.
 
     Raises:
-      ValueError: beams are asked for, or every is below 1.
+      ValueError: decode has beams, or `every` is below 1.
     """
     if decode.beams > 1:
         raise ValueError("Beam search knows its text at the end only: to stream, leave out beams")
     if every < 1:
-        raise ValueError(f"A stream pauses after every call, or after several; got every={every}")
-    shape = Shape(
-        target.precise(cfg), bucket(decode.length), 1, 1, drafting.drafter, drafting.accept
+        raise ValueError(f"A stream yields every 1 or more forward passes; got every={every}")
+    program = DecodeProgram(
+        cfg=target.with_cpu_dtype(cfg),
+        length=bucket_length(decode.max_new_tokens),
+        beams=1,
+        n_best=1,
+        drafter=drafting.drafter,
+        accept=drafting.accept,
     )
-    placed = generation.place(request._replace(eos=None))._replace(eos=request.eos)
-    draws = generation.place(generation.draw(request, decode)) if decode.temperature > 0 else None
-    return results(shape, Asked(params, placed, draws, drafting.weights), every, decode.length)
+    sampling = None
+    if decode.temperature > 0:
+        sampling = generation.shard_rows(generation.make_sampling_params(request, decode))
+    placed = generation.shard_rows(request._replace(eos=None))._replace(eos=request.eos)
+    arguments = DecodeArguments(params, placed, sampling, drafting.weights)
+    return stream_results(program, arguments, every, decode.max_new_tokens)
 
 
-def results(shape: Shape, asked: Asked, every: int, length: int) -> Iterator[Result]:
-    read, state = begun(shape, asked)
+def stream_results(
+    program: DecodeProgram, arguments: DecodeArguments, every: int, length: int
+) -> Iterator[Result]:
+    """Runs the loop from pause to pause.
+
+    Args:
+      program: static arguments.
+      arguments: traced arguments.
+      every: number of forward passes between two results.
+      length: most new tokens.
+
+    Yields:
+      The result so far, as numpy arrays.
+    """
+    encoded, state = start_stream(program, arguments)
     done = False
     while not done:
-        state, result, done = jax.block_until_ready(advanced(shape, asked, read, state, every))
+        state, result, done = jax.block_until_ready(
+            advance_stream(program, arguments, encoded, state, every)
+        )
         result, done = jax.device_get((result, done))
-        each = {name: getattr(result, name)[:, :, :length] for name in ("tokens", "call", "node")}
-        yield result._replace(calls=int(result.calls), **each)
+        yield generation.trim_result(result, length)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def begun(shape: Shape, asked: Asked) -> tuple[model.Read, State]:
-    """The inputs read, and the loop's first state."""
-    read, request = model.Read(), asked.request
+def start_stream(
+    program: DecodeProgram, arguments: DecodeArguments
+) -> tuple[model.EncoderMemory, DecodeState]:
+    """Encodes the inputs, and returns them with the loop's first state."""
+    encoded, request = model.EncoderMemory(), arguments.request
     if request.inputs is not None:
-        read = target.read(shape.cfg, asked.params, request.inputs, request.inputs_length)
-    setting = set_up(shape, asked, read)
-    cache = target.prefill(shape.cfg, asked.params, read, setting.prompts, setting.slots)
-    memory = shape.drafter.begin(setting)
-    return read, generation.started(setting, cache, setting.slots, memory)
+        encoded = target.encode_inputs(
+            program.cfg, arguments.params, request.inputs, request.inputs_length
+        )
+    context = stream_context(program, arguments, encoded)
+    cache = target.prefill(program.cfg, arguments.params, encoded, context.prompts, context.slots)
+    drafter_state = program.drafter.begin(context)
+    return encoded, generation.initial_state(context, cache, context.slots, drafter_state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def advanced(shape: Shape, asked: Asked, read: model.Read, state: State, every):
-    """The state after as many calls more, what is written by then, and whether that is all."""
-    setting = set_up(shape, asked, read)
-    paused = setting.rules._replace(pause=state.calls + every)
-    state = generation.run(shape, setting._replace(rules=paused), state)
-    result = generation.written(state, setting.prompts, shape.length, jnp.float32(0))
-    whole = jax.tree.map(lambda x: jax.reshard(x, P()), (result, jnp.all(state.done)))
-    return state, *whole
+def advance_stream(
+    program: DecodeProgram,
+    arguments: DecodeArguments,
+    encoded: model.EncoderMemory,
+    state: DecodeState,
+    every: Int[Array, ""],
+) -> tuple[DecodeState, Result, Bool[Array, ""]]:
+    """Decodes up to the next pause.
+
+    Args:
+      program: static arguments.
+      arguments: traced arguments.
+      encoded: the encoded inputs.
+      state: state of the loop; donated.
+      every: number of forward passes until the pause.
+
+    Returns:
+      The new state, the result so far, and whether every row is done.
+    """
+    context = stream_context(program, arguments, encoded)
+    paused = context.stopping._replace(pause=state.steps + every)
+    state = generation.run_decoding(program, context._replace(stopping=paused), state)
+    result = generation.loop_result(state, context.prompts, program.length, jnp.float32(0))
+    result, done = jax.tree.map(lambda x: jax.reshard(x, P()), (result, jnp.all(state.done)))
+    return state, result, done
 
 
-def set_up(shape: Shape, asked: Asked, read: model.Read) -> Setting:
-    reader = target.of(shape.cfg, asked.params, read)
-    return generation.set_up(shape, reader, asked.request, asked.draws, asked.weights)
+def stream_context(
+    program: DecodeProgram, arguments: DecodeArguments, encoded: model.EncoderMemory
+) -> DecodeContext:
+    """Returns the constants of the request.
+
+    Args:
+      program: static arguments.
+      arguments: traced arguments.
+      encoded: the encoded inputs.
+    """
+    decoded = target.make_target(program.cfg, arguments.params, encoded)
+    return generation.make_context(
+        program, decoded, arguments.request, arguments.sampling, arguments.weights
+    )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Transformer made ready to decode: weights unstacked, inputs read once, the cache filled."""
+"""A Transformer as the Target of the decoding loop: weights, encoded inputs, a filled cache.
+
+b rows    w nodes of a block    s inputs    p prompt tokens    d model width
+"""
 
 import dataclasses
 import functools
@@ -9,96 +12,152 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from t5x_lite import config, model, quantization
+from t5x_lite import config, model
 from t5x_lite.decoding import sampling
-from t5x_lite.decoding.protocol import Heads, Part, Prompts, Target, Tree
+from t5x_lite.decoding.protocol import LayerRange, Prompts, Target, TargetHeads, Tree
+from t5x_lite.model import quantization
 
 
-def precise(cfg: config.Model) -> config.Model:
-    """cfg with float32 activations on a CPU, where XLA runs bfloat16 5 to 20 times slower."""
+def with_cpu_dtype(cfg: config.Model) -> config.Model:
+    """Sets the dtype to float32 on a CPU, where XLA runs bfloat16 5 to 20 times slower."""
     on_cpu = jax.default_backend() == "cpu"
-    return dataclasses.replace(cfg, activations="float32") if on_cpu else cfg
+    return dataclasses.replace(cfg, dtype="float32") if on_cpu else cfg
 
 
-def prepare(cfg: config.Model, params: Any) -> Any:
-    """Trained params as decoding reads them: one tree per layer, in the dtype of activations.
+def prepare_params(cfg: config.Model, params: Any) -> Any:
+    """Converts trained params for decoding: one tree per layer, in the dtype of computation.
 
-    Quantised weights stay what they are.
+    Quantized weights are not converted.
     """
-    dtype = precise(cfg).activations
-    cast = lambda weight: weight if quantization.few(weight) else jnp.asarray(weight, dtype)
-    return model.unstack(jax.tree.map(cast, params, is_leaf=quantization.few))
+    dtype = with_cpu_dtype(cfg).dtype
+
+    def cast(weight):
+        return weight if quantization.is_quantized(weight) else jnp.asarray(weight, dtype)
+
+    return model.unstack(jax.tree.map(cast, params, is_leaf=quantization.is_quantized))
 
 
-def read(
+def encode_inputs(
     cfg: config.Model, params: Any, inputs: Int[Array, "b s"], length: Int[Array, " b"]
-) -> model.Read:
-    """The inputs, of which the first length[b] of row b exist, through the encoder, once."""
+) -> model.EncoderMemory:
+    """Runs the encoder, and projects its output to the keys and values of cross-attention.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      inputs: encoder tokens, right-padded.
+      length: their lengths.
+
+    Returns:
+      Keys and values of every decoder layer, and which of the inputs exist.
+    """
     where = jnp.arange(inputs.shape[1])
-    seen = where < length[:, None]
+    exists = where < length[:, None]
     transformer = model.Transformer(cfg, scan=False)
     encoded = transformer.apply(
         {"params": params},
         inputs,
-        seen.astype(jnp.int32),
-        jnp.where(seen, where, 0),
-        method="encode",
+        exists.astype(jnp.int32),
+        jnp.where(exists, where, 0),
+        method=model.Transformer.encode,
     )
-    return model.Read(transformer.apply({"params": params}, encoded, method="crossed"), seen)
+    return model.EncoderMemory(
+        transformer.apply({"params": params}, encoded, method=model.Transformer.cross_kv), exists
+    )
 
 
-def of(cfg: config.Model, params: Any, read: model.Read) -> Target:
-    """The loop's view of a model that has read its inputs."""
+def make_target(cfg: config.Model, params: Any, encoded: model.EncoderMemory) -> Target:
+    """Returns the loop's view of a model whose inputs are encoded.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      encoded: the encoded inputs; empty for a model without an encoder.
+    """
     transformer = model.Transformer(cfg, scan=False)
 
     def forward(tokens, index, cache, tree: Tree | None = None):
-        block = shaped(model.Block(tokens, index), tree)
-        return transformer.apply({"params": params}, block, cache, read, method="decode")
+        block = with_tree(model.TokenBlock(tokens, index), tree)
+        return transformer.apply(
+            {"params": params}, block, cache, encoded, method=model.Transformer.decode
+        )
 
     def logits(hidden):
-        return sampling.whole(transformer.apply({"params": params}, hidden, method="logits"))
+        scores = transformer.apply({"params": params}, hidden, method=model.Transformer.logits)
+        return sampling.gather_vocabulary(scores)
 
-    part = functools.partial(part_of, cfg, params, read)
-    return Target(forward, logits, part, cfg.decoder.layers, heads_of(cfg, params))
+    return Target(
+        forward=forward,
+        logits=logits,
+        layer_range=functools.partial(layer_range, cfg, params, encoded),
+        num_layers=cfg.decoder.layers,
+        heads=target_heads(cfg, params),
+    )
 
 
-def heads_of(cfg: config.Model, params: Any) -> Heads | None:
-    """The heads of a model, if it has any."""
-    if cfg.blockwise is None:
+def target_heads(cfg: config.Model, params: Any) -> TargetHeads | None:
+    """Returns the draft heads of a model, or None if it has none."""
+    if cfg.draft_heads is None:
         return None
 
     transformer = model.Transformer(cfg, scan=False)
-    guess = functools.partial(transformer.apply, {"params": params}, method="guess")
-    return Heads(guess, cfg.blockwise.count, cfg.blockwise.sequential)
+    apply = functools.partial(
+        transformer.apply, {"params": params}, method=model.Transformer.draft_hidden
+    )
+    return TargetHeads(apply, cfg.draft_heads.count, cfg.draft_heads.sequential)
 
 
-def part_of(cfg: config.Model, params: Any, read: model.Read, first: int, last: int) -> Part:
-    """The layers first <= layer < last of the decoder, as a Part."""
-    own = slice(first, last)
-    of = lambda cache: model.Cache(cache.keys[own], cache.values[own])
-    transformer = model.Transformer(between(cfg, first, last), scan=False)
-    decoder = params["decoder"] | {"layers": params["decoder"]["layers"][own]}
+def layer_range(
+    cfg: config.Model, params: Any, encoded: model.EncoderMemory, first: int, last: int
+) -> LayerRange:
+    """Returns the layers first <= layer < last of the decoder.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      encoded: the encoded inputs.
+      first: the first layer.
+      last: the layer after the last one.
+    """
+    layers = slice(first, last)
+
+    def take_cache(cache):
+        return model.Cache(cache.keys[layers], cache.values[layers])
+
+    transformer = model.Transformer(keep_layers(cfg, first, last), scan=False)
+    decoder = params["decoder"] | {"layers": params["decoder"]["layers"][layers]}
     apply = functools.partial(transformer.apply, {"params": params | {"decoder": decoder}})
-    seen = model.Read(None if read.crossed is None else of(read.crossed), read.seen)
+    cross_kv = None if encoded.cross_kv is None else take_cache(encoded.cross_kv)
+    encoded = model.EncoderMemory(cross_kv, encoded.input_mask)
 
-    def begin(tokens, index):
-        return apply(model.Block(tokens, index), method="begin")
+    def embed(tokens, index):
+        return apply(model.TokenBlock(tokens, index), method=model.Transformer.embed_block)
 
-    def through(x, index, cache, tree: Tree | None = None):
-        # Only the width of the tokens is looked at: x stands in their place.
-        block = shaped(model.Block(jnp.zeros_like(x[:, :, 0], jnp.int32), index), tree)
-        return apply(x, block, cache, seen, method="through")
+    def apply_layers(x, index, cache, tree: Tree | None = None):
+        # Of the tokens of a block only the width is used here: x takes their place.
+        block = with_tree(model.TokenBlock(jnp.zeros_like(x[:, :, 0], jnp.int32), index), tree)
+        return apply(x, block, cache, encoded, method=model.Transformer.decode_layers)
 
-    def joined(cache, part):
-        put = lambda whole, part: (*whole[:first], *part, *whole[last:])
+    def final_norm(x):
+        return apply(x, method=model.Transformer.final_norm)
+
+    def put_cache(cache, part):
+        def put(arrays, part):
+            return (*arrays[:first], *part, *arrays[last:])
+
         return model.Cache(put(cache.keys, part.keys), put(cache.values, part.values))
 
-    finish = lambda x: apply(x, method="finish")
-    return Part(begin, through, finish, of, joined)
+    return LayerRange(embed, apply_layers, final_norm, take_cache, put_cache)
 
 
-def between(cfg: config.Model, first: int, last: int) -> config.Model:
-    """cfg with only the layers first <= layer < last in its decoder."""
+def keep_layers(cfg: config.Model, first: int, last: int) -> config.Model:
+    """Returns cfg with only the layers first <= layer < last in its decoder.
+
+    Args:
+      cfg: config of the model.
+      first: the first layer.
+      last: the layer after the last one.
+    """
     sliding = cfg.decoder.sliding[first:last]
     pattern = tuple("sliding" if each else "full" for each in sliding)
     window = cfg.decoder.window if any(sliding) else None
@@ -106,33 +165,46 @@ def between(cfg: config.Model, first: int, last: int) -> config.Model:
     return dataclasses.replace(cfg, decoder=decoder)
 
 
-def shaped(block: model.Block, tree: Tree | None) -> model.Block:
-    """block in the shape of tree; a chain is what it is anyway."""
+def with_tree(block: model.TokenBlock, tree: Tree | None) -> model.TokenBlock:
+    """Adds the depths and the mask of a tree to a block; a block without them is a chain."""
     if tree is None or tree.is_chain:
         return block
     return block._replace(depth=jnp.array(tree.depth), ancestors=tree.ancestors)
 
 
 def prefill(
-    cfg: config.Model, params: Any, read: model.Read, prompts: Prompts, slots: int
+    cfg: config.Model, params: Any, encoded: model.EncoderMemory, prompts: Prompts, slots: int
 ) -> model.Cache:
-    """A cache of `slots` slots per row that holds the prompts, written in one pass.
+    """Fills a new cache with the prompts, in one pass.
 
-    Slots of the padding hold what nobody sees before it is overwritten. The last token of a prompt
-    is written too, because in a prefix-LM those before it see it; the loop writes the same again.
+    Slots of the padding are overwritten before they are read. The last token of a prompt is written
+    too, because in a prefix-LM those before it attend to it; the loop writes the same again.
+
+    Args:
+      cfg: config of the model.
+      params: weights from `prepare_params`.
+      encoded: the encoded inputs.
+      prompts: tokens [b p] and their lengths.
+      slots: slots per row of the cache.
+
+    Returns:
+      The cache.
     """
     rows, length = prompts.tokens.shape
     empty = functools.partial(model.empty_cache, cfg, rows, scan=False)
     if length == 1:
         return empty(slots)
     start = jnp.zeros_like(prompts.length)
-    # Over a cache of the prompts alone: queries would be put to every slot that is still empty.
+    # In a cache of the prompts' size: queries would attend to every empty slot of the whole one.
     _, filled = model.Transformer(cfg, scan=False).apply(
         {"params": params},
-        model.Block(prompts.tokens, start, prefix=prompts.length),
+        model.TokenBlock(prompts.tokens, start, prefix=prompts.length),
         empty(length),
-        read,
-        method="decode",
+        encoded,
+        method=model.Transformer.decode,
     )
-    put = lambda whole, own: model.write_rows(whole, own, start)
+
+    def put(slots, prompts):
+        return model.write_rows(slots, prompts, start)
+
     return jax.tree.map(put, empty(slots), filled)

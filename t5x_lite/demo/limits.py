@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a page may ask for, and how a question of it is read."""
+"""Limits of requests, and their parsing."""
 
 import json
 import math
@@ -11,15 +11,20 @@ from t5x_lite import config
 
 @dataclass(frozen=True)
 class Limits:
-    """The most letters of a text to read, tokens of one to write, and texts that may wait while
-    another one is written."""
+    """Limits of requests.
 
-    letters: int = 4000
+    Attributes:
+      characters: the most characters of a text to read.
+      tokens: the most tokens of a text to write.
+      waiting: the most texts that may wait while another one is written.
+    """
+
+    characters: int = 4000
     tokens: int = 256
     waiting: int = 4
 
     def __post_init__(self):
-        for name, least in (("letters", 1), ("tokens", 1), ("waiting", 0)):
+        for name, least in (("characters", 1), ("tokens", 1), ("waiting", 0)):
             value = getattr(self, name)
             if value < least:
                 option = "--waiting" if name == "waiting" else f"--most_{name}"
@@ -27,13 +32,20 @@ class Limits:
 
     @property
     def bytes(self) -> int:
-        """Of a question: a letter takes at most 12 as JSON escapes, the rest is short."""
-        return 12 * self.letters + 2000
+        """The most bytes of a request: a character takes up to 12 as JSON escapes."""
+        return 12 * self.characters + 2000
 
 
 @dataclass(frozen=True)
 class Question:
-    """A text for a model to go on from, or with chat a question to it, and how."""
+    """A request to a model.
+
+    Attributes:
+      model: name of the model.
+      text: its input.
+      decode: settings of decoding.
+      chat: True if the chat template is applied to the text.
+    """
 
     model: str
     text: str
@@ -41,63 +53,78 @@ class Question:
     chat: bool = False
 
 
-# Tokens of a block of drafts: the same for all, where measuring what is best would take minutes.
+# Draft length, the same for all drafters: measuring the best one would take minutes.
 WIDTH = 8
-# Of a question's fields: their types, what they are without being told, least and most.
+# Numeric fields of a request: type, default, least and greatest value.
 NUMBERS = {
-    "length": (int, 64, 1, math.inf),
+    "max_new_tokens": (int, 64, 1, math.inf),
     "temperature": (float, 0.0, 0.0, 10.0),
     "seed": (int, 0, 0, 2**32 - 1),
 }
 
 
-def question(body: bytes, decoders: dict[str, list[str]], limits: Limits) -> Question:
-    """What a page asks, as JSON; decoders has for each model the drafters that it may name.
+def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) -> Question:
+    """Parses a request.
 
-    A decoder that reads a path (draft:PATH) is none of them: a page names no files.
+    Drafters that read a path (draft:PATH) are not allowed: a page cannot name files.
+
+    Args:
+      body: the request as JSON.
+      drafters: the allowed drafters of each model.
+      limits: limits of the request.
 
     Raises:
-      ValueError: it is no JSON, a field is missing, of another type or beyond its limit, or there
-        is no such model or decoder.
+      ValueError: the body is not JSON, a field is missing, has another type or is beyond its
+        limit, or the model or the drafter is unknown.
     """
     try:
-        told = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ValueError("The question is no JSON") from error
-    if not isinstance(told, dict):
-        raise ValueError("The question is no JSON object")
-    model, text = (string(told, name) for name in ("model", "text"))
-    if model not in decoders:
-        raise ValueError(f"There is no model {model[:100]!r}, but {', '.join(decoders)}")
-    if len(text) > limits.letters:
-        raise ValueError(f"The text has {len(text)} letters: give at most {limits.letters}")
-    decoder = string(told, "decoder", "plain")
-    if decoder not in decoders[model]:
-        raise ValueError(f"decoder must be one of {', '.join(decoders[model])}")
-    numbers = {name: number(told, name) for name in NUMBERS}
-    if numbers["length"] > limits.tokens:
-        raise ValueError(f"length must be at most {limits.tokens}, got {numbers['length']}")
-    chat = told.get("chat", False)
+        raise ValueError("The question is not JSON") from error
+    if not isinstance(fields, dict):
+        raise ValueError("The question is not a JSON object")
+    model, text = (read_string(fields, name) for name in ("model", "text"))
+    if model not in drafters:
+        raise ValueError(f"Unknown model {model[:100]!r}: choose from {', '.join(drafters)}")
+    if len(text) > limits.characters:
+        raise ValueError(f"The text has {len(text)} characters, more than {limits.characters}")
+    drafter = read_string(fields, "drafter", "plain")
+    if drafter not in drafters[model]:
+        raise ValueError(f"drafter must be one of {', '.join(drafters[model])}")
+    numbers = {name: read_number(fields, name) for name in NUMBERS}
+    if numbers["max_new_tokens"] > limits.tokens:
+        raise ValueError(
+            f"max_new_tokens must be at most {limits.tokens}, got {numbers['max_new_tokens']}"
+        )
+    chat = fields.get("chat", False)
     if not isinstance(chat, bool):
         raise ValueError("chat must be true or false")
-    width = 0 if decoder == "plain" else WIDTH
-    decode = config.Decode(decoder=decoder, width=width, **numbers)
+    width = 0 if drafter == "plain" else WIDTH
+    decode = config.Decode(drafter=drafter, draft_length=width, **numbers)
     return Question(model, text, decode, chat)
 
 
-def string(told: dict[str, Any], name: str, otherwise: str | None = None) -> str:
-    value = told.get(name, otherwise)
+def read_string(fields: dict[str, Any], name: str, otherwise: str | None = None) -> str:
+    """Reads a text field.
+
+    Args:
+      fields: fields of the request.
+      name: name of the field.
+      otherwise: its default; None if it is required.
+    """
+    value = fields.get(name, otherwise)
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a text")
-    # Half of a pair of surrogates, which JSON can name, is no text that can be encoded.
+    # A lone surrogate, which JSON can escape, cannot be encoded.
     return value.encode("utf-8", "replace").decode("utf-8")
 
 
-def number(told: dict[str, Any], name: str) -> Any:
+def read_number(fields: dict[str, Any], name: str) -> Any:
+    """Reads a numeric field, within the limits of NUMBERS."""
     kind, otherwise, least, most = NUMBERS[name]
-    value = told.get(name, otherwise)
+    value = fields.get(name, otherwise)
     fits = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
-    # Written so that NaN fails.
+    # NaN fails this comparison.
     if not fits or not least <= value <= most:
         raise ValueError(f"{name} must be a number from {least} to {most}")
     return kind(value)

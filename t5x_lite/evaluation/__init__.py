@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's texts are worth: predictions, metrics, losses, and the files they are kept in."""
+"""Evaluation: predictions, metrics and losses of a split, embeddings, reports on drafting."""

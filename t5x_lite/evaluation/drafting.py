@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who drafts for a Predictor: made once by name, priced once per shape of batch; and the check that
-its texts are those of plain decoding."""
+"""Drafters of a Predictor, built once per name and priced once per batch shape; and the check
+that drafted texts are those of plain decoding.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,87 +10,104 @@ from typing import Any, NamedTuple
 import jax
 
 from t5x_lite import config, decoding
-from t5x_lite.adaptation import agreement
-from t5x_lite.data.vocabularies import Vocabulary
-from t5x_lite.decoding import choosing, costs
-from t5x_lite.decoding.widths import Adaptive
-from t5x_lite.evaluation import records
+from t5x_lite.adaptation import vocabulary_compatibility
+from t5x_lite.cli import records
+from t5x_lite.decoding.adaptive import latency
+from t5x_lite.decoding.adaptive.drafter import Adaptive
+from t5x_lite.decoding.drafters import registry
+from t5x_lite.tokenizers.vocabulary import Vocabulary
 
 
-class Drafters:
-    """The drafters of one model, by how text is written."""
+class DrafterCache:
+    """Drafters of one model, by the fields of config.Decode that choose them.
+
+    Attributes:
+      cfg: config of the model.
+      params: weights, prepared for decoding.
+      targets: vocabulary of targets; None for drafters that read no text.
+    """
 
     def __init__(self, cfg: config.Model, params: Any, targets: Vocabulary):
         self.cfg, self.params, self.targets = cfg, params, targets
-        self.made: dict[tuple, decoding.Drafting] = {}
-        self.prices: dict[str, decoding.Drafting] = {}
+        self.drafters: dict[tuple, decoding.Drafting] = {}
+        self.priced: dict[str, decoding.Drafting] = {}
 
-    def of(self, decode: config.Decode) -> decoding.Drafting:
-        """The drafter that decode names; an Adaptive one has no prices yet.
+    def get(self, decode: config.Decode) -> decoding.Drafting:
+        """Returns the drafter that decode names; an Adaptive one is not priced yet.
 
         Raises:
           ValueError: there is no such drafter, or it does not fit the model.
         """
-        asked = (decode.decoder, decode.width, decode.accept, decode.beams > 1)
-        if asked not in self.made:
-            self.made[asked] = choosing.drafting(self.cfg, decode, self.load, self.texts)
-        return self.made[asked]
+        key = (decode.drafter, decode.draft_length, decode.accept, decode.beams > 1)
+        if key not in self.drafters:
+            self.drafters[key] = registry.make_drafting(
+                self.cfg, decode, self.load_draft_model, self.load_texts
+            )
+        return self.drafters[key]
 
-    def ready(self, request: decoding.Request, decode: config.Decode) -> decoding.Drafting:
-        """The drafter for this request, its widths priced."""
-        drafting = self.of(decode)
+    def prepare(self, request: decoding.Request, decode: config.Decode) -> decoding.Drafting:
+        """Returns the drafter for this request, its draft lengths priced."""
+        drafting = self.get(decode)
         if not isinstance(drafting.drafter, Adaptive):
             return drafting
-        given = (self.cfg, self.params, request, decode, drafting)
-        name = costs.key(*given)
-        if name not in self.prices:
-            self.prices[name] = costs.priced(*given)
-        return self.prices[name]
+        name = latency.cache_key(self.cfg, self.params, request, decode, drafting)
+        if name not in self.priced:
+            self.priced[name] = latency.with_cost_model(
+                self.cfg, self.params, request, decode, drafting
+            )
+        return self.priced[name]
 
-    def load(self, path: str) -> tuple[config.Model, Any]:
-        """A draft model: its config, and its weights on the mesh in force.
+    def load_draft_model(self, path: str) -> tuple[config.Model, Any]:
+        """Loads a draft model: its config, and its weights on the mesh in force.
 
         Raises:
-          ValueError: it is no checkpoint, or one of another vocabulary.
+          ValueError: it is not a checkpoint, or one of another vocabulary.
         """
-        from t5x_lite.training import restore
+        from t5x_lite.checkpoints.opening import open_checkpoint
 
         shape = dict(jax.sharding.get_abstract_mesh().shape)
-        restored = restore.restore(path, mesh=config.Mesh(**shape) if shape else None)
+        restored = open_checkpoint(path).load(config.Mesh(**shape) if shape else None)
         pair = sorted((restored.vocabularies[1], self.targets), key=lambda each: each.size)
-        if why := agreement.difference(*pair):
+        if why := vocabulary_compatibility.describe_difference(*pair):
             raise ValueError(
-                f"--decoder=draft:{path}: it writes another vocabulary than the model it is to "
+                f"--drafter=draft:{path}: it writes another vocabulary than the model it is to "
                 f"draft for: {why}"
             )
-        return restored.run.model, decoding.prepare(restored.run.model, restored.params)
+        return restored.run.model, decoding.prepare_params(restored.run.model, restored.params)
 
-    def texts(self, path: str) -> list[list[int]]:
-        """The texts of a file as the model would write them: `prediction` of what infer wrote
-        (.jsonl), or lines.
+    def load_texts(self, path: str) -> list[list[int]]:
+        """Loads ids of the texts of a file, as the model would write them: lines, or the field
+        `prediction` of a .jsonl that infer wrote.
 
         Raises:
           ValueError: there is no such file, or no text in it.
         """
-        asked = f"--decoder=recycling:{path}"
+        option = f"--drafter=recycling:{path}"
         try:
             every = records.Source(path, path.endswith(".jsonl"), "prediction").records()
             known = [record.text for record in every if record.trouble is None]
         except OSError as error:
-            raise ValueError(f"{asked} cannot be read: {error.strerror}") from None
+            raise ValueError(f"{option} cannot be read: {error.strerror}") from None
         if not known:
             raise ValueError(
-                f"{asked} has no text: give it lines, or the .jsonl that infer wrote, with a field "
-                '"prediction"'
+                f"{option} has no text: give it lines, or the .jsonl that infer wrote, with a "
+                'field "prediction"'
             )
-        start = [self.cfg.start] if self.cfg.encoder else []
+        start = [self.cfg.decoder_start_token_id] if self.cfg.encoder else []
         end = [self.targets.eos] if self.targets.ends else []
         return [[*start, *map(int, row), *end] for row in self.targets.encode_all(known)]
 
 
-class Difference(NamedTuple):
-    """Where a drafted text first differs from the plain one, and by how many nats the model
-    prefers its plain token there: about 0 is a tie that rounding decides."""
+class DraftDifference(NamedTuple):
+    """First difference of a drafted text from the plain one.
+
+    Attributes:
+      place: number of the token, from 0.
+      plain: id of the plain text, -1 if it ends.
+      drafted: id of the drafted text, -1 if it ends.
+      gap: nats by which the model prefers the plain token: about 0 is a tie that rounding decides;
+        NaN if a text ends.
+    """
 
     place: int
     plain: int
@@ -97,33 +115,48 @@ class Difference(NamedTuple):
     gap: float
 
 
-def difference(
+def first_difference(
     predictor: Any, ids: Sequence[int], plain: Sequence[int], drafted: Sequence[int]
-) -> Difference | None:
-    """The first difference of two texts written after the input `ids`; None where there is none."""
+) -> DraftDifference | None:
+    """First difference of two texts; None if they are the same.
+
+    Args:
+      predictor: the model.
+      ids: ids of the input.
+      plain: ids written by plain decoding.
+      drafted: ids written with a drafter.
+    """
     pairs = zip([*plain, -1], [*drafted, -1], strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if place is None:
         return None
     both = [list(text[: place + 1]) for text in (plain, drafted)]
     if min(map(len, both)) <= place:
-        return Difference(place, *([*text, -1][place] for text in both), float("nan"))
-    rows = predictor.rows(2)
+        return DraftDifference(place, *([*text, -1][place] for text in both), float("nan"))
+    rows = predictor.padded_rows(2)
     filled = both + both[-1:] * (rows - 2)
     scores = decoding.score(predictor.cfg, predictor.params, [ids] * rows, filled)
     gap = float(scores.tokens[0, place] - scores.tokens[1, place])
-    return Difference(place, plain[place], drafted[place], gap)
+    return DraftDifference(place, plain[place], drafted[place], gap)
 
 
-def differences(
+def differences_from_plain(
     predictor: Any,
     ids: Sequence[Sequence[int]],
     decode: config.Decode,
     rows: Sequence[int],
-    found: Sequence[Any],
-) -> list[Difference | None]:
-    """For each prediction found, what plain decoding of the same request would change."""
-    told = dataclasses.replace(decode, decoder="plain", accept="exact", width=0)
-    plain = predictor.continued(ids, told, rows=rows, counted=False)
-    pairs = zip(ids, plain, found, strict=True)
-    return [difference(predictor, row, a.tokens[0], b.tokens[0]) for row, a, b in pairs]
+    predictions: Sequence[Any],
+) -> list[DraftDifference | None]:
+    """Differences of predictions from plain decoding of the same requests.
+
+    Args:
+      predictor: the model.
+      ids: ids of each input.
+      decode: config of decoding.
+      rows: numbers of the inputs.
+      predictions: one for each input.
+    """
+    plain_decode = dataclasses.replace(decode, drafter="plain", accept="exact", draft_length=0)
+    plain = predictor.predict_ids(ids, plain_decode, rows=rows, counted=False)
+    pairs = zip(ids, plain, predictions, strict=True)
+    return [first_difference(predictor, row, a.tokens[0], b.tokens[0]) for row, a, b in pairs]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts to vectors: batches of like length, as in predicting, and a vector for each text."""
+"""Embeddings: a vector for each text, computed in batches of like length as in prediction."""
 
 import dataclasses
 import functools
@@ -13,60 +13,65 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config, decoding, model
 from t5x_lite.decoding import generation
-from t5x_lite.decoding.request import check_ids, prompt
+from t5x_lite.decoding.request import check_ids, decoder_prompt
 from t5x_lite.evaluation.predict import Predictor
 
 KINDS = ("mean", "first", "last")
 
 
-def pooling_of(cfg: config.Model, kind: str | None) -> config.Model:
-    """cfg that pools by kind; without one by its own, or else the mean.
+def with_pooling(cfg: config.Model, kind: str | None) -> config.Model:
+    """cfg with the pooling `kind`; by default its own pooling, or else the mean.
 
-    Raises ValueError for a kind that there is not.
+    Raises:
+      ValueError: an unknown kind.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"Embeddings are pooled by {', '.join(KINDS)}; got {kind!r}")
-    own = cfg.pooling or config.Pooling()
-    wanted = dataclasses.replace(own, kind=kind or own.kind)
-    return dataclasses.replace(cfg, pooling=wanted)
+    pooling = cfg.pooling or config.Pooling()
+    pooling = dataclasses.replace(pooling, kind=kind or pooling.kind)
+    return dataclasses.replace(cfg, pooling=pooling)
 
 
 def embed(
     predictor: Predictor,
     texts: Sequence[str],
     kind: str | None = None,
-    told: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """The float32 vectors [n d] of texts, as an encoder, or a lone decoder, reads them.
+    """Computes the vectors [n d] of texts, float32.
 
-    A text's tokens are those that the predictor gives the model to read, end and all. What else is
-    in its batch, and how far it is padded, changes nothing beyond rounding. told(count) hears how
-    many are done.
+    What else is in a text's batch, and how far it is padded, changes nothing beyond rounding.
+
+    Args:
+      predictor: an encoder or a decoder-only model; it tokenizes the texts, end included.
+      texts: n texts.
+      kind: pooling, one of KINDS; by default the model's own.
+      on_progress: called with the number of texts done.
 
     Raises:
       ValueError: an unknown kind, or a text that the model cannot read.
     """
-    cfg = decoding.precise(pooling_of(predictor.cfg, kind))
-    ids = predictor.read(texts)
+    cfg = decoding.with_cpu_dtype(with_pooling(predictor.cfg, kind))
+    ids = predictor.encode_inputs(texts)
     if cfg.encoder is None:
-        ids = [prompt(cfg, row) for row in ids]
-    check(cfg, ids)
+        ids = [decoder_prompt(cfg, row) for row in ids]
+    check_texts(cfg, ids)
     width = cfg.pooling.project or (cfg.encoder or cfg.decoder).embed
-    found = np.zeros((len(ids), width), np.float32)
+    embeddings = np.zeros((len(ids), width), np.float32)
     done = 0
     for places in predictor.batches(ids):
         rows = [ids[place] for place in places]
-        rows += [rows[0]] * (predictor.rows(len(places)) - len(places))
-        padded = decoding.pad(rows, decoding.bucket(max(map(len, rows))))
-        vectors = compiled(cfg, predictor.params, *generation.place(padded))
-        found[places] = jax.device_get(vectors)[: len(places)]
+        rows += [rows[0]] * (predictor.padded_rows(len(places)) - len(places))
+        padded = decoding.pad_rows(rows, decoding.bucket_length(max(map(len, rows))))
+        vectors = pooled_vectors(cfg, predictor.params, *generation.shard_rows(padded))
+        embeddings[places] = jax.device_get(vectors)[: len(places)]
         done += len(places)
-        if told:
-            told(done)
-    return found
+        if on_progress:
+            on_progress(done)
+    return embeddings
 
 
-def check(cfg: config.Model, ids: Sequence[Sequence[int]]) -> None:
+def check_texts(cfg: config.Model, ids: Sequence[Sequence[int]]) -> None:
     """Raises ValueError for texts that the model cannot read."""
     check_ids(cfg, "Text", ids)
     most = (cfg.encoder or cfg.decoder).max_length
@@ -79,12 +84,21 @@ def check(cfg: config.Model, ids: Sequence[Sequence[int]]) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled(cfg: config.Model, params: Any, ids, length):
-    """The vectors of rows of ids, of which the first length[b] of row b exist."""
-    place = jnp.arange(ids.shape[1])
-    exists = place < length[:, None]
-    where = jnp.where(exists, place, 0)
+def pooled_vectors(cfg: config.Model, params: Any, ids, length):
+    """Vectors of rows of ids.
+
+    Args:
+      cfg: config of the model.
+      params: its weights.
+      ids: [b t] int32.
+      length: [b] int32, ids of each row that exist.
+    """
+    position = jnp.arange(ids.shape[1])
+    exists = position < length[:, None]
+    positions = jnp.where(exists, position, 0)
     transformer = model.Transformer(cfg, scan=False)
-    seen = exists.astype(jnp.int32)
-    vectors = transformer.apply({"params": params}, ids, seen, where, method="pooled")
+    segments = exists.astype(jnp.int32)
+    vectors = transformer.apply(
+        {"params": params}, ids, segments, positions, method=model.Transformer.pooled
+    )
     return jax.reshard(vectors, P())

@@ -1,36 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One split of a run measured: losses, predictions, their metrics, the file they are kept in."""
+"""Evaluation of a run on one split: losses, predictions, their metrics, and their file."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from t5x_lite import config, processes, sharding
 from t5x_lite.data import open_batches, open_dataset
-from t5x_lite.decoding.tally import Tally
+from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.evaluation import losses, metrics
 from t5x_lite.evaluation.predict import Prediction, Predictor
+from t5x_lite.utils.atomic_files import write_atomically
 
 
 class Evaluator:
-    """Measures any weights of a run on one split, which is opened once.
+    """Measures weights of a run on one split, which is opened once.
 
-    kept is where the latest predictions were written; tally what drafting was worth for them.
+    Attributes:
+      run: config of the run.
+      split: name of the split.
+      predictions_path: file of the newest predictions; None before there are any.
+      tally: acceptance of their drafts.
 
     Raises:
-      ValueError: the split is not there, or a metric's name is unknown.
+      ValueError: an unknown split or metric.
     """
 
     def __init__(self, run: config.Run, split: str | None = None):
         self.run = run
         self.split = split or run.data.eval_split
-        self.kept: Path | None = None
-        self.tally = Tally()
+        self.predictions_path: Path | None = None
+        self.tally = AcceptanceStats()
         self.dataset = open_dataset(run.data, self.split)
         for name in run.evaluate.metrics:
-            metrics.find(name)
+            metrics.find_metric(name)
         shards = sharding.batch_shards()
         rows = -(-run.evaluate.batch_size // shards) * shards
         host, hosts = sharding.batch_share()
@@ -45,27 +49,39 @@ class Evaluator:
         )
 
     def __call__(
-        self, params: Any, step: int, told: Callable[[int], None] | None = None
+        self, params: Any, step: int, on_progress: Callable[[int], None] | None = None
     ) -> dict[str, float]:
-        """Every measure of these weights, by name; predictions are kept in the run's folder."""
-        return self.losses(params) | self.predictions(params, step, told)
+        """Computes losses and metrics by name; writes predictions to the run's folder.
+
+        Args:
+          params: weights of the run's model.
+          step: steps that they have trained.
+          on_progress: called with the number of examples decoded.
+        """
+        return self.losses(params) | self.predictions(params, step, on_progress)
 
     def losses(self, params: Any) -> dict[str, float]:
-        """Loss, perplexity, accuracy and bits per byte."""
+        """Computes loss, perplexity, accuracy and bits per byte."""
         if not self.run.evaluate.batches:
             return {}
         vocabulary = self.dataset.vocabularies[1]
         most = self.run.evaluate.batches
-        return losses.measure(self.run.model, params, self.batches, vocabulary, most)
+        return losses.measure_losses(self.run.model, params, self.batches, vocabulary, most)
 
     def predictions(
-        self, params: Any, step: int, told: Callable[[int], None] | None = None
+        self, params: Any, step: int, on_progress: Callable[[int], None] | None = None
     ) -> dict[str, float]:
-        """The metrics of decoded text, {} where there is no text to write: a decoder trained on
-        running text, an encoder alone, or no metric at all."""
+        """Computes metrics of decoded text; {} for a decoder trained on running text, for an
+        encoder-only model, and without metrics.
+
+        Args:
+          params: weights of the run's model.
+          step: steps that they have trained.
+          on_progress: called with the number of examples decoded.
+        """
         names = self.run.evaluate.metrics or self.dataset.metrics
         count = min(len(self.dataset), self.run.evaluate.examples)
-        if not count or not self.decodes() or not (names or self.own()):
+        if not count or not self.has_predictions() or not (names or self.uses_task_metrics()):
             return {}
         predictor = Predictor(
             self.run.model,
@@ -74,20 +90,22 @@ class Evaluator:
             batch_size=self.run.evaluate.batch_size,
         )
         ids, cut = self.inputs(count)
-        found = predictor.continued(ids, self.run.decode, told=told)
+        predictions = predictor.predict_ids(ids, self.run.decode, on_progress=on_progress)
         self.tally = predictor.tally
-        written = [each.texts[0] for each in found]
+        written = [each.texts[0] for each in predictions]
         references = [self.dataset.references(i) for i in range(count)]
-        numbers = metrics.measure(names, written, references) if names else {}
-        if self.own():
-            numbers |= self.dataset.score(written)
+        values = metrics.measure_metrics(names, written, references) if names else {}
+        if self.uses_task_metrics():
+            values |= self.dataset.score(written)
         texts = [self.dataset.inputs_text(i) for i in range(count)]
-        self.kept = self.keep(step, records(texts, found, references))
+        self.predictions_path = self.write_predictions(
+            step, prediction_rows(texts, predictions, references)
+        )
         counts = {"examples": count, "truncated_inputs": cut}
-        return numbers | {name: float(size) for name, size in counts.items() if size}
+        return values | {name: float(size) for name, size in counts.items() if size}
 
     def inputs(self, count: int) -> tuple[list[list[int]], int]:
-        """The first examples' input ids, cut as in training, and how many had to be cut."""
+        """Input ids of the first examples, truncated as in training; counts truncated ones."""
         most = self.run.data.lengths.get("inputs", 0)
         rows = [self.dataset.ids(i)[0].tolist() for i in range(count)]
         vocabulary = self.dataset.vocabularies[0]
@@ -95,33 +113,46 @@ class Evaluator:
         fitting = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in rows]
         return fitting, sum(len(row) > most for row in rows)
 
-    def decodes(self) -> bool:
-        """Whether the split has inputs that a text can be written for."""
+    def has_predictions(self) -> bool:
+        """True if the model writes text and the split has inputs for it."""
         return self.run.model.decoder is not None and self.dataset.has_inputs
 
-    def own(self) -> bool:
-        """Whether no metric is named and the user's seqio task has metric functions of its own."""
+    def uses_task_metrics(self) -> bool:
+        """True if no metric is named and the user's seqio task has metric functions."""
         return not self.run.evaluate.metrics and any(task.score for task in self.dataset.tasks)
 
-    def keep(self, step: int, rows: list[dict]) -> Path | None:
-        """Writes predictions/<split>-<step>.jsonl; one process does."""
-        if not processes.first():
+    def write_predictions(self, step: int, rows: list[dict]) -> Path | None:
+        """Writes predictions/<split>-<step>.jsonl, on the first process."""
+        if not processes.is_first():
             return None
         folder = Path(self.run.model_dir) / "predictions"
         return write_anew(folder / f"{self.split}-{step}.jsonl", rows)
 
 
 def evaluate(run: config.Run, params: Any, step: int, split: str | None = None) -> dict[str, float]:
-    """Every measure of params on a split: `Evaluator` for once."""
+    """Computes losses and metrics of weights on a split, as `Evaluator` does.
+
+    Args:
+      run: config of the run.
+      params: weights of its model.
+      step: steps that they have trained.
+      split: name of the split; Data.eval_split by default.
+    """
     return Evaluator(run, split)(params, step)
 
 
-def records(
-    texts: Sequence[str], found: Sequence[Prediction], references: Sequence[Sequence[str]]
+def prediction_rows(
+    texts: Sequence[str], predictions: Sequence[Prediction], references: Sequence[Sequence[str]]
 ) -> list[dict]:
-    """Predictions as they are kept: input, prediction, references, score, and the n-best."""
+    """Rows of a predictions file: input, prediction, references, score, and the n-best.
+
+    Args:
+      texts: inputs.
+      predictions: one for each input.
+      references: acceptable answers of each.
+    """
     rows = []
-    for text, prediction, acceptable in zip(texts, found, references, strict=True):
+    for text, prediction, acceptable in zip(texts, predictions, references, strict=True):
         row = {
             "input": text,
             "prediction": prediction.texts[0],
@@ -135,9 +166,9 @@ def records(
 
 
 def write_anew(path: Path, rows: list[dict]) -> Path:
-    """Writes rows as JSONL to path, or to path with a number where other content is there.
+    """Writes rows as JSONL to path, or to path with a number if it has other content.
 
-    The file appears whole or not at all.
+    The file is written atomically.
     """
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +176,5 @@ def write_anew(path: Path, rows: list[dict]) -> Path:
     while free.exists() and free.read_text(encoding="utf-8") != content:
         number += 1
         free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    part = free.with_name(f"{free.name}.{os.getpid()}")
-    part.write_text(content, encoding="utf-8")
-    os.replace(part, free)
+    write_atomically(free, content)
     return free

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss, perplexity and bits per byte of a split, teacher-forced."""
+"""Loss, perplexity and bits per byte of a split, with teacher forcing."""
 
 import functools
 import itertools
@@ -14,12 +14,18 @@ from jax.sharding import PartitionSpec as P
 from t5x_lite import config, model, processes, sharding
 from t5x_lite.batch import Batch
 from t5x_lite.data import Batches
-from t5x_lite.data.vocabularies import Vocabulary
 from t5x_lite.decoding import loop, sampling
+from t5x_lite.tokenizers.vocabulary import Vocabulary
 
 
-class Totals(NamedTuple):
-    """Sums over the targets that count: nats, tokens, and those the model would have chosen."""
+class TargetSums(NamedTuple):
+    """Sums over the targets that count.
+
+    Attributes:
+      nats: scalar, cross entropy.
+      tokens: scalar, number of targets.
+      right: scalar, targets that the model predicts.
+    """
 
     nats: jax.Array
     tokens: jax.Array
@@ -27,12 +33,22 @@ class Totals(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def totals(cfg: config.Model, params: Any, batch: Batch) -> Totals:
-    logits = sampling.whole(model.Transformer(cfg).apply({"params": params}, batch))
+def target_sums(cfg: config.Model, params: Any, batch: Batch) -> TargetSums:
+    """Sums of one batch.
+
+    Args:
+      cfg: config of the model.
+      params: its weights.
+      batch: rows on the mesh.
+    """
+    logits = sampling.gather_vocabulary(model.Transformer(cfg).apply({"params": params}, batch))
     nats = -loop.token_log_probability(logits, batch.targets)
     right = (jnp.argmax(logits, axis=-1) == batch.targets).astype(jnp.float32)
-    total = lambda x: jax.reshard(jnp.sum(x * batch.loss_weights), P())
-    return Totals(total(nats), total(jnp.ones_like(nats)), total(right))
+
+    def weighted_sum(x):
+        return jax.reshard(jnp.sum(x * batch.loss_weights), P())
+
+    return TargetSums(weighted_sum(nats), weighted_sum(jnp.ones_like(nats)), weighted_sum(right))
 
 
 def text_bytes(batch: Batch, vocabulary: Vocabulary) -> int:
@@ -47,65 +63,88 @@ def text_bytes(batch: Batch, vocabulary: Vocabulary) -> int:
     return count
 
 
-class Sums(NamedTuple):
-    """Totals on the host, and the UTF-8 bytes of the targets' text."""
+class SplitSums(NamedTuple):
+    """TargetSums of a split, on the host.
+
+    Attributes:
+      nats: cross entropy.
+      tokens: number of targets.
+      right: targets that the model predicts.
+      bytes: UTF-8 bytes of the targets' text.
+    """
 
     nats: float = 0.0
     tokens: float = 0.0
     right: float = 0.0
     bytes: int = 0
 
-    def plus(self, other: "Sums") -> "Sums":
-        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: "SplitSums") -> "SplitSums":
+        """Sums of both."""
+        return SplitSums(*(a + b for a, b in zip(self, other, strict=True)))
 
     def loss(self) -> float:
-        """Nats per token; ValueError where there is no token."""
+        """Nats per token; raises ValueError without tokens."""
         if not self.tokens:
-            raise ValueError("There is no target to predict in this split")
+            raise ValueError("This split has no targets to predict")
         return self.nats / self.tokens
 
 
-def measure(
+def measure_losses(
     cfg: config.Model, params: Any, batches: Batches, vocabulary: Vocabulary, most: int
 ) -> dict[str, float]:
-    """Loss (nats per target token), perplexity, accuracy, bits per byte, and the tokens counted.
+    """Computes loss (nats per target token), perplexity, accuracy, bits per byte, and the number of
+    tokens.
 
-    Over the first `most` batches of the split in order. Without label smoothing and z-loss,
-    whatever the training adds. Where rows come from several tasks or denoisers, each gets an equal
-    part of the batches, and a loss of its own, "loss/<name>".
+    Neither label smoothing nor z-loss counts, whatever the training adds. If rows come from several
+    tasks or denoisers, each gets an equal part of the batches, and a loss "loss/<name>".
+
+    Args:
+      cfg: config of the model.
+      params: its weights.
+      batches: batches of the split.
+      vocabulary: of the targets.
+      most: number of batches, from the first one on.
 
     Raises:
       ValueError: the split has no targets to predict.
     """
-    found, each = {}, max(1, most // len(batches.parts))
+    sums, each = {}, max(1, most // len(batches.parts))
     for part in batches.parts:
         alone = Batches([part], batches.mixture, batches.lengths, batches.shard)
-        found[part.name] = sums_of(cfg, params, alone, vocabulary, each)
-    whole = functools.reduce(Sums.plus, found.values(), Sums())
-    loss = whole.loss()
-    own = {f"loss/{name}": sums.loss() for name, sums in found.items() if sums.tokens}
+        sums[part.name] = split_sums(cfg, params, alone, vocabulary, each)
+    total = functools.reduce(SplitSums.plus, sums.values(), SplitSums())
+    loss = total.loss()
+    by_part = {f"loss/{name}": part.loss() for name, part in sums.items() if part.tokens}
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": 100 * whole.right / whole.tokens,
-        "bits_per_byte": whole.nats / math.log(2) / max(everywhere(whole.bytes), 1),
-        "target_tokens": whole.tokens,
-    } | (own if len(found) > 1 else {})
+        "accuracy": 100 * total.right / total.tokens,
+        "bits_per_byte": total.nats / math.log(2) / max(sum_over_processes(total.bytes), 1),
+        "target_tokens": total.tokens,
+    } | (by_part if len(sums) > 1 else {})
 
 
-def sums_of(
+def split_sums(
     cfg: config.Model, params: Any, batches: Batches, vocabulary: Vocabulary, most: int
-) -> Sums:
-    """Totals over the first `most` batches."""
+) -> SplitSums:
+    """Sums over the first batches of a split.
+
+    Args:
+      cfg: config of the model.
+      params: its weights.
+      batches: batches of the split.
+      vocabulary: of the targets.
+      most: number of batches.
+    """
     sums, size = np.zeros(3), 0
     for batch in itertools.islice(batches.evaluation(), most):
         size += text_bytes(batch, vocabulary)
-        sums += np.array(totals(cfg, params, sharding.place_batch(batch)), np.float64)
-    return Sums(*sums.tolist(), size)
+        sums += np.array(target_sums(cfg, params, sharding.place_batch(batch)), np.float64)
+    return SplitSums(*sums.tolist(), size)
 
 
-def everywhere(count: int) -> int:
-    """The sum of count over the parts of the batch, of which processes may share one."""
+def sum_over_processes(count: int) -> int:
+    """Sum of `count` over the parts of the batch; several processes may share a part."""
     _, parts = sharding.batch_share()
-    said = processes.everyone(str(count))
-    return sum(map(int, said)) * parts // len(said)
+    counts = processes.gather_texts(str(count))
+    return sum(map(int, counts)) * parts // len(counts)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What predictions are worth: metrics by name, over predictions and their lists of references.
+"""Metrics of predictions, by name.
 
 Every metric takes predictions (one text each) and references (the acceptable answers of each) and
-gives numbers by name; shares and error rates are in percent, as they are published.
+returns values by name; rates are in percent, as they are published.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
+
+from t5x_lite.utils.nearest import suggest
 
 Predictions = Sequence[str]
 References = Sequence[Sequence[str]]
@@ -23,7 +24,7 @@ def edit_distance(one: Sequence, other: Sequence) -> int:
     return row[-1]
 
 
-def nearest(prediction: str, references: Sequence[str]) -> tuple[int, int]:
+def nearest_reference(prediction: str, references: Sequence[str]) -> tuple[int, int]:
     """The fewest token edits to any reference, and the length of that reference."""
     tokens = prediction.split()
     edits = [(edit_distance(tokens, each.split()), len(each.split())) for each in references]
@@ -31,18 +32,18 @@ def nearest(prediction: str, references: Sequence[str]) -> tuple[int, int]:
 
 
 def exact_match(predictions: Predictions, references: References) -> dict[str, float]:
-    """Percent of predictions that are one of their references, outer blanks aside."""
+    """Percent of predictions that are one of their references; outer spaces are ignored."""
     right = [
         prediction.strip() in {each.strip() for each in acceptable}
         for prediction, acceptable in zip(predictions, references, strict=True)
     ]
-    return {"exact_match": 100 * mean(right)}
+    return {"exact_match": 100 * mean_of(right)}
 
 
 def token_edit_distance(predictions: Predictions, references: References) -> dict[str, float]:
-    """Edits per text to the nearest reference, tokens being what blanks separate."""
+    """Edits per text to the nearest reference, tokens are separated by spaces."""
     pairs = zip(predictions, references, strict=True)
-    return {"edit_distance": mean([nearest(*pair)[0] for pair in pairs])}
+    return {"edit_distance": mean_of([nearest_reference(*pair)[0] for pair in pairs])}
 
 
 def phoneme_error_rate(predictions: Predictions, references: References) -> dict[str, float]:
@@ -51,39 +52,42 @@ def phoneme_error_rate(predictions: Predictions, references: References) -> dict
     With several pronunciations the one with the fewest edits, as published for CMUdict (Yao and
     Zweig, 2015).
     """
-    pairs = [nearest(*pair) for pair in zip(predictions, references, strict=True)]
+    pairs = [nearest_reference(*pair) for pair in zip(predictions, references, strict=True)]
     edits, lengths = map(sum, zip(*pairs, strict=True))
     return {"per": 100 * edits / max(lengths, 1)}
 
 
 def word_error_rate(predictions: Predictions, references: References) -> dict[str, float]:
-    """Percent of words of which no pronunciation is matched whole."""
-    tokens = lambda text: tuple(text.split())
+    """Percent of words that match none of their pronunciations."""
     wrong = [
-        tokens(prediction) not in {tokens(each) for each in acceptable}
+        prediction.split() not in [each.split() for each in acceptable]
         for prediction, acceptable in zip(predictions, references, strict=True)
     ]
-    return {"wer": 100 * mean(wrong)}
+    return {"wer": 100 * mean_of(wrong)}
 
 
 def bleu(predictions: Predictions, references: References) -> dict[str, float]:
     """Corpus BLEU of sacrebleu, 13a tokens, mixed case (Post, 2018)."""
     import sacrebleu
 
-    return {"bleu": sacrebleu.corpus_bleu(list(predictions), transposed(references)).score}
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(predictions), transpose_references(references)).score
+    }
 
 
 def chrf(predictions: Predictions, references: References) -> dict[str, float]:
     """Corpus chrF2 of sacrebleu (Popovic, 2015)."""
     import sacrebleu
 
-    return {"chrf": sacrebleu.corpus_chrf(list(predictions), transposed(references)).score}
+    return {
+        "chrf": sacrebleu.corpus_chrf(list(predictions), transpose_references(references)).score
+    }
 
 
-def transposed(references: References) -> list[list[str | None]]:
-    """References as sacrebleu wants them: the first of every text, the second of every text ...
+def transpose_references(references: References) -> list[list[str | None]]:
+    """References in sacrebleu's order: the first of every text, the second of every text ...
 
-    Where a text has fewer than another there is None, which sacrebleu leaves out.
+    If a text has fewer than another there is None, which sacrebleu ignores.
     """
     most = max(map(len, references))
     rows = [[*each, *[None] * (most - len(each))] for each in references]
@@ -91,7 +95,7 @@ def transposed(references: References) -> list[list[str | None]]:
 
 
 def rouge(predictions: Predictions, references: References) -> dict[str, float]:
-    """ROUGE-1, -2 and -Lsum F1 (Lin, 2004), stemmed, of the reference with the best one each.
+    """ROUGE-1, -2 and -Lsum F1 (Lin, 2004), stemmed, each with its best reference.
 
     As T5 reports it, but without its bootstrap: the mean over texts.
     """
@@ -103,7 +107,7 @@ def rouge(predictions: Predictions, references: References) -> dict[str, float]:
         scorer.score_multi(list(acceptable), prediction)
         for prediction, acceptable in zip(predictions, references, strict=True)
     ]
-    return {kind: 100 * mean([score[kind].fmeasure for score in scores]) for kind in kinds}
+    return {kind: 100 * mean_of([score[kind].fmeasure for score in scores]) for kind in kinds}
 
 
 METRICS: dict[str, Metric] = {
@@ -117,38 +121,42 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def find(name: str) -> Metric:
+def find_metric(name: str) -> Metric:
     """The metric of that name.
 
     Raises:
-      ValueError: there is none; near names are told.
+      ValueError: an unknown name; the message has near names.
     """
     if name in METRICS:
         return METRICS[name]
-    near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"There is no metric {name!r}: {hint}There are {', '.join(METRICS)}")
+    raise ValueError(f"There is no metric {name!r}: {suggest(name, METRICS)}")
 
 
-def measure(
+def measure_metrics(
     names: Sequence[str], predictions: Predictions, references: References
 ) -> dict[str, float]:
-    """The numbers of all named metrics.
+    """Computes all named metrics.
+
+    Args:
+      names: keys of METRICS.
+      predictions: one text each.
+      references: acceptable answers of each.
 
     Raises:
       ValueError: a name is unknown, there is nothing to measure, or a text has no reference.
     """
-    metrics = [find(name) for name in names]
+    metrics = [find_metric(name) for name in names]
     if not predictions:
         raise ValueError("There are no predictions to measure")
     for number, acceptable in enumerate(references):
         if not acceptable:
             raise ValueError(f"Prediction {number} has no reference to be measured against")
-    numbers: dict[str, float] = {}
+    values: dict[str, float] = {}
     for metric in metrics:
-        numbers |= metric(predictions, references)
-    return numbers
+        values |= metric(predictions, references)
+    return values
 
 
-def mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
     return sum(values) / len(values)

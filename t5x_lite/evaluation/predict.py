@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts to texts: tokenised, sorted into batches of like length, decoded, and put back in order."""
+"""Prediction of texts: tokenized, sorted into batches of like length, decoded, back in order."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -7,20 +7,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_lite import config, decoding, sharding
-from t5x_lite.data import tasks
-from t5x_lite.data.vocabularies import Vocabulary, edges
-from t5x_lite.decoding.drafters.union import sources
-from t5x_lite.decoding.tally import Tally
-from t5x_lite.decoding.widths import Adaptive
-from t5x_lite.evaluation.drafting import Drafters
+from t5x_lite.data import built_in
+from t5x_lite.decoding.acceptance.stats import AcceptanceStats
+from t5x_lite.decoding.adaptive.drafter import Adaptive
+from t5x_lite.decoding.drafters.union import draft_sources
+from t5x_lite.evaluation.drafting import DrafterCache
+from t5x_lite.tokenizers.vocabularies import end_ids
+from t5x_lite.tokenizers.vocabulary import Vocabulary
 
 
 class Prediction(NamedTuple):
-    """What the model wrote for one input, best first, and what it thinks of each.
+    """Texts that the model wrote for one input, best first.
 
-    scores are what the texts are ranked by: log_probabilities (in nats) over the length penalty.
-    Of the best text, calls says in which forward pass each token was written, and guessed by whom
-    it had been guessed ("model": nobody); both are empty after beam search.
+    Attributes:
+      texts: the texts.
+      scores: log_probabilities over the length penalty, which rank the texts.
+      log_probabilities: in nats.
+      tokens: ids of each text.
+      calls: of the best text, the forward pass that wrote each token; empty after beam search.
+      guessed: of the best text, the drafter that had proposed each token ("model" if none); empty
+        after beam search.
     """
 
     texts: list[str]
@@ -34,9 +40,16 @@ class Prediction(NamedTuple):
 class Predictor:
     """Writes and scores texts with one set of weights.
 
-    params are a model's own, as training has them. ended says whether an input ends with eos, as
-    the source of an example does; the beginning of a text to be continued does not. tally counts
-    what drafting was worth.
+    Attributes:
+      cfg: config of the model.
+      params: weights, prepared for decoding.
+      inputs: vocabulary of inputs.
+      targets: vocabulary of targets.
+      drafters: drafters of the model.
+      tally: acceptance of drafts so far.
+      ended: true if an input ends with eos, as the source of an example does; the beginning of a
+        text to be continued does not.
+      batch_size: most inputs of a batch.
     """
 
     def __init__(
@@ -49,10 +62,10 @@ class Predictor:
         batch_size: int = 64,
     ):
         self.cfg = cfg
-        self.params = decoding.prepare(cfg, params)
+        self.params = decoding.prepare_params(cfg, params)
         self.inputs, self.targets = vocabularies
-        self.drafters = Drafters(cfg, self.params, self.targets)
-        self.tally = Tally()
+        self.drafters = DrafterCache(cfg, self.params, self.targets)
+        self.tally = AcceptanceStats()
         self.ended = ended
         self.batch_size = batch_size
 
@@ -62,98 +75,117 @@ class Predictor:
         decode: config.Decode,
         *,
         rows: Sequence[int] | None = None,
-        told: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        """One Prediction for each text: `continued` from its ids."""
-        return self.continued(self.read(texts), decode, rows=rows, told=told)
+        """Predicts one Prediction for each text.
 
-    def continued(
+        Args:
+          texts: inputs.
+          decode: config of decoding.
+          rows: numbers of the inputs, see `predict_ids`.
+          on_progress: called with the number of texts done.
+        """
+        return self.predict_ids(
+            self.encode_inputs(texts), decode, rows=rows, on_progress=on_progress
+        )
+
+    def predict_ids(
         self,
         ids: Sequence[Sequence[int]],
         decode: config.Decode,
         *,
         rows: Sequence[int] | None = None,
-        told: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
         counted: bool = True,
     ) -> list[Prediction]:
-        """One Prediction for each input, given as ids with their end.
+        """Predicts one Prediction for each input.
 
-        rows numbers the inputs for sampling (0, 1, ... otherwise): with the same number and seed
-        a text is drawn the same in any company. told(count) hears how many are done so far. What
-        is not counted leaves tally as it is.
+        Args:
+          ids: ids of each input, with their end.
+          decode: config of decoding.
+          rows: numbers of the inputs for sampling, 0, 1, ... by default: with the same number and
+            seed, sampling does not depend on the other rows.
+          on_progress: called with the number of inputs done.
+          counted: false to leave `tally` as it is.
         """
         rows = range(len(ids)) if rows is None else rows
-        found: dict[int, Prediction] = {}
+        predictions: dict[int, Prediction] = {}
         for places in self.batches(ids):
-            request = decoding.request(
+            request = decoding.make_request(
                 self.cfg,
                 [ids[place] for place in places],
                 decode,
                 rows=[rows[place] for place in places],
-                batch=self.rows(len(places)),
+                batch=self.padded_rows(len(places)),
                 eos=self.targets.stops,
             )
-            drafting = self.drafters.ready(request, decode)
+            drafting = self.drafters.prepare(request, decode)
             result = decoding.generate(self.cfg, self.params, request, decode, drafting)
-            names = guessers(drafting)
+            names = drafter_names(drafting)
             if counted:
                 self.tally.add(result, names, len(places))
             for row, place in enumerate(places):
-                found[place] = self.prediction(result, row, names)
-            if told:
-                told(len(found))
-        return [found[place] for place in range(len(ids))]
+                predictions[place] = self.prediction(result, row, names)
+            if on_progress:
+                on_progress(len(predictions))
+        return [predictions[place] for place in range(len(ids))]
 
     def score(
         self, inputs: Sequence[str], targets: Sequence[str]
     ) -> list[tuple[float, list[float]]]:
-        """For each pair, the log-probability of the target and of its tokens, in nats."""
-        ids, wanted = self.read(inputs), self.written(targets)
-        found: dict[int, tuple[float, list[float]]] = {}
-        for places in self.batches([[*a, *b] for a, b in zip(ids, wanted, strict=True)]):
-            filled = [*places, *[places[0]] * (self.rows(len(places)) - len(places))]
+        """Log-probability of each target given its input, and of its tokens, in nats."""
+        ids, target_ids = self.encode_inputs(inputs), self.encode_targets(targets)
+        scored: dict[int, tuple[float, list[float]]] = {}
+        for places in self.batches([[*a, *b] for a, b in zip(ids, target_ids, strict=True)]):
+            filled = [*places, *[places[0]] * (self.padded_rows(len(places)) - len(places))]
             scores = decoding.score(
                 self.cfg,
                 self.params,
                 [ids[place] for place in filled],
-                [wanted[place] for place in filled],
+                [target_ids[place] for place in filled],
             )
             for row, place in enumerate(places):
                 tokens = scores.tokens[row, : scores.lengths[row]].tolist()
-                found[place] = float(scores.log_probability[row]), tokens
-        return [found[place] for place in range(len(ids))]
+                scored[place] = float(scores.log_probability[row]), tokens
+        return [scored[place] for place in range(len(ids))]
 
-    def read(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each input."""
-        start, end = edges(self.inputs)
+        start, end = end_ids(self.inputs)
         end = end if self.ended else []
         rows = [[*start, *map(int, ids), *end] for ids in self.inputs.encode_all(texts)]
-        return [self.unbegun(row) for row in rows] if self.cfg.encoder is None else rows
+        return [self.without_start(row) for row in rows] if self.cfg.encoder is None else rows
 
-    def unbegun(self, row: list[int]) -> list[int]:
-        """row without the start that a chat template wrote: a lone decoder is given it anyway."""
-        begun = self.cfg.starts_prompts and row[:1] == [self.cfg.start]
+    def without_start(self, row: list[int]) -> list[int]:
+        """row without the start that a chat template wrote: a decoder-only model adds it itself."""
+        begun = self.cfg.add_bos and row[:1] == [self.cfg.decoder_start_token_id]
         return row[1:] if begun else row
 
-    def written(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each target."""
         end = [self.targets.eos] if self.targets.ends else []
         return [[*map(int, ids), *end] for ids in self.targets.encode_all(texts)]
 
     def batches(self, ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Places of rows that share a batch: those of like length."""
+        """Yields indices of inputs that share a batch: those of like length."""
         order = np.argsort([len(row) for row in ids], kind="stable")
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size].tolist()
 
-    def rows(self, count: int) -> int:
-        """A number of rows that the mesh can split, of few different ones."""
+    def padded_rows(self, count: int) -> int:
+        """Number of rows to pad `count` to: one that the mesh can split, of few different ones."""
         shards = sharding.batch_shards()
-        rows = min(decoding.bucket(count, 1), max(self.batch_size, count))
+        rows = min(decoding.bucket_length(count, 1), max(self.batch_size, count))
         return -(-rows // shards) * shards
 
     def prediction(self, result: decoding.Result, row: int, names: tuple[str, ...]) -> Prediction:
-        """Row `row` of a result; names[i] is who guesses node i of a block."""
+        """Prediction of one row of a result.
+
+        Args:
+          result: tokens of a batch.
+          row: number of the row.
+          names: the drafter that proposes each node of a block.
+        """
         tokens = [
             ids[:length].tolist()
             for ids, length in zip(result.tokens[row], result.lengths[row], strict=True)
@@ -163,30 +195,32 @@ class Predictor:
             scores=result.scores[row].tolist(),
             log_probabilities=result.log_probability[row].tolist(),
             tokens=tokens,
-            calls=[] if result.call is None else result.call[row, 0, : len(tokens[0])].tolist(),
+            calls=[]
+            if result.token_step is None
+            else result.token_step[row, 0, : len(tokens[0])].tolist(),
             guessed=[]
-            if result.node is None
-            else [names[node] for node in result.node[row, 0, : len(tokens[0])]],
+            if result.token_node is None
+            else [names[node] for node in result.token_node[row, 0, : len(tokens[0])]],
         )
 
 
-def guessers(drafting: decoding.Drafting) -> tuple[str, ...]:
-    """Who guesses each node of a block; "model" for the root."""
+def drafter_names(drafting: decoding.Drafting) -> tuple[str, ...]:
+    """Names of the drafters that propose each node of a block; "model" for the root."""
     drafter = drafting.drafter
-    return sources(drafter.drafter if isinstance(drafter, Adaptive) else drafter)
+    return draft_sources(drafter.drafter if isinstance(drafter, Adaptive) else drafter)
 
 
 def has_inputs(run: config.Run) -> bool:
-    """Whether the run's examples have a source that ends, rather than text to be continued."""
+    """True if the run's examples have inputs that end, false for text to be continued."""
     if run.data is None:
-        return run.model.layout != "joined"
+        return run.model.layout != "decoder_only"
     task = run.data.task
     while isinstance(task, config.Mixture):
         task = task.tasks[0]
-    if run.model.layout != "joined" or run.data.objective is not None:
+    if run.model.layout != "decoder_only" or run.data.objective is not None:
         return True
     if isinstance(task, config.Files):
         return task.inputs is not None
-    if task in tasks.BUILT_IN:
-        return tasks.BUILT_IN[task].has_inputs
+    if task in built_in.BUILT_IN:
+        return built_in.BUILT_IN[task].has_inputs
     return "inputs" in run.data.lengths

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A text as it is written, piece by piece."""
+"""Streaming of a text, piece by piece."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from t5x_lite import config, decoding
-from t5x_lite.evaluation.predict import Predictor, guessers
+from t5x_lite.evaluation.predict import Predictor, drafter_names
 
 
-class Piece(NamedTuple):
-    """What came since the last piece: text, and of each of its tokens the id, the call that wrote
-    it and who had guessed it ("model": nobody); total counts the calls so far.
+class TextPiece(NamedTuple):
+    """Tokens since the last piece, and their text.
 
-    Put together, the texts are what `predict` gives. A letter that is not whole yet, and blanks
-    that a tokenizer may still take back, wait for the next piece.
+    Joined, the texts are what `predict` returns. An incomplete character, and spaces that a
+    tokenizer may still drop, wait for the next piece.
+
+    Attributes:
+      text: text since the last piece.
+      tokens: ids since the last piece.
+      calls: the forward pass that wrote each token.
+      guessed: the drafter that had proposed each token ("model" if none).
+      total: forward passes so far.
     """
 
     text: str
@@ -23,44 +29,59 @@ class Piece(NamedTuple):
     total: int
 
 
-def stream(
+def stream_text(
     predictor: Predictor,
     text: str,
     decode: config.Decode,
     every: int = 4,
-) -> Iterator[Piece]:
-    """What the model writes after text, a Piece after every so many forward passes.
+) -> Iterator[TextPiece]:
+    """Streams what the model writes after a text.
+
+    Args:
+      predictor: the model.
+      text: input.
+      decode: config of decoding.
+      every: forward passes per piece.
 
     Raises:
       ValueError: beams are asked for, every is below 1, or the model cannot read the text.
     """
-    request = decoding.request(
+    request = decoding.make_request(
         predictor.cfg,
-        predictor.read([text]),
+        predictor.encode_inputs([text]),
         decode,
-        batch=predictor.rows(1),
+        batch=predictor.padded_rows(1),
         eos=predictor.targets.stops,
     )
-    drafting = predictor.drafters.ready(request, decode)
-    given = (predictor.cfg, predictor.params, request, decode, drafting)
-    return pieces(predictor, decoding.stream(*given, every=every), guessers(drafting))
+    drafting = predictor.drafters.prepare(request, decode)
+    results = decoding.stream(
+        predictor.cfg, predictor.params, request, decode, drafting, every=every
+    )
+    return text_pieces(predictor, results, drafter_names(drafting))
 
 
-def pieces(
+def text_pieces(
     predictor: Predictor, results: Iterator[decoding.Result], names: tuple[str, ...]
-) -> Iterator[Piece]:
-    """results as pieces; names[i] is who guesses node i of a block."""
-    sent, text, seen = "", "", 0
+) -> Iterator[TextPiece]:
+    """Decodes results into pieces.
+
+    Args:
+      predictor: the model.
+      results: tokens so far, after every few forward passes.
+      names: the drafter that proposes each node of a block.
+    """
+    sent, text, count_sent = "", "", 0
     for result in results:
         count = int(result.lengths[0, 0])
         ids, calls, nodes = (
-            rows[0, 0, :count].tolist() for rows in (result.tokens, result.call, result.node)
+            rows[0, 0, :count].tolist()
+            for rows in (result.tokens, result.token_step, result.token_node)
         )
         text = predictor.targets.decode(ids)
         ready = text.rstrip("\ufffd").rstrip()
         new = ready[len(sent) :] if ready.startswith(sent) else ""
-        guessed = [names[node] for node in nodes[seen:]]
-        yield Piece(new, ids[seen:], calls[seen:], guessed, result.calls)
-        sent, seen = sent + new, count
+        guessed = [names[node] for node in nodes[count_sent:]]
+        yield TextPiece(new, ids[count_sent:], calls[count_sent:], guessed, result.steps)
+        sent, count_sent = sent + new, count
     if text != sent:
-        yield Piece(text[len(sent) :], [], [], [], result.calls)
+        yield TextPiece(text[len(sent) :], [], [], [], result.steps)

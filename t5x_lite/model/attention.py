@@ -1,65 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One attention layer: its weights, and what stands around the kernel."""
+"""An attention layer: its weights, projections, and the call of the attention kernel."""
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import config, kernels
+from t5x_lite import config
+from t5x_lite.kernels import api as kernels
 from t5x_lite.model import positions
 from t5x_lite.model.cache import Cache, write_rows
-from t5x_lite.model.layers import normalizer, project, stored, weight
+from t5x_lite.model.layers import normalizer, param, project, weight
 from t5x_lite.sharding import spec
 
-# A window that hides nothing, for the full layers of a stack that has sliding ones too.
+# Window of the full-attention layers in a stack that has sliding-window layers too.
 EVERYTHING = 1 << 30
 
 
-class View(NamedTuple):
-    """What every layer of a tower looks at: shared, while x, caches and keys change by layer.
+class AttentionContext(NamedTuple):
+    """Inputs that all layers of a stack share, while x, caches and keys change by layer.
 
-    where [b t] positions of the tokens; sight of the keys of self-attention and relative, their
-    bias; encoded [b s d] (training) and seen, the sight of the inputs; index [b] where a block
-    enters the cache. how is what computes attention: a kernel, or None for plain XLA.
+    Attributes:
+      where: [b t] int32 positions of the tokens.
+      mask: mask of the keys of self-attention (`kernels.Mask` or `kernels.CacheMask`).
+      relative: position bias of self-attention; None without one.
+      encoded: [b s d] encoder output, in training; None otherwise.
+      input_mask: mask of the keys of cross-attention; None for a lone stack.
+      index: [b] cache slot at which a block of tokens begins; None outside decoding.
+      backend: kernel backend that computes attention; None for plain XLA.
     """
 
     where: Any
-    sight: Any
+    mask: Any
     relative: Any = None
     encoded: Any = None
-    seen: Any = None
+    input_mask: Any = None
     index: Any = None
-    how: kernels.How | None = None
+    backend: kernels.Backend | None = None
 
 
-class Traits(NamedTuple):
-    """In what the layers of a stack differ besides weights: rows [layers ...] of each.
+class LayerConfig(NamedTuple):
+    """Settings that differ by layer, besides weights: arrays [layers ...], or of one layer.
 
-    reach [2] is how far behind and ahead a layer sees, frequency [h/2] by how much it turns; None
-    where none does.
+    window_size [2] is the window to the left and to the right, in keys; frequency [h/2] the rotary
+    frequencies in radians per position. A field is None if no layer of the stack has it.
     """
 
-    reach: Any
+    window_size: Any
     frequency: Any
 
 
-def traits(stack: config.Stack, both_sides: bool) -> Traits:
-    """The traits of all layers of stack."""
+def layer_configs(stack: config.Stack, both_sides: bool) -> LayerConfig:
+    """Returns the settings of all layers of a stack, stacked along a first axis."""
     form = stack.window_form if both_sides else "below"
     windows = [stack.window if sliding else EVERYTHING for sliding in stack.sliding]
     frequency = [positions.frequencies(stack, sliding) for sliding in stack.sliding]
-    reach = np.array([positions.reach(window, form) for window in windows], np.int32)
-    return Traits(
-        reach if any(stack.sliding) else None,
+    window_size = np.array([positions.window_size(window, form) for window in windows], np.int32)
+    return LayerConfig(
+        window_size if any(stack.sliding) else None,
         np.stack(frequency) if stack.positions == "rotary" else None,
     )
 
 
 class Attention(nn.Module):
-    """Self-attention, or with `cross` attention over the encoder's output, `source` wide."""
+    """Multi-head attention with grouped keys: over x itself or over the encoder's output.
+
+    Attributes:
+      model: architecture of the whole model.
+      stack: architecture of the stack that the layer belongs to.
+      both_sides: bidirectional; it decides the buckets of a position bias of the layer's own.
+      cross: cross-attention instead of self-attention.
+      source: width of the encoder's output; None without cross-attention.
+    """
 
     model: config.Model
     stack: config.Stack
@@ -76,14 +91,14 @@ class Attention(nn.Module):
 
     def setup(self):
         stack = self.stack
-        # T5 leaves the scores unscaled and draws queries smaller by sqrt(head_dim) instead.
-        shrink = stack.head_dim**-0.5 / stack.query_scale
+        # T5 leaves scores unscaled and initializes queries smaller by sqrt(head_dim) instead.
+        init_scale = stack.head_dim**-0.5 / stack.query_scale
         source = "encoder_embed" if self.cross else "embed"
         self.norm = normalizer(self, "norm")
-        self.query = stored(self, "query", "embed -> heads head_dim", stack.embed**-0.5 * shrink)
-        self.key = stored(self, "key", f"{source} -> kv_heads head_dim")
-        self.value = stored(self, "value", f"{source} -> kv_heads head_dim")
-        self.out = stored(self, "out", "heads head_dim -> embed")
+        self.query = param(self, "query", "embed -> heads head_dim", stack.embed**-0.5 * init_scale)
+        self.key = param(self, "key", f"{source} -> kv_heads head_dim")
+        self.value = param(self, "value", f"{source} -> kv_heads head_dim")
+        self.out = param(self, "out", "heads head_dim -> embed")
         if stack.qkv_bias:
             self.query_bias = weight(self, "query_bias", "heads head_dim", 0.0)
             self.key_bias = weight(self, "key_bias", "kv_heads head_dim", 0.0)
@@ -100,68 +115,170 @@ class Attention(nn.Module):
             self.bias = weight(self, "bias", "buckets -> heads", stack.bias_std)
 
     def __call__(
-        self, x: Float[Array, "b t d"], view: View, own: Traits, crossed: Cache | None = None
+        self,
+        x: Float[Array, "b t d"],
+        context: AttentionContext,
+        layer_config: LayerConfig,
+        cross_kv: Cache | None = None,
     ) -> Float[Array, "b t d"]:
-        """Self-attention over x itself; in a merged layer over the inputs too."""
-        return self.attended(*self.asked(x, view, own, crossed), view.how)
+        """Self-attention over x; in a merged layer over the encoder's output too.
 
-    def over_cache(
-        self, x, view: View, own: Traits, cache: Cache, crossed: Cache | None = None
+        Args:
+          x: [b t d] hidden states.
+          context: inputs that all layers share.
+          layer_config: settings of this layer.
+          cross_kv: keys and values [b k s h] of the encoder's output, in a merged layer only.
+        """
+        inputs = self.attention_inputs(x, context, layer_config, cross_kv)
+        return self.attend(*inputs, context.backend)
+
+    def attend_cache(
+        self,
+        x: Float[Array, "b w d"],
+        context: AttentionContext,
+        layer_config: LayerConfig,
+        cache: Cache,
+        cross_kv: Cache | None = None,
     ) -> tuple[Float[Array, "b w d"], Cache]:
-        """Self-attention of a block over this layer's cache, into which it is written."""
+        """Self-attention of a block over this layer's cache, into which it is written.
+
+        Args:
+          x: [b w d] hidden states of the block.
+          context: inputs that all layers share.
+          layer_config: settings of this layer.
+          cache: this layer's keys and values [b k s h].
+          cross_kv: keys and values of the encoder's output, in a merged layer only.
+
+        Returns:
+          The layer's output [b w d], and the cache with the block in it.
+        """
         x = self.norm(x)
-        q = self.queries(x, view.where, own)
-        k, v = self.keys_values(x, view.where, own)
-        keys = write_rows(cache.keys, k, view.index)
-        values = write_rows(cache.values, v, view.index)
+        q = self.queries(x, context.where, layer_config)
+        k, v = self.keys_values(x, context.where, layer_config)
+        keys = write_rows(cache.keys, k, context.index)
+        values = write_rows(cache.values, v, context.index)
         cache = Cache(keys, values)
-        sources = self.sources(cache, self.seen(view, own), crossed)
-        return self.attended(q, sources, view.how), cache
+        sources = self.sources(cache, self.layer_context(context, layer_config), cross_kv)
+        return self.attend(q, sources, context.backend), cache
 
-    def over_encoded(self, x, crossed: Cache, view: View) -> Float[Array, "b t d"]:
-        """Cross-attention over keys and values that `keys_values(encoded)` made."""
-        return self.attended(*self.asked_of_encoded(x, crossed, view), view.how)
+    def attend_encoded(
+        self, x: Float[Array, "b t d"], cross_kv: Cache, context: AttentionContext
+    ) -> Float[Array, "b t d"]:
+        """Cross-attention over the encoder's output.
 
-    def shares(self, x, view: View, own: Traits, crossed: Cache | None = None):
-        """How `__call__` shares its attention [b n t s]; in a merged layer the inputs come last."""
-        return self.probabilities(*self.asked(x, view, own, crossed))
+        Args:
+          x: [b t d] hidden states.
+          cross_kv: the output of `keys_values` for the encoder's output.
+          context: inputs that all layers share.
+        """
+        inputs = self.cross_attention_inputs(x, cross_kv, context)
+        return self.attend(*inputs, context.backend)
 
-    def shares_of_encoded(self, x, crossed: Cache, view: View) -> Float[Array, "b n t s"]:
-        """How `over_encoded` shares its attention."""
-        return self.probabilities(*self.asked_of_encoded(x, crossed, view))
+    def attention_probs(
+        self,
+        x: Float[Array, "b t d"],
+        context: AttentionContext,
+        layer_config: LayerConfig,
+        cross_kv: Cache | None = None,
+    ) -> Float[Array, "b n t s"]:
+        """Attention probabilities of `__call__`; in a merged layer those of the inputs come last.
 
-    def asked(self, x, view: View, own: Traits, crossed: Cache | None = None):
-        """The queries of x, and what they are put to."""
+        Args:
+          x: [b t d] hidden states.
+          context: inputs that all layers share.
+          layer_config: settings of this layer.
+          cross_kv: keys and values of the encoder's output, in a merged layer only.
+        """
+        return self.probabilities(*self.attention_inputs(x, context, layer_config, cross_kv))
+
+    def cross_attention_probs(
+        self, x: Float[Array, "b t d"], cross_kv: Cache, context: AttentionContext
+    ) -> Float[Array, "b n t s"]:
+        """Attention probabilities of `attend_encoded`.
+
+        Args:
+          x: [b t d] hidden states.
+          cross_kv: the output of `keys_values` for the encoder's output.
+          context: inputs that all layers share.
+        """
+        return self.probabilities(*self.cross_attention_inputs(x, cross_kv, context))
+
+    def attention_inputs(
+        self,
+        x: Float[Array, "b t d"],
+        context: AttentionContext,
+        layer_config: LayerConfig,
+        cross_kv: Cache | None = None,
+    ) -> tuple[jax.Array, tuple[kernels.AttentionSource, ...]]:
+        """Queries and key sources of self-attention, as the kernel takes them.
+
+        Args:
+          x: [b t d] hidden states, before the norm.
+          context: inputs that all layers share.
+          layer_config: settings of this layer.
+          cross_kv: keys and values of the encoder's output, in a merged layer only.
+        """
         x = self.norm(x)
-        q = self.queries(x, view.where, own)
-        k, v = self.keys_values(x, view.where, own)
-        return q, self.sources(Cache(k, v), self.seen(view, own), crossed)
+        q = self.queries(x, context.where, layer_config)
+        k, v = self.keys_values(x, context.where, layer_config)
+        context = self.layer_context(context, layer_config)
+        return q, self.sources(Cache(k, v), context, cross_kv)
 
-    def asked_of_encoded(self, x, crossed: Cache, view: View):
-        return self.queries(self.norm(x)), (kernels.Source(*crossed, view.seen),)
+    def cross_attention_inputs(
+        self, x: Float[Array, "b t d"], cross_kv: Cache, context: AttentionContext
+    ) -> tuple[jax.Array, tuple[kernels.AttentionSource, ...]]:
+        """Queries and key source of cross-attention, as the kernel takes them.
 
-    def seen(self, view: View, own: Traits) -> View:
-        """view as this layer sees it: with its own bias and as far as it reaches."""
+        Args:
+          x: [b t d] hidden states, before the norm.
+          cross_kv: the output of `keys_values` for the encoder's output.
+          context: inputs that all layers share.
+        """
+        q = self.queries(self.norm(x))
+        return q, (kernels.AttentionSource(*cross_kv, context.input_mask),)
+
+    def layer_context(
+        self, context: AttentionContext, layer_config: LayerConfig
+    ) -> AttentionContext:
+        """Returns context with the layer's own position bias and window."""
         if self.relative:
-            own_bias = positions.relative(self.bias, self.stack, self.both_sides)
-            view = view._replace(relative=kernels.laid(own_bias, view.sight))
-        return view._replace(sight=view.sight.within(own.reach))
+            bias = positions.relative(self.bias, self.stack, self.both_sides)
+            context = context._replace(relative=kernels.prepare_bias(bias, context.mask))
+        return context._replace(mask=context.mask.with_window(layer_config.window_size))
 
-    def queries(self, x, where=None, own: Traits | None = None) -> Float[Array, "b t n h"]:
+    def queries(
+        self,
+        x: Float[Array, "b t d"],
+        where: Int[Array, "b t"] | None = None,
+        layer_config: LayerConfig | None = None,
+    ) -> Float[Array, "b t n h"]:
+        """Scaled queries, rotated in rotary layers.
+
+        Args:
+          x: [b t d] hidden states, after the norm.
+          where: [b t] positions; None in cross-attention, which does not rotate.
+          layer_config: settings of this layer; needed with `where`.
+        """
         q = project(x, self.query, "embed -> heads head_dim")
         if self.stack.qkv_bias:
             q = q + self.query_bias
         if self.stack.qk_norm:
             q = self.query_norm(q)
-        return turned(q * self.stack.query_scale, where, own)
+        return apply_rope(q * self.stack.query_scale, where, layer_config)
 
     def keys_values(
         self,
         source: Float[Array, "b s d"],
         where: Int[Array, "b s"] | None = None,
-        own: Traits | None = None,
+        layer_config: LayerConfig | None = None,
     ) -> tuple[Float[Array, "b k s h"], Float[Array, "b k s h"]]:
-        """Keys and values of source; without `where` they are not turned (an encoder's output)."""
+        """Keys and values, the keys rotated in rotary layers.
+
+        Args:
+          source: [b s d] hidden states after the norm, or the encoder's output.
+          where: [b s] positions; None for the encoder's output, which is not rotated.
+          layer_config: settings of this layer; needed with `where`.
+        """
         axes = "encoder_embed" if self.cross else "embed"
         axes = f"{axes} -> kv_heads head_dim"
         k, v = (project(source, matrix, axes) for matrix in (self.key, self.value))
@@ -169,26 +286,51 @@ class Attention(nn.Module):
             k, v = k + self.key_bias, v + self.value_bias
         if self.stack.qk_norm:
             k = self.key_norm(k)
-        return jnp.swapaxes(turned(k, where, own), 1, 2), jnp.swapaxes(v, 1, 2)
+        return jnp.swapaxes(apply_rope(k, where, layer_config), 1, 2), jnp.swapaxes(v, 1, 2)
 
-    def sources(self, own: Cache, view: View, crossed: Cache | None) -> tuple[kernels.Source, ...]:
-        """Own keys, and for the same softmax those of the inputs where they are `crossed`."""
-        sources = (kernels.Source(*own, view.sight, view.relative),)
-        return sources if crossed is None else sources + (kernels.Source(*crossed, view.seen),)
+    def sources(
+        self, keys_values: Cache, context: AttentionContext, cross_kv: Cache | None
+    ) -> tuple[kernels.AttentionSource, ...]:
+        """Key sources that share one softmax.
 
-    def grouped(self, q: Float[Array, "b t n h"]) -> Float[Array, "b t k g h"]:
-        """The queries of every key head."""
+        Args:
+          keys_values: keys and values of self-attention.
+          context: inputs of this layer, from `layer_context`.
+          cross_kv: keys and values of the encoder's output in a merged layer; None otherwise.
+        """
+        sources = (kernels.AttentionSource(*keys_values, context.mask, context.relative),)
+        if cross_kv is None:
+            return sources
+        return sources + (kernels.AttentionSource(*cross_kv, context.input_mask),)
+
+    def group_heads(self, q: Float[Array, "b t n h"]) -> Float[Array, "b t k g h"]:
+        """Splits the query heads into one group per key head."""
         group = self.stack.heads // self.stack.key_heads
         shape = (*q.shape[:2], -1, group, q.shape[-1])
         return jnp.reshape(q, shape, out_sharding=spec("batch length kv_heads group head_dim"))
 
-    def probabilities(self, q, sources: tuple[kernels.Source, ...]) -> Float[Array, "b n t s"]:
-        return kernels.probabilities(self.grouped(q), sources, self.stack.softcap)
+    def probabilities(
+        self, q: Float[Array, "b t n h"], sources: tuple[kernels.AttentionSource, ...]
+    ) -> Float[Array, "b n t s"]:
+        """Softmax over the keys of all sources, in plain XLA."""
+        return kernels.attention_probs(self.group_heads(q), sources, self.stack.softcap)
 
-    def attended(self, q, sources: tuple[kernels.Source, ...], how) -> Float[Array, "b t d"]:
-        """What q sees, through the kernel and back to the width of x."""
+    def attend(
+        self,
+        q: Float[Array, "b t n h"],
+        sources: tuple[kernels.AttentionSource, ...],
+        backend: kernels.Backend | None,
+    ) -> Float[Array, "b t d"]:
+        """Attention output, projected back to the width of the stack.
+
+        Args:
+          q: [b t n h] queries.
+          sources: keys, values, masks and biases that share one softmax.
+          backend: kernel backend; None for plain XLA.
+        """
         b, t, _, h = q.shape
-        y = kernels.attend(self.grouped(q), sources, self.stack.softcap, how)
+        grouped = self.group_heads(q)
+        y = kernels.dot_product_attention(grouped, sources, self.stack.softcap, backend)
         y = jnp.reshape(y, (b, t, -1, h), out_sharding=spec("batch length heads head_dim"))
         y = project(y, self.out, "heads head_dim -> embed")
         if self.stack.out_bias:
@@ -196,7 +338,17 @@ class Attention(nn.Module):
         return self.post_norm(y) if self.stack.post_norms else y
 
 
-def turned(x, where, own: Traits | None):
-    """x rotated by its positions, in layers that rotate."""
-    rotary = where is not None and own.frequency is not None
-    return positions.rotate(x, where, own.frequency) if rotary else x
+def apply_rope(
+    x: Float[Array, "b t n h"],
+    where: Int[Array, "b t"] | None,
+    layer_config: LayerConfig | None,
+) -> Float[Array, "b t n h"]:
+    """x rotated by its positions (RoPE) in rotary layers, unchanged in others.
+
+    Args:
+      x: [b t n h] queries or keys.
+      where: [b t] positions; None for no rotation.
+      layer_config: settings of the layer.
+    """
+    rotary = where is not None and layer_config.frequency is not None
+    return positions.rotate(x, where, layer_config.frequency) if rotary else x

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer looked into: what every layer makes of a text, and where it looks."""
+"""Inspection of a transformer: hidden states and attention probabilities of every layer."""
 
 from typing import Any, NamedTuple
 
@@ -7,15 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from t5x_lite.model.attention import View
+from t5x_lite.model.attention import AttentionContext
 from t5x_lite.model.transformer import Transformer, on_rows
 
 
-class Given(NamedTuple):
-    """Texts as a model reads them: tokens are the decoder's own, its start and all.
+class InspectionInputs(NamedTuple):
+    """Token ids as the model reads them; rows are padded at their end.
 
-    Of tokens the first length[b] of row b exist and the first prompt[b] were given to it; of the
-    encoder's inputs the first inputs_length[b] (both None for a lone decoder).
+    Attributes:
+      tokens: [b t] ids that the decoder reads, the start token included.
+      length: [b] number of tokens that are not padding.
+      prompt: [b] number of tokens that belong to the prompt.
+      inputs: [b s] ids that the encoder reads; None for a lone decoder.
+      inputs_length: [b] number of inputs that are not padding; None for a lone decoder.
     """
 
     tokens: Int[Array, "b t"]
@@ -25,13 +29,17 @@ class Given(NamedTuple):
     inputs_length: Int[Array, " b"] | None = None
 
 
-class Inside(NamedTuple):
-    """What happens inside, layers first.
+class Activations(NamedTuple):
+    """Activations of a forward pass, layers first.
 
-    states [layers + 1 b t d] are the decoder's before each layer and after the last, through its
-    final norm. decoder [layers b n t t], cross [layers b n t s] and encoder [layers b n s s] are
-    how attention is shared; None where there is none. In a merged layer a row of decoder and the
-    row of cross beside it sum to 1 together.
+    Attributes:
+      states: [layers + 1 b t d] decoder states before each layer and after the last, each through
+        the final norm.
+      decoder: [layers b n t t] probabilities of the decoder's self-attention.
+      cross: [layers b n t s] probabilities of cross-attention; None for a lone decoder. In a merged
+        layer a row of decoder and the same row of cross sum to 1 together.
+      encoder: [layers b n s s] probabilities of the encoder's self-attention; None for a lone
+        decoder.
     """
 
     states: Any
@@ -41,57 +49,65 @@ class Inside(NamedTuple):
 
 
 class Inspected(Transformer):
-    """A Transformer of weights from `unstack` (scan=False) that tells what it does, in plain XLA,
-    whatever computes attention elsewhere."""
+    """Transformer that returns its activations; in plain XLA, with the weights of `unstack`.
 
-    how = None
+    It is built with scan=False. `Model.attention` does not matter.
+    """
 
-    def inside(self, given: Given) -> Inside:
-        given = Given(*map(on_rows, given))
+    backend = None
+
+    def inside(self, inputs: InspectionInputs) -> Activations:
+        """Hidden states and attention probabilities of every layer."""
+        inputs = InspectionInputs(*map(on_rows, inputs))
         encoded = encoder = None
         if self.cfg.encoder:
-            states, encoder = self.encoder_inside(given)
-            encoded, encoder = states[-1], jnp.stack([own for own, _ in encoder])
-        states, shares = self.decoder.watched(*self.decoder_view(given, encoded))
-        decoder, cross = jnp.stack([own for own, _ in shares]), None
+            states, encoder = self.encoder_activations(inputs)
+            encoded, encoder = states[-1], jnp.stack([probs for probs, _ in encoder])
+        states, layers = self.decoder.inspect(*self.decoder_context(inputs, encoded))
+        decoder, cross = jnp.stack([probs for probs, _ in layers]), None
         if self.cfg.encoder and self.cfg.decoder.merged:
-            decoder, cross = jnp.split(decoder, [given.tokens.shape[1]], axis=-1)
+            decoder, cross = jnp.split(decoder, [inputs.tokens.shape[1]], axis=-1)
         elif self.cfg.encoder:
-            cross = jnp.stack([crossed for _, crossed in shares])
-        return Inside(jnp.stack(states), decoder, cross, encoder)
+            cross = jnp.stack([cross_probs for _, cross_probs in layers])
+        return Activations(jnp.stack(states), decoder, cross, encoder)
 
-    def encoded_by_layer(self, given: Given) -> Float[Array, "layers+1 b s d"]:
-        """What the encoder would give if it ended before each layer, or after the last."""
-        return jnp.stack(self.encoder_inside(Given(*map(on_rows, given)))[0])
+    def encoded_by_layer(self, inputs: InspectionInputs) -> Float[Array, "layers+1 b s d"]:
+        """Encoder output of an encoder cut off before each layer, and of the whole encoder."""
+        return jnp.stack(self.encoder_activations(InspectionInputs(*map(on_rows, inputs)))[0])
 
-    def written(self, given: Given) -> Float[Array, "b t v"]:
-        """The logits of what follows each token."""
-        given = Given(*map(on_rows, given))
+    def next_token_logits(self, inputs: InspectionInputs) -> Float[Array, "b t v"]:
+        """Logits of the token after each token."""
+        inputs = InspectionInputs(*map(on_rows, inputs))
         encoded = None
         if self.cfg.encoder:
-            segments, where = places(given.inputs, given.inputs_length)
-            encoded = self.encode(given.inputs, segments, where)
-        return self.logits(self.decoder(*self.decoder_view(given, encoded)))
+            segments, where = segments_and_positions(inputs.inputs, inputs.inputs_length)
+            encoded = self.encode(inputs.inputs, segments, where)
+        return self.logits(self.decoder(*self.decoder_context(inputs, encoded)))
 
-    def encoder_inside(self, given: Given):
-        segments, where = places(given.inputs, given.inputs_length)
-        view = View(where, self.sight(segments, segments))
-        return self.encoder.watched(self.embed(given.inputs, reader=True), view)
+    def encoder_activations(self, inputs: InspectionInputs) -> tuple[list, list]:
+        """States and attention probabilities of the encoder, as `LayerStack.inspect` has them."""
+        segments, where = segments_and_positions(inputs.inputs, inputs.inputs_length)
+        context = AttentionContext(where, self.mask(segments, segments))
+        return self.encoder.inspect(self.embed(inputs.inputs, for_encoder=True), context)
 
-    def decoder_view(self, given: Given, encoded) -> tuple[Any, View]:
-        """The decoder's tokens embedded, and what its layers look at."""
-        segments, where = places(given.tokens, given.length)
-        inside = seen = None
+    def decoder_context(self, inputs: InspectionInputs, encoded) -> tuple[Any, AttentionContext]:
+        """Embedded tokens of the decoder, and the context of its layers."""
+        segments, where = segments_and_positions(inputs.tokens, inputs.length)
+        prefix = input_mask = None
         if self.cfg.prefix_lm:
-            inside = jnp.arange(given.tokens.shape[1]) < given.prompt[:, None]
-        sight = self.sight(segments, segments, causal=True, query_prefix=inside, key_prefix=inside)
+            prefix = jnp.arange(inputs.tokens.shape[1]) < inputs.prompt[:, None]
+        mask = self.mask(segments, segments, causal=True, query_prefix=prefix, key_prefix=prefix)
         if encoded is not None:
-            seen = self.sight(segments, places(given.inputs, given.inputs_length)[0])
-        return self.embed(given.tokens), View(where, sight, encoded=encoded, seen=seen)
+            input_segments, _ = segments_and_positions(inputs.inputs, inputs.inputs_length)
+            input_mask = self.mask(segments, input_segments)
+        context = AttentionContext(where, mask, encoded=encoded, input_mask=input_mask)
+        return self.embed(inputs.tokens), context
 
 
-def places(ids: Int[Array, "b t"], length: Int[Array, " b"]) -> tuple[jax.Array, jax.Array]:
-    """Segments and positions of ids, of which the first length[b] of row b exist."""
+def segments_and_positions(
+    ids: Int[Array, "b t"], length: Int[Array, " b"]
+) -> tuple[jax.Array, jax.Array]:
+    """Segments and positions [b t] of padded ids, of which row b has length[b]."""
     where = jnp.arange(ids.shape[1])
     exists = where < length[:, None]
     return exists.astype(jnp.int32), jnp.where(exists, where, 0)

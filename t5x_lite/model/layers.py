@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight in one line, normalisation, dropout, and the feed-forward layer."""
+"""Parameters with named axes, FSDP's all-gather, projections, norms, dropout, the Mlp."""
 
 import math
 from collections.abc import Callable
@@ -12,16 +12,20 @@ from flax import struct
 from flax.core import meta
 from jaxtyping import Array, Float
 
-from t5x_lite import config, quantization, sharding
-from t5x_lite.narrow import Slotted
-from t5x_lite.quantization import Quantised
+from t5x_lite import config, sharding
+from t5x_lite.model import quantization
+from t5x_lite.model.mixed_precision import GradientSlot
+from t5x_lite.model.quantization import Quantized
 from t5x_lite.sharding import spec
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
-class Named(struct.PyTreeNode, meta.AxisMetadata):
-    """A new weight together with the names of its axes, until initialisation is over."""
+class PartitionedWeight(struct.PyTreeNode, meta.AxisMetadata):
+    """A new weight boxed with the names of its axes, as Flax's `Partitioned`; only during init.
+
+    value is the array, axes its space-separated axis names.
+    """
 
     value: Any
     axes: str = struct.field(pytree_node=False)
@@ -33,106 +37,127 @@ class Named(struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(value=value)
 
     def add_axis(self, index, params):
-        raise NotImplementedError("Layers are stacked by Tower, not by a Flax transformation")
+        raise NotImplementedError("Layers are stacked by LayerStack, not by a Flax transformation")
 
     def remove_axis(self, index, params):
-        raise NotImplementedError("Layers are stacked by Tower, not by a Flax transformation")
+        raise NotImplementedError("Layers are stacked by LayerStack, not by a Flax transformation")
+
+
+def is_partitioned(leaf: Any) -> bool:
+    """Returns True for a boxed weight: the `is_leaf` of trees during initialization."""
+    return isinstance(leaf, PartitionedWeight)
 
 
 def weight(module: nn.Module, name: str, axes: str, std: float | None = None) -> jax.Array:
-    """One weight, in the dtype of activations, whole along the axis that FSDP splits.
+    """One weight in the dtype of activations, gathered along the axis that FSDP shards.
 
-    What `stored` says of axes and std holds. One in few bits is given as it is: `project` knows it.
+    A quantized weight is returned unchanged; `project` handles it.
+
+    Args:
+      module: the module that owns the weight.
+      name: its name in the module's params.
+      axes: axis names, as in `param`.
+      std: standard deviation of the initialization, as in `param`.
     """
-    value = stored(module, name, axes, std)
-    return value if isinstance(value, Quantised) else gathered(value, axes.replace("->", ""))
+    value = param(module, name, axes, std)
+    return value if isinstance(value, Quantized) else all_gather(value, axes.replace("->", ""))
 
 
-def stored(module: nn.Module, name: str, axes: str, std: float | None = None) -> jax.Array:
-    """One weight, in the dtype of activations, split as it is kept.
+def param(module: nn.Module, name: str, axes: str, std: float | None = None) -> jax.Array:
+    """One weight in the dtype of activations, sharded as it is stored.
 
-    axes names them, left of the arrow the fan-in: "embed -> heads head_dim" is drawn with
-    fan-in ** -0.5 unless std is given; without an arrow it is a scale and starts at one, or with
-    std 0 a bias and starts at zero. Sizes are the module's `sizes`, placement is the rules'.
+    Args:
+      module: the module that owns the weight; its `sizes` has the size of every axis.
+      name: the weight's name in the module's params.
+      axes: axis names, the fan-in left of an arrow: "embed -> heads head_dim". Without an arrow the
+        weight is a scale and is initialized to one, or with std 0 a bias, initialized to zero.
+      std: standard deviation of the initialization; None for fan-in ** -0.5.
     """
     if module.has_variable("params", name):
-        given = module.get_variable("params", name)
-        if isinstance(given, Quantised):
-            return given
-        if isinstance(given, Slotted):
-            return given.read()
+        variable = module.get_variable("params", name)
+        if isinstance(variable, Quantized):
+            return variable
+        if isinstance(variable, GradientSlot):
+            return variable.read()
     fan_in, arrow, _ = axes.partition("->")
     names = axes.replace("->", "").split()
     shape = tuple(module.sizes[axis] for axis in names)
     if std is None:
         std = math.prod(module.sizes[axis] for axis in fan_in.split()) ** -0.5
     draw = nn.initializers.normal(std) if arrow or std == 0 else nn.initializers.ones
-    value = module.param(name, lambda key: Named(draw(key, shape), " ".join(names)))
-    return value.astype(module.model.activations)
+    value = module.param(name, lambda key: PartitionedWeight(draw(key, shape), " ".join(names)))
+    return value.astype(module.model.dtype)
 
 
-def gathered(value: jax.Array, axes: str) -> jax.Array:
-    """value whole along `embed`: FSDP's all-gather, and on the way back the reduce-scatter of its
-    gradient, of which every device has its own tokens' share until then.
+def all_gather(value: jax.Array, axes: str) -> jax.Array:
+    """Gathers value along `embed` for FSDP; its transpose reduce-scatters the gradient.
 
-    Both are said by name: of a reshard libtpu 0.0.52 makes the sum of whole gradients and a slice
-    of it where `data` is split too. Over both sides of a slice it does so even now.
+    Until the reduce-scatter every device has the gradient of its own tokens. Both collectives are
+    explicit: for a reshard libtpu 0.0.52 emits an all-reduce of whole gradients and a slice where
+    `data` is sharded too. Over both sides of a slice it does so even now.
     """
-    whole, shards = spec(axes.replace("embed", "width")), Shards.of(value)
+    whole, shards = spec(axes.replace("embed", "width")), FsdpSpec.from_array(value)
     if shards is None:
         return jax.reshard(value, whole)
     placed = whole.update(reduced=sharding.token_axes())
-    return jax.shard_map(shards.gathered, out_specs=placed)(shards.with_shares(value))
+    return jax.shard_map(shards.all_gather, out_specs=placed)(shards.keep_local_gradient(value))
 
 
-class Shards(NamedTuple):
-    """How a weight is split for FSDP: along which of its axes, over which axis of the mesh."""
+class FsdpSpec(NamedTuple):
+    """FSDP sharding of a weight: its array axis `axis` is sharded over the mesh axis `over`."""
 
     axis: int
     over: str
 
     @classmethod
-    def of(cls, value: jax.Array) -> "Shards | None":
-        """How value is split; None where it is whole, as a weight is that is being drawn."""
+    def from_array(cls, value: jax.Array) -> "FsdpSpec | None":
+        """Sharding of value; None if it is not sharded, as during initialization."""
         over, size = sharding.weight_axis()
         places = jax.typeof(value).sharding.spec.partitions
         return cls(places.index(over), over) if size > 1 and over in places else None
 
-    def with_shares(self, value: jax.Array) -> jax.Array:
-        """value, each device keeping its own share of the gradient until its gathering's end."""
+    def keep_local_gradient(self, value: jax.Array) -> jax.Array:
+        """Returns value; each device keeps the gradient of its own tokens until the gather."""
         placed = jax.typeof(value).sharding.spec
         return jax.reshard(value, placed.update(reduced=sharding.token_axes() - {self.over}))
 
-    def gathered(self, value: jax.Array) -> jax.Array:
-        """A device's part made whole, inside a shard_map.
+    def all_gather(self, value: jax.Array) -> jax.Array:
+        """Gathers a device's shard, inside a shard_map.
 
-        Along the first axis: a reduce-scatter along the last one becomes a sum of the whole on
-        every chip and a slice of it (libtpu 0.0.52).
+        Along the first axis: a reduce-scatter along the last one becomes an all-reduce on every
+        chip and a slice of it (libtpu 0.0.52).
         """
-        turned = jnp.moveaxis(value, self.axis, 0)
-        turned = jax.lax.all_gather(turned, self.over, tiled=True, to="reduced")
-        return jnp.moveaxis(turned, 0, self.axis)
+        moved = jnp.moveaxis(value, self.axis, 0)
+        moved = jax.lax.all_gather(moved, self.over, tiled=True, to="reduced")
+        return jnp.moveaxis(moved, 0, self.axis)
 
 
-def project(x: jax.Array, matrix: jax.Array | Quantised, axes: str) -> jax.Array:
-    """The last axes of x [b t ...] through matrix as it is `stored`; axes "heads head_dim ->
-    embed" name both sides.
+def project(x: jax.Array, matrix: jax.Array | Quantized, axes: str) -> jax.Array:
+    """Matrix product of the last axes of x with a weight.
 
     One product of two-dimensional arrays: with the axes left apart, XLA's CPU backward pass of a
     T5 1.1 small takes 12 % longer for the whole step.
+
+    Args:
+      x: [b t ...], with the input axes last.
+      matrix: weight as `param` returns it, not gathered.
+      axes: input and output axes of the weight, such as "heads head_dim -> embed".
     """
     inward, outward = (side.split() for side in axes.split("->"))
-    placed = lambda axes: spec(axes.replace("embed", "width"))
-    if isinstance(matrix, Quantised):
-        return quantization.product(x, matrix, placed(f"batch length {' '.join(outward)}"))
+
+    def placed(axes):
+        return spec(axes.replace("embed", "width"))
+
+    if isinstance(matrix, Quantized):
+        return quantization.quantized_matmul(x, matrix, placed(f"batch length {' '.join(outward)}"))
     inner = math.prod(matrix.shape[: len(inward)])
-    # Gathered when it is flat: a reshape between a product and its reduce-scatter makes XLA sum
-    # the gradient whole on every device (libtpu 0.0.52).
+    # Flattened before the gather: a reshape between a product and its reduce-scatter makes XLA
+    # all-reduce the whole gradient on every device (libtpu 0.0.52).
     square_axes = f"{inward[0]} {outward[0]}"
     kept = jax.typeof(matrix).sharding.spec.partitions
     kept = jax.sharding.PartitionSpec(kept[0], kept[len(inward)])
-    square = gathered(jnp.reshape(matrix, (inner, -1), out_sharding=kept), square_axes)
-    # Rows that are split along their length stay apart.
+    square = all_gather(jnp.reshape(matrix, (inner, -1), out_sharding=kept), square_axes)
+    # Rows that are sharded along their length are not merged with the batch axis.
     rows = "batch" if spec("length") == spec("whole") else "batch length"
     many = x.shape[:2] if rows == "batch length" else (-1,)
     flat = jnp.reshape(x, (*many, inner), out_sharding=placed(f"{rows} {inward[0]}"))
@@ -142,7 +167,13 @@ def project(x: jax.Array, matrix: jax.Array | Quantised, axes: str) -> jax.Array
 
 
 def normalizer(module: nn.Module, name: str, axis: str = "norm") -> Callable:
-    """The norm that the module's stack has, with weights of its own: a function of x [... d]."""
+    """Norm of the kind that the module's stack has: a function of x [... d].
+
+    Args:
+      module: the module that owns the weights and has a `stack`.
+      name: name of the scale in the module's params; a LayerNorm's bias is `name`_bias.
+      axis: name of the axis of the weights.
+    """
     kind, epsilon = module.stack.norm, module.stack.norm_epsilon
     scale = weight(module, name, axis, 0.0 if kind == "rms_plus_one" else None)
     if kind == "rms":
@@ -167,9 +198,14 @@ def layer_norm(x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... d"
 
 
 def dropout(x: Float[Array, "b t d"], rate: float, key: jax.Array | None) -> jax.Array:
-    """x with a share of `rate` of each row's features zero and the rest scaled up; x without a key.
+    """Dropout (Srivastava et al., 2014) with one mask per row, shared by its tokens, as in T5X.
 
-    Every token of a row loses the same features, as in T5X: the masks cost nothing to draw.
+    A mask per row costs nothing to draw.
+
+    Args:
+      x: [b t d] activations.
+      rate: probability of zeroing a feature; the others are scaled by 1 / (1 - rate).
+      key: random key; None for no dropout.
     """
     if key is None or rate == 0:
         return x
@@ -181,11 +217,16 @@ def dropout(x: Float[Array, "b t d"], rate: float, key: jax.Array | None) -> jax
 
 
 def split(key: jax.Array | None, count: int) -> list:
-    """count keys, or as many None."""
+    """Splits key into count keys; None into as many None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
 class Mlp(nn.Module):
+    """Feed-forward layer, gated (Shazeer, 2020) if the stack says so.
+
+    model is the architecture of the whole model, stack that of the stack it belongs to.
+    """
+
     model: config.Model
     stack: config.Stack
 
@@ -201,11 +242,11 @@ class Mlp(nn.Module):
         if self.stack.gated:
             y = y * self.inward(x, "up")
         y = dropout(y, self.model.dropout, key)
-        y = project(y, stored(self, "down", "mlp -> embed"), "mlp -> embed")
+        y = project(y, param(self, "down", "mlp -> embed"), "mlp -> embed")
         if self.stack.mlp_bias:
             y = y + weight(self, "down_bias", "norm", 0.0)
         return normalizer(self, "post_norm")(y) if self.stack.post_norms else y
 
     def inward(self, x, name: str) -> Float[Array, "b t f"]:
-        y = project(x, stored(self, name, "embed -> mlp"), "embed -> mlp")
+        y = project(x, param(self, name, "embed -> mlp"), "embed -> mlp")
         return y + weight(self, f"{name}_bias", "mlp", 0.0) if self.stack.mlp_bias else y

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vector for a text from the vectors of its tokens."""
+"""Pooling of hidden states into sentence embeddings."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -8,20 +8,26 @@ from t5x_lite import sharding
 
 
 def pool(x: Float[Array, "b s d"], exists: Bool[Array, "b s"], kind: str) -> Float[Array, "b d"]:
-    """The mean of the tokens that exist, or the first or last of them, in float32; 0 of none."""
+    """Pools tokens into one float32 vector per row; zero for a row without tokens.
+
+    Args:
+      x: [b s d] hidden states.
+      exists: [b s] True for tokens, False for padding.
+      kind: "mean", "first" or "last" of the tokens.
+    """
     place = jnp.arange(exists.shape[1])
     if kind == "mean":
-        share = exists.astype(jnp.float32)
+        weights = exists.astype(jnp.float32)
     elif kind == "first":
-        share = exists & (place == jnp.argmax(exists, axis=1, keepdims=True))
+        weights = exists & (place == jnp.argmax(exists, axis=1, keepdims=True))
     else:
-        share = exists & (place == jnp.max(jnp.where(exists, place, -1), axis=1, keepdims=True))
-    share = share.astype(jnp.float32)
-    share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1)
-    return jnp.einsum("bs,bsd->bd", sharding.by_rows(share), x.astype(jnp.float32))
+        weights = exists & (place == jnp.max(jnp.where(exists, place, -1), axis=1, keepdims=True))
+    weights = weights.astype(jnp.float32)
+    weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
+    return jnp.einsum("bs,bsd->bd", sharding.by_rows(weights), x.astype(jnp.float32))
 
 
-def normalized(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """x with Euclidean norm 1; a vector shorter than 1e-12 is left near zero."""
+def normalize(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """L2-normalizes x; a vector shorter than 1e-12 stays near zero."""
     length = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
     return x / jnp.maximum(length, 1e-12)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder-decoder, decoder-only and encoder-only transformers.
 
-One alphabet, here and in every kernel and test:
+Axis letters, here and in every kernel and test:
   b batch    t query position    s key position    w width of a decoded block    d model width
   n heads    k key heads         g heads per key head     h head size
   f mlp width   v vocabulary     (in relative positions: k buckets)
@@ -12,24 +12,30 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import config, kernels
+from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.kernels import TokenLosses
-from t5x_lite.model import pooling
-from t5x_lite.model.attention import View
-from t5x_lite.model.cache import Block, Cache, Read
-from t5x_lite.model.heads import Heads
-from t5x_lite.model.layers import dropout, gathered, split, stored, weight
-from t5x_lite.model.tower import Tower
+from t5x_lite.kernels import api as kernels
+from t5x_lite.kernels.api import TokenLosses
+from t5x_lite.model.attention import AttentionContext
+from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock
+from t5x_lite.model.draft_heads import Heads
+from t5x_lite.model.layers import all_gather, dropout, param, split, weight
+from t5x_lite.model.pooling import normalize, pool
+from t5x_lite.model.stack import LayerStack
 from t5x_lite.sharding import spec
 
-NOTHING = Read()
+NO_MEMORY = EncoderMemory()
 
 
 class Transformer(nn.Module):
-    """The model that `cfg` describes; every method is pure: caches and keys go in and come out.
+    """The model of a `config.Model`; every method is pure: caches go in and come out.
 
-    scan False wants weights from `unstack`, unrolls the layers and is what decoding uses.
+    Attributes:
+      cfg: the architecture.
+      scan: stacked weights and a `lax.scan` over layers, as in training; False needs the weights
+        of `unstack` and unrolls the layers, as in decoding.
+      remat: what layers keep for the backward pass, as `config.Train.remat`.
+      unroll: layers per iteration of the scan.
     """
 
     cfg: config.Model
@@ -52,9 +58,9 @@ class Transformer(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        how = {"scan": self.scan, "remat": self.remat, "unroll": self.unroll}
+        options = {"scan": self.scan, "remat": self.remat, "unroll": self.unroll}
         table = {"std": cfg.embedding_std}
-        self.embedding = stored(self, "embedding", "-> vocab embed", **table)
+        self.embedding = param(self, "embedding", "-> vocab embed", **table)
         if cfg.separate_embeddings:
             self.encoder_embedding = weight(
                 self, "encoder_embedding", "-> vocab encoder_embed", **table
@@ -62,106 +68,186 @@ class Transformer(nn.Module):
         if cfg.eoi is not None:
             self.eoi_embedding = weight(self, "eoi_embedding", "norm", 0.0)
         if not cfg.tied:
-            self.head = stored(self, "head", "embed -> vocab")
+            self.head = param(self, "head", "embed -> vocab")
         if cfg.pooling and cfg.pooling.project:
             self.projection = weight(self, "projection", "embed -> projected")
         if cfg.encoder:
-            self.encoder = Tower(cfg, cfg.encoder, both_sides=True, **how)
+            self.encoder = LayerStack(cfg, cfg.encoder, both_sides=True, **options)
         if cfg.decoder:
             source = cfg.encoder.embed if cfg.encoder else None
-            self.decoder = Tower(cfg, cfg.decoder, source=source, **how)
-        if cfg.blockwise:
+            self.decoder = LayerStack(cfg, cfg.decoder, source=source, **options)
+        if cfg.draft_heads:
             self.heads = Heads(cfg)
 
     def __call__(self, batch: Batch, key=None) -> Float[Array, "b t v"]:
-        """The logits of every target, each seeing only the targets before it."""
+        """Logits of every target given the targets before it, with teacher forcing.
+
+        key is the dropout key; None for no dropout.
+        """
         hidden = self.hidden(batch, key)
-        if self.is_initializing() and self.cfg.blockwise:
-            self.guess(hidden, slice(0, 1), batch.targets[:, :, None])
+        if self.is_initializing() and self.cfg.draft_heads:
+            self.draft_hidden(hidden, slice(0, 1), batch.targets[:, :, None])
         return self.logits(hidden)
 
     def hidden(self, batch: Batch, key=None) -> Float[Array, "b t d"]:
-        """What the logits are read from, for every target of batch."""
-        if self.cfg.layout == "aligned":
-            reader, _ = split(key, 2)
-            return self.encode(batch.inputs, batch.input_segments, batch.input_positions, reader)
-        return self.decoder(*self.written(batch, key))
+        """Hidden states before the output projection, for every target of batch.
 
-    def skipping(
-        self, batch: Batch, key, rates: Float[Array, " l"]
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t d"]]:
-        """`hidden`, with rows that skip layers of the decoder as often as rates say; and what each
-        of them gave, of which `finish` makes what logits are read from.
+        key is the dropout key; None for no dropout.
         """
-        return self.decoder.skipping(*self.written(batch, key), rates)
+        if self.cfg.layout == "encoder_only":
+            encoder_key, _ = split(key, 2)
+            return self.encode(
+                batch.inputs, batch.input_segments, batch.input_positions, encoder_key
+            )
+        return self.decoder(*self.decoder_inputs(batch, key))
 
-    def written(self, batch: Batch, key) -> tuple[Float[Array, "b t d"], View, jax.Array | None]:
-        """What the decoder is given for the targets of batch, and the key that is left for it."""
-        reader, writer = split(key, 2)
+    def hidden_with_layer_skip(
+        self, batch: Batch, key: jax.Array, rates: Float[Array, " l"]
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t d"]]:
+        """`hidden` where rows skip decoder layers at random (LayerSkip, Elhoushi et al., 2024).
+
+        Args:
+          batch: token ids with segments and positions.
+          key: random key of dropout and of the skips.
+          rates: [layers] probability of skipping each layer.
+
+        Returns:
+          The hidden states, and the state after each layer, to which `final_norm` applies.
+        """
+        return self.decoder.with_layer_skip(*self.decoder_inputs(batch, key), rates)
+
+    def decoder_inputs(
+        self, batch: Batch, key: jax.Array | None
+    ) -> tuple[Float[Array, "b t d"], AttentionContext, jax.Array | None]:
+        """Decoder inputs for the targets of batch: embedded tokens, context, and a dropout key."""
+        encoder_key, decoder_key = split(key, 2)
         segments, where = on_rows(batch.target_segments), on_rows(batch.target_positions)
-        encoded, seen = None, None
-        if self.cfg.layout == "pair":
-            encoded = self.encode(batch.inputs, batch.input_segments, batch.input_positions, reader)
-            seen = self.sight(segments, on_rows(batch.input_segments))
-        tokens = on_rows(shift_right(batch.targets, batch.target_positions, self.cfg.start))
-        view = View(where, self.causal(batch), encoded=encoded, seen=seen, how=self.how)
-        embedder, writer = split(writer, 2)
-        return self.embed(tokens, embedder), view, writer
+        encoded, input_mask = None, None
+        if self.cfg.layout == "encoder_decoder":
+            encoded = self.encode(
+                batch.inputs, batch.input_segments, batch.input_positions, encoder_key
+            )
+            input_mask = self.mask(segments, on_rows(batch.input_segments))
+        tokens = on_rows(
+            shift_right(batch.targets, batch.target_positions, self.cfg.decoder_start_token_id)
+        )
+        mask, backend = self.causal_mask(batch), self.backend
+        context = AttentionContext(
+            where, mask, encoded=encoded, input_mask=input_mask, backend=backend
+        )
+        embedding_key, decoder_key = split(decoder_key, 2)
+        return self.embed(tokens, embedding_key), context, decoder_key
 
-    def encode(self, inputs, segments, where, key=None) -> Float[Array, "b s d"]:
-        """The encoder's output for inputs [b s]; segment 0 is padding, seen by nobody."""
-        embedder, key = split(key, 2)
+    def encode(
+        self,
+        inputs: Int[Array, "b s"],
+        segments: Int[Array, "b s"],
+        where: Int[Array, "b s"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Encoder output.
+
+        Args:
+          inputs: [b s] token ids.
+          segments: [b s] segment ids; tokens attend within a segment, 0 is padding.
+          where: [b s] positions within each segment.
+          key: dropout key; None for no dropout.
+        """
+        embedding_key, key = split(key, 2)
         inputs, segments, where = map(on_rows, (inputs, segments, where))
-        view = View(where, self.sight(segments, segments), how=self.how)
-        return self.encoder(self.embed(inputs, embedder, reader=True), view, key)
+        context = AttentionContext(where, self.mask(segments, segments), backend=self.backend)
+        return self.encoder(self.embed(inputs, embedding_key, for_encoder=True), context, key)
 
-    def crossed(self, encoded: Float[Array, "b s d"]) -> Cache:
-        """Every decoder layer's cross-attention keys and values."""
-        return self.decoder.crossed(encoded)
+    def cross_kv(self, encoded: Float[Array, "b s d"]) -> Cache:
+        """Cross-attention keys and values of every decoder layer."""
+        return self.decoder.cross_kv(encoded)
 
     def decode(
-        self, block: Block, cache: Cache, read: Read = NOTHING
+        self, block: TokenBlock, cache: Cache, encoder_memory: EncoderMemory = NO_MEMORY
     ) -> tuple[Float[Array, "b w d"], Cache]:
-        """Hidden states of a block of tokens, and the cache with the block written into it."""
-        view = self.view(block, cache, read)
-        return self.decoder.decode(self.embed(on_rows(block).tokens), view, cache, read.crossed)
+        """Decodes a block of tokens in one forward pass.
 
-    def begin(self, block: Block) -> Float[Array, "b w d"]:
-        """What the first layer of the decoder is given for a block."""
+        Args:
+          block: tokens, their place in the cache, and their tree if they are one.
+          cache: keys and values of all layers.
+          encoder_memory: the encoder's output as keys and values; empty for a lone decoder.
+
+        Returns:
+          The hidden states [b w d], and the cache with the block written into it.
+        """
+        context = self.block_context(block, cache, encoder_memory)
+        x = self.embed(on_rows(block).tokens)
+        return self.decoder.decode(x, context, cache, encoder_memory.cross_kv)
+
+    def embed_block(self, block: TokenBlock) -> Float[Array, "b w d"]:
+        """Input of the first decoder layer for a block: token and position embeddings."""
         block = on_rows(block)
         depth = jnp.arange(block.tokens.shape[1]) if block.depth is None else block.depth
-        return self.decoder.standing(self.embed(block.tokens), block.index[:, None] + depth)
+        return self.decoder.add_position_embeddings(
+            self.embed(block.tokens), block.index[:, None] + depth
+        )
 
-    def through(
-        self, x: Float[Array, "b w d"], block: Block, cache: Cache, read: Read = NOTHING
+    def decode_layers(
+        self,
+        x: Float[Array, "b w d"],
+        block: TokenBlock,
+        cache: Cache,
+        encoder_memory: EncoderMemory = NO_MEMORY,
     ) -> tuple[Float[Array, "b w d"], Cache]:
-        """x in place of the block's tokens through the layers alone; with `begin` before it and
-        `finish` after it this is `decode`.
-        """
-        return self.decoder.through(x, self.view(block, cache, read), cache, read.crossed)
+        """`decode` without embeddings and final norm: `embed_block` and `final_norm` complete it.
 
-    def finish(self, x: Float[Array, "b w d"]) -> Float[Array, "b w d"]:
-        """What the logits are read from, for what the last layer gave."""
+        Args:
+          x: [b w d] hidden states in place of the block's tokens.
+          block: place in the cache, and tree; of its tokens only the shape matters.
+          cache: keys and values of the layers.
+          encoder_memory: the encoder's output as keys and values; empty for a lone decoder.
+
+        Returns:
+          The state after the last layer [b w d], and the cache with the block written into it.
+        """
+        context = self.block_context(block, cache, encoder_memory)
+        return self.decoder.decode_layers(x, context, cache, encoder_memory.cross_kv)
+
+    def final_norm(self, x: Float[Array, "b w d"]) -> Float[Array, "b w d"]:
+        """Hidden states before the output projection, from the state after the last layer."""
         return self.decoder.norm(x)
 
-    def view(self, block: Block, cache: Cache, read: Read) -> View:
-        """What the tokens of a block see of the cache and of the inputs."""
-        block, seen = on_rows(block), on_rows(read.seen)
+    def block_context(
+        self, block: TokenBlock, cache: Cache, encoder_memory: EncoderMemory
+    ) -> AttentionContext:
+        """Context of a decoded block: positions, and masks over the cache and the inputs.
+
+        Args:
+          block: tokens, their place in the cache, and their tree if they are one.
+          cache: keys and values of the layers, for the number of slots.
+          encoder_memory: has the mask of the inputs.
+        """
+        block, input_mask = on_rows(block), on_rows(encoder_memory.input_mask)
         slots = (cache.keys if self.scan else cache.keys[0]).shape[-2]
         prefix = block.prefix if self.cfg.prefix_lm else None
         width = block.tokens.shape[1]
-        sight = kernels.BlockSight(
+        mask = kernels.CacheMask(
             block.index, width, slots, block.depth, block.ancestors, prefix=prefix
         )
-        if seen is not None:
-            seen = kernels.prepared(seen, self.how)
-        where, sight = sight.query_positions(), kernels.prepared(sight, self.how)
-        return View(where, sight, seen=seen, index=block.index, how=self.how)
+        if input_mask is not None:
+            input_mask = kernels.prepare_mask(input_mask, self.backend)
+        where, mask = mask.query_positions(), kernels.prepare_mask(mask, self.backend)
+        return AttentionContext(
+            where, mask, input_mask=input_mask, index=block.index, backend=self.backend
+        )
 
-    def embed(self, ids: Int[Array, "b t"], key=None, reader=False) -> Float[Array, "b t d"]:
-        """What the decoder, or as reader the encoder, has for each id."""
-        separate = reader and self.cfg.separate_embeddings
-        table = self.encoder_embedding if separate else gathered(self.embedding, "vocab embed")
+    def embed(
+        self, ids: Int[Array, "b t"], key: jax.Array | None = None, for_encoder: bool = False
+    ) -> Float[Array, "b t d"]:
+        """Token embeddings, without positions.
+
+        Args:
+          ids: [b t] token ids.
+          key: dropout key; None for no dropout.
+          for_encoder: looks ids up in the encoder's table, if it has one of its own.
+        """
+        separate = for_encoder and self.cfg.separate_embeddings
+        table = self.encoder_embedding if separate else all_gather(self.embedding, "vocab embed")
         x = table.at[ids].get(out_sharding=spec("batch length width"))
         if self.cfg.scale_embedding:
             # In the dtype of activations, as Gemma was trained: bfloat16 rounds it.
@@ -171,12 +257,12 @@ class Transformer(nn.Module):
         return dropout(x, self.cfg.dropout, key)
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """Float32 logits."""
+        """Float32 logits of hidden states."""
         if self.cfg.scale_logits:
             hidden = hidden * hidden.shape[-1] ** -0.5
         axes = "vocab embed" if self.cfg.tied else "embed vocab"
-        table = gathered(self.embedding if self.cfg.tied else self.head, axes)
-        if self.cfg.tied and kernels.device()[0] == "cpu":
+        table = all_gather(self.embedding if self.cfg.tied else self.head, axes)
+        if self.cfg.tied and kernels.target_device().platform == "cpu":
             # The table first, as XLA's CPU would otherwise pack all of it anew for a few rows: 8
             # rows of T5-base take 9.7 ms of one core for 17.4, 64 rows 43 for 50 (jaxlib 0.10.2).
             logits = jnp.moveaxis(jnp.einsum("vd,btd->vbt", table, hidden), 0, 2)
@@ -188,16 +274,22 @@ class Transformer(nn.Module):
         cap = self.cfg.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def guess(
+    def draft_hidden(
         self,
         hidden: Float[Array, "b t d"],
         which: slice,
         since: Int[Array, "b t j"] | None = None,
     ) -> Float[Array, "b t g d"]:
-        """What the logits of these heads are read from. Heads that are told the tokens since
-        hidden are asked for one at a time: head i = which.start with i + 1 of them.
+        """Hidden states of draft heads, from which `logits` computes their predictions.
+
+        Sequential heads (hydra) run one at a time: head i = which.start with i + 1 tokens.
+
+        Args:
+          hidden: [b t d] hidden states of the model.
+          which: the heads to run.
+          since: [b t j] tokens after each hidden state; for sequential heads only.
         """
-        if not self.cfg.blockwise.sequential:
+        if not self.cfg.draft_heads.sequential:
             return self.heads(hidden, which)
         rows, length, tokens = since.shape
         flat = jnp.reshape(since, (rows, length * tokens), out_sharding=spec("batch length"))
@@ -213,63 +305,90 @@ class Transformer(nn.Module):
         smoothing: float,
         z_loss: float,
     ) -> TokenLosses:
-        """The losses [b t] of targets, each read from its hidden; logits are made in pieces."""
+        """Cross-entropy [b t] of targets, without all logits in memory at once.
+
+        Args:
+          hidden: [b t d] hidden states.
+          targets: [b t] token ids.
+          smoothing: label smoothing.
+          z_loss: coefficient of the squared log normalizer.
+        """
         cfg = self.cfg
         scale = self.sizes["embed"] ** -0.5 if cfg.scale_logits else 1.0
-        rule = kernels.VocabularyRule(cfg.tied, smoothing, z_loss, cfg.logits_softcap, scale)
+        rule = kernels.CrossEntropyConfig(cfg.tied, smoothing, z_loss, cfg.logits_softcap, scale)
         table = self.embedding if cfg.tied else self.head
-        return kernels.cross_entropy(hidden, table, targets, rule, self.how)
+        return kernels.cross_entropy(hidden, table, targets, rule, self.backend)
 
-    def pooled(self, inputs, segments, where) -> Float[Array, "b d"]:
-        """One float32 vector for each row of inputs [b s]; segment 0 is padding, on either side.
+    def pooled(
+        self, inputs: Int[Array, "b s"], segments: Int[Array, "b s"], where: Int[Array, "b s"]
+    ) -> Float[Array, "b d"]:
+        """Sentence embeddings: one float32 vector per row, pooled as `Model.pooling` says.
 
-        Of the encoder's output, or a lone decoder's; `Model.pooling` says how.
+        Args:
+          inputs: [b s] token ids.
+          segments: [b s] segment ids; 0 is padding, on either side.
+          where: [b s] positions.
         """
         if self.cfg.encoder:
             x = self.encode(inputs, segments, where)
         else:
-            view = View(where, self.sight(segments, segments, causal=True), how=self.how)
-            x = self.decoder(self.embed(inputs), view)
-        x = pooling.pool(x, segments > 0, self.cfg.pooling.kind)
+            context = AttentionContext(
+                where, self.mask(segments, segments, causal=True), backend=self.backend
+            )
+            x = self.decoder(self.embed(inputs), context)
+        x = pool(x, segments > 0, self.cfg.pooling.kind)
         if self.cfg.pooling.project:
             x = jnp.einsum("bd,dp->bp", x, self.projection.astype(jnp.float32))
-        return pooling.normalized(x) if self.cfg.pooling.normalize else x
+        return normalize(x) if self.cfg.pooling.normalize else x
 
     @property
-    def how(self) -> kernels.How | None:
-        return kernels.chosen(self.cfg.attention)
+    def backend(self) -> kernels.Backend | None:
+        return kernels.select_backend(self.cfg.attention)
 
-    def sight(self, queries: Int[Array, "b t"], keys: Int[Array, "b s"], **more):
-        """What queries see of keys, both given by their segments, ready for the kernel."""
-        return kernels.prepared(kernels.Sight(queries, keys, **more), self.how)
+    def mask(self, queries: Int[Array, "b t"], keys: Int[Array, "b s"], **options):
+        """Mask of tokens that share a segment, prepared for the backend.
 
-    def causal(self, batch: Batch):
-        """Who sees whom among the targets: the past of the same segment, and a prefix whole."""
+        Args:
+          queries: [b t] segment ids of the queries.
+          keys: [b s] segment ids of the keys.
+          **options: further fields of `kernels.Mask`, such as causal.
+        """
+        return kernels.prepare_mask(kernels.Mask(queries, keys, **options), self.backend)
+
+    def causal_mask(self, batch: Batch):
+        """Mask among targets: causal within a segment, bidirectional within a prefix."""
         inside = None
         if batch.prefix is not None and self.cfg.prefix_lm:
-            # The decoder's input at i is the target before it: the first target's query is still
-            # a token of the prefix, and so is the start token.
+            # Decoder inputs are shifted right: the query of the first target after the prefix is
+            # the prefix's last token, and the start token belongs to the prefix.
             begins = batch.target_positions == 0
             inside = on_rows(begins | jnp.pad(batch.prefix[:, :-1], ((0, 0), (1, 0))))
         segments = on_rows(batch.target_segments)
         prefix = {"query_prefix": inside, "key_prefix": inside}
-        return self.sight(segments, segments, causal=True, **prefix)
+        return self.mask(segments, segments, causal=True, **prefix)
 
 
 def shift_right(
     targets: Int[Array, "b t"], where: Int[Array, "b t"], start: int
 ) -> Int[Array, "b t"]:
-    """Decoder inputs: the target before, and start where an example begins."""
+    """Shifts targets right to decoder inputs.
+
+    Args:
+      targets: [b t] token ids.
+      where: [b t] positions; 0 at the beginning of an example.
+      start: id of the start token, the input at position 0.
+    """
     return jnp.where(where == 0, start, jnp.pad(targets[:, :-1], ((0, 0), (1, 0))))
 
 
 def on_rows(rows):
-    """rows [b ...] placed with the batch, wherever the caller made them; a Block keeps its shape
-    (depth, ancestors), which no row owns.
+    """Places rows [b ...] with the batch axis sharded, or the fields of a TokenBlock.
+
+    depth and ancestors of a block have no batch axis and stay replicated.
     """
     if rows is None:
         return None
-    if isinstance(rows, Block):
+    if isinstance(rows, TokenBlock):
         fields = ("tokens", "index", "prefix")
         return rows._replace(**{name: on_rows(getattr(rows, name)) for name in fields})
     return jax.reshard(rows, spec("batch" + " length" * (rows.ndim - 1)))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step needs, before anything is rented: compiled for chips that are not there."""
+"""Cost of a step before anything is rented: compiled for chips that are not there."""

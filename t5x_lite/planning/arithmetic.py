@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step's figures by arithmetic alone: for chips that no compiler here compiles for, and
-to leave out of a search what cannot be good.
+to prune a search.
 
 Weights, optimizer state and batch are exact. What a layer keeps for its backward pass is counted
 from its products; buffers that only a compiler knows are not. For T5 1.1 XXL on v5e:16x16 and
@@ -15,25 +15,33 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite import config, sharding
+from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.planning import aot
 from t5x_lite.planning.chips import HOP_SECONDS, Slice
 from t5x_lite.planning.collectives import Collective
 from t5x_lite.planning.figures import Figures, Memory
-from t5x_lite.training import ahead, costs, setup, state, step
+from t5x_lite.training import flops, setup, step
 
 
-class Parts(NamedTuple):
-    """What a step holds, as shapes with the mesh axes over which each axis is split."""
+class StepShapes(NamedTuple):
+    """Shapes of a step's arguments, with the mesh axes over which each axis is split.
+
+    Attributes:
+      params: tree of the weights.
+      optimizer: tree of the optimizer state.
+      batch: arrays of a batch.
+    """
 
     params: Any
     optimizer: Any
     batch: Any
 
 
-def parts(run: config.Run) -> Parts:
-    """The parts of run's training step, for any mesh; jax needs one device here."""
+def step_shapes(run: config.Run) -> StepShapes:
+    """Shapes of a run's training step, for any mesh; jax needs one device here."""
     sharding.use_mesh(config.Mesh(1, 1, 1), jax.devices("cpu")[:1])
-    shapes = ahead.abstract_state(run)
-    return Parts(shapes.params, shapes.optimizer, ahead.abstract_batch(run))
+    shapes = aot.abstract_state(run)
+    return StepShapes(shapes.params, shapes.optimizer, aot.abstract_batch(run))
 
 
 def split_bytes(tree: Any, mesh: dict[str, int]) -> int:
@@ -43,10 +51,9 @@ def split_bytes(tree: Any, mesh: dict[str, int]) -> int:
       ValueError: an axis cannot be split evenly, with the leaf's name.
     """
     total = 0
-    names = state.names(tree)
-    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
+    for name, leaf in flatten_tree(tree).items():
         sizes = []
-        for size, axes in zip(leaf.shape, padded(leaf), strict=True):
+        for size, axes in zip(leaf.shape, mesh_axes(leaf), strict=True):
             ways = math.prod(mesh[axis] for axis in axes)
             if size % ways:
                 raise ValueError(f"{name}: {size} cannot be split over {ways} chips ({axes})")
@@ -55,7 +62,7 @@ def split_bytes(tree: Any, mesh: dict[str, int]) -> int:
     return total
 
 
-def padded(leaf) -> list[tuple[str, ...]]:
+def mesh_axes(leaf) -> list[tuple[str, ...]]:
     """The mesh axes of every axis of a leaf."""
     spec = leaf.sharding.spec
     axes = [(each,) if isinstance(each, str) else tuple(each or ()) for each in spec]
@@ -67,8 +74,13 @@ def mesh_of(run: config.Run, count: int) -> dict[str, int]:
     return sharding.mesh_sizes(run.mesh, count)
 
 
-def figures(run: config.Run, slice_: Slice, known: Parts) -> Figures:
-    """The training step of run on a slice.
+def figures(run: config.Run, slice_: Slice, known: StepShapes) -> Figures:
+    """Figures of a run's training step on a slice.
+
+    Args:
+      run: config of the run.
+      slice_: the chips.
+      known: shapes of the step, from `step_shapes`.
 
     Raises:
       ValueError: weights or rows cannot be split evenly over the mesh.
@@ -82,138 +94,161 @@ def figures(run: config.Run, slice_: Slice, known: Parts) -> Figures:
         "optimizer state": split_bytes(known.optimizer, mesh),
         "batch": split_bytes(known.batch, mesh),
         "gradients": gradient_bytes(run, params),
-        "activations": tower.kept() + tower.work() + logits_bytes(run, tower, mesh),
+        "activations": (
+            tower.saved_bytes() + tower.working_bytes() + logits_bytes(run, tower, mesh)
+        ),
         "gathered weights": 3 * tower.layer_bytes() if mesh["fsdp"] > 1 else 0,
     }
     peak = sum(kinds.values())
     excess = max(0, peak - slice_.chip.memory)
-    lengths = costs.row_lengths(run.model.layout, run.data.lengths)
-    needed = costs.step_flops(run.model, run.train.batch_size, run.data.lengths)
-    again = 4 / 3 if run.train.remat == "layers" else 1.0
+    lengths = flops.row_lengths(run.model.layout, run.data.lengths)
+    needed = flops.step_flops(run.model, run.train.batch_size, run.data.lengths)
+    recomputation = 4 / 3 if run.train.remat == "full" else 1.0
     return Figures(
-        "training step",
-        "arithmetic",
-        slice_,
-        mesh,
-        Memory(kinds, peak, slice_.chip.memory, excess),
-        run.train.batch_size * sum(lengths),
-        needed,
-        flops=int(needed * again / slice_.count),
+        what="training step",
+        source="arithmetic",
+        slice=slice_,
+        mesh=mesh,
+        memory=Memory(kinds, peak, slice_.chip.memory, excess),
+        tokens=run.train.batch_size * sum(lengths),
+        model_flops=needed,
+        flops=int(needed * recomputation / slice_.count),
         moved=moved_bytes(run, kinds, tower),
-        collectives=exchanges(run, slice_, mesh, tower),
+        collectives=expected_collectives(run, slice_, mesh, tower),
     )
 
 
 class Towers(NamedTuple):
-    """Sizes of a step's two towers on one chip, of one microbatch."""
+    """Sizes of a step's encoder and decoder stacks on one chip, of one microbatch."""
 
     run: config.Run
     mesh: dict[str, int]
 
     @property
     def itemsize(self) -> int:
-        return jnp.dtype(self.run.model.activations).itemsize
+        return jnp.dtype(self.run.model.dtype).itemsize
 
     @property
     def context(self) -> int:
-        """Into how many parts rows are split."""
+        """Number of parts into which rows are split."""
         return self.mesh.get(sharding.CONTEXT, 1)
 
-    def each(self):
-        """Of every tower: its stack, and how many tokens of it a chip has at once."""
+    def stacks(self) -> list[tuple[config.Stack, float]]:
+        """Config of every stack, and the tokens of it that a chip has at once."""
         run = self.run
         rows = run.train.batch_size / run.train.microbatches
         rows /= self.mesh["data"] * self.mesh["fsdp"] * self.context
-        inputs, targets = costs.row_lengths(run.model.layout, run.data.lengths)
+        inputs, targets = flops.row_lengths(run.model.layout, run.data.lengths)
         pairs = ((run.model.encoder, inputs), (run.model.decoder, targets))
         return [(stack, rows * length) for stack, length in pairs if stack is not None]
 
-    def crossed(self, stack: config.Stack) -> bool:
-        return self.run.model.layout == "pair" and stack is self.run.model.decoder
+    def has_cross_attention(self, stack: config.Stack) -> bool:
+        return self.run.model.layout == "encoder_decoder" and stack is self.run.model.decoder
 
     def product_sizes(self, stack: config.Stack) -> float:
-        """Elements for a token that a layer's products give."""
+        """Elements of the results of a layer's matrix products, per token."""
         heads = stack.heads * stack.head_dim
         keys = stack.key_heads * stack.head_dim
         attention = 2 * heads + 2 * keys
-        if self.crossed(stack) and not stack.merged:
+        if self.has_cross_attention(stack) and not stack.merged:
             attention += 2 * heads
         wide = attention + stack.mlp * (1 + stack.gated)
-        return wide / self.mesh["tensor"] + (3 if self.crossed(stack) else 2) * stack.embed
+        return (
+            wide / self.mesh["tensor"] + (3 if self.has_cross_attention(stack) else 2) * stack.embed
+        )
 
     def keys(self) -> float:
-        """Elements of the keys and values of all layers, of whole rows: what split rows gather."""
-        read = self.each()[0][1]
+        """Elements of the keys and values of all layers, of whole rows: split rows gather them."""
+        encoded = self.stacks()[0][1]
         total = 0.0
-        for stack, tokens in self.each():
-            seen = tokens + (read if self.crossed(stack) else 0)
-            total += stack.layers * 2 * stack.key_heads * stack.head_dim * seen * self.context
+        for stack, tokens in self.stacks():
+            visible = tokens + (encoded if self.has_cross_attention(stack) else 0)
+            total += stack.layers * 2 * stack.key_heads * stack.head_dim * visible * self.context
         return total / self.mesh["tensor"]
 
-    def kept(self) -> int:
-        """Bytes that all layers keep for the backward pass."""
-        sizes = {"layers": 0.0, "products": 1.0, "none": 2.0}
+    def saved_bytes(self) -> int:
+        """Bytes that all layers save for the backward pass."""
+        sizes = {"full": 0.0, "minimal": 1.0, "none": 2.0}
         share, total = sizes[self.run.train.remat], 0.0
-        for stack, tokens in self.each():
-            own = stack.embed + share * self.product_sizes(stack)
-            total += stack.layers * tokens * own * self.itemsize
+        for stack, tokens in self.stacks():
+            saved = stack.embed + share * self.product_sizes(stack)
+            total += stack.layers * tokens * saved * self.itemsize
         return int(total)
 
-    def work(self) -> int:
+    def working_bytes(self) -> int:
         """Bytes of the widest layer while its backward pass runs: values and their gradients."""
-        widest = max(tokens * self.product_sizes(stack) for stack, tokens in self.each())
+        widest = max(tokens * self.product_sizes(stack) for stack, tokens in self.stacks())
         return int(4 * widest * self.itemsize)
 
     def layer_bytes(self) -> int:
-        """Bytes of the largest layer's weights where they are used: whole along fsdp."""
-        return int(max(self.weights(stack) for stack, _ in self.each()) * self.itemsize)
+        """Bytes of the largest layer's weights where they are used: gathered along fsdp."""
+        return int(max(self.weights(stack) for stack, _ in self.stacks()) * self.itemsize)
 
     def weights(self, stack: config.Stack) -> float:
-        """Weights of one layer on a chip, whole along fsdp."""
+        """Weights of one layer on a chip, gathered along fsdp."""
         projections = 2 * (stack.heads + stack.key_heads)
-        if self.crossed(stack) and not stack.merged:
+        if self.has_cross_attention(stack) and not stack.merged:
             projections *= 2
-        own = stack.head_dim * projections + stack.mlp * (2 + stack.gated)
-        return stack.embed * own / self.mesh["tensor"]
+        columns = stack.head_dim * projections + stack.mlp * (2 + stack.gated)
+        return stack.embed * columns / self.mesh["tensor"]
 
 
 def gradient_bytes(run: config.Run, params: int) -> int:
     """Gradients in the dtype of activations, and their float32 sum over microbatches."""
-    narrow = params * jnp.dtype(run.model.activations).itemsize // 4
+    narrow = params * jnp.dtype(run.model.dtype).itemsize // 4
     return narrow + (params if run.train.microbatches > 1 else 0)
 
 
 def logits_bytes(run: config.Run, tower: Towers, mesh: dict[str, int]) -> int:
-    """Float32 logits and their gradient, or a piece of them."""
-    tokens = tower.each()[-1][1]
+    """Bytes of the float32 logits and their gradient, or of a chunk of them.
+
+    Args:
+      run: config of the run.
+      tower: sizes of its stacks.
+      mesh: sizes of the mesh axes.
+    """
+    tokens = tower.stacks()[-1][1]
     whole = 8 * tokens * run.model.vocab / mesh["tensor"]
-    return int(min(whole, step.MOST_LOGITS / 4))
+    return int(min(whole, step.MAX_LOGIT_BYTES / 4))
 
 
 def moved_bytes(run: config.Run, kinds: dict[str, int], tower: Towers) -> int:
-    """Bytes of HBM: weights three times for each microbatch, the update once, activations written
-    and read in both directions."""
-    weights = sum(stack.layers * tower.weights(stack) for stack, _ in tower.each())
+    """Bytes of HBM read and written: weights three times for each microbatch, the update once,
+    activations in both directions.
+
+    Args:
+      run: config of the run.
+      kinds: bytes that a chip holds, by kind.
+      tower: sizes of the run's stacks.
+    """
+    weights = sum(stack.layers * tower.weights(stack) for stack, _ in tower.stacks())
     micro = run.train.microbatches
     passes = sum(
         stack.layers * tokens * (tower.product_sizes(stack) + stack.embed)
-        for stack, tokens in tower.each()
+        for stack, tokens in tower.stacks()
     )
     update = 3 * kinds["parameters"] + 2 * kinds["optimizer state"] + 2 * kinds["gradients"]
     return int(micro * tower.itemsize * (3 * weights + 6 * passes) + update)
 
 
-def exchanges(run: config.Run, slice_: Slice, mesh: dict[str, int], tower: Towers):
-    """The collectives that the rules of `sharding` lead to, each axis by itself."""
+def expected_collectives(run: config.Run, slice_: Slice, mesh: dict[str, int], tower: Towers):
+    """Collectives that the rules of `sharding` lead to, each axis by itself.
+
+    Args:
+      run: config of the run.
+      slice_: the chips.
+      mesh: sizes of the mesh axes.
+      tower: sizes of the run's stacks.
+    """
     micro, size = run.train.microbatches, tower.itemsize
-    table = run.model.vocab * sum(stack.embed for stack, _ in tower.each()) / mesh["tensor"]
-    weights = sum(stack.layers * tower.weights(stack) for stack, _ in tower.each()) + table
+    table = run.model.vocab * sum(stack.embed for stack, _ in tower.stacks()) / mesh["tensor"]
+    weights = sum(stack.layers * tower.weights(stack) for stack, _ in tower.stacks()) + table
     whole = int(weights * size)
     sums = sum(
-        stack.layers * (3 if tower.crossed(stack) else 2) * tokens * stack.embed * size
-        for stack, tokens in tower.each()
+        stack.layers * (3 if tower.has_cross_attention(stack) else 2) * tokens * stack.embed * size
+        for stack, tokens in tower.stacks()
     )
-    passes = 3 if run.train.remat == "layers" else 2
+    passes = 3 if run.train.remat == "full" else 2
     listed = [
         ("all-gather", "fsdp", whole, 2 * micro, True),
         ("reduce-scatter", "fsdp", whole, micro, True),
@@ -223,19 +258,25 @@ def exchanges(run: config.Run, slice_: Slice, mesh: dict[str, int], tower: Tower
         ("all-gather", sharding.CONTEXT, int(tower.keys() * size), passes * micro, False),
         ("reduce-scatter", sharding.CONTEXT, int(tower.keys() * size), micro, False),
     ]
-    found = []
+    result = []
     for kind, axis, count, times, overlapped in listed:
         if mesh.get(axis, 1) > 1:
             seconds = axis_seconds(kind, count, axis, mesh, slice_)
             if axis == "data" and run.mesh.slices > 1:
                 seconds = seconds_over_slices(count, run.mesh.slices, mesh, slice_)
-            found.append(Collective(kind, count, mesh[axis], (axis,), times, seconds, overlapped))
-    return tuple(found)
+            result.append(Collective(kind, count, mesh[axis], (axis,), times, seconds, overlapped))
+    return tuple(result)
 
 
 def seconds_over_slices(size: int, slices: int, mesh: dict[str, int], slice_: Slice) -> float:
-    """Seconds of an all-reduce along `data` over several slices: summed within each, then each of
-    its members' share over the data-centre network.
+    """Seconds of an all-reduce along `data` over several slices: summed within each, then each
+    member's share over the data-center network.
+
+    Args:
+      size: bytes of the array.
+      slices: number of slices.
+      mesh: sizes of the mesh axes over all slices.
+      slice_: one of them.
 
     Raises:
       ValueError: `data` does not span the slices, or nothing is known of the chip's network.
@@ -244,18 +285,28 @@ def seconds_over_slices(size: int, slices: int, mesh: dict[str, int], slice_: Sl
         raise ValueError(f"Mesh.data={mesh['data']} must be a multiple of Mesh.slices={slices}")
     if not slice_.chip.network:
         raise ValueError(
-            f"Mesh.slices={slices}: nothing is known of the data-centre network of "
+            f"Mesh.slices={slices}: nothing is known of the data-center network of "
             f"{slice_.chip.kind}; plan one slice"
         )
     members = mesh["data"] // slices
-    own = mesh | {"data": members}
-    within = axis_seconds("all-reduce", size, "data", own, slice_) if members > 1 else 0.0
+    of_slice = mesh | {"data": members}
+    within = axis_seconds("all-reduce", size, "data", of_slice, slice_) if members > 1 else 0.0
     return within + 2 * size / members * (slices - 1) / slices / slice_.chip.network
 
 
 def axis_seconds(kind: str, size: int, axis: str, mesh: dict[str, int], slice_: Slice) -> float:
-    """Seconds of one collective along a mesh axis. On TPU the axis is taken for a ring; GPUs of a
-    box reach each other over its switch, others over the network, all of a box at once."""
+    """Seconds of one collective along a mesh axis.
+
+    On TPU the axis is assumed to be a ring; GPUs of a box reach each other over its switch, others
+    over the network, all of a box at once.
+
+    Args:
+      kind: HLO's name of the collective.
+      size: bytes of the array.
+      axis: name of the mesh axis.
+      mesh: sizes of the mesh axes.
+      slice_: the chips.
+    """
     chip, members = slice_.chip, mesh[axis]
     order = list(mesh)
     inner = math.prod(mesh[each] for each in order[order.index(axis) + 1 :])

@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What accelerators can do, from their makers' pages, and how TPU slices are wired."""
+"""Specifications of accelerators, from their makers' pages, and the wiring of TPU slices."""
 
+import math
 import re
 from typing import NamedTuple
 
-from t5x_lite.training import costs
+from t5x_lite.training import flops
 
 GIB = 1 << 30
 
 
 class Chip(NamedTuple):
-    """One accelerator: jax's device kind, memory that programs can have (bytes), its bandwidth and
-    that of one link in one direction (bytes per second).
+    """Specification of one accelerator.
 
-    `ring` is how many chips in a row make a ring, where slices are flat; 0: a slice of whole cubes
-    (4 x 4 x 4 chips) has rings along all of its sides. Chips of a `box` reach each other over the
-    link, those of several boxes over `network`; None: all are one torus, and `network` is what
-    joins it to others (0: not known).
+    Attributes:
+      kind: jax's device kind.
+      memory: bytes of HBM that a program can have.
+      bandwidth: of HBM, bytes per second.
+      link: bandwidth of one link in one direction, bytes per second.
+      ring: chips in a row that form a ring, where slices are flat; 0: a slice of whole cubes
+        (4 x 4 x 4 chips) has rings along all of its sides.
+      box: number of chips that reach each other over the link; None: all of a slice are one torus.
+      network: bandwidth between boxes, or between slices, bytes per second for each chip (0: not
+        known).
     """
 
     kind: str
@@ -30,13 +36,13 @@ class Chip(NamedTuple):
     @property
     def peak(self) -> float:
         """Dense bfloat16 FLOP/s."""
-        return costs.peak(self.kind)
+        return flops.peak_flops(self.kind)
 
 
 # Memory of a TPU is what its compiler grants to a program (libtpu 0.0.52 names it when a program is
 # larger). Bandwidths: docs.cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e); they give the links' bits
 # or bytes of both directions and all ports (4 on v5e and v6e, 6 on v4 and v5p). GPUs: NVIDIA's data
-# sheets of A100 80GB SXM, H100 SXM and H200 SXM; memory as nvidia-smi tells it, NVLink in one
+# sheets of A100 80GB SXM, H100 SXM and H200 SXM; memory as nvidia-smi reports, NVLink in one
 # direction, network of a DGX (200 or 400 Gb/s for each GPU). Network of v5e and v6e: a pod's of 256
 # chips on the page of v6e (6.4 and 25.6 Tb/s).
 CHIPS = {
@@ -50,8 +56,8 @@ CHIPS = {
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.box is None)
 
-# How long one hop between neighbours takes, whatever is sent: "How to Scale Your Model" (Austin et
-# al., 2025), part 3.
+# Latency of one hop between neighbors, whatever is sent: "How to Scale Your Model" (Austin et al.,
+# 2025), part 3.
 HOP_SECONDS = 1e-6
 
 TOPOLOGY = re.compile(r"(\w+?):(\d+(?:x\d+){1,2})")
@@ -59,7 +65,14 @@ COUNTED = re.compile(r"(\w+?)x(\d+)")
 
 
 class Slice(NamedTuple):
-    """Chips that work together: their kind, how many, and the sides of the box that they fill."""
+    """Chips that work together.
+
+    Attributes:
+      name: as on the command line, "v5e:4x4".
+      chip: their kind.
+      count: number of chips.
+      sides: chips along each side of the box that they fill.
+    """
 
     name: str
     chip: Chip
@@ -67,60 +80,58 @@ class Slice(NamedTuple):
     sides: tuple[int, ...]
 
     def wraps(self, side: int) -> bool:
-        """Whether the chips along a side are a ring: the last is a neighbour of the first."""
+        """True if the chips along a side are a ring: the last is a neighbor of the first."""
         if self.chip.ring:
             return self.sides[side] == self.chip.ring
         return len(self.sides) == 3 and all(size % 4 == 0 for size in self.sides)
 
 
-def topology(name: str) -> Slice:
+def parse_topology(name: str) -> Slice:
     """The slice that a name such as "v5e:4x4" means.
 
     Raises:
-      ValueError: it is no name of a TPU slice.
+      ValueError: it is not the name of a TPU slice.
     """
-    found = TOPOLOGY.fullmatch(name)
-    if not found or found[1] not in TPUS:
+    match = TOPOLOGY.fullmatch(name)
+    if not match or match[1] not in TPUS:
         raise ValueError(
             f"--topology={name}: write a TPU generation ({', '.join(TPUS)}) and the sides of the "
             "slice, such as v5e:4x4, v6e:16x16 or v5p:4x4x8; GPUs are --chips=h100x8"
         )
-    sides = tuple(int(side) for side in found[2].split("x"))
-    return Slice(name, CHIPS[found[1]], product(sides), sides)
+    sides = tuple(int(side) for side in match[2].split("x"))
+    return Slice(name, CHIPS[match[1]], math.prod(sides), sides)
 
 
-def counted(name: str) -> Slice:
+def parse_chips(name: str) -> Slice:
     """The chips that a name such as "h100x8" means; TPUs as a flat slice or cubes of so many.
 
     Raises:
       ValueError: the chip is unknown.
     """
     if TOPOLOGY.fullmatch(name):
-        return topology(name)
-    found = COUNTED.fullmatch(name)
-    if not found or found[1] not in CHIPS or not int(found[2]):
+        return parse_topology(name)
+    match = COUNTED.fullmatch(name)
+    if not match or match[1] not in CHIPS or not int(match[2]):
         raise ValueError(
-            f"--chips={name}: write a chip ({', '.join(CHIPS)}) and how many, such as h100x8 or "
+            f"--chips={name}: write a chip ({', '.join(CHIPS)}) and a count, such as h100x8 or "
             "v5ex16, or a TPU topology such as v5e:4x4"
         )
-    return Slice(name, CHIPS[found[1]], int(found[2]), (int(found[2]),))
-
-
-def product(sizes) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+    return Slice(name, CHIPS[match[1]], int(match[2]), (int(match[2]),))
 
 
 def ring_bandwidth(slice_: Slice, spans: tuple[int, ...], members: int) -> float:
-    """Bytes per second that each chip of a group takes in, at best, in an all-gather.
+    """Bytes per second that each chip of a group receives, at best, in an all-gather.
 
-    The group's members lie in a box with `spans` chips along each side. Along every side longer
-    than one a chip has two links where the side is a ring, else one at its end; where the box holds
-    several such groups, they share its links ("How to Scale Your Model", part 3).
+    Along every side longer than one a chip has two links where the side is a ring, else one at its
+    end; where the box holds several such groups, they share its links ("How to Scale Your Model",
+    part 3).
+
+    Args:
+      slice_: the slice.
+      spans: chips along each side of the box in which the group lies.
+      members: chips of the group.
     """
-    filled = product(spans)
+    filled = math.prod(spans)
     links = sum(
         2 if slice_.wraps(side) and span == slice_.sides[side] else 1
         for side, span in enumerate(spans)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What chips send one another in a compiled program: kind, bytes, mesh axes, how often."""
+"""Collectives of a compiled program: kind, bytes, mesh axes, executions."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -18,10 +19,17 @@ PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
 class Collective(NamedTuple):
-    """One collective of a program: `bytes` of the whole array on one chip of a group (what an
-    all-gather makes, what the others begin with), `times` in a run of the program, the mesh axes
-    along which its groups lie, seconds of one by the links' bandwidth, and whether the compiler
-    lets it go on beside other work.
+    """One collective of a program.
+
+    Attributes:
+      kind: HLO's name, "all-gather".
+      bytes: of the whole array on one chip of a group: the result of an all-gather, the input of
+        the others.
+      members: chips of a group.
+      axes: mesh axes along which its groups lie.
+      times: executions in a run of the program.
+      seconds: of one execution, by the links' bandwidth.
+      overlapped: true if the compiler runs it beside other work.
     """
 
     kind: str
@@ -34,8 +42,14 @@ class Collective(NamedTuple):
 
 
 class Wiring(NamedTuple):
-    """Where the devices of a program are: mesh axes and sizes, and of each device, in the order of
-    the program, its place in the slice [devices, sides]."""
+    """Placement of a program's devices in a slice.
+
+    Attributes:
+      axes: names of the mesh axes.
+      sizes: their sizes.
+      places: coordinates in the slice of each device, in the program's order [devices, sides].
+      slice: the slice.
+    """
 
     axes: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -43,7 +57,7 @@ class Wiring(NamedTuple):
     slice: chips.Slice
 
 
-def wiring(mesh, slice_: chips.Slice) -> Wiring:
+def mesh_wiring(mesh, slice_: chips.Slice) -> Wiring:
     """The wiring of a jax mesh of TPU devices that fill slice_."""
     devices = mesh.devices.flatten()
     places = np.array([device.coords[: len(slice_.sides)] for device in devices])
@@ -51,19 +65,27 @@ def wiring(mesh, slice_: chips.Slice) -> Wiring:
 
 
 def collectives(module: Module, run: Executions, where: Wiring) -> list[Collective]:
-    """Every collective that the program runs, in the order of the schedule."""
-    found = []
-    for name, times in run.times.items():
-        for own, kind, overlapped in within(module, module.computations[name]):
-            found.append(described(own, kind, overlapped, times, where))
-    return found
+    """Every collective that the program runs, in the order of the schedule.
+
+    Args:
+      module: the program.
+      run: executions of each of its computations.
+      where: placement of its devices.
+    """
+    return [
+        make_collective(instruction, kind, overlapped, times, where)
+        for name, times in run.times.items()
+        for instruction, kind, overlapped in computation_collectives(
+            module, module.computations[name]
+        )
+    ]
 
 
-def within(module: Module, computation: Computation):
-    """The collectives of one computation, each with its kind and whether it is overlapped.
+def computation_collectives(module: Module, computation: Computation):
+    """Yields the collectives of one computation: instruction, kind, and true if it is overlapped.
 
     An asynchronous one stands in several fusions, of which each does a part: the one that begins it
-    counts. Channels do not tell them apart: all that a shard_map has written share one. A
+    counts. Channels do not distinguish them: all that a shard_map has written share one. A
     reduce-scatter may be an all-reduce in a fusion that takes a slice of it.
     """
     for instruction in computation.instructions.values():
@@ -74,68 +96,79 @@ def within(module: Module, computation: Computation):
             inner = module.computations[instruction.called("calls")]
             targets = {each.target for each in inner.instructions.values()}
             begins = "AsyncCollectiveStart" in targets
-            if not begins and continues(inner, targets):
+            if not begins and continues_collective(inner, targets):
                 continue
             scattered = "reduce-scatter" in inner.name or "all-reduce-scatter" in inner.name
-            for own in inner.instructions.values():
-                if own.operation in COLLECTIVES:
-                    kind = "reduce-scatter" if scattered else own.operation
-                    yield own, kind, begins or instruction.operation == "async-start"
+            for each in inner.instructions.values():
+                if each.operation in COLLECTIVES:
+                    kind = "reduce-scatter" if scattered else each.operation
+                    yield each, kind, begins or instruction.operation == "async-start"
 
 
-def continues(fused: Computation, targets: set[str]) -> bool:
-    """Whether a fusion does a later part of a collective that another one has begun."""
+def continues_collective(fused: Computation, targets: set[str]) -> bool:
+    """True if a fusion does a later part of a collective that another one has begun."""
     return "AsyncCollectiveDone" in targets or fused.name.startswith("async_collective_fusion")
 
 
-def described(own: Instruction, kind: str, overlapped: bool, times: int, where: Wiring):
-    """The collective that an instruction is, with its time on these chips."""
-    size = own.bytes
-    if own.operation.endswith("-start"):
+def make_collective(
+    instruction: Instruction, kind: str, overlapped: bool, times: int, where: Wiring
+) -> Collective:
+    """Collective of an instruction, with its time on these chips.
+
+    Args:
+      instruction: one of COLLECTIVES, or its start.
+      kind: the collective that it is part of.
+      overlapped: true if it runs beside other work.
+      times: executions in a run of the program.
+      where: placement of the program's devices.
+    """
+    size = instruction.bytes
+    if instruction.operation.endswith("-start"):
         # (operands, results, contexts): the results are as many as the operands.
-        count = len(own.operands)
-        size = sum(array.bytes for array in own.arrays[count : 2 * count]) or own.bytes
-    groups = replica_groups(own.attributes, len(where.places))
+        count = len(instruction.operands)
+        size = sum(array.bytes for array in instruction.arrays[count : 2 * count])
+        size = size or instruction.bytes
+    groups = replica_groups(instruction.attributes, len(where.places))
     members = groups.shape[1]
-    if own.operation.removesuffix("-start") == "reduce-scatter":
+    if instruction.operation.removesuffix("-start") == "reduce-scatter":
         size *= members
-    axes, spans = spanned(groups, where)
+    axes, spans = spanned_axes(groups, where)
     seconds = seconds_of(kind, size, members, spans, where.slice)
     return Collective(kind, size, members, axes, times, seconds, overlapped)
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Which devices work together [groups, members], in any of the three ways XLA writes it.
+    """Groups of devices that work together [groups, members], in any of XLA's three notations.
 
     Raises:
-      ValueError: it is written in none of them.
+      ValueError: they are written in none of them.
     """
-    if found := MESH.search(attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        wanted = re.findall(r"'([^']+)'", found[2])
+    if match := MESH.search(attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        wanted = re.findall(r"'([^']+)'", match[2])
         ids = np.arange(devices).reshape(tuple(sizes.values()))
         order = [name for name in sizes if name not in wanted] + wanted
         ids = ids.transpose([list(sizes).index(name) for name in order])
-        return ids.reshape(-1, chips.product(sizes[name] for name in wanted))
-    if found := COUNTED.search(attributes):
-        numbers = [list(map(int, part.split(","))) if part else None for part in found.groups()]
-        ids = np.arange(chips.product(numbers[1])).reshape(numbers[1])
+        return ids.reshape(-1, math.prod(sizes[name] for name in wanted))
+    if match := COUNTED.search(attributes):
+        numbers = [list(map(int, part.split(","))) if part else None for part in match.groups()]
+        ids = np.arange(math.prod(numbers[1])).reshape(numbers[1])
         ids = ids if numbers[2] is None else ids.transpose(numbers[2])
         return ids.reshape(numbers[0])
-    if found := LISTED.search(attributes) or PAIRS.search(attributes):
-        groups = [list(map(int, part.split(","))) for part in re.findall(r"\{([\d,]+)\}", found[1])]
+    if match := LISTED.search(attributes) or PAIRS.search(attributes):
+        groups = [list(map(int, part.split(","))) for part in re.findall(r"\{([\d,]+)\}", match[1])]
         return np.array(groups)
     if "replica_groups={}" in attributes:
         return np.arange(devices)[None]
     raise ValueError(f"The compiler writes a collective's groups in a new way: {attributes[:200]}")
 
 
-def spanned(groups: np.ndarray, where: Wiring) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The mesh axes along which the members of a group differ, and how many chips of each side of
-    the slice they cover; of the widest group."""
+def spanned_axes(groups: np.ndarray, where: Wiring) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Mesh axes along which the members of a group differ, and the number of chips that they cover
+    along each side of the slice; of the widest group."""
     places = np.stack(np.unravel_index(groups, where.sizes), axis=-1)
     differ = (places != places[:, :1]).any(axis=(0, 1))
-    axes = tuple(axis for axis, own in zip(where.axes, differ, strict=True) if own)
+    axes = tuple(axis for axis, differs in zip(where.axes, differ, strict=True) if differs)
     chips_of = where.places[groups]
     spans = (chips_of.max(axis=1) - chips_of.min(axis=1) + 1).max(axis=0)
     return axes, tuple(int(span) for span in spans)
@@ -144,14 +177,21 @@ def spanned(groups: np.ndarray, where: Wiring) -> tuple[tuple[str, ...], tuple[i
 def seconds_of(
     kind: str, size: int, members: int, spans: tuple[int, ...], slice_: chips.Slice
 ) -> float:
-    """Seconds of one collective: bytes over bandwidth, or what its hops take if that is longer.
+    """Seconds of one collective: bytes over bandwidth, or the time of its hops if that is longer.
 
-    "How to Scale Your Model", part 3: an all-gather or reduce-scatter takes in all but its own
+    "How to Scale Your Model", part 3: an all-gather or reduce-scatter receives all but the chip's
     part of the array, an all-reduce is both, in an all-to-all a part goes a quarter of the way.
+
+    Args:
+      kind: HLO's name.
+      size: bytes of the whole array.
+      members: chips of a group.
+      spans: chips that the group covers along each side of the slice.
+      slice_: the slice.
     """
     if members == 1:
         return 0.0
-    bandwidth = chips.ring_bandwidth(slice_, spans, min(members, chips.product(spans)))
+    bandwidth = chips.ring_bandwidth(slice_, spans, min(members, math.prod(spans)))
     share = (members - 1) / members
     if kind == "collective-permute":
         return max(size / slice_.chip.link, chips.HOP_SECONDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step compiled for TPU chips that need not be there, and what its program tells."""
+"""A step compiled for TPU chips that need not be there, and the figures of its program."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def devices(slice_: chips.Slice) -> list:
     """The described devices of a slice.
 
     Raises:
-      ValueError: there is no such slice.
+      ValueError: the slice does not exist.
     """
     from jax.experimental import topologies
 
@@ -34,13 +34,13 @@ def devices(slice_: chips.Slice) -> list:
             described = topologies.get_topology_desc(slice_.name, platform="tpu", **more)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0][:300]
-        raise ValueError(f"--topology={slice_.name}: there is no such slice: {reason}") from error
+        raise ValueError(f"--topology={slice_.name} does not exist: {reason}") from error
     return list(described.devices)
 
 
 @contextlib.contextmanager
 def without_complaints() -> Iterator[None]:
-    """What libtpu writes to file descriptor 2 where it finds no TPU is dropped."""
+    """Drops libtpu's complaints on file descriptor 2 that it finds no TPU."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -52,53 +52,67 @@ def without_complaints() -> Iterator[None]:
         os.close(nowhere)
 
 
-def figures(
-    run: config.Run, slice_: chips.Slice, decoding: steps.Decoding | None = None
-) -> Figures:
-    """The training step of run on a slice, or one turn of decoding, by the compiler's program.
-
-    Where it does not fit, only memory is told.
-
-    Raises:
-      ValueError: the mesh does not suit the slice or the model.
-      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
-    """
+def check_slices(run: config.Run, slice_: chips.Slice) -> None:
+    """Raises ValueError for a run on several slices: one is compiled."""
     if run.mesh.slices > 1:
         raise ValueError(
             f"--topology={slice_.name} is one slice, but Mesh.slices={run.mesh.slices}: plan "
             "one of them with Mesh.slices = 1, or all by arithmetic with --chips"
         )
-    own = devices(slice_)
-    step = steps.decode(run, own, decoding) if decoding else steps.training(run, own)
+
+
+def figures(
+    run: config.Run, slice_: chips.Slice, decoding: steps.Decoding | None = None
+) -> Figures:
+    """Figures of a run's training step, or of one step of decoding, by the compiler's program.
+
+    Where it does not fit, only memory is known.
+
+    Args:
+      run: config of the run.
+      slice_: TPU slice to compile for.
+      decoding: rows and lengths of a decode step; None for the training step.
+
+    Raises:
+      ValueError: the mesh does not suit the slice or the model.
+      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
+    """
+    check_slices(run, slice_)
+    described = devices(slice_)
+    step = steps.decode(run, described, decoding) if decoding else steps.training(run, described)
     mesh = jax.sharding.get_mesh()
-    where = collectives.wiring(mesh, slice_)
-    what = "decode step" if decoding else "training step"
-    known = (what, "compiled", slice_, dict(mesh.shape))
+    where = collectives.mesh_wiring(mesh, slice_)
+    known = {
+        "what": "decode step" if decoding else "training step",
+        "source": "compiled",
+        "slice": slice_,
+        "mesh": dict(mesh.shape),
+        "tokens": step.tokens,
+        "model_flops": step.model_flops,
+    }
     began = time.perf_counter()
     try:
-        executable, text = program(step.trace.lower())
+        executable, text = compile_program(step.trace.lower())
     except jax.errors.JaxRuntimeError as error:
-        memory = exhausted(step, slice_.chip, str(error))
+        memory = exceeded_memory(step, slice_.chip, str(error))
         seconds = time.perf_counter() - began
-        return Figures(*known, memory, step.tokens, step.model_flops, compile_seconds=seconds)
+        return Figures(**known, memory=memory, compile_seconds=seconds)
     seconds = time.perf_counter() - began
-    module = hlo.parse(text)
-    run_of = trips.executions(module)
-    work = counted.work(module, run_of)
+    module = hlo.parse_module(text)
+    runs = trips.executions(module)
+    cost = counted.program_cost(module, runs)
     return Figures(
-        *known,
-        held(step, slice_.chip, executable.memory_analysis()),
-        step.tokens,
-        step.model_flops,
-        flops=work.flops,
-        moved=work.moved,
-        collectives=tuple(collectives.collectives(module, run_of, where)),
-        unknown_loops=run_of.unknown,
+        **known,
+        memory=fitting_memory(step, slice_.chip, executable.memory_analysis()),
+        flops=cost.flops,
+        moved=cost.moved,
+        collectives=tuple(collectives.collectives(module, runs, where)),
+        unknown_loops=runs.unknown,
         compile_seconds=seconds,
     )
 
 
-def program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+def compile_program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """The executable, and the optimized program as the compiler itself writes it down.
 
     `executable.as_text()` goes through the reader of jaxlib, which refuses some programs of a
@@ -113,8 +127,14 @@ def program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
         return executable, written[-1].read_text() if written else executable.as_text()
 
 
-def held(step: steps.Step, chip: chips.Chip, analysis) -> Memory:
-    """The memory of a program that fits."""
+def fitting_memory(step: steps.Step, chip: chips.Chip, analysis) -> Memory:
+    """Memory of a program that fits.
+
+    Args:
+      step: the traced step.
+      chip: kind of chip.
+      analysis: `memory_analysis()` of its executable.
+    """
     kinds = step.kinds | {
         "temporaries": analysis.temp_size_in_bytes,
         "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -123,27 +143,32 @@ def held(step: steps.Step, chip: chips.Chip, analysis) -> Memory:
     return Memory(kinds, analysis.peak_memory_in_bytes, chip.memory)
 
 
-def exhausted(step: steps.Step, chip: chips.Chip, said: str) -> Memory:
-    """The memory of a program that the compiler refused as too large.
+def exceeded_memory(step: steps.Step, chip: chips.Chip, message: str) -> Memory:
+    """Memory of a program that the compiler refused as too large.
+
+    Args:
+      step: the traced step.
+      chip: kind of chip.
+      message: of the compiler.
 
     Raises:
       jax.errors.JaxRuntimeError: it was refused for another reason.
     """
-    if "RESOURCE_EXHAUSTED" not in said or "hbm" not in said.lower():
-        raise jax.errors.JaxRuntimeError(said)
-    needed, available = amounts(said, chip)
-    return Memory(step.kinds, needed, available, max(1, needed - available), said)
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        raise jax.errors.JaxRuntimeError(message)
+    needed, available = amounts(message, chip)
+    return Memory(step.kinds, needed, available, max(1, needed - available), message)
 
 
-def amounts(said: str, chip: chips.Chip) -> tuple[int, int]:
-    """Bytes that a program needs and that there are, by the compiler's message."""
+def amounts(message: str, chip: chips.Chip) -> tuple[int, int]:
+    """Bytes that a program needs and bytes of the chip, by the compiler's message."""
     patterns = (
         r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)",
         r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT])",
     )
     for pattern in patterns:
-        if found := re.search(pattern, said):
-            return tuple(amount(text) for text in found.groups())
+        if match := re.search(pattern, message):
+            return tuple(amount(text) for text in match.groups())
     return chip.memory + 1, chip.memory
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a step before it runs, and the time, money and use of the chips that follow."""
+"""Figures of a step before it runs, and the time, cost and utilization that follow from them."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -11,16 +11,21 @@ What = Literal["training step", "decode step"]
 
 
 class Memory(NamedTuple):
-    """Bytes of one chip: by kind, the most at any one time, and what a program can have.
+    """Memory of one chip, in bytes.
 
-    `excess` is by how much the program is too large; `said` the compiler's own words.
+    Attributes:
+      kinds: bytes by kind of array.
+      peak: the most at any one time.
+      available: what a program can have.
+      excess: bytes by which the program is too large; 0 if it fits.
+      message: the compiler's, where the program does not fit.
     """
 
     kinds: dict[str, int]
     peak: int
     available: int
     excess: int = 0
-    said: str = ""
+    message: str = ""
 
     @property
     def fits(self) -> bool:
@@ -29,12 +34,22 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Figures:
-    """One step of a run on a slice. FLOPs, bytes and collectives are of one chip; model_flops and
-    tokens of all chips.
+    """One step of a run on a slice.
 
-    `source` says where they come from: the compiler's program, or arithmetic. flops are what the
-    chip computes, with what is computed again for the backward pass; model_flops what the model
-    needs. What a program that does not fit would compute is not known: None.
+    Attributes:
+      what: kind of step.
+      source: origin of the figures: the compiler's program, or arithmetic.
+      slice: the chips.
+      mesh: sizes of the mesh axes.
+      memory: of one chip.
+      tokens: of a step, all chips together.
+      model_flops: FLOPs that the model needs for a step, all chips together.
+      flops: FLOPs that one chip computes, recomputation included; None where the program does not
+        fit.
+      moved: bytes of HBM that one chip reads and writes; None where the program does not fit.
+      collectives: those that one chip takes part in.
+      unknown_loops: names of loops of unknown length, counted once.
+      compile_seconds: duration of the compilation.
     """
 
     what: What
@@ -51,12 +66,20 @@ class Figures:
     compile_seconds: float = 0.0
 
 
-class Estimate(NamedTuple):
-    """Seconds of one step by roofline: each resource alone, all overlapped, as the compiler has
-    scheduled the collectives, and one after the other; and what follows from the scheduled time.
+class StepEstimate(NamedTuple):
+    """Time of one step by roofline, and what follows from it.
 
-    mfu is the model's FLOPs over what the chips could do in the time; mfu_bound the same if all
-    overlapped. cost is for 10^9 tokens, in the currency of the price; None without a price.
+    Attributes:
+      compute: seconds of the FLOPs alone.
+      memory: seconds of the HBM traffic alone.
+      interconnect: seconds of the collectives alone.
+      overlapped: seconds if all three overlap.
+      scheduled: seconds with the overlap of collectives that the compiler has scheduled.
+      summed: seconds if nothing overlaps.
+      tokens_per_second: of all chips, at the scheduled time.
+      mfu: model FLOP utilization at the scheduled time.
+      mfu_bound: the same if all overlap.
+      cost: of 10^9 tokens, in the currency of the price; None without a price.
     """
 
     compute: float
@@ -71,10 +94,10 @@ class Estimate(NamedTuple):
     cost: float | None
 
 
-def estimate(figures: Figures, price: float | None = None) -> Estimate:
-    """The time of a step of which FLOPs and bytes are known; price is of one chip for an hour.
+def estimate(figures: Figures, price: float | None = None) -> StepEstimate:
+    """Time of a step of which FLOPs and bytes are known; price is of one chip for an hour.
 
-    Compute and HBM traffic are taken to overlap, as they do within every fusion. Scheduled: the
+    Compute and HBM traffic are assumed to overlap, as they do within every fusion. Scheduled: the
     collectives that the compiler starts early and waits for late overlap with them too, the others
     are waited for.
     """
@@ -89,15 +112,15 @@ def estimate(figures: Figures, price: float | None = None) -> Estimate:
     needed = figures.model_flops / figures.slice.count / chip.peak
     speed = figures.tokens / scheduled
     cost = None if price is None else 1e9 / speed * figures.slice.count * price / 3600
-    return Estimate(
-        compute,
-        memory,
-        interconnect,
-        overlapped,
-        scheduled,
-        compute + memory + interconnect,
-        speed,
-        needed / scheduled,
-        needed / overlapped,
-        cost,
+    return StepEstimate(
+        compute=compute,
+        memory=memory,
+        interconnect=interconnect,
+        overlapped=overlapped,
+        scheduled=scheduled,
+        summed=compute + memory + interconnect,
+        tokens_per_second=speed,
+        mfu=needed / scheduled,
+        mfu_bound=needed / overlapped,
+        cost=cost,
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimized program that a compiler made, read from its text (HLO).
 
-Only what planning asks for is kept: of every instruction its arrays, operation, operands and
+Only what planning needs is kept: of every instruction its arrays, operation, operands and
 attributes, by computation.
 
 An operand that is an element of a tuple has an instruction of its own, `%x = s32[]
@@ -25,7 +25,13 @@ HBM = 0
 
 
 class Array(NamedTuple):
-    """One array of a value: element type, sizes, and memory space (0 is HBM, 1 fast memory)."""
+    """One array of a value.
+
+    Attributes:
+      element: XLA's name of the element type.
+      shape: sizes.
+      space: memory space; 0 is HBM, 1 fast memory.
+    """
 
     element: str
     shape: tuple[int, ...]
@@ -42,7 +48,17 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """`%name = shape operation(operands), attributes`; a tuple's arrays stand one by one."""
+    """One line of a computation, `%name = shape operation(operands), attributes`.
+
+    Attributes:
+      name: without the percent sign.
+      shape: text of the result's shape.
+      arrays: of the result; those of a tuple one by one.
+      operation: name of the operation.
+      operands: names of the operands.
+      arguments: text between the parentheses.
+      attributes: text after them.
+    """
 
     name: str
     shape: str
@@ -57,19 +73,20 @@ class Instruction(NamedTuple):
         return sum(array.bytes for array in self.arrays)
 
     def called(self, role: str) -> str | None:
-        """The computation that this one calls as `role`: calls, body, condition, to_apply."""
-        found = re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+        """Name of the computation called as `role`: calls, body, condition, to_apply."""
+        match = re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)
+        return match[1] if match else None
 
     @property
     def target(self) -> str:
-        """A custom call's name, otherwise empty."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        """Target of a custom call, otherwise empty."""
+        match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
 
 class Computation(NamedTuple):
-    """Instructions by name, in the order of the schedule, and which of them is the result."""
+    """One computation: its name, its instructions by name in the order of the schedule, and the
+    name of the root, which is the result."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -80,6 +97,8 @@ class Computation(NamedTuple):
 
 
 class Module(NamedTuple):
+    """A program: its computations by name, and the name of the entry."""
+
     computations: dict[str, Computation]
     entry: str
 
@@ -88,12 +107,12 @@ def bits(element: str) -> int:
     """Bits of one element: f32, bf16, s4, f8e4m3fn ..."""
     if element in BITS:
         return BITS[element]
-    found = NUMBERED.search(element)
-    return int(found[1]) if found else 0
+    match = NUMBERED.search(element)
+    return int(match[1]) if match else 0
 
 
-def parse(text: str) -> Module:
-    """The module that `executable.as_text()` describes.
+def parse_module(text: str) -> Module:
+    """Parses the text of `executable.as_text()`.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -109,29 +128,35 @@ def parse(text: str) -> Module:
             computations[name] = Computation(name, current, root)
             current = None
         elif " = " in line:
-            found = instruction(line)
-            add_elements(current, found.operands)
-            current[found.name] = found
-            root = found.name if line.lstrip().startswith("ROOT ") else root
+            parsed = parse_instruction(line)
+            add_elements(current, parsed.operands)
+            current[parsed.name] = parsed
+            root = parsed.name if line.lstrip().startswith("ROOT ") else root
     if entry is None:
-        raise ValueError("The compiler's text has no ENTRY computation: it is no HLO module")
+        raise ValueError("The compiler's text has no ENTRY computation: it is not an HLO module")
     return Module(computations, entry)
 
 
-def instruction(line: str) -> Instruction:
-    """One line of a computation."""
+def parse_instruction(line: str) -> Instruction:
+    """Parses one line of a computation."""
     name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
     if "/*" in rest:
         rest = INDEX_COMMENT.sub("", rest)
-    cut = closing(rest, 0) if rest[0] == "(" else shape_end(rest)
+    cut = closing_parenthesis(rest, 0) if rest[0] == "(" else shape_end(rest)
     shape, rest = rest[:cut], rest[cut:].lstrip()
     operation, _, _ = rest.partition("(")
-    end = closing(rest, len(operation))
+    end = closing_parenthesis(rest, len(operation))
     arguments = rest[len(operation) + 1 : end - 1]
     operands = tuple(NAME.findall(arguments))
     attributes = rest[end:].lstrip(", ")
     return Instruction(
-        name.lstrip("%"), shape, arrays(shape), operation, operands, arguments, attributes
+        name=name.lstrip("%"),
+        shape=shape,
+        arrays=parse_arrays(shape),
+        operation=operation,
+        operands=operands,
+        arguments=arguments,
+        attributes=attributes,
     )
 
 
@@ -142,11 +167,11 @@ def add_elements(instructions: dict[str, Instruction], operands: tuple[str, ...]
         name, *indices = operand.split("#")
         for index in indices:
             source, name = instructions[name], f"{name}#{index}"
-            shape = elements(source.shape)[int(index)]
+            shape = tuple_elements(source.shape)[int(index)]
             instructions[name] = Instruction(
                 name=name,
                 shape=shape,
-                arrays=arrays(shape),
+                arrays=parse_arrays(shape),
                 operation="get-tuple-element",
                 operands=(source.name,),
                 arguments=f"%{source.name}",
@@ -154,38 +179,38 @@ def add_elements(instructions: dict[str, Instruction], operands: tuple[str, ...]
             )
 
 
-def elements(shape: str) -> list[str]:
+def tuple_elements(shape: str) -> list[str]:
     """Splits a tuple's shape into those of its elements: (f32[2,3]{1,0}, (s32[], u8[])) has two."""
     depth, start, parts = 0, 1, []
-    for place, letter in enumerate(shape):
-        depth += (letter in "([{") - (letter in ")]}")
-        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+    for place, character in enumerate(shape):
+        depth += (character in "([{") - (character in ")]}")
+        if (character == "," and depth == 1) or (character == ")" and depth == 0):
             parts.append(shape[start:place].strip())
             start = place + 1
     return parts
 
 
 def shape_end(text: str) -> int:
-    """Where the shape that text begins with ends: a layout has no blanks, but parentheses."""
+    """Length of the shape at the start of a text: a layout has parentheses, but no spaces."""
     end = text.find(" ")
     return len(text) if end < 0 else end
 
 
-def closing(text: str, start: int) -> int:
-    """The place after the parenthesis that closes the one at start."""
+def closing_parenthesis(text: str, start: int) -> int:
+    """Index after the parenthesis that closes the one at start."""
     depth = 0
-    for found in re.finditer(r"[()]", text[start:]):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.finditer(r"[()]", text[start:]):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return start + found.end()
+            return start + match.end()
     return len(text)
 
 
-def arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape such as (f32[2,3]{1,0:S(1)}, s32[])."""
-    found = []
+def parse_arrays(shape: str) -> tuple[Array, ...]:
+    """Parses the arrays of a shape such as (f32[2,3]{1,0:S(1)}, s32[])."""
+    result = []
     for element, sizes, layout in ARRAY.findall(shape):
         space = SPACE.search(layout)
         shape = tuple(int(NUMBERED.search(size)[1]) for size in sizes.split(",") if size)
-        found.append(Array(element, shape, int(space[1]) if space else HBM))
-    return tuple(found)
+        result.append(Array(element, shape, int(space[1]) if space else HBM))
+    return tuple(result)

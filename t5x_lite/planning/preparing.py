@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libtpu made ready to compile where there is no TPU; to be called before jax is imported."""
+"""Environment in which libtpu compiles without a TPU; to be set before jax is imported."""
 
 import importlib.util
 import os
 
-# What libtpu reads when it is loaded: it is to look for no chip, no metadata server and no other
+# Read by libtpu when it is loaded: it must not search for a chip, a metadata server or another
 # process that uses it.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",

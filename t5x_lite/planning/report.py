@@ -7,15 +7,19 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from t5x_lite import config, model, sharding
+from t5x_lite.cli.progress import format_count, format_duration
+from t5x_lite.planning import compiled
+from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.collectives import Collective
-from t5x_lite.planning.figures import Estimate, Figures, estimate
-from t5x_lite.training import bar
+from t5x_lite.planning.figures import Figures, StepEstimate, estimate
+from t5x_lite.training.reporting import dry_run, overview
 
 MIB, GIB = 1 << 20, 1 << 30
 REMEDIES = (
     "more chips (--topology), weights split over more of them (Mesh.fsdp, Mesh.tensor), fewer rows "
-    "at once (Train.microbatches, BATCH_SIZE), less kept (Train.remat = 'layers'), or let --search "
-    "look for one that fits"
+    "at once (Train.microbatches, BATCH_SIZE), less kept (Train.remat = 'full'), or let --search "
+    "find one that fits"
 )
 DECODE_REMEDIES = (
     "more chips (--topology), weights split over more of them (Mesh.tensor), fewer rows "
@@ -24,24 +28,25 @@ DECODE_REMEDIES = (
 
 
 def console() -> Console:
-    """As wide as the terminal; 100 columns where there is none."""
-    made = Console()
-    return made if made.is_terminal else Console(width=100)
+    """Console as wide as the terminal; 100 columns where there is none."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=100)
 
 
 def show(figures: Figures, price: float | None) -> None:
-    """Prints what is known of a step."""
+    """Prints the figures of a step; price is of one chip for an hour."""
     console().print(Group(*tables(figures, price)))
 
 
 def tables(figures: Figures, price: float | None) -> list[Any]:
+    """Headline and tables of a step; price is of one chip for an hour."""
     parts: list[Any] = [headline(figures), memory_table(figures)]
     if figures.flops is None:
         return parts
-    found = estimate(figures, price)
+    times = estimate(figures, price)
     if figures.collectives:
         parts.append(collectives_table(figures.collectives))
-    parts.append(time_table(figures, found))
+    parts.append(time_table(figures, times))
     if figures.unknown_loops:
         parts.append(
             "Loops of unknown length, counted once: " + ", ".join(figures.unknown_loops[:5])
@@ -50,13 +55,13 @@ def tables(figures: Figures, price: float | None) -> list[Any]:
 
 
 def headline(figures: Figures) -> str:
-    """Whether it fits, and by how much."""
+    """Lines that say if the step fits, and by how much."""
     memory, slice_ = figures.memory, figures.slice
     mesh = " x ".join(f"{axis} {size}" for axis, size in figures.mesh.items())
-    how = "by arithmetic alone, not compiled"
+    origin = "by arithmetic alone, not compiled"
     if figures.source == "compiled":
-        how = f"compiled in {bar.duration(figures.compile_seconds)}"
-    first = f"{figures.what} on {slice_.name} = {slice_.count} chips, {mesh} ({how})"
+        origin = f"compiled in {format_duration(figures.compile_seconds)}"
+    first = f"{figures.what} on {slice_.name} = {slice_.count} chips, {mesh} ({origin})"
     peak, available = memory.peak / GIB, memory.available / GIB
     if memory.fits:
         return (
@@ -64,25 +69,26 @@ def headline(figures: Figures) -> str:
             f"{available - peak:.2f} GiB are left"
         )
     remedies = REMEDIES if figures.what == "training step" else DECODE_REMEDIES
-    said = f"\nThe compiler: {memory.said.splitlines()[0]}" if memory.said else ""
+    message = f"\nThe compiler: {memory.message.splitlines()[0]}" if memory.message else ""
     return (
         f"{first}\nDOES NOT FIT: {memory.excess / GIB:.2f} GiB too much, {peak:.2f} of "
-        f"{available:.2f} GiB of each chip{said}\nWhat helps: {remedies}"
+        f"{available:.2f} GiB of each chip{message}\nWhat helps: {remedies}"
     )
 
 
 def memory_table(figures: Figures) -> Table:
-    table = plain("bytes of each chip", "MiB")
+    """Memory of one chip by kind, and the most at once."""
+    table = plain_table("bytes of each chip", "MiB")
     for kind, count in figures.memory.kinds.items():
         table.add_row(kind, f"{count / MIB:,.1f}")
     table.add_row("most at once", f"{figures.memory.peak / MIB:,.1f}")
     return table
 
 
-def collectives_table(found: Iterable[Collective]) -> Table:
+def collectives_table(collectives: Iterable[Collective]) -> Table:
     """The collectives of a step, summed by kind, mesh axes, and whether they overlap."""
-    table = plain("collectives of each chip", "axes", "times", "MiB", "ms", "while computing")
-    for row in summed(found):
+    table = plain_table("collectives of each chip", "axes", "times", "MiB", "ms", "while computing")
+    for row in sum_collectives(collectives):
         table.add_row(
             row["kind"],
             "+".join(row["axes"]) or "none",
@@ -94,10 +100,10 @@ def collectives_table(found: Iterable[Collective]) -> Table:
     return table
 
 
-def summed(found: Iterable[Collective]) -> list[dict[str, Any]]:
+def sum_collectives(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
     """Collectives of one kind, axes and overlap as one row each, the longest first."""
     rows: dict[tuple, dict[str, Any]] = {}
-    for each in found:
+    for each in collectives:
         key = (each.kind, each.axes, each.overlapped)
         row = rows.setdefault(
             key,
@@ -110,36 +116,47 @@ def summed(found: Iterable[Collective]) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: -row["seconds"])
 
 
-def time_table(figures: Figures, found: Estimate) -> Table:
-    """The step's work and time."""
+def time_table(figures: Figures, times: StepEstimate) -> Table:
+    """Work and time of a step."""
     chip = figures.slice.chip
-    own = figures.model_flops / figures.slice.count
-    table = plain("a step", "", "by roofline, ms")
-    row = lambda name, amount, seconds: table.add_row(name, amount, f"{1e3 * seconds:,.3f}")
-    amount = f"{bar.count(figures.flops)} FLOPs at {bar.count(chip.peak)}FLOP/s"
-    row("compute", f"{amount} (the model's own: {bar.count(own)})", found.compute)
+    needed = figures.model_flops / figures.slice.count
+    table = plain_table("a step", "", "by roofline, ms")
+
+    def row(name: str, amount: str, seconds: float) -> None:
+        table.add_row(name, amount, f"{1e3 * seconds:,.3f}")
+
+    amount = f"{format_count(figures.flops)} FLOPs at {format_count(chip.peak)}FLOP/s"
+    row("compute", f"{amount} (the model's own: {format_count(needed)})", times.compute)
     moved = f"{figures.moved / GIB:,.2f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s"
-    row("memory (HBM)", moved, found.memory)
-    row("interconnect", "the collectives above", found.interconnect)
-    row("all overlapped", "the longest of the three", found.overlapped)
-    beside = "collectives that the compiler lets go on beside other work overlap"
+    row("memory (HBM)", moved, times.memory)
+    row("interconnect", "the collectives above", times.interconnect)
+    row("all overlapped", "the longest of the three", times.overlapped)
+    schedule = "collectives that the compiler runs beside other work overlap"
     if figures.source == "arithmetic":
-        beside = "collectives of weights overlap, those of activations do not"
-    row("as scheduled", beside, found.scheduled)
-    row("nothing overlapped", "the sum", found.summed)
-    speed = f"{found.tokens_per_second:,.0f} tokens/s"
+        schedule = "collectives of weights overlap, those of activations do not"
+    row("as scheduled", schedule, times.scheduled)
+    row("nothing overlapped", "the sum", times.summed)
+    speed = f"{times.tokens_per_second:,.0f} tokens/s"
     table.add_row("speed as scheduled", f"{speed}, {figures.tokens:,} tokens a step", "")
-    use = f"{100 * found.mfu:.1f} % as scheduled, {100 * found.mfu_bound:.1f} % at most"
-    table.add_row("model FLOP utilisation", use, "")
-    if found.cost is not None:
-        table.add_row("cost of 10^9 tokens", f"{found.cost:,.2f} in the price's currency", "")
+    use = f"{100 * times.mfu:.1f} % as scheduled, {100 * times.mfu_bound:.1f} % at most"
+    table.add_row("model FLOP utilization", use, "")
+    if times.cost is not None:
+        table.add_row("cost of 10^9 tokens", f"{times.cost:,.2f} in the price's currency", "")
     return table
 
 
-def search_table(found: list[dict[str, Any]], price: float | None, count: int) -> Table:
-    """What fits, the fastest first."""
-    table = plain("what fits", "GiB of a chip", "ms a step", "tokens/s", "MFU %", "10^9 tokens")
-    for row in found:
+def search_table(plans: list[dict[str, Any]], price: float | None, count: int) -> Table:
+    """Table of the plans that fit, the fastest first.
+
+    Args:
+      plans: results of `searching.search`.
+      price: of one chip for an hour, if known.
+      count: number of chips.
+    """
+    table = plain_table(
+        "what fits", "GiB of a chip", "ms a step", "tokens/s", "MFU %", "10^9 tokens"
+    )
+    for row in plans:
         known = row["estimate"]
         cost = ""
         if price is not None:
@@ -155,7 +172,7 @@ def search_table(found: list[dict[str, Any]], price: float | None, count: int) -
     return table
 
 
-def plain(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
     """A table without frame, numbers on the right."""
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     for index, column in enumerate(columns):
@@ -165,9 +182,10 @@ def plain(*columns: str) -> Table:
 
 
 def record(figures: Figures, price: float | None = None) -> dict[str, Any]:
-    """Everything that is known, as JSON can hold it; bytes, seconds and FLOPs."""
+    """All figures as a JSON object, in bytes, seconds and FLOPs; price is of one chip for an
+    hour."""
     memory = figures.memory
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "what": figures.what,
         "source": figures.source,
         "slice": figures.slice.name,
@@ -181,11 +199,19 @@ def record(figures: Figures, price: float | None = None) -> dict[str, Any]:
         "compile_seconds": round(figures.compile_seconds, 1),
     }
     if figures.flops is not None:
-        found |= {
+        result |= {
             "flops": figures.flops,
             "moved": figures.moved,
-            "collectives": summed(figures.collectives),
+            "collectives": sum_collectives(figures.collectives),
             "unknown_loops": list(figures.unknown_loops),
             "estimate": estimate(figures, price)._asdict(),
         }
-    return found
+    return result
+
+
+def placement_text(run: config.Run, slice_: Slice) -> str:
+    """A line for every parameter: name, shape, axes, mesh axes that split it, bytes of each
+    chip."""
+    sharding.use_mesh(run.mesh, compiled.devices(slice_))
+    params = model.shapes(run.model)
+    return "\n".join([overview.mesh_text(), *dry_run.weight_lines(params, model.axes(run.model))])

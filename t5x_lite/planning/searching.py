@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Meshes, microbatches and rematerialisation for a slice: pruned by arithmetic, the best compiled.
+"""Meshes, microbatches and rematerialization for a slice: pruned by arithmetic, the best compiled.
 
-What was compiled is kept in a file, so a search that was ended goes on where it was.
+Compiled figures are kept in a file, so an interrupted search continues where it was.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -16,23 +15,26 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from t5x_lite import config, config_file
+from t5x_lite import config
+from t5x_lite.cli.progress import format_duration
+from t5x_lite.config import gin_file
 from t5x_lite.planning import arithmetic, report
 from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.figures import Figures, estimate
-from t5x_lite.training import bar, costs
+from t5x_lite.training import flops
+from t5x_lite.utils.atomic_files import write_atomically
 
-REMATS = ("none", "products", "layers")
+REMATS = ("none", "minimal", "full")
 MICROBATCHES = (1, 2, 4, 8, 16)
-# What by arithmetic needs no more than this much of a chip's memory is worth compiling: arithmetic
-# can say too much, by 10 % for T5 1.1 XXL on v5e:16x16.
+# A candidate that by arithmetic needs no more than this much of a chip's memory is worth compiling:
+# arithmetic can overestimate, by 10 % for T5 1.1 XXL on v5e:16x16.
 HOPE = 1.15
 # Rows are split into parts of no fewer tokens: below, the batch alone gives chips enough to do.
 LEAST_PART = 1024
 
 
 class Candidate(NamedTuple):
-    """One way to run, and what arithmetic says of it."""
+    """One config of a run, and its figures by arithmetic."""
 
     run: config.Run
     figures: Figures
@@ -50,7 +52,7 @@ class Candidate(NamedTuple):
 
     @property
     def bindings(self) -> str:
-        """What to add to the command line for it."""
+        """Options of the command line that select it."""
         sizes = {"context": 1} | self.figures.mesh
         mesh = " ".join(f"--gin.config.Mesh.{axis}={size}" for axis, size in sizes.items())
         train = self.run.train
@@ -72,19 +74,20 @@ def meshes(count: int) -> list[dict[str, int]]:
 
 
 def with_split_rows(sizes: dict[str, int], lengths: Iterable[int]) -> list[dict[str, int]]:
-    """sizes, and the same chips with rows split over some of those of `data`, each part long."""
-    found = [sizes | {"context": 1}]
+    """Mesh sizes, and those that split rows over some of the chips of `data`, in parts of at least
+    LEAST_PART tokens."""
+    result = [sizes | {"context": 1}]
     for context in range(2, sizes["data"] + 1):
         parts = [length / context for length in lengths if length]
         if sizes["data"] % context == 0 and min(parts) >= LEAST_PART:
-            found.append(sizes | {"data": sizes["data"] // context, "context": context})
-    return found
+            result.append(sizes | {"data": sizes["data"] // context, "context": context})
+    return result
 
 
 def candidates(run: config.Run, slice_: Slice) -> list[Candidate]:
-    """Every way that may fit by arithmetic, the fastest first."""
-    known, found = arithmetic.parts(run), []
-    lengths = costs.row_lengths(run.model.layout, run.data.lengths)
+    """Every candidate that may fit by arithmetic, the fastest first."""
+    known, result = arithmetic.step_shapes(run), []
+    lengths = flops.row_lengths(run.model.layout, run.data.lengths)
     every = [each for sizes in meshes(slice_.count) for each in with_split_rows(sizes, lengths)]
     for sizes in every:
         shards = sizes["data"] * sizes["fsdp"]
@@ -94,15 +97,15 @@ def candidates(run: config.Run, slice_: Slice) -> list[Candidate]:
                 continue
             for remat in REMATS:
                 train = dataclasses.replace(run.train, microbatches=micro, remat=remat)
-                own = dataclasses.replace(run, mesh=mesh, train=train)
+                changed = dataclasses.replace(run, mesh=mesh, train=train)
                 try:
-                    figures = arithmetic.figures(own, slice_, known)
+                    figures = arithmetic.figures(changed, slice_, known)
                 except ValueError:
                     continue
                 if figures.memory.peak <= HOPE * slice_.chip.memory:
-                    found.append(Candidate(own, figures))
-    # Of equally fast ones that which needs less.
-    return sorted(found, key=lambda each: (each.seconds, each.figures.memory.peak))
+                    result.append(Candidate(changed, figures))
+    # Of equally fast ones, the one that needs less memory comes first.
+    return sorted(result, key=lambda each: (each.seconds, each.figures.memory.peak))
 
 
 def search(
@@ -112,12 +115,20 @@ def search(
     kept: Path,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """The first `limit` of ways that fit, compiled, with their figures as `report.record` writes
-    them and their candidate's name, by estimated time. The console is told of every one.
+    """Compiles candidates until `limit` of them fit; at most three times as many are tried.
 
-    At most three times as many are tried. What is in the file `kept` is not compiled again.
+    Args:
+      ways: candidates, the most promising first.
+      limit: number of fitting candidates to find.
+      compile: figures of a run by the compiler.
+      kept: file of earlier results, which are not compiled again; new ones are added.
+      console: receives a line about each candidate.
+
+    Returns:
+      The figures of those that fit, as `report.record` writes them, with the candidate's name and
+      bindings, by estimated time.
     """
-    results, seconds = read(kept), []
+    results, seconds = read_results(kept), []
     fitting: list[dict[str, Any]] = []
     for way in ways[: 3 * limit]:
         key = identity(way)
@@ -126,50 +137,49 @@ def search(
             began = time.perf_counter()
             results[key] = report.record(compile(way.run))
             seconds.append(time.perf_counter() - began)
-            write(kept, results)
-        found = results[key] | {"name": way.name, "bindings": way.bindings}
-        console.print(f"  {'fits' if found['memory']['fits'] else 'does not fit'}: {way.name}")
-        if found["memory"]["fits"]:
-            fitting.append(found)
+            write_results(kept, results)
+        result = results[key] | {"name": way.name, "bindings": way.bindings}
+        console.print(f"  {'fits' if result['memory']['fits'] else 'does not fit'}: {way.name}")
+        if result["memory"]["fits"]:
+            fitting.append(result)
         if len(fitting) == limit:
             break
     return sorted(fitting, key=lambda each: each["estimate"]["scheduled"])
 
 
 def remaining(seconds: list[float], left: int) -> str:
-    """How long the rest takes at least, once a compilation has been timed."""
+    """Text of the least time that the rest takes, once a compilation has been timed."""
     if not seconds:
         return " (up to a few minutes each)"
-    return f" (about {bar.duration(left * sum(seconds) / len(seconds))} are left)"
+    return f" (about {format_duration(left * sum(seconds) / len(seconds))} are left)"
 
 
 def identity(way: Candidate) -> str:
-    """What decides the figures of a way: config, slice, and the versions that compile it."""
+    """Digest of all that determines a candidate's figures: config, slice, compiler versions."""
     versions = [metadata.version(name) for name in ("jax", "libtpu")]
-    text = "\n".join([config_file.text(way.run), way.figures.slice.name, *versions])
+    text = "\n".join([gin_file.to_text(way.run), way.figures.slice.name, *versions])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What was kept, nothing where there is no such file.
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads the results of earlier searches; {} where the file does not exist.
 
     Raises:
       ValueError: the file is not one of these.
     """
     try:
-        found = json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a file of plans ({error}): move it away") from error
-    plans = found.values() if isinstance(found, dict) else [None]
+    plans = results.values() if isinstance(results, dict) else [None]
     if not all(isinstance(plan, dict) and "memory" in plan for plan in plans):
         raise ValueError(f"{path} is not a file of plans: move it away")
-    return found
+    return results
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Writes the results, and the folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(results, indent=1) + "\n")

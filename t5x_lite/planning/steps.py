@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs that are planned for: a training step, and one turn of the decoding loop."""
+"""Programs that are planned for: a training step, and one step of the decoding loop."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,20 +9,30 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from t5x_lite import config, decoding, model, sharding
+from t5x_lite.checkpoints import train_state
 from t5x_lite.decoding import sampling, target
-from t5x_lite.training import ahead, costs, setup, state
+from t5x_lite.planning import aot
+from t5x_lite.training import setup
+from t5x_lite.training.flops import row_lengths, step_flops
 
 
 class Decoding(NamedTuple):
-    """What is decoded: rows at once, and new tokens of each; inputs are Data.lengths long."""
+    """Size of a decode step: rows at once, and length, the new tokens of each; inputs are
+    Data.lengths long."""
 
     rows: int
     length: int
 
 
 class Step(NamedTuple):
-    """A traced program, the bytes that one chip holds of each kind of argument, and what one run of
-    it does on all chips: tokens, and FLOPs that the model needs."""
+    """A traced program.
+
+    Attributes:
+      trace: jax's trace of it.
+      kinds: bytes that one chip holds of each kind of argument.
+      tokens: of one run, all chips together.
+      model_flops: FLOPs that the model needs for one run, all chips together.
+    """
 
     trace: Any
     kinds: dict[str, int]
@@ -30,28 +41,33 @@ class Step(NamedTuple):
 
 
 def training(run: config.Run, devices: list) -> Step:
-    """The training step of run for devices, which need not be there.
+    """Traces the training step of a run for devices, which need not be there.
 
     Raises:
-      ValueError: what `setup.assemble` would refuse without looking at the data.
+      ValueError: what `setup.assemble` would refuse without reading the data.
     """
     sharding.use_mesh(run.mesh, devices)
     setup.check_batch(run.train)
     setup.check_lengths(run, sharding.context_size())
-    shapes = ahead.abstract_state(run)
+    shapes = aot.abstract_state(run)
     kinds = {
-        "parameters": state.size_per_device(shapes.params),
-        "optimizer state": state.size_per_device(shapes.optimizer),
-        "batch": state.size_per_device(ahead.abstract_batch(run)),
+        "parameters": train_state.bytes_per_device(shapes.params),
+        "optimizer state": train_state.bytes_per_device(shapes.optimizer),
+        "batch": train_state.bytes_per_device(aot.abstract_batch(run)),
     }
     rows, lengths = run.train.batch_size, run.data.lengths
-    tokens = rows * sum(costs.row_lengths(run.model.layout, lengths))
-    flops = costs.step_flops(run.model, rows, lengths)
-    return Step(ahead.traced(run, devices), kinds, tokens, flops)
+    tokens = rows * sum(row_lengths(run.model.layout, lengths))
+    flops = step_flops(run.model, rows, lengths)
+    return Step(aot.trace_step(run, devices), kinds, tokens, flops)
 
 
-def decode(run: config.Run, devices: list, how: Decoding) -> Step:
-    """One turn of plain decoding for devices: a token for every row, over a cache of all slots.
+def decode(run: config.Run, devices: list, size: Decoding) -> Step:
+    """Traces one step of plain decoding: a token for every row, over a cache of all slots.
+
+    Args:
+      run: config of the run.
+      devices: to decode on, which need not be there.
+      size: rows and new tokens.
 
     Raises:
       ValueError: the model has no decoder, or the mesh cannot split the rows.
@@ -59,65 +75,76 @@ def decode(run: config.Run, devices: list, how: Decoding) -> Step:
     if run.model.decoder is None:
         raise ValueError("An encoder alone decodes nothing: --decode needs a model with a decoder")
     sharding.use_mesh(run.mesh, devices)
-    if how.rows % sharding.batch_shards():
+    if size.rows % sharding.batch_shards():
         raise ValueError(
-            f"--decode_rows={how.rows} cannot be split over {sharding.batch_shards()} parts of the "
-            "mesh (data x fsdp): choose a multiple, or fewer parts"
+            f"--decode_rows={size.rows} cannot be split over {sharding.batch_shards()} parts of "
+            "the mesh (data x fsdp): choose a multiple, or fewer parts"
         )
     cfg = run.model
-    params = unstacked(cfg)
-    read, row, cache, slots = arguments(run, params, how)
+    params = decode_weights(cfg)
+    encoded, row, cache, slots = decode_arguments(run, params, size)
     kinds = {
-        "parameters": state.size_per_device(params),
-        "cache": state.size_per_device((cache, read.crossed)),
+        "parameters": train_state.bytes_per_device(params),
+        "cache": train_state.bytes_per_device((cache, encoded.cross_kv)),
     }
-    inputs = 0 if read.seen is None else read.seen.shape[1]
-    trace = turn(cfg).trace(params, read, row, row, cache)
-    return Step(trace, kinds, how.rows, how.rows * token_flops(cfg, inputs, slots))
+    inputs = 0 if encoded.input_mask is None else encoded.input_mask.shape[1]
+    trace = decode_step(cfg).trace(params, encoded, row, row, cache)
+    return Step(trace, kinds, size.rows, size.rows * token_flops(cfg, inputs, slots))
 
 
-def turn(cfg: config.Model):
-    """What plain decoding does for a token of every row, jitted: the forward pass over the cache
-    (which it takes over), the logits, and the choice."""
+def decode_step(cfg: config.Model):
+    """Jitted step of plain decoding for a token of every row: the forward pass over the cache
+    (which is donated), the logits, and the choice."""
 
-    def once(params, read, tokens, index, cache):
-        transformer = target.of(cfg, params, read)
+    def once(params, encoded, tokens, index, cache):
+        transformer = target.make_target(cfg, params, encoded)
         hidden, cache = transformer.forward(tokens[:, None], index, cache)
-        chosen = sampling.choose(transformer.logits(hidden), index[:, None] + 1, None)
+        chosen = sampling.choose_tokens(transformer.logits(hidden), index[:, None] + 1, None)
         return chosen[:, 0], cache
 
     return jax.jit(once, donate_argnums=4)
 
 
-def unstacked(cfg: config.Model) -> Any:
-    """The shapes of weights as decoding reads them: layer by layer, in the dtype of activations."""
-    narrow = lambda weight: weight.astype(cfg.activations)
-    prepared = lambda params: model.unstack(jax.tree.map(narrow, params))
-    return placed(jax.eval_shape(prepared, model.shapes(cfg)))
+def decode_weights(cfg: config.Model) -> Any:
+    """Shapes of weights as decoding reads them: layer by layer, in the dtype of activations."""
+
+    def cast(params: Any) -> Any:
+        return model.unstack(jax.tree.map(lambda weight: weight.astype(cfg.dtype), params))
+
+    return place_shapes(jax.eval_shape(cast, model.shapes(cfg)))
 
 
-def arguments(run: config.Run, params: Any, how: Decoding):
-    """Shapes of what was read of the inputs, of a number for each row, and of the cache; and how
-    many slots this has: the prompt, and what is written."""
+def decode_arguments(run: config.Run, params: Any, size: Decoding):
+    """Shapes of a decode step's arguments.
+
+    Args:
+      run: config of the run.
+      params: shapes of the weights.
+      size: rows and new tokens.
+
+    Returns:
+      Shapes of the encoded inputs, of an integer per row [rows], and of the cache; and the number
+      of the cache's slots, for the prompt and the new tokens.
+    """
     cfg = run.model
-    row = jax.ShapeDtypeStruct((how.rows,), jnp.int32, sharding=sharding.named("batch"))
-    lengths, read, prompt = run.data.lengths if run.data else {}, model.Read(), 1
+    row = jax.ShapeDtypeStruct((size.rows,), jnp.int32, sharding=sharding.named_sharding("batch"))
+    lengths, encoded, prompt = run.data.lengths if run.data else {}, model.EncoderMemory(), 1
     if cfg.encoder is not None:
-        length = decoding.bucket(lengths.get("inputs", 512))
+        length = decoding.bucket_length(lengths.get("inputs", 512))
         inputs = jax.ShapeDtypeStruct(
-            (how.rows, length), jnp.int32, sharding=sharding.named("batch length")
+            (size.rows, length), jnp.int32, sharding=sharding.named_sharding("batch length")
         )
-        reading = lambda params, inputs, length: target.read(cfg, params, inputs, length)
-        read = placed(jax.eval_shape(reading, params, inputs, row))
+        encode = functools.partial(target.encode_inputs, cfg)
+        encoded = place_shapes(jax.eval_shape(encode, params, inputs, row))
     else:
-        prompt = decoding.bucket(lengths.get("inputs", 1))
-    slots = prompt + decoding.bucket(how.length) + 1
-    cache = placed(jax.eval_shape(lambda: model.empty_cache(cfg, how.rows, slots, scan=False)))
-    return read, row, cache, slots
+        prompt = decoding.bucket_length(lengths.get("inputs", 1))
+    slots = prompt + decoding.bucket_length(size.length) + 1
+    cache = jax.eval_shape(lambda: model.empty_cache(cfg, size.rows, slots, scan=False))
+    return encoded, row, place_shapes(cache), slots
 
 
-def placed(shapes: Any) -> Any:
-    """shapes with the placement that their types tell."""
+def place_shapes(shapes: Any) -> Any:
+    """Shapes with the placement of their types."""
     mesh = jax.sharding.get_mesh()
 
     def place(leaf):
@@ -129,7 +156,13 @@ def placed(shapes: Any) -> Any:
 
 def token_flops(cfg: config.Model, inputs: int, slots: int) -> int:
     """Floating-point operations of one new token: two per weight of the decoder and of the table
-    of logits, and attention over every slot and input."""
+    of logits, and attention over every slot and input.
+
+    Args:
+      cfg: the model.
+      inputs: number of encoded inputs.
+      slots: of the cache.
+    """
     stack = cfg.decoder
     projections = 2 * stack.heads + 2 * stack.key_heads
     if inputs and not stack.merged:

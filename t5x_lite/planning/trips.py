@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often each computation of a compiled program runs: loop bodies by their trip counts.
+"""Executions of each computation of a compiled program: loop bodies by their trip counts.
 
 A compiler's own `cost_analysis` counts the body of a loop once, however often it runs.
 """
@@ -14,15 +14,16 @@ TRANSPARENT = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done
 
 
 class Executions(NamedTuple):
-    """How often each computation that is run as a sequence runs; and the loops of which nobody
-    knows how long they go on, counted once."""
+    """Executions of the computations that run as a sequence, by name; and the names of loops of
+    unknown length, counted once."""
 
     times: dict[str, int]
     unknown: tuple[str, ...]
 
 
 def executions(module: Module) -> Executions:
-    """From the entry through loops, calls and branches; of a conditional every branch counts."""
+    """Counts from the entry through loops, calls and branches; every branch of a conditional
+    counts."""
     times: dict[str, int] = {}
     unknown: list[str] = []
 
@@ -30,15 +31,24 @@ def executions(module: Module) -> Executions:
         times[name] = times.get(name, 0) + count
         computation = module.computations[name]
         for instruction in computation.instructions.values():
-            for called, repeats in continued(module, computation, instruction, unknown):
+            for called, repeats in called_computations(module, computation, instruction, unknown):
                 visit(called, count * repeats)
 
     visit(module.entry, 1)
     return Executions(times, tuple(dict.fromkeys(unknown)))
 
 
-def continued(module: Module, computation: Computation, instruction: Instruction, unknown: list):
-    """The computations that an instruction runs in sequence, and how often."""
+def called_computations(
+    module: Module, computation: Computation, instruction: Instruction, unknown: list
+):
+    """Computations that an instruction runs in sequence, and the number of executions of each.
+
+    Args:
+      module: the program.
+      computation: where the instruction stands.
+      instruction: of any operation.
+      unknown: receives the name of a loop of unknown length.
+    """
     if instruction.operation == "while":
         count = trip_count(module, computation, instruction)
         if count is None:
@@ -55,35 +65,40 @@ def continued(module: Module, computation: Computation, instruction: Instruction
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop's body runs; None where it depends on data.
+    """Executions of a while loop's body; None where it depends on data.
 
     Read from the compiler's note, or else from the condition: a counter from a constant up to
     another one, in steps of one as every scan has.
+
+    Args:
+      module: the program.
+      computation: where the loop stands.
+      loop: its instruction.
     """
     noted = KNOWN.search(loop.attributes)
     if noted:
         return int(noted[1])
     condition = module.computations[loop.called("condition")]
-    found = comparison(module, condition)
-    if found is None:
+    ending = loop_comparison(module, condition)
+    if ending is None:
         return None
-    compare, counter, limit, within = found
-    last = constant(within, limit)
+    compare, counter, limit, within = ending
+    last = constant_value(within, limit)
     if last is None:
-        last = initial(computation, loop, element(within, limit))
-    first = initial(computation, loop, element(within, counter))
+        last = initial_value(computation, loop, tuple_index(within, limit))
+    first = initial_value(computation, loop, tuple_index(within, counter))
     if first is None or last is None:
         return None
     return max(0, last - first + bool(re.search(r"direction=[LG]E", compare.attributes)))
 
 
-def comparison(module: Module, condition: Computation):
-    """The comparison that ends a loop, its counter and limit, and where they are; None if the loop
+def loop_comparison(module: Module, condition: Computation):
+    """Comparison that ends a loop, its counter and limit, and their computation; None if the loop
     ends otherwise."""
     root, within = condition.instructions[condition.root], condition
     if root.operation == "fusion":
         inner = module.computations[root.called("calls")]
-        root, within = inner.instructions[inner.root], inlined(condition, root, inner)
+        root, within = inner.instructions[inner.root], inline_fusion(condition, root, inner)
     forward = re.search(r"direction=(LT|LE|NE)", root.attributes)
     backward = re.search(r"direction=(GT|GE)", root.attributes)
     if root.operation != "compare" or not (forward or backward):
@@ -94,43 +109,56 @@ def comparison(module: Module, condition: Computation):
     return root, counter, limit, within
 
 
-def inlined(outer: Computation, fusion: Instruction, inner: Computation) -> Computation:
-    """inner with its parameters replaced by what fusion gives them."""
+def inline_fusion(outer: Computation, fusion: Instruction, inner: Computation) -> Computation:
+    """Fused computation with its parameters replaced by the fusion's operands.
+
+    Args:
+      outer: where the fusion stands.
+      fusion: its instruction.
+      inner: the computation that it calls.
+    """
     known = dict(outer.instructions)
     for name, instruction in inner.instructions.items():
         if instruction.operation == "parameter":
-            given = fusion.operands[int(instruction.arguments)]
-            known[name] = outer.instructions[given]
+            operand = fusion.operands[int(instruction.arguments)]
+            known[name] = outer.instructions[operand]
         else:
             known[name] = instruction
     return Computation(inner.name, known, inner.root)
 
 
-def through(computation: Computation, instruction: Instruction) -> Instruction:
-    """instruction, or what it only copies."""
+def skip_copies(computation: Computation, instruction: Instruction) -> Instruction:
+    """The instruction, or the one whose value it only copies."""
     while instruction.operation in TRANSPARENT and instruction.operands:
         instruction = computation.operand(instruction, 0)
     return instruction
 
 
-def constant(computation: Computation, instruction: Instruction) -> int | None:
-    found = through(computation, instruction)
-    is_number = found.operation == "constant" and re.fullmatch(r"-?\d+", found.arguments.strip())
-    return int(found.arguments) if is_number else None
+def constant_value(computation: Computation, instruction: Instruction) -> int | None:
+    """Value of an integer constant; None for anything else."""
+    source = skip_copies(computation, instruction)
+    is_number = source.operation == "constant" and re.fullmatch(r"-?\d+", source.arguments.strip())
+    return int(source.arguments) if is_number else None
 
 
-def element(computation: Computation, instruction: Instruction) -> int | None:
-    """Which element of the loop's tuple an instruction reads."""
-    found = through(computation, instruction)
-    index = re.search(r"\bindex=(\d+)", found.attributes)
-    return int(index[1]) if found.operation == "get-tuple-element" and index else None
+def tuple_index(computation: Computation, instruction: Instruction) -> int | None:
+    """Index of the element of the loop's tuple that an instruction reads; None for any other."""
+    source = skip_copies(computation, instruction)
+    index = re.search(r"\bindex=(\d+)", source.attributes)
+    return int(index[1]) if source.operation == "get-tuple-element" and index else None
 
 
-def initial(computation: Computation, loop: Instruction, index: int | None) -> int | None:
-    """What an element of a loop's tuple is before the first turn, if that is a constant."""
+def initial_value(computation: Computation, loop: Instruction, index: int | None) -> int | None:
+    """Constant value of an element of a loop's tuple before the first iteration, else None.
+
+    Args:
+      computation: where the loop stands.
+      loop: its instruction.
+      index: of the element.
+    """
     if index is None:
         return None
-    tuple_ = through(computation, computation.operand(loop, 0))
+    tuple_ = skip_copies(computation, computation.operand(loop, 0))
     if tuple_.operation != "tuple":
         return None
-    return constant(computation, computation.operand(tuple_, index))
+    return constant_value(computation, computation.operand(tuple_, index))

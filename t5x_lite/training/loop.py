@@ -1,5 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run from its config to its report: assemble, restore, step, tell, evaluate, save, finish."""
+"""A training run, from its config to its report.
+
+Life of a run, all of it in `train`:
+   1. lock MODEL_DIR, and refuse it if it holds the run of another config
+   2. assemble mesh, data, optimizer and step; show the overview; open the held-out split
+   3. restore the newest usable checkpoint, or begin with new, adapted or initial weights
+   4. write config and vocabularies to MODEL_DIR; compile the step for the first batch
+   5. evaluate initial weights before they train
+   6. per step: place the prefetched batch, run the step, keep its metrics on the device
+   7. every log_every steps: one line of metrics to the console, metrics.jsonl and TensorBoard
+   8. at evaluate.every: losses and decoded metrics; at checkpoint.every: save (evaluation first,
+      so that a checkpoint carries the metrics that choose the best one)
+   9. after a signal: save this step and raise Interrupted; the same command continues from there
+  10. after the last step: evaluate, save, write report.json and the learning curve
+"""
 
 import json
 import time
@@ -8,260 +22,312 @@ from typing import Any
 
 import jax
 
-from t5x_lite import config, config_file, data, processes, sharding
-from t5x_lite.training import archive, bar, costs, curves, folder, overview, records, setup
-from t5x_lite.training.checkpoint import Checkpoints
-from t5x_lite.training.interrupts import Interrupted, Interrupts
-from t5x_lite.training.meter import Meter, Totals, Work
-from t5x_lite.training.state import TrainState
+from t5x_lite import config, data, processes, sharding
+from t5x_lite.checkpoints import checkpoint_io
+from t5x_lite.checkpoints.manager import CheckpointManager
+from t5x_lite.checkpoints.train_state import TrainState
+from t5x_lite.cli.progress import Progress, stderr_console
+from t5x_lite.config import gin_file
+from t5x_lite.training import flops, model_dir, setup
+from t5x_lite.training.preemption import Interrupted, PreemptionHandler
+from t5x_lite.training.reporting import curves, metric_writers, overview, progress_line
+from t5x_lite.training.reporting.metrics import Meter, RunTotals, StepCost
+from t5x_lite.utils.atomic_files import write_atomically
 
 REPORT = "report.json"
-# A trace of the steps after the first ones, which wait for nothing any more.
-PROFILED = range(3, 8)
+# Steps of a profile: not the first ones, which still wait for the input pipeline to fill.
+PROFILED_STEPS = range(3, 8)
 
 
 def train(run: config.Run, profile: bool = False) -> dict[str, Any]:
-    """Trains the run to its last step, from its newest checkpoint where there is one.
+    """Trains the run to its last step, from its newest checkpoint if there is one.
 
-    Gives back the report, which is also MODEL_DIR/report.json. Every number of it is a function of
-    the config; times are not.
+    Args:
+      run: config of the run.
+      profile: true to write a profile of a few steps to MODEL_DIR/profile.
+
+    Returns:
+      the report, which is also MODEL_DIR/report.json. All its values but the times are a function
+      of the config.
 
     Raises:
       ValueError: anything of the config, the data or MODEL_DIR that makes the run impossible.
       Interrupted: SIGTERM or Ctrl-C, after saving.
     """
     began = time.perf_counter()
-    with folder.held(Path(run.model_dir)), Interrupts() as interrupts:
-        training = Training(run, interrupts, profile)
+    with model_dir.lock_shared(Path(run.model_dir)), PreemptionHandler() as handler:
+        training = Training(run, handler, profile)
         try:
-            with interrupts.anytime():
+            with handler.anytime():
                 training.prepare()
-            training.go()
+            training.run_steps()
             return training.finish(began)
         finally:
             training.close()
 
 
 class Training:
-    """A run in motion. `state` is replaced by every step; the rest is set by `prepare`."""
+    """A run in progress. `state` is replaced by every step; the rest is set by `prepare`.
+
+    Attributes:
+      state: weights, optimizer and counts.
+      totals: seconds and tokens over all restarts.
+    """
 
     state: TrainState
-    totals: Totals
+    totals: RunTotals
 
-    def __init__(self, run: config.Run, interrupts: Interrupts, profile: bool):
-        self.run, self.interrupts, self.profile = run, interrupts, profile
+    # ---- Life of a run: preparation ----
+
+    def __init__(self, run: config.Run, handler: PreemptionHandler, profile: bool):
+        self.run, self.handler, self.profile = run, handler, profile
         self.path = Path(run.model_dir)
-        self.console = bar.console(quiet=not processes.first())
-        self.tell = lambda text: self.console.print(text, markup=False, soft_wrap=True)
-        # The newest evaluation: of which step, and what it came to.
-        self.measured: tuple[int, dict[str, float]] = (-1, {})
-        self.last: dict[str, float] = {}
+        self.console = stderr_console(quiet=not processes.is_first())
+        # The newest evaluation: its step and its metrics.
+        self.held_out: tuple[int, dict[str, float]] = (-1, {})
+        self.last_metrics: dict[str, float] = {}
         self.saved_step: int | None = None
-        self.tracing = False
+        self.profiling = False
         self.compile_seconds = self.evaluate_seconds = 0.0
-        self.records = self.checkpoints = self.bar = None
-        # The weights of the teacher, where there is one.
+        self.writer = self.checkpoints = self.bar = None
+        # Weights of the teacher, if there is one.
         self.teacher_params: Any = None
 
     def prepare(self) -> None:
-        """Everything up to the first step: data, weights, compiled step, start-up table."""
+        """Does all that comes before the first step: data, weights, compiled step, overview."""
         run = self.run
-        folder.agree(run, self.tell)
-        self.parts = setup.assemble(run)
-        self.evaluator = setup.evaluator(run)
-        self.work = work(run)
-        statistics = str(self.parts.batches.statistics)
-        self.console.print(overview.table(run, self.parts.shapes, self.work.flops, statistics))
-        self.checkpoints = Checkpoints(self.path, run.checkpoint)
+        model_dir.agree_on_config(run, self.log)
+        self.assembled = setup.assemble_run(run)
+        self.evaluator = setup.make_evaluator(run)
+        self.cost = step_cost(run)
+        statistics = str(self.assembled.batches.statistics)
+        self.console.print(
+            overview.overview_table(run, self.assembled.shapes, self.cost.flops, statistics)
+        )
+        self.checkpoints = CheckpointManager(self.path, run.checkpoint)
         self.restore()
         self.start = int(self.state.step)
-        self.open_records()
+        self.open_writer()
         if self.start < run.train.steps:
             self.compile()
 
-    def open_records(self) -> None:
-        """What a reader needs, and where metrics go."""
-        self.records = records.Nowhere()
-        if processes.first():
-            folder.write(self.run, self.parts.vocabularies)
-            anew = self.saved_step is None
-            self.records = records.Records(self.path, self.run.train.tensorboard, anew)
+    def open_writer(self) -> None:
+        """Writes config and vocabularies to MODEL_DIR, and opens the metric writer."""
+        self.writer = metric_writers.NullMetricWriter()
+        if processes.is_first():
+            model_dir.write_description(self.run, self.assembled.vocabularies)
+            new_run = self.saved_step is None
+            self.writer = metric_writers.MetricWriter(
+                self.path, self.run.train.tensorboard, new_run
+            )
 
     def restore(self) -> None:
-        """The newest usable checkpoint, or new weights."""
-        found = self.checkpoints.restore(self.parts.shapes, self.tell)
-        if found is None:
-            self.state, self.totals = setup.begin(self.parts, self.console.print), Totals()
+        """Sets the state of the newest usable checkpoint, or that of a new run."""
+        restored = self.checkpoints.restore(self.assembled.shapes, self.log)
+        if restored is None:
+            self.state = setup.initial_train_state(self.assembled, self.console.print)
+            self.totals = RunTotals()
             return
-        self.state, note = found
-        self.parts.batches.restore(note.data)
-        self.totals, self.saved_step = Totals(**note.totals), note.step
+        self.state, note = restored
+        self.assembled.batches.restore(note.data)
+        self.totals, self.saved_step = RunTotals(**note.totals), note.step
         if note.metrics:
-            self.measured = note.step, note.metrics
-        self.tell(f"Going on from the checkpoint of step {note.step}.")
+            self.held_out = note.step, note.metrics
+        self.log(f"Going on from the checkpoint of step {note.step}.")
 
     def compile(self) -> None:
+        """Compiles the step for the first batch, and loads the teacher's weights."""
         began = time.perf_counter()
-        batch = sharding.place_batch(self.parts.batches.at(self.start))
-        if self.parts.teacher:
-            self.teacher_params = self.parts.teacher.params()
-        self.step = self.parts.step.lower(self.state, batch, self.teacher_params).compile()
+        batch = sharding.place_batch(self.assembled.batches.at(self.start))
+        if self.assembled.teacher:
+            self.teacher_params = self.assembled.teacher.params()
+        self.step = self.assembled.step.lower(self.state, batch, self.teacher_params).compile()
         self.compile_seconds = time.perf_counter() - began
         # Gloo, between processes on CPU, gives up where one comes half a minute after the other.
-        processes.wait()
+        processes.barrier()
         memory = self.step.memory_analysis()
         scratch = f"{memory.temp_size_in_bytes / 2**20:,.1f} MiB" if memory else "unknown"
-        self.tell(
+        self.log(
             f"compiled in {self.compile_seconds:.1f} s; a step needs {scratch} per device for "
             "activations and scratch"
         )
 
-    def go(self) -> None:
-        """Every step that is left."""
+    # ---- Loop over steps ----
+
+    def run_steps(self) -> None:
+        """Runs the steps that are left."""
         stop = self.run.train.steps
         if self.start >= stop:
-            self.tell(f"This run is finished: step {self.start} of {stop} is done.")
+            self.log(f"This run is finished: step {self.start} of {stop} is done.")
             return
-        self.bar = bar.Bar(self.console, self.start, stop)
-        self.meter = Meter(self.run.train, self.work, self.totals)
-        batches = data.prefetch(self.parts.batches, self.start, stop)
+        self.bar = Progress("step", stop, self.start, self.console)
+        self.bar.label("first steps")
+        self.meter = Meter(self.run.train, self.cost, self.totals)
+        batches = data.prefetch(self.assembled.batches, self.start, stop)
         try:
-            self.measure_given()
+            self.evaluate_initial()
             for number, batch in batches:
-                self.trace(number)
-                self.one_step(number, batch, batches.waited)
-                self.after(number + 1)
+                self.profile_step(number)
+                self.take_step(number, batch, batches.waited)
+                self.after_step(number + 1)
         finally:
             batches.close()
-            self.end_trace()
+            self.end_profile()
             self.bar.close()
 
-    def measure_given(self) -> None:
-        """What weights that were given are worth before they are trained on."""
-        given = self.run.adaptation or self.run.checkpoint.initial
-        if given and self.start == 0 and self.evaluator and self.run.evaluate.every:
+    def evaluate_initial(self) -> None:
+        """Evaluates adapted or initial weights before they train."""
+        initial = self.run.adaptation or self.run.checkpoint.initial
+        if initial and self.start == 0 and self.evaluator and self.run.evaluate.every:
             with self.meter.pause():
                 self.evaluate(0)
 
-    def one_step(self, number: int, batch, waited: float) -> None:
-        self.meter.fetched(waited)
+    def take_step(self, number: int, batch, waited: float) -> None:
+        """Places a batch and starts the step.
+
+        Args:
+          number: steps done before this one.
+          batch: rows of this host, numpy.
+          waited: seconds that the loop has waited for batches so far.
+        """
+        self.meter.record_batch(waited)
         placed = sharding.place_batch(batch)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.step(self.state, placed, self.teacher_params)
-        self.meter.add(number, metrics)
+        self.meter.record_step(number, metrics)
 
-    def after(self, done: int) -> None:
-        """What is due after `done` steps; a signal is answered here."""
+    def after_step(self, done: int) -> None:
+        """Logs, evaluates and saves if it is due after `done` steps; stops after a signal."""
         run, last = self.run, done == self.run.train.steps
-        self.interrupts.reached(done)
+        self.handler.reached(done)
         self.bar.advance(done)
         evaluate = last or (run.evaluate.every and done % run.evaluate.every == 0)
         save = last or done % run.checkpoint.every == 0
-        if done % run.train.log_every == 0 or evaluate or save or self.interrupts.due:
-            self.read(done)
-        elif self.bar.due() and (line := self.meter.glance()):
-            self.bar.update(done, line)
+        if done % run.train.log_every == 0 or evaluate or save or self.handler.due:
+            self.log_window(done)
+        elif self.bar.due() and (line := self.meter.peek()):
+            self.show_metrics(line)
         if evaluate and self.evaluator:
             with self.meter.pause():
                 self.evaluate(done)
         if save or (evaluate and run.checkpoint.metric):
             with self.meter.pause():
                 self.save(done)
-        if self.interrupts.due:
-            self.leave(done)
+        if self.handler.due:
+            self.stop_for_signal(done)
 
-    def read(self, done: int) -> None:
-        """One line of metrics, told everywhere."""
-        self.last = self.meter.read()
-        self.records.write(done, self.last)
-        self.bar.update(done, self.last)
+    # ---- Metrics and evaluation ----
+
+    def log_window(self, done: int) -> None:
+        """Closes the window of metrics: one line for writer and console."""
+        self.last_metrics = self.meter.close_window()
+        self.writer.write(done, self.last_metrics)
+        self.show_metrics(self.last_metrics)
+
+    def show_metrics(self, values: dict[str, float]) -> None:
+        """Shows a line of metrics: always beside a live progress bar, else now and then."""
+        if self.bar.live or self.bar.due() or self.bar.done == self.bar.total:
+            left = (self.bar.total - self.bar.done) * values["step_seconds"]
+            self.bar.show(progress_line.format_metrics(values, left))
 
     def evaluate(self, done: int) -> None:
+        """Measures the weights after `done` steps on the held-out split."""
         began = time.perf_counter()
         try:
-            with self.interrupts.anytime():
-                values = self.evaluator(self.state.params, done, self.tell_decoded)
+            with self.handler.anytime():
+                values = self.evaluator(self.state.params, done, self.show_decoded)
         except Interrupted:
-            self.leave(done)
+            self.stop_for_signal(done)
         self.evaluate_seconds += time.perf_counter() - began
         setup.check_metric(self.run.checkpoint, values)
-        self.measured = done, values
-        self.records.write(done, values, prefix=self.run.data.eval_split)
+        self.held_out = done, values
+        self.writer.write(done, values, prefix=self.run.data.eval_split)
         words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.tell(f"step {done} {self.run.data.eval_split}: {words}")
+        self.log(f"step {done} {self.run.data.eval_split}: {words}")
 
-    def tell_decoded(self, examples: int) -> None:
+    def show_decoded(self, examples: int) -> None:
+        """Shows the number of examples decoded so far."""
         if self.bar is not None:
-            self.bar.say(f"evaluating: {examples} decoded")
+            self.bar.label(f"evaluating: {examples} decoded")
+
+    # ---- Checkpoints and signals ----
 
     def save(self, done: int) -> None:
+        """Saves a checkpoint of `done` steps, unless it is saved already."""
         if self.saved_step == done:
             return
-        step, values = self.measured
-        note = archive.Note(
+        step, values = self.held_out
+        note = checkpoint_io.CheckpointMetadata(
             step=done,
-            config=config_file.text(self.run),
-            data=self.parts.batches.state(),
+            config=gin_file.to_text(self.run),
+            data=self.assembled.batches.state(),
             metrics=values if step == done else {},
             totals=vars(self.totals).copy(),
         )
         self.checkpoints.save(self.state, note)
         self.saved_step = done
 
-    def leave(self, done: int) -> None:
-        """Saves and ends the run as the signal asked."""
-        ended = Interrupted(self.interrupts.number)
+    def stop_for_signal(self, done: int) -> None:
+        """Saves and raises Interrupted with the signal."""
+        ended = Interrupted(self.handler.number)
         self.save(done)
         self.checkpoints.wait()
-        self.tell(
-            f"{ended}: saved step {done} in {self.path}. The same command goes on from there."
-        )
+        self.log(f"{ended}: saved step {done} in {self.path}. The same command goes on from there.")
         raise ended
 
-    def trace(self, number: int) -> None:
-        """Starts and ends the profiler around a few steps."""
-        if self.profile and number - self.start == PROFILED.start:
-            jax.profiler.start_trace(str(self.path / "profile"))
-            self.tracing = True
-        if number - self.start == PROFILED.stop:
-            self.end_trace()
+    # ---- Profile ----
 
-    def end_trace(self) -> None:
-        if self.tracing:
+    def profile_step(self, number: int) -> None:
+        """Starts and ends the profiler around PROFILED_STEPS."""
+        if self.profile and number - self.start == PROFILED_STEPS.start:
+            jax.profiler.start_trace(str(self.path / "profile"))
+            self.profiling = True
+        if number - self.start == PROFILED_STEPS.stop:
+            self.end_profile()
+
+    def end_profile(self) -> None:
+        """Ends a profile that was started."""
+        if self.profiling:
             jax.profiler.stop_trace()
-            self.tracing = False
-            self.tell(f"profile of up to {len(PROFILED)} steps: {self.path / 'profile'}")
+            self.profiling = False
+            self.log(f"profile of up to {len(PROFILED_STEPS)} steps: {self.path / 'profile'}")
+
+    # ---- Report ----
 
     def finish(self, began: float) -> dict[str, Any]:
-        """The report and the learning curve; what a finished run lacks is made up for."""
+        """Writes report and learning curve; evaluates if the last step was not evaluated.
+
+        Args:
+          began: time.perf_counter() at the start of the process's run.
+        """
         path = self.path / REPORT
         if self.start >= self.run.train.steps and path.exists():
-            self.tell(f"Its report is {path}.")
+            self.log(f"Its report is {path}.")
             return json.loads(path.read_text())
         done = int(self.state.step)
-        if self.evaluator and self.measured[0] != done:
+        if self.evaluator and self.held_out[0] != done:
             self.evaluate(done)
         self.checkpoints.wait()
         report = self.report(time.perf_counter() - began)
-        if not processes.first():
+        if not processes.is_first():
             return report
-        folder.replace(path, json.dumps(report, indent=2) + "\n")
-        picture = curves.draw(self.path)
-        self.tell(f"finished at step {done}: {path}, {picture}")
+        write_atomically(path, json.dumps(report, indent=2) + "\n")
+        picture = curves.draw_learning_curve(self.path)
+        self.log(f"finished at step {done}: {path}, {picture}")
         return report
 
     def report(self, total_seconds: float) -> dict[str, Any]:
-        """Held-out metrics by name, then what the training took.
+        """Collects held-out metrics by name, and times and sizes of the training.
 
-        train_seconds is time spent in steps over all restarts; total_seconds is this process.
+        train_seconds is time spent in steps over all restarts; total_seconds is of this process.
         """
         totals = self.totals
         seconds = max(totals.seconds, 1e-9)
         return {
             "steps": int(self.state.step),
             "split": self.run.data.eval_split if self.evaluator else None,
-            **self.measured[1],
-            "train_loss": self.last.get("loss"),
+            **self.held_out[1],
+            "train_loss": self.last_metrics.get("loss"),
             "skipped_steps": int(self.state.skipped),
             "train_seconds": totals.seconds,
             "compile_seconds": self.compile_seconds,
@@ -275,17 +341,22 @@ class Training:
         }
 
     def close(self) -> None:
-        for part in (self.records, self.checkpoints):
-            if part is not None:
-                part.close()
+        """Closes the metric writer and the checkpoints."""
+        for resource in (self.writer, self.checkpoints):
+            if resource is not None:
+                resource.close()
+
+    def log(self, text: str) -> None:
+        """Prints a line, on the first process."""
+        self.console.print(text, markup=False, soft_wrap=True)
 
 
-def work(run: config.Run) -> Work:
-    """Positions and FLOPs of a step of this run, and the peak of all chips where it is known."""
+def step_cost(run: config.Run) -> StepCost:
+    """Positions and FLOPs of a step of this run, and the peak of all chips if it is known."""
     lengths, rows = run.data.lengths, run.train.batch_size
-    peak = costs.peak(jax.devices()[0].device_kind)
-    return Work(
-        positions=rows * sum(costs.row_lengths(run.model.layout, lengths)),
-        flops=costs.step_flops(run.model, rows, lengths),
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    return StepCost(
+        positions=rows * sum(flops.row_lengths(run.model.layout, lengths)),
+        flops=flops.step_flops(run.model, rows, lengths),
         peak=peak and peak * jax.device_count(),
     )

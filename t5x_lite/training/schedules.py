@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rate against step."""
+"""Learning rate schedules.
+
+A shape is a factor of Schedule.peak after the warm-up, as a function of the step.
+"""
 
 import jax.numpy as jnp
 import optax
@@ -8,7 +11,7 @@ from t5x_lite import config
 
 
 def learning_rate(cfg: config.Schedule, steps: int) -> optax.Schedule:
-    """The rate at every step in 0..steps - 1, as a function that can be traced."""
+    """Learning rate at steps 0..steps - 1, as a function that can be traced."""
     shape = SHAPES[cfg.kind]
 
     def rate(step):
@@ -20,32 +23,78 @@ def learning_rate(cfg: config.Schedule, steps: int) -> optax.Schedule:
     return rate
 
 
-def progress(cfg: config.Schedule, steps: int, step):
-    """0 at the end of the warm-up, 1 at the last step."""
+def decay_progress(cfg: config.Schedule, steps: int, step):
+    """Fraction of the decay that is done: 0 at the end of the warm-up, 1 at the last step.
+
+    Args:
+      cfg: config of the schedule.
+      steps: Train.steps.
+      step: float32 scalar.
+    """
     return jnp.clip((step - cfg.warmup) / max(1, steps - 1 - cfg.warmup), 0.0, 1.0)
 
 
-def constant(cfg: config.Schedule, steps: int, step):
+def constant_shape(cfg: config.Schedule, steps: int, step):
+    """No decay: 1 at every step.
+
+    Args:
+      cfg: config of the schedule.
+      steps: Train.steps.
+      step: float32 scalar.
+    """
     return jnp.ones_like(step)
 
 
-def rsqrt(cfg: config.Schedule, steps: int, step):
+def rsqrt_shape(cfg: config.Schedule, steps: int, step):
+    """Inverse square root, as T5 was pretrained: sqrt(warmup / step).
+
+    Args:
+      cfg: config of the schedule.
+      steps: Train.steps.
+      step: float32 scalar.
+    """
     return jnp.sqrt(cfg.warmup / jnp.maximum(step, cfg.warmup))
 
 
-def linear(cfg: config.Schedule, steps: int, step):
-    return 1 - (1 - cfg.floor) * progress(cfg, steps, step)
+def linear_shape(cfg: config.Schedule, steps: int, step):
+    """Linear decay to the floor.
+
+    Args:
+      cfg: config of the schedule.
+      steps: Train.steps.
+      step: float32 scalar.
+    """
+    return 1 - (1 - cfg.floor) * decay_progress(cfg, steps, step)
 
 
-def cosine(cfg: config.Schedule, steps: int, step):
-    fall = 0.5 * (1 + jnp.cos(jnp.pi * progress(cfg, steps, step)))
+def cosine_shape(cfg: config.Schedule, steps: int, step):
+    """Cosine decay to the floor (Loshchilov and Hutter, 2017).
+
+    Args:
+      cfg: config of the schedule.
+      steps: Train.steps.
+      step: float32 scalar.
+    """
+    fall = 0.5 * (1 + jnp.cos(jnp.pi * decay_progress(cfg, steps, step)))
     return cfg.floor + (1 - cfg.floor) * fall
 
 
-def wsd(cfg: config.Schedule, steps: int, step):
-    """Warm-up, stable, decay: linear to the floor over the last `decay` of all steps."""
+def wsd_shape(cfg: config.Schedule, steps: int, step):
+    """Warm-up, stable, decay: linear to the floor over the last `decay` of all steps.
+
+    Args:
+      cfg: config of the schedule.
+      steps: Train.steps.
+      step: float32 scalar.
+    """
     length = max(1.0, cfg.decay * steps)
     return 1 - (1 - cfg.floor) * jnp.clip((step - (steps - 1 - length)) / length, 0.0, 1.0)
 
 
-SHAPES = {"constant": constant, "rsqrt": rsqrt, "linear": linear, "cosine": cosine, "wsd": wsd}
+SHAPES = {
+    "constant": constant_shape,
+    "rsqrt": rsqrt_shape,
+    "linear": linear_shape,
+    "cosine": cosine_shape,
+    "wsd": wsd_shape,
+}

@@ -1,39 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to everything a run needs, with the checks that need data or devices."""
+"""Assembly of a run from its config, with the checks that need data or devices."""
 
-import dataclasses
-import difflib
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from t5x_lite import adaptation, config, data, model, processes, sharding
-from t5x_lite.adaptation import agreement, distillation
+from t5x_lite.adaptation import distilled_batches, vocabulary_compatibility
 from t5x_lite.adaptation.teacher import Teacher
-from t5x_lite.conversion import checkpoint as foreign
+from t5x_lite.checkpoints import train_state, weights
+from t5x_lite.checkpoints.checkpoint_io import CheckpointError, DamagedCheckpointError
+from t5x_lite.checkpoints.opening import HEADS, WEIGHTS_ONLY, open_checkpoint
+from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.evaluation.evaluate import Evaluator
-from t5x_lite.training import (
-    archive,
-    checkpoint,
-    costs,
-    optimizer,
-    overview,
-    schedules,
-    state,
-    step,
-)
-from t5x_lite.training.archive import CheckpointError
-from t5x_lite.training.state import TrainState
-
-# Where a model's weights have its heads (Model.blockwise).
-HEADS = "heads"
+from t5x_lite.training import flops, optimizer, schedules, step
+from t5x_lite.training.reporting import overview
+from t5x_lite.utils.nearest import suggest
 
 
-class Parts(NamedTuple):
-    """A run assembled: its mesh is set, its data are open, nothing is computed yet."""
+class AssembledRun(NamedTuple):
+    """A run whose mesh is set and whose data are open; nothing is computed yet.
+
+    Attributes:
+      run: config of the run.
+      batches: `data.Batches`, or DistilledBatches with a teacher.
+      vocabularies: of inputs and targets.
+      optimizer: optax transformation of the weights that train.
+      schedule: learning rate by step.
+      shapes: TrainState of jax.ShapeDtypeStruct, with placements.
+      step: jitted step, from `step.make_step`.
+      teacher: teacher whose weights the step needs; None without one.
+    """
 
     run: config.Run
     batches: Any
@@ -45,8 +44,8 @@ class Parts(NamedTuple):
     teacher: Teacher | None = None
 
 
-def assemble(run: config.Run) -> Parts:
-    """Sets the mesh, opens the data, and makes the step.
+def assemble_run(run: config.Run) -> AssembledRun:
+    """Sets the mesh, opens the data, and builds the step.
 
     Raises:
       ValueError: the batch cannot be split over mesh and microbatches, the vocabulary is larger
@@ -58,7 +57,7 @@ def assemble(run: config.Run) -> Parts:
     host, hosts = sharding.batch_share()
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     axes = model.axes(run.model)
-    update = optimizer.make(run.optimizer, schedule, axes, run.train.parts)
+    update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
     batches = data.open_batches(
         run.data,
         run.model.layout,
@@ -67,18 +66,28 @@ def assemble(run: config.Run) -> Parts:
         host=host,
         hosts=hosts,
     )
-    # Not times of change: every host may have a copy of its own.
-    read = [(part.get("tokens"), part.get("shards")) for part in batches.state().values()]
-    processes.agree("The training data", json.dumps(read))
+    # Modification times are left out: every host may have a copy of its own.
+    files = [(part.get("tokens"), part.get("shards")) for part in batches.state().values()]
+    processes.check_equal("The training data", json.dumps(files))
     vocabularies = data.open_dataset(run.data, "train").vocabularies
-    check_vocabularies(run, vocabularies)
-    shapes = state.shapes(model.shapes(run.model), update)
-    batches, teacher = distillation.attend(run, batches, vocabularies)
-    made = step.make(run, update, schedule, axes, teacher)
-    return Parts(run, batches, vocabularies, update, schedule, shapes, made, teacher)
+    check_vocabulary_sizes(run, vocabularies)
+    shapes = train_state.state_shapes(model.shapes(run.model), update)
+    batches, teacher = distilled_batches.make_distilled_batches(run, batches, vocabularies)
+    train_step = step.make_step(run, update, schedule, axes, teacher)
+    return AssembledRun(
+        run=run,
+        batches=batches,
+        vocabularies=vocabularies,
+        optimizer=update,
+        schedule=schedule,
+        shapes=shapes,
+        step=train_step,
+        teacher=teacher,
+    )
 
 
 def check_batch(cfg: config.Train) -> None:
+    """Raises ValueError if mesh and microbatches cannot split the batch evenly."""
     shards, pieces = sharding.batch_shards(), cfg.microbatches
     below = cfg.batch_size // (shards * pieces) * shards * pieces
     near = f"{below or shards * pieces} or {below + shards * pieces}"
@@ -91,30 +100,31 @@ def check_batch(cfg: config.Train) -> None:
 
 
 def check_lengths(run: config.Run, context: int) -> None:
-    """Raises ValueError where rows cannot be split into `context` parts, naming the binding."""
+    """Raises ValueError if rows cannot be split into `context` parts; names the binding."""
     if context == 1:
         return
-    lengths = costs.row_lengths(run.model.layout, run.data.lengths)
-    told = " and ".join(str(length) for length in lengths if length)
+    lengths = flops.row_lengths(run.model.layout, run.data.lengths)
+    lengths_text = " and ".join(str(length) for length in lengths if length)
     config.require(
         all(length % context == 0 for length in lengths),
-        f"Mesh.context={context} cannot split rows of {told} tokens evenly: choose Data.lengths "
-        "(TASK_FEATURE_LENGTHS) that are multiples of it",
+        f"Mesh.context={context} cannot split rows of {lengths_text} tokens evenly: choose "
+        "Data.lengths (TASK_FEATURE_LENGTHS) that are multiples of it",
     )
-    whole = {
-        "Model.blockwise": run.model.blockwise,
+    whole_row_options = {
+        "Model.draft_heads": run.model.draft_heads,
         "Train.layer_skip": run.train.layer_skip,
         "Run.distillation": run.distillation,
     }
-    wanting = [name for name, part in whole.items() if part is not None]
+    bound = [name for name, value in whole_row_options.items() if value is not None]
     config.require(
-        not wanting,
-        f"Mesh.context={context} splits rows, and {', '.join(wanting)} needs whole ones: bind "
+        not bound,
+        f"Mesh.context={context} splits rows, and {', '.join(bound)} needs whole ones: bind "
         "Mesh.context = 1",
     )
 
 
-def check_vocabularies(run: config.Run, vocabularies: tuple) -> None:
+def check_vocabulary_sizes(run: config.Run, vocabularies: tuple) -> None:
+    """Raises ValueError if a vocabulary has more ids than Model.vocab."""
     size = max(vocabulary.size for vocabulary in vocabularies)
     config.require(
         size <= run.model.vocab,
@@ -123,72 +133,62 @@ def check_vocabularies(run: config.Run, vocabularies: tuple) -> None:
     )
 
 
-def begin(parts: Parts, show: Callable[[Any], None] = lambda table: None) -> TrainState:
-    """The state of a new run: drawn from Run.seed, or with the weights of Checkpoint.initial or of
-    Run.adaptation; `show` is given the table of what was adapted.
+def initial_train_state(
+    assembled: AssembledRun, show: Callable[[Any], None] = lambda table: None
+) -> TrainState:
+    """The state of a new run: drawn from Run.seed, or with the weights of Checkpoint.initial or
+    Run.adaptation.
+
+    Args:
+      assembled: the run.
+      show: is called with the table of adapted weights, if there are any.
     """
-    run = parts.run
+    run = assembled.run
     if run.adaptation is not None:
-        agreement.check(run.adaptation, *parts.vocabularies)
+        vocabulary_compatibility.check_vocabularies(run.adaptation, *assembled.vocabularies)
         params, report = adaptation.initialize(run)
-        show(report.table(overview.trains(run, parts.shapes.params)))
+        show(report.table(overview.schedule_by_weight(run, assembled.shapes.params)))
     elif run.checkpoint.initial is None:
         params = model.initialize(run.model, jax.random.key(run.seed))
     else:
-        params = initial(run.checkpoint.initial, run.model, parts.shapes.params, run.seed)
-    return state.begin(params, parts.optimizer)
+        params = initial_weights(
+            run.checkpoint.initial, run.model, assembled.shapes.params, run.seed
+        )
+    return train_state.begin_state(params, assembled.optimizer)
 
 
-def initial(folder: str, cfg: config.Model, shapes: Any, seed: int = 0) -> Any:
-    """The weights of another run's newest checkpoint, or of one of another make, placed as
-    `shapes` says; heads (Model.blockwise) that it lacks are new, drawn by seed.
+def initial_weights(folder: str, cfg: config.Model, shapes: Any, seed: int = 0) -> dict[str, Any]:
+    """Loads the weights that a run begins with: of another run's newest checkpoint, or of another
+    library's.
+
+    Args:
+      folder: value of Checkpoint.initial.
+      cfg: config of the run's model.
+      shapes: shape and placement of every weight, as `model.shapes` has them.
+      seed: seed of the draft heads (Model.draft_heads), which are new if the checkpoint has none.
+
+    Returns:
+      float32 params on the mesh in force.
 
     Raises:
-      CheckpointError: there is none, or it is of another model; the shapes are named.
+      CheckpointError: there is no checkpoint, or it is of another model; names the shapes.
     """
-    if foreign.is_foreign(folder):
-        try:
-            trunk = foreign.params_for(folder, dataclasses.replace(cfg, blockwise=None))
-        except ValueError as error:
-            raise CheckpointError(f"Checkpoint.initial: {error}") from error
-        return trunk | new_heads(cfg, seed)
-    params, step = checkpoint.load_params(folder)
-    added = {} if HEADS in params else new_heads(cfg, seed)
-    shapes = {name: part for name, part in shapes.items() if name not in added}
-    return placed(params, step, shapes, folder) | added
-
-
-def new_heads(cfg: config.Model, seed: int) -> dict:
-    """The part of new weights that are heads; nothing where the model has none."""
-    if cfg.blockwise is None:
-        return {}
-    # All other weights are never computed.
-    draw = jax.jit(lambda key: model.initialize(cfg, key)[HEADS])
-    return {HEADS: draw(jax.random.key(seed))}
-
-
-def placed(params: Any, step: int, shapes: Any, folder: str) -> Any:
-    """Whole host arrays of a run folder's checkpoint, placed as `shapes` says."""
-    there, wanted = archive.flatten(params), archive.flatten(shapes)
-    described = {name: {"shape": array.shape} for name, array in there.items()}
-    note = archive.Note(step, "", arrays={"params": described})
     try:
-        archive.compare_shapes(note, "params", wanted, folder)
-    except archive.Mismatch as error:
+        params = open_checkpoint(folder, options=WEIGHTS_ONLY).params_for(cfg, shapes)
+    except DamagedCheckpointError:
+        raise
+    except ValueError as error:
         raise CheckpointError(f"Checkpoint.initial: {error}") from error
-
-    def place(shape, array):
-        array = np.asarray(array, shape.dtype)
-        return jax.make_array_from_callback(array.shape, shape.sharding, lambda part: array[part])
-
-    return jax.tree.map(place, shapes, params)
+    if cfg.draft_heads is None or HEADS in params:
+        return params
+    return params | {HEADS: weights.new_weights(cfg, seed, lambda params: params[HEADS])}
 
 
-def evaluator(run: config.Run) -> Evaluator | None:
-    """What measures the run on its held-out split; None if nothing is to be measured.
+def make_evaluator(run: config.Run) -> Evaluator | None:
+    """The Evaluator of the run's held-out split; None if nothing is to be measured.
 
     Raises:
-      ValueError: there is no such split, or the best checkpoint is to be known by no measure.
+      ValueError: there is no such split, or Checkpoint.metric is not measured.
     """
     if run.evaluate.batches or run.evaluate.examples:
         try:
@@ -207,11 +207,10 @@ def evaluator(run: config.Run) -> Evaluator | None:
 
 
 def check_metric(cfg: config.Checkpoint, measured: dict[str, float]) -> None:
-    """Raises ValueError where the metric that names the best checkpoint is not measured."""
+    """Raises ValueError if the metric that chooses the best checkpoint is not measured."""
     if cfg.metric is None or cfg.metric in measured:
         return
-    near = difflib.get_close_matches(cfg.metric, measured, n=3) or sorted(measured)
     raise ValueError(
-        f"Checkpoint.metric is {cfg.metric!r}, which the evaluation does not measure. "
-        f"It measures {', '.join(near)}"
+        f"Checkpoint.metric is {cfg.metric!r}, which the evaluation does not measure: "
+        f"{suggest(cfg.metric, measured)}"
     )

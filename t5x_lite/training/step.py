@@ -3,299 +3,367 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from t5x_lite import config, kernels, model, narrow, sharding
+from t5x_lite import config, sharding
 from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.adaptation.teacher import Teacher
-from t5x_lite.batch import Batch, Lesson
+from t5x_lite.batch import Batch, TeacherBatch
+from t5x_lite.checkpoints.train_state import TrainState
+from t5x_lite.kernels import api as kernels
+from t5x_lite.model import Transformer, mixed_precision
 from t5x_lite.sharding import batch_shards, spec
-from t5x_lite.training import adafactor, divergence, exits, head_losses, losses
-from t5x_lite.training.divergence import Lessons
-from t5x_lite.training.parts import Selection
-from t5x_lite.training.state import TrainState
+from t5x_lite.training.losses import cross_entropy, distillation, draft_heads, early_exit
+from t5x_lite.training.losses.distillation import DistillationTerms
+from t5x_lite.training.optimizer.param_groups import Selection
+from t5x_lite.training.step_values import LossSums, StepContext, StepMetrics
 
-# Above this many bytes of float32 logits on a device, making them again for the backward pass (a
+# Above this many bytes of float32 logits on a device, computing them again for the backward pass (a
 # third more work in the last product) is the smaller evil.
-MOST_LOGITS = 1 << 30
+MAX_LOGIT_BYTES = 1 << 30
 # Folded into the step's key, which dropout splits, for the draw of a head.
-DRAWING = 1 << 31
+HEAD_KEY = 1 << 31
 
 
-class Sums(NamedTuple):
-    """Totals over target tokens; divided by `weights` once, whatever the microbatches.
-
-    With a teacher, `divergence` is over the `taught` target tokens on which it has a say. With
-    Model.blockwise, `guessed` counts the tokens that their heads were right about, of `guesses`.
-    """
-
-    objective: jax.Array
-    loss: jax.Array
-    correct: jax.Array
-    weights: jax.Array
-    tokens: jax.Array
-    divergence: jax.Array | None = None
-    taught: jax.Array | None = None
-    guessed: jax.Array | None = None
-    guesses: jax.Array | None = None
-
-
-class Moment(NamedTuple):
-    """Where a run is: the key of what is drawn there (None: nothing is), and the step."""
-
-    key: jax.Array | None = None
-    step: jax.Array | int = 0
-
-
-class Metrics(NamedTuple):
-    """What one step tells: sums over its tokens, norms, and whether it was skipped.
-
-    `squares` has the squared norm of every weight's gradient, per layer where layers are stacked:
-    it says where a gradient was not finite.
-    """
-
-    sums: Sums
-    learning_rate: jax.Array
-    gradient_norm: jax.Array
-    skipped: jax.Array
-    consecutive: jax.Array
-    squares: Any
-
-
-def make(
+def make_step(
     run: config.Run,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     axes: Any,
     teacher: Teacher | None = None,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted step, a function of state, batch and the teacher's weights (None without one); on
-    an accelerator it takes over (donates) the state it is given.
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Builds the jitted training step.
 
     Its gradient is that of the loss summed over all target tokens of all microbatches and hosts,
-    over their number, which is known before the first microbatch: so no pass over the gradient is
-    needed to divide it. Dropout keys are fold_in(seed, step). A step whose gradient is
-    not finite leaves weights and optimizer as they were.
+    over their number: as that is known before the first microbatch, no pass over the gradient is
+    needed to divide it. A step whose gradient is not finite changes neither weights nor optimizer.
+
+    Args:
+      run: config of the run.
+      optimizer: from `optimizer.make_optimizer`.
+      schedule: learning rate by the number of steps that were not skipped.
+      axes: tree of the weights' axis names, as `model.axes` has it.
+      teacher: teacher whose logits are computed in the step; None without one.
+
+    Returns:
+      step(state, batch, teacher_params=None) -> (state, StepMetrics); on an accelerator it donates
+      the state.
     """
-    selection = Selection(run.train.parts, axes)
+    selection = Selection(run.train.param_groups, axes)
     trained_axes = selection.take(axes)
-    differentiated = jax.value_and_grad(scored(run, selection, teacher), has_aux=True)
+    differentiated = jax.value_and_grad(make_objective(run, selection, teacher), has_aux=True)
 
     def step(state: TrainState, batch: Batch, teacher_params: Any = None):
-        key = None
-        if run.model.dropout > 0 or draws_heads(run) or run.train.layer_skip:
-            key = jax.random.fold_in(jax.random.key(run.seed), state.step)
+        context = step_context(run, state)
         sums_and_gradient = functools.partial(differentiated, frozen=(state.params, teacher_params))
-        asked = narrow.slots(selection.take(state.params), run.model.activations)
-        sums, gradient = accumulate(sums_and_gradient, asked, batch, Moment(key, state.step), run)
+        slots = mixed_precision.gradient_slots(selection.take(state.params), run.model.dtype)
+        sums, gradient = accumulate_microbatches(sums_and_gradient, slots, batch, context, run)
         # Widened when all of it is there: else the head's waits in float32 through the backward
         # pass (0.13 GB at the peak of T5 1.1 large).
         gradient = jax.lax.optimization_barrier(gradient)
         squares = jax.tree.map(square_sums, gradient, trained_axes)
         count = state.step - state.skipped
-        parts = jax.tree.leaves(adafactor.anew(selection.moving(squares, count)))
+        parts = jax.tree.leaves(mixed_precision.recompute(selection.moving(squares, count)))
         norm = jnp.sqrt(sum(jnp.sum(part) for part in parts))
-        rate = schedule(count)
-        state = advance(optimizer, selection, state, gradient, jnp.isfinite(norm))
-        told = (rate, norm, ~jnp.isfinite(norm), state.consecutive, squares)
-        return state, Metrics(sums, *told)
+        rate, finite = schedule(count), jnp.isfinite(norm)
+        state = apply_gradient(optimizer, selection, state, gradient, finite)
+        return state, StepMetrics(sums, rate, norm, ~finite, state.consecutive, squares)
 
     # Donated, all new weights wait in temporary memory for the norm: on CPU its pages are fetched
-    # anew each step unless `memory.keep_freed` was called (65 against 48 ms for 1.4M weights;
+    # anew each step unless `host.keep_freed` was called (65 against 48 ms for 1.4M weights;
     # with it 51 and 51, and 4 % less time at 77M).
-    return jax.jit(step, donate_argnums=() if kernels.device()[0] == "cpu" else 0)
+    return jax.jit(step, donate_argnums=() if kernels.target_device().platform == "cpu" else 0)
 
 
-def scored(run: config.Run, selection: Selection, teacher: Teacher | None):
-    """What is minimised, as a function of the slots of the weights that train (`narrow.slots`):
-    this microbatch's part of the objective per target token of all microbatches, and its sums."""
-    transformer = model.Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
+def step_context(run: config.Run, state: TrainState) -> StepContext:
+    """The key fold_in(seed, step) where something is random, and the number of the step."""
+    key = None
+    if run.model.dropout > 0 or samples_heads(run) or run.train.layer_skip:
+        key = jax.random.fold_in(jax.random.key(run.seed), state.step)
+    return StepContext(key, state.step)
 
-    def objective(asked, batch: Batch, moment: Moment, total, *, frozen):
+
+def make_objective(run: config.Run, selection: Selection, teacher: Teacher | None) -> Callable:
+    """Builds the function that is differentiated.
+
+    Args:
+      run: config of the run.
+      selection: the weights that train.
+      teacher: teacher whose logits are computed in the step; None without one.
+
+    Returns:
+      objective(slots, batch, context, total, *, frozen): this microbatch's part of the objective
+      per target token of all microbatches, and its LossSums. `slots` are the gradient slots of the
+      weights that train (`mixed_precision.gradient_slots`), `total` is the sum of loss weights, and
+      `frozen` all weights and the teacher's.
+    """
+    transformer = Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
+
+    def objective(slots, batch: Batch, context: StepContext, total, *, frozen):
         params, teacher_params = frozen
-        params = selection.put(params, narrow.joined(selection.take(params), asked))
-        taught = None
-        if batch.lesson is not None:
-            taught = functools.partial(
-                lessons, run.distillation, teacher, teacher_params, batch.lesson
+        params = selection.put(params, mixed_precision.join_slots(selection.take(params), slots))
+        terms = None
+        if batch.teacher_data is not None:
+            terms = functools.partial(
+                distillation_terms, run.distillation, teacher, teacher_params, batch.teacher_data
             )
-        found = token_sums(transformer, run, params, batch, moment, taught)
-        return found.objective / total, found
+        sums = token_sums(transformer, run, params, batch, context, terms)
+        return sums.objective / total, sums
 
     return objective
 
 
-def draws_heads(run: config.Run) -> bool:
-    """Whether each microbatch trains one head that is drawn."""
-    return run.model.blockwise is not None and run.train.heads.heads == "random"
+def samples_heads(run: config.Run) -> bool:
+    """True if each microbatch trains one head that is drawn."""
+    return run.model.draft_heads is not None and run.train.draft_head_loss.heads == "random"
 
 
-def lessons(cfg: config.Distillation, teacher, teacher_params, lesson, logits) -> Lessons:
-    """How far the student's logits [b t v] are from what the teacher says."""
-    if isinstance(lesson, Lesson):
-        said = teachers.logits(teacher, teacher_params, lesson)
+def distillation_terms(
+    cfg: config.Distillation, teacher, teacher_params, teacher_data, logits
+) -> DistillationTerms:
+    """Computes the student's divergence from the teacher.
+
+    Args:
+      cfg: temperature and top_k.
+      teacher: the teacher; None if its logits are stored.
+      teacher_params: weights of the teacher; None if its logits are stored.
+      teacher_data: the batch as the teacher reads it (TeacherBatch), or its stored TeacherLogits.
+      logits: [b t v] float32, the student's.
+    """
+    if isinstance(teacher_data, TeacherBatch):
+        teacher_logits = teachers.compute_logits(teacher, teacher_params, teacher_data)
         if cfg.top_k is None:
-            return Lessons(divergence.whole(logits, said, cfg.temperature), lesson.known)
-        ids, log_probabilities = divergence.best(said, cfg.top_k, cfg.temperature)
+            divergence = distillation.full_divergence(logits, teacher_logits, cfg.temperature)
+            return DistillationTerms(divergence, teacher_data.known)
+        ids, log_probabilities = distillation.top_k_log_probabilities(
+            teacher_logits, cfg.top_k, cfg.temperature
+        )
     else:
-        ids, log_probabilities = lesson.ids, lesson.log_probabilities
-    found = divergence.of_best(logits, ids, log_probabilities, cfg.temperature)
-    return Lessons(found, lesson.known)
+        ids, log_probabilities = teacher_data.ids, teacher_data.log_probabilities
+    divergence = distillation.top_k_divergence(logits, ids, log_probabilities, cfg.temperature)
+    return DistillationTerms(divergence, teacher_data.known)
 
 
 @sharding.split_rows()
-def token_sums(transformer, run: config.Run, params, batch: Batch, moment: Moment, taught) -> Sums:
-    """Sums over the target tokens of a batch; only `objective` has a gradient."""
+def token_sums(
+    transformer, run: config.Run, params, batch: Batch, context: StepContext, terms
+) -> LossSums:
+    """Computes the sums over the target tokens of a batch; only `objective` has a gradient.
+
+    Args:
+      transformer: the `model.Transformer` that trains.
+      run: config of the run.
+      params: weights, those that train with their gradient slots.
+      batch: one microbatch.
+      context: key and number of the step.
+      terms: DistillationTerms as a function of the logits [b t v]; None without a teacher.
+    """
     cfg = run.train
-    weights = on_rows(batch.loss_weights.astype(jnp.float32))
-    how = (cfg.label_smoothing, cfg.z_loss)
+    weights = split_along_rows(batch.loss_weights.astype(jnp.float32))
     apply = functools.partial(transformer.apply, {"params": params})
-    pieces = in_pieces(run, batch)
-    read = functools.partial(token_losses, apply, how, pieces)
-    hidden, early = hidden_and_early(apply, run, batch._replace(lesson=None), moment)
-    if taught is None:
-        told = read(hidden, batch.targets)
+    read = functools.partial(token_losses, apply, cfg, use_chunked_loss(run, batch))
+    hidden, early = hidden_and_exits(apply, run, batch._replace(teacher_data=None), context)
+    if terms is None:
+        losses = read(hidden, batch.targets)
     else:
-        logits = apply(hidden, method="logits")
-        told = losses.cross_entropy(logits, batch.targets, *how)
-    sums = Sums(
-        objective=jnp.sum(told.objective * weights),
-        loss=jnp.sum(told.nll * weights),
-        correct=jnp.sum(told.correct * weights),
+        logits = apply(hidden, method=Transformer.logits)
+        losses = cross_entropy.cross_entropy(logits, batch.targets, cfg.label_smoothing, cfg.z_loss)
+    sums = LossSums(
+        objective=jnp.sum(losses.objective * weights),
+        loss=jnp.sum(losses.nll * weights),
+        correct=jnp.sum(losses.correct * weights),
         weights=jnp.sum(weights),
-        tokens=tokens(batch),
+        tokens=count_unpadded_tokens(batch),
     )
-    if taught is not None:
-        found = taught(logits)
-        known = weights * found.known
+    if terms is not None:
+        teaching = terms(logits)
+        known = weights * teaching.known
+        mixed = distillation.mixed_objective(losses, teaching, run.distillation)
         sums = sums._replace(
-            objective=jnp.sum(divergence.mixed(told, found, run.distillation) * weights),
-            divergence=jnp.sum(found.divergence * known),
-            taught=jnp.sum(known),
+            objective=jnp.sum(mixed * weights),
+            divergence=jnp.sum(teaching.divergence * known),
+            teacher_tokens=jnp.sum(known),
         )
     if early is not None:
-        own, added = exits.objective(apply, read, early, batch)
-        sums = sums._replace(objective=own * sums.objective + added)
-    if run.model.blockwise is None:
+        last, added = early_exit.exit_objective(apply, read, early, batch)
+        sums = sums._replace(objective=last * sums.objective + added)
+    if run.model.draft_heads is None:
         return sums
-    guesser = head_losses.Guesser(apply, read, run.model.blockwise, cfg.heads)
-    return with_heads(sums, guesser, hidden, batch, moment.key if draws_heads(run) else None)
+    heads = draft_heads.TrainedHeads(apply, read, run.model.draft_heads, cfg.draft_head_loss)
+    return add_head_losses(sums, heads, hidden, batch, context.key if samples_heads(run) else None)
 
 
-def hidden_and_early(apply, run: config.Run, batch: Batch, moment: Moment):
-    """What the logits of batch are read from, and with LayerSkip what its exits are (or None)."""
+def hidden_and_exits(apply, run: config.Run, batch: Batch, context: StepContext):
+    """Computes the hidden states [b t d] that logits are read from, and LayerSkip's exits.
+
+    Args:
+      apply: transformer.apply with its weights.
+      run: config of the run.
+      batch: one microbatch.
+      context: key and number of the step.
+
+    Returns:
+      hidden states and EarlyExits; None in place of these without LayerSkip.
+    """
     if run.train.layer_skip is None:
-        return apply(batch, moment.key, method="hidden"), None
+        return apply(batch, context.key, method=Transformer.hidden), None
     layers = run.model.decoder.layers
-    rates = exits.rates(run.train, layers, moment.step)
-    hidden, states = apply(batch, moment.key, rates, method="skipping")
-    return hidden, exits.Early(states, exits.shares(run.train.layer_skip, layers, moment.step))
+    rates = early_exit.skip_rates(run.train, layers, context.step)
+    hidden, states = apply(batch, context.key, rates, method=Transformer.hidden_with_layer_skip)
+    weights = early_exit.exit_weights(run.train.layer_skip, layers, context.step)
+    return hidden, early_exit.EarlyExits(states, weights)
 
 
-def with_heads(sums: Sums, guesser: head_losses.Guesser, hidden, batch: Batch, key) -> Sums:
-    """sums with the heads' share of the objective, and what they guessed right."""
-    own = guesser.loss.factors(guesser.heads.count)[0]
-    drawing = None if key is None else jax.random.fold_in(key, DRAWING)
-    found = head_losses.sums(guesser, hidden, batch, drawing)
+def add_head_losses(
+    sums: LossSums, heads: draft_heads.TrainedHeads, hidden, batch: Batch, key
+) -> LossSums:
+    """Adds the draft heads' share of the objective, and how many targets they predicted.
+
+    Args:
+      sums: sums of the model's own loss.
+      heads: the draft heads.
+      hidden: [b t d] hidden states that the model's logits are read from.
+      batch: one microbatch.
+      key: PRNG key that draws one head; None for all heads.
+    """
+    main = heads.loss.factors(heads.heads.count)[0]
+    head_key = None if key is None else jax.random.fold_in(key, HEAD_KEY)
+    added = draft_heads.head_sums(heads, hidden, batch, head_key)
     return sums._replace(
-        objective=own * sums.objective + found.objective,
-        guessed=found.correct,
-        guesses=found.weights,
+        objective=main * sums.objective + added.objective,
+        head_correct=added.correct,
+        head_targets=added.weights,
     )
 
 
-def token_losses(apply, how: tuple[float, float], pieces: bool, hidden, targets):
-    """The losses [b t] of targets, each read from its hidden."""
-    if pieces:
-        return apply(hidden, on_rows(targets), *how, method="losses")
-    return losses.cross_entropy(apply(hidden, method="logits"), on_rows(targets), *how)
+def token_losses(apply, cfg: config.Train, chunked: bool, hidden, targets):
+    """Computes the losses [b t] of targets.
+
+    Args:
+      apply: transformer.apply with its weights.
+      cfg: label smoothing and z-loss.
+      chunked: true to compute the loss without the logits of all targets at once.
+      hidden: [b t d] hidden state of each target.
+      targets: [b t] ids.
+    """
+    targets = split_along_rows(targets)
+    if chunked:
+        return apply(hidden, targets, cfg.label_smoothing, cfg.z_loss, method=Transformer.losses)
+    logits = apply(hidden, method=Transformer.logits)
+    return cross_entropy.cross_entropy(logits, targets, cfg.label_smoothing, cfg.z_loss)
 
 
-def on_rows(x: jax.Array) -> jax.Array:
-    """x [b t] placed as rows are that train: split along their length too (Mesh.context)."""
+def split_along_rows(x: jax.Array) -> jax.Array:
+    """Places x [b t] as rows are that train: split along their length too (Mesh.context)."""
     return jax.reshard(x, spec("batch length"))
 
 
-def in_pieces(run: config.Run, batch: Batch) -> bool:
-    """Whether the loss is to be computed without the logits of all targets at once."""
-    wish = run.train.cross_entropy
-    if wish != "auto":
-        return wish == "pieces"
-    bytes_whole = 4 * batch.targets.size * run.model.vocab / batch_shards()
-    return kernels.chosen(run.model.attention) is not None or bytes_whole > MOST_LOGITS
+def use_chunked_loss(run: config.Run, batch: Batch) -> bool:
+    """True if the loss is to be computed without the logits of all targets at once."""
+    choice = run.train.cross_entropy
+    if choice != "auto":
+        return choice == "chunked"
+    logit_bytes = 4 * batch.targets.size * run.model.vocab / batch_shards()
+    return kernels.select_backend(run.model.attention) is not None or logit_bytes > MAX_LOGIT_BYTES
 
 
-def tokens(batch: Batch) -> jax.Array:
-    """How many positions of a batch are not padding, inputs and targets together."""
+def count_unpadded_tokens(batch: Batch) -> jax.Array:
+    """Number of positions of a batch that are not padding, inputs and targets together."""
     segments = (batch.target_segments, batch.input_segments)
     return sum(jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
 
 
-def widened(gradient: Any) -> Any:
-    return jax.tree.map(lambda slope: slope.astype(jnp.float32), gradient)
+def to_float32(gradient: Any) -> Any:
+    """Casts a tree to float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
 
 
-def accumulate(sums_and_gradient, asked, batch: Batch, moment: Moment, run: config.Run):
-    """Sums and gradient over all microbatches, one after the other in a scan."""
+def accumulate_microbatches(
+    sums_and_gradient, slots, batch: Batch, context: StepContext, run: config.Run
+):
+    """Computes sums and gradient over all microbatches, one after the other in a scan.
+
+    Args:
+      sums_and_gradient: the differentiated objective of one microbatch.
+      slots: gradient slots of the weights that train.
+      batch: all rows of the step on this mesh.
+      context: key and number of the step.
+      run: config of the run.
+
+    Returns:
+      LossSums and the gradient, in the dtype of the slots (float32 with several microbatches).
+    """
     cfg = run.train
     total = jnp.maximum(jnp.sum(batch.loss_weights.astype(jnp.float32)), 1)
     if cfg.microbatches == 1:
-        (_, sums), gradient = sums_and_gradient(asked, batch, moment, total)
+        (_, sums), gradient = sums_and_gradient(slots, batch, context, total)
         return sums, gradient
 
     def add(totals, microbatch):
         number, rows = microbatch
-        key = None if moment.key is None else jax.random.fold_in(moment.key, number)
-        own = moment._replace(key=key)
-        (_, sums), gradient = sums_and_gradient(asked, rows, own, total)
-        return jax.tree.map(jnp.add, totals, (sums, widened(gradient))), None
+        key = None if context.key is None else jax.random.fold_in(context.key, number)
+        (_, sums), gradient = sums_and_gradient(slots, rows, context._replace(key=key), total)
+        return jax.tree.map(jnp.add, totals, (sums, to_float32(gradient))), None
 
-    zeros = Sums(*[jnp.zeros(())] * 4, jnp.zeros((), jnp.int32))
-    if batch.lesson is not None:
-        zeros = zeros._replace(divergence=jnp.zeros(()), taught=jnp.zeros(()))
-    if run.model.blockwise is not None:
-        zeros = zeros._replace(guessed=jnp.zeros(()), guesses=jnp.zeros(()))
-    totals = (zeros, widened(jax.tree.map(jnp.zeros_like, asked)))
+    zeros = LossSums(*[jnp.zeros(())] * 4, jnp.zeros((), jnp.int32))
+    if batch.teacher_data is not None:
+        zeros = zeros._replace(divergence=jnp.zeros(()), teacher_tokens=jnp.zeros(()))
+    if run.model.draft_heads is not None:
+        zeros = zeros._replace(head_correct=jnp.zeros(()), head_targets=jnp.zeros(()))
+    totals = (zeros, to_float32(jax.tree.map(jnp.zeros_like, slots)))
     numbers = jnp.arange(cfg.microbatches)
-    return jax.lax.scan(add, totals, (numbers, split(batch, cfg.microbatches)))[0]
+    return jax.lax.scan(add, totals, (numbers, split_microbatches(batch, cfg.microbatches)))[0]
 
 
-def split(batch: Batch, count: int) -> Batch:
-    """Rows [b t ...] as [count b/count t ...]: every count-th row, so that no row changes its
-    device."""
+def split_microbatches(batch: Batch, count: int) -> Batch:
+    """Splits rows [b t ...] into [count b/count t ...]: every count-th row, so that no row changes
+    its device."""
 
-    def rows(x):
+    def split_leaf(x):
         shape = (x.shape[0] // count, count, *x.shape[1:])
         axes = "batch whole length" + " whole" * (x.ndim - 2)
         x = jax.lax.reshape(x, shape, out_sharding=spec(axes))
         return jnp.swapaxes(x, 0, 1)
 
-    return jax.tree.map(rows, batch)
+    return jax.tree.map(split_leaf, batch)
 
 
 def square_sums(gradient: jax.Array, axes: str) -> jax.Array:
-    """Sum of squares, one per layer where the first axis is layers."""
+    """Sum of squares in float32, one per layer where the first axis is layers."""
     first = 1 if axes.split()[0] == "layers" else 0
-    wide = gradient.astype(jnp.float32)
-    return jnp.sum(jnp.square(wide), axis=tuple(range(first, gradient.ndim)))
+    squares = jnp.square(gradient.astype(jnp.float32))
+    return jnp.sum(squares, axis=tuple(range(first, gradient.ndim)))
 
 
-def advance(
+def apply_gradient(
     optimizer: optax.GradientTransformation,
     selection: Selection,
     state: TrainState,
     gradient: Any,
     finite: jax.Array,
 ) -> TrainState:
-    """The next state; weights and optimizer are kept where the gradient is not finite."""
+    """Updates the state; weights and optimizer are kept where the gradient is not finite.
+
+    Args:
+      optimizer: from `optimizer.make_optimizer`.
+      selection: the weights that train.
+      state: state before the step.
+      gradient: gradient of the weights that train.
+      finite: bool scalar.
+    """
     trained = selection.take(state.params)
-    updates, new = optimizer.update(widened(gradient), state.optimizer, trained)
-    keep = lambda old, new: jnp.where(finite, new, old)
-    add = lambda weight, update: jnp.where(finite, weight + update.astype(weight.dtype), weight)
+    updates, new = optimizer.update(to_float32(gradient), state.optimizer, trained)
+
+    def add(weight, update):
+        return jnp.where(finite, weight + update.astype(weight.dtype), weight)
+
+    def keep(old, new):
+        return jnp.where(finite, new, old)
+
     return TrainState(
         step=state.step + 1,
         params=selection.put(state.params, jax.tree.map(add, trained, updates)),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's own heads guess a chain (Stern et al., 2018, arXiv 1811.03115), and what all drafters
-that read those heads remember.
+"""Drafts of the model's own heads, a chain (Stern et al., 2018, arXiv 1811.03115), and the state
+that all drafters with those heads share.
 
-  b rows    w nodes of a block    g heads    d width    v vocabulary
+  b rows    w nodes of a block    g heads    d model width    v vocabulary
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from t5x_lite.decoding.drafters import guessing
-from t5x_lite.decoding.protocol import Draft, Heads, Setting, State, Tree, Verdict, chain
+from t5x_lite.decoding.drafters import autoregressive
+from t5x_lite.decoding.protocol import (
+    DecodeContext,
+    DecodeState,
+    Draft,
+    TargetHeads,
+    Tree,
+    VerifyOutput,
+    chain,
+)
 from t5x_lite.sharding import spec
 
 
-class Seen(NamedTuple):
-    """What the root was read from; not known before the first call, as nothing wrote the prompt."""
+class LastHidden(NamedTuple):
+    """Hidden state that the root was read from.
+
+    Attributes:
+      hidden: the state.
+      known: False before the first step, which computes the first one.
+    """
 
     hidden: Float[Array, "b d"]
     known: Bool[Array, " b"]
@@ -26,91 +39,140 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Blockwise:
-    """Guesses w - 1 tokens, one with each of the first heads, at the accepted position alone.
+    """Drafts w - 1 tokens, one with each of the first heads, at the accepted position alone.
 
-    Heads are run there only: 1 position with w - 1 heads, instead of w positions with all of them
-    as in the paper's single pass. `drawn` draws the guesses and tells their law, for speculative
-    acceptance; otherwise they are chosen with the noise of the model's own choice.
+    That is 1 position with w - 1 heads, where the single pass of the paper has w positions with all
+    of them.
 
       Drafting(Blockwise(chain(8)))
+
+    Attributes:
+      tree: the chain.
+      stochastic: sample the drafts, and return their distributions (`autoregressive.Proposer`).
+      top: 0.
     """
 
     tree: Tree = chain(4)
-    drawn: bool = False
+    stochastic: bool = False
     top: int = 0
 
-    def begin(self, setting: Setting) -> Seen:
-        """Raises ValueError where the model has fewer heads than the block has guesses."""
-        check(setting, self.tree.width - 1)
-        return unseen(setting)
+    def begin(self, context: DecodeContext) -> LastHidden:
+        """Returns an unknown hidden state.
 
-    def propose(self, setting: Setting, memory: Seen, state: State):
-        count, sequential = self.tree.width - 1, setting.target.heads.sequential
+        Raises:
+          ValueError: the model has fewer heads than the block has drafts.
+        """
+        check_heads(context, self.tree.width - 1)
+        return unknown_hidden(context)
+
+    def propose(
+        self, context: DecodeContext, drafter_state: LastHidden, state: DecodeState
+    ) -> tuple[Draft, LastHidden]:
+        """Applies the heads to the last hidden state.
+
+        Args:
+          context: constants of the request.
+          drafter_state: the last hidden state.
+          state: state of the loop.
+        """
+        count, sequential = self.tree.width - 1, context.target.heads.sequential
         if count == 0:
-            return Draft(state.root[:, None][:, :0]), memory
-        every = None if sequential else logits(setting, memory, slice(0, count))
-        tokens, laws = [], []
+            return Draft(state.root[:, None][:, :0]), drafter_state
+        every = None if sequential else head_logits(context, drafter_state, slice(0, count))
+        tokens, distributions = [], []
         for number in range(count):
             if sequential:
-                since = jnp.stack([state.root, *tokens], axis=1)
-                own = logits(setting, memory, slice(number, number + 1), since)[:, 0]
+                before = jnp.stack([state.root, *tokens], axis=1)
+                head = slice(number, number + 1)
+                logits = head_logits(context, drafter_state, head, before)[:, 0]
             else:
-                own = every[:, number]
-            token, law = guessing.guess(setting, state, own, number, self.drawn)
+                logits = every[:, number]
+            token, log_probability = autoregressive.draft_token(
+                context, state, logits, number, self.stochastic
+            )
             tokens.append(token)
-            laws.append(law)
-        law = jnp.stack(laws, axis=1) if self.drawn else None
-        return Draft(where_known(memory, jnp.stack(tokens, axis=1)), law), memory
+            distributions.append(log_probability)
+        log_probability = jnp.stack(distributions, axis=1) if self.stochastic else None
+        tokens = mask_unknown(drafter_state, jnp.stack(tokens, axis=1))
+        return Draft(tokens, log_probability), drafter_state
 
-    def observe(self, setting: Setting, memory: Seen, state: State, verdict: Verdict) -> Seen:
-        return seen(memory, verdict)
+    def observe(
+        self,
+        context: DecodeContext,
+        drafter_state: LastHidden,
+        state: DecodeState,
+        output: VerifyOutput,
+    ) -> LastHidden:
+        """Returns the hidden state of the new root.
+
+        Args:
+          context: constants of the request; unused.
+          drafter_state: the last hidden state, kept in rows that are done.
+          state: state of the loop; unused.
+          output: hidden states of the block, and the accepted path.
+        """
+        return update_hidden(drafter_state, output)
 
 
-def check(setting: Setting, wanted: int) -> Heads:
-    """The model's heads.
+def check_heads(context: DecodeContext, count: int) -> TargetHeads:
+    """Returns the model's heads.
 
     Raises:
-      ValueError: it has none, or fewer than are wanted.
+      ValueError: it has none, or fewer than `count`.
     """
-    heads = setting.target.heads
+    heads = context.target.heads
     if heads is None:
         raise ValueError(
-            "The model has no heads that guess later tokens: train some with configs/runs/"
-            "heads_g2p.gin as a pattern (Model.blockwise), or choose a drafter that needs none"
+            "The model has no heads that predict later tokens: train some with configs/runs/"
+            "heads_g2p.gin as a pattern (Model.draft_heads), or choose a drafter that needs none"
         )
-    if heads.count < wanted:
+    if heads.count < count:
         raise ValueError(
-            f"The block has {wanted} guesses in a row, but the model has {heads.count} heads: "
+            f"The block has {count} drafts in a row, but the model has {heads.count} heads: "
             f"choose a block of at most {heads.count + 1} tokens"
         )
     return heads
 
 
-def unseen(setting: Setting) -> Seen:
-    """The memory before the first call, in the width and dtype of the target's hidden states."""
-    tokens, index = setting.prompts.tokens[:, :1], setting.prompts.length
-    like = jax.eval_shape(setting.target.part(0, 1).begin, tokens, index)
+def unknown_hidden(context: DecodeContext) -> LastHidden:
+    """Returns the state before the first step, in width and dtype of the model's hidden states."""
+    tokens, index = context.prompts.tokens[:, :1], context.prompts.length
+    like = jax.eval_shape(context.target.layer_range(0, 1).embed, tokens, index)
     zeros = jnp.zeros((like.shape[0], like.shape[2]), like.dtype, out_sharding=spec("batch width"))
-    return Seen(zeros, index < 0)
+    return LastHidden(zeros, index < 0)
 
 
-def seen(memory: Seen, verdict: Verdict) -> Seen:
-    """What the new root was read from; rows that are done keep what they had."""
-    last = jnp.maximum(verdict.count - 1, 0)
-    pick = lambda hidden, path, last: hidden[path[last]]
-    hidden = jax.vmap(pick)(verdict.hidden, verdict.path, last)
-    moved = verdict.count > 0
-    hidden = jnp.where(moved[:, None], hidden.astype(memory.hidden.dtype), memory.hidden)
-    return Seen(hidden, memory.known | moved)
+def update_hidden(last_hidden: LastHidden, output: VerifyOutput) -> LastHidden:
+    """Returns the hidden state of the new root; rows that are done keep their old one."""
+    last = jnp.maximum(output.count - 1, 0)
+    hidden = jax.vmap(lambda hidden, path, last: hidden[path[last]])(
+        output.hidden, output.path, last
+    )
+    moved = output.count > 0
+    hidden = hidden.astype(last_hidden.hidden.dtype)
+    hidden = jnp.where(moved[:, None], hidden, last_hidden.hidden)
+    return LastHidden(hidden, last_hidden.known | moved)
 
 
-def logits(setting: Setting, memory: Seen, which: slice, since=None) -> Float[Array, "b g v"]:
-    """What these heads say of the tokens after the root; since [b j] are the root and guesses."""
-    since = None if since is None else since[:, None]
-    said = setting.target.heads.guess(memory.hidden[:, None], which, since)
-    return setting.target.logits(said[:, 0])
+def head_logits(
+    context: DecodeContext,
+    last_hidden: LastHidden,
+    heads: slice,
+    before: Int[Array, "b j"] | None = None,
+) -> Float[Array, "b g v"]:
+    """Computes the logits of some heads for the tokens after the root.
+
+    Args:
+      context: constants of the request.
+      last_hidden: the last hidden state.
+      heads: the heads.
+      before: the root and the drafts before, for sequential heads.
+    """
+    before = None if before is None else before[:, None]
+    hidden = context.target.heads.apply(last_hidden.hidden[:, None], heads, before)
+    return context.target.logits(hidden[:, 0])
 
 
-def where_known(memory: Seen, tokens: Array) -> Array:
-    """tokens [b n], -1 in rows of which nothing is known yet."""
-    return jnp.where(memory.known[:, None], tokens, -1)
+def mask_unknown(last_hidden: LastHidden, tokens: Int[Array, "b n"]) -> Int[Array, "b n"]:
+    """Sets tokens to -1 in rows whose hidden state is not known yet."""
+    return jnp.where(last_hidden.known[:, None], tokens, -1)

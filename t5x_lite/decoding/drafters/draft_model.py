@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A smaller model of the same vocabulary drafts (Leviathan et al., 2023, arXiv 2211.17192).
+"""Drafts of a smaller model of the same vocabulary (Leviathan et al., 2023, arXiv 2211.17192).
 
-b rows    w nodes of a block    s inputs    v vocabulary
+b rows    w nodes of a block    s source tokens    d width of the draft model    v vocabulary
 """
 
 from dataclasses import dataclass
@@ -9,138 +9,216 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite import config, model
+from t5x_lite import config, model, sharding
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding import target as targets
-from t5x_lite.decoding.drafters import guessing
-from t5x_lite.decoding.protocol import Prompts, Setting, State, Tree, Verdict, chain
+from t5x_lite.decoding.drafters import autoregressive
+from t5x_lite.decoding.protocol import (
+    DecodeContext,
+    DecodeState,
+    Draft,
+    Prompts,
+    Tree,
+    VerifyOutput,
+    chain,
+)
 
 
-class Memory(NamedTuple):
-    """What the draft model has read and written.
+class DraftModelState(NamedTuple):
+    """State of a draft model, which has a prompt of its own.
 
-    It was prompted in its own way: prompt [b] counts its tokens, of which `last` is the last, and
-    what follows stands `later` slots after where the target has it.
+    Attributes:
+      encoded: its encoded inputs.
+      cache: its cache.
+      prompt: length of its prompt.
+      last: last token of its prompt.
+      offset: slot of a new token in its cache, minus the slot in the target's.
     """
 
-    read: Any
+    encoded: Any
     cache: Any
     prompt: Int[Array, " b"]
     last: Int[Array, " b"]
-    later: Int[Array, " b"]
+    offset: Int[Array, " b"]
 
 
 @dataclass(frozen=True)
 class DraftModel:
-    """Guesses a chain with the model `cfg`, whose weights, from `prepare`, are the drafting's own.
+    """Drafts a chain with another model, whose weights, from `prepare_params`, are the drafter's.
 
-    Both models may have an encoder or not: what the target was given (the encoder's inputs, or the
-    prompt) is what the draft model is given, in its own way. `target` is the target's config.
-    Its cache is rolled back by the length of the text alone: slots behind it are written again. In
-    a union it reads what every call wrote, one pass more.
+    Each of the two models may have an encoder or not: the source of the request (the encoder's
+    inputs, or the prompt) becomes inputs or prompt of the draft model. Its cache needs no rollback:
+    slots after the accepted text are overwritten. In a union it reads the accepted tokens of every
+    step, one pass more.
 
-      Drafting(DraftModel(small, large, chain(5)), prepare(small, small_params))
+      Drafting(DraftModel(small, large, chain(5)), prepare_params(small, small_params))
+
+    Attributes:
+      cfg: config of the draft model.
+      target: config of the target.
+      tree: the chain.
+      stochastic: sample the drafts, and return their distributions (`autoregressive.Proposer`).
+      top: 0.
 
     Raises:
-      ValueError: the target has no decoder to draft for, or the draft model none to draft with.
+      ValueError: one of the models has no decoder, or the tree no drafts.
     """
 
     cfg: config.Model
     target: config.Model
     tree: Tree = chain(5)
-    drawn: bool = False
+    stochastic: bool = False
     top: int = 0
 
     def __post_init__(self):
-        for whose, cfg in (("The draft model", self.cfg), ("The target", self.target)):
+        for name, cfg in (("The draft model", self.cfg), ("The target", self.target)):
             if cfg.decoder is None:
-                raise ValueError(f"{whose} is an encoder alone: it writes no text")
+                raise ValueError(f"{name} is an encoder alone: it writes no text")
         if self.tree.width < 2:
-            raise ValueError("A draft model that guesses nothing: DraftModel.tree is one node wide")
+            raise ValueError("DraftModel.tree is one node wide: it needs at least one draft")
 
-    def begin(self, setting: Setting) -> Memory:
-        """The draft model's own reading of the request, and its cache with the prompts in it."""
-        cfg, params = targets.precise(self.cfg), setting.weights
-        given, length = self.given(setting)
-        # Without a start, an empty prompt goes on after its padding.
-        read, prompts = model.Read(), Prompts(given, jnp.maximum(length, 1))
+    def begin(self, context: DecodeContext) -> DraftModelState:
+        """Encodes the source with the draft model, and fills its cache with the prompts."""
+        cfg, params = targets.with_cpu_dtype(self.cfg), context.weights
+        source, length = self.source(context)
+        # Without a start token, an empty prompt goes on after its padding.
+        encoded, prompts = model.EncoderMemory(), Prompts(source, jnp.maximum(length, 1))
         if cfg.encoder is not None:
-            read = targets.read(cfg, params, given, length)
-            start = jnp.full_like(given[:, :1], cfg.start)
+            encoded = targets.encode_inputs(cfg, params, source, length)
+            start = jnp.full_like(source[:, :1], cfg.decoder_start_token_id)
             prompts = Prompts(start, jnp.ones_like(length))
-        elif cfg.starts_prompts:
-            start = jnp.full_like(given[:, :1], cfg.start)
-            prompts = Prompts(jnp.concatenate([start, given], axis=1), length + 1)
+        elif cfg.add_bos:
+            start = jnp.full_like(source[:, :1], cfg.decoder_start_token_id)
+            prompts = Prompts(
+                jnp.concatenate(sharding.by_rows([start, source]), axis=1), length + 1
+            )
         # As many slots after the prompts as the target has.
-        slots = prompts.tokens.shape[1] + setting.slots - setting.prompts.tokens.shape[1]
-        cache = targets.prefill(cfg, params, read, prompts, slots)
+        slots = prompts.tokens.shape[1] + context.slots - context.prompts.tokens.shape[1]
         here = jnp.arange(prompts.tokens.shape[1]) == prompts.length[:, None] - 1
-        last = jnp.sum(jnp.where(here, prompts.tokens, 0), axis=1)
-        return Memory(read, cache, prompts.length, last, prompts.length - setting.prompts.length)
+        return DraftModelState(
+            encoded=encoded,
+            cache=targets.prefill(cfg, params, encoded, prompts, slots),
+            prompt=prompts.length,
+            last=jnp.sum(jnp.where(here, prompts.tokens, 0), axis=1),
+            offset=prompts.length - context.prompts.length,
+        )
 
-    def given(self, setting: Setting) -> tuple[Int[Array, "b s"], Int[Array, " b"]]:
-        """What the request asks to be read or continued, without a start, and its lengths."""
-        if setting.inputs is not None:
-            return self.known(setting.inputs), setting.inputs_length
-        tokens, length = setting.prompts
-        if self.target.starts_prompts:
-            return self.known(jnp.roll(tokens, -1, axis=1)), length - 1
-        return self.known(tokens), length
+    def source(self, context: DecodeContext) -> tuple[Int[Array, "b s"], Int[Array, " b"]]:
+        """Returns the encoder inputs or the prompt without its start token, and the lengths."""
+        if context.inputs is not None:
+            return self.clip_ids(context.inputs), context.inputs_length
+        tokens, length = context.prompts
+        if self.target.add_bos:
+            following = np.arange(1, tokens.shape[1] + 1) % tokens.shape[1]
+            return self.clip_ids(sharding.by_rows(tokens[:, following])), length - 1
+        return self.clip_ids(tokens), length
 
-    def known(self, tokens: Int[Array, "..."]) -> Int[Array, "..."]:
-        """tokens, those that the draft model has not (padding of the other table) as its last."""
+    def clip_ids(self, tokens: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Replaces ids beyond the draft model's vocabulary, the target's padding, by its last."""
         return jnp.minimum(tokens, self.cfg.vocab - 1)
 
-    def propose(self, setting: Setting, memory: Memory, state: State):
-        # The guess that ended a block which was right to its end is not in the cache yet. So first
-        # come two tokens, the one before the root again; in the prompt there is nothing to mend.
-        ended = setting.prompts.length - 1
-        before = jnp.maximum(state.length - 1, ended)
+    def propose(
+        self, context: DecodeContext, drafter_state: DraftModelState, state: DecodeState
+    ) -> tuple[Draft, DraftModelState]:
+        """Runs the draft model w - 1 times.
+
+        Args:
+          context: constants of the request.
+          drafter_state: the draft model's cache.
+          state: state of the loop.
+        """
+        # If all drafts of the last block were accepted, the last of them is not in the cache yet.
+        # So the first pass reads two tokens: the root and the one before it. In the first step the
+        # root is the end of the prompt, which for the draft model is the last token of its own.
+        prompt_end = context.prompts.length - 1
+        before = jnp.maximum(state.length - 1, prompt_end)
         take = jax.vmap(lambda row, place: jax.lax.dynamic_slice(row, (place,), (2,)))
         pair = take(state.tokens, before)
-        prompted = (before == ended)[:, None] & (jnp.arange(2) == 0)
-        pair = jnp.where(prompted, memory.last[:, None], pair)
+        in_prompt = (before == prompt_end)[:, None] & (jnp.arange(2) == 0)
+        pair = jnp.where(in_prompt, drafter_state.last[:, None], pair)
 
         def first(token, number, cache):
-            hidden, cache = self.written(setting, memory, pair, before, cache)
+            hidden, cache = self.decode(context, drafter_state, pair, before, cache)
             second = (state.length > before)[:, None, None]
-            return self.logits(setting, jnp.where(second, hidden[:, 1:], hidden[:, :1])), cache
+            return self.logits(context, jnp.where(second, hidden[:, 1:], hidden[:, :1])), cache
 
         def step(token, number, cache):
             index = state.length + number
-            hidden, cache = self.written(setting, memory, token[:, None], index, cache)
-            return self.logits(setting, hidden), cache
+            hidden, cache = self.decode(context, drafter_state, token[:, None], index, cache)
+            return self.logits(context, hidden), cache
 
-        how = guessing.Guesser(self.tree.width - 1, step, first, self.drawn)
-        draft, cache = guessing.guesses(setting, state, how, memory.cache)
-        return draft, memory._replace(cache=cache)
+        proposer = autoregressive.Proposer(self.tree.width - 1, step, first, self.stochastic)
+        draft, cache = autoregressive.propose_chain(context, state, proposer, drafter_state.cache)
+        return draft, drafter_state._replace(cache=cache)
 
-    def written(self, setting: Setting, memory: Memory, tokens, index, cache):
-        """Hidden states of tokens, which the target has from slot index on, and the cache with
-        them in it."""
-        index = index + memory.later
-        block = model.Block(self.known(tokens), index, prefix=memory.prompt)
-        return self.apply(setting, block, cache, memory.read, method="decode")
+    def decode(
+        self,
+        context: DecodeContext,
+        drafter_state: DraftModelState,
+        tokens: Int[Array, "b j"],
+        index: Int[Array, " b"],
+        cache: Any,
+    ) -> tuple[Float[Array, "b j d"], Any]:
+        """Runs the draft model over tokens.
 
-    def logits(self, setting: Setting, hidden: Float[Array, "b 1 d"]) -> Float[Array, "b v"]:
-        """The logits of the target's vocabulary: its ids are the same, its padding may differ."""
-        logits = sampling.whole(self.apply(setting, hidden, method="logits"))[:, 0]
+        Args:
+          context: constants of the request.
+          drafter_state: offset and prompt of the draft model.
+          tokens: the tokens.
+          index: slot of the first of them in the target's cache.
+          cache: the draft model's cache.
+
+        Returns:
+          Hidden states, and the cache with the tokens in it.
+        """
+        index = index + drafter_state.offset
+        block = model.TokenBlock(self.clip_ids(tokens), index, prefix=drafter_state.prompt)
+        transformer = self.transformer()
+        return transformer.apply(
+            {"params": context.weights},
+            block,
+            cache,
+            drafter_state.encoded,
+            method=model.Transformer.decode,
+        )
+
+    def logits(self, context: DecodeContext, hidden: Float[Array, "b 1 d"]) -> Float[Array, "b v"]:
+        """Computes the logits of the target's vocabulary: the ids agree, the padding may differ."""
+        logits = self.transformer().apply(
+            {"params": context.weights}, hidden, method=model.Transformer.logits
+        )
+        logits = sampling.gather_vocabulary(logits)[:, 0]
         missing = max(self.target.vocab - self.cfg.vocab, 0)
         logits = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
         return logits[:, : self.target.vocab]
 
-    def apply(self, setting: Setting, *given, method: str):
-        transformer = model.Transformer(targets.precise(self.cfg), scan=False)
-        return transformer.apply({"params": setting.weights}, *given, method=method)
+    def transformer(self) -> model.Transformer:
+        """Returns the module of the draft model."""
+        return model.Transformer(targets.with_cpu_dtype(self.cfg), scan=False)
 
-    def observe(self, setting: Setting, memory: Memory, state: State, verdict: Verdict) -> Memory:
-        if verdict.block.shape[1] <= self.tree.width:
-            return memory
-        # In a union others' guesses may have held, which this model has not read: it reads all that
-        # the call wrote. What is behind it in the block is written again before anyone sees it.
-        first = state.length - verdict.count + 1
-        tokens = jnp.maximum(verdict.tokens, 0)
-        _, cache = self.written(setting, memory, tokens, first, memory.cache)
-        return memory._replace(cache=cache)
+    def observe(
+        self,
+        context: DecodeContext,
+        drafter_state: DraftModelState,
+        state: DecodeState,
+        output: VerifyOutput,
+    ) -> DraftModelState:
+        """Reads accepted tokens that the draft model did not draft itself.
+
+        Args:
+          context: constants of the request.
+          drafter_state: the draft model's cache.
+          state: state of the loop after the commit.
+          output: the accepted tokens.
+        """
+        if output.block.shape[1] <= self.tree.width:
+            return drafter_state
+        # In a union other drafters' tokens may be accepted: the draft model reads all accepted
+        # ones. What comes after them in its cache is overwritten before it is read.
+        first = state.length - output.count + 1
+        tokens = jnp.maximum(output.tokens, 0)
+        _, cache = self.decode(context, drafter_state, tokens, first, drafter_state.cache)
+        return drafter_state._replace(cache=cache)

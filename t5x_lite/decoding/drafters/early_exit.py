@@ -1,57 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's own first layers draft (LayerSkip, Elhoushi et al., 2024, arXiv 2404.16710).
+"""Drafts of the model's own first layers (LayerSkip, Elhoushi et al., 2024, arXiv 2404.16710).
 
 b rows    w nodes of a block
 """
 
 from dataclasses import dataclass
 
-from t5x_lite.decoding.drafters import guessing
-from t5x_lite.decoding.protocol import Setting, State, Tree, chain
+from t5x_lite.decoding.drafters import autoregressive
+from t5x_lite.decoding.protocol import (
+    DecodeContext,
+    DecodeState,
+    Draft,
+    Tree,
+    VerifyOutput,
+    chain,
+)
 
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """Guesses a chain with the first `layers` layers, the final norm and the model's own head.
+    """Drafts a chain with the first layers, the final norm and the model's own output head.
 
-    Their keys and values go into the model's own cache, after the root, where the block that
-    verifies them writes the same again. Worth it for models trained to exit early; it costs
-    (w - 1) * layers of the model's layers per call.
+    Pays for models that are trained to exit early; costs (w - 1) * layers of the model's layers per
+    step.
 
       Drafting(EarlyExit(layers=2, tree=chain(4)))
+
+    Attributes:
+      layers: number of layers that draft.
+      tree: the chain.
+      stochastic: sample the drafts, and return their distributions (`autoregressive.Proposer`).
+      top: 0.
     """
 
     layers: int
     tree: Tree = chain(5)
-    drawn: bool = False
+    stochastic: bool = False
     top: int = 0
 
-    def begin(self, setting: Setting):
-        """No memory.
+    def begin(self, context: DecodeContext) -> None:
+        """Returns no state.
 
         Raises:
-          ValueError: the model has not that many layers.
+          ValueError: the model has fewer layers.
         """
-        whole = setting.target.layers
-        if not 1 <= self.layers < whole:
-            raise ValueError(
-                f"EarlyExit.layers is {self.layers}, but the decoder has {whole}: it must be in "
-                f"1..{whole - 1}"
-            )
-        return None
+        autoregressive.check_layer_number(context, "EarlyExit.layers", self.layers)
 
-    def propose(self, setting: Setting, memory, state: State):
-        target = setting.target
-        first = target.part(0, self.layers)
+    def propose(
+        self, context: DecodeContext, drafter_state: None, state: DecodeState
+    ) -> tuple[Draft, None]:
+        """Runs the first layers w - 1 times.
 
-        def step(token, number, notes):
-            index = state.length + number
-            x, notes = first.through(first.begin(token[:, None], index), index, notes)
-            return target.logits(first.finish(x))[:, 0], notes
+        Args:
+          context: constants of the request.
+          drafter_state: None.
+          state: state of the loop.
+        """
+        first = context.target.layer_range(0, self.layers)
 
-        how = guessing.Guesser(self.tree.width - 1, step, drawn=self.drawn)
-        draft, notes = guessing.guesses(setting, state, how, first.of(state.cache))
-        return draft._replace(cache=first.joined(state.cache, notes)), memory
+        def embed(token, index):
+            return first.embed(token[:, None], index)
 
-    def observe(self, setting: Setting, memory, state: State, verdict):
-        return memory
+        draft = autoregressive.propose_with_layers(
+            context, state, first, embed, self.tree, self.stochastic
+        )
+        return draft, drafter_state
+
+    def observe(
+        self, context: DecodeContext, drafter_state: None, state: DecodeState, output: VerifyOutput
+    ) -> None:
+        """Returns no state.
+
+        Args:
+          context: constants of the request; unused.
+          drafter_state: None.
+          state: state of the loop; unused.
+          output: what the model made of the block; unused.
+        """

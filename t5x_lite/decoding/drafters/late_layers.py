@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's own last layers draft (direct multi-token decoding: Luo et al., 2025, 2510.11958).
+"""Drafts of the model's own last layers (direct multi-token decoding).
+
+Luo et al., 2025, arXiv 2510.11958.
 
 b rows    w nodes of a block    d model width
 """
@@ -8,69 +10,106 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from t5x_lite.decoding.drafters import guessing
-from t5x_lite.decoding.protocol import Draft, Setting, State, Tree, Verdict, chain
+from t5x_lite.decoding.drafters import autoregressive
+from t5x_lite.decoding.protocol import (
+    DecodeContext,
+    DecodeState,
+    Draft,
+    Tree,
+    VerifyOutput,
+    chain,
+)
 
 
 @dataclass(frozen=True)
 class LateLayers:
-    """Guesses a chain with the layers from `middle` on, one pass of them for each guess.
+    """Drafts a chain with the layers from `middle` on, one pass of them for each draft.
 
-    They are given what the early layers made of the last token that went through all layers, with
-    the embedding of that token exchanged for the new one's: what the residual stream would be if
-    the early layers added the same to both. Keys and values are noted in the model's own cache, as
-    `EarlyExit` does. The first call has seen nothing yet, so it guesses nothing.
+    Their input is what the early layers made of the last token that went through all layers, with
+    the embedding of that token replaced by the new one's: the residual stream if the early layers
+    added the same to both. The first step has seen no token yet, so it drafts nothing. The state is
+    what the early layers added, [b d].
 
-    The paper trains a model for it and accepts every guess; here each is verified.
+    The paper trains a model for it and accepts every draft; here each is verified.
 
       Drafting(LateLayers(middle=9, tree=chain(4)))    # of 12 layers, the last three
+
+    Attributes:
+      middle: the first of the layers.
+      tree: the chain.
+      stochastic: sample the drafts, and return their distributions (`autoregressive.Proposer`).
+      top: 0.
     """
 
     middle: int
     tree: Tree = chain(4)
-    drawn: bool = False
+    stochastic: bool = False
     top: int = 0
 
-    def begin(self, setting: Setting) -> Float[Array, "b d"]:
-        """What the early layers added to the embedding of the last token: nothing yet.
+    def begin(self, context: DecodeContext) -> Float[Array, "b d"]:
+        """Returns zeros.
 
         Raises:
-          ValueError: the model has not that many layers.
+          ValueError: the model has fewer layers.
         """
-        whole = setting.target.layers
-        if not 1 <= self.middle < whole:
-            raise ValueError(
-                f"LateLayers.middle is {self.middle}, but the decoder has {whole} layers: it must "
-                f"be in 1..{whole - 1}"
-            )
-        tokens, index = setting.prompts.tokens[:, :1], 0 * setting.prompts.length
-        return jnp.zeros_like(self.embedded(setting, tokens[:, 0], index))
+        autoregressive.check_layer_number(context, "LateLayers.middle", self.middle)
+        tokens, index = context.prompts.tokens[:, :1], 0 * context.prompts.length
+        return jnp.zeros_like(self.embed(context, tokens[:, 0], index))
 
-    def embedded(self, setting: Setting, tokens, index) -> Float[Array, "b d"]:
-        return setting.target.part(0, self.middle).begin(tokens[:, None], index)[:, 0]
+    def embed(
+        self, context: DecodeContext, tokens: Int[Array, " b"], index: Int[Array, " b"]
+    ) -> Float[Array, "b d"]:
+        """Embeds one token per row.
 
-    def propose(self, setting: Setting, added: Float[Array, "b d"], state: State):
-        target = setting.target
-        late = target.part(self.middle, target.layers)
+        Args:
+          context: constants of the request.
+          tokens: the tokens.
+          index: their slots.
+        """
+        return context.target.layer_range(0, self.middle).embed(tokens[:, None], index)[:, 0]
 
-        def step(token, number, notes):
-            index = state.length + number
-            x = self.embedded(setting, token, index) + added
-            x, notes = late.through(x[:, None], index, notes)
-            return target.logits(late.finish(x))[:, 0], notes
+    def propose(
+        self, context: DecodeContext, drafter_state: Float[Array, "b d"], state: DecodeState
+    ) -> tuple[Draft, Float[Array, "b d"]]:
+        """Runs the late layers w - 1 times.
 
-        how = guessing.Guesser(self.tree.width - 1, step, drawn=self.drawn)
-        draft, notes = guessing.guesses(setting, state, how, late.of(state.cache))
-        tokens = jnp.where(state.calls > 0, draft.tokens, -1)
-        return Draft(tokens, draft.log_probability, late.joined(state.cache, notes)), added
+        Args:
+          context: constants of the request.
+          drafter_state: what the early layers added to the last token.
+          state: state of the loop.
+        """
+        late = context.target.layer_range(self.middle, context.target.num_layers)
 
-    def observe(self, setting: Setting, added, state: State, verdict: Verdict):
-        # The last node that held, which is no -1; in a union it may be of another drafter.
-        place = jnp.arange(verdict.path.shape[1]) == verdict.count[:, None] - 1
-        last = jnp.sum(jnp.where(place, verdict.path, 0), axis=1)
-        pick = jax.vmap(lambda nodes, node: nodes[node])
-        token, states = pick(verdict.block, last), pick(verdict.middle, last)
-        new = states - self.embedded(setting, token, state.length - 1)
-        return jnp.where(verdict.count[:, None] > 0, new, added)
+        def embed(token, index):
+            return (self.embed(context, token, index) + drafter_state)[:, None]
+
+        draft = autoregressive.propose_with_layers(
+            context, state, late, embed, self.tree, self.stochastic
+        )
+        tokens = jnp.where(state.steps > 0, draft.tokens, -1)
+        return draft._replace(tokens=tokens), drafter_state
+
+    def observe(
+        self,
+        context: DecodeContext,
+        drafter_state: Float[Array, "b d"],
+        state: DecodeState,
+        output: VerifyOutput,
+    ) -> Float[Array, "b d"]:
+        """Returns what the early layers added to the last accepted node of the block.
+
+        Args:
+          context: constants of the request.
+          drafter_state: kept in rows that are done.
+          state: state of the loop after the commit.
+          output: the block, and the input of layer `middle` at its nodes.
+        """
+        # The last node that was accepted, never a -1; in a union it may be another drafter's.
+        place = jnp.arange(output.path.shape[1]) == output.count[:, None] - 1
+        last = jnp.sum(jnp.where(place, output.path, 0), axis=1)
+        take = jax.vmap(lambda nodes, node: nodes[node])
+        token, x = take(output.block, last), take(output.middle, last)
+        added = x - self.embed(context, token, state.length - 1)
+        return jnp.where(output.count[:, None] > 0, added, drafter_state)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lookahead decoding: n-grams gathered from Jacobi iterations beside the text, tried when met.
+"""Lookahead decoding: n-grams from Jacobi iterations, drafted where their first token comes up.
 
-Fu et al., 2024, arXiv 2402.02057. Their attention mask is that of a tree: the oldest guesses, at
-`window` places after the root, are a chain; below each of them hangs what the model made of it in
-the iterations since; and below the root hang the n-grams that begin with it.
+Fu et al., 2024, arXiv 2402.02057. Their attention mask is that of a tree: the oldest level of the
+window, `window` places after the root, is a chain; below each of its nodes hangs what the model
+made of it in the iterations since; and below the root hang the n-grams that begin with it.
 
   b rows    w nodes of a block    W places of the window    L levels, the n of n-grams less 1
-  H slots of the pool    G n-grams of a slot
+  H slots of the pool    G n-grams of a slot    p prompt or input tokens
 """
 
 import functools
@@ -15,123 +15,205 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from t5x_lite.decoding.protocol import Draft, Tree
+from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Draft, Tree, VerifyOutput
 
 
-class Pool(NamedTuple):
-    """The last G different n-grams by first token (-1: none): what followed it."""
+class NgramPool(NamedTuple):
+    """The last G different n-grams of each first token.
+
+    Attributes:
+      token: the first token that a slot belongs to; -1 for none.
+      following: what followed it.
+      written: how many n-grams were written to the slot.
+    """
 
     token: Int[Array, "b H"]
     following: Int[Array, "b H G L"]
     written: Int[Array, "b H"]
 
 
-class Memory(NamedTuple):
-    """The window, oldest level first, and the pool."""
+class LookaheadState(NamedTuple):
+    """State of Lookahead.
+
+    Attributes:
+      window: tokens of the window, the oldest level first.
+      pool: the n-grams.
+    """
 
     window: Int[Array, "b L W"]
-    pool: Pool
+    pool: NgramPool
 
 
 @functools.cache
-def block(window: int, levels: int, guesses: int) -> Tree:
-    """The root, the window level by level, then the n-grams one after the other."""
+def lookahead_tree(window: int, levels: int, candidates: int) -> Tree:
+    """Returns the tree of the root, the window level by level, then the n-grams.
+
+    Args:
+      window: W.
+      levels: L.
+      candidates: G.
+    """
     parents = [-1, *range(window)]
     parents += [len(parents) - window + i for i in range(window * (levels - 1))]
-    for _ in range(guesses):
+    for _ in range(candidates):
         parents += [0, *range(len(parents), len(parents) + levels - 1)]
     return Tree(tuple(parents))
 
 
 @dataclass(frozen=True)
 class Lookahead:
-    """Drafts the window and up to `guesses` n-grams of `ngram` tokens that begin with the root."""
+    """Drafts the window, and up to `candidates` n-grams that begin with the root.
+
+    Attributes:
+      window: W, places of the window.
+      ngram: n of the n-grams.
+      candidates: G, n-grams of a first token.
+      slots: H, slots of the pool; a first token has the slot of its remainder.
+      top: 0.
+
+    Raises:
+      ValueError: a number is too small.
+    """
 
     window: int = 5
     ngram: int = 4
-    guesses: int = 5
+    candidates: int = 5
     slots: int = 1024
     top: int = 0
 
     def __post_init__(self):
-        if min(self.window, self.guesses, self.slots) < 1 or self.ngram < 2:
+        if min(self.window, self.candidates, self.slots) < 1 or self.ngram < 2:
             raise ValueError(
-                "Lookahead needs window, guesses and slots of at least 1, and ngram of at least 2; "
-                f"got {self.window}, {self.guesses}, {self.slots}, {self.ngram}"
+                "Lookahead needs window, candidates and slots of at least 1, and ngram of at least "
+                f"2; got {self.window}, {self.candidates}, {self.slots}, {self.ngram}"
             )
 
     @property
     def levels(self) -> int:
+        """L."""
         return self.ngram - 1
 
     @property
     def tree(self) -> Tree:
-        return block(self.window, self.levels, self.guesses)
+        """Window and n-grams below the root."""
+        return lookahead_tree(self.window, self.levels, self.candidates)
 
-    def begin(self, setting) -> Memory:
-        tokens, length = setting.prompts
-        memory = jax.vmap(self.begun)(tokens, length)
-        if setting.inputs is None:
-            return memory
-        given = jax.vmap(self.begun)(setting.inputs, setting.inputs_length)
-        return Memory(given.window, jax.vmap(self.gathered)(given.pool, tokens, length))
+    def begin(self, context: DecodeContext) -> LookaheadState:
+        """Fills window and pool from the prompts and, if there are any, the encoder's inputs."""
+        tokens, length = context.prompts
+        if context.inputs is None:
+            return jax.vmap(self.initial_row)(tokens, length)
+        first = jax.vmap(self.initial_row)(context.inputs, context.inputs_length)
+        return first._replace(pool=jax.vmap(self.add_ngrams)(first.pool, tokens, length))
 
-    def propose(self, setting, memory: Memory, state):
-        def row(memory, root):
+    def propose(
+        self, context: DecodeContext, drafter_state: LookaheadState, state: DecodeState
+    ) -> tuple[Draft, LookaheadState]:
+        """Returns the window, and the n-grams of the root.
+
+        Args:
+          context: constants of the request; unused.
+          drafter_state: window and pool.
+          state: state of the loop.
+        """
+
+        def propose_row(row, root):
             slot = root % self.slots
-            known = memory.pool.token[slot] == root
-            grams = jnp.where(known, memory.pool.following[slot], -1)
-            return jnp.concatenate([memory.window.reshape(-1), grams.reshape(-1)])
+            known = row.pool.token[slot] == root
+            ngrams = jnp.where(known, row.pool.following[slot], -1)
+            return jnp.concatenate([row.window.reshape(-1), ngrams.reshape(-1)])
 
-        return Draft(jax.vmap(row)(memory, state.root)), memory
+        return Draft(jax.vmap(propose_row)(drafter_state, state.root)), drafter_state
 
-    def observe(self, setting, memory: Memory, state, verdict) -> Memory:
+    def observe(
+        self,
+        context: DecodeContext,
+        drafter_state: LookaheadState,
+        state: DecodeState,
+        output: VerifyOutput,
+    ) -> LookaheadState:
+        """Adds the n-grams of the window to the pool, and moves the window on.
+
+        Args:
+          context: constants of the request; unused.
+          drafter_state: window and pool.
+          state: state of the loop; unused.
+          output: the model's choices after the newest level of the window.
+        """
         newest = slice(1 + (self.levels - 1) * self.window, 1 + self.levels * self.window)
 
-        def row(memory, chosen, count):
-            seen = jnp.concatenate([memory.window, chosen[None]])
-            insert = lambda place, pool: self.inserted(pool, seen[0, place], seen[1:, place], True)
-            pool = jax.lax.fori_loop(0, self.window, insert, memory.pool)
-            # The text has come count places on; a level further is one of them.
+        def observe_row(row, chosen, count):
+            columns = jnp.concatenate([row.window, chosen[None]])
+
+            def insert(place, pool):
+                return self.insert_ngram(pool, columns[0, place], columns[1:, place], True)
+
+            pool = jax.lax.fori_loop(0, self.window, insert, row.pool)
+            # The text has advanced by `count`, and a new level by one of them.
             onward = (jnp.arange(self.window) + jnp.maximum(count - 1, 0)) % self.window
-            return Memory(seen[1:][:, onward], pool)
+            return LookaheadState(columns[1:][:, onward], pool)
 
-        return jax.vmap(row)(memory, verdict.chosen[:, newest], verdict.count)
+        return jax.vmap(observe_row)(drafter_state, output.chosen[:, newest], output.count)
 
-    def begun(self, tokens: Int[Array, " p"], length: Int[Array, ""]) -> Memory:
-        """One row's memory: a window of what the tokens begin with, and their n-grams."""
+    def initial_row(self, tokens: Int[Array, " p"], length: Int[Array, ""]) -> LookaheadState:
+        """Returns one row's state: a window of the first tokens, and the n-grams of all."""
         place = jnp.arange(self.levels)[:, None] + jnp.arange(self.window)
-        nothing = 0 * length
-        pool = Pool(
-            nothing + jnp.full(self.slots, -1),
-            nothing + jnp.full((self.slots, self.guesses, self.levels), -1),
-            nothing + jnp.zeros(self.slots, jnp.int32),
+        # Constants depend on the row, so that they are split over a mesh as rows are.
+        zero = 0 * length
+        pool = NgramPool(
+            token=zero + jnp.full(self.slots, -1),
+            following=zero + jnp.full((self.slots, self.candidates, self.levels), -1),
+            written=zero + jnp.zeros(self.slots, jnp.int32),
         )
         window = tokens[place % jnp.maximum(length, 1)]
-        return Memory(window, self.gathered(pool, tokens, length))
+        return LookaheadState(window, self.add_ngrams(pool, tokens, length))
 
-    def gathered(self, pool: Pool, tokens: Int[Array, " p"], length: Int[Array, ""]) -> Pool:
-        """One row's pool with the n-grams of the first `length` of tokens."""
+    def add_ngrams(
+        self, pool: NgramPool, tokens: Int[Array, " p"], length: Int[Array, ""]
+    ) -> NgramPool:
+        """Adds the n-grams of tokens to one row's pool.
+
+        Args:
+          pool: the row's pool.
+          tokens: the tokens.
+          length: how many of them exist.
+        """
 
         def insert(place, pool):
             following = jax.lax.dynamic_slice_in_dim(tokens, place + 1, self.levels)
-            return self.inserted(pool, tokens[place], following, place + self.levels < length)
+            return self.insert_ngram(pool, tokens[place], following, place + self.levels < length)
 
         if len(tokens) <= self.levels:
             return pool
         return jax.lax.fori_loop(0, len(tokens) - self.levels, insert, pool)
 
-    def inserted(self, pool: Pool, token, following: Int[Array, " L"], valid) -> Pool:
-        """One row's pool with an n-gram in place of the oldest, if valid and not known."""
+    def insert_ngram(
+        self,
+        pool: NgramPool,
+        token: Int[Array, ""],
+        following: Int[Array, " L"],
+        valid: Bool[Array, ""] | bool,
+    ) -> NgramPool:
+        """Writes an n-gram over the oldest of its slot, unless it is there already.
+
+        Args:
+          pool: one row's pool.
+          token: first token of the n-gram.
+          following: the others.
+          valid: False leaves the pool as it is.
+        """
         slot = token % self.slots
         same = pool.token[slot] == token
-        grams = jnp.where(same, pool.following[slot], -1)
+        ngrams = jnp.where(same, pool.following[slot], -1)
         written = jnp.where(same, pool.written[slot], 0)
-        known = jnp.any(jnp.all(grams == following, axis=1))
-        oldest = jnp.arange(self.guesses) == written % self.guesses
-        grams = jnp.where(oldest[:, None], following, grams)
+        known = jnp.any(jnp.all(ngrams == following, axis=1))
+        oldest = jnp.arange(self.candidates) == written % self.candidates
+        ngrams = jnp.where(oldest[:, None], following, ngrams)
         slot = jnp.where(valid & ~known, slot, self.slots)
-        write = lambda table, value: table.at[slot].set(value, mode="drop")
-        return Pool(*map(write, pool, (token, grams, written + 1)))
+
+        def write(table, value):
+            return table.at[slot].set(value, mode="drop")
+
+        return NgramPool(*map(write, pool, (token, ngrams, written + 1)))

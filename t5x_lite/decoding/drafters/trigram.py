@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive tri-grams: what most often followed the last two tokens in this very text.
+"""Adaptive trigrams: what most often followed the last two tokens in this text.
 
 The draft of ADED (Liu et al., 2024, arXiv 2407.12021) without its corpus: counts begin with the
-prompt and the encoder's input and grow with what is written.
+prompt and the encoder's input, and grow with the text.
 
-  b rows    w nodes of a block    D most tokens of one call    H slots of a table    K successors
+  b rows    w nodes of a block    D accepted tokens    H slots of a table    K successors
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,31 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.decoding.drafters import trees
-from t5x_lite.decoding.protocol import Draft, Tree, chain
+from t5x_lite.decoding.protocol import (
+    DecodeContext,
+    DecodeState,
+    Draft,
+    Tree,
+    VerifyOutput,
+    chain,
+)
 
-# What stands before the token in the context of a bi-gram.
+# Takes the place of the first token in the context of a bigram.
 ANY = -1
 
 
-class Counts(NamedTuple):
-    """One row's successors of a context of two tokens (-2: none), likeliest first.
+class TrigramCounts(NamedTuple):
+    """Counts of one row.
 
-    Every time that something follows its context, all weights of the slot lose the same share and
-    that successor gains 1.
+    When a successor follows its context, all weights of the slot decay and its own gains 1.
+
+    Attributes:
+      context: the two tokens that a slot belongs to; -2 for none.
+      successors: tokens that followed them, the likeliest first; -1 for none.
+      weight: decayed count of each successor.
     """
 
     context: Int[Array, "H 2"]
@@ -35,11 +46,21 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Trigram:
-    """Drafts what followed the last two tokens most; where they are new, what followed the last.
+    """Drafts what followed the last two tokens most; if they are new, what followed the last one.
 
-    A context lies in one of `slots` slots, from which a newer one with the same hash drives it out:
-    33 kB per row with 1,024 of them. `decay` is the share of its weight that a successor keeps
-    whenever its context is met again: 1 counts, 0 knows the last time alone.
+    A context lies in one of `slots` slots, where a newer one with the same hash replaces it: 33 kB
+    per row with 1,024 of them.
+
+    Attributes:
+      tree: the tree.
+      successors: K.
+      decay: the share of its weight that a successor keeps when its context occurs again: 1 counts
+        occurrences, 0 remembers the last one alone.
+      slots: H.
+      top: 0.
+
+    Raises:
+      ValueError: a node of the tree has more than K children.
     """
 
     tree: Tree = chain(8)
@@ -51,66 +72,126 @@ class Trigram:
     def __post_init__(self):
         trees.check_branches(self.tree, self.successors, "Trigram")
 
-    def begin(self, setting) -> Counts:
-        counts = jax.vmap(self.empty)(setting.prompts.length)
-        if setting.inputs is not None:
-            counts = jax.vmap(self.counted_whole)(counts, setting.inputs, setting.inputs_length)
-        return jax.vmap(self.counted_whole)(counts, *setting.prompts)
+    def begin(self, context: DecodeContext) -> TrigramCounts:
+        """Counts the prompts and, if there are any, the encoder's inputs."""
+        counts = jax.vmap(self.empty_counts)(context.prompts.length)
+        if context.inputs is not None:
+            counts = jax.vmap(self.count_text)(counts, context.inputs, context.inputs_length)
+        return jax.vmap(self.count_text)(counts, *context.prompts)
 
-    def propose(self, setting, memory: Counts, state):
-        def row(counts, tokens, length):
+    def propose(
+        self, context: DecodeContext, drafter_state: TrigramCounts, state: DecodeState
+    ) -> tuple[Draft, TrigramCounts]:
+        """Fills the tree from the counts.
+
+        Args:
+          context: constants of the request; unused.
+          drafter_state: the counts.
+          state: the text so far.
+        """
+
+        def propose_row(counts, tokens, length):
             def successors(before, tokens):
-                pair, single = self.known(counts, before, tokens), self.known(counts, ANY, tokens)
+                pair = self.find_successors(counts, before, tokens)
+                single = self.find_successors(counts, ANY, tokens)
                 return jnp.where(pair[:, :1] >= 0, pair, single)
 
             last = jnp.where(length > 0, tokens[jnp.maximum(length - 1, 0)], ANY)
-            return trees.grow(self.tree, last, tokens[length], successors)
+            return trees.fill_tree(self.tree, last, tokens[length], successors)
 
-        return Draft(jax.vmap(row)(memory, state.tokens, state.length)), memory
+        draft = jax.vmap(propose_row)(drafter_state, state.tokens, state.length)
+        return Draft(draft), drafter_state
 
-    def observe(self, setting, memory: Counts, state, verdict) -> Counts:
-        def row(counts, tokens, length, written, count):
-            # The two tokens before what was written, of which there may be only one.
+    def observe(
+        self,
+        context: DecodeContext,
+        drafter_state: TrigramCounts,
+        state: DecodeState,
+        output: VerifyOutput,
+    ) -> TrigramCounts:
+        """Counts the accepted tokens.
+
+        Args:
+          context: constants of the request; unused.
+          drafter_state: the counts.
+          state: the text, accepted tokens included.
+          output: the accepted tokens.
+        """
+
+        def observe_row(counts, tokens, length, accepted, count):
+            # The two tokens before the accepted ones, of which there may be only one.
             first = length - count
             before = jnp.where(first > 0, tokens[jnp.maximum(first - 1, 0)], ANY)
-            context = jnp.stack([before, tokens[first]])
-            return self.counted(counts, jnp.concatenate([context, written]), count + 2)
+            pair = jnp.stack([before, tokens[first]])
+            return self.count_tokens(counts, jnp.concatenate([pair, accepted]), count + 2)
 
-        seen = (state.tokens, state.length, verdict.tokens, verdict.count)
-        return jax.vmap(row)(memory, *seen)
-
-    def empty(self, like: Int[Array, ""]) -> Counts:
-        """One row's counts before anything was seen."""
-        nothing = 0 * like
-        return Counts(
-            nothing + jnp.full((self.slots, 2), -2),
-            nothing + jnp.full((self.slots, self.successors), -1),
-            nothing + jnp.zeros((self.slots, self.successors)),
+        return jax.vmap(observe_row)(
+            drafter_state, state.tokens, state.length, output.tokens, output.count
         )
 
-    def counted_whole(self, counts: Counts, tokens: Int[Array, " n"], length) -> Counts:
-        """counts with the first `length` of tokens, before which there is nothing."""
+    def empty_counts(self, like: Int[Array, ""]) -> TrigramCounts:
+        """Returns one row's counts of no tokens, split over a mesh as `like` is."""
+        zero = 0 * like
+        return TrigramCounts(
+            context=zero + jnp.full((self.slots, 2), -2),
+            successors=zero + jnp.full((self.slots, self.successors), -1),
+            weight=zero + jnp.zeros((self.slots, self.successors)),
+        )
+
+    def count_text(
+        self, counts: TrigramCounts, tokens: Int[Array, " n"], length: Int[Array, ""]
+    ) -> TrigramCounts:
+        """Counts a text from its beginning.
+
+        Args:
+          counts: counts of one row.
+          tokens: the text.
+          length: how many tokens of it exist.
+        """
         if len(tokens) < 2:
             return counts
-        return self.counted(counts, jnp.concatenate([0 * tokens[:1] + ANY, tokens]), length + 1)
+        tokens = jnp.concatenate([0 * tokens[:1] + ANY, tokens])
+        return self.count_tokens(counts, tokens, length + 1)
 
-    def counted(self, counts: Counts, tokens: Int[Array, " n"], length: Int[Array, ""]) -> Counts:
-        """counts with the first `length` of tokens from the third on, each after the two before it.
+    def count_tokens(
+        self, counts: TrigramCounts, tokens: Int[Array, " n"], length: Int[Array, ""]
+    ) -> TrigramCounts:
+        """Counts tokens from the third on, each after the two before it.
 
-        Where ANY stands first, the token two places on is counted as a bi-gram only.
+        If the first is ANY, the third token is counted as a bigram only.
+
+        Args:
+          counts: counts of one row.
+          tokens: the tokens.
+          length: how many of them exist.
         """
 
         def count(place, counts):
             before, token, follows = tokens[place], tokens[place + 1], tokens[place + 2]
-            here = place + 2 < length
-            counts = self.met(counts, before, token, follows, here & (before >= 0))
-            return self.met(counts, ANY, token, follows, here)
+            exists = place + 2 < length
+            counts = self.count_one(counts, before, token, follows, exists & (before >= 0))
+            return self.count_one(counts, ANY, token, follows, exists)
 
         return jax.lax.fori_loop(0, len(tokens) - 2, count, counts)
 
-    def met(self, counts: Counts, before, token, follows, valid) -> Counts:
-        """counts after `follows` has followed its context once more, if valid."""
-        slot = self.slot(before, token)
+    def count_one(
+        self,
+        counts: TrigramCounts,
+        before: Int[Array, ""] | int,
+        token: Int[Array, ""],
+        follows: Int[Array, ""],
+        valid: Bool[Array, ""],
+    ) -> TrigramCounts:
+        """Counts one successor of a context.
+
+        Args:
+          counts: counts of one row.
+          before: first token of the context, or ANY.
+          token: second token of the context.
+          follows: the successor.
+          valid: False leaves the counts as they are.
+        """
+        slot = self.slot_of(before, token)
         context = jnp.stack([0 * token + before, token])
         same = jnp.all(counts.context[slot] == context)
         successors = jnp.where(same, counts.successors[slot], -1)
@@ -123,32 +204,46 @@ class Trigram:
         successors = jnp.where(place, follows, successors)
         successors, weight = heaviest_first(successors, weight)
         slot = jnp.where(valid, slot, self.slots)
-        write = lambda table, value: table.at[slot].set(value, mode="drop")
-        return Counts(*map(write, counts, (context, successors, weight)))
 
-    def known(self, counts: Counts, before, tokens: Int[Array, " n"]) -> Int[Array, "n K"]:
-        """The successors of tokens after `before`; -1 where there is none."""
-        slots = self.slot(before, tokens)
+        def write(table, value):
+            return table.at[slot].set(value, mode="drop")
+
+        return TrigramCounts(*map(write, counts, (context, successors, weight)))
+
+    def find_successors(
+        self, counts: TrigramCounts, before: Int[Array, " n"] | int, tokens: Int[Array, " n"]
+    ) -> Int[Array, "n K"]:
+        """Returns the successors of contexts; -1 for none.
+
+        Args:
+          counts: counts of one row.
+          before: first token of each context, or ANY.
+          tokens: second token of each context.
+        """
+        slots = self.slot_of(before, tokens)
         context = jnp.stack([0 * tokens + before, tokens], axis=1)
         same = jnp.all(counts.context[slots] == context, axis=1)
         return jnp.where(same[:, None], counts.successors[slots], -1)
 
-    def slot(self, before, token: Int[Array, "..."]) -> Int[Array, "..."]:
-        """Where a context lies: multiplicative hashing (Knuth, 1973, 6.4)."""
-        unsigned = lambda x: jnp.asarray(x).astype(jnp.uint32)
-        mixed = (unsigned(before) * jnp.uint32(0x9E3779B1) ^ unsigned(token)) * jnp.uint32(
-            0x85EBCA6B
-        )
+    def slot_of(
+        self, before: Int[Array, "..."] | int, token: Int[Array, "..."]
+    ) -> Int[Array, "..."]:
+        """Returns the slot of a context, by multiplicative hashing (Knuth, 1973, 6.4)."""
+        first, second = (jnp.asarray(x).astype(jnp.uint32) for x in (before, token))
+        mixed = (first * jnp.uint32(0x9E3779B1) ^ second) * jnp.uint32(0x85EBCA6B)
         return ((mixed >> 15) % self.slots).astype(jnp.int32)
 
 
 def heaviest_first(
     successors: Int[Array, " K"], weight: Float[Array, " K"]
 ) -> tuple[Int[Array, " K"], Float[Array, " K"]]:
-    """Both in order of falling weight, equal ones as they were: for few, cheaper than a sort."""
+    """Orders both by falling weight, equal ones as they are: for few, cheaper than a sort."""
     place = jnp.arange(len(weight))
     before = (weight[:, None] < weight) | ((weight[:, None] == weight) & (place[:, None] > place))
     order = jnp.sum(before, axis=1)
     moved = order == place[:, None]
-    pick = lambda values: jnp.sum(jnp.where(moved, values, 0), axis=1, dtype=values.dtype)
-    return pick(successors), pick(weight)
+
+    def reorder(values):
+        return jnp.sum(jnp.where(moved, values, 0), axis=1, dtype=values.dtype)
+
+    return reorder(successors), reorder(weight)

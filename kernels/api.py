@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public names of the kernels: attention and cross entropy, and the types that describe them."""
+
+from t5x_lite.kernels.backend import Backend, target_device
+from t5x_lite.kernels.decode.mask import CacheMask
+from t5x_lite.kernels.dense_mask import AttentionSource, DenseMask
+from t5x_lite.kernels.dispatch import (
+    attention_probs,
+    cross_entropy,
+    dot_product_attention,
+    prepare_bias,
+    prepare_mask,
+    select_backend,
+)
+from t5x_lite.kernels.mask import Mask
+from t5x_lite.kernels.reference import CHECKPOINT_NAME
+from t5x_lite.kernels.relative import RelativePositionBias
+from t5x_lite.kernels.vocabulary.cross_entropy import TokenLosses
+from t5x_lite.kernels.vocabulary.logits import CrossEntropyConfig
+
+__all__ = [
+    "CHECKPOINT_NAME",
+    "AttentionSource",
+    "Backend",
+    "CacheMask",
+    "CrossEntropyConfig",
+    "DenseMask",
+    "Mask",
+    "RelativePositionBias",
+    "TokenLosses",
+    "attention_probs",
+    "cross_entropy",
+    "dot_product_attention",
+    "prepare_bias",
+    "prepare_mask",
+    "select_backend",
+    "target_device",
+]

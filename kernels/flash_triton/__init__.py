@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flash attention for GPU, in Triton."""

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+""".gguf files as checkpoints: tensors one by one, and the table of the Hugging Face family.
+
+Changes of llama.cpp's converter are undone here: other names, rotary halves interleaved in Llama's
+queries and keys, Gemma's norms with one added, GPT-2's matrices transposed.
+"""
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from t5x_lite import config
+from t5x_lite.checkpoints.formats import gguf_file, huggingface
+from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.tokenizers.errors import GgufError
+
+# general.architecture -> model_type of Hugging Face.
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
+}
+
+# Hugging Face's names, without "model." or "transformer.", and GGUF's.
+NAMES = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "layers.{layer}.input_layernorm": "blk.{layer}.attn_norm",
+    "layers.{layer}.self_attn.q_proj": "blk.{layer}.attn_q",
+    "layers.{layer}.self_attn.k_proj": "blk.{layer}.attn_k",
+    "layers.{layer}.self_attn.v_proj": "blk.{layer}.attn_v",
+    "layers.{layer}.self_attn.o_proj": "blk.{layer}.attn_output",
+    "layers.{layer}.self_attn.q_norm": "blk.{layer}.attn_q_norm",
+    "layers.{layer}.self_attn.k_norm": "blk.{layer}.attn_k_norm",
+    "layers.{layer}.post_attention_layernorm": "blk.{layer}.ffn_norm",
+    "layers.{layer}.mlp.gate_proj": "blk.{layer}.ffn_gate",
+    "layers.{layer}.mlp.up_proj": "blk.{layer}.ffn_up",
+    "layers.{layer}.mlp.down_proj": "blk.{layer}.ffn_down",
+}
+SANDWICH = NAMES | {
+    "layers.{layer}.post_attention_layernorm": "blk.{layer}.post_attention_norm",
+    "layers.{layer}.pre_feedforward_layernorm": "blk.{layer}.ffn_norm",
+    "layers.{layer}.post_feedforward_layernorm": "blk.{layer}.post_ffw_norm",
+}
+GPT2 = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_f": "output_norm",
+    "lm_head": "output",
+    "h.{layer}.ln_1": "blk.{layer}.attn_norm",
+    "h.{layer}.attn.c_attn": "blk.{layer}.attn_qkv",
+    "h.{layer}.attn.c_proj": "blk.{layer}.attn_output",
+    "h.{layer}.ln_2": "blk.{layer}.ffn_norm",
+    "h.{layer}.mlp.c_fc": "blk.{layer}.ffn_up",
+    "h.{layer}.mlp.c_proj": "blk.{layer}.ffn_down",
+}
+TABLES = {"gemma2": SANDWICH, "gemma3": SANDWICH, "gpt2": GPT2}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "F64": np.dtype(np.float64)}
+
+
+class GgufTensors:
+    """Tensors of a .gguf file; a quantized one is float32 when it is read.
+
+    Attributes:
+      path: the file.
+      metadata: its fields.
+      architecture: general.architecture, such as "llama".
+      kinds: how each tensor is stored, such as "Q8_0".
+      names: shape and dtype of each tensor as `read` returns it.
+
+    Raises:
+      GgufError: the file is broken, or of an architecture that is not known here.
+    """
+
+    def __init__(self, path: str | Path):
+        self.file = gguf_file.open_gguf(path)
+        self.path, self.metadata = self.file.path, self.file.metadata
+        self.architecture = self.metadata.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise GgufError(
+                f"{path}: general.architecture is {self.architecture!r}; those that can be read "
+                f"are {', '.join(ARCHITECTURES)}"
+            )
+        self.kinds = {name: tensor.kind for name, tensor in self.file.tensors.items()}
+        self.names = {
+            name: (tensor.shape, self.dtype(name)) for name, tensor in self.file.tensors.items()
+        }
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read` returns: that of the file, float32 for a quantized tensor."""
+        kind = self.kinds[name]
+        if kind == "BF16" and not self.adds_one(name):
+            import ml_dtypes
+
+            return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(np.float32) if self.adds_one(name) else FLOATS.get(kind, np.dtype("f4"))
+
+    def adds_one(self, name: str) -> bool:
+        """True where the file has one plus the weight."""
+        return self.architecture.startswith("gemma") and name.endswith("norm.weight")
+
+    def read(self, name: str, position: tuple[int, int] | None = None) -> np.ndarray:
+        """A tensor, dequantized, with the values that Hugging Face has.
+
+        Args:
+          name: name of the tensor.
+          position: axis of the layers in a stack, and the layer; None for all of the tensor.
+
+        Raises:
+          GgufError: the gguf package cannot dequantize it.
+        """
+        array = dequantize_tensor(self.file, name)
+        array = array if position is None else array.take(position[1], position[0])
+        if self.adds_one(name):
+            return array.astype(np.float32) - np.float32(1)
+        return array.astype(self.dtype(name), copy=False)
+
+    def family(self) -> ModuleType:
+        """The Hugging Face family of the architecture."""
+        return huggingface.family_module(ARCHITECTURES[self.architecture])
+
+    def entries(self, cfg: config.Model) -> list[Entry]:
+        """The family's table with the names and the layout of the file."""
+        return [rename_entry(entry, self.architecture) for entry in self.family().entries(cfg)]
+
+    def ignored(self) -> tuple[str, ...]:
+        """Tensors that are not weights: they were read into the config."""
+        return ("rope_freqs.weight",)
+
+
+def gguf_names(architecture: str) -> dict[str, str]:
+    """GGUF's name for each of Hugging Face's names."""
+    return TABLES.get(architecture, NAMES)
+
+
+def tensor_name(name: str, architecture: str) -> str:
+    """Name in a .gguf file of a tensor of a Hugging Face checkpoint."""
+    stem, _, kind = re.sub(r"^(model|transformer)\.", "", name).rpartition(".")
+    names = gguf_names(architecture)
+    if stem not in names:
+        raise GgufError(f"{name} has no name in a GGUF file of architecture {architecture}")
+    return f"{names[stem]}.{kind}"
+
+
+def rename_entry(entry: Entry, architecture: str) -> Entry:
+    """A line of the Hugging Face family's table as it is for a .gguf file."""
+    theirs = tensor_name(entry.theirs, architecture)
+    axes, paired = entry.axes, entry.paired
+    if architecture == "llama" and re.search(r"\.attn_[qk]\.", theirs):
+        paired = True
+    if architecture == "gpt2" and theirs.endswith(".weight") and ".c_" in entry.theirs:
+        axes = " ".join(reversed(re.findall(r"\([^)]*\)|\S+", axes)))
+    return entry._replace(theirs=theirs, axes=axes, paired=paired)
+
+
+def dequantize_tensor(file: gguf_file.GgufFile, name: str) -> np.ndarray:
+    """The values of a tensor in the dtype of the file, or in float32."""
+    tensor = file.tensors[name]
+    raw = np.frombuffer(file.content, np.uint8, tensor.size, tensor.begin)
+    if tensor.kind in FLOATS:
+        return raw.view(FLOATS[tensor.kind]).reshape(tensor.shape)
+    if tensor.kind == "BF16":
+        import ml_dtypes
+
+        return raw.view(ml_dtypes.bfloat16).reshape(tensor.shape)
+    constants, quants = gguf_file.import_gguf("constants"), gguf_file.import_gguf("quants")
+    kind = constants.GGMLQuantizationType[tensor.kind]
+    rows = raw.reshape(quants.quant_shape_to_byte_shape(tensor.shape, kind))
+    try:
+        return quants.dequantize(rows, kind)
+    except NotImplementedError as error:
+        raise GgufError(
+            f"{file.path}: tensor {name} is {tensor.kind}, which the gguf package cannot "
+            "dequantize. Take a file with another quantization, such as Q8_0"
+        ) from error

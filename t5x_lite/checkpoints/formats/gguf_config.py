@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json of Hugging Face, and the config of the model, from the metadata of a .gguf file."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from t5x_lite import config
+from t5x_lite.checkpoints.formats.gguf import ARCHITECTURES, GgufTensors, gguf_names
+from t5x_lite.checkpoints.formats.huggingface.fields import alternate_layer_types
+from t5x_lite.tokenizers.errors import GgufError
+
+
+def read_gguf_config(source: GgufTensors) -> config.Model:
+    """The config of the model in a file.
+
+    Raises:
+      GgufError: a field is missing, or the file has an attention that is not known here.
+    """
+    try:
+        return source.family().parse_config(hugging_face_config(source), hugging_face_names(source))
+    except ValueError as error:
+        raise GgufError(f"{source.path}: {error}") from error
+
+
+def hugging_face_names(source: GgufTensors) -> set[str]:
+    """The names that the tensors have in a Hugging Face checkpoint of the family."""
+    prefix = "transformer." if source.architecture == "gpt2" else "model."
+    theirs = {gguf: name for name, gguf in gguf_names(source.architecture).items()}
+    names = set()
+    for name in source.names:
+        stem, _, kind = name.rpartition(".")
+        layer = re.match(r"blk\.(\d+)\.", stem)
+        stem = re.sub(r"^blk\.\d+\.", "blk.{layer}.", stem)
+        if stem in theirs:
+            plain = theirs[stem].replace("{layer}", layer[1] if layer else "")
+            names.add(f"{'' if plain == 'lm_head' else prefix}{plain}.{kind}")
+    return names
+
+
+def hugging_face_config(source: GgufTensors) -> dict[str, Any]:
+    """config.json of Hugging Face for the model in a file.
+
+    Raises:
+      GgufError: a field is missing, or the file has an attention that is not known here.
+    """
+    architecture, metadata = source.architecture, source.metadata
+    field = GgufFields(source)
+    check_layers(source, field("block_count"))
+    if metadata.get(f"{architecture}.expert_count"):
+        raise GgufError(f"{source.path}: {architecture}.expert_count: mixtures are not known here")
+    embedding = source.names.get("token_embd.weight", ((0, 0), None))[0]
+    shared = {"model_type": ARCHITECTURES[architecture], "vocab_size": embedding[0]}
+    shared |= {
+        name: metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"))
+    }
+    shared["tie_word_embeddings"] = "output.weight" not in source.names
+    if architecture == "gpt2":
+        return shared | {
+            "n_embd": field("embedding_length"),
+            "n_layer": field("block_count"),
+            "n_head": field("attention.head_count"),
+            "n_positions": source.names.get("position_embd.weight", ((0,), None))[0][0],
+            "n_inner": field("feed_forward_length"),
+            "layer_norm_epsilon": field("attention.layer_norm_epsilon"),
+            "activation_function": "gelu_new",
+        }
+    return (
+        shared
+        | decoder_fields(source, field)
+        | GEMMA.get(architecture, llama_fields)(source, field)
+    )
+
+
+def check_layers(source: GgufTensors, count: Any) -> None:
+    """Raises GgufError unless the file has tensors of `count` layers."""
+    layers = {name.split(".")[1] for name in source.names if name.startswith("blk.")}
+    if count != len(layers):
+        raise GgufError(
+            f"{source.path}: {source.architecture}.block_count is {count}, but there are tensors "
+            f"of {len(layers)} layers"
+        )
+
+
+class GgufFields:
+    """Metadata of a file's architecture; a list of equal values per layer is one value."""
+
+    def __init__(self, source: GgufTensors):
+        self.source = source
+
+    def __call__(self, name: str, *default: Any) -> Any:
+        """A field without its prefix, or the default where it is missing.
+
+        Raises:
+          GgufError: it is missing and has no default, or differs from layer to layer.
+        """
+        key = f"{self.source.architecture}.{name}"
+        if key not in self.source.metadata:
+            if default:
+                return default[0]
+            raise GgufError(f"{self.source.path} has no metadata field {key}")
+        value = self.source.metadata[key]
+        if not isinstance(value, list):
+            return shortest_decimal(value)
+        if len(set(value)) != 1:
+            raise GgufError(f"{self.source.path}: {key} differs from layer to layer: {value}")
+        return shortest_decimal(value[0])
+
+
+def shortest_decimal(value: Any) -> Any:
+    """A float32 read as the decimal number that was written: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def decoder_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
+    """Fields of config.json that Llama, Qwen and Gemma share."""
+    heads, embed = field("attention.head_count"), field("embedding_length")
+    head_dim = field("attention.key_length", field("rope.dimension_count", embed // heads))
+    if field("rope.dimension_count", head_dim) != head_dim:
+        raise GgufError(f"{source.path}: rotary positions on a part of each head are not known")
+    if field("attention.value_length", head_dim) != head_dim:
+        raise GgufError(f"{source.path}: values of another width than keys are not known here")
+    fields = {
+        "hidden_size": embed,
+        "num_hidden_layers": field("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": field("feed_forward_length"),
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": field("context_length"),
+        "rope_theta": field("rope.freq_base", 10000.0),
+        "attention_bias": "blk.0.attn_q.bias" in source.names,
+    }
+    scaling = rope_scaling(source, field, fields)
+    return fields | ({"rope_scaling": scaling} if scaling else {})
+
+
+def rope_scaling(
+    source: GgufTensors, field: GgufFields, fields: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """rope_scaling of config.json: how positions are stretched; None for not at all.
+
+    Args:
+      source: the file, which has a tensor of factors if it is a Llama 3.
+      field: metadata of its architecture.
+      fields: the other fields of config.json.
+    """
+    if "rope_freqs.weight" in source.names:
+        return llama3_scaling(source, field, fields)
+    kind = field("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    return {"rope_type": kind, "factor": float(field("rope.scaling.factor", 1.0))}
+
+
+def llama3_scaling(
+    source: GgufTensors, field: GgufFields, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """rope_scaling of Llama 3: the four numbers behind the factors that divide frequencies.
+
+    Files carry the factors only; all Llamas since 3.1 share low 1, high 4 and 8192 positions.
+
+    Args:
+      source: the file.
+      field: metadata of its architecture.
+      fields: the other fields of config.json.
+
+    Raises:
+      GgufError: the factors are others.
+    """
+    factors = source.read("rope_freqs.weight")
+    original = int(field("rope.scaling.original_context_length", 8192))
+    scaling = {
+        "rope_type": "llama3",
+        "factor": shortest_decimal(float(factors.max())),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    expected = llama3_factors(scaling, fields["rope_theta"], fields["head_dim"])
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise GgufError(f"{source.path}: rope_freqs.weight does not hold Llama 3's factors")
+    return scaling
+
+
+def llama3_factors(scaling: Mapping[str, Any], base: float, head_dim: int) -> np.ndarray:
+    """Factors that divide the rotary frequencies of Llama 3.1.
+
+    Args:
+      scaling: its rope_scaling.
+      base: its rope_theta.
+      head_dim: width of a head.
+
+    Returns:
+      A factor for each frequency, [head_dim / 2].
+    """
+    turns = base ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    turns = turns * scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def llama_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
+    """Fields of config.json that Llama and Qwen add."""
+    return {"hidden_act": "silu", "mlp_bias": "blk.0.ffn_up.bias" in source.names}
+
+
+def gemma_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
+    """Fields of config.json that all Gemmas add."""
+    return {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh"}
+
+
+def gemma2_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
+    """Fields of config.json that Gemma 2 adds."""
+    # llama.cpp knows the 27B by its 46 layers: its queries are scaled by width / heads.
+    width = field("embedding_length") // field("attention.head_count")
+    layers = field("block_count")
+    return gemma_fields(source, field) | {
+        "query_pre_attn_scalar": width if layers == 46 else field("attention.key_length"),
+        "attn_logit_softcapping": field("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": field("final_logit_softcapping", 30.0),
+        "sliding_window": field("attention.sliding_window", 4096),
+        "layer_types": alternate_layer_types(layers, 2),
+    }
+
+
+def gemma3_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
+    """Fields of config.json that Gemma 3 adds."""
+    # Likewise, the 27B by its 62 layers. Sliding layers turn by the base of Gemma 2.
+    width = field("embedding_length") // field("attention.head_count")
+    layers = field("block_count")
+    return gemma_fields(source, field) | {
+        "query_pre_attn_scalar": width if layers == 62 else field("attention.key_length"),
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": field("final_logit_softcapping", None),
+        "sliding_window": field("attention.sliding_window"),
+        "layer_types": alternate_layer_types(layers, 6),
+        "rope_local_base_freq": field("rope.freq_base_swa", 10000.0),
+    }
+
+
+GEMMA = {"gemma": gemma_fields, "gemma2": gemma2_fields, "gemma3": gemma3_fields}

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentence-T5 as a sentence-transformers folder: the files beside those of a T5.
+
+modules.json names the chain: the T5 itself, 1_Pooling, 2_Dense (a projection without bias), and
+3_Normalize. `add_modules` adds their fields to config.json under KEY, for `t5.parse_config`; the
+projection's tensor goes by the name PROJECTION among the T5's own.
+"""
+
+import json
+from pathlib import Path
+
+from t5x_lite import config
+from t5x_lite.checkpoints.transforms import Entry
+
+KEY = "sentence_transformers"
+PROJECTION = "2_Dense.linear.weight"
+KINDS = {
+    "mean": "pooling_mode_mean_tokens",
+    "first": "pooling_mode_cls_token",
+    "last": "pooling_mode_lasttoken",
+}
+STEPS = ("Transformer", "Pooling", "Dense", "Normalize")
+IDENTITY = "torch.nn.modules.linear.Identity"
+
+
+def parse_pooling(config_json: dict) -> config.Pooling | None:
+    """Pooling of texts to vectors, from a config.json of `add_modules`; None for other models."""
+    return config.Pooling(**config_json[KEY]) if KEY in config_json else None
+
+
+def entries(cfg: config.Model) -> list[Entry]:
+    """The projection, which lies in a file of its own."""
+    if cfg.pooling is None or cfg.pooling.project is None:
+        return []
+    return [Entry("projection", PROJECTION, "projected embed")]
+
+
+def add_modules(folder: Path, config_json: dict) -> dict:
+    """config.json, with what the folder's modules.json adds to it under KEY, if there is one.
+
+    Raises:
+      ValueError: names a module that Sentence-T5 does not have.
+    """
+    if not (folder / "modules.json").is_file():
+        return config_json
+    chain = [
+        (step["type"].rsplit(".", 1)[-1], step["path"])
+        for step in read_json_file(folder, "modules")
+    ]
+    kinds = [kind for kind, _ in chain]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds != [
+        kind for kind in STEPS if kind in kinds
+    ]:
+        raise ValueError(
+            f"{folder}/modules.json: the modules {', '.join(kinds)} are not implemented; known are "
+            f"{', '.join(STEPS)} in this order, Dense and Normalize only where they exist"
+        )
+    if chain[0][1]:
+        raise ValueError(f"{folder}/modules.json: give its folder {chain[0][1]} itself to convert")
+    paths = dict(chain)
+    pooling = {"kind": pooling_kind(folder, paths["Pooling"]), "normalize": "Normalize" in paths}
+    if "Dense" in paths:
+        pooling["project"] = projection_width(folder, paths["Dense"])
+    return config_json | {KEY: pooling}
+
+
+def read_json_file(folder: Path, name: str) -> list | dict:
+    """Content of NAME.json in a folder."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def pooling_kind(folder: Path, path: str) -> str:
+    """The one of KINDS in 1_Pooling/config.json; raises ValueError for another, or several."""
+    values = read_json_file(folder / path, "config")
+    modes = [mode for mode, value in values.items() if mode.startswith("pooling_mode_") and value]
+    kinds = [kind for kind, mode in KINDS.items() if [mode] == modes]
+    if not kinds:
+        raise ValueError(
+            f"{folder}/{path}/config.json: {', '.join(modes) or 'no pooling'} is not implemented; "
+            f"one of {', '.join(KINDS.values())} is"
+        )
+    return kinds[0]
+
+
+def projection_width(folder: Path, path: str) -> int:
+    """Width of the vectors after 2_Dense."""
+    values = read_json_file(folder / path, "config")
+    for field, wanted in (("bias", False), ("activation_function", IDENTITY)):
+        if values.get(field, wanted) != wanted:
+            raise ValueError(
+                f"{folder}/{path}/config.json: {field} = {values[field]!r} is not implemented; "
+                f"only {wanted!r} is"
+            )
+    return values["out_features"]
+
+
+def dense_file(folder: Path) -> Path | None:
+    """The file with the projection, in which it is called linear.weight; None without one."""
+    if not (folder / "modules.json").is_file():
+        return None
+    paths = {
+        step["type"].rsplit(".", 1)[-1]: step["path"] for step in read_json_file(folder, "modules")
+    }
+    return folder / paths["Dense"] / "model.safetensors" if "Dense" in paths else None
+
+
+def export_files(cfg: config.Model) -> dict[str, dict | list]:
+    """The .json files with which sentence-transformers reads an exported encoder, by path.
+
+    The projection belongs into 2_Dense/model.safetensors as linear.weight.
+    """
+    pooled = cfg.pooling
+    if pooled is None:
+        return {}
+    paths = {"Transformer": "", "Pooling": "1_Pooling"}
+    paths |= {"Dense": "2_Dense"} if pooled.project else {}
+    paths |= {"Normalize": f"{len(paths)}_Normalize"} if pooled.normalize else {}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(paths.items())
+    ]
+    embed = (cfg.decoder or cfg.encoder).embed
+    modes = {mode: kind == pooled.kind for kind, mode in KINDS.items()}
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": embed} | modes,
+    }
+    if pooled.project:
+        dense = {"in_features": embed, "out_features": pooled.project, "bias": False}
+        files["2_Dense/config.json"] = dense | {"activation_function": IDENTITY}
+    return files

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of checkpoints, by the files at a path; loads no library of arrays."""
+
+import enum
+from pathlib import Path
+
+from t5x_lite.checkpoints.formats import safetensors_files
+from t5x_lite.tokenizers.errors import SourceError
+
+# T5X's tree of weights: a file of msgpack, or since 2023 orbax's folder.
+T5X_TREE = "checkpoint"
+T5X_STATE = "state"
+
+
+class CheckpointKind(enum.StrEnum):
+    """Library that wrote a checkpoint, as messages name it."""
+
+    OURS = "ours"
+    HUGGING_FACE = "Hugging Face"
+    GGUF = "GGUF"
+    T5X = "T5X"
+
+
+def detect_kind(path: str | Path) -> CheckpointKind:
+    """Kind of the checkpoint at a path; its files are not read.
+
+    Raises:
+      SourceError: nothing lies there, or not a checkpoint; the message says what to do.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise SourceError(
+            f"There is no {path}. Train a run first, for example: python -m t5x_lite.train "
+            f"--gin_file=configs/runs/g2p.gin --gin.MODEL_DIR={path}; or download a model of a "
+            f"hub: hf download {path} --local-dir {path.name}"
+        )
+    if path.is_dir() and is_run_folder(path):
+        return CheckpointKind.OURS
+    if path.suffix == ".gguf":
+        return CheckpointKind.GGUF
+    if is_t5x(path):
+        return CheckpointKind.T5X
+    if path.is_file():
+        source = safetensors_files.open_safetensors(path)
+        raise SourceError(
+            f"{path} holds {len(source.names)} tensors: give its folder {path.parent}"
+        )
+    if (path / "config.json").exists():
+        return CheckpointKind.HUGGING_FACE
+    raise SourceError(explain_unknown(path))
+
+
+def is_run_folder(path: Path) -> bool:
+    """True for a MODEL_DIR of a training run or of a conversion."""
+    return (path / "config.gin").exists() or (path / "checkpoints").exists()
+
+
+def is_t5x(path: Path) -> bool:
+    """True for a T5X checkpoint, for its tree alone, and for the MODEL_DIR of a T5X run."""
+    if path.is_file():
+        # T5X's tree has no ending: "checkpoint", or "model.checkpoint_1000".
+        return path.name == T5X_TREE or path.suffix.startswith(".checkpoint")
+    tree = (path / T5X_TREE).is_file() or (path / T5X_STATE).is_dir()
+    return not (path / "config.json").exists() and (tree or any(path.glob("checkpoint_*")))
+
+
+def explain_unknown(folder: Path) -> str:
+    """The reason why a folder cannot be opened, and a remedy."""
+    files = sorted(folder.glob("*.gguf"))
+    if files:
+        return f"{folder} is a folder of .gguf files: name the file, such as {files[0]}"
+    if any(folder.glob("*.safetensors")):
+        return f"{folder} has safetensors but no config.json: put the one that came with them there"
+    return (
+        f"{folder} is not a checkpoint: neither a run folder (config.gin), nor a Hugging Face "
+        "folder (config.json and safetensors), nor a .gguf file"
+    )

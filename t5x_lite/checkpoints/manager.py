@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: saved in the background, the last ones and the best one kept."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5x_lite import config, processes
+from t5x_lite.checkpoints import checkpoint_io
+from t5x_lite.checkpoints.checkpoint_io import (
+    CheckpointError,
+    CheckpointMetadata,
+    CheckpointWriteError,
+    DamagedCheckpointError,
+)
+from t5x_lite.checkpoints.train_state import TrainState, tree_bytes
+from t5x_lite.checkpoints.weight_paths import nest_tree
+
+FOLDER = "checkpoints"
+DAMAGED = ".damaged"
+# Renamed before deletion: a run killed while deleting leaves no half checkpoint under its number.
+DELETING = ".deleting"
+UNFINISHED = ".orbax-checkpoint-tmp"
+# Seconds for writing one: orbax measures them by the time of day, which may be set meanwhile.
+PATIENCE = 7 * 24 * 3600
+NO_SPACE = "No space left on device"
+
+
+def list_steps(model_dir: str | Path) -> list[int]:
+    """The steps of which a run folder has a complete checkpoint, ascending."""
+    folder = Path(model_dir) / FOLDER
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def best_step(metadata: dict[int, CheckpointMetadata]) -> int | None:
+    """The step best by the metric that the newest metadata names; the later one of equals."""
+    if not metadata or metadata[max(metadata)].best is None:
+        return None
+    metric, higher = metadata[max(metadata)].best
+    sign = 1 if higher else -1
+    scored = [
+        (sign * each.metrics[metric], step)
+        for step, each in metadata.items()
+        if np.isfinite(each.metrics.get(metric, np.nan))
+    ]
+    return max(scored)[1] if scored else None
+
+
+class CheckpointManager:
+    """Writes and restores the checkpoints of one run folder; one process at a time."""
+
+    def __init__(self, model_dir: str | Path, cfg: config.Checkpoint):
+        import orbax.checkpoint as ocp
+
+        self.folder = Path(model_dir).resolve() / FOLDER
+        self.cfg = cfg
+        if processes.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+        processes.barrier()
+        self.had_files = self.has_files()
+        self.metadata = readable_metadata(self.folder)
+        self.pending: CheckpointMetadata | None = None
+        self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=PATIENCE)
+
+    def save(self, state: TrainState, metadata: CheckpointMetadata) -> None:
+        """Begins to write a checkpoint of `state`, after the one before is done.
+
+        Raises:
+          CheckpointError: the one before, or the beginning of this one, could not be written.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        parts = checkpoint_io.state_items(state)
+        metadata = dataclasses.replace(
+            metadata,
+            best=(self.cfg.metric, self.cfg.higher_is_better) if self.cfg.metric else None,
+            arrays={item: checkpoint_io.describe_arrays(arrays) for item, arrays in parts.items()},
+        )
+        items: dict[str, Any] = {
+            item: ocp.args.PyTreeSave(arrays) for item, arrays in parts.items()
+        }
+        items["note"] = ocp.args.JsonSave(checkpoint_io.metadata_json(metadata))
+        self.pending = metadata
+        self.run_writer(lambda: self.start_writer(metadata.step, items, tree_bytes(state)))
+
+    def start_writer(self, step: int, items: dict[str, Any], size: int) -> None:
+        """Starts the writer's threads.
+
+        Args:
+          step: name of the checkpoint's folder.
+          items: orbax's arguments by item.
+          size: bytes of all arrays.
+
+        Raises:
+          OSError: the disk is too small, or MODEL_DIR is gone.
+        """
+        import orbax.checkpoint as ocp
+
+        self.recreate_folder()
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            # Noticed here, a full disk is one sentence; noticed in the threads, it is many
+            # tracebacks.
+            raise OSError(
+                f"{NO_SPACE}: it takes {format_mebibytes(size)}, {format_mebibytes(free)} are free"
+            )
+        path = self.folder / str(step)
+        self.writer.save(path, args=ocp.args.Composite(**items), force=False)
+
+    def recreate_folder(self) -> None:
+        """Creates the folder again where somebody removed it.
+
+        Raises:
+          OSError: all of MODEL_DIR is gone; below the mount point of an unmounted disk, checkpoints
+            would not be found again.
+        """
+        if self.is_gone():
+            raise OSError(self.gone_message())
+        if self.folder.exists():
+            return
+        warnings.warn(f"{self.folder} was removed: its checkpoints are lost", stacklevel=2)
+        self.folder.mkdir(exist_ok=True)
+        self.metadata.clear()
+
+    def has_files(self) -> bool:
+        """True if anything but checkpoints is in MODEL_DIR: its lock, its config, its metrics."""
+        return any(self.folder.parent.glob("*.*"))
+
+    def is_gone(self) -> bool:
+        """True if MODEL_DIR was moved or unmounted; there may be another folder of that name, since
+        orbax's threads create every folder that they write to."""
+        exists = self.folder.parent.exists()
+        return not exists or (self.had_files and not self.has_files())
+
+    def gone_message(self) -> str:
+        return f"{self.folder.parent} is empty or gone: was its disk unmounted?"
+
+    def wait(self) -> None:
+        """Returns when what was begun is on disk, and older checkpoints are removed."""
+        self.run_writer(self.writer.wait_until_finished)
+        if self.pending is not None:
+            self.metadata[self.pending.step] = self.pending
+            self.pending = None
+            self.prune()
+
+    def run_writer(self, write: Callable[[], Any]) -> None:
+        """Runs write; an error becomes CheckpointWriteError, with the state of the checkpoints."""
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:
+            step = self.pending.step if self.pending else "?"
+            self.pending = None
+            if processes.is_lost(error):
+                raise
+            raise CheckpointWriteError(self.describe_failure(step, error)) from error
+
+    def describe_failure(self, step: int | str, error: Exception) -> str:
+        cause = processes.first_line(error)[:300]
+        if self.is_gone():
+            cause = self.gone_message()
+        elif NO_SPACE in str(error) and not cause.startswith(NO_SPACE):
+            cause = f"{NO_SPACE}, {format_mebibytes(shutil.disk_usage(self.folder).free)} are free"
+        with contextlib.suppress(OSError):
+            remove_leftovers(self.folder)
+            if self.is_gone():
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
+        last = f"step {max(self.metadata)} is complete" if self.metadata else "there is none yet"
+        return (
+            f"The checkpoint of step {step} could not be written to {self.folder}: {cause}.\n"
+            f"Of the checkpoints before, {last}. When there is room, the same command goes on."
+        )
+
+    def prune(self) -> None:
+        """Removes all complete checkpoints but the last `keep` and the best."""
+        kept = {*sorted(self.metadata)[-self.cfg.keep :], best_step(self.metadata)}
+        for step in set(self.metadata) - kept:
+            if processes.is_first():
+                remove_checkpoint(self.folder / str(step))
+            del self.metadata[step]
+
+    def restore(
+        self, expected: TrainState, report: Callable[[str], None]
+    ) -> tuple[TrainState, CheckpointMetadata] | None:
+        """Reads the newest usable state; None if there are no checkpoints.
+
+        A damaged one is reported, renamed to <step>.damaged, and the one before it is used.
+
+        Raises:
+          CheckpointMismatchError: the newest is of another model.
+          DamagedCheckpointError: there are checkpoints and none can be used.
+        """
+        steps = json.loads(processes.broadcast_text(json.dumps(list_steps(self.folder.parent))))
+        for step in reversed(steps):
+            try:
+                return self.read_state(step, expected)
+            except DamagedCheckpointError as error:
+                self.metadata.pop(step, None)
+                if not processes.is_first():
+                    continue
+                aside = set_aside(self.folder / str(step))
+                report(f"Damaged checkpoint: {error}\nIt is kept as {aside}; using the one before.")
+        if steps:
+            raise DamagedCheckpointError(
+                f"None of the checkpoints in {self.folder} can be read (steps {steps}). "
+                "Start in another MODEL_DIR, or put a copy back."
+            )
+        return None
+
+    def read_state(self, step: int, expected: TrainState) -> tuple[TrainState, CheckpointMetadata]:
+        """The state of one step, placed as `expected` says, and its metadata."""
+        folder = self.folder / str(step)
+        damage = ""
+        try:
+            metadata = checkpoint_io.read_metadata(folder)
+        except DamagedCheckpointError as error:
+            damage = str(error)
+        checkpoint_io.check_all_processes(damage)
+        parts = {
+            item: checkpoint_io.restore_arrays(folder, item, metadata, shapes)
+            for item, shapes in checkpoint_io.state_items(expected).items()
+        }
+        return checkpoint_io.join_items(parts, expected), metadata
+
+    def close(self) -> None:
+        self.wait()
+        self.writer.close()
+
+
+def quiet_writer_logs() -> None:
+    """Silences logs of orbax's threads in a command: their errors are raised and reported anyway.
+
+    Logs that repeat them are left out, and its other writers' complaints that their loop has ended.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            show(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def format_mebibytes(size: int) -> str:
+    """Bytes as text, "12.3 MiB"."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def readable_metadata(folder: Path) -> dict[int, CheckpointMetadata]:
+    """Metadata of all checkpoints in a folder by step, damaged ones left out."""
+    metadata = {}
+    for step in list_steps(folder.parent):
+        try:
+            metadata[step] = checkpoint_io.read_metadata(folder / str(step))
+        except DamagedCheckpointError:
+            # Reported when it is the one to restore; until then it is not a candidate for the best.
+            continue
+    return metadata
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes the folder of a checkpoint, its name first."""
+    doomed = path.with_name(path.name + DELETING)
+    # Somebody who made room by hand may have been faster.
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run had half written or half deleted."""
+    for path in folder.iterdir():
+        if UNFINISHED in path.name or path.name.endswith(DELETING):
+            shutil.rmtree(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint so that its step can be written again; nothing is deleted."""
+    count, aside = 1, path.with_name(path.name + DAMAGED)
+    while aside.exists():
+        count += 1
+        aside = path.with_name(f"{path.name}{DAMAGED}-{count}")
+    path.rename(aside)
+    return aside
+
+
+def select_steps(folder: str | Path, step: int | None = None, best: bool = False) -> list[int]:
+    """Steps of a run folder to read from, in the order in which they are tried.
+
+    Args:
+      folder: MODEL_DIR of the run.
+      step: the one step to read; None for the newest.
+      best: the one that is best by the run's metric.
+
+    Returns:
+      The step that was chosen alone, or all from the newest on.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    steps = list_steps(folder)
+    root = Path(folder).resolve() / FOLDER
+    if not steps:
+        raise CheckpointError(f"{root} holds no checkpoint: is {folder} the MODEL_DIR of a run?")
+    if best:
+        step = best_step(readable_metadata(root))
+        if step is None:
+            raise CheckpointError(f"{root}: no metric names the best (set Checkpoint.metric)")
+    if step is None:
+        return steps[::-1]
+    if step not in steps:
+        raise CheckpointError(f"{root} has no checkpoint of step {step}; it has {steps}")
+    return [step]
+
+
+def load_params(
+    folder: str | Path, step: int | None = None, best: bool = False
+) -> tuple[dict[str, Any], int]:
+    """Reads the weights of a run folder into the host's memory.
+
+    Args:
+      folder: MODEL_DIR of the run.
+      step: which checkpoint; None for the newest. A damaged newest one is warned about, and the one
+        before it is used.
+      best: the best checkpoint by the run's metric.
+
+    Returns:
+      A nested dict of numpy arrays, and their step.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    root = Path(folder).resolve() / FOLDER
+    steps = select_steps(folder, step, best)
+    if best or step is not None:
+        return read_params(root / str(steps[0])), steps[0]
+    for each in steps:
+        try:
+            return read_params(root / str(each)), each
+        except DamagedCheckpointError as error:
+            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=2)
+    raise CheckpointError(f"None of the checkpoints in {root} can be read (steps {steps[::-1]})")
+
+
+def read_params(folder: Path) -> dict[str, Any]:
+    """The weights of one checkpoint as a nested dict of numpy arrays."""
+    metadata = checkpoint_io.read_metadata(folder)
+    return nest_tree(checkpoint_io.restore_arrays(folder, "params", metadata))

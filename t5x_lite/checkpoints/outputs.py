@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs of a conversion: all files of a format, in a folder that appears when it is complete."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from t5x_lite import config
+from t5x_lite.checkpoints import (
+    matching,
+    safetensors_writer,
+    text_settings,
+    transfer,
+    unfinished,
+)
+from t5x_lite.checkpoints.formats import huggingface, t5x
+from t5x_lite.checkpoints.formats.huggingface import sentence_t5
+from t5x_lite.checkpoints.matching import ConversionPlan, WeightMapping
+from t5x_lite.checkpoints.text_settings import TextSettings
+from t5x_lite.checkpoints.transfer import ProgressCallback
+from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.checkpoints.unfinished import OutputError
+from t5x_lite.checkpoints.weights import Weights
+from t5x_lite.cli.progress import Progress
+from t5x_lite.tokenizers import huggingface_tokenizer
+
+FORMATS = ("ours", "huggingface", "t5x", "t5x_scanned")
+
+
+class OutputSettings(NamedTuple):
+    """Format of the output.
+
+    Attributes:
+      format: one of FORMATS.
+      dtype: of all weights; None for their own.
+      family: model_type of Hugging Face; None for the first that can express the model.
+      shard_size: most bytes of a safetensors file.
+    """
+
+    format: str
+    dtype: np.dtype | None = None
+    family: str | None = None
+    shard_size: int = 5_000_000_000
+
+
+class CheckpointContents(NamedTuple):
+    """Everything of a checkpoint but its weights.
+
+    Attributes:
+      run: its config.
+      text: vocabularies and chat template; None to write the weights alone.
+      step: training step.
+    """
+
+    run: config.Run
+    text: TextSettings | None
+    step: int = 0
+
+    @property
+    def model(self) -> config.Model:
+        return self.run.model
+
+
+class OutputFormat(Protocol):
+    """One format for one model."""
+
+    def size(self, weights: Weights) -> int:
+        """Bytes of the weights in the output."""
+
+    def table(self, weights: Weights) -> str:
+        """Weights of ours and tensors of the output; "" where they are the same."""
+
+    def write(self, weights: Weights, folder: Path, on_progress: ProgressCallback) -> None:
+        """Writes all files.
+
+        Args:
+          weights: the weights.
+          folder: an empty folder.
+          on_progress: called with the number of bytes written so far.
+        """
+
+
+def make_output(contents: CheckpointContents, to: Path, settings: OutputSettings) -> OutputFormat:
+    """The output of a conversion.
+
+    Args:
+      contents: the checkpoint to write.
+      to: name of the folder, which its config has as MODEL_DIR.
+      settings: format of the output.
+
+    Raises:
+      ValueError: the format cannot express the model.
+    """
+    if settings.format == "ours":
+        return RunFolderOutput(contents, to, settings)
+    if settings.format == "huggingface":
+        return HuggingFaceOutput(contents, settings)
+    return T5XOutput(contents, settings)
+
+
+class RunFolderOutput:
+    """A run folder of ours."""
+
+    def __init__(self, contents: CheckpointContents, to: Path, settings: OutputSettings):
+        self.contents, self.to, self.settings = contents, to, settings
+
+    def size(self, weights: Weights) -> int:
+        names = transfer.output_dtypes(weights, self.settings.dtype)
+        return sum(map(safetensors_writer.tensor_bytes, names.values()))
+
+    def table(self, weights: Weights) -> str:
+        return ""
+
+    def write(self, weights: Weights, folder: Path, on_progress: ProgressCallback) -> None:
+        """Writes config, weights and vocabularies.
+
+        Args:
+          weights: the weights.
+          folder: an empty folder.
+          on_progress: called with the number of bytes written so far.
+        """
+        write_text_settings(self.contents, folder / text_settings.VOCABULARY_FOLDER)
+        run = dataclasses.replace(self.contents.run, model_dir=str(self.to))
+        transfer.write_run_folder(weights, run, folder, self.settings.dtype, on_progress)
+
+
+def write_text_settings(contents: CheckpointContents, folder: Path) -> None:
+    """Writes vocabularies and chat template, if there are any.
+
+    Raises:
+      OutputError: a vocabulary has ids that the model lacks.
+    """
+    if contents.text is None:
+        return
+    for each in contents.text.vocabularies:
+        if each.size > contents.model.vocab:
+            raise OutputError(
+                f"The vocabulary has {each.size} ids, more than the {contents.model.vocab} of the "
+                "model"
+            )
+    text_settings.write_vocabulary_folder(contents.text, folder)
+
+
+class RenamedOutput:
+    """Base of other libraries' formats: tensors that `entries` names."""
+
+    def __init__(
+        self, contents: CheckpointContents, settings: OutputSettings, entries: list[Entry]
+    ):
+        self.contents, self.settings, self.entries = contents, settings, entries
+
+    def mappings(self, weights: Weights) -> dict[str, list[WeightMapping]]:
+        return transfer.group_by_tensor(weights, self.contents.model, self.entries)
+
+    def names(self, weights: Weights) -> dict[str, tuple]:
+        """Shape and dtype of every tensor."""
+        return transfer.describe_tensors(weights, self.mappings(weights), self.settings.dtype)
+
+    def size(self, weights: Weights) -> int:
+        return sum(map(safetensors_writer.tensor_bytes, self.names(weights).values()))
+
+    def table(self, weights: Weights) -> str:
+        mappings = [each for group in self.mappings(weights).values() for each in group]
+        plan = ConversionPlan(weights.leaves, mappings, [], {}, {})
+        return matching.format_plan(plan, self.names(weights))
+
+
+class HuggingFaceOutput(RenamedOutput):
+    """A folder that transformers loads."""
+
+    def __init__(self, contents: CheckpointContents, settings: OutputSettings):
+        self.family: ModuleType = huggingface.family_for_export(contents.model, settings.family)
+        super().__init__(contents, settings, self.family.entries(contents.model))
+
+    def write(self, weights: Weights, folder: Path, on_progress: ProgressCallback) -> None:
+        """Writes configs, tokenizer and safetensors.
+
+        Args:
+          weights: the weights.
+          folder: an empty folder.
+          on_progress: called with the number of bytes written so far.
+        """
+        mappings, names = self.mappings(weights), self.names(weights)
+        for name, content in self.files({dtype for _, dtype in names.values()}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+        self.write_tokenizer(folder)
+        projection = mappings.pop(sentence_t5.PROJECTION, [])
+        described = names.pop(sentence_t5.PROJECTION, None)
+        limit = self.settings.shard_size
+        transfer.write_safetensors(weights, mappings, folder, names, limit, on_progress)
+        if projection:
+            transfer.write_safetensors(
+                weights,
+                {"linear.weight": projection},
+                folder / "2_Dense",
+                {"linear.weight": described},
+                limit,
+                on_progress=lambda done: None,
+            )
+
+    def files(self, dtypes: set[np.dtype]) -> dict[str, Any]:
+        """Every .json file but those of the tokenizer, by name."""
+        model = self.contents.model
+        config_json = self.family.config_json(model)
+        if len(dtypes) == 1:
+            config_json |= {"dtype": next(iter(dtypes)).name}
+        ends = text_end_fields(self.contents.text, model)
+        return {
+            "config.json": config_json | ends,
+            "generation_config.json": {"_from_model_config": False} | ends,
+        } | sentence_t5.export_files(model)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer's files and the chat template, if there are any."""
+        text, model = self.contents.text, self.contents.model
+        if text is None:
+            return
+        added = model.encoder is None and model.add_bos
+        token = None if model.decoder is None else model.decoder_start_token_id
+        start = huggingface_tokenizer.StartToken(token, added)
+        huggingface_tokenizer.write_tokenizers(*text.vocabularies, folder, start)
+        if text.chat is not None:
+            path = folder / text_settings.CHAT_FILE
+            path.write_text(text.chat.template, encoding="utf-8")
+
+
+def text_end_fields(text: TextSettings | None, model: config.Model) -> dict[str, Any]:
+    """The ids at which texts begin and end, as config.json and generation_config.json say them."""
+    start = "bos_token_id" if model.encoder is None else "decoder_start_token_id"
+    fields: dict[str, Any] = {} if model.decoder is None else {start: model.decoder_start_token_id}
+    if text is not None:
+        targets = text.vocabularies[1]
+        stops = list(targets.stops)
+        fields |= {"eos_token_id": stops[0] if len(stops) == 1 else stops}
+        fields |= {"pad_token_id": targets.pad}
+    return fields
+
+
+class T5XOutput(RenamedOutput):
+    """A checkpoint of T5X, with a folder for each layer's weights or for the stack of them."""
+
+    def __init__(self, contents: CheckpointContents, settings: OutputSettings):
+        stacked = settings.format == "t5x_scanned"
+        super().__init__(contents, settings, t5x.entries_to_write(contents.model, stacked))
+
+    def write(self, weights: Weights, folder: Path, on_progress: ProgressCallback) -> None:
+        """Writes the tree and its arrays.
+
+        Args:
+          weights: the weights.
+          folder: an empty folder.
+          on_progress: called with the number of bytes written so far.
+        """
+        mappings, names = self.mappings(weights), self.names(weights)
+        transfer.write_t5x(weights, mappings, folder, names, self.contents.step, on_progress)
+
+
+def write_output(output: OutputFormat, weights: Weights, to: Path) -> None:
+    """Writes a folder, with progress on stderr: all of it, or after an error none.
+
+    Args:
+      output: the format.
+      weights: the weights.
+      to: the folder.
+
+    Raises:
+      OutputError: the disk has too little room, or `to` cannot be written.
+    """
+    needed = output.size(weights)
+    check_disk_space(to, needed)
+    with (
+        Progress("MB", max(1, needed // 10**6)) as progress,
+        unfinished.unfinished_folder(to) as folder,
+        unfinished.delay_signals() as answer_signals,
+    ):
+
+        def on_progress(done: int) -> None:
+            answer_signals()
+            progress(done // 10**6)
+
+        output.write(weights, folder, on_progress)
+        progress.advance(needed // 10**6)
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Raises OutputError where the disk has no room for `needed` bytes."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"The disk of {folder} has {free / 1e9:,.1f} GB free; the output takes "
+            f"{needed / 1e9:,.1f} GB"
+        )
+
+
+def describe_dtypes(weights: Weights, dtype: np.dtype | None) -> str:
+    """The dtypes of the weights and of the output, in words."""
+    dtypes = sorted({np.dtype(each).name for _, each in weights.names.values()})
+    listed = " and ".join(dtypes)
+    if dtype is None or dtypes == [dtype.name]:
+        return f"{listed}, as they are"
+    loss = "" if dtype == np.float32 else " (values are rounded; without --dtype they are not)"
+    return f"{listed}, written as {dtype.name}{loss}"

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run folders of ours as a source and as an output of conversions, layer by layer.
+
+A converted checkpoint is laid out as orbax lays out one that training saved, with a file for each
+layer, and with metadata whose digests are summed up while it is written.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5x_lite import config
+from t5x_lite.checkpoints import checkpoint_io, manager, matching, zarr_arrays
+from t5x_lite.checkpoints.checkpoint_io import CheckpointMetadata, DamagedCheckpointError
+from t5x_lite.checkpoints.matching import Leaf
+from t5x_lite.checkpoints.weights import cast_weight, row_blocks
+from t5x_lite.config import gin_file
+from t5x_lite.tokenizers.errors import SourceError
+
+STEP = 0
+MODULUS = 2**32
+
+
+def read_run_config(folder: str | Path) -> config.Run:
+    """The config that a run was saved with.
+
+    Raises:
+      ValueError: the folder has none, or it cannot be read.
+    """
+    path = Path(folder) / "config.gin"
+    if not path.exists():
+        raise ValueError(
+            f"{folder} is not the MODEL_DIR of a run: it has no {path.name}. Train one first, for "
+            "example: python -m t5x_lite.train --gin_file=configs/runs/g2p.gin "
+            f"--gin.MODEL_DIR={folder}"
+        )
+    try:
+        return gin_file.from_text(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def model_only_run(folder: str | Path, cfg: config.Model) -> config.Run:
+    """A run that has a model and nothing to train it with."""
+    return config.Run(model_dir=str(folder), model=cfg)
+
+
+class SavedWeights:
+    """Weights of a checkpoint in a run folder: of the newest one, or that of `step`.
+
+    Every weight's digest is compared when its last layer was read.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is damaged, or it is not of the model of its
+        config.
+    """
+
+    def __init__(self, folder: str | Path, step: int | None = None):
+        self.run = read_run_config(folder)
+        self.step = manager.select_steps(folder, step)[0]
+        self.folder = Path(folder) / manager.FOLDER / str(self.step)
+        metadata = checkpoint_io.read_metadata(self.folder)
+        self.leaves = matching.model_leaves(self.run.model)
+        shapes = {path: leaf.shape for path, leaf in self.leaves.items()}
+        # Metadata of each weight by our path, as `checkpoint_io.describe_arrays` has them.
+        self.described = {
+            name.replace(".", "/"): array for name, array in metadata.arrays["params"].items()
+        }
+        if shapes != {path: tuple(each["shape"]) for path, each in self.described.items()}:
+            raise SourceError(f"{self.folder} is not of the model in {folder}/config.gin")
+        self.names = {
+            path: (shape, np.dtype(self.described[path]["dtype"])) for path, shape in shapes.items()
+        }
+        self.readers: dict[str, zarr_arrays.ArrayReader] = {}
+        self.digests: dict[str, dict[int | None, int]] = {}
+
+    def leave_out(self, part: str) -> None:
+        """From now on the weights of this part are not among those that are read."""
+        paths = [path for path in self.leaves if path.partition("/")[0] != part]
+        self.leaves = {path: self.leaves[path] for path in paths}
+        self.names = {path: self.names[path] for path in paths}
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        if path not in self.readers:
+            params = self.folder / "params"
+            ocdbt = (params / "manifest.ocdbt").exists()
+            self.readers[path] = zarr_arrays.ArrayReader(params, path.replace("/", "."), ocdbt)
+        reader = self.readers[path]
+        if (reader.shape, reader.dtype) != self.names[path]:
+            raise DamagedCheckpointError(
+                f"{reader.location} is not of the shape or dtype that was saved"
+            )
+        values = reader.read(None if layer is None else (0, layer))
+        self.check_digest(path, layer, values)
+        return values
+
+    def check_digest(self, path: str, layer: int | None, values: np.ndarray) -> None:
+        """Compares the digest of a weight after its last layer.
+
+        Args:
+          path: path of the weight.
+          layer: the layer that was read; None for a weight that is not stacked.
+          values: its values.
+
+        Raises:
+          DamagedCheckpointError: all of the weight was read and is not what was saved.
+        """
+        digests = self.digests.setdefault(path, {})
+        if layer in digests:
+            return
+        rows = [row_digests(block) for block in row_blocks(np.atleast_1d(values))]
+        digests[layer] = combine_digests(dict(enumerate(np.concatenate(rows).tolist())))
+        if layer is not None and len(digests) < self.leaves[path].layers:
+            return
+        del self.readers[path]
+        if combine_digests(digests) != self.described[path]["digest"]:
+            raise DamagedCheckpointError(
+                f"{self.folder}: the bits of {path} are not those that were saved"
+            )
+
+
+def combine_digests(digests: dict[int | None, int]) -> int:
+    """The digest of a weight from those of its layers (or its rows)."""
+    if None in digests:
+        return digests[None]
+    return sum((2 * index + 1) * value for index, value in digests.items()) % MODULUS
+
+
+class RunFolderWriter:
+    """Writes a run folder: config, weights and metadata. Vocabularies are written beside them."""
+
+    def __init__(
+        self, folder: Path, run: config.Run, names: dict[str, tuple], leaves: dict[str, Leaf]
+    ):
+        """Creates the folder of the weights.
+
+        Args:
+          folder: the run folder to write.
+          run: config to write.
+          names: shape and dtype of every weight as it is stored.
+          leaves: axis names and shape of every weight.
+        """
+        self.params = folder / manager.FOLDER / str(STEP) / "params"
+        self.params.mkdir(parents=True)
+        self.folder, self.run, self.names, self.leaves = folder, run, names, leaves
+        self.digests: dict[str, dict[int | None, int]] = {path: {} for path in names}
+        self.writers: dict[str, zarr_arrays.ArrayWriter] = {}
+
+    def write(self, path: str, layer: int | None, values: np.ndarray) -> None:
+        """Writes one weight, or one layer of it.
+
+        Args:
+          path: path of the weight.
+          layer: the layer; None for a weight that is not stacked.
+          values: its values, in any dtype.
+        """
+        shape, dtype = self.names[path]
+        if path not in self.writers:
+            stacked = None if self.leaves[path].layers is None else 0
+            self.writers[path] = zarr_arrays.ArrayWriter(
+                self.params, path.replace("/", "."), shape, dtype, stacked=stacked
+            )
+        rows: dict[int | None, int] = {}
+
+        def add_digests(first_row: int, block: np.ndarray) -> None:
+            for offset, value in enumerate(row_digests(block)):
+                rows[first_row + offset] = int(value)
+
+        self.writers[path].write(cast_weight(values, dtype, path), layer, add_digests)
+        self.digests[path][layer] = combine_digests(rows)
+
+    def finish(self) -> None:
+        """Writes what makes the arrays a checkpoint, the config last."""
+        stored = {path.replace("/", "."): tensor for path, tensor in self.names.items()}
+        (self.params / "_METADATA").write_text(json.dumps(orbax_metadata(stored)))
+        metadata = CheckpointMetadata(
+            step=STEP,
+            config=gin_file.to_text(self.run),
+            arrays={
+                "params": {
+                    path.replace("/", "."): {
+                        "shape": list(shape),
+                        "dtype": np.dtype(dtype).name,
+                        "digest": combine_digests(self.digests[path]),
+                    }
+                    for path, (shape, dtype) in self.names.items()
+                }
+            },
+        )
+        folder = self.params.parent / "note"
+        folder.mkdir()
+        content = json.dumps(checkpoint_io.metadata_json(metadata))
+        (folder / "metadata").write_text(content)
+        (self.folder / "config.gin").write_text(metadata.config, encoding="utf-8")
+
+
+def row_digests(rows: np.ndarray) -> np.ndarray:
+    """`checkpoint_io.array_digest` of every row, uint32 [rows]."""
+    bits = rows.view(np.dtype(f"u{rows.dtype.itemsize}")).reshape(len(rows), -1)
+    odds = np.ones(1, np.uint32)
+    for size in rows.shape[1:]:
+        odds = (odds[:, None] * (2 * np.arange(size, dtype=np.uint32) + 1)).reshape(-1)
+    # Products of uint16 and uint32 are uint32, and wrap as they should.
+    return np.einsum("rn,n->r", bits, odds)
+
+
+def orbax_metadata(stored: dict[str, tuple]) -> dict[str, Any]:
+    """The file that orbax reads first: the tree of arrays, each of them in a folder of its own."""
+    tree = {
+        str((name,)): {
+            "key_metadata": [{"key": name, "key_type": 2}],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": list(shape),
+            },
+        }
+        for name, (shape, _) in stored.items()
+    }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of another library's checkpoint, opened: its model as a config, and its table."""
+
+import fnmatch
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t5x_lite import config
+from t5x_lite.checkpoints import matching, weights
+from t5x_lite.checkpoints.formats import gguf, gguf_config, huggingface, safetensors_files
+from t5x_lite.checkpoints.formats.huggingface import sentence_t5
+from t5x_lite.checkpoints.formats.safetensors_files import TensorSource
+from t5x_lite.checkpoints.matching import ConversionPlan
+from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.checkpoints.weights import ConvertedWeights
+from t5x_lite.tokenizers import errors
+from t5x_lite.tokenizers.errors import SourceError
+
+
+class MappedTensors(NamedTuple):
+    """Tensors of a checkpoint with the table that maps them to weights of ours; none is read yet.
+
+    Attributes:
+      path: the folder or file.
+      model: config of the model.
+      source: the tensors.
+      entries: the family's table.
+      ignored: patterns of tensors that are not weights.
+      duplicates: name of a tensor, and name of the one that it repeats.
+    """
+
+    path: Path
+    model: config.Model
+    source: TensorSource
+    entries: Sequence[Entry]
+    ignored: Sequence[str] = ()
+    duplicates: Mapping[str, str] = {}
+
+    def plan(self, allow: Sequence[str] = ()) -> ConversionPlan:
+        """The tensor of every weight; what does not fit is in the plan's problems."""
+        return matching.plan_conversion(
+            self.source.names,
+            self.model,
+            self.entries,
+            ignored=self.ignored,
+            duplicates=self.duplicates,
+            allow=allow,
+        )
+
+    def weights(self, allow: Sequence[str] = ()) -> ConvertedWeights:
+        """The tensors as weights of ours.
+
+        Raises:
+          MatchError: tensors are missing, left over or of another shape.
+          SourceError: a tensor that repeats another one differs from it.
+        """
+        plan = self.plan(allow)
+        plan.check(str(self.path))
+
+        def is_allowed(name: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
+
+        weights.check_duplicates(self.source, plan, self.duplicates, is_allowed)
+        return ConvertedWeights(self.source, self.model, plan, is_allowed, str(self.path))
+
+
+class ProjectedTensors:
+    """A T5's tensors, and the projection of a Sentence-T5 that lies in a file of its own.
+
+    Raises:
+      SourceError: that file has other tensors.
+    """
+
+    def __init__(self, source: TensorSource, dense: TensorSource):
+        self.source, self.dense = source, dense
+        if set(dense.names) != {"linear.weight"}:
+            raise SourceError(
+                f"2_Dense should have linear.weight alone; it has {list(dense.names)}"
+            )
+        self.names = source.names | {sentence_t5.PROJECTION: dense.names["linear.weight"]}
+
+    def read(self, name: str) -> np.ndarray:
+        if name == sentence_t5.PROJECTION:
+            return self.dense.read("linear.weight")
+        return self.source.read(name)
+
+
+def open_hugging_face_tensors(folder: str | Path) -> MappedTensors:
+    """The tensors of a Hugging Face folder: config.json and safetensors.
+
+    Raises:
+      ValueError: a file is missing or broken, or the model is none that can be expressed.
+    """
+    folder = Path(folder)
+    source = safetensors_files.open_safetensors(folder)
+    config_json = sentence_t5.add_modules(folder, read_json_object(folder / "config.json"))
+    dense = sentence_t5.dense_file(folder)
+    if dense is not None:
+        source = ProjectedTensors(source, safetensors_files.open_safetensors(dense))
+    with errors.naming_path(folder / "config.json", "the model"):
+        family = huggingface.family_of_config(config_json)
+        source = rename_tensors(source, family)
+        try:
+            cfg = family.parse_config(config_json, source.names.keys())
+        except KeyError as error:
+            raise SourceError(f"{folder / 'config.json'} has no field {error}") from error
+    return MappedTensors(
+        folder, cfg, source, family.entries(cfg), family.ignored(cfg), family.duplicates(cfg)
+    )
+
+
+def map_gguf_tensors(source: gguf.GgufTensors) -> MappedTensors:
+    """The tensors of a .gguf file with its table."""
+    family, cfg = source.family(), gguf_config.read_gguf_config(source)
+    duplicates = {
+        gguf.tensor_name(name, source.architecture): gguf.tensor_name(other, source.architecture)
+        for name, other in family.duplicates(cfg).items()
+    }
+    return MappedTensors(
+        source.path, cfg, source, source.entries(cfg), source.ignored(), duplicates
+    )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a .json file.
+
+    Raises:
+      SourceError: there is no such file, or it is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(
+            f"{path.parent} has no {path.name}, which says what its weights are: copy it from where"
+            " they come from"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path} cannot be read: {errors.describe_error(error)}") from error
+    if not isinstance(content, dict):
+        raise SourceError(
+            f"{path} should hold an object of JSON; it holds {type(content).__name__}"
+        )
+    return content
+
+
+class RenamedTensors:
+    """Tensors under the names that the family's table has.
+
+    Raises:
+      SourceError: two tensors would have the same name.
+    """
+
+    def __init__(self, source: TensorSource, canonical_name: Callable[[str], str]):
+        self.source = source
+        self.stored_names: dict[str, str] = {}
+        for name in source.names:
+            first = self.stored_names.setdefault(canonical_name(name), name)
+            if first != name:
+                raise SourceError(f"{first} and {name} are two names of one weight: remove one")
+        self.names = {name: source.names[stored] for name, stored in self.stored_names.items()}
+
+    def read(self, name: str, *position: tuple[int, int]) -> np.ndarray:
+        return self.source.read(self.stored_names[name], *position)
+
+
+def rename_tensors(source: TensorSource, family: ModuleType) -> TensorSource:
+    """Tensors under the names that the family's table has."""
+    canonical_name = getattr(family, "canonical_name", None)
+    return source if canonical_name is None else RenamedTensors(source, canonical_name)

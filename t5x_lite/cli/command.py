@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command from its command line to its exit status, the same way for all."""
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from t5x_lite.cli import gin_arguments
+from t5x_lite.cli.parser import Parser
+from t5x_lite.utils import exit_status
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of t5x_lite: how it is parsed, what it does, how it ends.
+
+    A mistake of the user ends it with one line and status 2, a failure with status 1 (one line
+    where the reason is known, else a traceback), a signal with 128 + its number.
+
+    Attributes:
+      name: "train"; messages begin with t5x_lite.train.
+      parser: makes its parser.
+      work: does the work by the parsed options; returns the exit status (None is 0).
+      afterwards: how things stand after an interruption or a failure: "nothing was written".
+      rewrites_weights: it works on weights in the host's memory and leaves the accelerator to
+        those who train; SIGTERM removes what was begun.
+    """
+
+    name: str
+    parser: Callable[[], Parser]
+    work: Callable[[argparse.Namespace], int | None]
+    afterwards: str = ""
+    rewrites_weights: bool = False
+
+    def main(self, arguments: list[str] | None = None) -> int:
+        """Runs the command in this process and returns its exit status.
+
+        Args:
+          arguments: words of the command line; those of the process if None.
+
+        Raises:
+          SystemExit: it ended with a mistake or a failure, after one line on stderr.
+        """
+        return self.execute(self.parser().parse(arguments))
+
+    def start(self) -> NoReturn:
+        """Runs the command as this process, through absl.app."""
+        app.run(self.execute, flags_parser=self.parse_flags)
+
+    def parse_flags(self, words: list[str]) -> argparse.Namespace:
+        """Options of the command line, with logging set up; `words` begin with the program."""
+        # absl's own default is 0 once flags are parsed: orbax would log every file.
+        flags.FLAGS.verbosity = logging.WARNING
+        options = self.parser().parse(words[1:])
+        if logging.get_verbosity() <= logging.WARNING:
+            # Warnings are for the user, who does not ask which line of which file says so.
+            logging.get_absl_handler().setFormatter(None)
+        flags.FLAGS.mark_as_parsed()
+        return options
+
+    def execute(self, options: argparse.Namespace) -> int:
+        """Imports the user's modules, does the work, and returns the exit status.
+
+        Raises:
+          SystemExit: it ended with a mistake or a failure, after one line on stderr.
+        """
+        try:
+            if self.rewrites_weights:
+                prepare_host()
+            gin_arguments.import_modules(options.modules)
+            return self.work(options) or 0
+        except BrokenPipeError:
+            # The reader, such as head, has seen enough; the flush at exit must not complain either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt as error:
+            return self.interrupted(error)
+        except (ValueError, OSError) as error:
+            self.stop(error)
+
+    def interrupted(self, error: KeyboardInterrupt) -> int:
+        """Prints that a signal ended the command; returns its exit status."""
+        status = getattr(error, "exit_status", 128 + signal.SIGINT)
+        self.say(f"stopped by {signal.Signals(status - 128).name}", self.afterwards)
+        return status
+
+    def stop(self, error: Exception) -> NoReturn:
+        """Ends the command with one line about its error."""
+        logging.debug("t5x_lite.%s ends with this error", self.name, exc_info=error)
+        status = exit_status.exit_status(error)
+        failed = status != exit_status.MISTAKE and isinstance(error, OSError)
+        self.say(f"error: {error}", self.afterwards if failed else "")
+        raise SystemExit(status)
+
+    def say(self, text: str, more: str = "") -> None:
+        """Prints a line of the command on stderr."""
+        print(f"t5x_lite.{self.name}: {text}{'; ' + more if more else ''}", file=sys.stderr)
+
+
+def prepare_host() -> None:
+    """Leaves the accelerator alone, and makes SIGTERM an exit that cleans up."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

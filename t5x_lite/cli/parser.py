@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parser of every command: unknown options first, near names, one line for a mistake."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+from absl import app, flags, logging
+from absl.flags import argparse_flags
+
+from t5x_lite.cli import gin_arguments
+from t5x_lite.config import aliases
+from t5x_lite.utils import exit_status, nearest
+
+
+class Parser(argparse_flags.ArgumentParser):
+    """argparse with absl's flags for logging and debugging, and with `.gin` bindings.
+
+    Help keeps descriptions and examples as they are written. Of absl's flags it shows --verbosity
+    alone; the rest, such as --pdb and --log_dir, are accepted.
+
+    Attributes:
+      command: name of the command, which begins its messages.
+    """
+
+    def __init__(self, command: str, **kwargs):
+        """Makes a parser with --help, --verbosity and --import.
+
+        Args:
+          command: name of the command, such as "train".
+          **kwargs: as of argparse.ArgumentParser: description, epilog, and prog.
+        """
+        self.command = command
+        subcommand = "prog" in kwargs
+        super().__init__(
+            prog=kwargs.pop("prog", f"python -m t5x_lite.{command}"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            inherited_absl_flags=absl_flags(),
+            **kwargs,
+        )
+        self._option_string_actions["--helpfull"].help = argparse.SUPPRESS
+        verbosity = self._option_string_actions["--verbosity"]
+        verbosity.metavar = "N"
+        verbosity.help = "log warnings (-1, the default), 0: and what is done, 1: and details"
+        # A default of the subcommand would replace what stands before it.
+        gin_arguments.add_import(self, default=argparse.SUPPRESS if subcommand else [])
+
+    def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        """Options of the command line; `bindings` are the NAME=VALUE of its --gin.NAME=VALUE.
+
+        Unknown options are reported before required ones that are missing: --chckpoint=x is a
+        misspelled --checkpoint. Options of earlier versions (`config.aliases`) are taken by their
+        old names too.
+
+        Args:
+          arguments: words of the command line; those of the process if None.
+
+        Raises:
+          SystemExit: after --help (status 0), or after one line about a mistake (status 2).
+        """
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        bindings = []
+        try:
+            words = aliases.rename_options(words, self.option_names())
+            if "--gin_file" in self.option_names():
+                words, bindings = gin_arguments.split_bindings(words)
+            with nothing_required(self):
+                unknown = self.parse_known_args(words)[1]
+            if unknown:
+                self.error(self.unknown(unknown[0]))
+            options = self.parse_args(words)
+        except (ValueError, flags.Error) as error:
+            self.error(str(error))
+        options.bindings = bindings
+        return options
+
+    def option_names(self) -> list[str]:
+        """Options that --help shows, those of subcommands included."""
+        names = []
+        for action in self._actions:
+            if action.help != argparse.SUPPRESS:
+                names += action.option_strings
+            for parser in subparsers(action):
+                names += parser.option_names()
+        return names
+
+    def unknown(self, word: str) -> str:
+        """Message about a word of the command line that is not an option."""
+        if not word.startswith("-"):
+            return f"unknown argument {word!r} (--help lists the options)"
+        option = word.partition("=")[0]
+        name = option.lstrip("-")
+        names = {each.lstrip("-") for each in self.option_names() if each.startswith("--")}
+        near = nearest.near_names(name, names)
+        if not near:
+            return f"unknown option {option} (--help lists the options)"
+        return f"unknown option {option}: did you mean {' or '.join('--' + each for each in near)}?"
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with one line about a mistake of the command line."""
+        print(f"t5x_lite.{self.command}: error: {message}", file=sys.stderr)
+        raise SystemExit(exit_status.MISTAKE)
+
+
+def absl_flags() -> flags.FlagValues:
+    """Flags of absl.app and absl.logging.
+
+    Those of other modules are left out: a library that is imported could define --seed.
+    """
+    values = flags.FlagValues()
+    defined = flags.FLAGS.flags_by_module_dict()
+    for module in (logging, app):
+        for flag in defined.get(module.__name__, ()):
+            values[flag.name] = flag
+    return values
+
+
+def subparsers(action: argparse.Action) -> list[argparse.ArgumentParser]:
+    """Parsers of the subcommands that an argument chooses from."""
+    if isinstance(action, argparse._SubParsersAction):
+        return list(action.choices.values())
+    return []
+
+
+@contextlib.contextmanager
+def nothing_required(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Makes every option of a parser and of its subcommands optional for a while."""
+    with contextlib.ExitStack() as inside:
+        for action in parser._actions:
+            for each in subparsers(action):
+                inside.enter_context(nothing_required(each))
+        parts = [
+            part for part in (*parser._actions, *parser._mutually_exclusive_groups) if part.required
+        ]
+        for part in parts:
+            part.required = False
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.required = True

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of a text or JSONL stream, and an output beside them that can be continued."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+from t5x_lite.config import aliases
+from t5x_lite.utils.atomic_files import write_atomically
+
+# Byte order mark: some editors begin a UTF-8 file with it.
+MARK = b"\xef\xbb\xbf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A line of the input.
+
+    Attributes:
+      number: of the line, from 1.
+      text: the text; None if the line cannot be read.
+      fields: all fields of a JSONL line.
+      trouble: why the line cannot be read; None if it can.
+    """
+
+    number: int
+    text: str | None
+    fields: dict[str, Any]
+    trouble: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An input of records.
+
+    Attributes:
+      path: a file, or "-" for stdin.
+      jsonl: whether lines are JSON objects; else each is a text.
+      field: the field of JSONL that holds the text.
+    """
+
+    path: str
+    jsonl: bool
+    field: str
+
+    def records(self) -> Iterator[Record]:
+        """Every line in order, those that cannot be read too."""
+        with nullcontext(sys.stdin.buffer) if self.path == "-" else open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                yield self.record(number, line.removeprefix(MARK) if number == 1 else line)
+
+    def record(self, number: int, line: bytes) -> Record:
+        """The record of a line, `number` from 1."""
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})"
+            return Record(number, None, {}, reason)
+        if not text.strip():
+            return Record(number, None, {}, "empty")
+        return (
+            self.parse_json(number, text) if self.jsonl else Record(number, text, {"input": text})
+        )
+
+    def parse_json(self, number: int, text: str) -> Record:
+        """The record of a JSON object, `number` from 1."""
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return Record(number, None, {}, f"broken JSON ({error})")
+        if not isinstance(fields, dict) or self.field not in fields:
+            there = f"it has {', '.join(fields)}" if isinstance(fields, dict) else "not an object"
+            return Record(number, None, {}, f"no field {self.field!r} ({there})")
+        if not isinstance(fields[self.field], str) or not fields[self.field].strip():
+            return Record(number, None, fields, f"field {self.field!r} is not a text, or empty")
+        return Record(number, fields[self.field], fields)
+
+    def count(self) -> int | None:
+        """Number of lines; None of a stream."""
+        if self.path == "-":
+            return None
+        with open(self.path, "rb") as lines:
+            return sum(1 for _ in lines)
+
+    def digest(self) -> str | None:
+        """SHA-256 of the content; None of a stream."""
+        if self.path == "-":
+            return None
+        with open(self.path, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sink:
+    """An output of lines that can be continued.
+
+    Attributes:
+      path: a file, or "-" for stdout.
+      settings: what decides the lines; kept beside the file, and compared before it is continued.
+    """
+
+    path: str
+    settings: dict[str, Any]
+
+    @property
+    def settings_path(self) -> Path:
+        """The file of the settings."""
+        return Path(f"{self.path}.settings.json")
+
+    def begin(self, overwrite: bool) -> int:
+        """Number of lines that exist already, by the same settings; 0 for a new output.
+
+        Raises:
+          ValueError: the output exists, with other settings or without any.
+        """
+        if self.path == "-":
+            return 0
+        path = Path(self.path)
+        if path.exists() and not overwrite:
+            self.compare()
+            return complete_lines(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        write_atomically(self.settings_path, json.dumps(self.settings, indent=1) + "\n")
+        return 0
+
+    def compare(self) -> None:
+        """Raises ValueError unless the output that exists has these settings."""
+        remedy = "choose another --output, or --overwrite it"
+        if self.settings.get("input_digest") is None:
+            raise ValueError(f"{self.path} exists, and a stream cannot be continued: {remedy}")
+        if not self.settings_path.exists():
+            raise ValueError(f"{self.path} exists, but {self.settings_path} does not: {remedy}")
+        there, here = self.kept_settings(remedy), self.settings
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"{self.path} was written with {name} {there.get(name)!r}, now it is "
+                    f"{here.get(name)!r}: {remedy}"
+                )
+
+    def kept_settings(self, remedy: str) -> dict[str, Any]:
+        """The settings of the output that exists; `remedy` ends the message of an error."""
+        try:
+            kept = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.settings_path} cannot be read ({error}): {remedy}") from error
+        if not isinstance(kept, dict):
+            raise ValueError(f"{self.settings_path} holds no settings: {remedy}")
+        return aliases.rename_keys(kept, "Decode", "decode.")
+
+    def open(self) -> Any:
+        """The stream that lines are appended to."""
+        return nullcontext(sys.stdout.buffer) if self.path == "-" else open(self.path, "ab")
+
+
+def complete_lines(path: Path) -> int:
+    """Cuts off a last line that a killed process left half written, and counts the rest."""
+    with path.open("r+b") as output:
+        content = output.read()
+        end = content.rfind(b"\n") + 1
+        output.truncate(end)
+    return content.count(b"\n", 0, end)
+
+
+def append(output: IO[bytes], lines: list[str]) -> None:
+    """Writes lines together; they are on disk when it returns."""
+    output.write("".join(line + "\n" for line in lines).encode())
+    output.flush()
+    if output is not sys.stdout.buffer:
+        os.fsync(output.fileno())

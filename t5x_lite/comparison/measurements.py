@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a comparison: twins trained and measured; finished parts are kept."""
+
+import dataclasses
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite import config, data, decoding
+from t5x_lite.checkpoints.opening import open_checkpoint
+from t5x_lite.comparison import costs, quality, speed, taken, train_twins, twins
+from t5x_lite.config import aliases
+from t5x_lite.training.reporting import metric_writers
+from t5x_lite.utils.atomic_files import write_atomically
+
+
+def describe_twin(run: config.Run, twin: twins.Twin) -> dict:
+    """The row of a twin in the report: its size, steps and FLOPs."""
+    lengths = costs.Lengths(*costs.example_lengths(run.data).mean(axis=0).tolist())
+    model = twin.model
+    return {
+        "name": twin.name,
+        "encoder_layers": model.encoder.layers if model.encoder else 0,
+        "decoder_layers": model.decoder.layers,
+        "mlp": model.decoder.mlp,
+        "parameters": twin.parameters,
+        "off": twin.off,
+        "steps": twin.steps,
+        "taken": list(twin.taken),
+        "training_flops": costs.training_flops(model, lengths),
+        "inference_flops": costs.inference_flops(model, lengths),
+    }
+
+
+def measure_twins(
+    run: config.Run, family: list[twins.Twin], record: dict, modules: list[str]
+) -> dict:
+    """Trains and measures the twins, except for finished parts.
+
+    Args:
+      run: config of the comparison.
+      family: the twins.
+      record: the beginning of the record, with a row per twin.
+      modules: Python modules that training imports first.
+
+    Returns:
+      The complete record, the input of `report.write_report`.
+    """
+    cfg = run.compare
+    runs = {
+        (twin.name, seed): twins.twin_run(run, twin, seed)
+        for seed in range(cfg.seeds)
+        for twin in family
+    }
+    trained = train_runs(cfg, runs, modules)
+    names = [twin.name for twin in family]
+    qualities = {
+        name: [measure_quality(run, runs[name, seed], name, seed) for seed in range(cfg.seeds)]
+        for name in names
+    }
+    lengths, most = costs.example_lengths(run.data), run.data.lengths
+    task = data.open_dataset(run.data, cfg.split)
+    return record | {
+        "task": task.name,
+        "split": cfg.split,
+        "examples": min(cfg.examples, len(task)),
+        "seeds": cfg.seeds,
+        "machine": machine(),
+        "versions": versions(),
+        "training": trained,
+        "curves": {
+            name: [loss_curve(runs[name, seed].model_dir) for seed in range(cfg.seeds)]
+            for name in names
+        },
+        "quality": qualities,
+        "metrics": shown_metrics(qualities),
+        "speed": measure_speed(run, [runs[name, 0] for name in names], names),
+        "memory": memory_table(family, cfg),
+        "padding": costs.padding_shares(lengths, (most["inputs"], most["targets"]), 32),
+    }
+
+
+def train_runs(cfg: config.Compare, runs: dict, modules: list[str]) -> list[dict]:
+    """Trains the runs of twins, but for those whose checkpoints are taken.
+
+    Args:
+      cfg: config of the comparison.
+      runs: runs by (twin, seed).
+      modules: Python modules that training imports first.
+
+    Returns:
+      A row per run with its seconds, None where these are unknown.
+    """
+    trained = []
+    for number, ((name, seed), each) in enumerate(runs.items(), 1):
+        print(f"{number} of {len(runs)}: {each.model_dir}", flush=True)
+        here = name not in cfg.trained
+        report = (
+            train_twins.train_twin(each, modules) if here else taken.read_report(each.model_dir)
+        )
+        trained.append({"twin": name, "seed": seed, "seconds": report.get("train_seconds")})
+    return trained
+
+
+def measure_quality(run: config.Run, trained: config.Run, name: str, seed: int) -> dict:
+    """Metrics of a trained twin, kept in measured/; the folder of the twin is only read.
+
+    Args:
+      run: config of the comparison.
+      trained: config of the twin's run.
+      name: name of the twin.
+      seed: its seed.
+    """
+    path = Path(run.model_dir) / "measured" / f"{name}-{seed}.json"
+    cfg = run.compare
+    request = [cfg.split, cfg.examples, list(cfg.drafters), list(cfg.quantized)]
+    request += [trained.model_dir] if name in cfg.trained else []
+    if (kept := read_measured(path)).get("asked") == request:
+        return kept
+    print(f"measuring {trained.model_dir}", flush=True)
+    best = trained.checkpoint.metric is not None and name not in cfg.trained
+    restored = open_checkpoint(trained.model_dir, best=best).load()
+    folder = str(Path(run.model_dir) / f"{name}-{seed}")
+    here = dataclasses.replace(trained, model_dir=folder)
+    metrics = quality.evaluate_twin(here, restored.params, restored.step, run.compare)
+    metrics["drafted"] = quality.measure_drafters(here, restored.params, run.compare)
+    metrics["quantized"] = quality.measure_quantized(
+        here, restored.params, restored.step, run.compare
+    )
+    return write_measured(path, {"asked": request, "step": restored.step, **metrics})
+
+
+def read_measured(path: Path) -> dict:
+    """The content of a file of measured/, names of earlier versions replaced; {} without one."""
+    if not path.exists():
+        return {}
+    kept = aliases.rename_keys(json.loads(path.read_text()), "Compare")
+    if isinstance(kept["asked"], dict):
+        kept["asked"] = aliases.rename_keys(kept["asked"], "Compare")
+    return kept
+
+
+def write_measured(path: Path, content: dict) -> dict:
+    """Writes a file of measured/; returns its content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def measure_speed(run: config.Run, trained: list[config.Run], names: list[str]) -> list[dict]:
+    """The speed table, kept in measured/ case by case.
+
+    Args:
+      run: config of the comparison.
+      trained: configs of the twins' runs.
+      names: names of the twins.
+    """
+    path = Path(run.model_dir) / "measured" / "speed.json"
+    request = dataclasses.asdict(run.compare) | {"twins": names}
+    table = {"asked": json.loads(json.dumps(request)), "rows": []}
+    if (kept := read_measured(path)).get("asked") == table["asked"]:
+        table = kept
+    cases = list(speed.speed_cases(run.compare))
+    done = len(table["rows"]) // len(names)
+    if done < len(cases):
+        models = []
+        for name, each in zip(names, trained, strict=True):
+            restored = open_checkpoint(each.model_dir).load()
+            params = decoding.prepare_params(each.model, restored.params)
+            models.append(speed.TwinModel(name, each.model, params))
+        for number, case in enumerate(cases[done:], done + 1):
+            print(f"speed {number} of {len(cases)}: {case}", flush=True)
+            table["rows"] += speed.time_twins(models, case, run.compare.repeats)
+            write_measured(path, table)
+    return table["rows"]
+
+
+def memory_table(family: list[twins.Twin], cfg: config.Compare) -> list[dict]:
+    """Bytes of weights and of a text's cache in the dtype of computation."""
+    rows = []
+    for twin in family:
+        size = jnp.dtype(twin.model.dtype).itemsize
+        for inputs in cfg.input_lengths:
+            outputs = max(cfg.output_lengths)
+            cache = costs.cache_bytes(twin.model, inputs, outputs, size)
+            about = {"twin": twin.name, "inputs": inputs, "outputs": outputs}
+            rows.append(about | {"weights": size * twin.parameters, "cache": cache})
+    return rows
+
+
+def shown_metrics(qualities: dict[str, list[dict]]) -> list[str]:
+    """Names of the metrics of quality that every run has."""
+    every = [set(each["metrics"]) for runs in qualities.values() for each in runs]
+    counts = {"examples", "truncated_inputs", "batches", "tokens", "target_tokens", "perplexity"}
+    return sorted(set.intersection(*every) - counts)
+
+
+def loss_curve(folder: str) -> list[list[float]]:
+    """The held-out loss of a run by step."""
+    values = metric_writers.read_metrics(Path(folder))
+    losses = [
+        points for name, points in values.items() if name.endswith("/loss") and "train/" not in name
+    ]
+    return [[step, loss] for step, loss in losses[0].items()] if losses else []
+
+
+def machine() -> str:
+    """Devices and processor of this machine."""
+    kind = jax.devices()[0].device_kind
+    return f"{len(jax.devices())} x {kind}, {platform.machine()}"
+
+
+def versions() -> str:
+    """Versions of this package, of jax and of flax."""
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("t5x_lite", "jax", "flax"))

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run as a tree of frozen dataclasses, which a .gin file fills and every module reads.
+
+Nothing here imports jax, flax, gin or TensorFlow. `gin_file` turns .gin text into this tree and
+back; `Run` is its root. A field has a default only where one value serves nearly everybody.
+"""
+
+from dataclasses import dataclass
+
+# Dataclasses of other modules are bound by the same name as all others: config.Stack.layers.
+from t5x_lite.config import windows
+from t5x_lite.config.adaptation import Adaptation as Adaptation
+from t5x_lite.config.adaptation import Distillation as Distillation
+from t5x_lite.config.adaptation import ParamGroup as ParamGroup
+from t5x_lite.config.architecture import Model as Model
+from t5x_lite.config.architecture import Pooling as Pooling
+from t5x_lite.config.architecture import RotaryScaling as RotaryScaling
+from t5x_lite.config.architecture import Stack as Stack
+from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.comparison import Compare as Compare
+from t5x_lite.config.data import Data as Data
+from t5x_lite.config.data import Files as Files
+from t5x_lite.config.data import Mixture as Mixture
+from t5x_lite.config.data import Vocabulary as Vocabulary
+from t5x_lite.config.decoding import Decode as Decode
+from t5x_lite.config.draft_heads import DraftHeadLoss as DraftHeadLoss
+from t5x_lite.config.draft_heads import DraftHeads as DraftHeads
+from t5x_lite.config.layer_skip import LayerSkip as LayerSkip
+from t5x_lite.config.objectives import CausalLM as CausalLM
+from t5x_lite.config.objectives import Denoisers as Denoisers
+from t5x_lite.config.objectives import FillInTheMiddle as FillInTheMiddle
+from t5x_lite.config.objectives import PrefixLM as PrefixLM
+from t5x_lite.config.objectives import SpanCorruption as SpanCorruption
+from t5x_lite.config.training import Checkpoint as Checkpoint
+from t5x_lite.config.training import Evaluate as Evaluate
+from t5x_lite.config.training import Mesh as Mesh
+from t5x_lite.config.training import Optimizer as Optimizer
+from t5x_lite.config.training import Schedule as Schedule
+from t5x_lite.config.training import Train as Train
+
+
+@dataclass(frozen=True)
+class Run(Checked):
+    """A whole run: everything that decides its numbers, and the folder they go to.
+
+    Without `data`, `train` and `schedule` it is a converted checkpoint: it decodes, and a run that
+    trains can begin with its weights.
+
+    Attributes:
+      model_dir: folder of the run's checkpoints, metrics and resolved config.
+      model: architecture.
+      data: what is read.
+      train: length of the run and its step.
+      schedule: learning rate.
+      optimizer: update rule.
+      evaluate: evaluation while it trains.
+      checkpoint: checkpoints, and initial weights.
+      decode: decoding, of evaluation and by default.
+      mesh: devices.
+      adaptation: initial weights from models of other shapes; None for none.
+      distillation: teacher; None for none.
+      compare: comparison of twins (`python -m t5x_lite.compare`); None for none.
+      seed: seed of weights, data order and dropout.
+    """
+
+    model_dir: str
+    model: Model
+    data: Data | None = None
+    train: Train | None = None
+    schedule: Schedule | None = None
+    optimizer: Optimizer = Optimizer()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    decode: Decode = Decode()
+    mesh: Mesh = Mesh()
+    adaptation: Adaptation | None = None
+    distillation: Distillation | None = None
+    compare: Compare | None = None
+    seed: int = 0
+
+    def check(self):
+        require(
+            self.adaptation is None or self.checkpoint.initial is None,
+            "Checkpoint.initial and Run.adaptation both say which weights the run begins with: "
+            "bind one of them",
+        )
+        require(
+            self.adaptation is None or self.model.draft_heads is None,
+            "Run.adaptation has no weights for Model.draft_heads: train them in a run that begins "
+            "with the adapted weights (Checkpoint.initial)",
+        )
+        if self.train is not None and self.train.layer_skip is not None:
+            require(self.model.decoder is not None, "Train.layer_skip is for a decoder's layers")
+            self.train.layer_skip.check_layers(self.model.decoder.layers)
+        if self.data is None:
+            return
+        require(
+            self.model.layout != "encoder_decoder" or "inputs" in self.data.lengths,
+            'Data.lengths needs "inputs": the model has an encoder',
+        )
+        objective = self.data.objective
+        parts = objective.parts if isinstance(objective, Denoisers) else (objective,)
+        require(
+            not (
+                self.model.layout == "encoder_decoder"
+                and any(isinstance(part, CausalLM) for part in parts)
+            ),
+            "CausalLM has no inputs for the encoder: use PrefixLM or SpanCorruption",
+        )
+        vocabulary = self.data.declared_vocabulary
+        lengths = windows.length_limits(self.data.lengths, self.model.layout)
+        if vocabulary is not None and vocabulary.sentinel_count is not None:
+            for part in filter(None, parts):
+                mode = vocabulary.most_ids(getattr(part, "mode", None))
+                windows.check_sentinels(part, lengths, mode, vocabulary.sentinel_count)
+        if self.distillation is not None:
+            self.check_distillation(parts)
+
+    def check_distillation(self, objectives: tuple) -> None:
+        """Raises ValueError unless a decoder-only teacher can read these objectives."""
+        require(
+            self.model.decoder is not None,
+            "Run.distillation is for a model with a decoder: a teacher predicts the next token",
+        )
+        require(
+            all(part is None or isinstance(part, PrefixLM | CausalLM) for part in objectives),
+            "Run.distillation needs targets that go on from their inputs, as a decoder-only "
+            "teacher reads them: PrefixLM, CausalLM, or a task's own pairs",
+        )

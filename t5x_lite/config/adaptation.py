@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config of initial weights from other models, of groups of weights, and of a teacher."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from t5x_lite.config.checked import Checked, require
+
+
+@dataclass(frozen=True)
+class ParamGroup(Checked):
+    """Weights that share one learning-rate rule, chosen by patterns of their names.
+
+    A name is "decoder.layers.cross_attention.query"; * matches anything.
+
+    Attributes:
+      weights: patterns; a weight belongs to the first group of `Train.param_groups` that matches.
+      rate: factor on the learning rate; 0 freezes, which costs no gradient and no optimizer memory.
+      begin: step before which the weights do not move.
+      warmup: steps from `begin` on over which the rate rises linearly to that of the schedule.
+    """
+
+    weights: tuple[str, ...]
+    rate: float = 1.0
+    begin: int = 0
+    warmup: int = 0
+
+    def check(self):
+        require(len(self.weights) > 0, "ParamGroup.weights is empty: name weights by patterns")
+        require(self.rate >= 0, f"ParamGroup.rate cannot be negative; got {self.rate}")
+        require(self.begin >= 0, f"ParamGroup.begin cannot be negative; got {self.begin}")
+        require(self.warmup >= 0, f"ParamGroup.warmup cannot be negative; got {self.warmup}")
+
+
+@dataclass(frozen=True)
+class Adaptation(Checked):
+    """Initial weights of a run taken from other models, tower by tower.
+
+    Attributes:
+      source: checkpoint of any format: run folder, Hugging Face folder or .gguf file.
+      encoder_source: checkpoint that the encoder comes from; None takes `source`.
+      decoder_from: tower of `source` that becomes the decoder.
+      encoder_from: tower of `encoder_source` that becomes the encoder; None takes the decoder of
+        a decoder-only source, and the encoder of any other.
+      cross: cross-attention of a decoder whose source has none: copied from its self-attention,
+        or random.
+      cross_scale: factor on cross-attention's output at the start, in [0, 1]. Norms after the
+        sublayers (Gemma) keep that output small; without them it dominates the decoder's residual
+        stream, and with a small scale, or 0, the decoder begins as it was.
+      rows: embeddings of ids that the source lacks: the mean of its embeddings with noise of a
+        tenth of their standard deviation, or new ones drawn as for pretraining.
+    """
+
+    source: str
+    encoder_source: str | None = None
+    decoder_from: Literal["decoder", "encoder"] = "decoder"
+    encoder_from: Literal["decoder", "encoder"] | None = None
+    cross: Literal["copy", "random"] = "copy"
+    cross_scale: float = 1.0
+    rows: Literal["mean", "random"] = "mean"
+
+    def check(self):
+        require(
+            0 <= self.cross_scale <= 1,
+            f"Adaptation.cross_scale must be in [0, 1]; got {self.cross_scale}",
+        )
+
+
+@dataclass(frozen=True)
+class Distillation(Checked):
+    """A frozen decoder-only teacher, whose next-token distribution is part of the loss.
+
+    The loss is (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher, student), both
+    distributions at that temperature (Hinton et al., 2015).
+
+    Attributes:
+      teacher: checkpoint of any format.
+      weight: share of the divergence in the loss, in (0, 1].
+      temperature: that of both distributions.
+      top_k: the k most probable ids of the teacher, and the probability of all others together;
+        None compares the whole distributions.
+      answers: folder that `python -m t5x_lite.distill` wrote; the teacher is then not loaded.
+    """
+
+    teacher: str
+    weight: float = 0.5
+    temperature: float = 1.0
+    top_k: int | None = None
+    answers: str | None = None
+
+    def check(self):
+        require(0 < self.weight <= 1, f"Distillation.weight must be in (0, 1]; got {self.weight}")
+        require(
+            self.temperature > 0,
+            f"Distillation.temperature must be positive; got {self.temperature}",
+        )
+        require(self.top_k is None or self.top_k >= 1, "Distillation.top_k must be at least 1")
+        require(
+            self.answers is None or self.top_k is not None,
+            "Distillation.answers holds the top_k of the teacher: bind Distillation.top_k too",
+        )

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config of a model: all that decides its weights and its logits.
+
+Every family (T5, T5Gemma, GPT-2, Llama, Qwen, Gemma ...) is a choice of these values, kept as a
+.gin preset; there is no class per family.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.draft_heads import DraftHeads
+
+# Ids and places in a weight are int32.
+INDICES = 2**31
+
+
+@dataclass(frozen=True)
+class RotaryScaling(Checked):
+    """Rotary positions stretched for texts longer than those of pretraining.
+
+    Attributes:
+      kind: linear divides every position by `factor`; llama3 divides those of slow frequencies
+        alone, and passes over gradually between `low` and `high`.
+      factor: what positions are divided by.
+      low: frequencies with fewer turns than this in `original` positions are divided (llama3).
+      high: frequencies with more turns than this are not (llama3).
+      original: positions of pretraining (llama3).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+    def check(self):
+        require(self.factor >= 1, f"RotaryScaling.factor must be at least 1; got {self.factor}")
+        require(self.low < self.high, "RotaryScaling.low must be below RotaryScaling.high")
+
+
+@dataclass(frozen=True)
+class Stack(Checked):
+    """One tower of layers. T5 and GPT, encoder and decoder differ only in these values.
+
+    Attributes:
+      layers: number of layers.
+      embed: width of the residual stream.
+      heads: query heads.
+      head_dim: width of a head.
+      mlp: hidden units of the MLP.
+      kv_heads: heads of keys and values (grouped-query attention); None is as many as `heads`.
+      activation: nonlinearity of the MLP; gelu is the tanh approximation.
+      gated: a gated MLP (GLU) with two input projections.
+      norm: T5's and Llama's (rms), Gemma's, whose scale is one plus the weight (rms_plus_one), or
+        GPT-2's with mean and bias (layer).
+      norm_epsilon: epsilon of the norms.
+      post_norms: a norm after each sublayer too, before the residual is added.
+      qk_norm: a norm over head_dim of queries and keys, before rotation.
+      qkv_bias: biases of the query, key and value projections.
+      out_bias: bias of attention's output projection.
+      mlp_bias: biases of the MLP.
+      query_scale: factor on the queries; 1.0 is T5, whose initialization carries
+        1 / sqrt(head_dim). Others want head_dim ** -0.5.
+      softcap: c, which turns scores x into c * tanh(x / c).
+      merged: cross-attention without a layer of its own: one softmax over the past and the
+        inputs, with the weights of self-attention (T5Gemma 2).
+      positions: relative (T5's bias), rotary, or learned embeddings.
+      buckets: buckets of the relative bias.
+      max_distance: distance from which the relative bias has one bucket.
+      bias_std: standard deviation of the initial relative bias.
+      bias_per_layer: a table of relative biases for each layer, not one for all.
+      rotary_base: base of the rotary wavelengths.
+      rotary_scaling: how rotary positions are stretched; None is not at all.
+      max_length: number of learned positions.
+      pattern: full or sliding window, layer by layer, repeated over the layers.
+      window: keys that a sliding layer sees: in a causal layer those at distance 0 <= d < window.
+      window_form: the window of an encoder's layer: |d| < window (below), |d| <= window (within),
+        or (window + 1) // 2 keys up to its own and window // 2 after it (halved).
+      sliding_rotary_base: rotary base of sliding layers, never scaled; None takes `rotary_base`.
+    """
+
+    layers: int
+    embed: int
+    heads: int
+    head_dim: int
+    mlp: int
+    kv_heads: int | None = None
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    gated: bool = True
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    norm_epsilon: float = 1e-6
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    query_scale: float = 1.0
+    softcap: float | None = None
+    merged: bool = False
+    positions: Literal["relative", "rotary", "learned"] = "relative"
+    buckets: int = 32
+    max_distance: int = 128
+    bias_std: float = 0.2
+    bias_per_layer: bool = False
+    rotary_base: float = 10000.0
+    rotary_scaling: RotaryScaling | None = None
+    max_length: int | None = None
+    pattern: tuple[Literal["full", "sliding"], ...] = ("full",)
+    window: int | None = None
+    window_form: Literal["below", "within", "halved"] = "below"
+    sliding_rotary_base: float | None = None
+
+    def check(self):
+        for name in ("layers", "embed", "heads", "head_dim", "mlp"):
+            require(getattr(self, name) >= 1, f"Stack.{name} must be at least 1")
+        sizes = (self.layers, self.embed, self.heads, self.key_heads, self.head_dim, self.mlp)
+        sizes += (self.buckets, self.max_length or 1, self.window or 1)
+        require(max(sizes) < INDICES, f"Stack has a size of {max(sizes):,}: too large for int32")
+        require(
+            self.heads % self.key_heads == 0,
+            f"Stack.heads ({self.heads}) must be a multiple of Stack.kv_heads ({self.kv_heads})",
+        )
+        require(
+            self.positions != "rotary" or self.head_dim % 2 == 0,
+            f"Stack.head_dim must be even for rotary positions; got {self.head_dim}",
+        )
+        require(
+            (self.positions == "learned") == (self.max_length is not None),
+            "Stack.max_length belongs to learned positions: bind it there, and nowhere else",
+        )
+        require(len(self.pattern) > 0, 'Stack.pattern is empty: ("full",) is every layer alike')
+        require(
+            ("sliding" in self.pattern) == (self.window is not None),
+            'Stack.window belongs to a Stack.pattern with "sliding" layers: bind both or neither',
+        )
+        require(self.window is None or self.window >= 1, "Stack.window must be at least 1")
+        require(
+            not (self.positions == "relative" and self.merged),
+            "Stack.merged reads inputs and past in one softmax: it has no relative positions",
+        )
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees a window only."""
+        cycle = len(self.pattern)
+        return tuple(self.pattern[layer % cycle] == "sliding" for layer in range(self.layers))
+
+
+@dataclass(frozen=True)
+class Pooling(Checked):
+    """One vector per text from an encoder's output, or from a lone decoder's.
+
+    Attributes:
+      kind: mean over the tokens, or the first or last of them.
+      project: width of a projection without bias after it (Sentence-T5); None has none.
+      normalize: divides the vector by its Euclidean norm.
+    """
+
+    kind: Literal["mean", "first", "last"] = "mean"
+    project: int | None = None
+    normalize: bool = False
+
+
+@dataclass(frozen=True)
+class Model(Checked):
+    """An encoder-decoder, a decoder alone (GPT-like) or an encoder alone: by which stacks exist.
+
+    Attributes:
+      vocab: number of ids.
+      encoder: the encoder's stack; None for a decoder alone.
+      decoder: the decoder's stack; None for an encoder alone.
+      tied: reads the logits through the (decoder's) embedding table.
+      scale_logits: multiplies the state that logits are read from by embed ** -0.5, as T5 1.0.
+      logits_softcap: c, which turns logits x into c * tanh(x / c).
+      scale_embedding: multiplies embeddings by sqrt(embed).
+      separate_embeddings: an embedding table of the encoder's own.
+      eoi: id whose embedding is a weight of its own, not scaled (end of image, T5Gemma 2).
+      prefix_lm: a lone decoder reads its inputs in both directions.
+      decoder_start_token_id: id that begins every decoder input.
+      add_bos: a lone decoder's prompts begin with `decoder_start_token_id`; GPT-2's do not.
+      dropout: rate of dropout.
+      embedding_std: standard deviation of the initial embeddings.
+      dtype: dtype of the computation; weights are kept in float32.
+      attention: kernels (pallas), plain XLA (reference), or (auto) the faster of both on the
+        devices at hand; T5X_LITE_ATTENTION in the environment overrides it.
+      pooling: makes text embeddings; None has none.
+      draft_heads: heads that draft the tokens after the next one; None has none.
+    """
+
+    vocab: int
+    encoder: Stack | None = None
+    decoder: Stack | None = None
+    tied: bool = False
+    scale_logits: bool = False
+    logits_softcap: float | None = None
+    scale_embedding: bool = False
+    separate_embeddings: bool = False
+    eoi: int | None = None
+    prefix_lm: bool = False
+    decoder_start_token_id: int = 0
+    add_bos: bool = True
+    dropout: float = 0.0
+    embedding_std: float = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "pallas", "reference"] = "auto"
+    pooling: Pooling | None = None
+    draft_heads: DraftHeads | None = None
+
+    def check(self):
+        require(self.encoder is not None or self.decoder is not None, "Model has no Stack at all")
+        require(self.vocab >= 2, f"Model.vocab must be at least 2; got {self.vocab}")
+        require(self.vocab < INDICES, f"Model.vocab is {self.vocab:,}: ids are int32")
+        require(
+            0 <= self.decoder_start_token_id < self.vocab,
+            f"Model.decoder_start_token_id must be below vocab {self.vocab}",
+        )
+        require(0 <= self.dropout < 1, f"Model.dropout must be in [0, 1); got {self.dropout}")
+        require(
+            self.eoi is None or 0 <= self.eoi < self.vocab,
+            f"Model.eoi must be below vocab {self.vocab}",
+        )
+        require(
+            not self.prefix_lm or self.layout == "decoder_only",
+            "Model.prefix_lm is for a decoder alone: an encoder reads in both directions anyway",
+        )
+        require(
+            not self.separate_embeddings or self.layout == "encoder_decoder",
+            "Model.separate_embeddings is for an encoder-decoder",
+        )
+        require(
+            self.draft_heads is None or self.decoder is not None,
+            "Model.draft_heads drafts what a decoder writes: an encoder alone writes nothing",
+        )
+        self.check_widths()
+
+    def check_widths(self):
+        merged = self.decoder is not None and self.decoder.merged
+        require(
+            not merged or self.layout == "encoder_decoder",
+            "Stack.merged is for the decoder of an encoder-decoder",
+        )
+        require(
+            self.layout != "encoder_decoder"
+            or self.encoder.embed == self.decoder.embed
+            or (self.separate_embeddings and not merged),
+            "Model.encoder.embed and Model.decoder.embed must agree: they share one embedding "
+            "(or bind Model.separate_embeddings = True)",
+        )
+
+    @property
+    def layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:
+        """Layout of a batch: inputs and targets apart, one after the other, or aligned."""
+        if self.decoder is None:
+            return "encoder_only"
+        return "decoder_only" if self.encoder is None else "encoder_decoder"

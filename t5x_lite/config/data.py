@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config of data: tasks, files and mixtures, their vocabulary, and the layout of rows."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.objectives import (
+    CausalLM,
+    Denoisers,
+    FillInTheMiddle,
+    PrefixLM,
+    SpanCorruption,
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary(Checked):
+    """Mapping between text and token ids.
+
+    Attributes:
+      kind: bytes; a sentencepiece model or a tokenizer_json at `path`; a SentencePiece model
+        trained on the task's text; or that of the checkpoint at `path`, of any format, as a run
+        needs that begins with its weights.
+      path: file or checkpoint.
+      size: number of pieces of a trained model.
+      extra_ids: sentinels added at the top of the vocabulary; span corruption needs them.
+      names: texts that are one id each, added below the sentinels (UL2's mode tokens); those that
+        a checkpoint has already are not added again.
+      sentinels: pieces that are there already and serve as sentinels instead, with {} for their
+        number: "<unused{}>".
+    """
+
+    kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
+    path: str | None = None
+    size: int | None = None
+    extra_ids: int = 0
+    names: tuple[str, ...] = ()
+    sentinels: str | None = None
+
+    def check(self):
+        needs_path = self.kind in ("sentencepiece", "tokenizer_json", "checkpoint")
+        require(not needs_path or self.path, f"Vocabulary.path is needed for kind {self.kind}")
+        require(self.kind != "trained" or self.size, "Vocabulary.size is needed for kind trained")
+        require(self.extra_ids >= 0, "Vocabulary.extra_ids cannot be negative")
+        require(len(set(self.names)) == len(self.names), "Vocabulary.names has a name twice")
+        require(
+            self.sentinels is None or not self.extra_ids,
+            "Vocabulary.sentinels names pieces that are there; Vocabulary.extra_ids adds new ones: "
+            "bind one of them",
+        )
+        require(
+            self.sentinels is None or "{}" in self.sentinels,
+            'Vocabulary.sentinels needs {} for the number: "<unused{}>"',
+        )
+
+    @property
+    def sentinel_count(self) -> int | None:
+        """Number of sentinels; None if only the vocabulary's file has it."""
+        bare = self.kind in ("bytes", "trained") and self.sentinels is None
+        return self.extra_ids if bare or self.extra_ids else None
+
+    def most_ids(self, text: str | None) -> int:
+        """Upper bound on the ids of a text: its bytes, and one for a leading space."""
+        if text is None:
+            return 0
+        return 1 if text in self.names else 1 + len(text.encode())
+
+
+@dataclass(frozen=True)
+class Files(Checked):
+    """A user's own data, without Python.
+
+    Attributes:
+      name: name of the task.
+      train: files of the training split, as a glob.
+      vocabulary: how the text becomes ids.
+      validation: files of the validation split.
+      test: files of the test split.
+      format: format of the files; None reads it from their ending. A `text` file has one example
+        per line: its targets.
+      inputs: field of the inputs; None means text without a source (language modeling).
+      targets: field of the targets.
+      metrics: metrics of the task.
+      whole_files: a `text` file is one example.
+      broken: what a line that cannot be read does: stop, or skip, which is counted.
+    """
+
+    name: str
+    train: str
+    vocabulary: Vocabulary
+    validation: str | None = None
+    test: str | None = None
+    format: Literal["jsonl", "tsv", "text", "parquet"] | None = None
+    inputs: str | None = None
+    targets: str = "targets"
+    metrics: tuple[str, ...] = ("exact_match",)
+    whole_files: bool = False
+    broken: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True)
+class Mixture(Checked):
+    """Several tasks with the same vocabularies.
+
+    Attributes:
+      tasks: their names or Files.
+      rates: the proportion in which their examples are drawn.
+    """
+
+    tasks: tuple[str | Files, ...]
+    rates: tuple[float, ...]
+
+    def check(self):
+        require(len(self.tasks) > 0, "Mixture.tasks is empty")
+        require(
+            len(self.tasks) == len(self.rates),
+            f"Mixture.rates needs one rate for each of the {len(self.tasks)} tasks; got "
+            f"{len(self.rates)}",
+        )
+        require(all(rate > 0 for rate in self.rates), "Mixture.rates must be positive")
+
+
+@dataclass(frozen=True)
+class Data(Checked):
+    """Source of the examples, and their layout in rows.
+
+    Attributes:
+      task: a built-in task or a registered seqio Task or Mixture by its name, Files, or a Mixture.
+      lengths: tokens per row, {"inputs": 64, "targets": 64}; a decoder alone uses their sum.
+      objective: cuts inputs and targets from the task's text (its targets); None trains on the
+        task's own inputs and targets.
+      pack: puts several examples into a row.
+      eval_split: split that is evaluated.
+      vocabulary: replaces that of a built-in task.
+      cache_dir: folder of cached tokens.
+      stream: reads the training split anew instead of caching its tokens, for sources too large
+        for `cache_dir`.
+    """
+
+    task: str | Files | Mixture
+    lengths: dict[str, int]
+    objective: SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle | Denoisers | None = None
+    pack: bool = True
+    eval_split: str = "validation"
+    vocabulary: Vocabulary | None = None
+    cache_dir: str = "~/.cache/t5x_lite"
+    stream: bool = False
+
+    def check(self):
+        unknown = set(self.lengths) - {"inputs", "targets"}
+        require(not unknown, f"Data.lengths has unknown features {sorted(unknown)}")
+        require("targets" in self.lengths, 'Data.lengths needs "targets"')
+        for feature, length in self.lengths.items():
+            require(length >= 2, f'Data.lengths["{feature}"] must be at least 2; got {length}')
+
+    @property
+    def declared_vocabulary(self) -> Vocabulary | None:
+        """Vocabulary of the targets, if the config has it; None for a task with its own."""
+        tasks = self.task.tasks if isinstance(self.task, Mixture) else (self.task,)
+        declared = (task.vocabulary for task in tasks if isinstance(task, Files))
+        return self.vocabulary or next(declared, None)

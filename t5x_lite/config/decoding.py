@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config of decoding."""
+
+from dataclasses import dataclass
+
+from t5x_lite.config.checked import Checked, require
+
+
+@dataclass(frozen=True)
+class Decode(Checked):
+    """Decoding of text: greedily (temperature 0), by sampling, or by beam search (beams > 1).
+
+    Attributes:
+      max_new_tokens: most new tokens of a row.
+      temperature: 0 is greedy; 1 samples from the model's distribution.
+      top_k: samples among the k most probable tokens; 0 among all.
+      top_p: samples among the fewest tokens whose probabilities sum to p; 1 among all.
+      seed: the same seed gives the same text for a row.
+      beams: beams of the search; 1 is none.
+      alpha: length penalty: beams are ranked by log-probability / ((5 + length) / 6) ** alpha (Wu
+        et al., 2016, eq. 14).
+      n_best: beams returned, best first.
+      drafter: what drafts tokens ahead, which changes the speed and not the text: auto, plain,
+        lookup, early:4, draft:PATH, lookup+recycling, ... (`infer --help` lists them).
+      draft_length: tokens of a block, its first included; 0 takes the fastest by measurement.
+      accept: rule by which draft tokens are kept; some rules change the text, and say so.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    beams: int = 1
+    alpha: float = 0.6
+    n_best: int = 1
+    drafter: str = "auto"
+    draft_length: int = 0
+    accept: str = "exact"
+
+    def check(self):
+        require(
+            self.max_new_tokens >= 1,
+            f"Decode.max_new_tokens must be at least 1; got {self.max_new_tokens}",
+        )
+        require(self.temperature >= 0, "Decode.temperature cannot be negative")
+        require(self.top_k >= 0, "Decode.top_k cannot be negative")
+        require(0 < self.top_p <= 1, f"Decode.top_p must be in (0, 1]; got {self.top_p}")
+        require(self.beams >= 1, "Decode.beams must be at least 1")
+        require(
+            1 <= self.n_best <= self.beams,
+            f"Decode.n_best must be in 1..Decode.beams ({self.beams}); got {self.n_best}",
+        )
+        require(
+            self.beams == 1 or self.temperature == 0,
+            "Decode.beams searches for the most probable text: it cannot also sample "
+            "(temperature > 0)",
+        )
+        require(
+            self.beams == 1 or self.drafter in ("auto", "plain"),
+            f"Decode.drafter {self.drafter} drafts for one text per row; beam search (beams > 1) "
+            "takes plain or auto",
+        )
+        require(
+            self.draft_length == 0 or 2 <= self.draft_length <= 64,
+            f"Decode.draft_length must be 0 (measured) or in 2..64; got {self.draft_length}",
+        )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config of objectives: which part of a text is hidden, and predicted.
+
+Each cuts inputs and targets from a window of running text; `data.objectives` does the cutting.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from t5x_lite.config.checked import Checked, require
+
+
+@dataclass(frozen=True)
+class SpanCorruption(Checked):
+    """T5's denoising: spans of the text are hidden, and are the targets.
+
+    Attributes:
+      noise_density: share of the tokens that is hidden.
+      mean_span: mean length of a hidden span.
+      mode: text before the inputs that names the denoiser (UL2's [NLU]); None has none.
+      overflow: where a window needs more spans than the vocabulary has sentinels: fail, or cap the
+        spans at that number, which makes them longer.
+    """
+
+    noise_density: float = 0.15
+    mean_span: float = 3.0
+    mode: str | None = None
+    overflow: Literal["fail", "cap"] = "fail"
+
+    def check(self):
+        require(0 < self.noise_density < 1, "SpanCorruption.noise_density must be in (0, 1)")
+        require(self.mean_span >= 1, "SpanCorruption.mean_span must be at least 1")
+
+
+@dataclass(frozen=True)
+class PrefixLM(Checked):
+    """Text cut in two: its first part is the inputs, the rest the targets.
+
+    Attributes:
+      share: share of a window that is targets; None draws the cut uniformly.
+      split: the share holds exactly (fixed), or on average (uniform: drawn up to twice the share).
+      mode: text before the inputs that names the denoiser; None has none.
+    """
+
+    share: float | None = None
+    split: Literal["uniform", "fixed"] = "uniform"
+    mode: str | None = None
+
+    def check(self):
+        require(
+            self.share is None or 0 < self.share < 1,
+            f"PrefixLM.share is a share of the window: in (0, 1), not {self.share}",
+        )
+        require(
+            self.split == "uniform" or self.share is not None,
+            'PrefixLM.split = "fixed" needs PrefixLM.share, the share of the targets',
+        )
+        require(
+            self.split == "fixed" or self.share is None or self.share <= 0.5,
+            "PrefixLM.share above 0.5 cannot be the mean of a uniform split: bind PrefixLM.split = "
+            '"fixed", or leave out the share',
+        )
+
+
+@dataclass(frozen=True)
+class CausalLM(Checked):
+    """All of the text is targets."""
+
+
+@dataclass(frozen=True)
+class FillInTheMiddle(Checked):
+    """A middle drawn uniformly is the targets; the text around it, marked, is the inputs.
+
+    Attributes:
+      order: prefix, suffix, middle (psm), or suffix, prefix, middle (spm) (Bavarian et al., 2022).
+      marks: names of the tokens before the prefix, before the suffix and after both; None takes
+        the first three sentinels.
+      mode: text before the inputs that names the denoiser; None has none.
+    """
+
+    order: Literal["psm", "spm"] = "psm"
+    marks: tuple[str, ...] | None = None
+    mode: str | None = None
+
+    def check(self):
+        require(
+            self.marks is None or len(self.marks) == 3,
+            f"FillInTheMiddle.marks are three names (prefix, suffix, middle); got {self.marks}",
+        )
+
+
+@dataclass(frozen=True)
+class Denoisers(Checked):
+    """Several objectives at once (UL2).
+
+    Attributes:
+      parts: the objectives.
+      rates: the proportion in which windows go to each.
+    """
+
+    parts: tuple[SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle, ...]
+    rates: tuple[float, ...]
+
+    def check(self):
+        require(len(self.parts) > 0, "Denoisers.parts is empty")
+        require(
+            len(self.parts) == len(self.rates),
+            f"Denoisers.rates needs one rate for each of the {len(self.parts)} parts; got "
+            f"{len(self.rates)}",
+        )
+        require(
+            all(rate > 0 for rate in self.rates),
+            f"Denoisers.rates must be positive; got {self.rates}. Leave out a part instead of "
+            "giving it rate 0",
+        )
+
+
+Objective = SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle

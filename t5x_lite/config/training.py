@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config of training: optimizer, schedule, steps, evaluation, checkpoints, mesh of devices."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from t5x_lite.config.adaptation import ParamGroup
+from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.draft_heads import DraftHeadLoss
+from t5x_lite.config.layer_skip import LayerSkip
+
+
+@dataclass(frozen=True)
+class Optimizer(Checked):
+    """The update rule.
+
+    Attributes:
+      name: adafactor (T5's), adamw, or any optax optimizer by its name.
+      weight_decay: decoupled weight decay.
+      clip_norm: limit of the gradient's global norm; None has none.
+      options: keyword arguments of the optimizer, passed as they are: b1, b2, decay_rate ...
+    """
+
+    name: str = "adafactor"
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    options: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Schedule(Checked):
+    """Learning rate against step.
+
+    Attributes:
+      kind: constant; rsqrt: peak * sqrt(warmup / max(step, warmup)); linear and cosine: down to
+        the floor at the last step; wsd: constant, then linear to the floor.
+      peak: largest learning rate.
+      warmup: steps that rise linearly from 0 to `peak`.
+      floor: last learning rate as a share of `peak`.
+      decay: share of all steps, at the end, over which wsd falls.
+    """
+
+    kind: Literal["constant", "rsqrt", "linear", "cosine", "wsd"]
+    peak: float
+    warmup: int = 0
+    floor: float = 0.0
+    decay: float = 0.2
+
+    def check(self):
+        require(self.peak > 0, f"Schedule.peak must be positive; got {self.peak}")
+        require(self.warmup >= 0, f"Schedule.warmup cannot be negative; got {self.warmup}")
+        require(0 <= self.floor <= 1, f"Schedule.floor is a share of peak; got {self.floor}")
+        require(0 < self.decay <= 1, f"Schedule.decay is a share of all steps; got {self.decay}")
+        require(self.kind != "rsqrt" or self.warmup > 0, "Schedule.warmup must be set for rsqrt")
+
+
+@dataclass(frozen=True)
+class Train(Checked):
+    """Length of the run and the training step.
+
+    Attributes:
+      steps: number of steps.
+      batch_size: rows of a step over all hosts.
+      microbatches: equal parts that the batch is split into, computed one after the other.
+      label_smoothing: probability moved from the target to all ids alike.
+      z_loss: weight of log(Z)^2, which keeps the softmax normalizer near 1.
+      remat: what a layer keeps for its backward pass: all (none), products with weights (minimal:
+        less memory, and faster on CPU too), or only its input (full).
+      unroll: layers per turn of the scan over layers; narrow models train 1.5 times faster on CPU
+        unrolled.
+      max_consecutive_skips: steps in a row that may have a non-finite gradient before the run
+        stops; each of them is skipped.
+      log_every: steps between lines of metrics.
+      tensorboard: writes metrics for TensorBoard too.
+      param_groups: weights with a learning-rate rule of their own; each belongs to the first group
+        that names it, and the rest trains by the schedule.
+      cross_entropy: logits held all at once (full), or computed a part of the vocabulary at a time
+        and again for the backward pass (chunked). auto is chunked where a kernel does it, or where
+        all logits would take more than 1 GiB of a device.
+      draft_head_loss: the loss of `Model.draft_heads`.
+      layer_skip: trains the decoder to exit early; None does not.
+    """
+
+    steps: int
+    batch_size: int
+    microbatches: int = 1
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0001
+    remat: Literal["none", "minimal", "full"] = "minimal"
+    unroll: int = 1
+    max_consecutive_skips: int = 10
+    log_every: int = 10
+    tensorboard: bool = True
+    param_groups: tuple[ParamGroup, ...] = ()
+    cross_entropy: Literal["auto", "full", "chunked"] = "auto"
+    draft_head_loss: DraftHeadLoss = DraftHeadLoss()
+    layer_skip: LayerSkip | None = None
+
+    def check(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "microbatches",
+            "unroll",
+            "max_consecutive_skips",
+            "log_every",
+        ):
+            require(getattr(self, name) >= 1, f"Train.{name} must be at least 1")
+        require(
+            self.batch_size % self.microbatches == 0,
+            f"Train.batch_size ({self.batch_size}) must be a multiple of Train.microbatches "
+            f"({self.microbatches})",
+        )
+        require(0 <= self.label_smoothing < 1, "Train.label_smoothing must be in [0, 1)")
+        late = [group.begin for group in self.param_groups if group.begin >= self.steps]
+        require(
+            not late,
+            f"ParamGroup.begin = {late[:1]} is beyond the run's {self.steps} steps: its weights "
+            "would never train. Bind ParamGroup.rate = 0 if that is meant",
+        )
+
+
+@dataclass(frozen=True)
+class Evaluate(Checked):
+    """Schedule, size and metrics of evaluations.
+
+    Attributes:
+      every: steps between evaluations; 0 evaluates at the end only.
+      examples: most examples that are decoded.
+      batches: most batches that are scored for the loss.
+      batch_size: rows decoded or scored at once.
+      metrics: names of metrics; empty takes the task's own.
+    """
+
+    every: int = 0
+    examples: int = 500
+    batches: int = 50
+    batch_size: int = 64
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint(Checked):
+    """Schedule of checkpoints, those to keep, and the initial weights of the run.
+
+    Attributes:
+      every: steps between checkpoints.
+      keep: newest checkpoints that are kept.
+      metric: name of a metric whose best checkpoint is kept too; None keeps none.
+      higher_is_better: the best is the largest value of `metric`.
+      initial: checkpoint whose weights the run begins with: a run folder, a Hugging Face folder, a
+        .gguf file or a T5X checkpoint.
+    """
+
+    every: int = 1000
+    keep: int = 3
+    metric: str | None = None
+    higher_is_better: bool = False
+    initial: str | None = None
+
+    def check(self):
+        require(self.every >= 1, "Checkpoint.every must be at least 1")
+        require(self.keep >= 1, "Checkpoint.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class Mesh(Checked):
+    """Devices by axis; -1 takes all devices that the other axes leave.
+
+    Attributes:
+      data: splits the batch.
+      fsdp: splits the batch and the weights.
+      tensor: splits the weights.
+      context: splits the length of rows while they train, for rows too long for one device.
+      slices: number of slices that the devices belong to, joined by a data-center network alone;
+        `data`, a multiple of it, spans them, and all other axes stay within one.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    slices: int = 1
+
+    def check(self):
+        require(self.slices >= 1, f"Mesh.slices must be at least 1; got {self.slices}")
+        sizes = (self.data, self.fsdp, self.tensor, self.context)
+        require(all(size >= 1 or size == -1 for size in sizes), "Mesh axes are at least 1, or -1")
+        require(sizes.count(-1) <= 1, "At most one Mesh axis can be -1")

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks that the config describes: built-in corpora, a user's files, and their vocabularies."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from t5x_lite import config
+from t5x_lite.checkpoints.text_settings import read_text_settings
+from t5x_lite.data import corpora, files
+from t5x_lite.data.corpora import TextExample
+from t5x_lite.data.task import Task, read_text
+from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
+from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.utils.atomic_files import write_atomically
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A corpus that needs no download.
+
+    Attributes:
+      rows: returns the examples of a split.
+      source: returns a digest of what a split is read from.
+      symbols: the vocabulary; None is bytes with 100 sentinels.
+      has_inputs: false for text alone.
+      metrics: names of the metrics of predictions.
+    """
+
+    rows: Callable[[str], Iterator[TextExample]]
+    source: Callable[[str], str]
+    symbols: list[str] | None
+    has_inputs: bool
+    metrics: tuple[str, ...]
+
+    def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        if self.symbols is None:
+            return (vocabularies.ByteVocabulary(extra_ids=100),) * 2
+        return (
+            vocabularies.SymbolVocabulary(self.symbols),
+            vocabularies.SymbolVocabulary(self.symbols, separator=" "),
+        )
+
+
+DOCSTRINGS = BuiltIn(
+    rows=corpora.docstring_rows,
+    source=corpora.stdlib_source,
+    symbols=None,
+    has_inputs=True,
+    metrics=("rouge", "bleu", "chrf"),
+)
+
+
+BUILT_IN = {
+    "cmudict_g2p": BuiltIn(
+        rows=partial(corpora.cmudict_rows, stress=False),
+        source=corpora.cmudict_source,
+        symbols=corpora.LETTERS + corpora.PHONEMES,
+        has_inputs=True,
+        metrics=("per", "wer"),
+    ),
+    "cmudict_g2p_stress": BuiltIn(
+        rows=partial(corpora.cmudict_rows, stress=True),
+        source=corpora.cmudict_source,
+        symbols=corpora.LETTERS + corpora.STRESSED,
+        has_inputs=True,
+        metrics=("per", "wer"),
+    ),
+    "python_stdlib": BuiltIn(
+        rows=corpora.stdlib_rows,
+        source=corpora.stdlib_source,
+        symbols=None,
+        has_inputs=False,
+        metrics=(),
+    ),
+    "stdlib_docstrings": DOCSTRINGS,
+    "stdlib_functions": dataclasses.replace(DOCSTRINGS, rows=corpora.function_rows),
+}
+
+
+def built_in_task(name: str, vocabulary: config.Vocabulary | None, cache_dir: str) -> Task:
+    """Opens a built-in task.
+
+    Args:
+      name: a key of BUILT_IN.
+      vocabulary: for both sides; None is that of the task.
+      cache_dir: folder of trained vocabularies.
+    """
+    corpus = BUILT_IN[name]
+    if vocabulary is None:
+        pair = corpus.vocabularies()
+    else:
+        source = corpus.source("train")
+        pair = vocabulary_pair(vocabulary, partial(corpus.rows, "train"), source, cache_dir)
+    return Task(
+        name=name,
+        splits=corpora.SPLITS,
+        vocabularies=pair,
+        read=partial(read_text, corpus.rows, pair),
+        source=corpus.source,
+        has_inputs=corpus.has_inputs,
+        metrics=corpus.metrics,
+    )
+
+
+def from_files(cfg: config.Files, cache_dir: str) -> Task:
+    """A user's own files as a task."""
+    counts: dict[str, int] = {}
+    rows = partial(files.read_rows, cfg, counts=counts)
+    source = partial(files.source, cfg)
+    pair = vocabulary_pair(cfg.vocabulary, lambda: rows("train"), source("train"), cache_dir)
+    return Task(
+        name=cfg.name,
+        splits=files.list_splits(cfg),
+        vocabularies=pair,
+        read=partial(read_text, rows, pair),
+        source=source,
+        has_inputs=cfg.inputs is not None,
+        metrics=cfg.metrics,
+        counts=counts,
+        stamps=partial(files.stamps, cfg),
+    )
+
+
+def vocabulary_pair(
+    cfg: config.Vocabulary,
+    rows: Callable[[], Iterator[TextExample]],
+    source: str,
+    cache_dir: str,
+) -> tuple[Vocabulary, Vocabulary]:
+    """Vocabularies (inputs, targets) that the config names: one for both, or a checkpoint's.
+
+    Args:
+      cfg: the vocabulary.
+      rows: returns the training examples, for a vocabulary trained on them.
+      source: digest of what they are read from.
+      cache_dir: folder of trained vocabularies.
+    """
+    if cfg.kind != "checkpoint":
+        vocabulary = build_vocabulary(cfg, rows, source, cache_dir)
+        return vocabulary, vocabulary
+    inputs, targets = read_text_settings(cfg.path).vocabularies
+    grow = partial(
+        extended.extend_vocabulary, names=cfg.names, extra_ids=cfg.extra_ids, pattern=cfg.sentinels
+    )
+    return grow(inputs), grow(targets)
+
+
+def build_vocabulary(
+    cfg: config.Vocabulary,
+    rows: Callable[[], Iterator[TextExample]],
+    source: str,
+    cache_dir: str,
+) -> Vocabulary:
+    """Vocabulary that the config names; `trained` learns it from rows, once per source.
+
+    Args:
+      cfg: the vocabulary.
+      rows: returns the training examples.
+      source: digest of what they are read from.
+      cache_dir: folder of trained vocabularies.
+
+    Raises:
+      ValueError: Vocabulary.path is not a file of this kind.
+    """
+    if cfg.names or cfg.sentinels:
+        # Names stand below the sentinels, so both are added to a vocabulary without any.
+        bare = dataclasses.replace(cfg, extra_ids=0, names=(), sentinels=None)
+        inner = build_vocabulary(bare, rows, source, cache_dir)
+        return extended.extend_vocabulary(inner, cfg.names, cfg.extra_ids, cfg.sentinels)
+    if cfg.kind == "bytes":
+        return vocabularies.ByteVocabulary(cfg.extra_ids)
+    if cfg.kind == "trained":
+        model = train_pieces(cfg.size, rows, source, cache_dir)
+        return vocabularies.SentencePieceVocabulary(model, cfg.extra_ids)
+    path = Path(cfg.path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"Vocabulary.path {cfg.path} is not a file")
+    kind = vocabularies.KINDS[cfg.kind]
+    try:
+        return kind(path.read_bytes(), cfg.extra_ids)
+    except Exception as error:  # each library raises its own classes, some of them plain Exception
+        raise ValueError(
+            f"Vocabulary.path {cfg.path} is not a model of kind {cfg.kind}: {error}"
+        ) from error
+
+
+def train_pieces(
+    size: int, rows: Callable[[], Iterator[TextExample]], source: str, cache_dir: str
+) -> bytes:
+    """Trains a SentencePiece model, or reads it from the cache.
+
+    Args:
+      size: number of pieces.
+      rows: returns the training examples.
+      source: digest of what they are read from.
+      cache_dir: folder of trained vocabularies.
+
+    Returns:
+      The bytes of the model's file.
+    """
+    identity = json.dumps([sentencepiece_training.FORMAT, size, source]).encode()
+    root = Path(cache_dir).expanduser()
+    path = root / f"pieces-{size}-{hashlib.sha256(identity).hexdigest()[:20]}.model"
+    if path.exists():
+        return path.read_bytes()
+    model = sentencepiece_training.train_sentencepiece(
+        (text for row in rows() for text in row[:2] if text), size
+    )
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, model)
+    return model

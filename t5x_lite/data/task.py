@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task: its splits, its vocabularies, the reader of its examples, and its metrics."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from t5x_lite.data import cache, files
+from t5x_lite.data.cache import Chunk
+from t5x_lite.data.corpora import TextExample
+from t5x_lite.tokenizers import vocabularies
+from t5x_lite.tokenizers.vocabulary import Vocabulary
+
+CHUNK = 4096
+CHUNK_CHARACTERS = 4_000_000
+
+
+class ExampleReader(Protocol):
+    """Reader of chunks of ids from example `begin` of a split on; `epoch` seeds random
+    preprocessors."""
+
+    def __call__(self, split: str, begin: int = 0, epoch: int = 0) -> Iterator[Chunk]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One source of examples.
+
+    Attributes:
+      name: of the task.
+      splits: names of its splits.
+      vocabularies: of (inputs, targets).
+      read: reader of its examples.
+      source: returns a digest of what a split is read from, to detect a changed source.
+      has_inputs: false for text alone.
+      metrics: names of metrics of ours.
+      counts: counts of the reader so far (broken lines), by name.
+      score: computes the task's own metrics, in addition to `metrics`, of predictions for the first
+        examples of a split.
+      stamps: returns `files.stamps` of a split's files, {} for a source without files.
+    """
+
+    name: str
+    splits: tuple[str, ...]
+    vocabularies: tuple[Vocabulary, Vocabulary]
+    read: ExampleReader
+    source: Callable[[str], str]
+    has_inputs: bool
+    metrics: tuple[str, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    score: Callable[[str, list[str]], dict[str, float]] | None = None
+    stamps: Callable[[str], dict[str, list[int]]] = lambda split: {}
+
+
+def check_unchanged(task: Task, split: str, before: dict[str, list[int]], source: str) -> None:
+    """Checks that the source of a split did not change while it was read.
+
+    Args:
+      task: the task.
+      split: of the task.
+      before: its stamps before reading.
+      source: its digest before reading.
+
+    Raises:
+      ValueError: it changed; the message names the files.
+    """
+    if task.source(split) == source:
+        return
+    changes = files.describe_changes(before, task.stamps(split)) or "the source is another one"
+    raise ValueError(
+        f"The data of {task.name} ({split}) changed while they were read: {changes}. Put them back "
+        "as they were, or begin in a new MODEL_DIR"
+    )
+
+
+def encode_with_edges(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarray]:
+    """Ids of each text with the first and last ids of the vocabulary's sequences."""
+    ids = vocabulary.encode_all(texts)
+    start, end = vocabularies.end_ids(vocabulary)
+    if not start and not end:
+        return ids
+    start, end = np.array(start, np.int32), np.array(end, np.int32)
+    return [np.concatenate([start, each, end]) for each in ids]
+
+
+def read_text(
+    rows: Callable[[str], Iterable[TextExample]],
+    pair: tuple[Vocabulary, Vocabulary],
+    split: str,
+    begin: int = 0,
+    epoch: int = 0,
+) -> Iterator[Chunk]:
+    """Tokenizes examples, some thousands at a time, or fewer where they are long.
+
+    Args:
+      rows: returns the examples of a split.
+      pair: vocabularies of (inputs, targets).
+      split: of the task.
+      begin: number of the first example.
+      epoch: unused; text is the same in every epoch.
+    """
+    examples = itertools.islice(rows(split), begin, None)
+    while batch := list(next_batch(examples)):
+        inputs = None
+        if batch[0].inputs is not None:
+            inputs = encode_with_edges(pair[0], [row.inputs for row in batch])
+        yield Chunk(inputs, encode_with_edges(pair[1], [row.targets for row in batch]), batch)
+
+
+def next_batch(rows: Iterator[TextExample]) -> Iterator[TextExample]:
+    """Yields the next examples, up to CHUNK of them or CHUNK_CHARACTERS."""
+    characters = 0
+    for row in itertools.islice(rows, CHUNK):
+        yield row
+        characters += len(row.targets) + len(row.inputs or "")
+        if characters > CHUNK_CHARACTERS:
+            return
+
+
+def cached_tokens(task: Task, split: str, cache_dir: str) -> cache.Tokens:
+    """Opens the tokens of a split, written to the cache first if they are not there.
+
+    Args:
+      task: the task.
+      split: of the task.
+      cache_dir: folder of cached tokens.
+    """
+    source, stamps = task.source(split), task.stamps(split)
+
+    def chunks() -> Iterator[Chunk]:
+        yield from task.read(split)
+        check_unchanged(task, split, stamps, source)
+
+    identity = {
+        "task": task.name,
+        "split": split,
+        "source": source,
+        "vocabularies": [vocabularies.fingerprint(each) for each in task.vocabularies],
+    }
+    inputs, targets = task.vocabularies
+    entry = cache.CacheEntry(
+        name=f"{task.name}-{split}",
+        identity=identity,
+        chunks=chunks(),
+        sizes=(inputs.size, targets.size),
+        eos=(inputs.eos, targets.eos),
+        counts=task.counts,
+        # Training text can be decoded from its ids; only evaluation needs it exactly.
+        keep_rows=split != "train",
+    )
+    return cache.open_tokens(cache_dir, entry)

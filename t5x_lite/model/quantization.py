@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in 8 or 4 bits for decoding, and products of them, with activations in 8 or 4 bits too.
+
+Symmetric and uniform: a weight w becomes the integer nearest to w / scale, and the largest
+magnitude of its channel (or of each `group` of values along the fan-in) becomes 127, or 7 with 4
+bits. So |w - q scale| <= scale / 2. Activations are quantized dynamically, with a scale per token.
+
+Only the matrices of layers are quantized, not embeddings, logits, norms and biases.
+Post-training quantization as in LLM.int8 (Dettmers et al., 2022) and ZeroQuant (Yao et al., 2022),
+without their outlier columns.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+# Number of leading axes of a matrix that are its fan-in; all others are channels.
+FAN_IN = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
+NAMES = ("int8", "int4", "int8_activations", "int4_activations", "int4_int8_activations")
+
+
+class QuantizationConfig(NamedTuple):
+    """Format of quantized weights and of the activations that they multiply.
+
+    Attributes:
+      bits: bits of a weight, 8 or 4.
+      activations: bits of an activation, 8 or 4; None for activations that are not quantized.
+      group: number of values along the fan-in that share a scale; None for the whole channel.
+    """
+
+    bits: int
+    activations: int | None = None
+    group: int | None = None
+
+
+def parse_quantization(name: str) -> QuantizationConfig:
+    """Parses "int8", "int4_activations", "int4:32" (groups of 32) ...
+
+    Raises:
+      ValueError: the name is not one of these.
+    """
+    match = re.fullmatch(r"int([48])(?:(?:_int([48]))?(_activations))?(?::(\d{1,6}))?", name)
+    if match is None or match[4] == "0" or (match[2] and int(match[2]) < int(match[1])):
+        raise ValueError(
+            f"--quantize={name} is not one of {', '.join(NAMES)}; with :32 at its end, each 32 "
+            "values of a channel have a scale of their own"
+        )
+    bits = int(match[1])
+    activations = int(match[2] or bits) if match[3] else None
+    return QuantizationConfig(bits, activations, int(match[4]) if match[4] else None)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["kind"]
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A quantized weight: values times scales. Stacked weights have the layer axis first in both.
+
+    Attributes:
+      values: int8 or int4 array of the shape of the weight.
+      scales: [groups channels] float32.
+      kind: format.
+    """
+
+    values: Any
+    scales: Any
+    kind: QuantizationConfig
+
+
+def max_level(bits: int) -> int:
+    """Largest magnitude of a symmetric signed `bits`-bit integer: 2**(bits-1) - 1."""
+    return 2 ** (bits - 1) - 1
+
+
+def round_symmetric(x: Float[Array, "..."], bits: int, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Quantizes x to integers with one scale per slice.
+
+    Args:
+      x: values.
+      bits: 8 or 4.
+      axis: the axis along which values share a scale.
+
+    Returns:
+      int8 or int4 values, and float32 scales, in which `axis` has length 1.
+    """
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
+    scale = jnp.where(largest > 0, largest / max_level(bits), 1.0)
+    integers = jnp.clip(jnp.round(wide / scale), -max_level(bits), max_level(bits))
+    return integers.astype(jnp.int8 if bits == 8 else jnp.int4), scale
+
+
+def quantize(matrix: Float[Array, "..."], fan_in: int, kind: QuantizationConfig) -> Quantized:
+    """Quantizes a matrix of one layer.
+
+    Args:
+      matrix: weights.
+      fan_in: number of leading axes that a product sums over.
+      kind: format.
+
+    Raises:
+      ValueError: groups do not divide the fan-in.
+    """
+    inner = math.prod(matrix.shape[:fan_in])
+    groups = group_count(inner, kind)
+    grouped = matrix.reshape(groups, inner // groups, -1)
+    values, scales = round_symmetric(grouped, kind.bits, 1)
+    return Quantized(values.reshape(matrix.shape), scales[:, 0], kind)
+
+
+def group_count(inner: int, kind: QuantizationConfig) -> int:
+    """Number of groups in a channel of `inner` values."""
+    if kind.group is not None and inner % kind.group:
+        smaller = max(size for size in range(1, min(kind.group, inner) + 1) if not inner % size)
+        raise ValueError(
+            f"--quantize: groups of {kind.group} do not divide a fan-in of {inner}; choose a "
+            f"divisor such as {smaller}, or no groups"
+        )
+    return inner // (kind.group or inner)
+
+
+def dequantize(weight: Quantized) -> Float[Array, "..."]:
+    """Returns the float32 values of a quantized weight that is not stacked."""
+    groups = weight.scales.shape[0]
+    grouped = weight.values.astype(jnp.float32).reshape(groups, -1, weight.scales.shape[1])
+    return (grouped * weight.scales[:, None]).reshape(weight.values.shape)
+
+
+def quantized_matmul(
+    x: Float[Array, "b t ..."], weight: Quantized, placed: P
+) -> Float[Array, "b t ..."]:
+    """Matrix product with a quantized weight; integer products are summed exactly, in int32.
+
+    Args:
+      x: [b t ...] activations, the fan-in axes last.
+      weight: quantized weight of one layer.
+      placed: sharding of the result.
+
+    Returns:
+      The product, in the dtype of x.
+    """
+    matmul = functools.partial(local_matmul, weight.kind)
+    return jax.sharding.auto_axes(matmul, out_sharding=placed)(x, weight.values, weight.scales)
+
+
+def local_matmul(
+    kind: QuantizationConfig, x: jax.Array, values: jax.Array, scales: jax.Array
+) -> jax.Array:
+    """`quantized_matmul` without shardings.
+
+    Args:
+      kind: format.
+      x: [b t ...] activations.
+      values: integers of the weight.
+      scales: [groups channels] scales of the weight.
+    """
+    rank, size = 0, 1
+    while size < math.prod(values.shape) // scales.shape[1]:
+        size, rank = size * values.shape[rank], rank + 1
+    flat = x.reshape(-1, size)
+    groups, channels = scales.shape
+    # Both operands of an integer product need the same dtype.
+    grouped = values.astype(jnp.int8).reshape(groups, size // groups, channels)
+    if kind.activations is not None:
+        rows = flat.reshape(-1, *grouped.shape[:2])
+        y = integer_matmul(rows, grouped, scales, kind.activations)
+    elif groups == 1:
+        # 8-bit integers are exact in bfloat16; sums and scales are float32.
+        integers = grouped[0].astype(x.dtype)
+        y = jnp.matmul(flat, integers, preferred_element_type=jnp.float32) * scales
+    else:
+        y = flat @ (grouped * scales[:, None]).astype(x.dtype).reshape(size, channels)
+    return y.astype(x.dtype).reshape(*x.shape[:2], *values.shape[rank:])
+
+
+def integer_matmul(
+    x: Float[Array, "r g i"], values: Int[Array, "g i o"], scales: Float[Array, "g o"], bits: int
+) -> Float[Array, "r o"]:
+    """Quantizes activations and multiplies integers; |sum| < 2**31 up to a fan-in of 133,000.
+
+    Args:
+      x: [r g i] activations by rows and groups.
+      values: [g i o] int8 values of the weight.
+      scales: [g o] float32 scales of the weight.
+      bits: bits of an activation.
+    """
+    integers, sizes = round_symmetric(x, bits, 2)
+    integers = integers.astype(jnp.int8)
+    if len(scales) == 1:
+        sums = jnp.matmul(integers[:, 0], values[0], preferred_element_type=jnp.int32)
+        return sums.astype(jnp.float32) * sizes[:, 0] * scales
+    sums = jnp.einsum("rgi,gio->rgo", integers, values, preferred_element_type=jnp.int32)
+    return jnp.einsum("rgo,rg,go->ro", sums.astype(jnp.float32), sizes[:, :, 0], scales)
+
+
+def quantize_params(params: dict, kind: QuantizationConfig) -> dict:
+    """Quantizes the matrices of layers in stacked params.
+
+    Raises:
+      ValueError: groups do not divide a fan-in.
+    """
+
+    def convert(path, weight):
+        names = [str(getattr(key, "key", "")) for key in path]
+        if "layers" not in names or names[-1] not in FAN_IN:
+            return weight
+        return quantize_layers(weight, FAN_IN[names[-1]], kind)
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def quantize_layers(weight: jax.Array, fan_in: int, kind: QuantizationConfig) -> Quantized:
+    """Applies `quantize` to every layer of a stacked weight.
+
+    The values have the sharding of the weight, the scales that of its layer axis.
+
+    Args:
+      weight: [layers ...] weight.
+      fan_in: number of axes of a layer that a product sums over.
+      kind: format.
+    """
+    group_count(math.prod(weight.shape[1 : 1 + fan_in]), kind)
+    where = jax.typeof(weight).sharding.spec
+    each = jax.vmap(lambda matrix: quantize(matrix, fan_in, kind))
+    placed = Quantized(P(*where), P(where[0], None, None), kind)
+    return jax.jit(jax.sharding.auto_axes(each, out_sharding=placed))(weight)
+
+
+def dequantize_params(params: dict) -> dict:
+    """Returns params of `quantize_params` in float32."""
+
+    def convert(weight):
+        if not isinstance(weight, Quantized):
+            return weight
+        where = jax.typeof(weight.values).sharding.spec
+        each = jax.vmap(lambda *parts: dequantize(Quantized(*parts, weight.kind)))
+        return jax.jit(jax.sharding.auto_axes(each, out_sharding=where))(
+            weight.values, weight.scales
+        )
+
+    return jax.tree.map(convert, params, is_leaf=is_quantized)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Returns True for a quantized weight."""
+    return isinstance(leaf, Quantized)
+
+
+def has_quantized(params: Any) -> bool:
+    """Returns True if params contain a quantized weight."""
+    return any(map(is_quantized, weight_leaves(params)))
+
+
+def weight_leaves(params: Any) -> list:
+    """Returns the weights of params; a quantized one is a single leaf."""
+    return jax.tree.leaves(params, is_leaf=is_quantized)
+
+
+def weight_bytes(params: Any) -> int:
+    """Bytes of all weights; XLA packs two 4-bit values into one byte."""
+
+    def bits(array):
+        return 4 if array.dtype == jnp.int4 else 8 * array.dtype.itemsize
+
+    return sum(array.size * bits(array) for array in jax.tree.leaves(params)) // 8

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformer layers and stacks of them: scanned over stacked weights, or unrolled."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from t5x_lite import config
+from t5x_lite.kernels import api as kernels
+from t5x_lite.model import positions
+from t5x_lite.model.attention import Attention, AttentionContext, LayerConfig, layer_configs
+from t5x_lite.model.cache import Cache
+from t5x_lite.model.layers import Mlp, dropout, is_partitioned, normalizer, split, weight
+from t5x_lite.sharding import batch_shards, spec
+
+# Folded into a layer's key for the draw of the rows that skip the layer; dropout splits that key.
+LAYER_SKIP = 1 << 31
+
+
+class Layer(nn.Module):
+    """Transformer layer: self-attention, cross-attention in a decoder, Mlp.
+
+    Attributes:
+      model: architecture of the whole model.
+      stack: architecture of the stack that the layer belongs to.
+      both_sides: bidirectional, as in an encoder.
+      source: width of the encoder's output; None without cross-attention.
+    """
+
+    model: config.Model
+    stack: config.Stack
+    both_sides: bool = False
+    source: int | None = None
+
+    def setup(self):
+        self.attention = Attention(self.model, self.stack, self.both_sides)
+        self.cross = self.source is not None and not self.stack.merged
+        if self.cross:
+            kind = {"cross": True, "source": self.source}
+            self.cross_attention = Attention(self.model, self.stack, **kind)
+        self.mlp = Mlp(self.model, self.stack)
+
+    def __call__(self, x, context: AttentionContext, layer_config: LayerConfig, key=None):
+        """Applies the layer to whole rows.
+
+        Args:
+          x: [b t d] hidden states.
+          context: inputs that all layers share.
+          layer_config: settings of this layer.
+          key: dropout key; None for no dropout.
+        """
+        rate, keys = self.model.dropout, split(key, 4)
+        cross_kv = None if self.source is None else self.cross_kv(context.encoded)
+        merged = cross_kv if self.stack.merged else None
+        x = x + dropout(self.attention(x, context, layer_config, merged), rate, keys[0])
+        if self.cross:
+            y = self.cross_attention.attend_encoded(x, cross_kv, context)
+            x = x + dropout(y, rate, keys[1])
+        return x + dropout(self.mlp(x, keys[2]), rate, keys[3])
+
+    def inspect(self, x, context: AttentionContext, layer_config: LayerConfig) -> tuple:
+        """Applies the layer as `__call__` does and also returns its attention probabilities.
+
+        Args:
+          x: [b t d] hidden states.
+          context: inputs that all layers share; its backend has to be None (plain XLA).
+          layer_config: settings of this layer.
+
+        Returns:
+          The layer's output [b t d], and a pair of probabilities [b n t s]: of self-attention, and
+          of cross-attention (None if the layer has no separate cross-attention).
+        """
+        cross_kv = None if self.source is None else self.cross_kv(context.encoded)
+        merged = cross_kv if self.stack.merged else None
+        probs, cross_probs = self.attention.attention_probs(x, context, layer_config, merged), None
+        x = x + self.attention(x, context, layer_config, merged)
+        if self.cross:
+            cross_probs = self.cross_attention.cross_attention_probs(x, cross_kv, context)
+            x = x + self.cross_attention.attend_encoded(x, cross_kv, context)
+        return x + self.mlp(x), (probs, cross_probs)
+
+    def decode(
+        self,
+        x,
+        context: AttentionContext,
+        layer_config: LayerConfig,
+        cache: Cache,
+        cross_kv: Cache | None,
+    ):
+        """Applies the layer to a block of tokens over the layer's cache.
+
+        Args:
+          x: [b w d] hidden states of the block.
+          context: inputs that all layers share.
+          layer_config: settings of this layer.
+          cache: this layer's keys and values [b k s h].
+          cross_kv: keys and values of the encoder's output; None for a lone decoder.
+
+        Returns:
+          The layer's output [b w d], and the cache with the block written into it.
+        """
+        merged = cross_kv if self.stack.merged else None
+        y, cache = self.attention.attend_cache(x, context, layer_config, cache, merged)
+        x = x + y
+        if self.cross:
+            x = x + self.cross_attention.attend_encoded(x, cross_kv, context)
+        return x + self.mlp(x), cache
+
+    def cross_kv(self, encoded) -> Cache:
+        """Returns this layer's keys and values [b k s h] of the encoder's output [b s d]."""
+        attention = self.cross_attention if self.cross else self.attention
+        return Cache(*attention.keys_values(encoded))
+
+
+class LayerStack(nn.Module):
+    """Encoder or decoder: position embeddings, the layers of a `config.Stack`, the final norm.
+
+    Attributes:
+      model: architecture of the whole model.
+      stack: architecture of this stack.
+      both_sides: bidirectional, as in an encoder.
+      source: width of the encoder's output; None without cross-attention.
+      scan: runs stacked weights (layers first) in one `lax.scan`; otherwise `layers` is a tuple of
+        trees, and the loop over them is unrolled.
+      remat: what a layer keeps for its backward pass, as `config.Train.remat`: everything (none),
+        products with weights and attention outputs (minimal), or its input alone (full).
+      unroll: layers per iteration of the scan.
+    """
+
+    model: config.Model
+    stack: config.Stack
+    both_sides: bool = False
+    source: int | None = None
+    scan: bool = True
+    remat: str = "none"
+    unroll: int = 1
+
+    @property
+    def sizes(self):
+        stack = self.stack
+        widths = {"embed": stack.embed, "norm": stack.embed, "positions": stack.max_length}
+        return widths | {"buckets": stack.buckets, "heads": stack.heads}
+
+    @property
+    def layer_configs(self) -> LayerConfig:
+        return layer_configs(self.stack, self.both_sides)
+
+    def setup(self):
+        stack = self.stack
+        self.layer = Layer(self.model, stack, self.both_sides, self.source, parent=None)
+        if self.is_initializing():
+            self.param("layers", self.init_layers)
+        self.layers = self.get_variable("params", "layers")
+        self.norm = normalizer(self, "norm")
+        self.relative = stack.positions == "relative" and not stack.bias_per_layer
+        if self.relative:
+            self.bias = weight(self, "bias", "buckets -> heads", stack.bias_std)
+        if stack.positions == "learned":
+            self.positions = weight(self, "positions", "-> positions embed", 0.02)
+
+    def init_layers(self, key):
+        """Returns new weights of all layers, stacked and boxed with their axes."""
+        rows = batch_shards()
+        x = jnp.zeros((rows, 1, self.stack.embed), out_sharding=spec("batch length width"))
+        where = jnp.zeros((rows, 1), jnp.int32, out_sharding=spec("batch length"))
+        mask = kernels.prepare_mask(kernels.Mask(where, where), None)
+        encoded = None
+        if self.source is not None:
+            encoded = jnp.zeros((rows, 1, self.source), out_sharding=spec("batch length width"))
+        context = AttentionContext(where, mask, encoded=encoded, input_mask=mask)
+        x, layer_config = x.astype(self.model.dtype), take_layer(self.layer_configs, 0)
+
+        def init_layer(key):
+            return self.layer.init(key, x, context, layer_config)["params"]
+
+        def add_layer_axis(boxed):
+            return boxed.replace(axes=f"layers {boxed.axes}")
+
+        stacked = jax.vmap(init_layer)(jax.random.split(key, self.stack.layers))
+        return jax.tree.map(add_layer_axis, stacked, is_leaf=is_partitioned)
+
+    def __call__(self, x, context: AttentionContext, key=None):
+        """Applies every layer and the final norm to whole rows.
+
+        Args:
+          x: [b t d] embedded tokens.
+          context: inputs that all layers share.
+          key: dropout key; None for no dropout.
+        """
+        context = self.with_position_bias(context)
+
+        def apply_layer(x, layer):
+            weights, layer_config, key = layer
+            return self.layer.apply({"params": weights}, x, context, layer_config, key), None
+
+        keys = None if key is None else jax.random.split(key, self.stack.layers + 1)
+        layer_keys = None if key is None else keys[:-1]
+        x = self.add_position_embeddings(x, context.where)
+        apply_layer = remat_layer(apply_layer, self.remat)
+        x, _ = self.scan_layers(apply_layer, x, self.layer_configs, layer_keys)
+        return dropout(self.norm(x), self.model.dropout, None if key is None else keys[-1])
+
+    def with_layer_skip(self, x, context: AttentionContext, key, rates):
+        """Applies the stack with stochastic layer skip: each row skips each layer at random.
+
+        The weights have to be stacked.
+
+        Args:
+          x: [b t d] embedded tokens.
+          context: inputs that all layers share.
+          key: random key of dropout and of the skips.
+          rates: [layers] float32 probability of skipping each layer.
+
+        Returns:
+          The final hidden states [b t d], and the states [layers b t d] after every layer.
+        """
+        context = self.with_position_bias(context)
+        *layer_keys, last = jax.random.split(key, self.stack.layers + 1)
+
+        def apply_layer(x, layer):
+            weights, layer_config, key, rate = layer
+            y = self.layer.apply({"params": weights}, x, context, layer_config, key)
+            x = jnp.where(draw_skips(x, rate, key), x, y)
+            return x, x
+
+        x = self.add_position_embeddings(x, context.where)
+        per_layer = (self.layer_configs, jnp.stack(layer_keys), rates)
+        x, states = self.scan_layers(remat_layer(apply_layer, self.remat), x, *per_layer)
+        return dropout(self.norm(x), self.model.dropout, last), states
+
+    def inspect(self, x, context: AttentionContext) -> tuple[list, list]:
+        """Applies unstacked layers and returns what they compute on the way.
+
+        Returns:
+          The final norm of the state before every layer and after the last (layers + 1 of
+          [b t d]), and the attention probabilities of each layer, as `Layer.inspect` has them.
+        """
+        context = self.with_position_bias(context)
+        x = self.add_position_embeddings(x, context.where)
+        states, probs = [self.norm(x)], []
+        for layer, weights in enumerate(self.layers):
+            layer_config = take_layer(self.layer_configs, layer)
+            x, layer_probs = self.layer.apply(
+                {"params": weights}, x, context, layer_config, method=Layer.inspect
+            )
+            states.append(self.norm(x))
+            probs.append(layer_probs)
+        return states, probs
+
+    def with_position_bias(self, context: AttentionContext) -> AttentionContext:
+        """Returns context with the position bias that all layers share, if the stack has one."""
+        if not self.relative:
+            return context
+        shared = positions.relative(self.bias, self.stack, self.both_sides)
+        return context._replace(relative=kernels.prepare_bias(shared, context.mask))
+
+    def add_position_embeddings(self, x, where):
+        """Adds learned position embeddings at positions where [b t], if the stack has them."""
+        if self.stack.positions != "learned":
+            return x
+        return x + self.positions.at[where].get(out_sharding=spec("batch length width"))
+
+    def decode(self, x, context: AttentionContext, cache: Cache, cross_kv: Cache | None):
+        """Applies every layer over the cache, and the final norm.
+
+        Args:
+          x: [b w d] embedded tokens of the block.
+          context: inputs that all layers share.
+          cache: keys and values of all layers.
+          cross_kv: cross-attention keys and values of all layers; None for a lone decoder.
+
+        Returns:
+          The hidden states [b w d], and the cache with the block written into it.
+        """
+        x = self.add_position_embeddings(x, context.where)
+        x, cache = self.decode_layers(x, context, cache, cross_kv)
+        return self.norm(x), cache
+
+    def decode_layers(self, x, context: AttentionContext, cache: Cache, cross_kv: Cache | None):
+        """Applies the layers alone over the cache: no position embeddings, no final norm.
+
+        Args:
+          x: [b w d] hidden states of the block.
+          context: inputs that all layers share.
+          cache: keys and values of all layers.
+          cross_kv: cross-attention keys and values of all layers; None for a lone decoder.
+
+        Returns:
+          The state after the last layer [b w d], and the cache with the block written into it.
+        """
+        context = self.with_position_bias(context)
+
+        def apply_layer(x, layer):
+            weights, layer_config, *caches = layer
+            return self.layer.apply(
+                {"params": weights}, x, context, layer_config, *caches, method=Layer.decode
+            )
+
+        return self.scan_layers(apply_layer, x, self.layer_configs, cache, cross_kv)
+
+    def cross_kv(self, encoded) -> Cache:
+        """Returns cross-attention keys and values of every layer, computed once per request."""
+
+        def apply_layer(_, layer):
+            weights, _ = layer
+            return None, self.layer.apply({"params": weights}, encoded, method=Layer.cross_kv)
+
+        return self.scan_layers(apply_layer, None, None)[1]
+
+    def scan_layers(self, apply_layer, x, *per_layer):
+        """Carries x through the layers, by `lax.scan` or by an unrolled loop.
+
+        Args:
+          apply_layer: function of (x, (weights, *per_layer)) of one layer, which returns x and the
+            layer's output.
+          x: [b t d] hidden states; None if the layers carry nothing.
+          *per_layer: trees with a first axis of layers, or caches of tuples; None stays None.
+
+        Returns:
+          x after the last layer, and the layers' outputs, stacked as the weights are.
+        """
+        if self.scan:
+            return jax.lax.scan(apply_layer, x, (self.layers, *per_layer), unroll=self.unroll)
+        outputs = []
+        for layer, weights in enumerate(self.layers):
+            slices = (take_layer(part, layer) for part in per_layer)
+            x, output = apply_layer(x, (weights, *slices))
+            outputs.append(output)
+        if not isinstance(outputs[0], Cache):
+            return x, None
+        return x, Cache(*(tuple(parts) for parts in zip(*outputs, strict=True)))
+
+
+def draw_skips(x, rate, key):
+    """Draws the rows [b 1 1] of x that skip a layer.
+
+    Args:
+      x: [b t d] hidden states, for their number of rows and their placement.
+      rate: probability of a skip.
+      key: the layer's key; the draw is independent of the dropout in the layer.
+    """
+    key = jax.random.fold_in(key, LAYER_SKIP)
+    placed = jax.typeof(x).sharding
+    return jax.random.bernoulli(key, rate, (x.shape[0], 1, 1), out_sharding=placed)
+
+
+def remat_layer(apply_layer, remat: str):
+    """Wraps apply_layer in `jax.checkpoint` with the policy `remat`.
+
+    prevent_cse is False because the layer is scanned.
+    """
+    if remat == "none":
+        return apply_layer
+    policies = jax.checkpoint_policies
+    products = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names(kernels.CHECKPOINT_NAME),
+    )
+    policy = products if remat == "minimal" else None
+    return jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)
+
+
+def take_layer(part, layer: int):
+    """Returns one layer's part of a LayerConfig, of keys [layers ...] or of a Cache of tuples."""
+    if isinstance(part, Cache):
+        return Cache(part.keys[layer], part.values[layer])
+    return jax.tree.map(lambda rows: rows[layer], part)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step compiled ahead of time, for devices that need not be there."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5x_lite import config, model, sharding
+from t5x_lite.batch import Batch
+from t5x_lite.checkpoints import train_state
+from t5x_lite.training import flops, optimizer, schedules, step
+
+
+def abstract_batch(run: config.Run) -> Batch:
+    """Shapes of a batch, placed on the mesh in force."""
+    rows, lengths = run.train.batch_size, run.data.lengths
+    inputs, targets = flops.row_lengths(run.model.layout, lengths)
+
+    def array(length: int, dtype) -> jax.ShapeDtypeStruct:
+        placement = sharding.named_sharding("batch length")
+        return jax.ShapeDtypeStruct((rows, length), dtype, sharding=placement)
+
+    ids = [array(targets, jnp.int32)] * 3
+    weights = array(targets, jnp.float32)
+    if run.model.layout == "decoder_only":
+        return Batch(*ids, weights, prefix=array(targets, bool))
+    return Batch(*ids, weights, *[array(inputs, jnp.int32)] * 3)
+
+
+def abstract_state(run: config.Run) -> train_state.TrainState:
+    """Shapes of the training state, placed on the mesh in force."""
+    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    update = optimizer.make_optimizer(
+        run.optimizer, schedule, model.axes(run.model), run.train.param_groups
+    )
+    return train_state.state_shapes(model.shapes(run.model), update)
+
+
+def trace_step(run: config.Run, devices: list) -> Any:
+    """Traces the training step of a run for devices; nothing is computed.
+
+    Sets the mesh over them. `.lower().compile()` of the result gives the executable.
+    """
+    sharding.use_mesh(run.mesh, devices)
+    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    axes = model.axes(run.model)
+    update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
+    shapes = train_state.state_shapes(model.shapes(run.model), update)
+    return step.make_step(run, update, schedule, axes).trace(shapes, abstract_batch(run))

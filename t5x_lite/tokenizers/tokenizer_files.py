@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our vocabularies as the tokenizer files of a Hugging Face folder, which AutoTokenizer loads."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from t5x_lite.tokenizers import tokenizer_json, vocabularies
+from t5x_lite.tokenizers.extended import ExtendedVocabulary
+from t5x_lite.tokenizers.vocabularies import (
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    SymbolVocabulary,
+    TokenizerJsonVocabulary,
+)
+from t5x_lite.tokenizers.vocabulary import Vocabulary
+
+TARGETS = "targets"  # subfolder of the targets' tokenizer, where it is another one
+GENERAL = "PreTrainedTokenizerFast"
+
+
+class StartToken(NamedTuple):
+    """Token that decoders begin with.
+
+    Attributes:
+      token: its id; None for none.
+      written: the tokenizer puts it before a text.
+    """
+
+    token: int | None = None
+    written: bool = False
+
+    def before(self, vocabulary: Vocabulary) -> int | None:
+        """The id before a text: the vocabulary's own, or that of a decoder-only model."""
+        return vocabulary.bos if vocabulary.bos is not None or not self.written else self.token
+
+    def named(self, vocabulary: Vocabulary) -> int | None:
+        """The id of bos_token."""
+        return self.token if vocabulary.bos is None else vocabulary.bos
+
+
+NOTHING = StartToken()
+
+
+def write_tokenizers(
+    inputs: Vocabulary, targets: Vocabulary, folder: str | Path, start: StartToken = NOTHING
+) -> None:
+    """Writes the tokenizer of a run's inputs, and in a subfolder that of its targets if it differs.
+
+    Symbols of one list have one tokenizer, which reads them as inputs and writes them as targets
+    are joined: it splits a word into letters and joins phonemes.
+
+    Args:
+      inputs: vocabulary of the inputs.
+      targets: vocabulary of the targets.
+      folder: the folder, which is created.
+      start: token that decoders begin with.
+
+    Raises:
+      ValueError: as `write_tokenizer` does.
+    """
+    same = isinstance(inputs, SymbolVocabulary) and isinstance(targets, SymbolVocabulary)
+    if same and inputs.symbols == targets.symbols:
+        write_tokenizer(inputs, folder, start, joined=targets.separator)
+    else:
+        write_tokenizer(inputs, folder, start)
+    if ids_description(inputs) != ids_description(targets):
+        write_tokenizer(targets, Path(folder) / TARGETS)
+
+
+def ids_description(vocabulary: Vocabulary) -> tuple[str, bytes | None]:
+    """Description of a vocabulary without its ends: equal ones give a text the same ids."""
+    kept = {k: v for k, v in vocabulary.description().items() if k not in ("ends", "bos")}
+    return json.dumps(kept, sort_keys=True), vocabulary.model_bytes()
+
+
+def write_tokenizer(
+    vocabulary: Vocabulary,
+    folder: str | Path,
+    start: StartToken = NOTHING,
+    joined: str | None = None,
+) -> None:
+    """Writes tokenizer.json (ByT5 has none), tokenizer_config.json and special_tokens_map.json.
+
+    The tokenizer puts eos after a text if the vocabulary `ends`, and before it the vocabulary's
+    bos, or `start`.
+
+    Args:
+      vocabulary: the vocabulary.
+      folder: the folder, which is created.
+      start: token that decoders begin with.
+      joined: text between symbols in decoded text; None for the vocabulary's own separator.
+
+    Raises:
+      ValueError: the vocabulary cannot be written as such a tokenizer.
+    """
+    files = tokenizer_files(vocabulary, start, joined)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def tokenizer_files(
+    vocabulary: Vocabulary, start: StartToken, joined: str | None
+) -> dict[str, bytes]:
+    """Files of a tokenizer by name.
+
+    Args:
+      vocabulary: the vocabulary.
+      start: token that decoders begin with.
+      joined: text between symbols in decoded text; None for the vocabulary's own separator.
+    """
+    # T5's own decoders begin with padding: its tokenizers have no name for a start token.
+    plain = vocabulary.ends and start.named(vocabulary) in (None, vocabulary.pad)
+    plain = plain and start.before(vocabulary) is None
+    match vocabulary:
+        case ByteVocabulary() if plain:
+            return byt5_files(vocabulary)
+        case ByteVocabulary():
+            content = tokenizer_json.bytes_content(vocabulary)
+        case SymbolVocabulary():
+            content = tokenizer_json.symbols_content(vocabulary, joined)
+        case SentencePieceVocabulary():
+            content = tokenizer_json.sentencepiece_content(vocabulary)
+        case TokenizerJsonVocabulary():
+            content = json_with_sentinels(vocabulary)
+        case ExtendedVocabulary():
+            content = extended_json(vocabulary)
+        case _:
+            kind = vocabulary.description()["kind"]
+            raise ValueError(
+                f"A vocabulary of kind {kind} has no tokenizer: its texts are ids already. "
+                "Leave the tokenizer out and feed ids"
+            )
+    files = fast_tokenizer_files(vocabulary, content, start)
+    is_t5 = isinstance(vocabulary, SentencePieceVocabulary) and plain
+    if is_t5 and tokenizer_json.is_t5_tokenizer(vocabulary):
+        files |= t5_files(vocabulary, files)
+    return files
+
+
+def json_with_sentinels(vocabulary: TokenizerJsonVocabulary) -> dict[str, Any]:
+    """The tokenizer.json as it is, but for sentinels on top."""
+    content = json.loads(vocabulary.json)
+    if vocabulary.extra_ids:
+        tokenizer_json.add_tokens(content, list_sentinels(vocabulary))
+    return content
+
+
+def extended_json(vocabulary: ExtendedVocabulary) -> dict[str, Any]:
+    """The inner vocabulary's tokenizer.json with the new names and sentinels.
+
+    Raises:
+      ValueError: the inner vocabulary has no tokenizer.
+    """
+    match vocabulary.inner:
+        case ByteVocabulary() as inner:
+            content = tokenizer_json.bytes_content(inner)
+        case SymbolVocabulary() as inner:
+            content = tokenizer_json.symbols_content(inner)
+        case SentencePieceVocabulary() as inner:
+            content = tokenizer_json.sentencepiece_content(inner)
+        case TokenizerJsonVocabulary() as inner:
+            content = json_with_sentinels(inner)
+        case ExtendedVocabulary() as inner:
+            content = extended_json(inner)
+        case inner:
+            kind = inner.description()["kind"]
+            raise ValueError(f"A vocabulary grown from {kind} has no tokenizer: leave it out")
+    there = inner.size
+    names = [(token, name) for name, token in vocabulary.named.ids.items() if token >= there]
+    special = set(vocabulary.sentinel_ids.tolist())
+    for token, name in sorted(names):
+        tokenizer_json.add_tokens(content, [(token, name)], special=token in special)
+    return content
+
+
+def t5_files(vocabulary: SentencePieceVocabulary, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Files of T5's own tokenizer: settings with its name, and the SentencePiece model."""
+    settings = json.loads(files["tokenizer_config.json"])
+    settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": vocabulary.sentinels}
+    settings.pop("bos_token", None)
+    return {"tokenizer_config.json": encode_json(settings), "spiece.model": vocabulary.model}
+
+
+def byt5_files(vocabulary: ByteVocabulary) -> dict[str, bytes]:
+    """Files of ByT5's tokenizer: no model; sentinels are listed from the lowest id up."""
+    names = [vocabularies.sentinel_text(vocabulary, token) for token in range(259, vocabulary.size)]
+    settings = {
+        "tokenizer_class": "ByT5Tokenizer",
+        "extra_ids": len(names),
+        "additional_special_tokens": names,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    return {"tokenizer_config.json": encode_json(settings)}
+
+
+def fast_tokenizer_files(
+    vocabulary: Vocabulary, content: dict[str, Any], start: StartToken
+) -> dict[str, bytes]:
+    """Files of a tokenizer.json that puts bos and eos where the vocabulary has them.
+
+    Args:
+      vocabulary: the vocabulary.
+      content: its tokenizer.json, whose post-processor is set.
+      start: token that decoders begin with.
+    """
+    names = tokenizer_json.token_names(content)
+    eos = vocabulary.eos if vocabulary.ends else None
+    tokenizer_json.surround_texts(content, start.before(vocabulary), eos)
+    roles = {"eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
+    roles["bos_token"] = start.named(vocabulary)
+    special = {role: names[token] for role, token in roles.items() if token in names}
+    unknown = content["model"].get("unk_token")
+    if unknown is not None:
+        special["unk_token"] = unknown
+    extra = [name for _, name in list_sentinels(vocabulary)]
+    settings = special | {
+        "tokenizer_class": GENERAL,
+        "clean_up_tokenization_spaces": False,
+        "additional_special_tokens": extra,
+    }
+    return {
+        "tokenizer.json": encode_json(content),
+        "tokenizer_config.json": encode_json(settings),
+        "special_tokens_map.json": encode_json(special | {"additional_special_tokens": extra}),
+    }
+
+
+def list_sentinels(vocabulary: Vocabulary) -> list[tuple[int, str]]:
+    """The ids and names of the sentinels, lowest id first."""
+    ids = sorted(vocabulary.sentinel_ids.tolist())
+    return [(token, vocabularies.sentinel_text(vocabulary, token)) for token in ids]
+
+
+def encode_json(value: dict[str, Any]) -> bytes:
+    """A .json file with this content."""
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

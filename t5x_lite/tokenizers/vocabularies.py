@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vocabularies of all kinds, and their files: bytes, SentencePiece, tokenizer.json, symbols.
+
+Id 0 is padding and 1 the end of the sequence (a tokenizer.json may have others). The last ids of a
+vocabulary are its sentinels, the k-th being size - 1 - k and written <extra_id_k>; an extended one
+may have others. A run keeps its pair by `save_pair`. Nothing here imports TensorFlow or seqio.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from t5x_lite.config.checked import WrongType, coerce, type_in_words
+from t5x_lite.tokenizers.errors import panics_as_errors
+from t5x_lite.tokenizers.extended import ExtendedVocabulary
+from t5x_lite.tokenizers.special_tokens import MAX_IDS, MAX_SENTINELS, sentinel_name
+from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonVocabulary
+from t5x_lite.tokenizers.symbols import ByteVocabulary, IntegerVocabulary, SymbolVocabulary
+from t5x_lite.tokenizers.vocabulary import Vocabulary
+
+
+def encode_with_ends(vocabulary: Vocabulary, text: str) -> list[int]:
+    """The ids as a model reads them: beginning and end in their places, as in training."""
+    start, end = end_ids(vocabulary)
+    return [*start, *vocabulary.encode(text), *end]
+
+
+def end_ids(vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
+    """The ids before and after those of an input's text."""
+    start = [] if vocabulary.bos is None else [vocabulary.bos]
+    return start, [vocabulary.eos] if vocabulary.ends else []
+
+
+def sentinel_text(vocabulary: Vocabulary, token: int) -> str:
+    """The name of a sentinel, as texts have it."""
+    return vocabulary.decode([token]).strip() or sentinel_name(vocabulary.size, token)
+
+
+def extended_vocabulary(model: bytes | None = None, *, inner: dict, **options) -> Vocabulary:
+    """A vocabulary that extends the one of the description `inner`.
+
+    Args:
+      model: content of the inner vocabulary's model file; None without one.
+      inner: its description.
+      options: arguments of `ExtendedVocabulary`.
+    """
+    return ExtendedVocabulary(
+        build_vocabulary(json.dumps(inner, ensure_ascii=False), model), **options
+    )
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "bytes": ByteVocabulary,
+    "symbols": SymbolVocabulary,
+    "sentencepiece": SentencePieceVocabulary,
+    "tokenizer_json": TokenizerJsonVocabulary,
+    "numbers": IntegerVocabulary,
+    "grown": extended_vocabulary,
+}
+
+
+# Fields of a description, and their types.
+OPTIONS = {
+    "extra_ids": int,
+    "ends": bool,
+    "named": dict[str, int],
+    "symbols": tuple[str, ...],
+    "separator": str,
+    "size": int,
+    "eos": int,
+    "pad": int | None,
+    "bos": int | None,
+    "stops": tuple[int, ...],
+    "prefix_once": bool,
+    "inner": dict,
+    "names": tuple[str, ...],
+    "pattern": str | None,
+}
+
+
+def fingerprint(vocabulary: Vocabulary) -> str:
+    """A digest that two vocabularies share only if they give the same ids."""
+    text = json.dumps(vocabulary.description(), sort_keys=True).encode()
+    return hashlib.sha256(text + b"\0" + (vocabulary.model_bytes() or b"")).hexdigest()
+
+
+def save_vocabulary(vocabulary: Vocabulary, folder: str | Path) -> None:
+    """Writes vocabulary.json, and the model beside it where there is one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = vocabulary.model_bytes()
+    if model is not None:
+        (folder / "model").write_bytes(model)
+    description = json.dumps(vocabulary.description(), ensure_ascii=False, indent=1)
+    (folder / "vocabulary.json").write_text(description + "\n", encoding="utf-8")
+
+
+def load_vocabulary(folder: str | Path) -> Vocabulary:
+    """Reads the vocabulary that `save_vocabulary` wrote; one object per folder content.
+
+    Raises:
+      ValueError: there is none, or it is of a kind that this version does not know.
+    """
+    folder = Path(folder)
+    path = folder / "vocabulary.json"
+    if not path.exists():
+        raise ValueError(f"No vocabulary in {folder}: {path.name} is missing")
+    model = folder / "model"
+    try:
+        content = model.read_bytes() if model.exists() else None
+        with panics_as_errors():
+            return build_vocabulary(path.read_text(encoding="utf-8"), content)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # sentencepiece, protobuf and tokenizers raise many kinds
+        raise ValueError(
+            f"{folder} holds no vocabulary that can be read ({type(error).__name__}: "
+            f"{str(error)[:200]}): copy it again from where the run was trained"
+        ) from error
+
+
+@functools.lru_cache(maxsize=16)
+def build_vocabulary(description: str, model: bytes | None) -> Vocabulary:
+    """A vocabulary from its description (JSON) and model."""
+    options = json.loads(description)
+    kind = options.pop("kind")
+    if kind not in KINDS:
+        raise ValueError(f"Vocabulary kind {kind!r} is not one of {', '.join(KINDS)}")
+    for name, value in options.items():
+        check_option(name, value)
+    return KINDS[kind](**options) if model is None else KINDS[kind](model, **options)
+
+
+def check_option(name: str, value: Any) -> None:
+    """Raises ValueError where a field of a description is unknown or has another type."""
+    hint = OPTIONS.get(name)
+    if hint is None:
+        raise ValueError(f"{name} is not an option of a vocabulary; there are {', '.join(OPTIONS)}")
+    try:
+        coerce(value, hint)
+    except WrongType:
+        raise ValueError(f"{name} must be {type_in_words(hint)}; got {value!r:.80}") from None
+    most = MAX_SENTINELS if name == "extra_ids" else MAX_IDS
+    if type(value) is int and not -1 <= value < most:
+        raise ValueError(f"{name} is {value:,}; it is below {most:,} in any vocabulary")
+
+
+def save_pair(folder: str | Path, inputs: Vocabulary, targets: Vocabulary) -> None:
+    """Writes both vocabularies of a run.
+
+    Args:
+      folder: folder whose subfolders inputs and targets are written.
+      inputs: vocabulary of the inputs.
+      targets: vocabulary of the targets.
+    """
+    save_vocabulary(inputs, Path(folder) / "inputs")
+    save_vocabulary(targets, Path(folder) / "targets")
+
+
+def load_pair(folder: str | Path) -> tuple[Vocabulary, Vocabulary]:
+    """The vocabularies (inputs, targets) that `save_pair` wrote."""
+    return load_vocabulary(Path(folder) / "inputs"), load_vocabulary(Path(folder) / "targets")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on a few examples in memory, as in a notebook: no run, no data set, no checkpoint."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+from t5x_lite import config, decoding, model, sharding
+from t5x_lite.decoding import generation, loop
+from t5x_lite.decoding.request import check_examples, check_ids, decoder_prompt
+from t5x_lite.decoding.sampling import gather_vocabulary
+
+# Adam without its learning rate, an argument of every step; clipped, since batches are small.
+ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+
+
+class TrainingExamples(NamedTuple):
+    """Rows of examples, one per row.
+
+    Attributes:
+      inputs: what encoder and decoder read.
+      next_ids: [b t] int32, the id after each decoder token.
+      weights: [b t] float32, 1 where next_ids is a target.
+    """
+
+    inputs: model.InspectionInputs
+    next_ids: Any
+    weights: Any
+
+
+class Learner:
+    """Weights from `decoding.prepare_params` that train by Adam (Kingma and Ba, 2015).
+
+    Attributes:
+      exact: weights in float32.
+      params: the same weights in the dtypes that decoding reads.
+    """
+
+    def __init__(self, cfg: config.Model, params: Any):
+        self.cfg = decoding.with_cpu_dtype(cfg)
+        self.params = params
+        self.exact = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
+        self.optimizer = jax.jit(ADAM.init)(self.exact)
+
+    def step(
+        self,
+        inputs: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        learning_rate: float,
+    ) -> float:
+        """Takes one step of Adam.
+
+        Args:
+          inputs: input ids of each example.
+          targets: target ids of each example.
+          learning_rate: step size, positive.
+
+        Returns:
+          the loss before the step, in nats per target token.
+
+        Raises:
+          ValueError: lists that do not pair up, ids that the model lacks, a rate that is not
+            positive; or a loss or gradient that is not finite, which changes nothing.
+        """
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive; got {learning_rate}")
+        example = make_training_examples(self.cfg, inputs, targets)
+        loss, exact, optimizer = update_step(
+            self.cfg, self.exact, self.optimizer, example, jnp.float32(learning_rate)
+        )
+        loss = float(loss)
+        if not np.isfinite(loss):
+            raise ValueError(
+                "The loss or its gradient is not finite, so nothing was learned: undo what "
+                "was learned so far by loading the model again, and lower learning_rate"
+            )
+        self.exact, self.optimizer = exact, optimizer
+        self.params = jax.tree.map(lambda new, old: new.astype(old.dtype), exact, self.params)
+        return loss
+
+
+def make_training_examples(
+    cfg: config.Model, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> TrainingExamples:
+    """Places one pair per row on the mesh; rows that only fill it up have weight 0.
+
+    Args:
+      cfg: config of the model.
+      inputs: input ids of each example.
+      targets: target ids of each example.
+    """
+    if len(inputs) != len(targets):
+        raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: they must pair up")
+    check_examples(cfg, inputs)
+    check_ids(cfg, "Target", targets)
+    count = len(inputs)
+    missing = -count % sharding.batch_shards()
+    inputs, targets = [*inputs, *inputs[:1] * missing], [*targets, *targets[:1] * missing]
+    before = [
+        [cfg.decoder_start_token_id] if cfg.encoder else decoder_prompt(cfg, row) for row in inputs
+    ]
+    rows = [[*first, *rest] for first, rest in zip(before, targets, strict=True)]
+    tokens, length = pad_to_bucket([row[:-1] for row in rows])
+    next_ids = pad_to_bucket([row[1:] for row in rows])[0]
+    prompts = np.array([len(row) for row in before], np.int32)
+    position = np.arange(tokens.shape[1])
+    weights = (position >= prompts[:, None] - 1) & (position < length[:, None])
+    weights[count:] = False
+    read = model.InspectionInputs(tokens, length, prompts)
+    if cfg.encoder:
+        input_ids, inputs_length = pad_to_bucket(inputs)
+        read = read._replace(inputs=input_ids, inputs_length=inputs_length)
+    return generation.shard_rows(TrainingExamples(read, next_ids, weights.astype(np.float32)))
+
+
+def pad_to_bucket(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Pads rows of ids to a bucketed length [b t]; also returns their lengths [b]."""
+    return decoding.pad_rows(ids, decoding.bucket_length(max(map(len, ids))))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def update_step(
+    cfg: config.Model,
+    params: Any,
+    optimizer: Any,
+    example: TrainingExamples,
+    learning_rate: jax.Array,
+):
+    """Takes one step of ADAM; changes nothing if the loss or the gradient is not finite.
+
+    Args:
+      cfg: config of the model.
+      params: float32 weights.
+      optimizer: state of ADAM.
+      example: rows to train on.
+      learning_rate: float32 scalar.
+
+    Returns:
+      the loss before the step (NaN if nothing changed), new weights, new state of ADAM.
+    """
+
+    def loss_of(params):
+        cast = jax.tree.map(lambda weight: weight.astype(cfg.dtype), params)
+        transformer = model.Inspected(cfg, scan=False)
+        logits = gather_vocabulary(
+            transformer.apply(
+                {"params": cast}, example.inputs, method=model.Inspected.next_token_logits
+            )
+        )
+        tokens = loop.token_log_probability(logits, example.next_ids)
+        return -jnp.sum(tokens * example.weights) / jnp.sum(example.weights)
+
+    loss, gradient = jax.value_and_grad(loss_of)(params)
+    updates, after = ADAM.update(gradient, optimizer, params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+    params = jax.tree.map(
+        lambda old, u: jnp.where(finite, old - learning_rate * u, old), params, updates
+    )
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, optimizer)
+    return jax.reshard(jnp.where(finite, loss, jnp.nan), P()), params, after

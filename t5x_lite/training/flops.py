@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Floating-point operations of a training step, and the peak of chips."""
+
+from t5x_lite import config
+
+# Dense bfloat16 peak per chip, in FLOP/s, from the vendors' data sheets; matched by the start of
+# jax's device_kind, the longest match first.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+}
+
+FORMULA = "3 x 2 x (weights x tokens + 2 x layers x heads x head_dim x queries x keys)"
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of a chip in bfloat16; None if it is not known."""
+    matches = [kind for kind in PEAKS if device_kind.startswith(kind)]
+    return PEAKS[max(matches, key=len)] if matches else None
+
+
+def row_lengths(layout: str, lengths: dict[str, int]) -> tuple[int, int]:
+    """Positions of a row for inputs and for targets."""
+    inputs, targets = lengths.get("inputs", 0), lengths["targets"]
+    if layout == "decoder_only":
+        return 0, inputs + targets
+    return (targets, targets) if layout == "encoder_only" else (inputs, targets)
+
+
+def step_flops(model: config.Model, rows: int, lengths: dict[str, int]) -> int:
+    """Floating-point operations of one training step, padding included.
+
+    `FORMULA`: two operations per weight and token, two matrix products per attention, and three
+    times the forward pass, since the backward pass is two of it. What is recomputed by remat is
+    not counted, and causal attention is counted in full (PaLM, appendix B).
+
+    Args:
+      model: config of the model.
+      rows: rows of a batch.
+      lengths: Data.lengths, tokens by feature.
+    """
+    inputs, targets = row_lengths(model.layout, lengths)
+    forward = 0
+    if model.encoder:
+        forward += self_attention_and_mlp_flops(model.encoder, inputs)
+    if model.decoder:
+        forward += self_attention_and_mlp_flops(model.decoder, targets)
+    if model.layout == "encoder_decoder":
+        forward += cross_attention_flops(model.decoder, targets, inputs)
+    width = (model.decoder or model.encoder).embed
+    forward += 2 * width * model.vocab * targets
+    return 3 * rows * forward
+
+
+def self_attention_and_mlp_flops(stack: config.Stack, length: int) -> int:
+    """Operations of a stack's forward pass over one row, without cross-attention."""
+    projections = stack.embed * stack.head_dim * 2 * (stack.heads + stack.key_heads)
+    mlp = stack.embed * stack.mlp * (3 if stack.gated else 2)
+    scores = 2 * stack.heads * stack.head_dim * length
+    return 2 * stack.layers * length * (projections + mlp + scores)
+
+
+def cross_attention_flops(stack: config.Stack, targets: int, inputs: int) -> int:
+    """Operations of a decoder's cross-attention over one row.
+
+    Args:
+      stack: config of the decoder.
+      targets: target positions.
+      inputs: encoder positions.
+    """
+    per_target = stack.embed * stack.head_dim * 2 * stack.heads
+    per_input = stack.embed * stack.head_dim * 2 * stack.key_heads
+    scores = 2 * stack.heads * stack.head_dim * targets * inputs
+    return 2 * stack.layers * (targets * per_target + inputs * per_input + scores)

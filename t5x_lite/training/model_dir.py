@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MODEL_DIR: one run, one process, one config."""
+
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from t5x_lite import config, data, processes
+from t5x_lite.checkpoints import manager
+from t5x_lite.config import gin_file
+from t5x_lite.utils.atomic_files import write_atomically
+
+CONFIG = "config.gin"
+VOCABULARY = "vocabulary"
+# Seconds until other machines see what one has written: NFS refreshes after 30 by default.
+VISIBLE_SECONDS = 40.0
+CHANGEABLE_TRAIN_FIELDS = (
+    "steps",
+    "log_every",
+    "tensorboard",
+    "max_consecutive_skips",
+    "remat",
+    "unroll",
+)
+
+
+class ModelDirError(ValueError):
+    """MODEL_DIR cannot be used for this run; the message names the cause and a remedy."""
+
+
+@contextlib.contextmanager
+def lock_folder(model_dir: Path):
+    """Locks MODEL_DIR for this process; the lock goes with the process, however it ends.
+
+    Raises:
+      ModelDirError: another process trains there, or the folder cannot be written.
+    """
+    try:
+        model_dir.mkdir(parents=True, exist_ok=True)
+        file = open(model_dir / ".lock", "a+")
+    except OSError as error:
+        raise ModelDirError(f"MODEL_DIR {model_dir} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ModelDirError(
+                f"Another process ({file.read().strip() or 'unknown'}) trains in {model_dir}. "
+                "Wait for it, stop it, or choose another MODEL_DIR."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def lock_shared(model_dir: Path):
+    """Locks MODEL_DIR for all processes of a run: the first one holds the lock.
+
+    Raises:
+      ModelDirError: as `lock_folder`, or the processes do not see the same folder.
+    """
+    with lock_folder(model_dir) if processes.is_first() else contextlib.nullcontext():
+        check_shared(model_dir)
+        yield
+
+
+def check_shared(model_dir: Path) -> None:
+    """Raises ModelDirError unless every process sees what the first one wrote there."""
+    lock = model_dir / ".lock"
+    content = processes.broadcast_text(lock.read_text() if processes.is_first() else "")
+    until = time.monotonic() + VISIBLE_SECONDS
+    while not (visible := lock.exists() and lock.read_text() == content):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.2)
+    answers = processes.gather_texts(str(visible))
+    apart = [str(process) for process, answer in enumerate(answers) if answer != "True"]
+    if apart:
+        raise ModelDirError(
+            f"MODEL_DIR {model_dir} of process {', '.join(apart)} is not that of process 0: give a "
+            "folder that all machines share (NFS, Filestore, a mounted bucket)"
+        )
+
+
+def agree_on_config(run: config.Run, report: Callable[[str], None]) -> None:
+    """Checks that all processes run the same config, and that MODEL_DIR fits it.
+
+    Args:
+      run: config of the run.
+      report: is called with a text if the config has changed in a permitted way.
+
+    Raises:
+      ModelDirError: as `check_config`.
+      ProcessesError: the configs differ.
+    """
+    processes.check_equal("The config", gin_file.to_text(run))
+    if processes.is_first():
+        check_config(run, report)
+
+
+def check_config(run: config.Run, report: Callable[[str], None]) -> None:
+    """Returns if MODEL_DIR holds no run with checkpoints, or this one.
+
+    What does not change the meaning of the steps done so far may change (see `adopt_changes`).
+
+    Args:
+      run: config of the run.
+      report: is called with the difference if such a field has changed.
+
+    Raises:
+      ModelDirError: the folder holds a run of another config; the difference is in the message.
+    """
+    path = Path(run.model_dir) / CONFIG
+    text = gin_file.to_text(run)
+    if not path.exists() or not manager.list_steps(run.model_dir) or path.read_text() == text:
+        return
+    before = path.read_text()
+    try:
+        saved = gin_file.from_text(before)
+        before, followed = gin_file.to_text(saved), adopt_changes(saved, run)  # in today's names
+    except ValueError as error:
+        raise ModelDirError(
+            refusal_message(path, before, text, f"It cannot be read: {error}\n")
+        ) from error
+    if before == text:
+        return
+    if followed != run:
+        raise ModelDirError(refusal_message(path, gin_file.to_text(followed), text))
+    report("Going on with a changed config:\n" + config_difference(before, text, path, context=0))
+
+
+def write_description(run: config.Run, vocabularies: tuple) -> None:
+    """Writes what readers of the weights need: the resolved config and both vocabularies."""
+    write_atomically(Path(run.model_dir) / CONFIG, gin_file.to_text(run))
+    data.save_pair(Path(run.model_dir) / VOCABULARY, *vocabularies)
+
+
+def adopt_changes(saved: config.Run, run: config.Run) -> config.Run:
+    """The saved run with the fields of `run` that may change when a run goes on.
+
+    They are: the length of the run, what is logged, evaluated, decoded, saved and when,
+    max_consecutive_skips, the mesh, what the backward pass recomputes, and where the files are.
+    (A longer run stretches a linear, cosine or wsd schedule; another mesh or recomputation changes
+    roundings.)
+    """
+    train = take_fields(saved.train, run.train, CHANGEABLE_TRAIN_FIELDS)
+    data = take_fields(saved.data, run.data, ("cache_dir", "eval_split"))
+    changed = take_fields(saved, run, ("model_dir", "evaluate", "checkpoint", "decode", "mesh"))
+    return dataclasses.replace(changed, train=train, data=data)
+
+
+def take_fields(to: Any, source: Any, names: Sequence[str]) -> Any:
+    """Copies fields between two dataclasses of one type.
+
+    Args:
+      to: dataclass that the other fields come from.
+      source: dataclass that the named fields come from.
+      names: names of fields.
+    """
+    return dataclasses.replace(to, **{name: getattr(source, name) for name in names})
+
+
+def refusal_message(path: Path, before: str, after: str, cause: str = "") -> str:
+    """Message of a MODEL_DIR that holds the run of another config.
+
+    Args:
+      path: config.gin of MODEL_DIR.
+      before: its text.
+      after: text of this run's config.
+      cause: lines to put before the difference.
+    """
+    difference = config_difference(before, after, path, context=1)
+    return (
+        f"{path.parent} holds the run of another config (- there, + asked for). Choose another "
+        f"MODEL_DIR, or give the same config.\n{cause}{difference}"
+    )
+
+
+def config_difference(before: str, after: str, path: Path, context: int) -> str:
+    """Unified diff of two configs.
+
+    Args:
+      before: text of the saved config.
+      after: text of this run's config.
+      path: file of the saved config.
+      context: lines to show around a difference.
+    """
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), str(path), "this run", lineterm="", n=context
+    )
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Description of a run without training it (--dry_run)."""
+
+import jax
+
+from t5x_lite import adaptation, config, model, sharding
+from t5x_lite.checkpoints import train_state as states
+from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.cli.progress import format_count
+from t5x_lite.config import gin_file
+from t5x_lite.training import optimizer, schedules, setup
+from t5x_lite.training.flops import FORMULA, step_flops
+from t5x_lite.training.reporting import overview
+
+
+def describe_run(run: config.Run) -> str:
+    """The resolved config, every weight's shape and placement, and the sizes; opens no data.
+
+    Raises:
+      ValueError: what `setup.assemble_run` would refuse without the data.
+    """
+    sharding.use_mesh(run.mesh)
+    setup.check_batch(run.train)
+    setup.check_lengths(run, sharding.context_size())
+    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    axes = model.axes(run.model)
+    update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
+    shapes = states.state_shapes(model.shapes(run.model), update)
+    counts = model.count(run.model)
+    flops = step_flops(run.model, run.train.batch_size, run.data.lengths)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return "\n".join(
+        [
+            gin_file.to_text(run),
+            "",
+            *weight_lines(shapes.params, axes),
+            "",
+            f"parameters      {sum(counts.values()):,} ({parts})",
+            f"mesh            {overview.mesh_text()}",
+            f"per device      {overview.bytes_text(run, shapes)}",
+            *[f"weights         {line}" for line in overview.group_lines(run, shapes)],
+            f"FLOPs per step  {format_count(flops)} = {FORMULA}",
+            f"run             {overview.run_text(run)}",
+            *[f"teacher         {line}" for line in overview.teacher_lines(run.distillation)],
+            *adaptation_lines(run, shapes.params),
+        ]
+    )
+
+
+def adaptation_lines(run: config.Run, params) -> list[str]:
+    """Lines with the source of each weight, if a checkpoint is adapted; else none."""
+    if run.adaptation is None:
+        return []
+    try:
+        report = adaptation.explain(run)
+    except adaptation.MissingSource as error:
+        return [f"adaptation      unknown as yet: {error}"]
+    return ["", report.text(overview.schedule_by_weight(run, params))]
+
+
+def weight_lines(params, axes) -> list[str]:
+    """One line per weight: name, shape, axes, MiB on each device, and over which mesh axes it is
+    split."""
+    mesh, rows = jax.sharding.get_mesh().shape, []
+    for (name, leaf), names in zip(
+        flatten_tree(params).items(), jax.tree.leaves(axes), strict=True
+    ):
+        split = [
+            f"{axis} over {place}"
+            for axis, place in zip(names.split(), leaf.sharding.spec, strict=False)
+            if place and mesh[place] > 1
+        ]
+        mebibytes = f"{states.bytes_per_device(leaf) / 2**20:10,.3f} MiB"
+        where = ", ".join(split) or "whole"
+        rows.append(f"{name:42} {str(leaf.shape):22} {names:42} {mebibytes}  {where}")
+    return rows

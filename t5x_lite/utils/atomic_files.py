@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Atomic writing of files: a file is complete or unchanged."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a temporary file and renames it to `path`.
+
+    If the process is killed or the disk is full, `path` keeps its former content.
+
+    Args:
+      path: the file to write or to replace.
+      content: text, which is written as UTF-8, or bytes.
+
+    Raises:
+      OSError: the file cannot be written, or its folder does not exist.
+    """
+    path = Path(path)
+    # In the same folder, as renaming is atomic only within a file system. The process id in the
+    # name separates two processes that write the same file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exit statuses of the commands, by the error that ends them."""
+
+# The request is wrong: an unknown name, a missing file, values that contradict each other.
+MISTAKE = 2
+# The work failed, or a plan does not fit: another command line would not help.
+FAILURE = 1
+# Another process was lost (sysexits.h, EX_TEMPFAIL): the same command may succeed later.
+TRY_AGAIN = 75
+
+# Paths that the user named wrongly; other errors of the system are failures, such as a full disk.
+WRONG_PATHS = FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status of a command that ends with `error`.
+
+    A class of errors can define its status as an attribute `exit_status`.
+    """
+    status = getattr(error, "exit_status", None)
+    if status is not None:
+        return status
+    mistake = isinstance(error, (ValueError, *WRONG_PATHS))
+    return MISTAKE if mistake else FAILURE

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of readers: no bytes crash them, hang them, fill the memory or make them write anything."""
+
+import gzip
+import json
+
+import fuzzing
+import jax
+import pytest
+from fuzz_targets import TARGETS
+
+from t5x_lite import config, sharding
+from t5x_lite.checkpoints import zarr_arrays
+from t5x_lite.checkpoints.formats import t5x_files
+from t5x_lite.data import files
+from t5x_lite.tokenizers import huggingface_tokenizer
+from t5x_lite.tokenizers.errors import SourceError
+
+# A seed not to be tuned: `benchmarks/fuzz.py` tries others, many more times.
+SEED = 20
+# Those that read dozens of files a round get fewer rounds.
+ROUNDS = dict.fromkeys(TARGETS, 120) | dict.fromkeys(
+    ("gin", "llama", "t5", "gpt2", "gguf", "gguf_quantized", "t5x_inline"), 60
+)
+ROUNDS |= {"t5x": 30, "t5x_orbax": 30, "run": 10}
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_broken_files_are_reported_by_name(name, tmp_path):
+    rounds = fuzzing.run(name, tmp_path, range(ROUNDS[name]), SEED)
+    faults = [fault for _, fault in rounds]
+    assert len(faults) == ROUNDS[name]
+    assert [fault for fault in faults if fault] == []
+
+
+def edited_json(path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_shape_that_no_file_can_fill_is_not_believed(tmp_path):
+    TARGETS["t5x"].make(tmp_path)
+    zarr = next(tmp_path.glob("target.*embedding/.zarray"))
+    edited_json(zarr, lambda about: about.update(shape=[2**40, 8]))
+    with pytest.raises(SourceError, match="would be .* bytes, its files have"):
+        zarr_arrays.ArrayReader(tmp_path, zarr.parent.name, ocdbt=False)
+
+
+@pytest.mark.parametrize("way", ["../../elsewhere", "/etc"])
+def test_a_path_in_a_checkpoint_cannot_lead_outside(tmp_path, way):
+    TARGETS["t5x_orbax"].make(tmp_path)
+    about = next(tmp_path.rglob("_METADATA"))
+
+    def lead_outside(content):
+        key, value = content["tree_metadata"].popitem()
+        content["tree_metadata"][str(("target", way))] = value
+
+    edited_json(about, lead_outside)
+    with pytest.raises(SourceError, match="not a folder beside the checkpoint"):
+        t5x_files.T5XTensors(tmp_path)
+
+
+def test_a_line_that_unpacks_without_end_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_BYTES", 2**20)
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(bytes(2**22)))
+    for whole in (False, True):
+        bytewise = config.Vocabulary("bytes")
+        cfg = config.Files("mine", f"{tmp_path}/*.gz", bytewise, whole_files=whole)
+        with pytest.raises(ValueError, match="bomb.txt.gz, .* more than 1,048,576 bytes"):
+            list(files.read_rows(cfg, "train", {}))
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_an_id_that_no_vocabulary_has_is_reported(tmp_path, name):
+    TARGETS["merges" if name == "vocab.json" else "tokenizer_json"].make(tmp_path)
+    huge = 4 * 10**9
+
+    def enlarge(content):
+        vocabulary = content if name == "vocab.json" else content["model"]["vocab"]
+        vocabulary["new"] = huge
+
+    edited_json(tmp_path / name, enlarge)
+    with pytest.raises(ValueError, match="4,000,000,000; no vocabulary has"):
+        huggingface_tokenizer.read_tokenizer(tmp_path)

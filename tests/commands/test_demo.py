@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the local page: it streams what the model writes, keeps its limits, and answers nobody
+else; in a real browser where there is one."""
+
+import contextlib
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+import uvicorn
+from conftest import toy_model
+
+from t5x_lite import config, interactive, model, sharding
+from t5x_lite.demo import __main__ as command
+from t5x_lite.demo import limits, server
+from t5x_lite.evaluation import predict
+from t5x_lite.tokenizers import chat, vocabularies
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz é<&>"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def toy_session(layout):
+    """A session of random weights on one device, made in the thread that calls."""
+    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+    cfg, draw = toy_model(layout, layers=1), np.random.default_rng(0)
+
+    def make(shape):
+        return (0.1 * draw.normal(size=shape.shape)).astype(np.float32)
+
+    params = jax.tree.map(make, model.shapes(cfg))
+    pair = (vocabularies.SymbolVocabulary(LETTERS),) * 2
+    return interactive.Session(predict.Predictor(cfg, params, pair), config.Decode())
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """A server with twins: (port, models)."""
+    models = server.Models(limits.Limits(characters=100, tokens=32, waiting=1))
+    models.add("pair", lambda: toy_session("encoder_decoder"))
+    models.add("<b>joined</b>", lambda: toy_session("decoder_only"))
+    with command.bind_socket("127.0.0.1", 0) as taken:
+        app = server.application(models, "127.0.0.1")
+        running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [taken]}, daemon=True)
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        yield taken.getsockname()[1], models
+        running.should_exit = True
+        thread.join(timeout=20)
+
+
+def ask(port, body=None, path="/write", kind="application/json", **headers):
+    """(status, headers, text) of a question, or of a page where there is no body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        given = {"Content-Type": kind} | headers
+        if body is None:
+            connection.request("GET", path, headers=headers)
+        else:
+            text = body if isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request("POST", path, text, given)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read().decode()
+
+
+def told(model="pair", **changes):
+    return {"model": model, "text": "abab", "max_new_tokens": 12} | changes
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["pair", "<b>joined</b>"])
+@pytest.mark.parametrize("drafter", ["plain", "lookup"])
+def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter):
+    port, models = demo
+    status, _, text = ask(port, told(name, drafter=drafter))
+    *pieces, last = lines(text)
+    session = models.sessions[name]
+    whole = models.thread.submit(
+        session.predict, "abab", max_new_tokens=12, drafter="plain"
+    ).result()
+    assert status == 200 and "".join(piece["text"] for piece in pieces) == whole.texts[0]
+    tokens = [token for piece in pieces for token in piece["tokens"]]
+    assert len(tokens) == last["count"] == len(whole.tokens[0])
+    assert {who for _, _, who in tokens} <= {"model", "lookup"}
+    assert drafter == "lookup" or all(who == "model" for _, _, who in tokens)
+    assert 0 < last["first"] <= last["seconds"]
+    assert last["rate"] == pytest.approx(last["count"] / last["seconds"])
+
+
+def test_the_same_question_compiles_once_and_says_so(demo):
+    port, _ = demo
+    question = told(text="x" * 60, max_new_tokens=30, temperature=0.5, seed=7)
+    first, second = (lines(ask(port, question)[2]) for _ in range(2))
+    assert first[-1]["fresh"] and not second[-1]["fresh"]
+    assert [piece["text"] for piece in first[:-1]] == [piece["text"] for piece in second[:-1]]
+
+
+REFUSED = [
+    (b"{", "not JSON"),
+    (b"[" * 900, "not JSON"),
+    (b"[]", "not a JSON object"),
+    ({"model": "pair"}, "text must be a text"),
+    (told(text=5), "text must be a text"),
+    (told(model="../etc"), "Unknown model '../etc': choose from pair"),
+    (told(text="a" * 101), "101 characters, more than 100"),
+    (told(max_new_tokens=33), "max_new_tokens must be at most 32"),
+    (told(max_new_tokens=0), "max_new_tokens must be a number from 1"),
+    (told(max_new_tokens=True), "max_new_tokens must be a number from 1"),
+    (told(max_new_tokens=2.5), "max_new_tokens must be a number from 1"),
+    (told(temperature=-1), "temperature must be a number from 0.0 to 10"),
+    (told(temperature=float("nan")), "temperature must be a number"),
+    (told(seed=2**32), "seed must be a number"),
+    (told(drafter="draft:/etc/passwd"), "drafter must be one of plain"),
+    (told(chat=1), "chat must be true or false"),
+    (told(drafter="blockwise"), "drafter must be one of plain, lookup"),
+    (b'"' + b"a" * 4000 + b'"', "longer than 3200 bytes"),
+]
+
+
+@pytest.mark.parametrize("body, why", REFUSED)
+def test_a_question_beyond_its_limits_is_refused_with_the_reason(demo, body, why):
+    status, _, text = ask(demo[0], body)
+    assert status == 400 and why in json.loads(text)["error"]
+
+
+def test_texts_that_are_no_unicode_or_empty_are_answered(demo):
+    for text in ("", "日本 \U0001f600", "\ud800", "\0"):
+        status, _, answer = ask(demo[0], told(text=text))
+        assert status == 200 and lines(answer)[-1]["done"]
+
+
+def test_a_question_goes_through_the_chat_template_of_a_model_that_has_one(demo):
+    port, models = demo
+    status, _, text = ask(port, told(chat=True))
+    assert status == 200 and "no chat template" in lines(text)[0]["error"]
+    session = models.sessions["pair"]
+    session.template = chat.ChatTemplate("{{ messages[0].content }}zz", {})
+    try:
+        pieces = lines(ask(port, told(chat=True))[2])
+        plain = lines(ask(port, told(text="ababzz"))[2])
+        assert [each.get("text") for each in pieces] == [each.get("text") for each in plain]
+        shown = json.loads(ask(port, path="/models")[2])["models"]
+        assert [each["chats"] for each in shown] == [True, False]
+    finally:
+        session.template = None
+
+
+def test_pages_of_other_sites_and_other_names_get_nothing(demo):
+    port, _ = demo
+    assert ask(port, told(), kind="text/plain")[0] == 415
+    assert ask(port, told(), kind="application/x-www-form-urlencoded")[0] == 415
+    assert ask(port, path="/", Host="evil.example")[0] == 400
+    assert ask(port, told(), Host="evil.example:80")[0] == 400
+    assert ask(port, path="/", Host=f"localhost:{port}")[0] == 200
+    status, headers, page = ask(port, path="/")
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "Access-Control-Allow-Origin" not in headers
+    assert "http://" not in page and "https://" not in page and "src=" not in page
+
+
+def test_more_than_may_wait_are_refused_and_the_place_is_free_again(demo):
+    port, models = demo
+    gate = threading.Event()
+    models.thread.submit(gate.wait, 30)
+    found = []
+    asking = [threading.Thread(target=lambda: found.append(ask(port, told())[0])) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    while models.pending < 2:
+        time.sleep(0.01)
+    status, _, text = ask(port, told())
+    assert status == 503 and "Busy: 1 texts are waiting" in text
+    gate.set()
+    for thread in asking:
+        thread.join(timeout=60)
+    assert found == [200, 200] and models.pending == 0
+
+
+def test_who_goes_away_is_no_longer_written_for(demo):
+    port, models = demo
+    gate = threading.Event()
+    models.thread.submit(gate.wait, 30)
+    body = json.dumps(told(max_new_tokens=32)).encode()
+    with socket.create_connection(("127.0.0.1", port)) as gone:
+        head = f"POST /write HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        gone.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        while models.pending < 1:
+            time.sleep(0.01)
+    gate.set()
+    until = time.monotonic() + 30
+    while models.pending and time.monotonic() < until:
+        time.sleep(0.01)
+    assert models.pending == 0
+    assert ask(port, told())[0] == 200
+
+
+def test_an_encoder_alone_and_empty_limits_are_refused():
+    models = server.Models(limits.Limits())
+    with pytest.raises(ValueError, match="encoder alone: it writes nothing"):
+        models.add("reader", lambda: toy_session("encoder_only"))
+    with pytest.raises(ValueError, match="--most_tokens must be at least 1; got 0"):
+        limits.Limits(tokens=0)
+
+
+def test_only_this_machine_is_loopback_and_checkpoints_have_names_of_their_own():
+    assert all(map(server.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
+    assert not any(map(server.is_loopback, ("0.0.0.0", "::", "192.168.1.4", "example.org")))
+    assert command.short_names(["runs/a", "b/a", "c", "d/a/"]) == ["a", "a (2)", "c", "a (3)"]
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys):
+    with command.bind_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit):
+            command.main(["--checkpoint=nowhere", f"--port={port}"])
+    assert "Choose another --port" in capsys.readouterr().err
+
+
+def test_help_teaches_and_is_quick():
+    begun = time.monotonic()
+    answer = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "t5x_lite.demo", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--checkpoint=runs/g2p_decoder" in answer.stdout and time.monotonic() - begun < 20
+    assert not any(f" {heavy}\n" in answer.stderr for heavy in ("jax", "starlette", "uvicorn"))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+def test_a_person_types_and_sees_both_twins_write(demo, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    troubles = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("console", lambda message: troubles.append(message.text))
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.goto(f"http://127.0.0.1:{demo[0]}")
+        page.locator("textarea").fill("abab")
+        page.get_by_label("new tokens").fill("12")
+        page.get_by_label("guesses ahead").select_option("lookup")
+        page.locator("textarea").press("Control+Enter")
+        page.locator(".times b").nth(3).wait_for(timeout=60000)
+        page.locator("#write:enabled").wait_for()
+        texts = page.locator(".text").all_text_contents()
+        whole = [lines(ask(demo[0], told(name))[2]) for name in ("pair", "<b>joined</b>")]
+        assert texts == ["".join(piece.get("text", "") for piece in each) for each in whole]
+        assert page.locator("h2").all_text_contents() == ["pair", "<b>joined</b>"]
+        guessed, begins = (page.locator(f".blocks {kind}") for kind in (".guessed", ".begins"))
+        assert 2 <= begins.count() < page.locator(".blocks span").count() and guessed.count() > 0
+        # Of the twins one alone writes again: the other keeps its text.
+        page.get_by_role("checkbox").first.uncheck()
+        page.locator("textarea").fill("zz")
+        page.get_by_role("button", name="Write").click()
+        page.locator("#write:enabled").wait_for()
+        again = page.locator(".text").all_text_contents()
+        assert again[0] == texts[0] and again[1] != texts[1]
+        page.screenshot(path=tmp_path / "demo.png")
+        browser.close()
+    assert troubles == [] and (tmp_path / "demo.png").stat().st_size > 10000

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of infer, eval and interactive: order kept, work continued, mistakes told, no TensorFlow."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_lite import config, interactive, model, sharding
+from t5x_lite import eval as eval_command
+from t5x_lite import infer as infer_command
+from t5x_lite.checkpoints import manager, weights
+from t5x_lite.checkpoints.opening import open_checkpoint
+from t5x_lite.cli import records
+from t5x_lite.config import gin_file
+from t5x_lite.data import built_in, save_pair
+from t5x_lite.evaluation import evaluate, predict
+from t5x_lite.tokenizers import vocabularies
+
+WORDS = ["cat", "photograph", "a", "hats", "onomatopoeia", "zebra", "it", "window", "ox"]
+STACK = config.Stack(layers=1, embed=16, heads=2, head_dim=8, mlp=32)
+
+
+def run_in(folder, **changes):
+    fields = dict(
+        model_dir=str(folder),
+        model=config.Model(vocab=128, encoder=STACK, decoder=STACK, dtype="float32"),
+        data=config.Data(
+            task="cmudict_g2p",
+            lengths={"inputs": 32, "targets": 32},
+            cache_dir=str(folder / "cache"),
+        ),
+        train=config.Train(steps=1, batch_size=8),
+        schedule=config.Schedule(kind="constant", peak=0.001),
+        decode=config.Decode(max_new_tokens=8),
+    )
+    return config.Run(**(fields | changes))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A run folder as training leaves it; random weights stand in for its checkpoint of step 7."""
+    run = run_in(tmp_path)
+    (tmp_path / "config.gin").write_text(gin_file.to_text(run))
+    save_pair(tmp_path / "vocabulary", *built_in.BUILT_IN["cmudict_g2p"].vocabularies())
+    draw = np.random.default_rng(0)
+
+    def make(shape):
+        return (0.5 * draw.normal(size=shape.shape)).astype(np.float32)
+
+    sharding.use_mesh(config.Mesh())
+    params = jax.tree.map(make, model.shapes(run.model))
+    (tmp_path / manager.FOLDER / "7").mkdir(parents=True)
+    monkeypatch.setattr(manager, "load_params", lambda *_, **__: (params, 7))
+    return tmp_path
+
+
+def infer(folder, *options):
+    infer_command.main([f"--checkpoint={folder}", *map(str, options)])
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_words(folder, words=WORDS):
+    path = folder / "words.txt"
+    path.write_text("".join(f"{word}\n" for word in words))
+    return path
+
+
+def test_every_line_gets_its_own_prediction_in_order(folder):
+    out = folder / "new" / "out.jsonl"
+    infer(folder, f"--input={write_words(folder)}", f"--output={out}", "--batch_size=4")
+    found = rows(out)
+    assert [row["input"] for row in found] == WORDS
+    session = interactive.load(folder)
+    for row in found[:3]:
+        assert session.generate(row["input"]) == row["prediction"]
+
+
+def test_an_interrupted_output_is_continued_to_the_same_content(folder):
+    source, out = write_words(folder), folder / "out.jsonl"
+    options = [f"--input={source}", f"--output={out}", "--temperature=1", "--seed=5"]
+    infer(folder, *options)
+    whole, content = rows(out), out.read_text()
+    out.write_text(content[: content.index("\n", 200) + 9])
+    infer(folder, *options)
+    for before, after in zip(whole, rows(out), strict=True):
+        assert after["prediction"] == before["prediction"]
+        assert after["score"] == pytest.approx(before["score"], abs=1e-3)
+
+
+def test_an_output_made_otherwise_is_refused_and_left_alone(folder, capsys):
+    source, out = write_words(folder), folder / "out.jsonl"
+    infer(folder, f"--input={source}", f"--output={out}")
+    before = out.read_text()
+    with pytest.raises(SystemExit):
+        infer(folder, f"--input={source}", f"--output={out}", "--max_new_tokens=3")
+    assert "decode.max_new_tokens 8, now it is 3" in capsys.readouterr().err
+    write_words(folder, WORDS[:2])
+    with pytest.raises(SystemExit):
+        infer(folder, f"--input={source}", f"--output={out}")
+    assert "input_digest" in capsys.readouterr().err
+    assert out.read_text() == before
+    infer(folder, f"--input={source}", f"--output={out}", "--overwrite")
+    assert len(rows(out)) == 2
+
+
+def test_an_output_of_unknown_origin_is_refused(folder, capsys):
+    source, out = write_words(folder), folder / "out.jsonl"
+    out.write_text("mine\n")
+    with pytest.raises(SystemExit):
+        infer(folder, f"--input={source}", f"--output={out}")
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_text() == "mine\n"
+
+
+def test_lines_that_cannot_be_read_are_numbered_and_keep_their_place(folder, capsys):
+    source, out = folder / "words.txt", folder / "out.jsonl"
+    source.write_bytes(b"\xef\xbb\xbfcat\r\n\nb\xffd\n  \nhats")
+    infer(folder, f"--input={source}", f"--output={out}")
+    found = rows(out)
+    assert [row.get("input") for row in found] == ["cat", None, None, None, "hats"]
+    assert [row.get("line") for row in found] == [None, 2, 3, 4, None]
+    told = capsys.readouterr().err
+    assert "line 3: not UTF-8 (byte 2 is 0xff)" in told
+    assert "3 of these lines could not be read" in told
+    with pytest.raises(SystemExit):
+        infer(folder, f"--input={source}", "--output=-", "--broken=stop")
+    assert "line 2: empty" in capsys.readouterr().err
+
+
+def test_jsonl_keeps_its_fields_and_names_what_is_missing(folder, capsys):
+    source, out = folder / "words.jsonl", folder / "out.jsonl"
+    lines = ['{"word": "cat", "id": 3}', "{broken", '{"name": "x"}', '{"word": 5}', "[]"]
+    source.write_text("\n".join(lines))
+    infer(folder, f"--input={source}", "--field=word", f"--output={out}")
+    found = rows(out)
+    assert found[0]["word"] == "cat" and found[0]["id"] == 3 and "prediction" in found[0]
+    reasons = ("broken JSON", "it has name", "not a text", "not an object")
+    for row, reason in zip(found[1:], reasons, strict=True):
+        assert reason in row["error"]
+
+
+def test_given_targets_are_scored(folder):
+    source, out = folder / "pairs.jsonl", folder / "out.jsonl"
+    pairs = [{"input": "cat", "said": "K AE T"}, {"input": "ox"}]
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    infer(folder, f"--input={source}", "--targets=said", f"--output={out}")
+    found = rows(out)
+    expected = interactive.load(folder).score("cat", "K AE T")
+    assert found[0]["log_probability"] == pytest.approx(expected, abs=1e-4)
+    assert found[1]["error"] == "no text in field 'said'"
+
+
+def test_a_pipe_gives_plain_text(folder, monkeypatch, capsysbinary):
+    stream = SimpleNamespace(buffer=io.BytesIO(b"cat\n\nhats\n"), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", stream)
+    infer(folder, "--text")
+    lines = capsysbinary.readouterr().out.decode().split("\n")
+    session = interactive.load(folder)
+    assert lines == [session.generate("cat"), "", session.generate("hats"), ""]
+
+
+def test_half_written_lines_are_cut_off(tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"one\ntwo\nthr")
+    assert records.complete_lines(path) == 2
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_eval_measures_and_keeps_every_prediction(folder, capsys):
+    report = folder / "numbers.json"
+    options = ["--examples=20", "--batches=2", "--beams=2", f"--json={report}"]
+    eval_command.main([f"--checkpoint={folder}", "--split=test", *options])
+    told = capsys.readouterr().out
+    numbers = json.loads(report.read_text())["metrics"]
+    assert {"loss", "perplexity", "bits_per_byte", "per", "wer", "examples"} <= numbers.keys()
+    assert numbers["perplexity"] == pytest.approx(np.exp(numbers["loss"]))
+    kept = rows(folder / "predictions" / "test-7.jsonl")
+    assert len(kept) == numbers["examples"] == 20
+    assert set(kept[0]) == {"input", "prediction", "references", "score"}
+    assert "predictions/test-7.jsonl" in told
+
+
+def test_predictions_of_another_content_are_kept_beside_the_old_ones(tmp_path):
+    path = tmp_path / "predictions" / "test-1.jsonl"
+    assert evaluate.write_anew(path, [{"a": 1}]) == path
+    assert evaluate.write_anew(path, [{"a": 1}]) == path
+    assert evaluate.write_anew(path, [{"a": 2}]) == path.with_name("test-1-2.jsonl")
+    assert rows(path) == [{"a": 1}]
+
+
+def test_mistakes_are_told_with_what_would_be_right(folder, capsys):
+    cases = [
+        (eval_command, ["--metrics=wre"], "did you mean wer"),
+        (eval_command, ["--split=tset"], "tset"),
+        (infer_command, ["--beems=2"], "did you mean --beams"),
+        (infer_command, ["--beams=2", "--temperature=1"], "cannot also sample"),
+        (infer_command, ["--input=missing.txt"], "missing.txt"),
+        (infer_command, ["--targets=x"], "JSONL"),
+        (infer_command, ["--mesh=1,2"], "three numbers"),
+    ]
+    for command, options, expected in cases:
+        with pytest.raises(SystemExit) as stopped:
+            command.main([f"--checkpoint={folder}", *options])
+        assert stopped.value.code == 2
+        assert expected in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        infer_command.main([f"--checkpoint={folder}/nowhere"])
+    assert f"There is no {folder}/nowhere. Train a run first" in capsys.readouterr().err
+
+
+def test_weights_of_another_model_are_refused(folder):
+    other = config.Model(vocab=128, encoder=STACK, decoder=STACK, tied=True)
+    params, _ = manager.load_params(folder)
+    with pytest.raises(ValueError, match="head: checkpoint"):
+        weights.place_arrays(model.shapes(other), params, folder)
+
+
+def test_sessions_generate_and_score_one_text_or_many(folder):
+    session = interactive.load(folder)
+    assert session.step == 7
+    one = session.generate("cat", max_new_tokens=5)
+    many = session.generate(WORDS, max_new_tokens=5)
+    assert isinstance(one, str) and many[0] == one and len(many) == len(WORDS)
+    best = session.generate(["cat", "ox"], beams=3, n_best=2, max_new_tokens=5)
+    assert [len(texts) for texts in best] == [2, 2]
+    prediction = session.predict("cat", max_new_tokens=5, beams=3, n_best=2)
+    assert prediction.scores == sorted(prediction.scores, reverse=True)
+    scores = session.score(["cat", "ox"], ["K AE T", "AA K S"])
+    assert scores[0] == pytest.approx(session.score("cat", "K AE T"), abs=1e-4)
+    with pytest.raises(ValueError, match="Unknown option beems: did you mean beams"):
+        session.generate("cat", beems=2)
+    with pytest.raises(ValueError, match="two texts"):
+        session.score("cat", ["K"])
+
+
+def test_predictions_do_not_depend_on_how_they_are_batched(folder):
+    session = interactive.load(folder)
+    decode = config.Decode(max_new_tokens=6, temperature=1.0, seed=2)
+    whole = session.predictor.predict(WORDS, decode)
+    session.predictor.batch_size = 3
+    assert [each.texts for each in session.predictor.predict(WORDS, decode)] == [
+        each.texts for each in whole
+    ]
+
+
+def test_text_to_be_continued_has_no_end(tmp_path):
+    lone = config.Model(vocab=384, decoder=STACK)
+    running = config.Data(task="python_stdlib", lengths={"targets": 32})
+    assert not predict.has_inputs(run_in(tmp_path, model=lone, data=running))
+    assert predict.has_inputs(run_in(tmp_path, model=lone))
+    assert predict.has_inputs(run_in(tmp_path))
+
+
+def test_a_vocabulary_of_another_run_is_refused(folder):
+    save_pair(folder / "vocabulary", vocabularies.ByteVocabulary(), vocabularies.ByteVocabulary())
+    with pytest.raises(ValueError, match="259 ids, more than the 128"):
+        open_checkpoint(folder).load()
+
+
+@pytest.mark.parametrize("command", ["eval", "infer"])
+def test_help_is_quick_and_shows_examples(command):
+    began = time.monotonic()
+    told = subprocess.run(
+        [sys.executable, "-m", f"t5x_lite.{command}", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert time.monotonic() - began < 2
+    assert "examples:" in told and f"python -m t5x_lite.{command} --checkpoint=" in told
+
+
+def test_sessions_import_no_tensorflow_and_the_module_itself_nothing_heavy():
+    script = (
+        "import sys, t5x_lite.interactive\n"
+        "assert not {'jax', 'flax', 'numpy', 'tensorflow'} & set(sys.modules)\n"
+        "from t5x_lite.evaluation import predict, evaluate\n"
+        "from t5x_lite.checkpoints import opening\n"
+        "assert 'jax' in sys.modules\n"
+        "assert not {'tensorflow', 'seqio'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan command's doors: what it refuses and with which remedy, and plans by arithmetic."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from t5x_lite import plan
+from t5x_lite.planning import preparing
+
+FILE = "--gin_file=configs/runs/pretrain.gin"
+TAUGHT = "--gin.config.Run.distillation=@config.Distillation()"
+TEACHER = "--gin.config.Distillation.teacher=some/folder"
+PREFIX = "--gin.config.Data.objective=@config.PrefixLM()"
+SMALL = ["--gin.config.Stack.layers=2", "--gin.BATCH_SIZE=64"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--topology=h100x8"], "GPUs are --chips=h100x8"),
+        (["--chips=h100"], "--chips=h100: write a chip"),
+        (["--chips=h100x8", "--search"], "are for a --topology"),
+        (["--chips=h100x8", "--parameters"], "are for a --topology"),
+        (["--chips=h100x8", "--decode"], "--decode is compiled for a --topology"),
+        (["--topology=v5e:2x2", "--decode", "--search"], "--decode is compiled"),
+        (["--topology=v5e:2x2", "--price=-1"], "--price=-1.0 cannot be negative"),
+        (["--topology=v5e:2x2", "--decode", "--decode_rows=0"], "must be at least 1"),
+        (["--topology=v5e:2x2", "--decode_length=-3"], "must be at least 1"),
+        (["--chips=h100x8", "--gin.config.Mesh.tensor=3"], "covers 6 devices, but there are 8"),
+        (["--chips=h100x8", "--gin.config.Stack.layrs=3"], "layrs"),
+        (["--chips=h100x8", "--gin_file=none.gin"], "No config file none.gin"),
+        (["--chips=h100x8", PREFIX, TAUGHT, TEACHER], "knows of no teacher"),
+        (["--chips=h100x8", "stray"], "unknown argument 'stray'"),
+        (["--chips=h100x8", "--gin.BATCH_SIZE=12"], "cannot be split over 8"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_the_remedy(capsys, flags, words):
+    with pytest.raises(SystemExit) as end:
+        plan.main([FILE, *SMALL, *flags])
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_slice_or_chips_must_be_named(capsys):
+    for flags in ([], ["--topology=v5e:2x2", "--chips=h100x8"]):
+        with pytest.raises(SystemExit):
+            plan.main([FILE, *flags])
+        assert "--topology" in capsys.readouterr().err
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(preparing.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 't5x_lite\[plan\]'"):
+        preparing.prepare()
+
+
+def test_arithmetic_needs_no_libtpu_and_says_what_it_is(tmp_path):
+    path = tmp_path / "plan.json"
+    code = (
+        "import sys; sys.modules['libtpu'] = None; from t5x_lite import plan; "
+        f"sys.exit(plan.main({[FILE, *SMALL, '--chips=h100x8', f'--json={path}', '--price=2']}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "by arithmetic alone, not compiled" in done.stdout and "FITS" in done.stdout
+    record = json.loads(path.read_text())
+    assert record["source"] == "arithmetic" and record["chips"] == 8
+    assert record["estimate"]["cost"] > 0
+
+
+def test_arithmetic_says_by_how_much_a_run_does_not_fit(capsys):
+    flags = ["--gin_file=configs/models/t5_1_1_xxl.gin", "--gin.BATCH_SIZE=128"]
+    assert plan.main([FILE, *flags, "--chips=h100x8"]) == 1
+    told = capsys.readouterr().out
+    assert "DOES NOT FIT" in told and "Mesh.fsdp" in told
+    split = ["--gin.config.Mesh.fsdp=8", "--gin.config.Mesh.data=1"]
+    assert plan.main([FILE, *flags, *split, "--chips=h200x8"]) == 0
+    assert "FITS" in capsys.readouterr().out

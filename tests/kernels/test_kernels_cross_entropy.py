@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the cross entropy that never holds its logits."""
+
+import dataclasses
+import functools
+
+import chips
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from t5x_lite.kernels.backend import Backend
+from t5x_lite.kernels.vocabulary import chunked
+from t5x_lite.kernels.vocabulary import config as vocabulary_config
+from t5x_lite.kernels.vocabulary.cross_entropy import chunked_cross_entropy, fused_cross_entropy
+from t5x_lite.kernels.vocabulary.logits import CrossEntropyConfig
+
+CONFIGS = [
+    CrossEntropyConfig(tied=True),
+    CrossEntropyConfig(tied=False, smoothing=0.1, z_loss=1e-2),
+    CrossEntropyConfig(tied=True, smoothing=0.1, z_loss=1e-2, softcap=3.0, scale=0.25),
+    CrossEntropyConfig(tied=False, softcap=2.0, scale=0.5),
+]
+
+
+FORMS = {
+    "chunked": chunked_cross_entropy,
+    "fused": lambda *x: fused_cross_entropy(*x, chips.backend_for("tpu")),
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pieces so small that a toy has several."""
+    monkeypatch.setattr(chunked, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(chunked, "MIN_ROWS", 16)
+    monkeypatch.setattr(vocabulary_config, "ROWS", 256)
+    monkeypatch.setattr(vocabulary_config, "IDS", 256)
+
+
+@pytest.fixture(params=FORMS)
+def form(request, small):
+    return FORMS[request.param]
+
+
+def drawn(config, rows=150, width=24, vocab=211, seed=0, dtype=jnp.float32):
+    """Hidden states, a table, targets and the objective's gradient."""
+    draw = np.random.default_rng(seed)
+    shape = (vocab, width) if config.tied else (width, vocab)
+    hidden = jnp.asarray(draw.normal(size=(rows, width)), dtype)
+    table = jnp.asarray(draw.normal(size=shape), dtype)
+    targets = jnp.asarray(draw.integers(0, vocab, rows), jnp.int32)
+    return hidden, table, targets, jnp.asarray(draw.normal(size=rows), jnp.float32)
+
+
+def reference(hidden, table, targets, gradient, config):
+    """Objective, nll, correct, and the gradients of the objective, in float64."""
+    x, w = (np.asarray(a.astype(jnp.float32), np.float64) for a in (hidden, table))
+    w = w if config.tied else w.T
+    raw = config.scale * x @ w.T
+    logits = raw if config.softcap is None else config.softcap * np.tanh(raw / config.softcap)
+    hit = np.arange(len(w)) == np.asarray(targets)[:, None]
+    soft = np.where(hit, 1 - config.smoothing, config.smoothing / (len(w) - 1))
+    m = logits.max(-1)
+    log_z = m + np.log(np.exp(logits - m[:, None]).sum(-1))
+    entropy = -(soft * np.log(np.where(soft > 0, soft, 1))).sum(-1)
+    objective = (soft * (log_z[:, None] - logits)).sum(-1) - entropy + config.z_loss * log_z**2
+    nll = log_z - (logits * hit).sum(-1)
+    dlogits = np.exp(logits - log_z[:, None]) * (1 + 2 * config.z_loss * log_z)[:, None] - soft
+    dlogits = dlogits * np.asarray(gradient, np.float64)[:, None] * config.scale
+    if config.softcap is not None:
+        dlogits = dlogits * (1 - (logits / config.softcap) ** 2)
+    dtable = dlogits.T @ x
+    correct = logits.argmax(-1) == np.asarray(targets)
+    return (objective, nll, correct), (dlogits @ w, dtable if config.tied else dtable.T)
+
+
+def near(ours, exact, tolerance):
+    """Within tolerance of the largest value."""
+    ours = np.asarray(ours.astype(jnp.float32), np.float64)
+    assert np.max(np.abs(ours - exact)) <= tolerance * np.max(np.abs(exact))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def losses_and_gradients(form, arrays, config):
+    """Losses and gradients."""
+    hidden, table, targets, gradient = arrays
+
+    def losses(hidden, table):
+        return form(hidden, table, targets, config)
+
+    _, pull = jax.vjp(lambda hidden, table: losses(hidden, table).objective, hidden, table)
+    return losses(hidden, table), pull(gradient)
+
+
+def agree(form, arrays, config, value=2e-6, gradient_tolerance=1e-5):
+    losses, gradients = losses_and_gradients(form, arrays, config)
+    exact, of_exact = reference(*arrays, config)
+    near(losses.objective, exact[0], value)
+    near(losses.nll, exact[1], value)
+    np.testing.assert_array_equal(losses.correct, exact[2])
+    for ours, theirs in zip(gradients, of_exact, strict=True):
+        near(ours, theirs, gradient_tolerance)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_losses_and_gradients_are_those_of_the_logits_written_out(form, config):
+    agree(form, drawn(config), config)
+
+
+def test_bfloat16_operands_lose_nothing_but_their_own_rounding(form):
+    config = CONFIGS[2]
+    agree(form, drawn(config, dtype=jnp.bfloat16), config, gradient_tolerance=1e-2)
+
+
+def test_a_target_outside_the_vocabulary_is_never_hit(form):
+    hidden, table, targets, gradient = drawn(CONFIGS[1])
+    losses, _ = losses_and_gradients(
+        form, (hidden, table, jnp.full_like(targets, 211), gradient), CONFIGS[1]
+    )
+    np.testing.assert_array_equal(losses.correct, False)
+    assert np.isfinite(losses.objective).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name, checked", [("chunked", True), ("chunked", False), ("fused", False)])
+def test_a_split_vocabulary_and_split_rows_change_nothing(small, name, checked, tied):
+    mesh = chips.mesh((2, 4), ("data", "tensor"))
+    whole = CrossEntropyConfig(tied, smoothing=0.1, z_loss=1e-2, softcap=3.0, scale=0.25)
+    split = dataclasses.replace(whole, axes=("tensor",))
+    rows, table = P("data"), P("tensor") if tied else P(None, "tensor")
+
+    def placed(hidden, weights, targets, config):
+        return jax.shard_map(
+            lambda hidden, weights, targets: FORMS[name](hidden, weights, targets, config),
+            mesh=mesh,
+            in_specs=(rows, table, rows),
+            out_specs=rows,
+            check_vma=checked,
+        )(hidden, weights, targets)
+
+    agree(placed, drawn(whole, rows=300, vocab=1200), split)
+
+
+def test_a_row_alone_has_the_losses_it_has_among_others(form):
+    hidden, table, targets, gradient = drawn(CONFIGS[1])
+    many, of_many = losses_and_gradients(form, (hidden, table, targets, gradient), CONFIGS[1])
+    one, of_one = losses_and_gradients(
+        form, (hidden[:1], table, targets[:1], gradient[:1]), CONFIGS[1]
+    )
+    np.testing.assert_allclose(one.objective, many.objective[:1], rtol=2e-6)
+    near(of_one[0], np.asarray(of_many[0][:1], np.float64), 2e-6)
+
+
+def test_the_logits_are_never_held(monkeypatch):
+    config, rows, vocab = CrossEntropyConfig(tied=True, smoothing=0.1, z_loss=1e-2), 2048, 4096
+    monkeypatch.setattr(chunked, "CHUNK_LOGITS", 1 << 19)
+    hidden, table, targets, _ = drawn(config, rows, 8, vocab)
+
+    def objective(hidden, table):
+        return chunked_cross_entropy(hidden, table, targets, config).objective.sum()
+
+    memory = jax.jit(jax.value_and_grad(objective, (0, 1))).lower(hidden, table).compile()
+    logits = 4 * rows * vocab
+    # A chunk is a sixteenth; three of its size are alive together.
+    assert memory.memory_analysis().temp_size_in_bytes < logits / 4
+
+
+def test_a_width_that_no_tile_holds_is_refused():
+    hidden = jnp.zeros((256, 8192))
+    with pytest.raises(ValueError, match="width 8192 do not fit the fast memory of a TPU v4"):
+        vocabulary_config.choose_tiles(hidden, 256, Backend("tpu", 4))
+
+
+def test_a_finite_difference_agrees_with_the_gradient(form):
+    config = CONFIGS[2]
+    hidden, table, targets, gradient = drawn(config)
+
+    @jax.jit
+    def objective(hidden):
+        return jnp.vdot(form(hidden, table, targets, config).objective, gradient)
+
+    way = jnp.asarray(np.random.default_rng(1).normal(size=hidden.shape), jnp.float32)
+    step = 1e-2
+    difference = (objective(hidden + step * way) - objective(hidden - step * way)) / (2 * step)
+    np.testing.assert_allclose(difference, jnp.vdot(jax.grad(objective)(hidden), way), rtol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_random_configs_targets_and_logits_agree_with_the_reference(form, tied, dtype):
+    gradient_tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    for seed in range(10):
+        draw = np.random.default_rng(seed)
+        smoothing, z_loss = draw.choice([0, 0.1, 0.5]), draw.choice([0, 1e-4, 1e-2])
+        softcap, scale = draw.choice([None, 10.0, 30.0]), draw.choice([1.0, 24**-0.5])
+        config = CrossEntropyConfig(tied, float(smoothing), float(z_loss), softcap, float(scale))
+        rows, vocab = draw.choice([(9, 5), (150, 211), (300, 640), (37, 129)])
+        for repeat in range(6):
+            arrays = drawn(config, int(rows), 24, int(vocab), repeat, dtype)
+            agree(form, arrays, config, gradient_tolerance=gradient_tolerance)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of a .gguf file's tokenizer: the ids of the one that the model was trained with."""
+
+import io
+import json
+
+import mixed_text
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from t5x_lite.tokenizers import gguf_tokenizer
+from t5x_lite.tokenizers.errors import GgufError
+
+LINES = mixed_text.lines()
+TRAINING = [line for line in LINES if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """Metadata of a byte-level BPE trained on half of the lines."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<end>", "<|user|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TRAINING[::2], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+
+
+def ours(metadata):
+    tokenizer = tokenizers.Tokenizer.from_buffer(gguf_tokenizer.tokenizer_json(metadata))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("pre", [None, "gpt-2", "default", "llama-bpe", "qwen2", "tekken"])
+def test_byte_level_ids_are_those_of_transformers(byte_level, pre):
+    import unicodedata
+
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
+
+    names = theirs.GGUF_TOKENIZER_MAPPING["tokenizer"]
+    metadata = byte_level | ({"tokenizer.ggml.pre": pre} if pre else {})
+    fields = {
+        name: metadata[f"tokenizer.{key}"]
+        for key, name in names.items()
+        if f"tokenizer.{key}" in metadata
+    }
+    there, _ = theirs.convert_gguf_tokenizer("llama", fields)
+    encode = ours(metadata)
+    for line in LINES + ["<|user|>hi<end>", ""]:
+        # Qwen's own tokenizer composes characters first, which transformers leaves out here.
+        normalized = unicodedata.normalize("NFC", line) if pre == "qwen2" else line
+        expected = there.encode(normalized, add_special_tokens=False).ids
+        if pre == "llama-bpe" and encode(line) != expected:
+            # Llama 3 takes a word that is a token whole, though its merges would not make it.
+            assert len(encode(line)) < len(expected)
+        else:
+            assert encode(line) == expected, line
+
+
+def test_composed_and_decomposed_text_is_one_to_qwen(byte_level):
+    encode = ours(byte_level | {"tokenizer.ggml.pre": "qwen2"})
+    assert encode("e\u0301te\u0301") == encode("\u00e9t\u00e9")
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A SentencePiece BPE model with bytes for other characters, as Llama 2's is."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINING[::2]),
+        model_writer=model,
+        vocab_size=1200,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.load_from_serialized_proto(model.getvalue())
+    return processor
+
+
+def of_pieces(processor):
+    """The metadata that llama.cpp's converter makes of a SentencePiece model."""
+    kinds = []
+    for k in range(processor.get_piece_size()):
+        unknown, control = processor.is_unknown(k), processor.is_control(k)
+        kinds.append(2 if unknown else 3 if control else 6 if processor.is_byte(k) else 1)
+    return {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [
+            processor.id_to_piece(k) for k in range(processor.get_piece_size())
+        ],
+        "tokenizer.ggml.scores": [
+            processor.get_score(k) for k in range(processor.get_piece_size())
+        ],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.unknown_token_id": processor.unk_id(),
+        "tokenizer.ggml.eos_token_id": processor.eos_id(),
+    }
+
+
+def test_sentencepiece_ids_are_those_of_sentencepiece(pieces):
+    encode = ours(of_pieces(pieces))
+    different = [line for line in LINES if encode(line) != pieces.encode(line)]
+    assert different == []
+
+
+def test_sentencepiece_ids_become_their_text_again(pieces):
+    tokenizer = tokenizers.Tokenizer.from_buffer(gguf_tokenizer.tokenizer_json(of_pieces(pieces)))
+    for line in LINES:
+        ids = tokenizer.encode(line, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == line
+
+
+@pytest.mark.parametrize(
+    "changes, trouble",
+    [
+        ({"tokenizer.ggml.model": "wordpiece"}, "'wordpiece'; those known are gpt2, llama"),
+        ({"tokenizer.ggml.pre": "martian"}, "'martian', which is not known here.*llama-bpe"),
+        ({"tokenizer.ggml.token_type": [1]}, "1 of token_type"),
+        ({"tokenizer.ggml.merges": None}, "merges"),
+        ({"tokenizer.ggml.merges": ["nothing like"]}, "merge 'nothing like'"),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id is 1000000"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_named(byte_level, changes, trouble):
+    metadata = {k: v for k, v in (byte_level | changes).items() if v is not None}
+    with pytest.raises(GgufError, match=trouble):
+        gguf_tokenizer.tokenizer_json(metadata, "toy.gguf")
+        gguf_tokenizer.stop_tokens(gguf_tokenizer.GgufTokenizerFields(metadata, "toy.gguf"))
