@@ -10,7 +10,7 @@ from t5x_lite.adaptation.teacher import Teacher, open_teacher
 from t5x_lite.adaptation.teacher_logits import SavedTeacherLogits
 from t5x_lite.batch import Batch, TeacherBatch
 from t5x_lite.data import Batches
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 class TeacherBatchBuilder:
@@ -143,7 +143,7 @@ class DistillationData(NamedTuple):
 
 
 def make_distilled_batches(
-    run: config.Run, batches: Batches, vocabularies: tuple[Vocabulary, Vocabulary]
+    run: config.Run, batches: Batches, vocabularies: tuple[TextVocabulary, TextVocabulary]
 ) -> DistillationData:
     """Adds the rows or the saved logits of the teacher to batches, if the run has one.
 

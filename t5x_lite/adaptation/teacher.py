@@ -14,7 +14,7 @@ from t5x_lite.checkpoints import weights
 from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.sharding import spec
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 class Teacher(NamedTuple):
@@ -45,7 +45,7 @@ class Teacher(NamedTuple):
             raise ValueError(f"Distillation.teacher: {error}") from error
 
 
-def open_teacher(run: config.Run, vocabularies: tuple[Vocabulary, Vocabulary]) -> Teacher:
+def open_teacher(run: config.Run, vocabularies: tuple[TextVocabulary, TextVocabulary]) -> Teacher:
     """Opens the teacher of Run.distillation, whose vocabulary must agree with those of the run.
 
     Raises:
@@ -85,9 +85,9 @@ def open_teacher(run: config.Run, vocabularies: tuple[Vocabulary, Vocabulary]) -
 
 def shared_vocabulary_size(
     teacher: config.Model,
-    teacher_vocabulary: Vocabulary,
+    teacher_vocabulary: TextVocabulary,
     student: config.Model,
-    run_vocabulary: Vocabulary,
+    run_vocabulary: TextVocabulary,
 ) -> int:
     """Number of ids that teacher and student share.
 
@@ -106,7 +106,9 @@ def shared_vocabulary_size(
     return teacher_vocabulary.size
 
 
-def check_vocabulary(path: str, teacher_vocabulary: Vocabulary, run_vocabulary: Vocabulary) -> None:
+def check_vocabulary(
+    path: str, teacher_vocabulary: TextVocabulary, run_vocabulary: TextVocabulary
+) -> None:
     """Raises ValueError if an id stands for another text in the teacher's vocabulary.
 
     Args:
@@ -127,7 +129,7 @@ def check_vocabulary(path: str, teacher_vocabulary: Vocabulary, run_vocabulary: 
     )
 
 
-def check_mode(run: config.Run, run_vocabulary: Vocabulary, size: int) -> None:
+def check_mode(run: config.Run, run_vocabulary: TextVocabulary, size: int) -> None:
     """Raises ValueError if inputs begin with a mode whose ids the teacher lacks.
 
     Args:

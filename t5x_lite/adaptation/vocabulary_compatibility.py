@@ -7,7 +7,7 @@ from t5x_lite import config
 from t5x_lite.checkpoints.text_settings import read_text_settings
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.vocabularies import fingerprint
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 # Vocabularies with the same tokens may still split texts differently.
 SAMPLES = (
@@ -17,7 +17,7 @@ SAMPLES = (
 )
 
 
-def describe_difference(smaller: Vocabulary, larger: Vocabulary) -> str | None:
+def describe_difference(smaller: TextVocabulary, larger: TextVocabulary) -> str | None:
     """Describes the first id or text of `smaller` that `larger` treats differently; None if equal.
 
     `larger` may have more ids, and begin and end its sequences differently.
@@ -41,7 +41,7 @@ def describe_difference(smaller: Vocabulary, larger: Vocabulary) -> str | None:
 
 
 def check_vocabularies(
-    adaptation: config.Adaptation, inputs: Vocabulary, targets: Vocabulary
+    adaptation: config.Adaptation, inputs: TextVocabulary, targets: TextVocabulary
 ) -> None:
     """Checks that the data use the vocabularies of Adaptation's checkpoints.
 

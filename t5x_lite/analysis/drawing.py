@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 SHADES = " ░▒▓█"
 # Columns of text that is not printed to a terminal.
@@ -177,7 +177,7 @@ def figure_html(draw: Callable[[Any], None], width: float, height: float) -> str
     return f'<img alt="" style="max-width:100%" src="data:image/png;base64,{code}">'
 
 
-def token_label(vocabulary: Vocabulary, token: int, start: int | None = None) -> str:
+def token_label(vocabulary: TextVocabulary, token: int, start: int | None = None) -> str:
     """The text that a token adds to a preceding text, with visible spaces and line ends.
 
     Args:
@@ -206,7 +206,9 @@ def token_label(vocabulary: Vocabulary, token: int, start: int | None = None) ->
     return text.replace(" ", SPACE)
 
 
-def token_labels(vocabulary: Vocabulary, ids: Sequence[int], start: int | None = None) -> list[str]:
+def token_labels(
+    vocabulary: TextVocabulary, ids: Sequence[int], start: int | None = None
+) -> list[str]:
     """Labels of tokens.
 
     Args:

@@ -25,7 +25,7 @@ from t5x_lite.tokenizers import errors
 from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 # Where params have the draft heads of Model.draft_heads, which only our checkpoints can have.
 HEADS = "heads"
@@ -62,7 +62,7 @@ class LoadedCheckpoint(NamedTuple):
 
     run: config.Run
     params: Any
-    vocabularies: tuple[Vocabulary, Vocabulary]
+    vocabularies: tuple[TextVocabulary, TextVocabulary]
     step: int
     chat: ChatTemplate | None = None
 

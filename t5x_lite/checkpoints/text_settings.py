@@ -18,7 +18,7 @@ from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.vocabularies import TokenizerJsonVocabulary
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 # The vocabularies of a run folder, and among them its chat template.
 VOCABULARY_FOLDER = "vocabulary"
@@ -35,7 +35,7 @@ class TextSettings(NamedTuple):
         run folder, whose config.Model says it.
     """
 
-    vocabularies: tuple[Vocabulary, Vocabulary]
+    vocabularies: tuple[TextVocabulary, TextVocabulary]
     chat: ChatTemplate | None = None
     ends: SequenceEnds | None = None
 
@@ -146,7 +146,7 @@ def read_named_vocabulary(name: str, extra_ids: int) -> TextSettings | None:
     return TextSettings((vocabulary, vocabulary))
 
 
-def role_tokens(vocabulary: Vocabulary) -> dict[str, str]:
+def role_tokens(vocabulary: TextVocabulary) -> dict[str, str]:
     """Tokens that a chat template names by role (bos_token ...), of a converted vocabulary."""
     if isinstance(vocabulary, ExtendedVocabulary):
         return role_tokens(vocabulary.inner)

@@ -15,7 +15,7 @@ from t5x_lite.data import corpora, files
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.task import Task, read_text
 from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
 
 
@@ -37,7 +37,7 @@ class BuiltIn:
     has_inputs: bool
     metrics: tuple[str, ...]
 
-    def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+    def vocabularies(self) -> tuple[TextVocabulary, TextVocabulary]:
         if self.symbols is None:
             return (vocabularies.ByteVocabulary(extra_ids=100),) * 2
         return (
@@ -131,7 +131,7 @@ def vocabulary_pair(
     rows: Callable[[], Iterator[TextExample]],
     source: str,
     cache_dir: str,
-) -> tuple[Vocabulary, Vocabulary]:
+) -> tuple[TextVocabulary, TextVocabulary]:
     """Vocabularies (inputs, targets) that the config names: one for both, or a checkpoint's.
 
     Args:
@@ -155,7 +155,7 @@ def build_vocabulary(
     rows: Callable[[], Iterator[TextExample]],
     source: str,
     cache_dir: str,
-) -> Vocabulary:
+) -> TextVocabulary:
     """Vocabulary that the config names; `trained` learns it from rows, once per source.
 
     Args:

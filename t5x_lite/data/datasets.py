@@ -13,7 +13,7 @@ from t5x_lite.data import tasks
 from t5x_lite.data.cache import Tokens
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.task import Task, cached_tokens
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Dataset(Sequence):
 
     name: str
     split: str
-    vocabularies: tuple[Vocabulary, Vocabulary]
+    vocabularies: tuple[TextVocabulary, TextVocabulary]
     metrics: tuple[str, ...]
     has_inputs: bool
     tasks: tuple[Task, ...]
@@ -120,7 +120,7 @@ def task_name(task: str | config.Files | config.Mixture) -> str:
             return name
 
 
-def vocabularies_of(cfg: config.Data, task: Task) -> tuple[Vocabulary, Vocabulary]:
+def vocabularies_of(cfg: config.Data, task: Task) -> tuple[TextVocabulary, TextVocabulary]:
     """Vocabularies of a run: under an objective both sides have that of the targets."""
     inputs, targets = task.vocabularies
     if cfg.objective is not None:
@@ -131,6 +131,6 @@ def vocabularies_of(cfg: config.Data, task: Task) -> tuple[Vocabulary, Vocabular
     return inputs, targets
 
 
-def open_vocabularies(cfg: config.Data) -> tuple[Vocabulary, Vocabulary]:
+def open_vocabularies(cfg: config.Data) -> tuple[TextVocabulary, TextVocabulary]:
     """Opens the vocabularies (inputs, targets) of a run, to be saved with it."""
     return vocabularies_of(cfg, tasks.resolve(cfg)[0][0])

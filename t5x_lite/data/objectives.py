@@ -16,7 +16,7 @@ from t5x_lite.config.objectives import Objective
 from t5x_lite.config.windows import LengthLimits
 from t5x_lite.data import randomness
 from t5x_lite.data.ragged import Ragged, column, side_by_side
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class WindowPreprocessor:
 
 
 def make_preprocessor(
-    objective: Objective, lengths: LengthLimits, vocabulary: Vocabulary
+    objective: Objective, lengths: LengthLimits, vocabulary: TextVocabulary
 ) -> WindowPreprocessor:
     """Binds an objective to the longest window whose inputs and targets fit the lengths.
 
@@ -158,7 +158,7 @@ def check_layout(objective: Objective, lengths: LengthLimits) -> None:
         raise ValueError(f'{name} needs Data.lengths["inputs"]')
 
 
-def marks_of(objective: Objective, vocabulary: Vocabulary) -> np.ndarray:
+def marks_of(objective: Objective, vocabulary: TextVocabulary) -> np.ndarray:
     """Ids of fill-in-the-middle's marks [3]: before the prefix, before the suffix, after both.
 
     Raises ValueError for a mark that is not one id.
@@ -176,7 +176,7 @@ def marks_of(objective: Objective, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def denoisers(
-    objective: Objective | config.Denoisers, vocabulary: Vocabulary
+    objective: Objective | config.Denoisers, vocabulary: TextVocabulary
 ) -> list[tuple[str, Objective, float]]:
     """Name, objective and share of the windows of each denoiser; a single objective has no name.
 
@@ -194,7 +194,7 @@ def denoisers(
     return result
 
 
-def check_modes(objective: config.Denoisers, vocabulary: Vocabulary) -> None:
+def check_modes(objective: config.Denoisers, vocabulary: TextVocabulary) -> None:
     """Raises ValueError if two modes have the same ids in this vocabulary, or one has none."""
     modes = {getattr(part, "mode", None) for part in objective.parts} - {None}
     coded: dict[tuple, str] = {}

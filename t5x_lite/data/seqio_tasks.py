@@ -25,7 +25,7 @@ from t5x_lite.data.seqio_objectives import preprocessor as preprocessor
 from t5x_lite.data.task import CHUNK, Task
 from t5x_lite.tokenizers.seqio_vocabularies import SeqioVocabulary as SeqioVocabulary
 from t5x_lite.tokenizers.seqio_vocabularies import from_seqio as from_seqio
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 # They take lengths only to trim, which is done, and counted, when rows are built.
 TRIMMING = (seqio.preprocessors.append_eos_after_trim,)
@@ -105,7 +105,7 @@ def load_dataset(task: seqio.Task, cut_to: dict | None, split: str, seed: int) -
     return task.preprocess_postcache(examples, sequence_length=cut_to, seed=seed)
 
 
-def as_text(value, vocabulary: Vocabulary, ids: np.ndarray) -> str:
+def as_text(value, vocabulary: TextVocabulary, ids: np.ndarray) -> str:
     """Text of one side of an example.
 
     Args:
@@ -119,7 +119,7 @@ def as_text(value, vocabulary: Vocabulary, ids: np.ndarray) -> str:
 def read_examples(
     task: seqio.Task,
     cut_to: dict | None,
-    pair: tuple[Vocabulary, Vocabulary],
+    pair: tuple[TextVocabulary, TextVocabulary],
     split: str,
     begin: int = 0,
     epoch: int = 0,
@@ -153,7 +153,7 @@ def read_examples(
         yield Chunk(inputs, targets, rows)
 
 
-def make_example(example: dict, pair: tuple[Vocabulary, Vocabulary]) -> TextExample:
+def make_example(example: dict, pair: tuple[TextVocabulary, TextVocabulary]) -> TextExample:
     """Example of seqio as text; pair decodes the ids where the text was not kept."""
     targets = as_text(example.get("targets_pretokenized"), pair[1], example["targets"])
     inputs = None

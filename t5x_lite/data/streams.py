@@ -19,7 +19,7 @@ from t5x_lite.data import files, layout, randomness
 from t5x_lite.data.cache import Chunk, Feature, Tokens
 from t5x_lite.data.rows import EpochCounts, Examples, Windows
 from t5x_lite.data.task import Task, check_unchanged
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 SHARD = 32_768  # examples that are shuffled and packed together
 SHARD_TOKENS = 8_000_000  # where examples are long, fewer of them
@@ -175,7 +175,7 @@ def join_chunks(chunks: list[Chunk], task: Task, split: str) -> Tokens:
     return Tokens(name, inputs, targets, digest="", rows=None, counts=task.counts)
 
 
-def join_feature(examples: list[np.ndarray], vocabulary: Vocabulary) -> Feature:
+def join_feature(examples: list[np.ndarray], vocabulary: TextVocabulary) -> Feature:
     """Joins the ids of examples to one feature."""
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in examples])])
     ends = all(len(ids) and ids[-1] == vocabulary.eos for ids in examples)

@@ -12,7 +12,7 @@ from t5x_lite.data import cache, files
 from t5x_lite.data.cache import Chunk
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.tokenizers import vocabularies
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 CHUNK = 4096
 CHUNK_CHARACTERS = 4_000_000
@@ -45,7 +45,7 @@ class Task:
 
     name: str
     splits: tuple[str, ...]
-    vocabularies: tuple[Vocabulary, Vocabulary]
+    vocabularies: tuple[TextVocabulary, TextVocabulary]
     read: ExampleReader
     source: Callable[[str], str]
     has_inputs: bool
@@ -76,7 +76,7 @@ def check_unchanged(task: Task, split: str, before: dict[str, list[int]], source
     )
 
 
-def encode_with_edges(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarray]:
+def encode_with_edges(vocabulary: TextVocabulary, texts: list[str]) -> list[np.ndarray]:
     """Ids of each text with the first and last ids of the vocabulary's sequences."""
     ids = vocabulary.encode_all(texts)
     start, end = vocabularies.end_ids(vocabulary)
@@ -88,7 +88,7 @@ def encode_with_edges(vocabulary: Vocabulary, texts: list[str]) -> list[np.ndarr
 
 def read_text(
     rows: Callable[[str], Iterable[TextExample]],
-    pair: tuple[Vocabulary, Vocabulary],
+    pair: tuple[TextVocabulary, TextVocabulary],
     split: str,
     begin: int = 0,
     epoch: int = 0,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from t5x_lite import config
 from t5x_lite.evaluation.predict import Prediction
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 # Okabe and Ito's colors, made for color-blind readers, light enough for black text.
 COLORS = ("#9ad0f5", "#f7d36b", "#8fdcc0", "#f2b6d2", "#f0a873", "#c7c2ee", "#d9d9d9")
@@ -47,7 +47,7 @@ class DraftedText(NamedTuple):
         return f"{len(self.calls)} tokens in {count} calls, {each:.2f} each"
 
 
-def draft_text(input: str, prediction: Prediction, vocabulary: Vocabulary) -> DraftedText:
+def draft_text(input: str, prediction: Prediction, vocabulary: TextVocabulary) -> DraftedText:
     """The best text of a prediction, token by token.
 
     Args:

@@ -15,7 +15,7 @@ from t5x_lite.cli import records
 from t5x_lite.decoding.adaptive import latency
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters import registry
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 class DrafterCache:
@@ -27,7 +27,7 @@ class DrafterCache:
       targets: vocabulary of targets; None for drafters that read no text.
     """
 
-    def __init__(self, cfg: config.Model, params: Any, targets: Vocabulary):
+    def __init__(self, cfg: config.Model, params: Any, targets: TextVocabulary):
         self.cfg, self.params, self.targets = cfg, params, targets
         self.drafters: dict[tuple, decoding.Drafting] = {}
         self.priced: dict[str, decoding.Drafting] = {}

@@ -15,7 +15,7 @@ from t5x_lite import config, model, processes, sharding
 from t5x_lite.batch import Batch
 from t5x_lite.data import Batches
 from t5x_lite.decoding import loop, sampling
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 class TargetSums(NamedTuple):
@@ -51,7 +51,7 @@ def target_sums(cfg: config.Model, params: Any, batch: Batch) -> TargetSums:
     return TargetSums(weighted_sum(nats), weighted_sum(jnp.ones_like(nats)), weighted_sum(right))
 
 
-def text_bytes(batch: Batch, vocabulary: Vocabulary) -> int:
+def text_bytes(batch: Batch, vocabulary: TextVocabulary) -> int:
     """UTF-8 bytes of the text that the weighted targets of this host's rows stand for."""
     count = 0
     for targets, segments, weights in zip(
@@ -90,7 +90,7 @@ class SplitSums(NamedTuple):
 
 
 def measure_losses(
-    cfg: config.Model, params: Any, batches: Batches, vocabulary: Vocabulary, most: int
+    cfg: config.Model, params: Any, batches: Batches, vocabulary: TextVocabulary, most: int
 ) -> dict[str, float]:
     """Computes loss (nats per target token), perplexity, accuracy, bits per byte, and the number of
     tokens.
@@ -125,7 +125,7 @@ def measure_losses(
 
 
 def split_sums(
-    cfg: config.Model, params: Any, batches: Batches, vocabulary: Vocabulary, most: int
+    cfg: config.Model, params: Any, batches: Batches, vocabulary: TextVocabulary, most: int
 ) -> SplitSums:
     """Sums over the first batches of a split.
 

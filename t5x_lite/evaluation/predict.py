@@ -13,7 +13,7 @@ from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.union import draft_sources
 from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.tokenizers.vocabularies import end_ids
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 class Prediction(NamedTuple):
@@ -56,7 +56,7 @@ class Predictor:
         self,
         cfg: config.Model,
         params: Any,
-        vocabularies: tuple[Vocabulary, Vocabulary],
+        vocabularies: tuple[TextVocabulary, TextVocabulary],
         *,
         ended: bool = True,
         batch_size: int = 64,

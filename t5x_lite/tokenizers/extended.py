@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from t5x_lite.tokenizers.special_tokens import NamedTokens, top_ids, until_end
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 class ExtendedVocabulary:
@@ -19,7 +19,7 @@ class ExtendedVocabulary:
 
     def __init__(
         self,
-        inner: Vocabulary,
+        inner: TextVocabulary,
         names: Sequence[str] = (),
         extra_ids: int = 0,
         pattern: str | None = None,
@@ -117,7 +117,7 @@ class ExtendedVocabulary:
         return self.inner.model_bytes()
 
 
-def named_sentinels(inner: Vocabulary, pattern: str | None) -> np.ndarray:
+def named_sentinels(inner: TextVocabulary, pattern: str | None) -> np.ndarray:
     """Ids [k] of the pieces that the pattern names from 0 on; without one, `inner`'s sentinels.
 
     Raises:
@@ -136,11 +136,11 @@ def named_sentinels(inner: Vocabulary, pattern: str | None) -> np.ndarray:
 
 
 def extend_vocabulary(
-    inner: Vocabulary,
+    inner: TextVocabulary,
     names: Sequence[str] = (),
     extra_ids: int = 0,
     pattern: str | None = None,
-) -> Vocabulary:
+) -> TextVocabulary:
     """Adds tokens to a vocabulary; those that it has already are not added.
 
     Args:

@@ -27,7 +27,7 @@ from t5x_lite.tokenizers.vocabularies import (
     SentencePieceVocabulary,
     TokenizerJsonVocabulary,
 )
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 
@@ -48,7 +48,7 @@ class SequenceEnds(NamedTuple):
     pad: int | None
 
 
-def read_tokenizer(folder: str | Path) -> tuple[Vocabulary, SequenceEnds]:
+def read_tokenizer(folder: str | Path) -> tuple[TextVocabulary, SequenceEnds]:
     """Reads the vocabulary of a Hugging Face folder, and the ends of its model's sequences.
 
     tokenizer.json is preferred, then a SentencePiece model, then vocab.json with merges.txt; ByT5
@@ -62,7 +62,7 @@ def read_tokenizer(folder: str | Path) -> tuple[Vocabulary, SequenceEnds]:
         return interpret_settings(settings)
 
 
-def interpret_settings(settings: TokenizerSettings) -> tuple[Vocabulary, SequenceEnds]:
+def interpret_settings(settings: TokenizerSettings) -> tuple[TextVocabulary, SequenceEnds]:
     """`read_tokenizer`, with errors of any class for broken files."""
     vocabulary, lookup, added_ends = open_tokenizer(settings)
     named = {role: settings.name(role) for role in NAMES}
@@ -89,7 +89,7 @@ def interpret_settings(settings: TokenizerSettings) -> tuple[Vocabulary, Sequenc
     return vocabulary, SequenceEnds(start, True, stops, pad)
 
 
-def vocabulary_pair(vocabulary: Vocabulary) -> tuple[Vocabulary, Vocabulary]:
+def vocabulary_pair(vocabulary: TextVocabulary) -> tuple[TextVocabulary, TextVocabulary]:
     """The vocabularies (inputs, targets) of a run: targets end with eos, whatever inputs do."""
     if vocabulary.ends and vocabulary.bos is None:
         return vocabulary, vocabulary
@@ -113,7 +113,7 @@ def all_stop_tokens(settings: TokenizerSettings, eos: int | None) -> tuple[int, 
 
 
 def check_special_ids(
-    settings: TokenizerSettings, vocabulary: Vocabulary, ids: dict[str, Sequence[int]]
+    settings: TokenizerSettings, vocabulary: TextVocabulary, ids: dict[str, Sequence[int]]
 ) -> None:
     """Checks that ids of the settings are ids of the vocabulary or of the model.
 
@@ -137,7 +137,7 @@ def check_special_ids(
 
 # Given ids of bos and eos: True if bos goes before a text, and True if eos goes after it.
 AddedEnds = Callable[[int | None, int], tuple[bool, bool]]
-OpenedTokenizer = tuple[Vocabulary, Callable[[str], int | None], AddedEnds]
+OpenedTokenizer = tuple[TextVocabulary, Callable[[str], int | None], AddedEnds]
 
 
 def open_tokenizer(settings: TokenizerSettings) -> OpenedTokenizer:

@@ -6,13 +6,13 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite.tokenizers import vocabularies
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
 class SeqioVocabulary(seqio.Vocabulary):
     """One of our vocabularies as seqio's."""
 
-    def __init__(self, ours: Vocabulary):
+    def __init__(self, ours: TextVocabulary):
         super().__init__(extra_ids=0)
         self.ours = ours
 
@@ -62,7 +62,7 @@ class SeqioVocabulary(seqio.Vocabulary):
     __hash__ = None
 
 
-def from_seqio(feature: seqio.Feature, where: str) -> Vocabulary:
+def from_seqio(feature: seqio.Feature, where: str) -> TextVocabulary:
     """The feature's vocabulary as ours, which needs no TensorFlow to decode.
 
     Raises:

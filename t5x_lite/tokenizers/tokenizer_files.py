@@ -13,7 +13,7 @@ from t5x_lite.tokenizers.vocabularies import (
     SymbolVocabulary,
     TokenizerJsonVocabulary,
 )
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 TARGETS = "targets"  # subfolder of the targets' tokenizer, where it is another one
 GENERAL = "PreTrainedTokenizerFast"
@@ -30,11 +30,11 @@ class StartToken(NamedTuple):
     token: int | None = None
     written: bool = False
 
-    def before(self, vocabulary: Vocabulary) -> int | None:
+    def before(self, vocabulary: TextVocabulary) -> int | None:
         """The id before a text: the vocabulary's own, or that of a decoder-only model."""
         return vocabulary.bos if vocabulary.bos is not None or not self.written else self.token
 
-    def named(self, vocabulary: Vocabulary) -> int | None:
+    def named(self, vocabulary: TextVocabulary) -> int | None:
         """The id of bos_token."""
         return self.token if vocabulary.bos is None else vocabulary.bos
 
@@ -43,7 +43,7 @@ NOTHING = StartToken()
 
 
 def write_tokenizers(
-    inputs: Vocabulary, targets: Vocabulary, folder: str | Path, start: StartToken = NOTHING
+    inputs: TextVocabulary, targets: TextVocabulary, folder: str | Path, start: StartToken = NOTHING
 ) -> None:
     """Writes the tokenizer of a run's inputs, and in a subfolder that of its targets if it differs.
 
@@ -68,14 +68,14 @@ def write_tokenizers(
         write_tokenizer(targets, Path(folder) / TARGETS)
 
 
-def ids_description(vocabulary: Vocabulary) -> tuple[str, bytes | None]:
+def ids_description(vocabulary: TextVocabulary) -> tuple[str, bytes | None]:
     """Description of a vocabulary without its ends: equal ones give a text the same ids."""
     kept = {k: v for k, v in vocabulary.description().items() if k not in ("ends", "bos")}
     return json.dumps(kept, sort_keys=True), vocabulary.model_bytes()
 
 
 def write_tokenizer(
-    vocabulary: Vocabulary,
+    vocabulary: TextVocabulary,
     folder: str | Path,
     start: StartToken = NOTHING,
     joined: str | None = None,
@@ -102,7 +102,7 @@ def write_tokenizer(
 
 
 def tokenizer_files(
-    vocabulary: Vocabulary, start: StartToken, joined: str | None
+    vocabulary: TextVocabulary, start: StartToken, joined: str | None
 ) -> dict[str, bytes]:
     """Files of a tokenizer by name.
 
@@ -199,7 +199,7 @@ def byt5_files(vocabulary: ByteVocabulary) -> dict[str, bytes]:
 
 
 def fast_tokenizer_files(
-    vocabulary: Vocabulary, content: dict[str, Any], start: StartToken
+    vocabulary: TextVocabulary, content: dict[str, Any], start: StartToken
 ) -> dict[str, bytes]:
     """Files of a tokenizer.json that puts bos and eos where the vocabulary has them.
 
@@ -230,7 +230,7 @@ def fast_tokenizer_files(
     }
 
 
-def list_sentinels(vocabulary: Vocabulary) -> list[tuple[int, str]]:
+def list_sentinels(vocabulary: TextVocabulary) -> list[tuple[int, str]]:
     """The ids and names of the sentinels, lowest id first."""
     ids = sorted(vocabulary.sentinel_ids.tolist())
     return [(token, vocabularies.sentinel_text(vocabulary, token)) for token in ids]

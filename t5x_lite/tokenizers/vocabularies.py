@@ -19,27 +19,27 @@ from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.special_tokens import MAX_IDS, MAX_SENTINELS, sentinel_name
 from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonVocabulary
 from t5x_lite.tokenizers.symbols import ByteVocabulary, IntegerVocabulary, SymbolVocabulary
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
-def encode_with_ends(vocabulary: Vocabulary, text: str) -> list[int]:
+def encode_with_ends(vocabulary: TextVocabulary, text: str) -> list[int]:
     """The ids as a model reads them: beginning and end in their places, as in training."""
     start, end = end_ids(vocabulary)
     return [*start, *vocabulary.encode(text), *end]
 
 
-def end_ids(vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
+def end_ids(vocabulary: TextVocabulary) -> tuple[list[int], list[int]]:
     """The ids before and after those of an input's text."""
     start = [] if vocabulary.bos is None else [vocabulary.bos]
     return start, [vocabulary.eos] if vocabulary.ends else []
 
 
-def sentinel_text(vocabulary: Vocabulary, token: int) -> str:
+def sentinel_text(vocabulary: TextVocabulary, token: int) -> str:
     """The name of a sentinel, as texts have it."""
     return vocabulary.decode([token]).strip() or sentinel_name(vocabulary.size, token)
 
 
-def extended_vocabulary(model: bytes | None = None, *, inner: dict, **options) -> Vocabulary:
+def extended_vocabulary(model: bytes | None = None, *, inner: dict, **options) -> TextVocabulary:
     """A vocabulary that extends the one of the description `inner`.
 
     Args:
@@ -81,13 +81,13 @@ OPTIONS = {
 }
 
 
-def fingerprint(vocabulary: Vocabulary) -> str:
+def fingerprint(vocabulary: TextVocabulary) -> str:
     """A digest that two vocabularies share only if they give the same ids."""
     text = json.dumps(vocabulary.description(), sort_keys=True).encode()
     return hashlib.sha256(text + b"\0" + (vocabulary.model_bytes() or b"")).hexdigest()
 
 
-def save_vocabulary(vocabulary: Vocabulary, folder: str | Path) -> None:
+def save_vocabulary(vocabulary: TextVocabulary, folder: str | Path) -> None:
     """Writes vocabulary.json, and the model beside it where there is one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def save_vocabulary(vocabulary: Vocabulary, folder: str | Path) -> None:
     (folder / "vocabulary.json").write_text(description + "\n", encoding="utf-8")
 
 
-def load_vocabulary(folder: str | Path) -> Vocabulary:
+def load_vocabulary(folder: str | Path) -> TextVocabulary:
     """Reads the vocabulary that `save_vocabulary` wrote; one object per folder content.
 
     Raises:
@@ -123,7 +123,7 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
 
 
 @functools.lru_cache(maxsize=16)
-def build_vocabulary(description: str, model: bytes | None) -> Vocabulary:
+def build_vocabulary(description: str, model: bytes | None) -> TextVocabulary:
     """A vocabulary from its description (JSON) and model."""
     options = json.loads(description)
     kind = options.pop("kind")
@@ -148,7 +148,7 @@ def check_option(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value:,}; it is below {most:,} in any vocabulary")
 
 
-def save_pair(folder: str | Path, inputs: Vocabulary, targets: Vocabulary) -> None:
+def save_pair(folder: str | Path, inputs: TextVocabulary, targets: TextVocabulary) -> None:
     """Writes both vocabularies of a run.
 
     Args:
@@ -160,6 +160,6 @@ def save_pair(folder: str | Path, inputs: Vocabulary, targets: Vocabulary) -> No
     save_vocabulary(targets, Path(folder) / "targets")
 
 
-def load_pair(folder: str | Path) -> tuple[Vocabulary, Vocabulary]:
+def load_pair(folder: str | Path) -> tuple[TextVocabulary, TextVocabulary]:
     """The vocabularies (inputs, targets) that `save_pair` wrote."""
     return load_vocabulary(Path(folder) / "inputs"), load_vocabulary(Path(folder) / "targets")

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 
-class Vocabulary(Protocol):
+class TextVocabulary(Protocol):
     """Conversion of texts to ids and back.
 
     Attributes:

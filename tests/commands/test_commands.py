@@ -283,8 +283,8 @@ from t5x_lite.cli.parser import Parser
 
 def work(options):
     import logging as standard
-    standard.getLogger("some.library").info("an info")
-    standard.getLogger("some.library").warning("a warning")
+    standard.getLogger("another.package").info("an info")
+    standard.getLogger("another.package").warning("a warning")
     logging.info("absl's info")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -339,7 +339,7 @@ def test_the_front_lists_commands_and_starts_them(capsys):
 
 
 def test_flags_of_libraries_do_not_meet_our_options():
-    flags.DEFINE_integer("seed", 1, "of some library")
+    flags.DEFINE_integer("seed", 1, "of another package")
     try:
         options = load("infer").parser().parse(["--checkpoint=x", "--seed=3"])
         assert options.seed == 3 and flags.FLAGS["seed"].value == 1

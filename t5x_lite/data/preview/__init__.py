@@ -12,7 +12,7 @@ from t5x_lite.batch import Batch
 from t5x_lite.config.windows import LengthLimits, length_limits
 from t5x_lite.data import batches, objectives
 from t5x_lite.data.objectives import WindowPreprocessor
-from t5x_lite.tokenizers.vocabulary import Vocabulary
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 CHUNK = 64  # rows in a batch
 
@@ -49,7 +49,7 @@ class Denoiser:
 
     name: str
     preprocessor: WindowPreprocessor | None
-    vocabularies: tuple[Vocabulary, Vocabulary]
+    vocabularies: tuple[TextVocabulary, TextVocabulary]
     lengths: LengthLimits
     examples: list[Example]
     filled: dict[str, float]
@@ -220,7 +220,7 @@ def configured_noise(objective: Any) -> tuple[float | None, float | None]:
             return None, None
 
 
-def decode_with_ends(vocabulary: Vocabulary, ids: np.ndarray) -> str:
+def decode_with_ends(vocabulary: TextVocabulary, ids: np.ndarray) -> str:
     """Ids as text, with </s> wherever a text ends."""
     edges = np.flatnonzero(np.isin(ids, vocabulary.stops))
     pieces = np.split(ids, np.unique(np.concatenate([edges, edges + 1])))
