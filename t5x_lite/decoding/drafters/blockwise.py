@@ -37,8 +37,29 @@ class LastHidden(NamedTuple):
     known: Bool[Array, " b"]
 
 
+class HiddenStateDrafter:
+    """Base of the drafters whose state is the hidden state of the root."""
+
+    def observe(
+        self,
+        context: DecodeContext,
+        drafter_state: LastHidden,
+        state: DecodeState,
+        output: VerifyOutput,
+    ) -> LastHidden:
+        """Returns the hidden state of the new root.
+
+        Args:
+          context: constants of the request; unused.
+          drafter_state: the last hidden state, kept in rows that are done.
+          state: state of the loop; unused.
+          output: hidden states of the block, and the accepted path.
+        """
+        return update_hidden(drafter_state, output)
+
+
 @dataclass(frozen=True)
-class Blockwise:
+class Blockwise(HiddenStateDrafter):
     """Drafts w - 1 tokens, one with each of the first heads, at the accepted position alone.
 
     That is 1 position with w - 1 heads, where the single pass of the paper has w positions with all
@@ -95,23 +116,6 @@ class Blockwise:
         log_probability = jnp.stack(distributions, axis=1) if self.stochastic else None
         tokens = mask_unknown(drafter_state, jnp.stack(tokens, axis=1))
         return Draft(tokens, log_probability), drafter_state
-
-    def observe(
-        self,
-        context: DecodeContext,
-        drafter_state: LastHidden,
-        state: DecodeState,
-        output: VerifyOutput,
-    ) -> LastHidden:
-        """Returns the hidden state of the new root.
-
-        Args:
-          context: constants of the request; unused.
-          drafter_state: the last hidden state, kept in rows that are done.
-          state: state of the loop; unused.
-          output: hidden states of the block, and the accepted path.
-        """
-        return update_hidden(drafter_state, output)
 
 
 def check_heads(context: DecodeContext, count: int) -> TargetHeads:

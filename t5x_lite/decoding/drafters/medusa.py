@@ -15,14 +15,14 @@ from jaxtyping import Array, Int
 from t5x_lite import sharding
 from t5x_lite.decoding.drafters import blockwise
 from t5x_lite.decoding.drafters.trees import best_tree_of_heads, ranks
-from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Draft, Tree, VerifyOutput
+from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Draft, Tree
 
 # How often the tokens of each rank were accepted on g2p, frozen heads (benchmarks/heads.py).
 CHANCES = tuple(tuple(0.6**head * share for share in (0.6, 0.15, 0.07, 0.04)) for head in range(4))
 
 
 @dataclass(frozen=True)
-class Medusa:
+class Medusa(blockwise.HiddenStateDrafter):
     """Drafts a tree: the r-th child of a node at depth i is the r-th most probable token of head i
     (from 0).
 
@@ -67,23 +67,6 @@ class Medusa:
         else:
             tokens = self.draft_at_once(context, drafter_state)
         return Draft(blockwise.mask_unknown(drafter_state, tokens)), drafter_state
-
-    def observe(
-        self,
-        context: DecodeContext,
-        drafter_state: blockwise.LastHidden,
-        state: DecodeState,
-        output: VerifyOutput,
-    ) -> blockwise.LastHidden:
-        """Returns the hidden state of the new root.
-
-        Args:
-          context: constants of the request; unused.
-          drafter_state: the last hidden state, kept in rows that are done.
-          state: state of the loop; unused.
-          output: hidden states of the block, and the accepted path.
-        """
-        return blockwise.update_hidden(drafter_state, output)
 
     def draft_at_once(
         self, context: DecodeContext, last_hidden: blockwise.LastHidden

@@ -26,7 +26,6 @@ from t5x_lite.decoding.protocol import (
     DecodeState,
     Draft,
     Tree,
-    VerifyOutput,
     chain,
 )
 from t5x_lite.sharding import spec
@@ -61,7 +60,7 @@ class CandidateLattice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Refined:
+class Refined(blockwise.HiddenStateDrafter):
     """Drafts the chain of highest score through the most probable tokens of each head.
 
     A step from a to b scores log((1 - share) p(b) + share c(a, b) / c(a)): p is the head's
@@ -120,23 +119,6 @@ class Refined:
         lattice = CandidateLattice(tokens, best)
         drafts = jax.vmap(self.best_chain)(lattice, state.root, text, known, bigrams)
         return Draft(blockwise.mask_unknown(drafter_state, drafts)), drafter_state
-
-    def observe(
-        self,
-        context: DecodeContext,
-        drafter_state: blockwise.LastHidden,
-        state: DecodeState,
-        output: VerifyOutput,
-    ) -> blockwise.LastHidden:
-        """Returns the hidden state of the new root.
-
-        Args:
-          context: constants of the request; unused.
-          drafter_state: the last hidden state, kept in rows that are done.
-          state: state of the loop; unused.
-          output: hidden states of the block, and the accepted path.
-        """
-        return blockwise.update_hidden(drafter_state, output)
 
     def counted_tokens(
         self, context: DecodeContext, state: DecodeState
