@@ -6,10 +6,11 @@ import json
 import ctranslate2
 import decoder_parity
 import numpy as np
+import parity
 import pytest
 import tokenizers
 import transformers
-from safetensors.numpy import save_file
+from family_models import random_decoder
 
 VOCAB = 40
 SHARED = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=2)
@@ -48,13 +49,9 @@ def words(folder) -> list[str]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ctranslate2_computes_the_same(name, tmp_path):
-    pair = decoder_parity.drawn(CONFIGS[name], len(name), tmp_path / "theirs")
+    pair = parity.read(random_decoder(CONFIGS[name], len(name)), tmp_path / "theirs")
     folder = tmp_path / "ours"
-    folder.mkdir()
-    state = decoder_parity.state_of(pair.params, pair.cfg, pair.family)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config_json = pair.family.config_json(pair.cfg) | {"eos_token_id": 2, "pad_token_id": 0}
-    (folder / "config.json").write_text(json.dumps(config_json))
+    parity.write_export(pair, folder, eos_token_id=2, pad_token_id=0)
     names = words(folder)
     converted = str(tmp_path / "converted")
     ctranslate2.converters.TransformersConverter(str(folder)).convert(converted)

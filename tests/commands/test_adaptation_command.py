@@ -5,6 +5,7 @@ import dataclasses
 import shutil
 
 import adaptation_toys as toys
+import encoder_decoder_parity
 import numpy as np
 import parity
 import pytest
@@ -103,20 +104,22 @@ def test_a_t5gemma_made_of_a_gemma_gives_transformers_the_same_logits(lone, tmp_
     # Words and sentinels of a list have no tokenizer of theirs: the weights are what is compared.
     convert.main([*arguments, "--family=t5gemma", "--vocabulary=none"])
     kind = transformers.T5GemmaForConditionalGeneration
-    theirs, told = kind.from_pretrained(
+    theirs, loading = kind.from_pretrained(
         exported, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    assert not told["missing_keys"] and not told["unexpected_keys"]
-    found = open_checkpoint(pair).load()
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    checkpoint = open_checkpoint(pair).load()
     toys.one_device()
     cfg = dataclasses.replace(
-        found.run.model,
+        checkpoint.run.model,
         # transformers 5.23 sees |q - k| <= window: see checkpoints/formats/huggingface/t5gemma.py.
-        encoder=dataclasses.replace(found.run.model.encoder, window_form="within"),
+        encoder=dataclasses.replace(checkpoint.run.model.encoder, window_form="within"),
     )
-    params = toys.nested(toys.flat(found.params), cfg)
+    params = toys.nested(toys.flat(checkpoint.params), cfg)
     both = parity.Pair(theirs.eval(), None, cfg, params)
-    parity.assert_alike(both, parity.drawn_ids(cfg.vocab, 2, seed=5))
+    encoder_decoder_parity.assert_alike(
+        both, encoder_decoder_parity.drawn_ids(cfg.vocab, 2, seed=5)
+    )
 
 
 def run_of(folder, steps: int) -> config.Run:

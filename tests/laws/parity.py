@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder-decoders of transformers beside ours: the same weights, the same ids, both results."""
+"""Models of transformers beside ours: the same weights, conversion both ways, equal gradients.
+
+`decoder_parity` and `encoder_decoder_parity` compute what a layout is compared by; `families` has
+the table of families.
+"""
 
 import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
@@ -9,17 +14,14 @@ from types import ModuleType
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
-from decoder_parity import State, cache_argument, ours, state_of
 from safetensors.numpy import save_file
 
 from t5x_lite import config, model, sharding
-from t5x_lite.batch import Batch
+from t5x_lite.checkpoints import matching, tensors, transforms, weights
 from t5x_lite.checkpoints.formats import huggingface, safetensors_files
-
-INPUTS, TARGETS = 13, 9
+from t5x_lite.checkpoints.weight_paths import flatten_tree
 
 
 class Pair(NamedTuple):
@@ -38,140 +40,97 @@ class Pair(NamedTuple):
     params: dict
 
 
-class Ids(NamedTuple):
-    """Token ids of a parity test.
+class State:
+    """Tensors in memory, read as if they lay in a file."""
 
-    Attributes:
-      inputs: [b s] ids of the encoder.
-      exists: [b s] False for padding, which is on both sides.
-      decoder: [b t] decoder inputs.
+    def __init__(self, arrays: dict[str, np.ndarray]):
+        self.arrays = arrays
+        self.names = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+
+    def read(self, name, at=None):
+        return self.arrays[name]
+
+
+def shaken(theirs: torch.nn.Module, seed: int, scale: float | None = None) -> torch.nn.Module:
+    """Draws every weight of a model; norms and biases move away from where they begin.
+
+    Args:
+      theirs: a model of transformers.
+      seed: seed of the draw.
+      scale: standard deviation of matrices; None takes 1 for tables and else the inverse square
+        root of a matrix's inputs.
     """
-
-    inputs: np.ndarray
-    exists: np.ndarray
-    decoder: np.ndarray
-
-
-def shaken(theirs: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """theirs with every weight drawn anew, norms and biases away from where they begin."""
     draw = torch.Generator().manual_seed(seed)
-    for name, weight in theirs.named_parameters():
-        noise = torch.randn(weight.shape, generator=draw)
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            noise = torch.randn(weight.shape, generator=draw)
             if weight.ndim == 1:
                 weight.add_(0.3 * noise)
-            else:
-                table = "embed_tokens" in name or "shared" in name or "relative" in name
-                weight.copy_(noise * (1.0 if table else weight.shape[-1] ** -0.5))
+                continue
+            table = "embed_tokens" in name or "shared" in name or "relative" in name
+            weight.copy_(noise * (scale or (1.0 if table else weight.shape[-1] ** -0.5)))
     return theirs.eval()
 
 
 def read(theirs: torch.nn.Module, folder: Path) -> Pair:
     """Ours of the folder that theirs is saved in."""
-    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
     theirs.save_pretrained(folder)
-    described = json.loads((folder / "config.json").read_text())
-    source, family = (
-        safetensors_files.open_safetensors(folder),
-        huggingface.family_of_config(described),
-    )
-    cfg = family.parse_config(described, source.names)
+    config_json = json.loads((folder / "config.json").read_text())
+    source = safetensors_files.open_safetensors(folder)
+    family = huggingface.family_of_config(config_json)
+    cfg = family.parse_config(config_json, source.names)
     cfg = dataclasses.replace(cfg, dtype="float32", dropout=0.0)
     return Pair(theirs, family, cfg, ours(source, cfg, family))
 
 
-def drawn_ids(vocab: int, start: int, seed: int, rows: int = 3) -> Ids:
-    """Random ids in rows padded left, right and not at all.
+def ours(source, cfg: config.Model, family: ModuleType) -> dict:
+    """Our params of the tensors in source on one device; every tensor has to be accounted for.
 
     Args:
-      vocab: size of the vocabulary; ids are drawn from 3 on, as no family gives those a meaning.
-      start: start token of the decoder.
-      seed: seed of the draw.
-      rows: number of rows.
+      source: tensors under the names of transformers.
+      cfg: architecture.
+      family: module of the conversion of the family.
     """
-    draw = np.random.default_rng(seed)
-    place = np.arange(INPUTS)
-    begins, ends = [3, 0, 0], [INPUTS, INPUTS - 4, INPUTS]
-    exists = np.stack([(place >= begins[i]) & (place < ends[i]) for i in range(rows)])
-    inputs = np.where(exists, draw.integers(3, vocab, (rows, INPUTS)), 0).astype(np.int32)
-    decoder = draw.integers(3, vocab, (rows, TARGETS)).astype(np.int32)
-    decoder[:, 0] = start
-    return Ids(inputs, exists, decoder)
+    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+    source = tensors.rename_tensors(source, family)
+    plan = matching.plan_conversion(
+        source.names,
+        cfg,
+        family.entries(cfg),
+        ignored=family.ignored(cfg),
+        duplicates=family.duplicates(cfg),
+    )
+    plan.check("the source")
+    weights.check_duplicates(source, plan, family.duplicates(cfg), lambda name: False)
+    return weights.place_weights(
+        weights.ConvertedWeights(source, cfg, plan, lambda name: False), cfg
+    )
 
 
-def their_results(theirs, ids: Ids) -> tuple[np.ndarray, np.ndarray]:
-    """Encoder output [b s d] and logits [b t v], in one pass."""
-    with torch.no_grad():
-        out = theirs(**their_inputs(ids), decoder_input_ids=tensor(ids.decoder), use_cache=False)
-    return out.encoder_last_hidden_state.numpy(), out.logits.numpy()
+def state_of(pair: Pair) -> dict[str, np.ndarray]:
+    """Our params as tensors of transformers."""
+    state, flat = {}, flatten_tree(pair.params, "/")
+    entries = pair.family.entries(pair.cfg)
+    for piece in matching.map_weights(pair.cfg, entries, matching.model_leaves(pair.cfg)):
+        values = np.asarray(flat[piece.entry.ours])
+        values = values if piece.layer is None else values[piece.layer]
+        array = state.setdefault(piece.theirs, np.zeros(piece.tensor_shape, values.dtype))
+        transforms.write_weight(array, piece.layer_entry, piece.axes, piece.sizes, values)
+    return state
 
 
-def their_cached_logits(theirs, ids: Ids) -> np.ndarray:
-    """Logits [b t v], token by token over a cache."""
-    cache, logits = None, []
-    with torch.no_grad():
-        encoded = theirs.get_encoder()(**their_inputs(ids))
-        for i in range(ids.decoder.shape[1]):
-            out = theirs(
-                encoder_outputs=encoded,
-                attention_mask=tensor(ids.exists),
-                decoder_input_ids=tensor(ids.decoder[:, i : i + 1]),
-                use_cache=True,
-                **cache_argument(theirs, cache),
-            )
-            cache = out.past_key_values
-            logits.append(out.logits.numpy())
-    return np.concatenate(logits, axis=1)
+def write_export(pair: Pair, folder: Path, **fields) -> None:
+    """Writes our params as a folder of transformers.
 
-
-def their_inputs(ids: Ids) -> dict:
-    """Keyword arguments of an encoder of transformers."""
-    return {"input_ids": tensor(ids.inputs), "attention_mask": tensor(ids.exists)}
-
-
-def tensor(array: np.ndarray) -> torch.Tensor:
-    """A numpy array as a torch tensor of int64."""
-    return torch.from_numpy(np.array(array)).long()
-
-
-def our_results(pair: Pair, ids: Ids) -> tuple[np.ndarray, np.ndarray]:
-    """Encoder output [b s d] and logits [b t v], teacher-forced."""
-    cfg = cfg_from(pair.cfg, ids)
-
-    def both(params, batch):
-        read = batch.inputs, batch.input_segments, batch.input_positions
-        return apply(cfg, params, *read, method=model.Transformer.encode), apply(cfg, params, batch)
-
-    encoded, logits = jax.jit(both)(pair.params, batch_of(ids))
-    return np.asarray(encoded), np.asarray(logits)
-
-
-def our_cached_logits(pair: Pair, ids: Ids) -> np.ndarray:
-    """Logits [b t v], token by token over a cache with room to spare."""
-    cfg, rows = pair.cfg, ids.decoder.shape[0]
-
-    def begin(params, batch):
-        read = batch.inputs, batch.input_segments, batch.input_positions
-        return apply(
-            cfg,
-            params,
-            apply(cfg, params, *read, method=model.Transformer.encode),
-            method=model.Transformer.cross_kv,
-        )
-
-    def step(params, tokens, index, cache, read):
-        block = model.TokenBlock(tokens, index)
-        hidden, cache = apply(cfg, params, block, cache, read, method=model.Transformer.decode)
-        return apply(cfg, params, hidden, method=model.Transformer.logits), cache
-
-    read = model.EncoderMemory(jax.jit(begin)(pair.params, batch_of(ids)), jnp.asarray(ids.exists))
-    cache, logits = model.empty_cache(cfg, rows, TARGETS + 2), []
-    step = jax.jit(step)
-    for i in range(ids.decoder.shape[1]):
-        index = jnp.full((rows,), i, jnp.int32)
-        step_logits, cache = step(pair.params, ids.decoder[:, i : i + 1], index, cache, read)
-        logits.append(np.asarray(step_logits))
-    return np.concatenate(logits, axis=1)
+    Args:
+      pair: both models.
+      folder: folder to write.
+      **fields: further fields of config.json.
+    """
+    folder.mkdir()
+    save_file(state_of(pair), folder / "model.safetensors", metadata={"format": "pt"})
+    config_json = pair.family.config_json(pair.cfg) | fields
+    (folder / "config.json").write_text(json.dumps(config_json))
 
 
 def apply(cfg: config.Model, params, *args, **kwargs):
@@ -186,92 +145,65 @@ def apply(cfg: config.Model, params, *args, **kwargs):
     return model.Transformer(cfg).apply({"params": params}, *args, **kwargs)
 
 
-def cfg_from(cfg: config.Model, ids: Ids) -> config.Model:
-    """cfg with the start token of ids."""
-    return dataclasses.replace(cfg, decoder_start_token_id=int(ids.decoder[0, 0]))
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """A numpy array as a torch tensor of int64."""
+    return torch.from_numpy(np.array(array)).long()
 
 
-def batch_of(ids: Ids) -> Batch:
-    """ids as a training batch: the targets are the decoder's inputs one place earlier."""
-    targets = np.roll(ids.decoder, -1, axis=1)
-    ones = np.ones_like(targets)
-    where = positions(targets)
-    weights = ones.astype(np.float32)
-    exists = ids.exists.astype(np.int32)
-    batch = Batch(targets, ones, where, weights, ids.inputs, exists, positions(ids.inputs))
-    return sharding.place_batch(batch)
+def cache_argument(theirs, cache) -> dict:
+    """The cache as the keyword that `theirs.forward` takes: transformers 5.24 renamed it."""
+    renamed = "cache" in inspect.signature(theirs.forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
 
 
-def positions(ids: np.ndarray) -> np.ndarray:
-    """Positions [b t], from 0 in each row."""
-    return np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-
-
-def assert_alike(pair: Pair, ids: Ids) -> None:
-    """Encoder outputs, teacher-forced logits and cached logits agree to 1e-4 where tokens are."""
-    encoded, logits = their_results(pair.theirs, ids)
-    our_encoded, our_logits = our_results(pair, ids)
-    np.testing.assert_allclose(our_encoded[ids.exists], encoded[ids.exists], atol=1e-4, rtol=0)
-    np.testing.assert_allclose(our_logits, logits, atol=1e-4, rtol=0)
-    cached = their_cached_logits(pair.theirs, ids)
-    np.testing.assert_allclose(our_cached_logits(pair, ids), cached, atol=1e-4, rtol=0)
-
-
-def assert_gradients_alike(pair: Pair, ids: Ids) -> None:
-    """The gradient of the mean cross-entropy, weight by weight, within 1e-3 of its largest."""
-    batch = batch_of(ids)
-    labels = tensor(np.asarray(batch.targets))
-    out = pair.theirs(**their_inputs(ids), decoder_input_ids=tensor(ids.decoder), use_cache=False)
-    torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten()).backward()
-    expected = ours(State(their_gradients(pair.theirs)), pair.cfg, pair.family)
-
-    def loss(params):
-        logits = apply(cfg_from(pair.cfg, ids), params, batch)
-        chosen = jnp.sum(
-            jax.nn.log_softmax(logits) * jax.nn.one_hot(batch.targets, pair.cfg.vocab), -1
-        )
-        return -jnp.mean(chosen)
-
-    actual = jax.jit(jax.grad(loss))(pair.params)
-    jax.tree.map_with_path(assert_gradient_alike, actual, expected)
-
-
-def their_gradients(theirs: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Gradients under the names that the weights have in a file; each tied weight once."""
-    return {
-        name.replace(".text_model.", "."): weight.grad.numpy()
-        for name, weight in theirs.named_parameters()
-        if weight.grad is not None
-    }
-
-
-def assert_gradient_alike(path, actual, expected) -> None:
-    """Checks a gradient within 1e-3 of its largest entry.
-
-    Args:
-      path: key path of the weight.
-      actual: our gradient.
-      expected: their gradient.
-    """
-    scale = np.abs(expected).max()
-    assert np.abs(np.asarray(actual) - expected).max() <= 1e-3 * scale, jax.tree_util.keystr(path)
-
-
-def assert_there_and_back(pair: Pair, kind: type, folder: Path, without: str = "") -> None:
-    """Checks that transformers loads our export bit by bit, without missing or unexpected tensors.
+def assert_gradients_alike(pair: Pair, their_loss: torch.Tensor, loss, floor: float = 0.0) -> None:
+    """Compares gradients weight by weight, each within 1e-3 of its largest entry.
 
     Args:
       pair: both models.
-      kind: class of the model in transformers.
-      folder: folder to write.
-      without: regular expression of names that ours lacks.
+      their_loss: loss of theirs.
+      loss: our loss as a function of params.
+      floor: share of the largest gradient of all weights that counts as the largest of a weight
+        whose gradient is rounding errors only.
     """
-    state = state_of(pair.params, pair.cfg, pair.family)
-    described = pair.family.config_json(pair.cfg)
-    folder.mkdir()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(described))
-    loaded, loading = kind.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    pair.theirs.zero_grad()
+    their_loss.backward()
+    gradients = {
+        name.replace(".text_model.", "."): weight.grad.numpy()
+        for name, weight in pair.theirs.named_parameters()
+        if weight.grad is not None
+    }
+    expected = ours(State(gradients), pair.cfg, pair.family)
+    actual = jax.jit(jax.grad(loss))(pair.params)
+    least = floor * max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+
+    def compare(path, actual, expected):
+        largest = max(np.abs(expected).max(), least)
+        worst = np.abs(np.asarray(actual) - np.asarray(expected)).max()
+        assert worst <= 1e-3 * largest, jax.tree_util.keystr(path)
+
+    jax.tree.map_with_path(compare, actual, expected)
+
+
+def assert_there_and_back(
+    pair: Pair, folder: Path, kind: type | None = None, without: str = ""
+) -> torch.nn.Module:
+    """Checks that transformers loads our export bit by bit, and that it converts back to ours.
+
+    Args:
+      pair: both models.
+      folder: folder to write.
+      kind: class of transformers that loads the export; None takes that of theirs.
+      without: regular expression of names that ours lacks; empty for none.
+
+    Returns:
+      The model that transformers loaded.
+    """
+    write_export(pair, folder)
+    kind = kind or type(pair.theirs)
+    loaded, loading = kind.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )
 
     def left_out(name):
         return without and re.match(without, name)
@@ -282,6 +214,12 @@ def assert_there_and_back(pair: Pair, kind: type, folder: Path, without: str = "
     for name, weight in pair.theirs.state_dict().items():
         if not left_out(name):
             np.testing.assert_array_equal(again[name].numpy(), weight.numpy(), err_msg=name)
-    cfg = pair.family.parse_config(described, state)
+    config_json = json.loads((folder / "config.json").read_text())
+    source = safetensors_files.open_safetensors(folder)
+    cfg = pair.family.parse_config(config_json, source.names)
     assert dataclasses.replace(cfg, dtype="float32") == pair.cfg
-    jax.tree.map(np.testing.assert_array_equal, ours(State(state), cfg, pair.family), pair.params)
+    jax.tree.map(np.testing.assert_array_equal, ours(source, cfg, pair.family), pair.params)
+    back = read(loaded.eval(), folder / "again")
+    assert back.cfg == pair.cfg
+    jax.tree.map(np.testing.assert_array_equal, back.params, pair.params)
+    return loaded

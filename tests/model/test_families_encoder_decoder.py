@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json of released encoder-decoders gives the presets; what cannot be said is refused."""
+"""config.json of encoder-decoders: what each family refuses to read or to write."""
 
 import dataclasses
 
 import pytest
+from published import preset
+from released import RELEASED_ENCODER_DECODERS, T5GEMMA2_270M
 
 from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import (
@@ -12,131 +14,17 @@ from t5x_lite.checkpoints.formats.huggingface import (
     family_of_config,
     t5gemma2,
 )
-from t5x_lite.config import gin_file
-
-# Fields of the released files that decide the model.
-T5 = dict(model_type="t5", decoder_start_token_id=0, d_kv=64, vocab_size=32128)
-T5_SMALL = dict(d_ff=2048, d_model=512, num_heads=8, num_layers=6, n_positions=512)
-T5_BASE = dict(d_ff=2048, d_model=768, num_decoder_layers=12, num_heads=12, num_layers=12)
-GATED = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-ALTERNATING = 4 * ["sliding_attention", "full_attention"]
-T5GEMMA_S = dict(
-    attention_bias=False,
-    attn_logit_softcapping=50.0,
-    final_logit_softcapping=30.0,
-    head_dim=64,
-    hidden_activation="gelu_pytorch_tanh",
-    hidden_size=512,
-    intermediate_size=1024,
-    layer_types=ALTERNATING,
-    num_attention_heads=8,
-    num_hidden_layers=8,
-    num_key_value_heads=8,
-    query_pre_attn_scalar=64,
-    rope_theta=10000.0,
-    sliding_window=4096,
-    vocab_size=256000,
-)
-T5GEMMA2_270M = dict(
-    _sliding_window_pattern=6,
-    attn_logit_softcapping=None,
-    final_logit_softcapping=None,
-    head_dim=256,
-    hidden_size=640,
-    intermediate_size=2048,
-    layer_types=3 * [*5 * ["sliding_attention"], "full_attention"],
-    num_attention_heads=4,
-    num_hidden_layers=18,
-    num_key_value_heads=1,
-    query_pre_attn_scalar=256,
-    rope_parameters={
-        "full_attention": {"factor": 8.0, "rope_theta": 1000000, "rope_type": "linear"},
-        "sliding_attention": {"rope_theta": 10000, "rope_type": "default"},
-    },
-    sliding_window=512,
-    use_bidirectional_attention=False,
-    vocab_size=262144,
-)
-# preset -> config.json, and whether the file has a head of its own.
-RELEASED = {
-    "t5_1_0_small": (T5 | T5_SMALL, False),
-    "t5_1_1_base": (T5 | T5_BASE | GATED, True),
-    "flan_t5_base": (T5 | T5_BASE | GATED | {"dense_act_fn": "gelu_new"}, True),
-    "mt5_base": (T5 | T5_BASE | GATED | {"model_type": "mt5", "vocab_size": 250112}, True),
-    "umt5_base": (T5 | T5_BASE | GATED | {"model_type": "umt5", "vocab_size": 256384}, True),
-    "byt5_small": (
-        T5
-        | GATED
-        | dict(d_ff=3584, d_model=1472, num_heads=6, num_layers=12, num_decoder_layers=4)
-        | {"vocab_size": 384},
-        True,
-    ),
-    "ul2_20b": (
-        T5
-        | dict(d_ff=16384, d_kv=256, d_model=4096, num_heads=16, num_layers=32)
-        | dict(feed_forward_proj="gated-silu", num_decoder_layers=32),
-        False,
-    ),
-    "t5gemma_s_s": (
-        {"model_type": "t5gemma", "encoder": T5GEMMA_S, "decoder": T5GEMMA_S},
-        False,
-    ),
-    "t5gemma2_270m": (
-        {
-            "model_type": "t5gemma2",
-            "encoder": {"text_config": T5GEMMA2_270M, "eoi_token_index": 256000},
-            "decoder": T5GEMMA2_270M,
-        },
-        False,
-    ),
-}
-HEADS = ("lm_head.weight", "lm_head.out_proj.weight")
-
-
-def preset(name: str) -> config.Model:
-    """Architecture of configs/models/NAME.gin."""
-    lines = gin_file.read_lines(f"configs/models/{name}.gin")
-    for binding in ('config.Run.model_dir = ""', "config.Run.model = @config.Model()"):
-        lines.append(gin_file.Line(binding, "the test"))
-    return gin_file.parse_lines(lines, []).model
-
-
-def for_decoding(cfg: config.Model) -> config.Model:
-    """cfg without what training alone uses, one way of saying each thing."""
-
-    def full(stack):
-        return dataclasses.replace(stack, kv_heads=stack.key_heads)
-
-    return dataclasses.replace(
-        cfg, encoder=full(cfg.encoder), decoder=full(cfg.decoder), dropout=0.0, embedding_std=1.0
-    )
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_configs_give_the_presets(name):
-    described, headed = RELEASED[name]
-    names = ["decoder.final_layer_norm.weight", *(HEADS if headed else ())]
-    read = family_of_config(described).parse_config(described, names)
-    assert for_decoding(read) == for_decoding(preset(name))
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_an_exported_config_is_read_as_the_same_model(name):
-    cfg = preset(name)
-    names = ["decoder.final_layer_norm.weight", *(() if cfg.tied else HEADS)]
-    written = family_for_export(cfg).config_json(cfg)
-    assert for_decoding(family_of_config(written).parse_config(written, names)) == for_decoding(cfg)
 
 
 def changed(name: str, half: str | None, **fields) -> dict:
     """A released config.json with other fields.
 
     Args:
-      name: case in `RELEASED`.
+      name: case in `RELEASED_ENCODER_DECODERS`.
       half: "encoder" or "decoder" for fields of one half; None for the top level.
       **fields: the new fields.
     """
-    described, _ = RELEASED[name]
+    described, _ = RELEASED_ENCODER_DECODERS[name]
     if half is None:
         return described | fields
     if name == "t5gemma2_270m" and half == "encoder":
@@ -175,9 +63,9 @@ def test_an_older_t5gemma2_config_is_read_alike():
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "layer_types": None,
     }
-    described = RELEASED["t5gemma2_270m"][0] | {"decoder": T5GEMMA2_270M | older}
+    described = RELEASED_ENCODER_DECODERS["t5gemma2_270m"][0] | {"decoder": T5GEMMA2_270M | older}
     assert t5gemma2.parse_config(described, []) == t5gemma2.parse_config(
-        RELEASED["t5gemma2_270m"][0], []
+        RELEASED_ENCODER_DECODERS["t5gemma2_270m"][0], []
     )
 
 

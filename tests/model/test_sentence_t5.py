@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lone encoders give transformers' numbers, and a Sentence-T5 folder its vectors."""
+"""A Sentence-T5 folder gives its vectors: read and written with its pooling."""
 
 import dataclasses
 import json
 
+import encoder_parity
 import jax
 import numpy as np
 import parity
 import pytest
 import torch
 import transformers
-from decoder_parity import ours
+from encoder_decoder_parity import their_inputs
+from family_models import VOCAB, lone_encoder
 from safetensors.numpy import save_file
-from test_parity_t5 import their_config
-from test_parity_t5gemma import their_half
 
-from t5x_lite import config, sharding
+from t5x_lite import config, model, sharding
 from t5x_lite.checkpoints import matching, tensors
 from t5x_lite.checkpoints.formats.huggingface import (
     family_for_export,
@@ -23,62 +23,11 @@ from t5x_lite.checkpoints.formats.huggingface import (
     sentence_t5,
 )
 
-VOCAB = 31
-
-
-def their_encoder(kind: type, seed: int) -> torch.nn.Module:
-    """A random encoder of transformers."""
-    if kind is transformers.T5GemmaEncoderModel:
-        halves = {"encoder": their_half(np.random.default_rng(seed))}
-        described = kind.config_class(**halves, is_encoder_decoder=False, vocab_size=VOCAB)
-    else:
-        described = their_config(kind, seed, vocab_size=VOCAB, feed_forward_proj="gated-gelu")
-    return parity.shaken(kind._from_config(described, attn_implementation="eager"), seed)
-
-
-def our_vectors(cfg: config.Model, params, ids: parity.Ids, method: str) -> np.ndarray:
-    """Result of a method that takes inputs, segments and positions.
-
-    Args:
-      cfg: architecture.
-      params: weights.
-      ids: token ids.
-      method: name of a method of Transformer.
-    """
-    apply = jax.jit(lambda params, *args: parity.apply(cfg, params, *args, method=method))
-    batch = parity.batch_of(ids)
-    return np.asarray(apply(params, batch.inputs, batch.input_segments, batch.input_positions))
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        transformers.T5EncoderModel,
-        transformers.MT5EncoderModel,
-        transformers.UMT5EncoderModel,
-        transformers.T5GemmaEncoderModel,
-    ],
-)
-def test_lone_encoders_give_the_vectors_of_transformers(kind, tmp_path):
-    pair = parity.read(their_encoder(kind, 3), tmp_path / "theirs")
-    assert pair.cfg.layout == "encoder_only" and pair.cfg.pooling == config.Pooling()
-    cfg = pair.cfg
-    if kind is transformers.T5GemmaEncoderModel:  # see test_parity_t5gemma.py
-        encoder = dataclasses.replace(cfg.encoder, window_form="within")
-        cfg = dataclasses.replace(cfg, encoder=encoder)
-    ids = parity.drawn_ids(VOCAB, 0, seed=5)
-    with torch.no_grad():
-        expected = pair.theirs(**parity.their_inputs(ids)).last_hidden_state.numpy()
-    actual = our_vectors(cfg, pair.params, ids, "encode")
-    np.testing.assert_allclose(actual[ids.exists], expected[ids.exists], atol=1e-4, rtol=0)
-    loads = transformers.T5EncoderModel if kind is transformers.MT5EncoderModel else kind
-    parity.assert_there_and_back(pair, loads, tmp_path / "ours")
-
 
 @pytest.fixture
 def sentence_folder(tmp_path):
     """A Sentence-T5 as sentence-transformers saves it, its T5, and the projection [out in]."""
-    theirs = their_encoder(transformers.T5EncoderModel, 6)
+    theirs = lone_encoder(transformers.T5EncoderModel)(6)
     theirs.save_pretrained(tmp_path)
     width = theirs.config.d_model
     dense = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
@@ -116,16 +65,16 @@ def test_sentence_t5_gives_the_mean_projected_and_normalized(sentence_folder):
     read = tensors.open_hugging_face_tensors(folder)
     assert read.model.pooling == config.Pooling("mean", project=5, normalize=True)
     cfg = dataclasses.replace(read.model, dtype="float32")
-    params = ours(
+    params = parity.ours(
         read.source, cfg, family_of_config(json.loads((folder / "config.json").read_text()))
     )
-    ids = parity.drawn_ids(VOCAB, 0, seed=5)
+    ids = encoder_parity.drawn_ids(VOCAB, 0, seed=5)
     with torch.no_grad():
-        hidden = theirs(**parity.their_inputs(ids)).last_hidden_state.numpy()
+        hidden = theirs(**their_inputs(ids)).last_hidden_state.numpy()
     mean = (hidden * ids.exists[:, :, None]).sum(axis=1) / ids.exists.sum(axis=1, keepdims=True)
     expected = mean @ dense.T
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    actual = our_vectors(cfg, params, ids, "pooled")
+    actual = encoder_parity.our_vectors(cfg, params, ids, model.Transformer.pooled)
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=0)
 
 

@@ -1,96 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Presets of lone decoders have the sizes that were published, and transformers can say them."""
+"""config.json of released checkpoints, as far as it decides the model, by name of our preset."""
 
-import jax
-import pytest
-import torch
-import transformers
-
-from t5x_lite import config, model, sharding
-from t5x_lite.checkpoints.formats import huggingface
-from t5x_lite.checkpoints.formats.huggingface import decoders
-from t5x_lite.config import gin_file
-
-# Weights in the released files (their safetensors headers as counted on huggingface.co), a table
-# that serves as head too counted once; the buffers in GPT-2's and the repeated heads in Qwen 3's
-# files are left out.
-PUBLISHED = {
-    "gpt2": 124_439_808,
-    "gpt2_medium": 354_823_168,
-    "gpt2_large": 774_030_080,
-    "gpt2_xl": 1_557_611_200,
-    "smollm2_135m": 134_515_008,
-    "smollm2_360m": 361_821_120,
-    "smollm2_1_7b": 1_711_376_384,
-    "tinyllama_1_1b": 1_100_048_384,
-    "llama3_2_1b": 1_235_814_400,
-    "llama3_2_3b": 3_212_749_824,
-    "llama3_1_8b": 8_030_261_248,
-    "qwen2_5_0_5b": 494_032_768,
-    "qwen2_5_1_5b": 1_543_714_304,
-    "qwen2_5_3b": 3_085_938_688,
-    "qwen2_5_7b": 7_615_616_512,
-    "qwen3_0_6b": 596_049_920,
-    "qwen3_1_7b": 2_031_739_904 - 151_936 * 2048,
-    "qwen3_4b": 4_022_468_096,
-    "qwen3_8b": 8_190_735_360,
-    "gemma_2b": 2_506_172_416,
-    "gemma_7b": 8_537_680_896,
-    "gemma2_2b": 2_614_341_888,
-    "gemma2_9b": 9_241_705_984,
-    "gemma2_27b": 27_227_128_320,
-    "gemma3_270m": 268_098_176,
-    "gemma3_1b": 999_885_952,
-    # 4,300,079,472 with the vision tower (416,866,032) and the projection from it (2,950,272).
-    "gemma3_4b": 4_300_079_472 - 416_866_032 - 2_950_272,
-}
-# The first lines of T5X's base.gin and xxl.gin count a bias table for each layer, though all
-# layers share one; base.gin's also counts a head beside the embedding.
-T5X = {
-    "t5x_decoder_base": 134_307_072 - 11 * 32 * 12 - 32_128 * 768,
-    "t5x_decoder_xxl": 4_762_357_760 - 23 * 32 * 64,
-}
-# From their layers' shapes by hand: 4 d n h + 3 d f + 2 d in each, and table, biases, norm.
-BY_HAND = {
-    "t5x_decoder_small": 8 * (4 * 512 * 384 + 3 * 512 * 1024 + 1024) + 32_128 * 512 + 32 * 6 + 512,
-    "t5x_decoder_large": 24 * (4 * 1024**2 + 3 * 1024 * 2816 + 2048)
-    + (32_128 * 1024 + 32 * 16 + 1024),
-    "t5x_decoder_xl": 24 * (4 * 2048**2 + 3 * 2048 * 5120 + 4096) + 32_128 * 2048 + 32 * 32 + 2048,
-}
-
-
-def preset(name: str, folder) -> config.Model:
-    """Architecture of configs/models/NAME.gin."""
-    file = folder / "run.gin"
-    file.write_text(
-        f'include "models/{name}.gin"\n'
-        "config.Run.model = @config.Model()\n"
-        'config.Run.model_dir = "unused"\n'
-    )
-    return gin_file.load_run([str(file)]).model
-
-
-@pytest.mark.parametrize("name", PUBLISHED | T5X | BY_HAND)
-def test_a_preset_has_as_many_weights_as_were_published(name, tmp_path):
-    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
-    total = sum(model.count(preset(name, tmp_path)).values())
-    assert total == (PUBLISHED | T5X | BY_HAND)[name]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_transformers_makes_the_same_number_of_weights_of_a_preset(name, tmp_path):
-    cfg = preset(name, tmp_path)
-    family = huggingface.family_for_export(cfg)
-    config_json = family.config_json(cfg)
-    described = transformers.AutoConfig.for_model(**config_json)
-    with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(described)
-    assert type(theirs).__name__ == config_json["architectures"][0]
-    assert sum(weight.numel() for weight in theirs.parameters()) == PUBLISHED[name]
-
-
-# What decides the logits in config.json of released checkpoints, as of their first commits.
-RELEASED = {
+# As of the first commits of the checkpoints.
+RELEASED_DECODERS = {
     "gpt2": dict(
         model_type="gpt2",
         activation_function="gelu_new",
@@ -251,10 +163,78 @@ RELEASED = {
         ),
     ),
 }
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_a_preset_computes_what_the_released_config_says(name, tmp_path):
-    released = RELEASED[name]
-    cfg = huggingface.family_of_config(released).parse_config(released, ())
-    assert decoders.logit_fields(cfg) == decoders.logit_fields(preset(name, tmp_path))
+T5 = dict(model_type="t5", decoder_start_token_id=0, d_kv=64, vocab_size=32128)
+T5_SMALL = dict(d_ff=2048, d_model=512, num_heads=8, num_layers=6, n_positions=512)
+T5_BASE = dict(d_ff=2048, d_model=768, num_decoder_layers=12, num_heads=12, num_layers=12)
+GATED = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+ALTERNATING = 4 * ["sliding_attention", "full_attention"]
+T5GEMMA_S = dict(
+    attention_bias=False,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    head_dim=64,
+    hidden_activation="gelu_pytorch_tanh",
+    hidden_size=512,
+    intermediate_size=1024,
+    layer_types=ALTERNATING,
+    num_attention_heads=8,
+    num_hidden_layers=8,
+    num_key_value_heads=8,
+    query_pre_attn_scalar=64,
+    rope_theta=10000.0,
+    sliding_window=4096,
+    vocab_size=256000,
+)
+T5GEMMA2_270M = dict(
+    _sliding_window_pattern=6,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    head_dim=256,
+    hidden_size=640,
+    intermediate_size=2048,
+    layer_types=3 * [*5 * ["sliding_attention"], "full_attention"],
+    num_attention_heads=4,
+    num_hidden_layers=18,
+    num_key_value_heads=1,
+    query_pre_attn_scalar=256,
+    rope_parameters={
+        "full_attention": {"factor": 8.0, "rope_theta": 1000000, "rope_type": "linear"},
+        "sliding_attention": {"rope_theta": 10000, "rope_type": "default"},
+    },
+    sliding_window=512,
+    use_bidirectional_attention=False,
+    vocab_size=262144,
+)
+# With: whether the file has a head of its own.
+RELEASED_ENCODER_DECODERS = {
+    "t5_1_0_small": (T5 | T5_SMALL, False),
+    "t5_1_1_base": (T5 | T5_BASE | GATED, True),
+    "flan_t5_base": (T5 | T5_BASE | GATED | {"dense_act_fn": "gelu_new"}, True),
+    "mt5_base": (T5 | T5_BASE | GATED | {"model_type": "mt5", "vocab_size": 250112}, True),
+    "umt5_base": (T5 | T5_BASE | GATED | {"model_type": "umt5", "vocab_size": 256384}, True),
+    "byt5_small": (
+        T5
+        | GATED
+        | dict(d_ff=3584, d_model=1472, num_heads=6, num_layers=12, num_decoder_layers=4)
+        | {"vocab_size": 384},
+        True,
+    ),
+    "ul2_20b": (
+        T5
+        | dict(d_ff=16384, d_kv=256, d_model=4096, num_heads=16, num_layers=32)
+        | dict(feed_forward_proj="gated-silu", num_decoder_layers=32),
+        False,
+    ),
+    "t5gemma_s_s": (
+        {"model_type": "t5gemma", "encoder": T5GEMMA_S, "decoder": T5GEMMA_S},
+        False,
+    ),
+    "t5gemma2_270m": (
+        {
+            "model_type": "t5gemma2",
+            "encoder": {"text_config": T5GEMMA2_270M, "eoi_token_index": 256000},
+            "decoder": T5GEMMA2_270M,
+        },
+        False,
+    ),
+}
