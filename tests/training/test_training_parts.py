@@ -188,7 +188,9 @@ def test_frozen_weights_have_no_gradient_to_compute():
 
 
 def test_bad_parts_are_refused_with_the_names_that_are_there():
-    axes = model.axes(make_run().model)
+    run = make_run()
+    sharding.use_mesh(run.mesh)
+    axes = model.axes(run.model)
     cases = {
         r"names no weight: '\*crossattention\*'.*cross_attention": (
             config.ParamGroup(("*crossattention*",)),
