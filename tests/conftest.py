@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight virtual CPU devices for every test, and the meshes and toy models that rooms share."""
 
+import collections
 import dataclasses
 import gc
 import os
@@ -53,6 +54,12 @@ def pytest_sessionstart(session):
                 path.unlink(missing_ok=True)
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the files that have most slow tests, so that none of them is left at the end."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], item.path))
 
 
 @pytest.fixture(scope="module", autouse=True)

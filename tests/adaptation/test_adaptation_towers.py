@@ -38,6 +38,7 @@ def silenced(params: dict) -> dict:
     return arrays
 
 
+@pytest.mark.slow
 def test_an_encoder_that_sees_the_past_alone_has_the_decoders_hidden_states(lone):
     cfg, folder, drawn = lone
     pair = toys.pair_of(cfg)
@@ -53,6 +54,7 @@ def test_an_encoder_that_sees_the_past_alone_has_the_decoders_hidden_states(lone
     np.testing.assert_allclose(result, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_decoder_whose_cross_attention_is_silent_has_the_logits_of_the_source(lone):
     cfg, folder, drawn = lone
     pair = toys.pair_of(cfg)
@@ -145,6 +147,7 @@ def test_the_mesh_changes_no_bit(tmp_path, mesh):
         np.testing.assert_array_equal(split[path], array, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross", ["copy", "random"])
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_the_scale_multiplies_what_cross_attention_says(name, cross, tmp_path):

@@ -222,6 +222,7 @@ def take(run, batches, cfg=TEACHER, params=None, weights=None):
     return jax.device_get(now), jax.device_get(reported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
 def test_the_objective_is_the_mixture_that_the_config_says(layout):
     run = taught_run(layout, weight=0.3, temperature=2.0)
@@ -263,6 +264,7 @@ def texts_alone(batch, layout):
     return computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_packing_microbatches_and_meshes_change_nothing(top_k):
     batch = toy_batch("encoder_decoder", rows=8)

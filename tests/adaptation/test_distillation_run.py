@@ -55,6 +55,7 @@ def assert_equal_ends(run, other):
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+@pytest.mark.slow
 def test_the_divergence_is_reported_and_the_teacher_is_not_saved(finished):
     divergences = values(finished, "divergence")
     assert len(divergences) == 6 and all(0 < each < 10 for each in divergences)
@@ -66,6 +67,7 @@ def test_the_divergence_is_reported_and_the_teacher_is_not_saved(finished):
     assert "teacher" not in dry_run.describe_run(plain)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_that_goes_on_has_the_same_bits(finished, tmp_path):
     run = elsewhere(finished, tmp_path / "run")
     loop.train(with_train(run, steps=3))
@@ -74,6 +76,7 @@ def test_a_run_with_a_teacher_that_goes_on_has_the_same_bits(finished, tmp_path)
     assert_equal_ends(run, finished)
 
 
+@pytest.mark.slow
 def test_parts_that_go_on_in_their_warm_up_have_the_same_bits(school, tmp_path):
     parts = (
         config.ParamGroup(("*cross_attention*",)),
@@ -112,6 +115,7 @@ def with_answers(run: config.Run, folder: str, **changes) -> config.Run:
     return dataclasses.replace(run, distillation=distillation)
 
 
+@pytest.mark.slow
 def test_answers_give_the_losses_of_the_teacher_itself(finished, answered, tmp_path):
     run = with_answers(elsewhere(finished, tmp_path / "run"), answered)
     loop.train(run)

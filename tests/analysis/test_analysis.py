@@ -52,6 +52,7 @@ def one_device():
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_probabilities_are_those_of_scoring(eight_devices, name):
     explanation = explained(name)
@@ -75,6 +76,7 @@ def test_ranks_and_alternatives_agree_with_one_another(one_device, name):
     np.testing.assert_array_equal(at, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["merged", "prefix"])
 def test_what_is_written_greedily_was_the_first_choice_everywhere(one_device, name):
     explanation = explained(name, target=None)
@@ -102,6 +104,7 @@ def test_blocks_are_the_text_in_the_calls_that_wrote_it(one_device):
     assert len(blocks.blocks) < len(blocks.tokens) and "lookup" in str(blocks)
 
 
+@pytest.mark.slow
 def test_decoder_lens_is_the_model_with_fewer_encoder_layers(eight_devices):
     cfg = MODELS["t5"]
     predictor = predictor_of(cfg)

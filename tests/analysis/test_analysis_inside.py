@@ -66,6 +66,7 @@ def one_device():
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_of_every_map_sum_to_one_over_what_may_be_seen(tensor_parallel, name):
     cfg = KINDS[name]
@@ -91,6 +92,7 @@ def test_rows_of_every_map_sum_to_one_over_what_may_be_seen(tensor_parallel, nam
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5gemma", "t5gemma2", "gpt2", "mistral"])
 def test_the_last_state_is_what_the_logits_are_read_from(one_device, name):
     cfg = KINDS[name]

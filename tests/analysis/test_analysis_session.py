@@ -102,6 +102,7 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_written(one_devic
         session.stream("a", lenght=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_teach_the_pairs_and_the_first_loss_is_that_of_scoring(one_device, name):
     session = session_of(name)
@@ -135,6 +136,7 @@ def test_a_gradient_is_that_of_small_differences_and_fillers_count_for_nothing()
     assert example.weights.shape[0] == 8 and float(example.weights.sum()) == 4
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(one_device):
     session = session_of("t5")
     session.train_step("ab", "x", learning_rate=1e-3)

@@ -47,6 +47,7 @@ def words(folder) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ctranslate2_computes_the_same(name, tmp_path):
     pair = parity.read(random_decoder(CONFIGS[name], len(name)), tmp_path / "theirs")

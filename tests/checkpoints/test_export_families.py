@@ -134,6 +134,7 @@ def told_apart(toy):
     assert len({tuple(ids) for ids in toy.ids}) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_an_encoder_decoder_writes_the_same_everywhere(name, tmp_path):
     import ctranslate2
@@ -157,6 +158,7 @@ def test_an_encoder_decoder_writes_the_same_everywhere(name, tmp_path):
     assert [cut(row) for row in ids] == toy.ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONE)
 def test_a_decoder_writes_the_same_everywhere(name, tmp_path):
     import ctranslate2

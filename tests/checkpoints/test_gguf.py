@@ -65,6 +65,7 @@ def test_a_file_holds_the_model_that_its_hugging_face_folder_holds(architecture,
         np.testing.assert_allclose(flat[name], wanted[name], rtol=0, atol=2e-7 if rounded else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"])
 def test_a_file_gives_the_logits_that_transformers_gives_for_it(architecture, tmp_path):
     import torch

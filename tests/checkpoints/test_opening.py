@@ -82,6 +82,7 @@ def test_a_hugging_face_folder_writes_what_the_run_writes(makes):
     np.testing.assert_allclose(*scores, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_infer_takes_a_folder_and_a_file(makes, llama, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("".join(f"{word}\n" for word in WORDS))

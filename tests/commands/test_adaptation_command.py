@@ -140,6 +140,7 @@ def run_of(folder, steps: int) -> config.Run:
     )
 
 
+@pytest.mark.slow
 def test_a_run_adapts_once_and_goes_on_without_the_source(lone, tmp_path):
     loop.train(run_of(tmp_path, 1))
     shutil.rmtree(tmp_path / "lone" / "checkpoints")

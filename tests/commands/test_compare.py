@@ -22,6 +22,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matched", ["parameters", "training", "inference"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_twins_cost_what_the_encoder_decoder_costs(name, matched):
@@ -147,6 +148,7 @@ def test_better_and_worse_follow_the_metric(metric, value, word):
     assert "nan" not in claims.format_estimate(alone)
 
 
+@pytest.mark.slow
 def test_speed_is_measured_for_every_case_and_twin():
     sharding.use_mesh(config.Mesh())
     pair = toy_model("encoder_decoder")

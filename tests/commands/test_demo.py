@@ -82,6 +82,7 @@ def lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pair", "<b>joined</b>"])
 @pytest.mark.parametrize("drafter", ["plain", "lookup"])
 def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter):

@@ -75,6 +75,7 @@ def test_the_kernel_takes_measured_blocks(table):
     assert sizes(Backend("tpu", 5, "TPU v5 lite")) == BlockSizes(512, 512)
 
 
+@pytest.mark.slow
 def test_every_kind_of_attention_of_a_run_is_measured(table):
     files, lengths = ["configs/runs/pretrain.gin"], '{"inputs": 200, "targets": 130}'
     short = ["config.Stack.heads=2", "BATCH_SIZE=8", f"TASK_FEATURE_LENGTHS={lengths}"]

@@ -20,6 +20,8 @@ from t5x_lite.decoding import generation, loop, protocol, sampling
 from t5x_lite.decoding.acceptance import approximate, speculative
 from t5x_lite.decoding.acceptance import exact as acceptance
 
+pytestmark = pytest.mark.slow
+
 WORDS, STEPS, ROWS = 5, 4, 50_000
 draw = np.random.default_rng(0)
 # Positions 0.. of the token before; the drafter's distribution is near the model's.

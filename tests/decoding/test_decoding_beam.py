@@ -149,6 +149,7 @@ def one_beam(cfg, params, request, length):
     return jax.jit(run)(params, placed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_beam_is_greedy(kind):
     cfg, decode = KINDS[kind], config.Decode(max_new_tokens=8)
@@ -203,6 +204,7 @@ def test_the_length_penalty_is_that_of_wu_et_al():
     assert beam.length_penalty(1, 3.0) == 1.0
 
 
+@pytest.mark.slow
 def test_several_ends_leave_enough_beams_to_live_on():
     cfg, decode = KINDS["encoder_decoder"], config.Decode(max_new_tokens=6, beams=3, n_best=3)
     params = lively(cfg)

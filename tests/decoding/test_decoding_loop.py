@@ -113,6 +113,7 @@ def reference_draw(decode, row):
     return pick
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_is_the_argmax_rollout_of_the_uncached_model(alone, weights, kind):
     result, plain = generate(kind, weights, GREEDY), Rollout(kind, weights)
@@ -211,6 +212,7 @@ def script(kind, result, shift=0):
     return generation.shard_rows(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, decode",
     [
@@ -272,6 +274,7 @@ def test_the_cache_equals_a_fresh_prefill_of_what_was_written(alone, weights, wi
             np.testing.assert_allclose(ours[row, :, :length], theirs[row, :, :length], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, decode", [("encoder_decoder", SAMPLED), ("decoder_only", GREEDY)])
 def test_a_mesh_changes_no_token(weights, kind, decode):
     many = [*EXAMPLES, *EXAMPLES[:3]]

@@ -239,6 +239,7 @@ def test_another_checkpoint_drafts(folder, capsys, monkeypatch):  # noqa: F811
     assert len(rows(out)) == 4
 
 
+@pytest.mark.slow
 def test_recycling_begins_with_texts(folder, capsys):  # noqa: F811
     words = write_words(folder, WORDS[:4])
     out = folder / "out.jsonl"

@@ -33,6 +33,7 @@ def lively(cfg):
     return decoding.prepare_params(cfg, jax.tree.map(draw, model.shapes(cfg)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_score_of_a_decoded_text_is_its_log_probability(kind):
     cfg, decode = KINDS[kind], config.Decode(max_new_tokens=6, temperature=1.0)

@@ -65,6 +65,7 @@ class Planted:
         return drafter_state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, decode",
     [

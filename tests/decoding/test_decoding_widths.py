@@ -74,6 +74,7 @@ WHOLE = [law for law in LAWS if law.__name__ not in SHARED]
 SOME = [law for law in WHOLE if law.__name__.startswith(("greedy", "sampled", "limits"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, law",
     [*(("ahead", law) for law in WHOLE), *((n, law) for n in ("each", "resting") for law in SOME)],
@@ -83,11 +84,13 @@ def test_laws(name, law):
     law(CASES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_any_drafter_may_be_adaptive(name):
     greedy_text_is_that_of_plain_decoding(OTHERS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floor", [1, 3])
 def test_an_adaptive_stream_ends_with_the_same_text(floor):
     use_one_device()
@@ -177,6 +180,7 @@ def chosen_widths(right, seconds=CHEAP, floor=8, limit=LENGTH, reject_all=False,
     return widths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [CHEAP, (1.0, 1.05, 1.1), (1.0, 2.0, 4.0)])
 @pytest.mark.parametrize("floor", [1, 8])
 def test_whatever_the_drafts_are_worth_they_cost_5_percent_at_most(floor, seconds):
@@ -282,6 +286,7 @@ def test_widths_that_do_not_rise_from_1_to_the_whole_tree_are_refused(widths):
         Adaptive(lookup.Lookup(chain(8)), widths)
 
 
+@pytest.mark.slow
 def test_latencies_are_measured_once_and_kept(monkeypatch, tmp_path):
     use_one_device()
     monkeypatch.setenv(latency.VARIABLE, str(tmp_path / "kept" / "costs.json"))
@@ -329,6 +334,7 @@ def test_latencies_are_those_of_steps_and_not_of_the_noise_of_the_start(monkeypa
     np.testing.assert_allclose(widths[0] - plain, step, rtol=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "drafter, kind",
     [

@@ -17,6 +17,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", CASES)
 def test_laws(name, law):
@@ -55,6 +56,7 @@ def search_copy(drafter, written, inputs, place, misses):
     return [written[start + i % period] if length else -1 for i in ahead], place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "drafter, kind, decode",
     [

@@ -81,6 +81,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=SLOW * (name == "decoder_only")) for name in CASES]
@@ -154,6 +155,7 @@ def assert_drafts_follow(case: DrafterCase, kind: str, reference: Uncached, deco
             assert step.draft.tokens[row].tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", COUPLES)
 def test_drafts_are_the_draft_models_own_text(name, kind):
     use_one_device()
@@ -194,6 +196,7 @@ def test_stochastic_drafts_carry_the_distribution_they_were_sampled_from():
                 written.append(int(token))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [("bare", "encoder_decoder"), ("prefix", "prefix")])
 def test_the_rarer_draft_models_change_no_token(name, kind):
     use_one_device()
@@ -201,6 +204,7 @@ def test_the_rarer_draft_models_change_no_token(name, kind):
     assert_same(decode_rows(kind, GREEDY, case.drafting(kind)), plain(kind, GREEDY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, decode", [("encoder_decoder", SAMPLED), ("decoder_only", GREEDY)])
 def test_a_draft_model_that_is_the_target_is_always_right(kind, decode):
     use_one_device()

@@ -24,6 +24,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", CASES)
 def test_laws(name, law):
@@ -122,6 +123,7 @@ class TrigramReference:
         self.count([*old, *new], len(old))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, reference, kind, decode",
     [

@@ -36,6 +36,7 @@ THREE = union(Lookup(protocol.chain(4)), union(RECYCLING, Jacobi(protocol.chain(
 CASES = {"three": DrafterCase(THREE, kinds=("decoder_only",))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_laws(law):
     law(CASES["three"])
@@ -135,6 +136,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_a_union_reads_the_drafts_of_others(name):
     """Another drafter is right about three tokens of a step in every second row."""

@@ -74,6 +74,7 @@ SEQUENTIAL = ("hydra", "medusa of hydra")
 LAW_CASES = [(name, law) for name in CASES for law in (LAWS[::5] if name in SEQUENTIAL else LAWS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, law", LAW_CASES, ids=[f"{n}, {law.__name__}" for n, law in LAW_CASES]
 )
@@ -172,6 +173,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_drafts_are_those_of_the_heads_in_a_pass_over_the_whole_text(name):
     case, right = CASES[name], 0

@@ -79,6 +79,7 @@ def skipping(cfg, params, batch, rates, mesh=DATA):
     return jax.device_get(apply(params, sharding.place_batch(batch), rates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
 def test_objective_and_gradient_are_those_of_all_shorter_models(layout):
     """After n layers the exit is the model that has n layers, unrolled."""
@@ -108,6 +109,7 @@ def test_objective_and_gradient_are_those_of_all_shorter_models(layout):
     assert_same(gradient, expected_gradient, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
 def test_a_row_that_skips_a_layer_has_the_states_of_the_model_without_it(layout):
     (cfg, weights), batch = lively(layout), toy_batch(layout)
@@ -229,6 +231,7 @@ def count_steps(params) -> int:
     return result.token_step.max(axis=(1, 2)).mean() + 1
 
 
+@pytest.mark.slow
 def test_early_exits_draft_better_after_training_and_a_stop_changes_no_loss(learned):
     now, through = learned
     skip = config.LayerSkip(dropout=0.1, exits=0.5, rotation=2)

@@ -24,6 +24,7 @@ ACCEPTANCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
 @pytest.mark.parametrize("decode", [GREEDY, SAMPLED, WARM, BEAMS], ids=str)
 def test_plain_decoding_of_one_row(kind, decode):
@@ -32,6 +33,7 @@ def test_plain_decoding_of_one_row(kind, decode):
     np.testing.assert_array_equal(alone.tokens[0], batch.tokens[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("accept", ACCEPTANCES)
 @pytest.mark.parametrize("decode", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -22,6 +22,7 @@ def periodic():
     return DrafterCase(module.Periodic(), kinds=("decoder_only",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_laws(law, periodic):
     law(periodic)

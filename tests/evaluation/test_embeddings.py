@@ -56,6 +56,7 @@ CASES = [("t5", "mean"), ("t5", "first"), ("encoder", "last"), ("decoder", "last
 CASES += [("gemma", "mean"), ("learned", "mean")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", CASES)
 def test_company_and_padding_change_nothing(mesh, name, kind):
     predictor = predictor_of(MODELS[name], batch_size=64)

@@ -114,6 +114,7 @@ def test_bytes_are_those_of_each_examples_text():
     assert losses.text_bytes(batch, vocabularies.ByteVocabulary()) == len("@A" + "B")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
 def test_both_families_are_measured_alike(tmp_path, layout):
     run = run_of(tmp_path, layout)

@@ -125,6 +125,7 @@ def check(case):
     close(got, expected(q, [source], case.softcap), case.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -28,6 +28,7 @@ def agrees(kind: Kind, seed: int) -> None:
     assert difference(gradients, exact_gradients) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_values_and_gradients_are_exact(name):
     for seed in range(3):
@@ -72,6 +73,7 @@ def test_fully_masked_queries_give_zero_and_no_gradient():
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves((value, gradients)))
 
 
+@pytest.mark.slow
 def test_parts_join_by_their_log_z_gradients_too():
     """As in ring attention: keys in two parts, each on its own, weighed by log(Z)."""
     q, (source,), gradient = case(Kind(lengths=(130, 256), heads=(1, 1, 64), biased=False), 1)

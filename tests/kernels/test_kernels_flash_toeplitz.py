@@ -56,6 +56,7 @@ def read_tiles(vector, starts, shape):
     return pl.pallas_call(kernel, out_shape=out, interpret=True)(starts, expanded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [None, -300, -1, 0, 77, 1000])
 def test_a_tile_anywhere_reads_the_bias_of_its_distances(offset):
     queries, keys = (np.array(x) for x in zip(*STARTS, strict=True))

@@ -50,6 +50,7 @@ def agrees(kind: Kind, largest: BlockSizes | None, seed: int) -> None:
     assert difference(actual[1], wanted[1]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(KINDS)))
 def test_values_and_gradients_are_exact(number):
     for seed in range(2):

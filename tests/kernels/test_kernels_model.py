@@ -66,6 +66,7 @@ def compare(cfg: config.Model, in_pieces: bool) -> None:
         np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-5 * scale, err_msg=str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients_are_those_of_plain_xla(name):
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
@@ -79,6 +80,7 @@ def test_and_so_they_are_on_a_mesh_of_eight(name):
     compare(CASES[name], in_pieces=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("t5", marks=slow), "t5gemma2"])
 def test_decoding_in_blocks_over_a_cache_gives_the_logits_of_plain_xla(name):
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])

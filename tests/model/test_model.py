@@ -73,6 +73,7 @@ def alone(batch: Batch, row: int, segment: int) -> Batch:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, prefix_lm, stack", KINDS)
 def test_packed_examples_get_the_logits_they_get_alone(one_device, layout, prefix_lm, stack):
     cfg, batch = toy_model(layout, prefix_lm, **stack), toy_batch(layout)
@@ -110,6 +111,7 @@ def test_a_prefix_is_read_in_both_directions(one_device):
 
 
 # The families change nothing in how layers are run over: unrolled is what decoding does.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, prefix_lm, stack, scan",
     [(*kind, True) for kind in KINDS[:4]] + [(*kind, False) for kind in KINDS],
@@ -224,6 +226,7 @@ def test_a_tree_of_drafts_equals_its_paths(one_device):
 SHAPES = [config.Mesh(8, 1, 1), config.Mesh(2, 2, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, changes, meshes",
     [
@@ -294,6 +297,7 @@ def test_attention_to_nothing_gives_zero_and_no_nan(one_device):
     assert np.isfinite(logits_of(cfg, params, nothing)).all()
 
 
+@pytest.mark.slow
 def test_remat_and_dropout_keep_their_promises(one_device):
     cfg = dataclasses.replace(toy_model("encoder_decoder"), dropout=0.3)
     params = model.initialize(cfg, jax.random.key(0))
@@ -339,6 +343,7 @@ def test_a_window_shows_what_its_form_says(one_device, form, both_sides):
             assert shown[query, key] == expected, (query, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "first", "last"])
 @pytest.mark.parametrize("layout", ["encoder_only", "decoder_only"])
 def test_padding_on_either_side_does_not_change_a_pooled_vector(one_device, layout, kind):
@@ -363,6 +368,7 @@ def test_padding_on_either_side_does_not_change_a_pooled_vector(one_device, layo
         np.testing.assert_allclose(pooled(before, after), alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_may_be_wider_than_its_decoder(one_device):
     cfg = toy_model("encoder_decoder", **FAMILIES["t5gemma"])
     wide = dataclasses.replace(cfg.encoder, embed=24, layers=3, heads=3, kv_heads=3)

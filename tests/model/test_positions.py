@@ -14,6 +14,7 @@ from t5x_lite.kernels.relative import RelativePositionBias
 from t5x_lite.model import positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both_sides", [True, False])
 @pytest.mark.parametrize(
     "mask",

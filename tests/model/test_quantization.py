@@ -90,6 +90,7 @@ def test_a_product_is_that_of_the_rounded_numbers(name, inward, outward):
     np.testing.assert_allclose(np.array(got).reshape(wanted.shape), wanted, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, name",
     [
@@ -120,6 +121,7 @@ def test_a_model_in_few_bits_is_the_model_of_the_numbers_they_stand_for(layout, 
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes, name", [((1, 4, 2), "int4:8"), ((2, 2, 2), "int4_activations:8")])
 def test_a_mesh_changes_nothing(sizes, name):
     cfg = toy_model("encoder_decoder")
@@ -146,6 +148,7 @@ def test_a_mesh_changes_nothing(sizes, name):
     assert close.mean() == 1 if kind.activations is None else np.abs(one - many).mean() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
 def test_what_is_decoded_is_what_the_model_of_those_numbers_decodes(layout):
     cfg = toy_model(layout)

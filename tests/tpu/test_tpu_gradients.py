@@ -45,6 +45,7 @@ def program(*bindings: str):
     return compiled.compile_program(step.trace.lower())[1], where
 
 
+@pytest.mark.slow
 def test_gradients_of_split_weights_are_reduce_scattered_not_summed_whole():
     text, where = program(SPLIT)
     module = hlo.parse_module(text)
@@ -69,6 +70,7 @@ def test_layers_are_read_as_they_are_kept():
         assert f"f32[{shape}]" in forward[0] and f"bf16[{shape}]" not in forward[0]
 
 
+@pytest.mark.slow
 def test_the_optimizer_reads_gradients_as_they_are():
     """In bfloat16 and in the order of the weights: none is written out again before it is used."""
     entry = program()[0].split("\nENTRY ")[1]

@@ -67,6 +67,7 @@ SPREAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip, kind, dtype", SPREAD)
 def test_both_ways_compile(chip, kind, dtype):
     compiled(chip, kind, dtype)

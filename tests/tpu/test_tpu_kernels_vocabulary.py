@@ -81,6 +81,7 @@ def trained(
     return compiled(both, mesh_of(chip, count), *arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chip, sizes, dtype, tied",
     [

@@ -71,6 +71,7 @@ def trained(tmp_path_factory, trunk):
     return folder, loop.train(longer)
 
 
+@pytest.mark.slow
 def test_heads_train_on_a_trunk_that_keeps_every_bit(trained, trunk):
     folder, report = trained
     before, _ = manager.load_params(trunk)

@@ -128,6 +128,7 @@ def guess(cfg, head_weights, x, head, since):
     return x + silu(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_objective_is_that_of_a_loop_over_targets(shape):
     cfg = headed(shape)
@@ -143,6 +144,7 @@ def test_the_objective_is_that_of_a_loop_over_targets(shape):
     assert results.head_targets == counts.sum()
 
 
+@pytest.mark.slow
 def test_a_new_head_says_what_the_model_says():
     sharding.use_mesh(DATA)
     for shape in ("block_diagonal", "hydra"):
@@ -156,6 +158,7 @@ def test_a_new_head_says_what_the_model_says():
         np.testing.assert_array_equal(first, hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", ["all", "random"])
 def test_a_frozen_trunk_keeps_every_bit_and_its_heads_learn(heads):
     cfg = headed(dropout=0.1)
@@ -174,6 +177,7 @@ def pairs(tree, other):
     return zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
 
 
+@pytest.mark.slow
 def test_without_heads_in_the_objective_the_trunk_trains_as_ever():
     """own alone counts: the trunk's gradient is that of a model without heads."""
     cfg, plain = headed(), toy_model("encoder_decoder", layers=1)
@@ -188,6 +192,7 @@ def test_without_heads_in_the_objective_the_trunk_trains_as_ever():
     np.testing.assert_allclose(results.sums.loss, other_results.sums.loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["stern", "hydra"])
 def test_a_mesh_changes_neither_loss_nor_weights(shape):
     cfg = headed(shape)
@@ -203,6 +208,7 @@ def test_a_mesh_changes_neither_loss_nor_weights(shape):
         np.testing.assert_allclose(ours.sums.objective, theirs.sums.objective, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_microbatches_equal_one():
     cfg = headed("hydra", layout="decoder_only")
     batch = toy_batch("decoder_only", rows=16)
@@ -213,6 +219,7 @@ def test_many_microbatches_equal_one():
     assert other_results.sums.head_targets == results.sums.head_targets
 
 
+@pytest.mark.slow
 def test_the_random_head_stands_for_all_on_average():
     """Every head is drawn, by its factor: the mean of many draws is the sum of all."""
     cfg = headed()

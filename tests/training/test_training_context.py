@@ -58,6 +58,7 @@ def assert_same(cfg: config.Model, mesh: config.Mesh, batch):
     jax.tree.map(close, split, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", SPLIT.values(), ids=SPLIT)
 @pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
 def test_a_step_on_split_rows_is_the_step_on_whole_ones(layout, mesh):

@@ -16,6 +16,7 @@ from t5x_lite.training import flops, step
 from t5x_lite.training.reporting import curves, metric_writers, progress_line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only", "encoder_only"])
 def test_the_formula_counts_what_the_compiler_counts(layout):
     # Wide enough that matrix products outweigh everything that is not in the formula.

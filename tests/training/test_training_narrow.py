@@ -49,6 +49,7 @@ def test_a_slot_has_the_gradient_and_its_own_numbers_do_not_matter():
 WIDE = dict(embed=128, head_dim=32, mlp=128, layers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [config.Mesh(), config.Mesh(fsdp=2, tensor=2)])
 @pytest.mark.parametrize(
     "layout, changes", [("encoder_decoder", {}), ("decoder_only", {}), ("encoder_decoder", WIDE)]

@@ -51,6 +51,7 @@ def begun(run):
     return take_steps(run, [])[0].params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["adamw", "adafactor"])
 def test_frozen_weights_keep_every_bit_and_have_no_optimizer_state(rule):
     run = with_parts(config.ParamGroup(CROSS, rate=0), optimizer=rule)
@@ -66,6 +67,7 @@ def test_frozen_weights_keep_every_bit_and_have_no_optimizer_state(rule):
     assert_same(split(plain.params)[1], split(once.params)[1], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_parts_that_ask_for_nothing_change_nothing():
     rule = dict(optimizer="adafactor", clip=0.1)
     plain, history = take_steps(with_parts(**rule), batches(4))
@@ -75,6 +77,7 @@ def test_parts_that_ask_for_nothing_change_nothing():
     assert_same(history[-1].gradient_norm, group_history[-1].gradient_norm, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_part_stands_still_until_it_begins_and_then_is_as_a_fresh_one():
     run = with_parts(config.ParamGroup(CROSS), config.ParamGroup(("*",), begin=2))
     before, _ = take_steps(run, batches(2))
@@ -102,6 +105,7 @@ def test_a_part_stands_still_until_it_begins_and_then_is_as_a_fresh_one():
     assert not np.array_equal(after.params["embedding"], before.params["embedding"])
 
 
+@pytest.mark.slow
 def test_a_rate_multiplies_the_step_and_a_warm_up_rises_to_it():
     plain, _ = take_steps(with_parts(optimizer="sgd"), batches(1))
 
@@ -148,6 +152,7 @@ PARTS = (
 )
 
 
+@pytest.mark.slow
 def test_every_mesh_and_any_microbatches_give_the_same_losses():
     rule = dict(optimizer="adafactor", options={"min_dim_factored": 8})
     _, history = take_steps(with_parts(*PARTS, **rule), batches(3))
@@ -157,6 +162,7 @@ def test_every_mesh_and_any_microbatches_give_the_same_losses():
         np.testing.assert_allclose(losses_of(history), losses_of(split_history), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_without_finite_gradient_is_not_counted_towards_the_beginning():
     run = with_parts(config.ParamGroup(CROSS), config.ParamGroup(("*",), begin=1))
     good, more = batches(2)

@@ -78,6 +78,7 @@ def finished(tmp_path_factory):
     return run, loop.train(run)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_is_promised(finished):
     run, report = finished
     path = Path(run.model_dir)
@@ -157,6 +158,7 @@ def test_a_metric_that_is_not_measured_cannot_name_the_best(finished, tmp_path):
         loop.train(with_train(run, steps=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_run_that_goes_on_gives_the_losses_of_one_that_never_stopped(tmp_path, stream):
     nothing = config.Evaluate(examples=0, batches=0)
@@ -185,6 +187,7 @@ def test_only_a_checkpoint_that_was_evaluated_can_be_the_best(tmp_path):
     assert manager.best_step(notes) == min(measured, key=measured.get)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(finished, tmp_path):
     run, _ = finished
     cfg = config.Checkpoint(initial=run.model_dir)

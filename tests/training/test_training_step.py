@@ -81,6 +81,7 @@ def assert_same(tree, other, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), tree, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_microbatches_equal_one(layout):
     batch = toy_batch(layout, rows=16)
@@ -92,6 +93,7 @@ def test_many_microbatches_equal_one(layout):
     assert_same(one.params, many.params, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_mesh_gives_the_same_losses(layout):
     batches = [toy_batch(layout, rows=16, seed=seed) for seed in range(3)]
@@ -100,6 +102,7 @@ def test_every_mesh_gives_the_same_losses(layout):
     np.testing.assert_allclose(losses_of(history), losses_of(split), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_same_losses_with_adafactor():
     batches = [toy_batch("encoder_decoder", rows=16, seed=seed) for seed in range(3)]
     _, history = take_steps(make_run(optimizer="adafactor"), batches)
@@ -142,6 +145,7 @@ def test_packed_equals_unpacked(layout):
     assert_same(packed.params, alone.params, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory():
     batch = toy_batch("encoder_decoder", rows=16)
     plain, _ = take_steps(make_run(remat="none"), [batch])
@@ -164,6 +168,7 @@ def test_a_step_without_finite_gradient_changes_only_counts():
     assert_same(before.params, recovered.params, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_seed_and_step():
     batch = toy_batch("encoder_decoder", rows=16)
     run = dataclasses.replace(
@@ -214,6 +219,7 @@ def test_the_run_stops_and_says_where_the_gradient_is_not_finite():
         meter.stop_if_diverged([(7, broken)], [broken], most_skips=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_step_in_bfloat16_is_near_the_one_in_float32(microbatches):
     exact = make_run("encoder_decoder", microbatches=microbatches)
