@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of acceptance: distributions of texts by enumeration, mutants that break them, lossy rules.
 
-The model is a table: the distribution of a token is a row for every position and token before.
-"""
+The model is a table: a row for every position and token before is the distribution of a token."""
 
 import functools
 import itertools
@@ -21,14 +20,13 @@ from t5x_lite.decoding.acceptance import approximate, speculative
 from t5x_lite.decoding.acceptance import exact as acceptance
 
 pytestmark = pytest.mark.slow
-
 WORDS, STEPS, ROWS = 5, 4, 50_000
 draw = np.random.default_rng(0)
 # Positions 0.. of the token before; the drafter's distribution is near the model's.
 MODEL = 1.3 * draw.normal(size=(STEPS + 4, WORDS, WORDS)).astype(np.float32)
 DRAFT = (MODEL + 0.9 * draw.normal(size=MODEL.shape)).astype(np.float32)
 NEVER = -1
-# The suite compiles quickly and runs slowly; 50,000 rows of noise are worth compiling well.
+# Unlike the rest of the suite: 50,000 rows of noise are worth compiling well.
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
