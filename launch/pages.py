@@ -11,7 +11,7 @@ import re
 import sys
 import types
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import page as benchmarks_page  # noqa: E402
 
 from t5x_lite import config  # noqa: E402
+from t5x_lite.config.checked import Range  # noqa: E402
 
 CONFIG_PAGE = ROOT / "docs" / "reference" / "config.md"
 
@@ -53,6 +54,8 @@ def type_text(kind) -> str:
     if kind is Ellipsis:
         return "..."
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return range_text(*inner)
     if origin is Literal:
         return " or ".join(
             f'"{value}"' if isinstance(value, str) else str(value) for value in inner
@@ -62,6 +65,11 @@ def type_text(kind) -> str:
     if origin is not None:
         return f"{origin.__name__}[{', '.join(map(type_text, inner))}]"
     return getattr(kind, "__name__", str(kind))
+
+
+def range_text(kind: type, limits: Range) -> str:
+    """A number's type and its range: "int (at least 1)"."""
+    return kind.__name__ if limits == Range() else f"{kind.__name__} ({limits})"
 
 
 def default_text(field: dataclasses.Field) -> str:

@@ -16,7 +16,7 @@ from t5x_lite.config.architecture import Model as Model
 from t5x_lite.config.architecture import Pooling as Pooling
 from t5x_lite.config.architecture import RotaryScaling as RotaryScaling
 from t5x_lite.config.architecture import Stack as Stack
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import Checked, Seed, require
 from t5x_lite.config.comparison import Compare as Compare
 from t5x_lite.config.data import Data as Data
 from t5x_lite.config.data import Files as Files
@@ -76,7 +76,7 @@ class Run(Checked):
     adaptation: Adaptation | None = None
     distillation: Distillation | None = None
     compare: Compare | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def check(self):
         require(

@@ -4,7 +4,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import (
+    Checked,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Share,
+    ShareAboveZero,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -21,15 +30,12 @@ class ParamGroup(Checked):
     """
 
     weights: tuple[str, ...]
-    rate: float = 1.0
-    begin: int = 0
-    warmup: int = 0
+    rate: NotNegative = 1.0
+    begin: CountOrZero = 0
+    warmup: CountOrZero = 0
 
     def check(self):
         require(len(self.weights) > 0, "ParamGroup.weights is empty: name weights by patterns")
-        require(self.rate >= 0, f"ParamGroup.rate cannot be negative; got {self.rate}")
-        require(self.begin >= 0, f"ParamGroup.begin cannot be negative; got {self.begin}")
-        require(self.warmup >= 0, f"ParamGroup.warmup cannot be negative; got {self.warmup}")
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,8 @@ class Adaptation(Checked):
     decoder_from: Literal["decoder", "encoder"] = "decoder"
     encoder_from: Literal["decoder", "encoder"] | None = None
     cross: Literal["copy", "random"] = "copy"
-    cross_scale: float = 1.0
+    cross_scale: Share = 1.0
     rows: Literal["mean", "random"] = "mean"
-
-    def check(self):
-        require(
-            0 <= self.cross_scale <= 1,
-            f"Adaptation.cross_scale must be in [0, 1]; got {self.cross_scale}",
-        )
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,12 @@ class Distillation(Checked):
     """
 
     teacher: str
-    weight: float = 0.5
-    temperature: float = 1.0
-    top_k: int | None = None
+    weight: ShareAboveZero = 0.5
+    temperature: Positive = 1.0
+    top_k: Count | None = None
     answers: str | None = None
 
     def check(self):
-        require(0 < self.weight <= 1, f"Distillation.weight must be in (0, 1]; got {self.weight}")
-        require(
-            self.temperature > 0,
-            f"Distillation.temperature must be positive; got {self.temperature}",
-        )
-        require(self.top_k is None or self.top_k >= 1, "Distillation.top_k must be at least 1")
         require(
             self.answers is None or self.top_k is not None,
             "Distillation.answers holds the top_k of the teacher: bind Distillation.top_k too",

@@ -6,13 +6,23 @@ Every family (T5, T5Gemma, GPT-2, Llama, Qwen, Gemma ...) is a choice of these v
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import (
+    LARGEST_INT,
+    Checked,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Range,
+    ShareBelowOne,
+    require,
+)
 from t5x_lite.config.draft_heads import DraftHeads
 
-# Ids and places in a weight are int32.
-INDICES = 2**31
+# Two is the fewest that a softmax, or a distance, can tell apart.
+AtLeastTwo = Annotated[int, Range(2, LARGEST_INT)]
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,12 @@ class RotaryScaling(Checked):
     """
 
     kind: Literal["linear", "llama3"]
-    factor: float
-    low: float = 1.0
-    high: float = 4.0
-    original: int = 8192
+    factor: Annotated[float, Range(1)]
+    low: Positive = 1.0
+    high: Positive = 4.0
+    original: Count = 8192
 
     def check(self):
-        require(self.factor >= 1, f"RotaryScaling.factor must be at least 1; got {self.factor}")
         require(self.low < self.high, "RotaryScaling.low must be below RotaryScaling.high")
 
 
@@ -80,43 +89,38 @@ class Stack(Checked):
       sliding_rotary_base: rotary base of sliding layers, never scaled; None takes `rotary_base`.
     """
 
-    layers: int
-    embed: int
-    heads: int
-    head_dim: int
-    mlp: int
-    kv_heads: int | None = None
+    layers: Count
+    embed: Count
+    heads: Count
+    head_dim: Count
+    mlp: Count
+    kv_heads: Count | None = None
     activation: Literal["gelu", "relu", "silu"] = "gelu"
     gated: bool = True
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
-    norm_epsilon: float = 1e-6
+    norm_epsilon: NotNegative = 1e-6
     post_norms: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    query_scale: float = 1.0
-    softcap: float | None = None
+    query_scale: Positive = 1.0
+    softcap: Positive | None = None
     merged: bool = False
     positions: Literal["relative", "rotary", "learned"] = "relative"
-    buckets: int = 32
-    max_distance: int = 128
-    bias_std: float = 0.2
+    buckets: AtLeastTwo = 32
+    max_distance: Count = 128
+    bias_std: NotNegative = 0.2
     bias_per_layer: bool = False
-    rotary_base: float = 10000.0
+    rotary_base: Positive = 10000.0
     rotary_scaling: RotaryScaling | None = None
-    max_length: int | None = None
+    max_length: Count | None = None
     pattern: tuple[Literal["full", "sliding"], ...] = ("full",)
-    window: int | None = None
+    window: Count | None = None
     window_form: Literal["below", "within", "halved"] = "below"
-    sliding_rotary_base: float | None = None
+    sliding_rotary_base: Positive | None = None
 
     def check(self):
-        for name in ("layers", "embed", "heads", "head_dim", "mlp"):
-            require(getattr(self, name) >= 1, f"Stack.{name} must be at least 1")
-        sizes = (self.layers, self.embed, self.heads, self.key_heads, self.head_dim, self.mlp)
-        sizes += (self.buckets, self.max_length or 1, self.window or 1)
-        require(max(sizes) < INDICES, f"Stack has a size of {max(sizes):,}: too large for int32")
         require(
             self.heads % self.key_heads == 0,
             f"Stack.heads ({self.heads}) must be a multiple of Stack.kv_heads ({self.kv_heads})",
@@ -134,7 +138,6 @@ class Stack(Checked):
             ("sliding" in self.pattern) == (self.window is not None),
             'Stack.window belongs to a Stack.pattern with "sliding" layers: bind both or neither',
         )
-        require(self.window is None or self.window >= 1, "Stack.window must be at least 1")
         require(
             not (self.positions == "relative" and self.merged),
             "Stack.merged reads inputs and past in one softmax: it has no relative positions",
@@ -152,6 +155,23 @@ class Stack(Checked):
         return tuple(self.pattern[layer % cycle] == "sliding" for layer in range(self.layers))
 
 
+def check_buckets(name: str, stack: Stack, sides: int) -> None:
+    """Raises ValueError unless a side's buckets leave some to far distances (kernels.relative).
+
+    Args:
+      name: of the stack, for the message.
+      stack: a stack with relative positions.
+      sides: 2 where keys before and after a query have buckets of their own, else 1.
+    """
+    near = stack.buckets // sides // 2
+    require(near >= 1, f"{name}: Stack.buckets must be at least {2 * sides}; got {stack.buckets}")
+    require(
+        stack.max_distance > near,
+        f"{name}: Stack.max_distance must be above {near}, the distances with buckets of their own "
+        f"among Stack.buckets ({stack.buckets}); got {stack.max_distance}",
+    )
+
+
 @dataclass(frozen=True)
 class Pooling(Checked):
     """One vector per text from an encoder's output, or from a lone decoder's.
@@ -163,7 +183,7 @@ class Pooling(Checked):
     """
 
     kind: Literal["mean", "first", "last"] = "mean"
-    project: int | None = None
+    project: Count | None = None
     normalize: bool = False
 
 
@@ -193,20 +213,20 @@ class Model(Checked):
       draft_heads: heads that draft the tokens after the next one; None has none.
     """
 
-    vocab: int
+    vocab: AtLeastTwo
     encoder: Stack | None = None
     decoder: Stack | None = None
     tied: bool = False
     scale_logits: bool = False
-    logits_softcap: float | None = None
+    logits_softcap: Positive | None = None
     scale_embedding: bool = False
     separate_embeddings: bool = False
-    eoi: int | None = None
+    eoi: CountOrZero | None = None
     prefix_lm: bool = False
-    decoder_start_token_id: int = 0
+    decoder_start_token_id: CountOrZero = 0
     add_bos: bool = True
-    dropout: float = 0.0
-    embedding_std: float = 1.0
+    dropout: ShareBelowOne = 0.0
+    embedding_std: NotNegative = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "pallas", "reference"] = "auto"
     pooling: Pooling | None = None
@@ -214,15 +234,12 @@ class Model(Checked):
 
     def check(self):
         require(self.encoder is not None or self.decoder is not None, "Model has no Stack at all")
-        require(self.vocab >= 2, f"Model.vocab must be at least 2; got {self.vocab}")
-        require(self.vocab < INDICES, f"Model.vocab is {self.vocab:,}: ids are int32")
         require(
-            0 <= self.decoder_start_token_id < self.vocab,
+            self.decoder_start_token_id < self.vocab,
             f"Model.decoder_start_token_id must be below vocab {self.vocab}",
         )
-        require(0 <= self.dropout < 1, f"Model.dropout must be in [0, 1); got {self.dropout}")
         require(
-            self.eoi is None or 0 <= self.eoi < self.vocab,
+            self.eoi is None or self.eoi < self.vocab,
             f"Model.eoi must be below vocab {self.vocab}",
         )
         require(
@@ -238,6 +255,10 @@ class Model(Checked):
             "Model.draft_heads drafts what a decoder writes: an encoder alone writes nothing",
         )
         self.check_widths()
+        for name, sides in (("encoder", 2), ("decoder", 1)):
+            stack = getattr(self, name)
+            if stack is not None and stack.positions == "relative":
+                check_buckets(f"Model.{name}", stack, sides)
 
     def check_widths(self):
         merged = self.decoder is not None and self.decoder.merged

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dataclasses whose fields hold what their annotations say."""
+"""Dataclasses whose fields hold what their annotations say: types, and ranges of numbers."""
 
 import dataclasses
+import functools
+import math
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
+
+# Numbers end up in int32 and float32 arrays: a larger one would wrap around or be infinite there,
+# and a nearer to 0 would be 0.
+LARGEST_INT = 2**31 - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 def require(condition: bool, message: str) -> None:
@@ -17,23 +24,88 @@ class WrongType(TypeError):
     """A value that is not of the annotated type."""
 
 
+class OutOfRange(ValueError):
+    """A number outside its range: `value`, the `limits` in words, and its `place` in a field."""
+
+    def __init__(self, value: float, limits: str, place: str = ""):
+        super().__init__(f"must be {limits}; got {value}")
+        self.value, self.limits, self.place = value, limits, place
+
+
+class Range(NamedTuple):
+    """The numbers that a field can have; no float is infinite or NaN.
+
+    Attributes:
+      least: the smallest.
+      most: the largest.
+      open: ends that are outside themselves: "", "least", "most" or "both".
+      also: numbers outside of the interval that have a meaning of their own.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    open: Literal["", "least", "most", "both"] = ""
+    also: tuple[float, ...] = ()
+
+    def __contains__(self, value: object) -> bool:
+        if value in self.also:
+            return True
+        above = value > self.least if self.open in ("least", "both") else value >= self.least
+        below = value < self.most if self.open in ("most", "both") else value <= self.most
+        return above and below
+
+    def __str__(self) -> str:
+        others = "".join(f"{value:g}, or " for value in self.also)
+        if self.most in (math.inf, LARGEST_INT):
+            positive = self.least == 0 and self.open == "least"
+            return others + ("positive" if positive else f"at least {self.least:g}")
+        left = "(" if self.open in ("least", "both") else "["
+        right = ")" if self.open in ("most", "both") else "]"
+        return f"{others}in {left}{number_text(self.least)}, {number_text(self.most)}{right}"
+
+
+def number_text(value: float) -> str:
+    """A number in digits: 0.5, 4,294,967,295."""
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:g}"
+
+
+Count = Annotated[int, Range(1, LARGEST_INT)]
+CountOrZero = Annotated[int, Range(0, LARGEST_INT)]
+Positive = Annotated[float, Range(0, open="least")]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+ShareBelowOne = Annotated[float, Range(0, 1, open="most")]
+ShareAboveZero = Annotated[float, Range(0, 1, open="least")]
+ShareBetween = Annotated[float, Range(0, 1, open="both")]
+Finite = Annotated[float, Range()]
+# Bits of a random key.
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+
 class Checked:
     """Base of frozen dataclasses that check the types of their fields, then call `check`."""
 
     def __post_init__(self):
-        name = type(self).__name__
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
+        for field, hint in field_types(type(self)).items():
+            name, value = f"{type(self).__name__}.{field}", getattr(self, field)
             try:
-                object.__setattr__(self, field.name, coerce(value, hint))
+                object.__setattr__(self, field, coerce(value, hint))
             except WrongType:
-                wanted = f"{name}.{field.name} must be {type_in_words(hint)}"
-                raise ValueError(f"{wanted}; got {value!r}") from None
+                wanted = f"{name} must be {type_in_words(hint)}"
+                raise ValueError(f"{wanted}; got {value!r:.200}") from None
+            except OutOfRange as error:
+                raise ValueError(f"{name}{error.place} {error}") from None
         self.check()
 
     def check(self) -> None:
         """Raises ValueError where a value is out of range or two fields contradict each other."""
+
+
+@functools.cache
+def field_types(owner: type) -> dict[str, Any]:
+    """Annotations of a dataclass's fields by name, ranges included."""
+    hints = typing.get_type_hints(owner, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(owner)}
 
 
 def coerce(value: Any, hint: Any) -> Any:
@@ -41,14 +113,19 @@ def coerce(value: Any, hint: Any) -> Any:
 
     Raises:
       WrongType: the value is of another type.
+      OutOfRange: it is a number outside the annotated range.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return check_range(coerce(value, args[0]), args[1])
     if origin in (typing.Union, types.UnionType):
         return coerce_any(value, args)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(coerce(item, args[0]) for item in value)
     if origin is dict and isinstance(value, dict):
-        return {coerce(key, args[0]): coerce(item, args[1]) for key, item in value.items()}
+        return {
+            coerce(key, args[0]): coerce_item(key, item, args[1]) for key, item in value.items()
+        }
     if origin is Literal and value in args:
         return value
     if origin is None and hint is float and type(value) is int:
@@ -58,6 +135,34 @@ def coerce(value: Any, hint: Any) -> Any:
     if hint is bool and type(value) is bool:
         return value
     raise WrongType
+
+
+def coerce_item(key: Any, value: Any, hint: Any) -> Any:
+    """`coerce` of a dict's item, whose key an error names.
+
+    Args:
+      key: where the item is.
+      value: the item.
+      hint: its annotation.
+    """
+    try:
+        return coerce(value, hint)
+    except OutOfRange as error:
+        place = f'["{key}"]{error.place}'
+        raise OutOfRange(error.value, error.limits, place) from None
+
+
+def check_range(value: float, limits: Range) -> float:
+    """Returns a number that is within its limits, and finite; raises OutOfRange for others."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OutOfRange(value, "a finite number")
+    if value not in limits:
+        above = limits.most == LARGEST_INT and value > limits.most
+        raise OutOfRange(value, f"at most {LARGEST_INT:,}" if above else str(limits))
+    if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+        size = f"{SMALLEST_FLOAT:.3g} to {LARGEST_FLOAT:.3g}"
+        raise OutOfRange(value, f"a number of float32, of size {size}")
+    return value
 
 
 def coerce_any(value: Any, hints: tuple) -> Any:
@@ -72,6 +177,8 @@ def coerce_any(value: Any, hints: tuple) -> Any:
 
 def type_in_words(hint: Any) -> str:
     """An annotation in words: "an integer", "one of 'jsonl', 'tsv' or None"."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
     words = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

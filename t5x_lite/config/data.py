@@ -2,9 +2,17 @@
 """Config of data: tasks, files and mixtures, their vocabulary, and the layout of rows."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import (
+    LARGEST_INT,
+    Checked,
+    Count,
+    CountOrZero,
+    Positive,
+    Range,
+    require,
+)
 from t5x_lite.config.objectives import (
     CausalLM,
     Denoisers,
@@ -12,6 +20,9 @@ from t5x_lite.config.objectives import (
     PrefixLM,
     SpanCorruption,
 )
+
+# A token and its end.
+RowLength = Annotated[int, Range(2, LARGEST_INT)]
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,8 @@ class Vocabulary(Checked):
 
     kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
     path: str | None = None
-    size: int | None = None
-    extra_ids: int = 0
+    size: Count | None = None
+    extra_ids: CountOrZero = 0
     names: tuple[str, ...] = ()
     sentinels: str | None = None
 
@@ -42,7 +53,6 @@ class Vocabulary(Checked):
         needs_path = self.kind in ("sentencepiece", "tokenizer_json", "checkpoint")
         require(not needs_path or self.path, f"Vocabulary.path is needed for kind {self.kind}")
         require(self.kind != "trained" or self.size, "Vocabulary.size is needed for kind trained")
-        require(self.extra_ids >= 0, "Vocabulary.extra_ids cannot be negative")
         require(len(set(self.names)) == len(self.names), "Vocabulary.names has a name twice")
         require(
             self.sentinels is None or not self.extra_ids,
@@ -109,7 +119,7 @@ class Mixture(Checked):
     """
 
     tasks: tuple[str | Files, ...]
-    rates: tuple[float, ...]
+    rates: tuple[Positive, ...]
 
     def check(self):
         require(len(self.tasks) > 0, "Mixture.tasks is empty")
@@ -118,7 +128,6 @@ class Mixture(Checked):
             f"Mixture.rates needs one rate for each of the {len(self.tasks)} tasks; got "
             f"{len(self.rates)}",
         )
-        require(all(rate > 0 for rate in self.rates), "Mixture.rates must be positive")
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class Data(Checked):
     """
 
     task: str | Files | Mixture
-    lengths: dict[str, int]
+    lengths: dict[str, RowLength]
     objective: SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle | Denoisers | None = None
     pack: bool = True
     eval_split: str = "validation"
@@ -151,8 +160,6 @@ class Data(Checked):
         unknown = set(self.lengths) - {"inputs", "targets"}
         require(not unknown, f"Data.lengths has unknown features {sorted(unknown)}")
         require("targets" in self.lengths, 'Data.lengths needs "targets"')
-        for feature, length in self.lengths.items():
-            require(length >= 2, f'Data.lengths["{feature}"] must be at least 2; got {length}')
 
     @property
     def declared_vocabulary(self) -> Vocabulary | None:

@@ -2,8 +2,17 @@
 """Config of decoding."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import (
+    Checked,
+    Count,
+    CountOrZero,
+    Range,
+    Seed,
+    ShareAboveZero,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -22,33 +31,26 @@ class Decode(Checked):
       n_best: beams returned, best first.
       drafter: what drafts tokens ahead, which changes the speed and not the text: auto, plain,
         lookup, early:4, draft:PATH, lookup+recycling, ... (`infer --help` lists them).
-      draft_length: tokens of a block, its first included; 0 takes the fastest by measurement.
+      draft_length: tokens of a block, its first included, 2 to 64; 0 takes the fastest by
+        measurement.
       accept: rule by which draft tokens are kept; some rules change the text, and say so.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    beams: int = 1
-    alpha: float = 0.6
-    n_best: int = 1
+    max_new_tokens: Count = 64
+    temperature: Annotated[float, Range(1e-6, also=(0.0,))] = 0.0
+    top_k: CountOrZero = 0
+    top_p: ShareAboveZero = 1.0
+    seed: Seed = 0
+    beams: Count = 1
+    alpha: Annotated[float, Range(-10, 10)] = 0.6
+    n_best: Count = 1
     drafter: str = "auto"
-    draft_length: int = 0
+    draft_length: Annotated[int, Range(2, 64, also=(0,))] = 0
     accept: str = "exact"
 
     def check(self):
         require(
-            self.max_new_tokens >= 1,
-            f"Decode.max_new_tokens must be at least 1; got {self.max_new_tokens}",
-        )
-        require(self.temperature >= 0, "Decode.temperature cannot be negative")
-        require(self.top_k >= 0, "Decode.top_k cannot be negative")
-        require(0 < self.top_p <= 1, f"Decode.top_p must be in (0, 1]; got {self.top_p}")
-        require(self.beams >= 1, "Decode.beams must be at least 1")
-        require(
-            1 <= self.n_best <= self.beams,
+            self.n_best <= self.beams,
             f"Decode.n_best must be in 1..Decode.beams ({self.beams}); got {self.n_best}",
         )
         require(
@@ -60,8 +62,4 @@ class Decode(Checked):
             self.beams == 1 or self.drafter in ("auto", "plain"),
             f"Decode.drafter {self.drafter} drafts for one text per row; beam search (beams > 1) "
             "takes plain or auto",
-        )
-        require(
-            self.draft_length == 0 or 2 <= self.draft_length <= 64,
-            f"Decode.draft_length must be 0 (measured) or in 2..64; got {self.draft_length}",
         )

@@ -2,9 +2,17 @@
 """Config of the heads that draft the tokens after the next one, and of their loss."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import (
+    LARGEST_INT,
+    Checked,
+    Count,
+    NotNegative,
+    Range,
+    ShareAboveZero,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -25,15 +33,11 @@ class DraftHeads(Checked):
       mlp: hidden units per head of stern and block_diagonal; None takes the decoder's.
     """
 
-    block: int
+    block: Annotated[int, Range(2, LARGEST_INT)]
     shape: Literal["stern", "block_diagonal", "medusa", "hydra"] = "block_diagonal"
-    mlp: int | None = None
+    mlp: Count | None = None
 
     def check(self):
-        require(self.block >= 2, f"DraftHeads.block must be at least 2; got {self.block}")
-        require(
-            self.mlp is None or self.mlp >= 1, f"DraftHeads.mlp must be positive; got {self.mlp}"
-        )
         require(
             self.mlp is None or not self.residual,
             f"DraftHeads.mlp is for stern and block_diagonal: {self.shape} has no hidden layer",
@@ -71,15 +75,8 @@ class DraftHeadLoss(Checked):
     """
 
     heads: Literal["random", "all"] = "random"
-    main_loss_weight: float = 1.0
-    decay: float = 1.0
-
-    def check(self):
-        require(
-            self.main_loss_weight >= 0,
-            f"DraftHeadLoss.main_loss_weight cannot be negative; got {self.main_loss_weight}",
-        )
-        require(0 < self.decay <= 1, f"DraftHeadLoss.decay must be in (0, 1]; got {self.decay}")
+    main_loss_weight: NotNegative = 1.0
+    decay: ShareAboveZero = 1.0
 
     def factors(self, count: int) -> tuple[float, ...]:
         """Shares of the model's own loss and of `count` heads in the loss; they sum to 1."""

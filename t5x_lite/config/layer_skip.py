@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import Checked, Count, NotNegative, ShareBelowOne, require
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,10 @@ class LayerSkip(Checked):
         weights.
     """
 
-    dropout: float = 0.1
-    exits: float = 0.2
-    rotation: int = 1
+    dropout: ShareBelowOne = 0.1
+    exits: NotNegative = 0.2
+    rotation: Count = 1
     rising: bool = False
-
-    def check(self):
-        require(0 <= self.dropout < 1, f"LayerSkip.dropout must be in [0, 1); got {self.dropout}")
-        require(self.exits >= 0, f"LayerSkip.exits cannot be negative; got {self.exits}")
-        require(self.rotation >= 1, f"LayerSkip.rotation must be at least 1; got {self.rotation}")
 
     def check_layers(self, layers: int) -> None:
         """Raises ValueError if a decoder of so many layers has none to exit from."""

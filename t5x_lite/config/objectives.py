@@ -5,9 +5,9 @@ Each cuts inputs and targets from a window of running text; `data.objectives` do
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import Checked, Positive, Range, ShareBetween, require
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,10 @@ class SpanCorruption(Checked):
         spans at that number, which makes them longer.
     """
 
-    noise_density: float = 0.15
-    mean_span: float = 3.0
+    noise_density: ShareBetween = 0.15
+    mean_span: Annotated[float, Range(1)] = 3.0
     mode: str | None = None
     overflow: Literal["fail", "cap"] = "fail"
-
-    def check(self):
-        require(0 < self.noise_density < 1, "SpanCorruption.noise_density must be in (0, 1)")
-        require(self.mean_span >= 1, "SpanCorruption.mean_span must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -42,15 +38,11 @@ class PrefixLM(Checked):
       mode: text before the inputs that names the denoiser; None has none.
     """
 
-    share: float | None = None
+    share: ShareBetween | None = None
     split: Literal["uniform", "fixed"] = "uniform"
     mode: str | None = None
 
     def check(self):
-        require(
-            self.share is None or 0 < self.share < 1,
-            f"PrefixLM.share is a share of the window: in (0, 1), not {self.share}",
-        )
         require(
             self.split == "uniform" or self.share is not None,
             'PrefixLM.split = "fixed" needs PrefixLM.share, the share of the targets',
@@ -99,7 +91,7 @@ class Denoisers(Checked):
     """
 
     parts: tuple[SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle, ...]
-    rates: tuple[float, ...]
+    rates: tuple[Positive, ...]
 
     def check(self):
         require(len(self.parts) > 0, "Denoisers.parts is empty")
@@ -107,11 +99,6 @@ class Denoisers(Checked):
             len(self.parts) == len(self.rates),
             f"Denoisers.rates needs one rate for each of the {len(self.parts)} parts; got "
             f"{len(self.rates)}",
-        )
-        require(
-            all(rate > 0 for rate in self.rates),
-            f"Denoisers.rates must be positive; got {self.rates}. Leave out a part instead of "
-            "giving it rate 0",
         )
 
 

@@ -3,12 +3,28 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from t5x_lite.config.adaptation import ParamGroup
-from t5x_lite.config.checked import Checked, require
+from t5x_lite.config.checked import (
+    LARGEST_INT,
+    Checked,
+    Count,
+    CountOrZero,
+    Finite,
+    NotNegative,
+    Positive,
+    Range,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    require,
+)
 from t5x_lite.config.draft_heads import DraftHeadLoss
 from t5x_lite.config.layer_skip import LayerSkip
+
+# Devices along an axis; -1 takes all that are left.
+AxisSize = Annotated[int, Range(1, LARGEST_INT, also=(-1,))]
 
 
 @dataclass(frozen=True)
@@ -18,14 +34,14 @@ class Optimizer(Checked):
     Attributes:
       name: adafactor (T5's), adamw, or any optax optimizer by its name.
       weight_decay: decoupled weight decay.
-      clip_norm: limit of the gradient's global norm; None has none.
+      clip_norm: limit of the gradient's global norm, positive; None has none.
       options: keyword arguments of the optimizer, passed as they are: b1, b2, decay_rate ...
     """
 
     name: str = "adafactor"
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    options: dict[str, float] = dataclasses.field(default_factory=dict)
+    weight_decay: NotNegative = 0.0
+    clip_norm: Positive | None = None
+    options: dict[str, Finite] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,16 +58,12 @@ class Schedule(Checked):
     """
 
     kind: Literal["constant", "rsqrt", "linear", "cosine", "wsd"]
-    peak: float
-    warmup: int = 0
-    floor: float = 0.0
-    decay: float = 0.2
+    peak: Positive
+    warmup: CountOrZero = 0
+    floor: Share = 0.0
+    decay: ShareAboveZero = 0.2
 
     def check(self):
-        require(self.peak > 0, f"Schedule.peak must be positive; got {self.peak}")
-        require(self.warmup >= 0, f"Schedule.warmup cannot be negative; got {self.warmup}")
-        require(0 <= self.floor <= 1, f"Schedule.floor is a share of peak; got {self.floor}")
-        require(0 < self.decay <= 1, f"Schedule.decay is a share of all steps; got {self.decay}")
         require(self.kind != "rsqrt" or self.warmup > 0, "Schedule.warmup must be set for rsqrt")
 
 
@@ -82,15 +94,15 @@ class Train(Checked):
       layer_skip: trains the decoder to exit early; None does not.
     """
 
-    steps: int
-    batch_size: int
-    microbatches: int = 1
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0001
+    steps: Count
+    batch_size: Count
+    microbatches: Count = 1
+    label_smoothing: ShareBelowOne = 0.0
+    z_loss: NotNegative = 0.0001
     remat: Literal["none", "minimal", "full"] = "minimal"
-    unroll: int = 1
-    max_consecutive_skips: int = 10
-    log_every: int = 10
+    unroll: Count = 1
+    max_consecutive_skips: Count = 10
+    log_every: Count = 10
     tensorboard: bool = True
     param_groups: tuple[ParamGroup, ...] = ()
     cross_entropy: Literal["auto", "full", "chunked"] = "auto"
@@ -98,21 +110,11 @@ class Train(Checked):
     layer_skip: LayerSkip | None = None
 
     def check(self):
-        for name in (
-            "steps",
-            "batch_size",
-            "microbatches",
-            "unroll",
-            "max_consecutive_skips",
-            "log_every",
-        ):
-            require(getattr(self, name) >= 1, f"Train.{name} must be at least 1")
         require(
             self.batch_size % self.microbatches == 0,
             f"Train.batch_size ({self.batch_size}) must be a multiple of Train.microbatches "
             f"({self.microbatches})",
         )
-        require(0 <= self.label_smoothing < 1, "Train.label_smoothing must be in [0, 1)")
         late = [group.begin for group in self.param_groups if group.begin >= self.steps]
         require(
             not late,
@@ -133,10 +135,10 @@ class Evaluate(Checked):
       metrics: names of metrics; empty takes the task's own.
     """
 
-    every: int = 0
-    examples: int = 500
-    batches: int = 50
-    batch_size: int = 64
+    every: CountOrZero = 0
+    examples: CountOrZero = 500
+    batches: CountOrZero = 50
+    batch_size: Count = 64
     metrics: tuple[str, ...] = ()
 
 
@@ -153,15 +155,11 @@ class Checkpoint(Checked):
         .gguf file or a T5X checkpoint.
     """
 
-    every: int = 1000
-    keep: int = 3
+    every: Count = 1000
+    keep: Count = 3
     metric: str | None = None
     higher_is_better: bool = False
     initial: str | None = None
-
-    def check(self):
-        require(self.every >= 1, "Checkpoint.every must be at least 1")
-        require(self.keep >= 1, "Checkpoint.keep must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -177,14 +175,12 @@ class Mesh(Checked):
         `data`, a multiple of it, spans them, and all other axes stay within one.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
-    slices: int = 1
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    tensor: AxisSize = 1
+    context: AxisSize = 1
+    slices: Count = 1
 
     def check(self):
-        require(self.slices >= 1, f"Mesh.slices must be at least 1; got {self.slices}")
         sizes = (self.data, self.fsdp, self.tensor, self.context)
-        require(all(size >= 1 or size == -1 for size in sizes), "Mesh axes are at least 1, or -1")
         require(sizes.count(-1) <= 1, "At most one Mesh axis can be -1")

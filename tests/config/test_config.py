@@ -55,7 +55,7 @@ def test_the_twins_have_the_same_number_of_parameters_within_a_percent():
         ("config.Stack.kv_heads=3", ["heads (8)", "kv_heads (3)"]),
         ("config.Data.lengths={'input': 3}", ["unknown features ['input']"]),
         ("config.Model.dropout=1", ["Model.dropout must be in [0, 1)"]),
-        ("config.Mesh.data=0", ["Mesh axes"]),
+        ("config.Mesh.data=0", ["Mesh.data must be -1, or at least 1"]),
         ("config.Decode.beams=0", ["Decode.beams"]),
         ("config.Stack.layers=@foo()", ["foo", "--gin.config.Stack.layers"]),
         ("MODEL_DIR", ["needs a value"]),
