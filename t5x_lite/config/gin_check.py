@@ -34,21 +34,30 @@ class Macro(NamedTuple):
     name: str
 
 
+class Reference(NamedTuple):
+    """A reference to a dataclass, `name` with its scopes (@encoder/config.Stack())."""
+
+    name: str
+
+
 def dataclass_names() -> list[str]:
     """Names of the dataclasses that a config can bind."""
     return [name for name, value in vars(config).items() if dataclasses.is_dataclass(value)]
 
 
-def check_source(source: str) -> None:
-    """Raises Forbidden, or gin's SyntaxError, where gin must not read source.
+def check_source(source: str) -> list[Any]:
+    """Parses source, and returns the statements of gin's parser.
 
-    The message has the line of source, as gin writes it.
+    Raises:
+      Forbidden: gin must not read source; the message has the line, as gin writes it.
+      SyntaxError: gin cannot read it.
     """
     from gin import config_parser, utils
 
     check_pieces(source)
-    macros = {}
+    macros, parsed = {}, []
     for statement in statements(config_parser.ConfigParser(source, delegate())):
+        parsed.append(statement)
         with utils.try_with_location(statement.location):
             match statement:
                 case config_parser.ImportStatement():
@@ -62,6 +71,22 @@ def check_source(source: str) -> None:
                     check_selector(statement.selector)
                     check_field(statement)
     check_size(macros)
+    return parsed
+
+
+def is_value(text: str) -> bool:
+    """True if text is one value of gin: a complete literal, a %MACRO or a @config.Class()."""
+    from gin import config_parser
+
+    source = f"value = {text}"
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+        count = len(list(statements(config_parser.ConfigParser(source, delegate()))))
+    except Forbidden:
+        return True  # meant as a value: `check_source` says what is wrong with it
+    except Exception:  # gin passes on whatever the code under it raises
+        return False
+    return count == 1 and tokenize.COMMENT not in {token.type for token in tokens}
 
 
 def statements(parser: Any) -> Iterator[Any]:
@@ -112,7 +137,7 @@ def delegate() -> Any:
             check_selector(selector)
             if not evaluate:
                 raise Forbidden(f"@{scoped_configurable_name} needs its brackets: @{selector}()")
-            return scoped_configurable_name
+            return Reference(scoped_configurable_name)
 
         def macro(self, macro_name):
             if "." in macro_name:

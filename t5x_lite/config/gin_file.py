@@ -10,13 +10,14 @@ data, not code.
 import contextlib
 import dataclasses
 import re
+import sys
 import tokenize
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from t5x_lite import config
-from t5x_lite.config import aliases, gin_aliases
+from t5x_lite.config import aliases, gin_aliases, gin_bindings
 from t5x_lite.config.gin_check import HEADER, check_source, dataclass_names
 from t5x_lite.utils.nearest import suggest
 
@@ -46,11 +47,11 @@ def load_run(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config
     lines = [line for path in paths for line in read_lines(path)]
     if not lines:
         raise ConfigError(f"No config.Run in the config: {' and '.join(paths)} is empty")
+    below = flag_lines(bindings)
     try:
-        return parse_lines(lines, [quote_value(binding) for binding in bindings])
+        return parse_lines(lines, below)
     except ConfigError as error:
-        places = [line.origin for line in lines] + [f"--gin.{each}" for each in bindings]
-        if any(place in str(error) for place in places):
+        if any(line.origin in str(error) for line in (*lines, *below)):
             raise
         raise ConfigError(f"{error}\nThat is of {' and '.join(paths)}") from error
 
@@ -87,8 +88,9 @@ def load_data(paths: list[str], bindings: Sequence[str] = ()) -> config.Data:
       ConfigError: as `load_run`.
     """
     stub = [Line(line, "config.Data") for line in DATA.splitlines()]
-    lines = stub + [line for path in paths for line in read_lines(path)]
-    return parse_lines(lines, [quote_value(binding) for binding in bindings]).data
+    # A file of data may be part of a run that reads more of it.
+    files = [line._replace(source="text") for path in paths for line in read_lines(path)]
+    return parse_lines(stub + files, flag_lines(bindings)).data
 
 
 def from_text(text: str) -> config.Run:
@@ -98,10 +100,18 @@ def from_text(text: str) -> config.Run:
 
 
 class Line(NamedTuple):
-    """A line of a config: its `text` and its `origin`, "FILE:LINE" or "--gin.BINDING"."""
+    """A line of a config.
+
+    Attributes:
+      text: the line.
+      origin: "FILE:LINE" or "--gin.BINDING".
+      source: a user's "file", an "include" of it, a "flag" of the command line; bindings there
+        that nothing reads are reported. Else "text": a shipped file, or a saved config.
+    """
 
     text: str
     origin: str
+    source: Literal["file", "include", "flag", "text"] = "text"
 
 
 def read_lines(path: str, above: tuple[Path, ...] = ()) -> list[Line]:
@@ -121,11 +131,13 @@ def read_lines(path: str, above: tuple[Path, ...] = ()) -> list[Line]:
         raise ConfigError(f"{file} includes itself, by way of {above[-1]}")
     if len(above) > DEEPEST:
         raise ConfigError(f"{file}: files include each other more than {DEEPEST} deep")
+    shipped = configs_folder() in file.resolve().parents
+    source = "text" if shipped else "include" if above else "file"
     lines = []
     for number, line in enumerate(read_text(file).splitlines(), 1):
         include = re.fullmatch(r"""\s*include\s+(["'])(.+)\1\s*(?:#.*)?""", line)
         # The line itself stays, empty: includes count, even of empty files.
-        lines.append(Line("" if include else line, f"{file}:{number}"))
+        lines.append(Line("" if include else line, f"{file}:{number}", source))
         if include:
             lines += read_include(include[2], lines[-1].origin, (*above, file.resolve()))
         if len(lines) > MOST_LINES:
@@ -185,95 +197,92 @@ def shipped_configs() -> list[str]:
     return sorted(f"configs/{path.relative_to(folder)}" for path in folder.rglob("*.gin"))
 
 
-def quote_value(binding: str) -> str:
-    """Writes NAME=VALUE as a line of gin; quotes VALUE unless it is a literal, %NAME or @NAME()."""
-    name, equals, value = binding.partition("=")
-    if not equals:
-        raise ConfigError(f"--gin.{binding} needs a value: --gin.{name}=VALUE")
-    value = value.strip()
-    is_code = value[:1] in "@%{[(\"'-.0123456789" or value in ("True", "False", "None")
-    if value and is_code and not re.fullmatch(r"[./0-9][\w./~-]*/[\w./~-]*|\.", value):
-        return f"{name.strip()} = {value}"
-    return f"{name.strip()} = {value!r}"
+def flag_lines(bindings: Sequence[str]) -> list[Line]:
+    """Lines of the bindings of the command line, which are quoted where they need it."""
+    lines = []
+    for each in bindings:
+        try:
+            text = gin_bindings.quote_value(each)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        lines += [Line(part, f"--gin.{each}", "flag") for part in text.splitlines()]
+    return lines
 
 
-def parse_lines(lines: list[Line], bindings: list[str]) -> config.Run:
-    """Reads the run that lines describe, with bindings ("NAME = value", quoted) on top.
+def parse_lines(lines: list[Line], below: Sequence[Line] = ()) -> config.Run:
+    """Reads the run that lines describe.
+
+    Args:
+      lines: those of files.
+      below: those of the command line, which come last.
 
     Raises:
       ConfigError: as `load_run`.
     """
     import gin
 
-    lines, below = rename_lines(lines, bindings)
-    bindings = [line.text for line in below]
-    source = HEADER + "\n".join(line.text for line in lines)
+    every = rename_lines([*lines, *below])
+    source = HEADER + "\n".join(line.text for line in every)
     if not RUN.search(source):
         where = f" ({lines[-1].origin})" if lines else ""
         raise ConfigError(
             f"No config.Run in the config{where}: begin with a file of configs/runs, or bind "
             "config.Run"
         )
-    for binding in bindings:
-        check_macro(binding, source)
-    whole = "\n".join((source, *bindings))
+    bindings: list[gin_bindings.Binding] = []
     try:
-        with config_errors([*lines, *below]):
-            check_source(whole)
-            gin.parse_config(whole)
-            run = plain_dataclass(gin.get_configurable("t5x_lite.config.Run")())
+        with config_errors(every, bindings):
+            bindings += gin_bindings.read_bindings(check_source(source))
+            check_all_read(every, bindings)
+            gin.parse_config(source)
+            return plain_dataclass(gin.get_configurable("t5x_lite.config.Run")())
     finally:
         gin.clear_config()
-    for binding in bindings:
-        check_used(binding, class_names(run))
-    return run
 
 
-def rename_lines(lines: list[Line], bindings: list[str]) -> tuple[list[Line], list[Line]]:
-    """Replaces old names (`aliases`) in the lines of files and of the command line.
-
-    The lines of files also lose the imports that `HEADER` has.
-    """
-    below = [Line(part, f"--gin.{each}") for each in bindings for part in each.splitlines()]
-    every = [line._replace(text=without_header(line.text)) for line in lines] + below
+def rename_lines(lines: list[Line]) -> list[Line]:
+    """Replaces old names (`aliases`) in lines, and leaves out the imports that `HEADER` has."""
+    every = [line._replace(text=without_header(line.text)) for line in lines]
     header = len(HEADER.splitlines())
-    with config_errors(every):
+    with config_errors(every, []):
         source = HEADER + "\n".join(line.text for line in every)
         renamed = gin_aliases.rename(source, lambda row: every[row - header - 1].origin)
     texts = renamed.split("\n")[header:]
-    every = [line._replace(text=text) for line, text in zip(every, texts, strict=True)]
-    return every[: len(lines)], every[len(lines) :]
+    return [line._replace(text=text) for line, text in zip(every, texts, strict=True)]
 
 
-def check_used(binding: str, kinds: set[str]) -> None:
-    """Refuses a field of the command line whose owner the run does not have: gin ignores it."""
-    owner = re.match(r"(?:\w+/)*config\.(\w+)\.", binding)
-    if owner and owner[1] not in kinds:
-        raise ConfigError(
-            f"--gin.{binding} changes nothing: the run takes no config.{owner[1]} from the config. "
-            f"Bind the field of its owner to @config.{owner[1]}(), as configs/runs/common.gin does"
-        )
+def check_all_read(lines: list[Line], bindings: list[gin_bindings.Binding]) -> None:
+    """Refuses a binding of the command line or of the run's own file that nothing reads.
 
-
-def class_names(value: Any) -> set[str]:
-    """Names of all dataclasses in the tree of value."""
-    if isinstance(value, tuple):
-        return set().union(*map(class_names, value))
-    if not dataclasses.is_dataclass(value):
-        return set()
-    inside = (getattr(value, field.name) for field in dataclasses.fields(value))
-    return {type(value).__name__}.union(*map(class_names, inside))
+    A binding of a file that a value on top of it has put out of use is no mistake; nor is more in
+    a file that several runs include, which a line on stderr mentions.
+    """
+    header = len(HEADER.splitlines())
+    for source in ("flag", "file", "include"):
+        rows = {row for row, line in enumerate(lines, header + 1) if line.source == source}
+        unread = gin_bindings.unread_binding(bindings, rows, overridden=source != "flag")
+        if unread:
+            row, text = unread
+            place = lines[row - header - 1].origin
+            if source != "include":
+                raise ConfigError(f"{place}: {text}")
+            print(f"{place}: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def config_errors(lines: list[Line]):
-    """Raises any error inside as a ConfigError that names the file and line."""
+def config_errors(lines: list[Line], bindings: list[gin_bindings.Binding]):
+    """Raises any error inside as a ConfigError that names the file and line, or the flag.
+
+    Args:
+      lines: those of the config.
+      bindings: those of the lines, as far as they are read when the error is raised.
+    """
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # gin passes on whatever the code under it raises
-        raise ConfigError(explain(error, lines)) from error
+        raise ConfigError(explain(error, lines, bindings)) from error
 
 
 def without_header(text: str) -> str:
@@ -281,24 +290,19 @@ def without_header(text: str) -> str:
     return "" if text.split("#")[0].strip() in HEADER.splitlines() else text
 
 
-def check_macro(binding: str, source: str) -> None:
-    """Refuses a macro of the command line that the files never use: gin would ignore it."""
-    name = binding.partition("=")[0].strip()
-    if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and name not in (
-        macros := set(re.findall(r"%([A-Z][A-Z0-9_]*)", source))
-    ):
-        raise ConfigError(
-            f"--gin.{name} is used nowhere in the config: {suggest(name, sorted(macros))}"
-        )
-
-
 def suggest_file(name: str) -> str:
     """Ends a message about a config file that does not exist."""
     return suggest(name, shipped_configs(), otherwise=f"the shipped ones are in {configs_folder()}")
 
 
-def explain(error: Exception, lines: list[Line]) -> str:
-    """gin's message with file and line, and the nearest known name."""
+def explain(error: Exception, lines: list[Line], bindings: list[gin_bindings.Binding]) -> str:
+    """gin's message with file and line, and the nearest known name.
+
+    Args:
+      error: what gin, or a dataclass, has raised.
+      lines: those of the config.
+      bindings: those of the lines.
+    """
     header = len(HEADER.splitlines())
     if isinstance(error, tokenize.TokenError):
         why, (row, _) = error.args
@@ -320,7 +324,7 @@ def explain(error: Exception, lines: list[Line]) -> str:
     attribute = re.search(r"has no attribute '?(\w+)", message)
     if attribute:
         return f"{message}\nNo config.{attribute[1]}: {suggest(attribute[1], dataclass_names())}"
-    macro = re.search(r"'macro'.*in scope '(\w+)'", message)
+    macro = re.search(r"'macro'.*in scope '([\w/]+)'", message)
     if macro:
         return f"The macro {macro[1]} has no value: bind it, or give --gin.{macro[1]}=VALUE"
     missing = re.search(
@@ -328,6 +332,11 @@ def explain(error: Exception, lines: list[Line]) -> str:
     )
     if missing:
         return f"config.{missing[1]} is not complete: bind {missing[2]}"
+    if isinstance(error, ValueError):
+        # Of a dataclass: gin has added in which class, of which scope.
+        message = message.split("\n  In call to configurable ")[0]
+        rows = gin_bindings.rows_of(bindings, message)
+        return gin_bindings.blame(message, [lines[row - header - 1].origin for row in rows])
     return message
 
 
