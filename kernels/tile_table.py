@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import cache_folder, local_path
 
 TABLE_VARIABLE = "T5X_LITE_TILES"
-DEFAULT_TABLE = "~/.cache/t5x_lite/tiles.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class MeasuredBlocks:
 
 def table_path() -> Path:
     """Returns T5X_LITE_TILES of the environment, or a file in the user's cache."""
-    return Path(os.environ.get(TABLE_VARIABLE) or DEFAULT_TABLE).expanduser()
+    named = os.environ.get(TABLE_VARIABLE)
+    return local_path(named) if named else cache_folder() / "tiles.json"
 
 
 def fastest_blocks(shape: AttentionShape) -> tuple[int, int] | None:

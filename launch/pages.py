@@ -67,8 +67,10 @@ def type_text(kind) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def range_text(kind: type, limits: Range) -> str:
-    """A number's type and its range: "int (at least 1)"."""
+def range_text(kind: type, limits: object) -> str:
+    """A number's type and its range: "int (at least 1)"; "path" for text that is one."""
+    if kind is str:
+        return "path"
     return kind.__name__ if limits == Range() else f"{kind.__name__} ({limits})"
 
 

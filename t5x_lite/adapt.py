@@ -9,6 +9,7 @@ from typing import Any
 from t5x_lite import config
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
+from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
 examples:
@@ -45,15 +46,32 @@ def parser() -> Parser:
     )
     add = command.add_argument
     kinds = "a run folder, a Hugging Face folder or a .gguf file"
-    add("--source", required=True, metavar="PATH", help=f"where the decoder comes from: {kinds}")
-    add("--output", required=True, metavar="PATH", help="the run folder to write")
+    add(
+        "--source",
+        type=path_argument,
+        required=True,
+        metavar="PATH",
+        help=f"where the decoder comes from: {kinds}",
+    )
+    add(
+        "--output",
+        type=path_argument,
+        required=True,
+        metavar="PATH",
+        help="the run folder to write",
+    )
     add(
         "--to",
         choices=("encoder_decoder", "decoder_only", "encoder_only"),
         default="encoder_decoder",
         help="architecture of the output (default: encoder_decoder)",
     )
-    add("--encoder_source", metavar="PATH", help="where the encoder comes from (--source)")
+    add(
+        "--encoder_source",
+        type=path_argument,
+        metavar="PATH",
+        help="where the encoder comes from (--source)",
+    )
     add(
         "--cross",
         choices=("copy", "random", "merged"),
@@ -99,6 +117,7 @@ def add_vocabulary(group) -> None:
     )
     add(
         "--vocabulary",
+        type=path_argument,
         metavar="PATH",
         help="if the source has none: a SentencePiece .model, a tokenizer.json, a folder with "
         "one, bytes; or none, to adapt the weights alone",
@@ -111,7 +130,7 @@ def adapt(args: argparse.Namespace) -> None:
     from t5x_lite.adaptation import adapt_checkpoint, initial_weights, report
     from t5x_lite.checkpoints import outputs, unfinished
 
-    to = Path(args.output).expanduser()
+    to = Path(args.output)
     if not args.dry_run:
         unfinished.check_output_folder(to)
     adaptation = adaptation_config(args)

@@ -9,6 +9,7 @@ from typing import Any
 
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
+from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
 examples:
@@ -44,11 +45,12 @@ def parser() -> Parser:
     add(
         "--from",
         dest="origin",
+        type=path_argument,
         required=True,
         metavar="PATH",
         help="a run folder, a Hugging Face folder, a .gguf file or a T5X checkpoint",
     )
-    add("--to", required=True, metavar="PATH", help="the folder to write")
+    add("--to", type=path_argument, required=True, metavar="PATH", help="the folder to write")
     add(
         "--format",
         choices=("ours", "huggingface", "t5x", "t5x_scanned"),
@@ -89,9 +91,15 @@ def add_special(group) -> None:
         help="most bytes of a safetensors file, such as 500MB (default: 5GB)",
     )
     add("--step", type=int, metavar="N", help="the checkpoint of this step (the newest)")
-    add("--model", metavar="FILE", help=".gin of the model of a T5X checkpoint (else by shapes)")
+    add(
+        "--model",
+        type=path_argument,
+        metavar="FILE",
+        help=".gin of the model of a T5X checkpoint (else by shapes)",
+    )
     add(
         "--vocabulary",
+        type=path_argument,
         metavar="PATH",
         help="if the origin has none: a SentencePiece .model, a tokenizer.json, a folder with "
         "one, bytes; or none, to convert the weights alone",
@@ -123,7 +131,7 @@ def convert(args: argparse.Namespace) -> None:
     from t5x_lite.checkpoints import outputs, unfinished
     from t5x_lite.checkpoints.opening import ConversionOptions, open_checkpoint
 
-    to = Path(args.to).expanduser()
+    to = Path(args.to)
     if not args.dry_run:
         unfinished.check_output_folder(to)
     options = ConversionOptions(args.model, args.vocabulary, args.extra_ids)

@@ -15,6 +15,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source
+from t5x_lite.utils.paths import path_argument
 
 DESCRIPTION = """\
 A teacher is a trained decoder-only model: a run folder, a Hugging Face folder or a .gguf file. A
@@ -80,7 +81,12 @@ def add_answers(command: Parser) -> None:
     """Adds the options of answers."""
     gin_arguments.add_gin(command)
     add = command.add_argument
-    add("--output", metavar="DIR", help="the folder to write (default: Distillation.answers)")
+    add(
+        "--output",
+        type=path_argument,
+        metavar="DIR",
+        help="the folder to write (default: Distillation.answers)",
+    )
     add("--steps", type=int, metavar="N", help="how many steps (default: Train.steps)")
     add("--chunk", type=int, default=16, metavar="N", help="steps per file (default: 16)")
 
@@ -88,9 +94,21 @@ def add_answers(command: Parser) -> None:
 def add_generate(command: Parser) -> None:
     """Adds the options of generate."""
     add = command.add_argument
-    add("--teacher", required=True, metavar="PATH", help="a run folder, HF folder or .gguf file")
-    add("--output", required=True, metavar="FILE", help="the JSONL file to write")
-    add("--input", metavar="FILE", help="text, or JSONL if it ends in .jsonl")
+    add(
+        "--teacher",
+        type=path_argument,
+        required=True,
+        metavar="PATH",
+        help="a run folder, HF folder or .gguf file",
+    )
+    add(
+        "--output",
+        type=path_argument,
+        required=True,
+        metavar="FILE",
+        help="the JSONL file to write",
+    )
+    add("--input", type=path_argument, metavar="FILE", help="text, or JSONL if it ends in .jsonl")
     add("--field", default="inputs", metavar="NAME", help="field of JSONL input (default: inputs)")
     gin_arguments.add_gin(command, required=False, text="the inputs of a run's task")
     add("--split", default="train", metavar="NAME", help="split of the task (default: train)")

@@ -13,6 +13,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
 examples:
@@ -49,7 +50,7 @@ def parser() -> Parser:
     add("--examples", type=int, metavar="N", help="decode the first N examples only; 0 for none")
     add("--batches", type=int, metavar="N", help="losses over N batches only; 0 for none")
     add("--metrics", metavar="A,B", help="which metrics (default: those of the task)")
-    add("--json", metavar="FILE", help="write the numbers to FILE as well")
+    add("--json", type=path_argument, metavar="FILE", help="write the numbers to FILE as well")
     add("--show", type=int, default=5, metavar="N", help="print N predictions (default 5)")
     data = (
         "measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "

@@ -15,6 +15,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source
+from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
 examples:
@@ -60,7 +61,7 @@ def parser() -> Parser:
     verify = "decode every text plainly as well, and count those that differ"
     add("--verify", action="store_true", help=verify)
     draw = "draw the first texts by drafter: .html, .png, or - for the terminal"
-    add("--draw", metavar="FILE", help=draw)
+    add("--draw", type=path_argument, metavar="FILE", help=draw)
     return command
 
 
@@ -68,8 +69,14 @@ def add_streams(group) -> None:
     """Adds what is read and written to a group of options."""
     add = group.add_argument
     source = "text, or JSONL if it ends in .jsonl; - is stdin"
-    add("--input", default="-", metavar="FILE", help=source)
-    add("--output", default="-", metavar="FILE", help="the file to write; - is stdout")
+    add("--input", type=path_argument, default="-", metavar="FILE", help=source)
+    add(
+        "--output",
+        type=path_argument,
+        default="-",
+        metavar="FILE",
+        help="the file to write; - is stdout",
+    )
     add("--jsonl", action="store_true", help="the input is JSONL, whatever its name")
     add("--field", default="input", metavar="NAME", help="field of JSONL input (default: input)")
     add("--text", action="store_true", help="write the best text of each line, not JSON")

@@ -14,6 +14,7 @@ from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import stderr_console
 from t5x_lite.utils import exit_status
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import CACHE, cache_folder, path_argument
 
 DESCRIPTION = """\
 Compiles the training step of a run, or a step of decoding, for a TPU slice that is not there, and
@@ -59,13 +60,9 @@ def parser() -> Parser:
     ranked = "rank meshes, microbatches and rematerialization that fit"
     add("--search", action="store_true", help=ranked)
     add("--compiles", type=int, default=3, help="how many that fit --search finds (3)")
-    add(
-        "--cache",
-        type=Path,
-        default=Path("~/.cache/t5x_lite/plans.json"),
-        help="where --search keeps its results",
-    )
-    add("--json", type=Path, help="write the report to this file too")
+    kept = f"where --search keeps its results ({CACHE}/plans.json)"
+    add("--cache", type=path_argument, metavar="FILE", help=kept)
+    add("--json", type=path_argument, metavar="FILE", help="write the report to this file too")
     return command
 
 
@@ -170,7 +167,7 @@ def rank_plans(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
         ways,
         args.compiles,
         lambda way: compiled.figures(way, slice_),
-        args.cache.expanduser(),
+        Path(args.cache) if args.cache else cache_folder() / "plans.json",
         console,
     )
     if not results:
@@ -182,9 +179,10 @@ def rank_plans(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
     return 0
 
 
-def write_json(path: Path | None, record: dict[str, Any]) -> None:
-    """Writes a record if there is a path for it."""
-    if path is not None:
+def write_json(file: str | None, record: dict[str, Any]) -> None:
+    """Writes a record if there is a file for it."""
+    if file is not None:
+        path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, indent=1) + "\n")
 

@@ -22,6 +22,7 @@ from t5x_lite import config
 from t5x_lite.batch import Batch, TeacherLogits
 from t5x_lite.config import aliases
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import local_path
 
 SETTINGS = "settings.json"
 UNFINISHED = ".unfinished"
@@ -66,7 +67,7 @@ class TeacherLogitsWriter:
         Raises:
           ValueError: the folder has other content, or logits with other settings.
         """
-        self.path, self.chunk = Path(path), settings["chunk"]
+        self.path, self.chunk = local_path(path), settings["chunk"]
         self.path.mkdir(parents=True, exist_ok=True)
         about = self.path / SETTINGS
         if about.exists():
@@ -159,7 +160,7 @@ class SavedTeacherLogits:
     """
 
     def __init__(self, run: config.Run, host: int = 0, hosts: int = 1):
-        self.path = Path(run.distillation.answers)
+        self.path = local_path(run.distillation.answers)
         settings = read_settings(self.path)
         check_equal_settings(settings, logits_settings(run), COMPARED, self.path)
         steps = count_steps(self.path)

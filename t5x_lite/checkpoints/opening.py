@@ -26,6 +26,7 @@ from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.paths import local_path
 
 # Where params have the draft heads of Model.draft_heads, which only our checkpoints can have.
 HEADS = "heads"
@@ -196,7 +197,7 @@ def open_checkpoint(
     Raises:
       ValueError: nothing lies there that can be read, or it is broken.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     kind = kinds.detect_kind(path)
     if kind == CheckpointKind.OURS:
         return open_run_folder(path, step, best, options)

@@ -19,6 +19,7 @@ from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.vocabularies import TokenizerJsonVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.paths import local_path
 
 # The vocabularies of a run folder, and among them its chat template.
 VOCABULARY_FOLDER = "vocabulary"
@@ -46,7 +47,7 @@ def read_text_settings(path: str | Path) -> TextSettings:
     Raises:
       ValueError: nothing lies there, or it has no tokenizer that can be read.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     kind = detect_kind(path)
     if kind == CheckpointKind.GGUF:
         return read_gguf(gguf.GgufTensors(path))
@@ -125,7 +126,7 @@ def read_named_vocabulary(name: str, extra_ids: int) -> TextSettings | None:
     Raises:
       ValueError: it is none of these, or cannot be read.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if name == "none":
         return None
     if name == "bytes":

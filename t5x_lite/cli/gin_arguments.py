@@ -6,6 +6,8 @@ import importlib
 import sys
 from typing import Any
 
+from t5x_lite.utils.paths import path_argument
+
 BINDING = "--gin."
 
 
@@ -22,7 +24,13 @@ def add_gin(
       text: what the file is for.
     """
     parser.add_argument(
-        "--gin_file", action="append", required=required, default=[], metavar="FILE", help=text
+        "--gin_file",
+        type=path_argument,
+        action="append",
+        required=required,
+        default=[],
+        metavar="FILE",
+        help=text,
     )
 
 

@@ -5,6 +5,7 @@ import argparse
 from typing import Any
 
 from t5x_lite import config
+from t5x_lite.utils.paths import path_argument
 
 DECODE = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best"),
@@ -46,6 +47,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--checkpoint",
+        type=path_argument,
         required=True,
         metavar="PATH",
         help="the MODEL_DIR of a training run, a Hugging Face folder or a .gguf file",

@@ -4,13 +4,13 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from t5x_lite import config, data
 from t5x_lite.adaptation import vocabulary_compatibility
 from t5x_lite.checkpoints.kinds import CheckpointKind
 from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
 from t5x_lite.training.loop import REPORT
+from t5x_lite.utils.paths import local_path
 
 
 def trained_model(run: config.Run, name: str, paths: Sequence[str]) -> config.Model:
@@ -56,5 +56,5 @@ def comparable_model(opened: OpenedCheckpoint, dtype: str) -> config.Model:
 
 def read_report(path: str) -> dict:
     """The report at the end of training; {} if there is none."""
-    written = Path(path) / REPORT
+    written = local_path(path) / REPORT
     return json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}

@@ -8,6 +8,7 @@ from t5x_lite.config.checked import (
     Checked,
     Count,
     CountOrZero,
+    LocalPath,
     NotNegative,
     Positive,
     Share,
@@ -57,8 +58,8 @@ class Adaptation(Checked):
         tenth of their standard deviation, or new ones drawn as for pretraining.
     """
 
-    source: str
-    encoder_source: str | None = None
+    source: LocalPath
+    encoder_source: LocalPath | None = None
     decoder_from: Literal["decoder", "encoder"] = "decoder"
     encoder_from: Literal["decoder", "encoder"] | None = None
     cross: Literal["copy", "random"] = "copy"
@@ -82,11 +83,11 @@ class Distillation(Checked):
       answers: folder that `python -m t5x_lite.distill` wrote; the teacher is then not loaded.
     """
 
-    teacher: str
+    teacher: LocalPath
     weight: ShareAboveZero = 0.5
     temperature: Positive = 1.0
     top_k: Count | None = None
-    answers: str | None = None
+    answers: LocalPath | None = None
 
     def check(self):
         require(

@@ -8,6 +8,8 @@ import types
 import typing
 from typing import Annotated, Any, Literal, NamedTuple
 
+from t5x_lite.utils.paths import check_local, expand_home
+
 # Numbers end up in int32 and float32 arrays: a larger one would wrap around or be infinite there,
 # and a nearer to 0 would be 0.
 LARGEST_INT = 2**31 - 1
@@ -78,6 +80,9 @@ ShareBelowOne = Annotated[float, Range(0, 1, open="most")]
 ShareAboveZero = Annotated[float, Range(0, 1, open="least")]
 ShareBetween = Annotated[float, Range(0, 1, open="both")]
 Finite = Annotated[float, Range()]
+# A path keeps its ~ in the text of a config, which another machine may read; MODEL_DIR may change.
+LocalPath = Annotated[str, check_local]
+ExpandedPath = Annotated[str, expand_home]
 # Bits of a random key.
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
@@ -95,6 +100,8 @@ class Checked:
                 raise ValueError(f"{wanted}; got {value!r:.200}") from None
             except OutOfRange as error:
                 raise ValueError(f"{name}{error.place} {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         self.check()
 
     def check(self) -> None:
@@ -114,10 +121,12 @@ def coerce(value: Any, hint: Any) -> Any:
     Raises:
       WrongType: the value is of another type.
       OutOfRange: it is a number outside the annotated range.
+      ValueError: it is text that the annotated function refuses.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return check_range(coerce(value, args[0]), args[1])
+        value, rule = coerce(value, args[0]), args[1]
+        return check_range(value, rule) if isinstance(rule, Range) else rule(value)
     if origin in (typing.Union, types.UnionType):
         return coerce_any(value, args)
     if origin is tuple and isinstance(value, list | tuple):

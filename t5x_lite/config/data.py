@@ -9,6 +9,7 @@ from t5x_lite.config.checked import (
     Checked,
     Count,
     CountOrZero,
+    LocalPath,
     Positive,
     Range,
     require,
@@ -20,6 +21,7 @@ from t5x_lite.config.objectives import (
     PrefixLM,
     SpanCorruption,
 )
+from t5x_lite.utils.paths import CACHE
 
 # A token and its end.
 RowLength = Annotated[int, Range(2, LARGEST_INT)]
@@ -43,7 +45,7 @@ class Vocabulary(Checked):
     """
 
     kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
-    path: str | None = None
+    path: LocalPath | None = None
     size: Count | None = None
     extra_ids: CountOrZero = 0
     names: tuple[str, ...] = ()
@@ -97,10 +99,10 @@ class Files(Checked):
     """
 
     name: str
-    train: str
+    train: LocalPath
     vocabulary: Vocabulary
-    validation: str | None = None
-    test: str | None = None
+    validation: LocalPath | None = None
+    test: LocalPath | None = None
     format: Literal["jsonl", "tsv", "text", "parquet"] | None = None
     inputs: str | None = None
     targets: str = "targets"
@@ -153,7 +155,7 @@ class Data(Checked):
     pack: bool = True
     eval_split: str = "validation"
     vocabulary: Vocabulary | None = None
-    cache_dir: str = "~/.cache/t5x_lite"
+    cache_dir: LocalPath = CACHE
     stream: bool = False
 
     def check(self):

@@ -13,6 +13,7 @@ from t5x_lite.config.checked import (
     ShareAboveZero,
     require,
 )
+from t5x_lite.utils import paths
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Decode(Checked):
     accept: str = "exact"
 
     def check(self):
+        for part in self.drafter.split("+"):  # draft:PATH, recycling:PATH
+            paths.check_local(part.partition(":")[2])
         require(
             self.n_best <= self.beams,
             f"Decode.n_best must be in 1..Decode.beams ({self.beams}); got {self.n_best}",

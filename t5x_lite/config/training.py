@@ -12,6 +12,7 @@ from t5x_lite.config.checked import (
     Count,
     CountOrZero,
     Finite,
+    LocalPath,
     NotNegative,
     Positive,
     Range,
@@ -159,7 +160,7 @@ class Checkpoint(Checked):
     keep: Count = 3
     metric: str | None = None
     higher_is_better: bool = False
-    initial: str | None = None
+    initial: LocalPath | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from t5x_lite import config
 from t5x_lite.checkpoints.text_settings import read_text_settings
@@ -17,6 +16,7 @@ from t5x_lite.data.task import Task, read_text
 from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import cache_folder, local_path
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def build_vocabulary(
     if cfg.kind == "trained":
         model = train_pieces(cfg.size, rows, source, cache_dir)
         return vocabularies.SentencePieceVocabulary(model, cfg.extra_ids)
-    path = Path(cfg.path).expanduser()
+    path = local_path(cfg.path)
     if not path.is_file():
         raise ValueError(f"Vocabulary.path {cfg.path} is not a file")
     kind = vocabularies.KINDS[cfg.kind]
@@ -204,7 +204,7 @@ def train_pieces(
       The bytes of the model's file.
     """
     identity = json.dumps([sentencepiece_training.FORMAT, size, source]).encode()
-    root = Path(cache_dir).expanduser()
+    root = cache_folder(cache_dir)
     path = root / f"pieces-{size}-{hashlib.sha256(identity).hexdigest()[:20]}.model"
     if path.exists():
         return path.read_bytes()

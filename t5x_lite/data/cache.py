@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_lite.data.corpora import TextExample
+from t5x_lite.utils.paths import cache_folder
 
 FORMAT = 2  # raised when the same source gives other ids or another order
 
@@ -187,7 +188,7 @@ def open_tokens(cache_dir: str, entry: CacheEntry) -> Tokens:
     """
     whole = json.dumps({"format": FORMAT, **entry.identity}, sort_keys=True)
     key = hashlib.sha256(whole.encode()).hexdigest()[:20]
-    root = Path(cache_dir).expanduser()
+    root = cache_folder(cache_dir)
     folder = root / f"{entry.name.replace('/', '_')}-{key}"
     if not folder.exists():
         write_folder(root, folder, entry)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
+from t5x_lite.utils.paths import local_path
 
 LEFT_OUT = "broken lines left out"
 # Of one example. A gzip file unpacks to a thousand times its size, and may be one line.
@@ -38,7 +39,7 @@ def list_paths(cfg: config.Files, split: str) -> list[Path]:
 
     Raises ValueError if the glob matches none.
     """
-    pattern = str(Path(getattr(cfg, split)).expanduser())
+    pattern = str(local_path(getattr(cfg, split)))
     matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     matches = [path for path in matches if path.is_file()]
     if not matches:

@@ -9,6 +9,7 @@ from pathlib import Path
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
 from t5x_lite.demo.limits import Limits
+from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
 examples:
@@ -35,6 +36,7 @@ def parser() -> Parser:
     add = command.add_argument
     add(
         "--checkpoint",
+        type=path_argument,
         action="append",
         required=True,
         metavar="PATH",

@@ -4,11 +4,11 @@
 import ctypes
 import os
 import sys
-from pathlib import Path
 
 import jax
 
-COMPILED_FOLDER = "~/.cache/t5x_lite/xla"
+from t5x_lite.utils.paths import cache_folder
+
 # Names and numbers of glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
@@ -28,10 +28,10 @@ def keep_freed() -> None:
     option(ARENA_MAX, 1)  # the arenas of other threads are too small for what is large
 
 
-def keep_compiled(folder: str = COMPILED_FOLDER) -> None:
-    """Makes jax keep compiled programs in a folder, so that a second start is quick."""
+def keep_compiled() -> None:
+    """Makes jax keep compiled programs in the user's cache, so that a second start is quick."""
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     # The default of one second leaves out most of what the start of a small run compiles.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -5,7 +5,6 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
@@ -17,6 +16,7 @@ from t5x_lite.checkpoints import checkpoint_io
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.training import model_dir, setup
 from t5x_lite.training.losses import distillation
+from t5x_lite.utils.paths import local_path
 
 
 def write_teacher_logits(
@@ -47,7 +47,7 @@ def write_teacher_logits(
     batches = data.open_batches(run.data, run.model.layout, run.train.batch_size, run.seed)
     vocabularies = data.open_dataset(run.data, "train").vocabularies
     teacher = teachers.open_teacher(run, vocabularies)
-    with model_dir.lock_folder(Path(output)):
+    with model_dir.lock_folder(local_path(output)):
         params = teacher.params()
         settings = teacher_logits.logits_settings(run)
         settings |= {"chunk": chunk, "weights": weights_digest(params)}

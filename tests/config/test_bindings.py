@@ -81,7 +81,7 @@ def test_a_run_that_was_saved_is_read_whatever_it_binds():
 @pytest.mark.parametrize(
     "text",
     [
-        *("2024-06-01", "3b", "../runs/a b", ".hidden", "..", "-x", "(old) run", "~/runs/x"),
+        *("2024-06-01", "3b", "../runs/a b", ".hidden", "..", "-x", "(old) run", "runs/~x"),
         *("a # b", "3 # b", "1,2", "{a", "[1,", "'half", "007", "1e", "it's", "true", "a=b"),
         *("a\\b", 'say "hi"', "naïve", "100%", "a@b", "nan", "-", ".", "0x", "1 2", "1\nimport os"),
     ],

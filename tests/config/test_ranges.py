@@ -65,7 +65,7 @@ def numbers(hint: Any, wrap=lambda value: value) -> typing.Iterator[Number]:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in (int, float):
         yield Number(wrap, hint, None)
-    elif origin is Annotated:
+    elif origin is Annotated and inner[0] is not str:
         yield Number(wrap, *inner)
     elif origin is tuple:
         yield from numbers(inner[0], lambda value: wrap((value, value)))

@@ -29,9 +29,9 @@ from t5x_lite.decoding.adaptive.drafter import CostModel
 from t5x_lite.decoding.protocol import Target
 from t5x_lite.decoding.request import Request, bucket_length
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import cache_folder, local_path
 
 VARIABLE = "T5X_LITE_COSTS"
-DEFAULT = "~/.cache/t5x_lite/costs.json"
 # Least number of steps of a measurement, and how often each width is measured, in turns; the
 # shortest time counts.
 STEPS, ROUNDS = 8, 3
@@ -259,7 +259,8 @@ def cache_key(
 
 def cache_path() -> Path:
     """Path of the table: T5X_LITE_COSTS in the environment, or in the user's cache."""
-    return Path(os.environ.get(VARIABLE) or DEFAULT).expanduser()
+    named = os.environ.get(VARIABLE)
+    return local_path(named) if named else cache_folder() / "costs.json"
 
 
 def read_table(path: Path) -> dict[str, list[float]]:

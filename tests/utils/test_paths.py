@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of typed paths: ~ is the home folder and an address is refused, at every door."""
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import re
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+
+from t5x_lite import __main__ as front
+from t5x_lite import config, interactive
+from t5x_lite.checkpoints import opening, text_settings
+from t5x_lite.config import gin_check, gin_file
+from t5x_lite.config.checked import field_types
+from t5x_lite.data import built_in, files
+from t5x_lite.kernels import tile_table
+from t5x_lite.utils import paths
+
+G2P = ["configs/runs/g2p.gin"]
+FILES = config.Files("mine", "~/train.jsonl", config.Vocabulary("bytes"))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def texts(hint: Any) -> typing.Iterator[tuple[Any, ...]]:
+    """The functions that check each text of an annotation."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is str:
+        yield ()
+    elif origin is Annotated and inner[0] is str:
+        yield inner[1:]
+    elif origin is not typing.Literal:
+        for each in inner:
+            yield from texts(each)
+
+
+def path_fields() -> list[tuple[type, str]]:
+    checks = ((paths.check_local,), (paths.expand_home,))
+    return [
+        (owner, name)
+        for owner in map(vars(config).get, gin_check.dataclass_names())
+        for name, hint in field_types(owner).items()
+        if any(each in checks for each in texts(hint))
+    ]
+
+
+def test_a_field_that_describes_a_file_is_a_path():
+    described = set()
+    for owner in map(vars(config).get, gin_check.dataclass_names()):
+        document = inspect.getdoc(owner)
+        for name, hint in field_types(owner).items():
+            text = re.search(rf"^  {name}: ((?:.|\n    )*)", document, re.MULTILINE)
+            words = re.match(r"(a |the )?(folder|files?|checkpoints?|path)\b", text[1])
+            if words and list(texts(hint)):
+                described.add((owner, name))
+    marked = {(owner, name) for owner, name in path_fields()}
+    assert described <= marked and len(marked) == 12
+
+
+@pytest.mark.parametrize(
+    "binding, name",
+    [
+        ("MODEL_DIR=gs://bucket/run", "Run.model_dir"),
+        ("INITIAL_CHECKPOINT_PATH=s3://bucket/run", "Checkpoint.initial"),
+        ("config.Data.cache_dir=gs://bucket/cache", "Data.cache_dir"),
+        ("config.Decode.drafter=lookup+draft:gs://bucket/run", "gs://bucket/run is an address"),
+        ("MODEL_DIR=HTTPS://host/run", "download it first"),
+        ("MODEL_DIR=file:///tmp/run", "leave out file://"),
+        ("MODEL_DIR=hf://google/t5", "hf download"),
+        ("MODEL_DIR=", "Run.model_dir: the path is empty"),
+    ],
+)
+def test_an_address_is_refused_when_a_config_loads_with_its_remedy(binding, name):
+    with pytest.raises(gin_file.ConfigError) as raised:
+        gin_file.load_run(G2P, [binding])
+    message = str(raised.value)
+    assert name in message and message.count("\n") == 0
+    assert "://" not in binding or "is an address, not a path of this machine" in message
+    assert "bucket" not in binding or "mount the bucket first" in message
+
+
+@pytest.mark.parametrize("owner, name", path_fields())
+def test_every_path_of_a_config_refuses_an_address(owner, name):
+    sample = {
+        config.Run: config.Run("x", config.Model(2, None, config.Stack(1, 2, 1, 2, 2))),
+        config.Files: FILES,
+        config.Data: config.Data("cmudict_g2p", {"targets": 8}),
+        config.Vocabulary: config.Vocabulary("bytes"),
+        config.Adaptation: config.Adaptation("x"),
+        config.Distillation: config.Distillation("x", top_k=3),
+    }.get(owner) or owner()
+    value: Any = "gs://bucket/x"
+    if owner is config.Compare:
+        value = {"encoder_decoder": (value,) * sample.seeds}
+    with pytest.raises(ValueError, match=rf"{owner.__name__}.{name}: gs://bucket/x is an address"):
+        dataclasses.replace(sample, **{name: value})
+
+
+def test_model_dir_is_in_the_home_folder_and_other_paths_keep_their_text(home):
+    run = gin_file.load_run(G2P, ["MODEL_DIR=~/run", "INITIAL_CHECKPOINT_PATH=~/first"])
+    assert run.model_dir == str(home / "run")
+    # Another machine has another home folder, and reads the same config.
+    assert run.checkpoint.initial == "~/first" and "~/first" in gin_file.to_text(run)
+    assert gin_file.from_text(gin_file.to_text(run)) == run
+
+
+def test_readers_of_a_config_look_in_the_home_folder(home, capsys):
+    for name in ("a", "b"):
+        (home / f"{name}.jsonl").write_text("{}\n")
+    every = dataclasses.replace(FILES, train="~/*.jsonl")
+    assert [path.name for path in files.list_paths(every, "train")] == ["a.jsonl", "b.jsonl"]
+    (home / "run.gin").write_text('include "~/part.gin"\n')
+    (home / "part.gin").write_text('include "runs/g2p.gin"\nconfig.Run.seed = 5\n')
+    assert gin_file.load_run("~/run.gin").seed == 5
+    for read in (interactive.load, opening.open_checkpoint, text_settings.read_text_settings):
+        with pytest.raises(ValueError, match=f"There is no {home}/nowhere"):
+            read("~/nowhere")
+        with pytest.raises(ValueError, match="is an address, not a path of this machine"):
+            read("gs://bucket/run")
+    vocabulary = config.Vocabulary("sentencepiece", path="~/a.jsonl")
+    with pytest.raises(ValueError, match="not a model of kind sentencepiece"):
+        built_in.build_vocabulary(vocabulary, lambda: iter(()), "", "~/cache")
+
+
+def actions(parser: argparse.ArgumentParser) -> typing.Iterator[argparse.Action]:
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from actions(each)
+
+
+@pytest.mark.parametrize("command", front.COMMANDS)
+def test_every_option_that_is_a_path_is_read_as_one(command, home):
+    parser = importlib.import_module(front.COMMANDS[command][0]).parser()
+    for action in actions(parser):
+        if action.metavar in ("PATH", "FILE", "DIR"):
+            assert action.type is paths.path_argument, action.option_strings
+    assert paths.path_argument("~/x") == str(home / "x") and paths.path_argument("-") == "-"
+    with pytest.raises(argparse.ArgumentTypeError, match="mount the bucket first"):
+        paths.path_argument("gs://bucket/x")
+
+
+def test_a_home_folder_that_cannot_be_written_has_a_temporary_cache(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("HOME", str(file))
+    monkeypatch.delenv(tile_table.TABLE_VARIABLE, raising=False)
+    paths.temporary_cache.cache_clear()
+    folder = paths.cache_folder()
+    assert folder.is_dir() and paths.cache_folder() == folder
+    assert tile_table.table_path() == folder / "tiles.json"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{paths.CACHE} cannot be written") and str(folder) in line
+    assert paths.cache_folder(str(tmp_path / "named")) == tmp_path / "named"
+    paths.temporary_cache.cache_clear()
+
+
+def test_the_cache_is_in_the_home_folder(home):
+    assert paths.cache_folder() == Path(home, ".cache/t5x_lite")
+    assert paths.cache_folder("~/other") == home / "other"
