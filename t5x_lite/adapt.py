@@ -8,7 +8,9 @@ from typing import Any
 
 from t5x_lite import config
 from t5x_lite.cli.command import Command
+from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
+from t5x_lite.config.checked import CountOrZero, Seed, Share
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -53,25 +55,16 @@ def parser() -> Parser:
         metavar="PATH",
         help=f"where the decoder comes from: {kinds}",
     )
-    add(
-        "--output",
-        type=path_argument,
-        required=True,
-        metavar="PATH",
-        help="the run folder to write",
-    )
+    written = "the run folder to write"
+    add("--output", type=path_argument, required=True, metavar="PATH", help=written)
     add(
         "--to",
         choices=("encoder_decoder", "decoder_only", "encoder_only"),
         default="encoder_decoder",
         help="architecture of the output (default: encoder_decoder)",
     )
-    add(
-        "--encoder_source",
-        type=path_argument,
-        metavar="PATH",
-        help="where the encoder comes from (--source)",
-    )
+    encoder = "where the encoder comes from (--source)"
+    add("--encoder_source", type=path_argument, metavar="PATH", help=encoder)
     add(
         "--cross",
         choices=("copy", "random", "merged"),
@@ -81,14 +74,14 @@ def parser() -> Parser:
     )
     add(
         "--cross_scale",
-        type=float,
+        type=number_parser(Share),
         default=1.0,
         metavar="S",
         help="scale of cross-attention's output at the start: small or 0 for models without norms "
         "after the sublayers, such as Llama's",
     )
     add("--dry_run", action="store_true", help="print what would happen, write nothing")
-    add("--seed", type=int, default=0, metavar="N", help="seed of new weights (0)")
+    add("--seed", type=number_parser(Seed), default=0, metavar="N", help="seed of new weights (0)")
     add_vocabulary(command.add_argument_group("vocabulary and embeddings"))
     return command
 
@@ -96,7 +89,13 @@ def parser() -> Parser:
 def add_vocabulary(group) -> None:
     """Adds the options of vocabulary and embeddings to a group."""
     add = group.add_argument
-    add("--sentinels", type=int, default=0, metavar="N", help="sentinels to add (T5 has 100)")
+    add(
+        "--sentinels",
+        type=number_parser(CountOrZero),
+        default=0,
+        metavar="N",
+        help="sentinels to add (T5 has 100)",
+    )
     add(
         "--names",
         default="",
@@ -122,7 +121,12 @@ def add_vocabulary(group) -> None:
         help="if the source has none: a SentencePiece .model, a tokenizer.json, a folder with "
         "one, bytes; or none, to adapt the weights alone",
     )
-    add("--eoi", type=int, metavar="ID", help="the id with a row that is not scaled (T5Gemma 2)")
+    add(
+        "--eoi",
+        type=number_parser(CountOrZero),
+        metavar="ID",
+        help="the id with a row that is not scaled (T5Gemma 2)",
+    )
 
 
 def adapt(args: argparse.Namespace) -> None:

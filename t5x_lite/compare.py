@@ -42,22 +42,25 @@ def parser() -> Parser:
 
 def compare(args: argparse.Namespace) -> None:
     """Prints the twins; trains and measures what is left, and writes the report."""
-    from t5x_lite.config import gin_file
+    from t5x_lite import data
 
-    run = gin_file.load_run(args.gin_file, args.bindings)
+    run = data.load_run(args.gin_file, args.bindings)
     config.require(
         run.compare is not None and run.train is not None,
         "the config compares nothing: bind config.Run.compare = @config.Compare(), as "
         "configs/runs/compare_g2p.gin does, in a run that trains",
     )
     from t5x_lite import sharding
-    from t5x_lite.comparison import measurements, report, twins
+    from t5x_lite.comparison import measurements, quality, report, twins
     from t5x_lite.model import quantization
     from t5x_lite.training import host
 
     for name in run.compare.quantized:  # a misspelled one fails now, not after hours of training
         quantization.parse_quantization(name)
-    host.keep_compiled()
+    for name in run.compare.drafters:
+        quality.drafter_settings(run, name)
+    host.prepare_jax()
+    run = host.with_device_dtype(run, args.gin_file, args.bindings)
     sharding.use_mesh(run.mesh)
     family = twins.make_family(run)
     rows = [measurements.describe_twin(run, twin) for twin in family]

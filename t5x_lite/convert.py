@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite.cli.command import Command
+from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
+from t5x_lite.config.checked import CountOrZero
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -90,7 +92,12 @@ def add_special(group) -> None:
         metavar="SIZE",
         help="most bytes of a safetensors file, such as 500MB (default: 5GB)",
     )
-    add("--step", type=int, metavar="N", help="the checkpoint of this step (the newest)")
+    add(
+        "--step",
+        type=number_parser(CountOrZero),
+        metavar="N",
+        help="the checkpoint of this step (the newest)",
+    )
     add(
         "--model",
         type=path_argument,
@@ -106,7 +113,7 @@ def add_special(group) -> None:
     )
     add(
         "--extra_ids",
-        type=int,
+        type=number_parser(CountOrZero),
         default=0,
         metavar="N",
         help="sentinels on top of --vocabulary (T5's have 100)",

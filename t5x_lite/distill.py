@@ -12,9 +12,11 @@ from typing import Any
 
 from t5x_lite.cli import gin_arguments, inference, options
 from t5x_lite.cli.command import Command
+from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source
+from t5x_lite.config.checked import Count
 from t5x_lite.utils.paths import path_argument
 
 DESCRIPTION = """\
@@ -87,8 +89,19 @@ def add_answers(command: Parser) -> None:
         metavar="DIR",
         help="the folder to write (default: Distillation.answers)",
     )
-    add("--steps", type=int, metavar="N", help="how many steps (default: Train.steps)")
-    add("--chunk", type=int, default=16, metavar="N", help="steps per file (default: 16)")
+    add(
+        "--steps",
+        type=number_parser(Count),
+        metavar="N",
+        help="how many steps (default: Train.steps)",
+    )
+    add(
+        "--chunk",
+        type=number_parser(Count),
+        default=16,
+        metavar="N",
+        help="steps per file (default: 16)",
+    )
 
 
 def add_generate(command: Parser) -> None:
@@ -134,18 +147,17 @@ def distill(args: argparse.Namespace) -> None:
 
 def write_answers(args: argparse.Namespace) -> None:
     """Writes the answers of a run's teacher to its batches."""
-    from t5x_lite import config
-    from t5x_lite.config import gin_file
+    from t5x_lite import config, data
 
-    run = gin_file.load_run(args.gin_file, args.bindings)
+    run = data.load_run(args.gin_file, args.bindings)
     from t5x_lite.training import host, write_teacher_logits
 
     write_teacher_logits.check_run(run)
     output = args.output or run.distillation.answers
     config.require(output, "--output names the folder to write")
     steps = run.train.steps if args.steps is None else args.steps
-    config.require(steps >= 1 and args.chunk >= 1, "--steps and --chunk are at least 1")
-    host.keep_compiled()
+    host.prepare_jax()
+    run = host.with_device_dtype(run, args.gin_file, args.bindings)
     with contextlib.ExitStack() as stack:
 
         def begin(done: int, size: int) -> Progress:
@@ -189,9 +201,8 @@ def open_inputs(args: argparse.Namespace) -> tuple[Iterator[Record], int | None,
         source = Source(args.input, args.input.endswith(".jsonl"), args.field)
         return source.records(), source.count(), source.digest()
     from t5x_lite import config, data
-    from t5x_lite.config import gin_file
 
-    run = gin_file.load_run(args.gin_file, args.bindings)
+    run = data.load_run(args.gin_file, args.bindings)
     config.require(run.data is not None, "The run of --gin_file has no Data")
     dataset = data.open_dataset(run.data, args.split)
     config.require(

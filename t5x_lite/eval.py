@@ -10,8 +10,10 @@ from typing import Any
 from t5x_lite import config
 from t5x_lite.cli import gin_arguments, options
 from t5x_lite.cli.command import Command
+from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
+from t5x_lite.config.checked import CountOrZero
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import path_argument
 
@@ -47,11 +49,27 @@ def parser() -> Parser:
     group = command.add_argument_group("measurements")
     add = group.add_argument
     add("--split", metavar="NAME", help="which split (default: the run's Data.eval_split)")
-    add("--examples", type=int, metavar="N", help="decode the first N examples only; 0 for none")
-    add("--batches", type=int, metavar="N", help="losses over N batches only; 0 for none")
+    add(
+        "--examples",
+        type=number_parser(CountOrZero),
+        metavar="N",
+        help="decode the first N examples only; 0 for none",
+    )
+    add(
+        "--batches",
+        type=number_parser(CountOrZero),
+        metavar="N",
+        help="losses over N batches only; 0 for none",
+    )
     add("--metrics", metavar="A,B", help="which metrics (default: those of the task)")
     add("--json", type=path_argument, metavar="FILE", help="write the numbers to FILE as well")
-    add("--show", type=int, default=5, metavar="N", help="print N predictions (default 5)")
+    add(
+        "--show",
+        type=number_parser(CountOrZero),
+        default=5,
+        metavar="N",
+        help="print N predictions (default 5)",
+    )
     data = (
         "measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "
         "--gin.NAME=VALUE sets a macro or a field of it"
@@ -68,7 +86,7 @@ def measure(args: argparse.Namespace) -> None:
     from t5x_lite.evaluation.evaluate import Evaluator
     from t5x_lite.training import host
 
-    host.keep_compiled()
+    host.prepare_jax()
     opened = open_checkpoint(args.checkpoint, args.step, args.best)
     restored = opened.load(args.mesh, args.quantize)
     run = with_options(with_data(restored.run, requested, args.checkpoint), args)

@@ -244,7 +244,7 @@ def load(
     from t5x_lite.evaluation import predict
     from t5x_lite.training import host
 
-    host.keep_compiled()
+    host.prepare_jax()
     restored = open_checkpoint(path, step, best).load(mesh, quantize)
     run = restored.run
     predictor = predict.Predictor(

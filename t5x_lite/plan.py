@@ -10,8 +10,10 @@ from typing import Any
 from t5x_lite import config
 from t5x_lite.cli import gin_arguments
 from t5x_lite.cli.command import Command
+from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import stderr_console
+from t5x_lite.config.checked import Count, NotNegative
 from t5x_lite.utils import exit_status
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import CACHE, cache_folder, path_argument
@@ -53,13 +55,22 @@ def parser() -> Parser:
     chips.add_argument("--chips", help="chips to calculate for, without compiling: h100x8 ...")
     add = command.add_argument
     add("--decode", action="store_true", help="plan a step of decoding instead")
-    add("--decode_rows", type=int, default=64, help="rows at once (64)")
-    add("--decode_length", type=int, help="new tokens of a row (Decode.max_new_tokens)")
-    add("--price", type=float, help="price of one chip for an hour")
+    add("--decode_rows", type=number_parser(Count), default=64, help="rows at once (64)")
+    add(
+        "--decode_length",
+        type=number_parser(Count),
+        help="new tokens of a row (Decode.max_new_tokens)",
+    )
+    add("--price", type=number_parser(NotNegative), help="price of one chip for an hour")
     add("--parameters", action="store_true", help="list where every parameter is placed")
     ranked = "rank meshes, microbatches and rematerialization that fit"
     add("--search", action="store_true", help=ranked)
-    add("--compiles", type=int, default=3, help="how many that fit --search finds (3)")
+    add(
+        "--compiles",
+        type=number_parser(Count),
+        default=3,
+        help="how many that fit --search finds (3)",
+    )
     kept = f"where --search keeps its results ({CACHE}/plans.json)"
     add("--cache", type=path_argument, metavar="FILE", help=kept)
     add("--json", type=path_argument, metavar="FILE", help="write the report to this file too")
@@ -68,9 +79,9 @@ def parser() -> Parser:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Plans or searches, as the options say; returns the exit status."""
-    from t5x_lite.config import gin_file
+    from t5x_lite import data
 
-    run = gin_file.load_run(args.gin_file, args.bindings)
+    run = data.load_run(args.gin_file, args.bindings)
     check_options(args, run)
     # Before jax is imported: libtpu reads its environment once.
     from t5x_lite.planning import preparing
@@ -91,10 +102,6 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace, run: config.Run) -> None:
     """Raises ValueError for what cannot be planned."""
-    if args.price is not None and args.price < 0:
-        raise ValueError(f"--price={args.price} cannot be negative")
-    if args.decode_rows < 1 or (args.decode_length or 1) < 1 or args.compiles < 1:
-        raise ValueError("--decode_rows, --decode_length and --compiles must be at least 1")
     if args.decode and (args.search or args.chips):
         raise ValueError("--decode is compiled for a --topology, without --search")
     if args.chips and (args.search or args.parameters):

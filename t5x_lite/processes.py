@@ -30,6 +30,7 @@ PATIENCE = 24 * 3600
 # Substrings of errors of collectives, barriers and the key-value store; not of out-of-memory.
 SIGNS_OF_LOSS = ("Gloo", "CoordinationService", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 TPU_VENDOR = "0x1ae0"  # Google's PCI vendor id
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 BOARD, TALK = "t5x_lite/", "t5x_lite_talk/"
 GO_ON = "The same command, in all processes, goes on from the newest checkpoint"
 talks = itertools.count()
@@ -93,9 +94,7 @@ def parse_rendezvous(args: argparse.Namespace) -> Rendezvous | None:
     return rendezvous if rendezvous.processes > 1 else None
 
 
-def detect_cluster(
-    environment: Mapping[str, str], devices: Path = Path("/sys/bus/pci/devices")
-) -> str | None:
+def detect_cluster(environment: Mapping[str, str], devices: Path = PCI_DEVICES) -> str | None:
     """Detects a cluster that JAX supports: "slurm", "kubernetes" or "tpu"; None elsewhere.
 
     None also for a job of one process and for JAX_PLATFORMS without tpu.
@@ -109,8 +108,12 @@ def detect_cluster(
         return "tpu" if several or "MEGASCALE_COORDINATOR_ADDRESS" in environment else None
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "kubernetes"
-    vendors = devices.glob("*/vendor")
-    return "tpu" if any(path.read_text().strip() == TPU_VENDOR for path in vendors) else None
+    return "tpu" if has_tpu(devices) else None
+
+
+def has_tpu(devices: Path = PCI_DEVICES) -> bool:
+    """True if a TPU is on the bus of this machine."""
+    return any(path.read_text().strip() == TPU_VENDOR for path in devices.glob("*/vendor"))
 
 
 def connect(rendezvous: Rendezvous, command: str) -> None:

@@ -17,7 +17,8 @@ examples:
   python -m t5x_lite.train --gin_file=configs/runs/g2p.gin --gin.MODEL_DIR=runs/g2p
       the whole run
   ... --dry_run
-      the resolved config, parameter count, shapes and placement; trains nothing, writes nothing
+      the resolved config, parameter count, shapes and placement, and all that the run would refuse
+      before its first step; trains nothing, writes nothing to MODEL_DIR
   ... --gin.TRAIN_STEPS=100 --gin.config.Schedule.peak=0.003
       --gin.NAME=VALUE sets any macro or field of the config; strings need no extra quotes
   ... --import=my_tasks
@@ -46,6 +47,9 @@ def parser() -> Parser:
     gin_arguments.add_gin(command)
     processes.add_arguments(command)
     command.add_argument("--dry_run", action="store_true", help="print what would be trained")
+    command.add_argument(
+        "--try_memory", action="store_true", help="train even if memory seems to be too small"
+    )
     command.add_argument("--profile", action="store_true", help="write a profiler trace")
     return command
 
@@ -59,22 +63,24 @@ def train(args: argparse.Namespace) -> int:
 
 def train_here(args: argparse.Namespace) -> int:
     """Trains in this process; returns the exit status."""
-    from t5x_lite.config import gin_file
+    from t5x_lite import data
 
-    run = gin_file.load_run(args.gin_file, args.bindings)
+    run = data.load_run(args.gin_file, args.bindings)
     # After the config is read: a misspelled name is reported before jax takes its seconds.
     from t5x_lite.checkpoints import manager
-    from t5x_lite.training import host, loop, preemption
+    from t5x_lite.training import host, loop, preemption, preflight
     from t5x_lite.training.reporting import dry_run
 
     host.keep_freed()
-    host.keep_compiled()
+    host.prepare_jax()
+    run = host.with_device_dtype(run, args.gin_file, args.bindings)
     if args.dry_run:
         print(dry_run.describe_run(run))
+        preflight.check_run(run, print, args.try_memory)
         return 0
     manager.quiet_writer_logs()
     try:
-        loop.train(run, profile=args.profile)
+        loop.train(run, profile=args.profile, try_memory=args.try_memory)
     except preemption.Interrupted as error:
         # A good end for the other processes, which end after the same step.
         return COMMAND.interrupted(error)

@@ -5,7 +5,9 @@ import argparse
 
 from t5x_lite.cli import gin_arguments
 from t5x_lite.cli.command import Command
+from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
+from t5x_lite.config.checked import Count
 
 DESCRIPTION = """\
 Measures which blocks make flash attention fastest on the TPU at hand, and remembers them. For every
@@ -29,17 +31,29 @@ def parser() -> Parser:
     gin_arguments.add_gin(command)
     add = command.add_argument
     blocks = "lengths of a block to try, multiples of 128 (256 512 1024)"
-    add("--blocks", type=int, nargs="+", default=[256, 512, 1024], metavar="N", help=blocks)
-    add("--repeats", type=int, default=10, metavar="N", help="passes of each pair, in turns (10)")
+    add(
+        "--blocks",
+        type=number_parser(Count),
+        nargs="+",
+        default=[256, 512, 1024],
+        metavar="N",
+        help=blocks,
+    )
+    add(
+        "--repeats",
+        type=number_parser(Count),
+        default=10,
+        metavar="N",
+        help="passes of each pair, in turns (10)",
+    )
     return command
 
 
 def tune(args: argparse.Namespace) -> None:
     """Measures the blocks of a run and adds them to the table."""
-    from t5x_lite import config
-    from t5x_lite.config import gin_file
+    from t5x_lite import config, data
 
-    run = gin_file.load_run(args.gin_file, args.bindings)
+    run = data.load_run(args.gin_file, args.bindings)
     config.require(
         run.train is not None and run.data is not None,
         "The config does not train: add a file of configs/runs such as "
@@ -49,7 +63,6 @@ def tune(args: argparse.Namespace) -> None:
         all(block >= 128 and block % 128 == 0 for block in args.blocks),
         "--blocks must be multiples of 128",
     )
-    config.require(args.repeats >= 1, "--repeats must be at least 1")
     from t5x_lite.kernels import api as kernels
     from t5x_lite.kernels import tile_table
     from t5x_lite.training import tune_attention

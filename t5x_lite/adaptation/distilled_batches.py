@@ -155,12 +155,26 @@ def make_distilled_batches(
     Raises:
       ValueError: the teacher, or its saved logits, do not match the run.
     """
-    if run.distillation is None:
+    source = check_teacher(run, vocabularies)
+    if source is None:
         return DistillationData(batches, None)
-    if run.distillation.answers is not None:
-        answered = SavedTeacherLogits(run, *sharding.batch_share())
-        return DistillationData(DistilledBatches(batches, answered), None)
-    teacher = open_teacher(run, vocabularies)
+    if isinstance(source, SavedTeacherLogits):
+        return DistillationData(DistilledBatches(batches, source), None)
     return DistillationData(
-        DistilledBatches(batches, TeacherBatchBuilder(teacher.model, teacher.size)), teacher
+        DistilledBatches(batches, TeacherBatchBuilder(source.model, source.size)), source
     )
+
+
+def check_teacher(
+    run: config.Run, vocabularies: tuple[TextVocabulary, TextVocabulary]
+) -> Teacher | SavedTeacherLogits | None:
+    """Opens the teacher of a run, or its saved logits; reads no weight. None without a teacher.
+
+    Raises:
+      ValueError: they do not match the run.
+    """
+    if run.distillation is None:
+        return None
+    if run.distillation.answers is not None:
+        return SavedTeacherLogits(run, *sharding.batch_share())
+    return open_teacher(run, vocabularies)

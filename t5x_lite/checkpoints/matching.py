@@ -106,7 +106,8 @@ class ConversionPlan:
                     f"{location} does not fit the model in {len(lines)} places:",
                     *lines[:SHOWN],
                     *rest,
-                    "--dry_run prints all of it; what may be left out is named by --allow=PATTERN.",
+                    f"python -m t5x_lite.convert --from={location} --to=FOLDER --dry_run prints "
+                    "all of it, and its --allow=PATTERN names what may be missing or left over.",
                 ]
             )
         )

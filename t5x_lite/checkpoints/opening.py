@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5x_lite import config, model, sharding
-from t5x_lite.checkpoints import kinds, manager, run_folder, tensors, text_settings, weights
+from t5x_lite.checkpoints import (
+    checkpoint_io,
+    kinds,
+    manager,
+    run_folder,
+    tensors,
+    text_settings,
+    weights,
+)
 from t5x_lite.checkpoints.formats import gguf, t5x, t5x_files
 from t5x_lite.checkpoints.kinds import CheckpointKind
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
-from t5x_lite.checkpoints.weights import Weights
+from t5x_lite.checkpoints.weights import HEADS, Weights
 from t5x_lite.config import gin_file
 from t5x_lite.model import quantization
 from t5x_lite.tokenizers import errors
@@ -27,9 +35,6 @@ from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.paths import local_path
-
-# Where params have the draft heads of Model.draft_heads, which only our checkpoints can have.
-HEADS = "heads"
 
 
 class ConversionOptions(NamedTuple):
@@ -162,21 +167,35 @@ class OpenedCheckpoint:
         """
         if self.tensors is None:
             arrays, _ = manager.load_params(self.path, step=None if self.newest else self.step)
-            if HEADS not in arrays:
-                shapes = {name: part for name, part in shapes.items() if name != HEADS}
-            return weights.place_arrays(shapes, arrays, self.path, cast=True)
+            return weights.place_arrays(
+                weights.with_heads(shapes, arrays), arrays, self.path, cast=True
+            )
         trunk = dataclasses.replace(cfg, draft_heads=None)
-        mapped = self.tensors._replace(model=trunk)
-        if self.kind == CheckpointKind.T5X:
-            names = mapped.source.names
-            mapped = mapped._replace(entries=t5x.entries_to_read(trunk, names))
-        params = weights.place_weights(mapped.weights(), trunk)
+        params = weights.place_weights(self.weights_for(trunk), trunk)
         different = "" if self.assumed else list_differences(self.model, trunk)
         if different:
             warnings.warn(
                 f"{self.path} was made with {different}; this run has others", stacklevel=2
             )
         return params
+
+    def check_fits(self, cfg: config.Model, shapes: dict[str, Any]) -> None:
+        """Raises ValueError where `params_for` would by the shapes alone; reads no weight."""
+        if self.tensors is not None:
+            self.weights_for(dataclasses.replace(cfg, draft_heads=None))
+            return
+        folder = self.path / manager.FOLDER / str(self.step)
+        stored = checkpoint_io.stored_shapes(checkpoint_io.read_metadata(folder), "params")
+        shapes = weights.with_heads(shapes, {name.split(".")[0] for name in stored})
+        weights.check_arrays(stored, shapes, self.path)
+
+    def weights_for(self, trunk: config.Model) -> Weights:
+        """Another library's tensors as weights of a run's model without draft heads."""
+        mapped = self.tensors._replace(model=trunk)
+        if self.kind == CheckpointKind.T5X:
+            names = mapped.source.names
+            mapped = mapped._replace(entries=t5x.entries_to_read(trunk, names))
+        return mapped.weights()
 
 
 def open_checkpoint(

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from t5x_lite.checkpoints.matching import ConversionPlan, Leaf, WeightMapping
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.tokenizers.errors import SourceError
 
+# Where params have the draft heads of Model.draft_heads, which only our checkpoints can have.
+HEADS = "heads"
 # Bit pattern of +inf; larger patterns are NaN.
 EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 # Numbers in one block of rows at most.
@@ -100,7 +102,7 @@ class ConvertedWeights:
         if not self.is_allowed(mapping.theirs) and not is_finite(values):
             raise SourceError(
                 f"{self.location}: {mapping.theirs} has values that are NaN or infinite. If that "
-                f"is meant, pass --allow={mapping.theirs}"
+                f"is meant, python -m t5x_lite.convert --allow={mapping.theirs} takes them"
             )
         return transforms.read_weight(values, mapping.layer_entry, mapping.axes, mapping.sizes)
 
@@ -192,7 +194,8 @@ def check_duplicates(
         if not equal_bits(source.read(name), source.read(twin)):
             raise SourceError(
                 f"{name} should be the same as {twin} in this family, but it is not: one of them "
-                f"would be lost. If that is meant, pass --allow={name}"
+                f"would be lost. If that is meant, python -m t5x_lite.convert --allow={name} drops "
+                f"{name}"
             )
 
 
@@ -212,7 +215,7 @@ def cast_weight(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = values.astype(dtype)
     if not is_finite(cast) and is_finite(values):
-        raise SourceError(f"{path} has values too large for {dtype}: convert without --dtype")
+        raise SourceError(f"{path} has values too large for {dtype}: take a wider dtype")
     return cast
 
 
@@ -245,6 +248,27 @@ def place_weights(weights: Weights, cfg: config.Model, dtype: str | None = None)
     return jax.tree.unflatten(jax.tree.structure(shapes), placed)
 
 
+def with_heads(shapes: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """Shapes of a model, of its draft heads only where the checkpoint has stored some."""
+    return {name: part for name, part in shapes.items() if name != HEADS or name in stored}
+
+
+def check_arrays(
+    stored: dict[str, tuple[int, ...]], shapes: dict[str, Any], path: str | Path
+) -> None:
+    """Compares the arrays of a checkpoint with those of a model.
+
+    Args:
+      stored: shapes of the arrays by dotted name.
+      shapes: a jax.ShapeDtypeStruct for each weight, as `model.shapes` has them.
+      path: the checkpoint, for the message.
+
+    Raises:
+      CheckpointMismatchError: they are of another model; the arrays that differ are named.
+    """
+    checkpoint_io.check_shapes(stored, flatten_tree(shapes), f"{path} is of another model")
+
+
 def place_arrays(
     shapes: dict[str, Any], arrays: dict[str, Any], path: str | Path, cast: bool = False
 ) -> dict[str, Any]:
@@ -262,8 +286,7 @@ def place_arrays(
     Raises:
       CheckpointMismatchError: they are of another model; the arrays that differ are named.
     """
-    stored = {name: array.shape for name, array in flatten_tree(arrays).items()}
-    checkpoint_io.check_shapes(stored, flatten_tree(shapes), f"{path} is of another model")
+    check_arrays({name: array.shape for name, array in flatten_tree(arrays).items()}, shapes, path)
 
     def place(shape: jax.ShapeDtypeStruct, array: np.ndarray) -> jax.Array:
         array = np.asarray(array, shape.dtype) if cast else array

@@ -2,9 +2,20 @@
 """Options that several commands share: the checkpoint, and how text is decoded."""
 
 import argparse
+import re
+import typing
+from collections.abc import Callable
 from typing import Any
 
 from t5x_lite import config
+from t5x_lite.config.checked import (
+    Count,
+    CountOrZero,
+    OutOfRange,
+    coerce,
+    field_types,
+    type_in_words,
+)
 from t5x_lite.utils.paths import path_argument
 
 DECODE = (
@@ -39,6 +50,17 @@ ACCEPTANCES = {
     "minimum": "minimum:N CHANGES THE TEXT: keeps at least N tokens per forward pass",
     "always": "CHANGES THE TEXT: keeps every draft token",
 }
+# Fields of config.Decode that are numbers: metavar and help of the option.
+NUMBERS_OF_DECODE = {
+    "max_new_tokens": ("N", "the most new tokens of a text"),
+    "temperature": ("T", "0 is greedy; 1 samples from the model"),
+    "top_k": ("K", "sample among the K most probable tokens only"),
+    "top_p": ("P", "sample among the fewest tokens of probability P"),
+    "seed": ("N", "seed of sampling: the same text for the same line"),
+    "beams": ("N", "beam search with N beams"),
+    "alpha": ("A", "length penalty of beam search; 0 is none"),
+    "n_best": ("N", "return the N best beams"),
+}
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +76,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
     one = group.add_mutually_exclusive_group()
     step = "the checkpoint of this step (default: the newest)"
-    one.add_argument("--step", type=int, metavar="N", help=step)
+    one.add_argument("--step", type=number_parser(CountOrZero), metavar="N", help=step)
     best = "the best checkpoint by Checkpoint.metric of the run"
     one.add_argument("--best", action="store_true", help=best)
     add_mesh(group)
@@ -80,29 +102,60 @@ def add_mesh(group) -> None:
 def add_decode(parser: argparse.ArgumentParser) -> None:
     """Adds the fields of config.Decode, and --batch_size."""
     group = parser.add_argument_group("decoding (default: Decode of the run's config)")
-    add = group.add_argument
-    add("--max_new_tokens", type=int, metavar="N", help="the most new tokens of a text")
-    add("--temperature", type=float, metavar="T", help="0 is greedy; 1 samples from the model")
-    add("--top_k", type=int, metavar="K", help="sample among the K most probable tokens only")
-    add("--top_p", type=float, metavar="P", help="sample among the fewest tokens of probability P")
-    add("--seed", type=int, metavar="N", help="seed of sampling: the same text for the same line")
-    add("--beams", type=int, metavar="N", help="beam search with N beams")
-    add("--alpha", type=float, metavar="A", help="length penalty of beam search; 0 is none")
-    add("--n_best", type=int, metavar="N", help="return the N best beams")
-    add("--batch_size", type=int, metavar="N", help="how many texts are decoded at once")
+    for name, (metavar, text) in NUMBERS_OF_DECODE.items():
+        add_number(group, name, field_types(config.Decode)[name], metavar, text)
+    add_number(group, "batch_size", Count, "N", "how many texts are decoded at once")
     group = parser.add_argument_group(
         "speculative decoding: faster, with the same text",
         name_table("--drafter", DRAFTERS) + "\n" + name_table("--accept", ACCEPTANCES),
     )
     add = group.add_argument
     add("--drafter", metavar="NAME", help="auto (default), plain, lookup, early:4, lookup+trigram")
-    add("--draft_length", type=int, metavar="N", help="tokens of a block; 0 is measured (default)")
+    hint = field_types(config.Decode)["draft_length"]
+    add_number(group, "draft_length", hint, "N", "tokens of a block; 0 is measured (default)")
     add("--accept", metavar="RULE", help="which draft tokens are kept (default: exact)")
 
 
 def name_table(title: str, rows: dict[str, str]) -> str:
     """Names and what they do, as lines of --help."""
     return "\n".join([f"{title}:", *(f"  {name:<12}{text}" for name, text in rows.items())])
+
+
+def add_number(
+    group, name: str, hint: Any, metavar: str, text: str, default: float | None = None
+) -> None:
+    """Adds an option that is a number to a parser or to a group of its options.
+
+    Args:
+      group: the parser or group.
+      name: of the option, without dashes.
+      hint: annotation with its range, as of `number_parser`.
+      metavar: stands for the number in help.
+      text: help.
+      default: the number without the option.
+    """
+    kind = number_parser(hint)
+    group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text, default=default)
+
+
+def number_parser(hint: Any) -> Callable[[str], float]:
+    """A function for `type=` of argparse that reads a number of an annotated range.
+
+    Args:
+      hint: annotation of config.checked, such as Count, or that of a field.
+    """
+    kind = typing.get_args(hint)[0]
+
+    def read_number(text: str) -> float:
+        try:
+            return coerce(kind(text), hint)
+        except OutOfRange as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        except ValueError as error:
+            wanted = f"must be {type_in_words(hint)}; got {text!r:.80}"
+            raise argparse.ArgumentTypeError(wanted) from error
+
+    return read_number
 
 
 def parse_mesh(text: str) -> config.Mesh:
@@ -131,6 +184,11 @@ def configure_session(session: Any, options: argparse.Namespace) -> None:
     Raises:
       ValueError: options contradict each other.
     """
-    session.decode = session.settings(decode_fields(options))
+    try:
+        session.decode = session.settings(decode_fields(options))
+    except ValueError as error:
+        # The fields were set by options, whose names are theirs.
+        named = re.sub(rf"\bDecode\.(?=(?:{'|'.join(DECODE)})\b)", "--", str(error))
+        raise ValueError(named) from error
     if options.batch_size:
         session.predictor.batch_size = options.batch_size

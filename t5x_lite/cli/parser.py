@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -101,6 +102,7 @@ class Parser(argparse_flags.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with one line about a mistake of the command line."""
+        message = re.sub(r"^argument (\S+): (?=must be )", r"\1 ", message)
         print(f"t5x_lite.{self.command}: error: {message}", file=sys.stderr)
         raise SystemExit(exit_status.MISTAKE)
 

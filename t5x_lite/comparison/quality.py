@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_lite import config
+from t5x_lite.decoding.drafters import registry
 from t5x_lite.evaluation import evaluate, metrics
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.model import quantization
@@ -50,6 +51,17 @@ def evaluate_twin(run: config.Run, params: Any, step: int, compare: config.Compa
     return measured | {"without": jackknife_metrics(names, rows)}
 
 
+def drafter_settings(run: config.Run, name: str) -> config.Decode:
+    """Decoding with a drafter of Compare.drafters, in blocks of WIDTH tokens.
+
+    Raises:
+      ValueError: the name is unknown, or needs what the model lacks.
+    """
+    decode = dataclasses.replace(run.decode, beams=1, drafter=name, draft_length=0)
+    registry.check_names(run.model, decode)
+    return dataclasses.replace(decode, draft_length=WIDTH if registry.takes_width(name) else 0)
+
+
 def measure_drafters(run: config.Run, params: Any, compare: config.Compare) -> dict[str, dict]:
     """Measures the drafters of Compare.drafters on the test texts.
 
@@ -71,9 +83,7 @@ def measure_drafters(run: config.Run, params: Any, compare: config.Compare) -> d
     rows, results = run.evaluate.batch_size, {}
     for name in compare.drafters:
         predictor = Predictor(run.model, params, evaluator.dataset.vocabularies, batch_size=rows)
-        predictor.predict_ids(
-            ids, dataclasses.replace(run.decode, beams=1, drafter=name, draft_length=WIDTH)
-        )
+        predictor.predict_ids(ids, drafter_settings(run, name))
         results[name] = predictor.tally.report()
     return results
 

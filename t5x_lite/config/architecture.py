@@ -192,7 +192,8 @@ class Model(Checked):
     """An encoder-decoder, a decoder alone (GPT-like) or an encoder alone: by which stacks exist.
 
     Attributes:
-      vocab: number of ids.
+      vocab: number of ids. A .gin file of a run with data may leave it out: it is then the size of
+        their vocabulary, rounded up to a multiple of 128.
       encoder: the encoder's stack; None for a decoder alone.
       decoder: the decoder's stack; None for an encoder alone.
       tied: reads the logits through the (decoder's) embedding table.
@@ -206,7 +207,8 @@ class Model(Checked):
       add_bos: a lone decoder's prompts begin with `decoder_start_token_id`; GPT-2's do not.
       dropout: rate of dropout.
       embedding_std: standard deviation of the initial embeddings.
-      dtype: dtype of the computation; weights are kept in float32.
+      dtype: dtype of the computation; weights are kept in float32. A run that a command trains
+        computes in float32 on a CPU, where that is faster, unless this is bound.
       attention: kernels (pallas), plain XLA (reference), or (auto) the faster of both on the
         devices at hand; T5X_LITE_ATTENTION in the environment overrides it.
       pooling: makes text embeddings; None has none.

@@ -50,8 +50,11 @@ class Decode(Checked):
     accept: str = "exact"
 
     def check(self):
-        for part in self.drafter.split("+"):  # draft:PATH, recycling:PATH
-            paths.check_local(part.partition(":")[2])
+        try:
+            for part in self.drafter.split("+"):  # draft:PATH, recycling:PATH
+                paths.check_local(part.partition(":")[2])
+        except ValueError as error:
+            raise ValueError(f"Decode.drafter: {error}") from None
         require(
             self.n_best <= self.beams,
             f"Decode.n_best must be in 1..Decode.beams ({self.beams}); got {self.n_best}",

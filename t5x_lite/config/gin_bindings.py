@@ -59,15 +59,15 @@ class Binding(NamedTuple):
 
 def read_bindings(statements: Iterable[Any]) -> list[Binding]:
     """Bindings among the statements of gin's parser."""
-    found = []
+    bindings = []
     for statement in statements:
         if not hasattr(statement, "arg_name"):
             continue
         scope, selector, field = statement.scope, statement.selector, statement.arg_name
         owner = selector.removeprefix("config.") if field else ""
         name = field or "/".join(filter(None, (scope, selector)))
-        found.append(Binding(scope, owner, name, statement.value, statement.location.line_num))
-    return found
+        bindings.append(Binding(scope, owner, name, statement.value, statement.location.line_num))
+    return bindings
 
 
 def is_within(outer: str, inner: str) -> bool:

@@ -32,13 +32,16 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message names the binding and the remedy."""
 
 
-def load_run(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config.Run:
+def load_run(
+    paths: str | Sequence[str], bindings: Sequence[str] = (), defaults: Sequence[str] = ()
+) -> config.Run:
     """Reads a run.
 
     Args:
       paths: .gin file, or several that are read one after the other.
       bindings: bindings on top, such as "TRAIN_STEPS=100". A value that is not a Python literal is
         a string: MODEL_DIR=/tmp/x needs no quotes.
+      defaults: lines of gin for fields that neither binds.
 
     Raises:
       ConfigError: a file is missing or does not parse, a name is unknown, a value has the wrong
@@ -48,6 +51,7 @@ def load_run(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config
     lines = [line for path in paths for line in read_lines(path)]
     if not lines:
         raise ConfigError(f"No config.Run in the config: {' and '.join(paths)} is empty")
+    lines = [*(Line(text, "a default") for text in defaults), *lines]
     below = flag_lines(bindings)
     try:
         return parse_lines(lines, below)
@@ -55,6 +59,23 @@ def load_run(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config
         if any(line.origin in str(error) for line in (*lines, *below)):
             raise
         raise ConfigError(f"{error}\nThat is of {' and '.join(paths)}") from error
+
+
+def is_bound(paths: str | Sequence[str], bindings: Sequence[str], owner: str, field: str) -> bool:
+    """True if files or command line bind a field; both can be read by `load_run`.
+
+    Args:
+      paths: .gin file, or several.
+      bindings: bindings on top.
+      owner: name of a dataclass.
+      field: name of its field.
+    """
+    paths = [paths] if isinstance(paths, str) else paths
+    lines = [line for path in paths for line in read_lines(path)]
+    every = rename_lines([*lines, *flag_lines(bindings)])
+    source = HEADER + "\n".join(line.text for line in every)
+    bound = gin_bindings.read_bindings(check_source(source))
+    return any((each.owner, each.name) == (owner, field) for each in bound)
 
 
 # What eval needs of a config: a file of configs/data says no more than this leaves open.

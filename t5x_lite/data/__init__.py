@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data: tasks, vocabularies, objectives and packed batches. Knows no model and imports no jax."""
 
-from t5x_lite.data.batches import Batches, Statistics, open_batches
+from t5x_lite.data.batches import Batches, Statistics, check_examples, open_batches
 from t5x_lite.data.datasets import Dataset, open_dataset, open_vocabularies
+from t5x_lite.data.derived import load_run
 from t5x_lite.data.prefetching import prefetch
 from t5x_lite.tokenizers.vocabularies import encode_with_ends, load_pair, save_pair
 
@@ -10,8 +11,10 @@ __all__ = [
     "Batches",
     "Dataset",
     "Statistics",
+    "check_examples",
     "encode_with_ends",
     "load_pair",
+    "load_run",
     "open_batches",
     "open_dataset",
     "open_vocabularies",

@@ -6,7 +6,9 @@ import argparse
 from t5x_lite import config
 from t5x_lite.cli import gin_arguments
 from t5x_lite.cli.command import Command
+from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
+from t5x_lite.config.checked import Count, CountOrZero
 
 DESCRIPTION = """\
 Shows what training reads, before anything is trained: real examples of every denoiser as text, and
@@ -42,9 +44,21 @@ def parser() -> Parser:
     command = Parser("data", description=DESCRIPTION, epilog=EXAMPLES)
     gin_arguments.add_gin(command)
     add = command.add_argument
-    add("--preview", type=int, default=5, metavar="N", help="examples of each denoiser (5)")
+    add(
+        "--preview",
+        type=number_parser(CountOrZero),
+        default=5,
+        metavar="N",
+        help="examples of each denoiser (5)",
+    )
     add("--split", default="train", metavar="NAME", help="which split (train)")
-    add("--count", type=int, default=1000, metavar="N", help="examples in the tables (1000)")
+    add(
+        "--count",
+        type=number_parser(Count),
+        default=1000,
+        metavar="N",
+        help="examples in the tables (1000)",
+    )
     layouts = ("encoder_decoder", "decoder_only", "encoder_only")
     add("--layout", choices=layouts, help="rows for this kind of model (that of the run)")
     return command
@@ -84,9 +98,10 @@ def load_data(files: list[str], bindings: list[str]) -> tuple[config.Data, str, 
       ValueError: the run has no data, or the config is not valid.
     """
     from t5x_lite.config import gin_file
+    from t5x_lite.data import derived
 
     if gin_file.describes_run(files):
-        run = gin_file.load_run(files, bindings)
+        run = derived.load_run(files, bindings)
         if run.data is None:
             raise ValueError("the run has no config.Data: it is a checkpoint alone")
         return run.data, run.model.layout, run.seed

@@ -303,6 +303,24 @@ def check_inputs(cfg: config.Data, task: Task, lengths: LengthLimits) -> None:
         raise ValueError(f'{task.name} has inputs: set Data.lengths["inputs"]')
 
 
+def check_examples(cfg: config.Data, layout: str, split: str) -> None:
+    """Reads the first examples of each task of a split as `open_batches` does; caches nothing.
+
+    Args:
+      cfg: the data.
+      layout: that of the model.
+      split: of the tasks.
+
+    Raises:
+      ValueError: a file, field or feature is missing, or cannot be read.
+    """
+    lengths = length_limits(cfg.lengths, layout)
+    for source, _ in list_sources(cfg, split):
+        check_inputs(cfg, source.task, lengths)
+        if source.first and next(iter(source.task.read(split)), None) is None:
+            raise ValueError(f"{source.task.name} ({split}) has no example")
+
+
 def open_part(
     cfg: config.Data, source: PartSource, split: str, lengths: LengthLimits, key: int
 ) -> MixturePart:

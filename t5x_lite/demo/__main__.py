@@ -5,9 +5,12 @@ import argparse
 import socket
 import sys
 from pathlib import Path
+from typing import Annotated
 
 from t5x_lite.cli.command import Command
+from t5x_lite.cli.options import add_number, number_parser
 from t5x_lite.cli.parser import Parser
+from t5x_lite.config.checked import Count, Range
 from t5x_lite.demo.limits import Limits
 from t5x_lite.utils.paths import path_argument
 
@@ -42,7 +45,8 @@ def parser() -> Parser:
         metavar="PATH",
         help="the MODEL_DIR of a run, a Hugging Face folder or a .gguf file; again for another one",
     )
-    add("--port", type=int, default=8765, metavar="N", help="0 takes any free one (default: 8765)")
+    port = "0 takes any free one (default: 8765)"
+    add_number(command, "port", Annotated[int, Range(0, 65535)], "N", port, default=8765)
     add(
         "--host",
         default="127.0.0.1",
@@ -54,13 +58,13 @@ def parser() -> Parser:
     add(
         "--most_characters",
         "--most_letters",
-        type=int,
+        type=number_parser(Count),
         default=most.characters,
         metavar="N",
         help="of a text to read",
     )
-    add("--most_tokens", type=int, default=most.tokens, metavar="N", help="of a text to write")
-    add("--waiting", type=int, default=most.waiting, metavar="N", help="texts that may wait")
+    add_number(command, "most_tokens", Count, "N", "of a text to write", most.tokens)
+    add_number(command, "waiting", Count, "N", "texts that may wait", most.waiting)
     return command
 
 

@@ -71,7 +71,7 @@ class DrafterCache:
         pair = sorted((restored.vocabularies[1], self.targets), key=lambda each: each.size)
         if why := vocabulary_compatibility.describe_difference(*pair):
             raise ValueError(
-                f"--drafter=draft:{path}: it writes another vocabulary than the model it is to "
+                f"drafter=draft:{path}: it writes another vocabulary than the model it is to "
                 f"draft for: {why}"
             )
         return restored.run.model, decoding.prepare_params(restored.run.model, restored.params)
@@ -83,7 +83,7 @@ class DrafterCache:
         Raises:
           ValueError: there is no such file, or no text in it.
         """
-        option = f"--drafter=recycling:{path}"
+        option = f"drafter=recycling:{path}"
         try:
             file = str(local_path(path))
             every = records.Source(file, path.endswith(".jsonl"), "prediction").records()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite import config, processes, sharding
-from t5x_lite.data import open_batches, open_dataset
+from t5x_lite.data import Dataset, open_batches, open_dataset
+from t5x_lite.data.batches import list_sources
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.evaluation import losses, metrics
 from t5x_lite.evaluation.predict import Prediction, Predictor
@@ -33,8 +34,7 @@ class Evaluator:
         self.predictions_path: Path | None = None
         self.tally = AcceptanceStats()
         self.dataset = open_dataset(run.data, self.split)
-        for name in run.evaluate.metrics:
-            metrics.find_metric(name)
+        check_metrics(run, self.dataset)
         shards = sharding.batch_shards()
         rows = -(-run.evaluate.batch_size // shards) * shards
         host, hosts = sharding.batch_share()
@@ -115,11 +115,11 @@ class Evaluator:
 
     def has_predictions(self) -> bool:
         """True if the model writes text and the split has inputs for it."""
-        return self.run.model.decoder is not None and self.dataset.has_inputs
+        return has_predictions(self.run, self.dataset)
 
     def uses_task_metrics(self) -> bool:
         """True if no metric is named and the user's seqio task has metric functions."""
-        return not self.run.evaluate.metrics and any(task.score for task in self.dataset.tasks)
+        return uses_task_metrics(self.run, self.dataset)
 
     def write_predictions(self, step: int, rows: list[dict]) -> Path | None:
         """Writes predictions/<split>-<step>.jsonl, on the first process."""
@@ -127,6 +127,38 @@ class Evaluator:
             return None
         folder = Path(self.run.model_dir) / "predictions"
         return write_anew(folder / f"{self.split}-{step}.jsonl", rows)
+
+
+def check_metrics(run: config.Run, dataset: Dataset) -> None:
+    """Raises ValueError for the name of an unknown metric of the run, or of its task."""
+    for name in (*run.evaluate.metrics, *dataset.metrics):
+        metrics.find_metric(name)
+
+
+def has_predictions(run: config.Run, dataset: Dataset) -> bool:
+    """True if the model writes text and the split has inputs for it."""
+    return run.model.decoder is not None and dataset.has_inputs
+
+
+def uses_task_metrics(run: config.Run, dataset: Dataset) -> bool:
+    """True if no metric is named and the user's seqio task has metric functions."""
+    return not run.evaluate.metrics and any(task.score for task in dataset.tasks)
+
+
+def measured_names(run: config.Run, dataset: Dataset) -> list[str] | None:
+    """Names of all that `Evaluator` measures; None where functions of the user name it."""
+    names = []
+    if run.evaluate.batches:
+        names += losses.NAMES
+        sources = [source.name for source, _ in list_sources(run.data, dataset.split)]
+        names += [f"loss/{name}" for name in sources if len(sources) > 1]
+    if run.evaluate.examples and has_predictions(run, dataset):
+        if uses_task_metrics(run, dataset):
+            return None
+        # Each metric names its values itself, those of a single prediction too.
+        named = run.evaluate.metrics or dataset.metrics
+        names += metrics.measure_metrics(named, ["a"], [["a"]]) if named else []
+    return names
 
 
 def evaluate(run: config.Run, params: Any, step: int, split: str | None = None) -> dict[str, float]:

@@ -17,6 +17,9 @@ from t5x_lite.data import Batches
 from t5x_lite.decoding import loop, sampling
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
+# Measured of every split.
+NAMES = ("loss", "perplexity", "accuracy", "bits_per_byte", "target_tokens")
+
 
 class TargetSums(NamedTuple):
     """Sums over the targets that count.
@@ -115,13 +118,14 @@ def measure_losses(
     total = functools.reduce(SplitSums.plus, sums.values(), SplitSums())
     loss = total.loss()
     by_part = {f"loss/{name}": part.loss() for name, part in sums.items() if part.tokens}
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": 100 * total.right / total.tokens,
-        "bits_per_byte": total.nats / math.log(2) / max(sum_over_processes(total.bytes), 1),
-        "target_tokens": total.tokens,
-    } | (by_part if len(sums) > 1 else {})
+    values = (
+        loss,
+        math.exp(min(loss, 700.0)),
+        100 * total.right / total.tokens,
+        total.nats / math.log(2) / max(sum_over_processes(total.bytes), 1),
+        total.tokens,
+    )
+    return dict(zip(NAMES, values, strict=True)) | (by_part if len(sums) > 1 else {})
 
 
 def split_sums(

@@ -4,11 +4,16 @@
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
 
+from t5x_lite import config, processes
+from t5x_lite.config import gin_file
+from t5x_lite.data import derived
 from t5x_lite.utils.paths import cache_folder
 
+NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
 # Names and numbers of glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
@@ -28,10 +33,38 @@ def keep_freed() -> None:
     option(ARENA_MAX, 1)  # the arenas of other threads are too small for what is large
 
 
-def keep_compiled() -> None:
-    """Makes jax keep compiled programs in the user's cache, so that a second start is quick."""
+def prepare_jax() -> None:
+    """Sets jax up for a command: keeps compiled programs in the user's cache, so that a second
+    start is quick, and keeps libtpu quiet on a machine without a TPU.
+
+    Call it before jax looks for devices.
+    """
+    if not processes.has_tpu():
+        # libtpu, if it is installed, asks a metadata server for these and prints that it has none.
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     # The default of one second leaves out most of what the start of a small run compiles.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def with_device_dtype(run: config.Run, paths: Sequence[str], bindings: Sequence[str]) -> config.Run:
+    """The run with the Model.dtype of the devices at hand, unless its config binds it.
+
+    That is bfloat16 on accelerators, and float32 on a CPU, where bfloat16 takes two to three times
+    as long. A run that goes on keeps that of its MODEL_DIR.
+
+    Args:
+      run: as `data.load_run` reads it.
+      paths: its .gin files.
+      bindings: its bindings of the command line.
+    """
+    if gin_file.is_bound(paths, bindings, "Model", "dtype"):
+        return run
+    saved = derived.saved_model(run)
+    if saved is not None:
+        return derived.with_model(run, dtype=saved.dtype)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    return derived.with_model(run, dtype="float32" if on_cpu else "bfloat16")

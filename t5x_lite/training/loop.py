@@ -28,7 +28,7 @@ from t5x_lite.checkpoints.manager import CheckpointManager
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.cli.progress import Progress, stderr_console
 from t5x_lite.config import gin_file
-from t5x_lite.training import flops, model_dir, setup
+from t5x_lite.training import flops, model_dir, preflight, schedules, setup
 from t5x_lite.training.preemption import Interrupted, PreemptionHandler
 from t5x_lite.training.reporting import curves, metric_writers, overview, progress_line
 from t5x_lite.training.reporting.metrics import Meter, RunTotals, StepCost
@@ -39,12 +39,13 @@ REPORT = "report.json"
 PROFILED_STEPS = range(3, 8)
 
 
-def train(run: config.Run, profile: bool = False) -> dict[str, Any]:
+def train(run: config.Run, profile: bool = False, try_memory: bool = False) -> dict[str, Any]:
     """Trains the run to its last step, from its newest checkpoint if there is one.
 
     Args:
       run: config of the run.
       profile: true to write a profile of a few steps to MODEL_DIR/profile.
+      try_memory: true to begin even if the memory of the devices seems to be too small.
 
     Returns:
       the report, which is also MODEL_DIR/report.json. All its values but the times are a function
@@ -56,7 +57,7 @@ def train(run: config.Run, profile: bool = False) -> dict[str, Any]:
     """
     began = time.perf_counter()
     with model_dir.lock_shared(Path(run.model_dir)), PreemptionHandler() as handler:
-        training = Training(run, handler, profile)
+        training = Training(run, handler, profile, try_memory)
         try:
             with handler.anytime():
                 training.prepare()
@@ -79,8 +80,11 @@ class Training:
 
     # ---- Life of a run: preparation ----
 
-    def __init__(self, run: config.Run, handler: PreemptionHandler, profile: bool):
-        self.run, self.handler, self.profile = run, handler, profile
+    def __init__(
+        self, run: config.Run, handler: PreemptionHandler, profile: bool, try_memory: bool
+    ):
+        self.run, self.handler = run, handler
+        self.profile, self.try_memory = profile, try_memory
         self.path = Path(run.model_dir)
         self.console = stderr_console(quiet=not processes.is_first())
         # The newest evaluation: its step and its metrics.
@@ -98,12 +102,16 @@ class Training:
         run = self.run
         model_dir.agree_on_config(run, self.log)
         self.assembled = setup.assemble_run(run)
+        if not self.try_memory:
+            preflight.check_memory(run, self.assembled.shapes)
         self.evaluator = setup.make_evaluator(run)
         self.cost = step_cost(run)
         statistics = str(self.assembled.batches.statistics)
         self.console.print(
             overview.overview_table(run, self.assembled.shapes, self.cost.flops, statistics)
         )
+        for warning in schedules.list_warnings(run):
+            self.log(f"Warning: {warning}")
         self.checkpoints = CheckpointManager(self.path, run.checkpoint)
         self.restore()
         self.start = int(self.state.step)
@@ -114,7 +122,8 @@ class Training:
     def open_writer(self) -> None:
         """Writes config and vocabularies to MODEL_DIR, and opens the metric writer."""
         self.writer = metric_writers.NullMetricWriter()
-        if processes.is_first():
+        # A finished run of more steps stays as it is described.
+        if processes.is_first() and self.start <= self.run.train.steps:
             model_dir.write_description(self.run, self.assembled.vocabularies)
             new_run = self.saved_step is None
             self.writer = metric_writers.MetricWriter(
@@ -158,7 +167,8 @@ class Training:
         """Runs the steps that are left."""
         stop = self.run.train.steps
         if self.start >= stop:
-            self.log(f"This run is finished: step {self.start} of {stop} is done.")
+            of = f"of {stop} is" if self.start == stop else f"is beyond TRAIN_STEPS = {stop} and"
+            self.log(f"This run is finished: step {self.start} {of} done.")
             return
         self.bar = Progress("step", stop, self.start, self.console)
         self.bar.label("first steps")

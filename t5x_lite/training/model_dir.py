@@ -147,15 +147,29 @@ def write_description(run: config.Run, vocabularies: tuple) -> None:
 def adopt_changes(saved: config.Run, run: config.Run) -> config.Run:
     """The saved run with the fields of `run` that may change when a run goes on.
 
-    They are: the length of the run, what is logged, evaluated, decoded, saved and when,
+    They are: the length of the run, what is logged, evaluated, measured, decoded, saved and when,
     max_consecutive_skips, the mesh, what the backward pass recomputes, and where the files are.
     (A longer run stretches a linear, cosine or wsd schedule; another mesh or recomputation changes
     roundings.)
     """
+    if saved.train is None or saved.data is None:  # a converted checkpoint, which did not train
+        return saved
     train = take_fields(saved.train, run.train, CHANGEABLE_TRAIN_FIELDS)
     data = take_fields(saved.data, run.data, ("cache_dir", "eval_split"))
+    data = dataclasses.replace(data, task=take_metrics(saved.data.task, run.data.task))
     changed = take_fields(saved, run, ("model_dir", "evaluate", "checkpoint", "decode", "mesh"))
     return dataclasses.replace(changed, train=train, data=data)
+
+
+def take_metrics(to: Any, source: Any) -> Any:
+    """A value of Data.task with the metrics of another one, which change no step."""
+    if isinstance(to, config.Files) and isinstance(source, config.Files):
+        return dataclasses.replace(to, metrics=source.metrics)
+    if isinstance(to, config.Mixture) and isinstance(source, config.Mixture):
+        pairs = zip(to.tasks, source.tasks, strict=False)
+        tasks = [take_metrics(*pair) for pair in pairs] + list(to.tasks[len(source.tasks) :])
+        return dataclasses.replace(to, tasks=tuple(tasks))
+    return to
 
 
 def take_fields(to: Any, source: Any, names: Sequence[str]) -> Any:

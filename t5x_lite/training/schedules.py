@@ -23,6 +23,28 @@ def learning_rate(cfg: config.Schedule, steps: int) -> optax.Schedule:
     return rate
 
 
+def list_warnings(run: config.Run) -> list[str]:
+    """Sentences about a warm-up that the run does not outlast; such a rate never has its peak."""
+    cfg, steps, warnings = run.schedule, run.train.steps, []
+    if cfg.warmup >= steps:
+        warnings.append(
+            f"Schedule.warmup = {cfg.warmup} takes all of the {steps} steps (Train.steps): the "
+            "learning rate rises to the end and never falls"
+        )
+    elif cfg.kind == "wsd" and steps - 1 - max(1.0, cfg.decay * steps) < cfg.warmup - 1:
+        warnings.append(
+            f"Schedule.decay = {cfg.decay:g} begins inside of Schedule.warmup = {cfg.warmup}, with "
+            f"{steps} steps (Train.steps): the learning rate never reaches Schedule.peak"
+        )
+    for group in run.train.param_groups:
+        if group.warmup and group.begin + group.warmup > steps:
+            warnings.append(
+                f"ParamGroup.begin + warmup = {group.begin + group.warmup} is beyond the {steps} "
+                f"steps (Train.steps): {', '.join(group.weights)} never train at their whole rate"
+            )
+    return warnings
+
+
 def decay_progress(cfg: config.Schedule, steps: int, step):
     """Fraction of the decay that is done: 0 at the end of the warm-up, 1 at the last step.
 

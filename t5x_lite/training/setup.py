@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Assembly of a run from its config, with the checks that need data or devices."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,13 @@ from t5x_lite.checkpoints import train_state, weights
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError, DamagedCheckpointError
 from t5x_lite.checkpoints.opening import HEADS, WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
-from t5x_lite.evaluation.evaluate import Evaluator
+from t5x_lite.decoding.drafters import registry
+from t5x_lite.evaluation.evaluate import (
+    Evaluator,
+    check_metrics,
+    has_predictions,
+    measured_names,
+)
 from t5x_lite.training import flops, optimizer, schedules, step
 from t5x_lite.training.reporting import overview
 from t5x_lite.utils.nearest import suggest
@@ -51,13 +58,8 @@ def assemble_run(run: config.Run) -> AssembledRun:
       ValueError: the batch cannot be split over mesh and microbatches, the vocabulary is larger
         than the model's, or the optimizer is unknown.
     """
-    sharding.use_mesh(run.mesh)
-    check_batch(run.train)
-    check_lengths(run, sharding.context_size())
+    schedule, update = make_update(run)
     host, hosts = sharding.batch_share()
-    schedule = schedules.learning_rate(run.schedule, run.train.steps)
-    axes = model.axes(run.model)
-    update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
     batches = data.open_batches(
         run.data,
         run.model.layout,
@@ -72,6 +74,7 @@ def assemble_run(run: config.Run) -> AssembledRun:
     vocabularies = data.open_dataset(run.data, "train").vocabularies
     check_vocabulary_sizes(run, vocabularies)
     shapes = train_state.state_shapes(model.shapes(run.model), update)
+    axes = model.axes(run.model)
     batches, teacher = distilled_batches.make_distilled_batches(run, batches, vocabularies)
     train_step = step.make_step(run, update, schedule, axes, teacher)
     return AssembledRun(
@@ -84,6 +87,20 @@ def assemble_run(run: config.Run) -> AssembledRun:
         step=train_step,
         teacher=teacher,
     )
+
+
+def make_update(run: config.Run) -> tuple[Any, Any]:
+    """Sets the mesh; returns the learning rate by step and the optimizer of the run.
+
+    Raises:
+      ValueError: the batch or the rows cannot be split, or the optimizer is unknown.
+    """
+    sharding.use_mesh(run.mesh)
+    check_batch(run.train)
+    check_lengths(run, sharding.context_size())
+    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    axes = model.axes(run.model)
+    return schedule, optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
 
 
 def check_batch(cfg: config.Train) -> None:
@@ -173,31 +190,68 @@ def initial_weights(folder: str, cfg: config.Model, shapes: Any, seed: int = 0) 
     Raises:
       CheckpointError: there is no checkpoint, or it is of another model; names the shapes.
     """
-    try:
+    with initial_errors():
         params = open_checkpoint(folder, options=WEIGHTS_ONLY).params_for(cfg, shapes)
+    if cfg.draft_heads is None or HEADS in params:
+        return params
+    return params | {HEADS: weights.new_weights(cfg, seed, lambda params: params[HEADS])}
+
+
+@contextlib.contextmanager
+def initial_errors():
+    """Raises an error about the initial weights by the name of their field."""
+    try:
+        yield
     except DamagedCheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"Checkpoint.initial: {error}") from error
-    if cfg.draft_heads is None or HEADS in params:
-        return params
-    return params | {HEADS: weights.new_weights(cfg, seed, lambda params: params[HEADS])}
 
 
 def make_evaluator(run: config.Run) -> Evaluator | None:
     """The Evaluator of the run's held-out split; None if nothing is to be measured.
 
     Raises:
-      ValueError: there is no such split, or Checkpoint.metric is not measured.
+      ValueError: as `check_evaluation`, or the split cannot be read.
+    """
+    dataset = check_evaluation(run)
+    if dataset is None:
+        return None
+    with evaluation_errors(run):
+        return Evaluator(run)
+
+
+@contextlib.contextmanager
+def evaluation_errors(run: config.Run):
+    """Raises an error about the held-out split with the ways around it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Evaluation reads Data.eval_split ({run.data.eval_split}); to train "
+            "without any, bind Evaluate.batches = 0 and Evaluate.examples = 0"
+        ) from error
+
+
+def check_evaluation(run: config.Run) -> data.Dataset | None:
+    """Checks the names of split and metrics before anything trains.
+
+    Returns:
+      the held-out split; None if nothing is to be measured.
+
+    Raises:
+      ValueError: there is no such split or metric, or Checkpoint.metric is not measured.
     """
     if run.evaluate.batches or run.evaluate.examples:
-        try:
-            return Evaluator(run)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. Evaluation reads Data.eval_split ({run.data.eval_split}); to train "
-                "without any, bind Evaluate.batches = 0 and Evaluate.examples = 0"
-            ) from error
+        with evaluation_errors(run):
+            dataset = data.open_dataset(run.data, run.data.eval_split)
+            check_metrics(run, dataset)
+        if has_predictions(run, dataset):
+            registry.check_names(run.model, run.decode)
+        names = measured_names(run, dataset) if run.checkpoint.metric else None
+        if names is not None:
+            check_metric(run.checkpoint, names)
+        return dataset
     config.require(
         run.checkpoint.metric is None,
         f"Checkpoint.metric is {run.checkpoint.metric!r}, but Evaluate.batches and "
@@ -206,7 +260,7 @@ def make_evaluator(run: config.Run) -> Evaluator | None:
     return None
 
 
-def check_metric(cfg: config.Checkpoint, measured: dict[str, float]) -> None:
+def check_metric(cfg: config.Checkpoint, measured: Collection[str]) -> None:
     """Raises ValueError if the metric that chooses the best checkpoint is not measured."""
     if cfg.metric is None or cfg.metric in measured:
         return

@@ -26,7 +26,7 @@ SMALL = ["--gin.config.Stack.layers=2", "--gin.BATCH_SIZE=64"]
         (["--chips=h100x8", "--parameters"], "are for a --topology"),
         (["--chips=h100x8", "--decode"], "--decode is compiled for a --topology"),
         (["--topology=v5e:2x2", "--decode", "--search"], "--decode is compiled"),
-        (["--topology=v5e:2x2", "--price=-1"], "--price=-1.0 cannot be negative"),
+        (["--topology=v5e:2x2", "--price=-1"], "--price must be at least 0; got -1.0"),
         (["--topology=v5e:2x2", "--decode", "--decode_rows=0"], "must be at least 1"),
         (["--topology=v5e:2x2", "--decode_length=-3"], "must be at least 1"),
         (["--chips=h100x8", "--gin.config.Mesh.tensor=3"], "covers 6 devices, but there are 8"),

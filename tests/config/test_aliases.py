@@ -121,7 +121,8 @@ def test_an_old_field_on_the_command_line_overrides_the_new_one_of_a_file(owner,
     old_owner = {new: old for old, new in aliases.CLASSES.items()}.get(owner, owner)
 
     def run(field):
-        return gin_file.load_run([f"configs/runs/{name}.gin"], [f"config.{field}={value}"])
+        bindings = f"config.{field}={value}".split("\n")
+        return gin_file.load_run([f"configs/runs/{name}.gin"], bindings)
 
     today = run(f"{owner}.{aliases.FIELDS[owner, old]}")
     assert run(f"{owner}.{old}") == run(f"{old_owner}.{old}") == today
@@ -222,7 +223,8 @@ def test_a_command_line_that_binds_both_names_is_refused_and_two_files_are_not(t
     (tmp_path / "a.gin").write_text(
         "x/config.Decode.length = 3\nconfig.Decode.max_new_tokens = 9\n"
     )
-    assert gin_file.load_run([*G2P, a]).decode.max_new_tokens == 9
+    (tmp_path / "c.gin").write_text('include "a.gin"\n')
+    assert gin_file.load_run([*G2P, str(tmp_path / "c.gin")]).decode.max_new_tokens == 9
 
 
 @pytest.mark.parametrize(

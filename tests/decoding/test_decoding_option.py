@@ -113,7 +113,7 @@ def test_rules_of_acceptance_by_name():
     [
         (dict(name="lokup"), "did you mean lookup"),
         (dict(name="lookup+"), "did you mean lookup"),
-        (dict(name="lookup+lokup"), "Unknown --drafter"),
+        (dict(name="lookup+lokup"), "Unknown drafter"),
         (dict(name="lookup:3"), "nothing after a colon"),
         (dict(name="early"), "early:1"),
         (dict(name="early:two"), "number of layers"),
@@ -121,9 +121,10 @@ def test_rules_of_acceptance_by_name():
         (dict(name="lookup", accept="exakt"), "did you mean exact"),
         (dict(name="lookup", accept="top-k"), "top-k:int"),
         (dict(name="lookup", accept="top-k:0"), "at least 1"),
-        (dict(name="lookup", accept="lenient:x"), "--accept=lenient:x"),
+        (dict(name="lookup", accept="lenient:x"), "accept=lenient:x"),
         (dict(name="lookup", beams=2), "one text per row"),
         (dict(name="lookup", draft_length=1), "Decode.draft_length"),
+        (dict(name="lookahead", draft_length=8), "draft_length=8 is not for drafter=lookahead"),
         (dict(name="blockwise", cfg=LARGE), "need a model with heads"),
     ],
 )

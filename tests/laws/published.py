@@ -8,7 +8,7 @@ from t5x_lite.config import gin_file
 def preset(name: str) -> config.Model:
     """Architecture of configs/models/NAME.gin."""
     lines = gin_file.read_lines(f"configs/models/{name}.gin")
-    for binding in ('config.Run.model_dir = ""', "config.Run.model = @config.Model()"):
+    for binding in ('config.Run.model_dir = "none"', "config.Run.model = @config.Model()"):
         lines.append(gin_file.Line(binding, "the test"))
     return gin_file.parse_lines(lines, []).model
 

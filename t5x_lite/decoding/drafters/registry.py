@@ -84,7 +84,7 @@ class DraftRequest(NamedTuple):
         """
         if not self.argument.isdecimal():
             raise ValueError(
-                f"--drafter={name} needs a number of layers, such as {name}:"
+                f"drafter={name} needs a number of layers, such as {name}:"
                 f"{max(self.cfg.decoder.layers // 4, 1)} of {self.cfg.decoder.layers}; got "
                 f"{self.argument!r}"
             )
@@ -116,7 +116,7 @@ def make_draft_model(request: DraftRequest) -> tuple[Drafter, Any]:
       ValueError: the request has no path, or nothing that could read it.
     """
     if not request.argument or request.load is None:
-        raise ValueError("--drafter=draft needs a checkpoint: draft:PATH, a smaller model's")
+        raise ValueError("drafter=draft needs a checkpoint: draft:PATH, a smaller model's")
     cfg, weights = request.load(request.argument)
     return DraftModel(cfg, request.cfg, request.chain_or(8)), weights
 
@@ -132,7 +132,7 @@ def make_recycling(request: DraftRequest) -> tuple[Drafter, Any]:
         return drafter, None
     if request.texts is None:
         raise ValueError(
-            "--drafter=recycling:PATH is not available here: reading texts needs a tokenizer"
+            "drafter=recycling:PATH is not available here: reading texts needs a tokenizer"
         )
     texts = request.texts(request.argument)
     return drafter, count_successors(texts, drafter.top, drafter.slots)
@@ -146,9 +146,9 @@ def make_head_drafter(request: DraftRequest, make: Callable[[int], Drafter]) -> 
     """
     if request.cfg.draft_heads is None:
         raise ValueError(
-            "--drafter=blockwise, refined and medusa need a model with heads that predict ahead "
+            "drafter=blockwise, refined and medusa need a model with heads that predict ahead "
             "(Model.draft_heads): train some, for example with configs/runs/heads_*.gin, or take "
-            "--drafter=lookup"
+            "drafter=lookup"
         )
     return make(request.cfg.draft_heads.block), None
 
@@ -204,6 +204,9 @@ METHODS = {
     "draft": DraftMethod(make_draft_model, (1, 4), floor=2, first=0.6, argument=True),
 }
 
+# Their argument is the path of a file or of a checkpoint.
+READ_FILES = ("draft", "recycling")
+
 # Rule of each name, and the types of the numbers after its colons.
 ACCEPTANCES = {
     "exact": (exact.Exact, ()),
@@ -242,7 +245,7 @@ def make_drafting(
     if name == "plain":
         return PLAIN._replace(accept=accept)
     # A rule that is not exact gives another text at another width: measurement may not choose it.
-    names = re.split(rf"\+(?={'|'.join(METHODS)})", name)
+    names = split_names(name)
     fixed = accept != exact.Exact() or len(names) > 1
     most = FIXED_WIDTH if fixed else MAX_AUTO_WIDTH if decode.drafter == "auto" else MAX_WIDTH
     parts = [
@@ -259,6 +262,32 @@ def make_drafting(
     widths = (*widths, drafter.tree.width)
     floor = method.floor or drafter.tree.width
     return Drafting(Adaptive(drafter, widths, floor, method.first), weights, accept)
+
+
+def split_names(name: str) -> list[str]:
+    """Returns the drafters of "A+B"; a path after a colon may have a plus sign."""
+    return re.split(rf"\+(?={'|'.join(METHODS)})", name)
+
+
+def takes_width(name: str) -> bool:
+    """True if the blocks of a drafter can have any width."""
+    return all(METHODS[part.partition(":")[0]].widths for part in split_names(name))
+
+
+def check_names(cfg: config.Model, decode: config.Decode) -> None:
+    """Raises ValueError where `make_drafting` would by the names; reads no file that they name.
+
+    Args:
+      cfg: config of the target.
+      decode: its drafter, draft_length and accept.
+    """
+    accept = make_acceptance(decode.accept)
+    name = resolve_name(cfg, decode)
+    for part in [] if name == "plain" else split_names(name):
+        key, argument = parse_name(part, decode.draft_length)
+        if not argument or key not in READ_FILES:
+            request = DraftRequest(cfg, part, decode.draft_length, MAX_WIDTH, None, None)
+            make_drafter(request, accept)
 
 
 def resolve_name(cfg: config.Model, decode: config.Decode) -> str:
@@ -294,17 +323,36 @@ def make_drafter(
     Raises:
       ValueError: the name is unknown, or has an argument that it does not take.
     """
-    key, _, argument = request.argument.partition(":")
-    if key not in METHODS:
-        known = [*METHODS, "auto", "plain"]
-        raise ValueError(f"Unknown --drafter {request.argument!r}: {suggest(key, known)}")
-    if argument and not METHODS[key].argument:
-        raise ValueError(f"--drafter={request.argument}: {key} takes nothing after a colon")
+    key, argument = parse_name(request.argument, request.width)
     drafter, weights = METHODS[key].make(request._replace(argument=argument))
     stochastic = isinstance(accept, speculative.Speculative | speculative.BlockVerification)
     if stochastic and hasattr(drafter, "stochastic"):
         drafter = dataclasses.replace(drafter, stochastic=True)
     return METHODS[key], drafter, weights
+
+
+def parse_name(name: str, width: int) -> tuple[str, str]:
+    """Returns the key of METHODS, and what follows it after a colon.
+
+    Args:
+      name: "early:4".
+      width: width of the block that is asked for; 0 for any.
+
+    Raises:
+      ValueError: the name is unknown, or has an argument or a width that it does not take.
+    """
+    key, _, argument = name.partition(":")
+    if key not in METHODS:
+        known = [*METHODS, "auto", "plain"]
+        raise ValueError(f"Unknown drafter {name!r}: {suggest(key, known)}")
+    if argument and not METHODS[key].argument:
+        raise ValueError(f"drafter={name}: {key} takes nothing after a colon")
+    if width and not METHODS[key].widths:
+        raise ValueError(
+            f"draft_length={width} is not for drafter={key}, whose blocks always have one size: "
+            "leave it out, or pass draft_length=0"
+        )
+    return key, argument
 
 
 def make_acceptance(name: str) -> exact.Acceptance:
@@ -315,13 +363,13 @@ def make_acceptance(name: str) -> exact.Acceptance:
     """
     key, *numbers = name.split(":")
     if key not in ACCEPTANCES:
-        raise ValueError(f"Unknown --accept {name!r}: {suggest(key, ACCEPTANCES)}")
+        raise ValueError(f"Unknown accept {name!r}: {suggest(key, ACCEPTANCES)}")
     rule, kinds = ACCEPTANCES[key]
     optional = key == "typical" and not numbers
     if len(numbers) != len(kinds) and not optional:
         usage = ":".join([key, *(kind.__name__ for kind in kinds)])
-        raise ValueError(f"--accept={name} takes other numbers: write it as {usage}")
+        raise ValueError(f"accept={name} takes other numbers: write it as {usage}")
     try:
         return rule(*(kind(number) for kind, number in zip(kinds, numbers, strict=False)))
     except ValueError as error:
-        raise ValueError(f"--accept={name}: {error}") from error
+        raise ValueError(f"accept={name}: {error}") from error

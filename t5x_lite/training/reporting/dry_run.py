@@ -3,12 +3,12 @@
 
 import jax
 
-from t5x_lite import adaptation, config, model, sharding
+from t5x_lite import adaptation, config, model
 from t5x_lite.checkpoints import train_state as states
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.cli.progress import format_count
 from t5x_lite.config import gin_file
-from t5x_lite.training import optimizer, schedules, setup
+from t5x_lite.training import setup
 from t5x_lite.training.flops import FORMULA, step_flops
 from t5x_lite.training.reporting import overview
 
@@ -17,14 +17,10 @@ def describe_run(run: config.Run) -> str:
     """The resolved config, every weight's shape and placement, and the sizes; opens no data.
 
     Raises:
-      ValueError: what `setup.assemble_run` would refuse without the data.
+      ValueError: as `setup.make_update`.
     """
-    sharding.use_mesh(run.mesh)
-    setup.check_batch(run.train)
-    setup.check_lengths(run, sharding.context_size())
-    schedule = schedules.learning_rate(run.schedule, run.train.steps)
+    _, update = setup.make_update(run)
     axes = model.axes(run.model)
-    update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
     shapes = states.state_shapes(model.shapes(run.model), update)
     counts = model.count(run.model)
     flops = step_flops(run.model, run.train.batch_size, run.data.lengths)
@@ -36,6 +32,7 @@ def describe_run(run: config.Run) -> str:
             *weight_lines(shapes.params, axes),
             "",
             f"parameters      {sum(counts.values()):,} ({parts})",
+            f"                {overview.model_text(run.model)}",
             f"mesh            {overview.mesh_text()}",
             f"per device      {overview.bytes_text(run, shapes)}",
             *[f"weights         {line}" for line in overview.group_lines(run, shapes)],

@@ -33,6 +33,7 @@ def overview_table(run: config.Run, shapes: TrainState, flops: int, statistics: 
         "model",
         f"{run.model.layout}: {format_count(sum(counts.values()))} weights ({parts})",
     )
+    rows.add_row("", model_text(run.model))
     for line in group_lines(run, shapes):
         rows.add_row("", line)
     rows.add_row("data", statistics)
@@ -46,6 +47,11 @@ def overview_table(run: config.Run, shapes: TrainState, flops: int, statistics: 
     return rows
 
 
+def model_text(cfg: config.Model) -> str:
+    """Vocabulary and dtype of the model, which a config can leave to the data and the device."""
+    return f"Model.vocab {cfg.vocab:,}, Model.dtype {cfg.dtype}"
+
+
 def mesh_text() -> str:
     """The mesh in force: "data 8 x fsdp 1 ... = 8 TPU v5e"."""
     mesh = jax.sharding.get_mesh()
@@ -54,13 +60,17 @@ def mesh_text() -> str:
     return f"{shape} = {mesh.size} {kind}"
 
 
-def bytes_text(run: config.Run, shapes: TrainState) -> str:
-    """MiB per device of weights, optimizer and gradient."""
+def state_bytes(run: config.Run, shapes: TrainState) -> dict[str, int]:
+    """Bytes per device of weights, optimizer and gradient."""
     trained = param_groups.Selection(run.train.param_groups, shapes.params).take(shapes.params)
     trees = {"weights": shapes.params, "optimizer": shapes.optimizer, "gradient": trained}
-    return ", ".join(
-        f"{name} {states.bytes_per_device(tree) / 2**20:,.1f} MiB" for name, tree in trees.items()
-    )
+    return {name: states.bytes_per_device(tree) for name, tree in trees.items()}
+
+
+def bytes_text(run: config.Run, shapes: TrainState) -> str:
+    """MiB per device of weights, optimizer and gradient."""
+    parts = state_bytes(run, shapes).items()
+    return ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts)
 
 
 def group_lines(run: config.Run, shapes: TrainState) -> list[str]:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a run before its first step.
+
+A run makes each where it first can, between its work; `check_run` makes all without that work, for
+--dry_run. Every check is a function that both call.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from t5x_lite import adaptation, config, data, model
+from t5x_lite.adaptation import distilled_batches, vocabulary_compatibility
+from t5x_lite.checkpoints import manager, train_state
+from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
+from t5x_lite.checkpoints.train_state import TrainState
+from t5x_lite.training import model_dir, schedules, setup
+from t5x_lite.training.reporting import overview
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_run(run: config.Run, report: Callable[[str], None], try_memory: bool = False) -> None:
+    """Makes every check that comes before the first step; trains and writes nothing in MODEL_DIR.
+
+    Of the data it reads the first examples. A trained vocabulary is made, and cached, as the run
+    would.
+
+    Args:
+      run: config of the run.
+      report: is called with each warning.
+      try_memory: leaves out `check_memory`.
+
+    Raises:
+      ValueError: what the run would be refused for.
+    """
+    model_dir.check_config(run, report)
+    _, update = setup.make_update(run)
+    shapes = train_state.state_shapes(model.shapes(run.model), update)
+    if not try_memory:
+        check_memory(run, shapes)
+    data.check_examples(run.data, run.model.layout, "train")
+    vocabularies = data.open_vocabularies(run.data)
+    setup.check_vocabulary_sizes(run, vocabularies)
+    distilled_batches.check_teacher(run, vocabularies)
+    if setup.check_evaluation(run) is not None:
+        with setup.evaluation_errors(run):
+            data.check_examples(run.data, run.model.layout, run.data.eval_split)
+    if not manager.list_steps(run.model_dir):
+        check_initial_weights(run, shapes, vocabularies)
+    for warning in schedules.list_warnings(run):
+        report(warning)
+
+
+def check_initial_weights(run: config.Run, shapes: TrainState, vocabularies: tuple) -> None:
+    """Raises ValueError where the weights that a new run begins with are missing or do not fit.
+
+    Args:
+      run: config of the run.
+      shapes: shapes of its state.
+      vocabularies: of inputs and targets.
+    """
+    if run.adaptation is not None:
+        vocabulary_compatibility.check_vocabularies(run.adaptation, *vocabularies)
+        adaptation.explain(run)
+    elif run.checkpoint.initial is not None:
+        with setup.initial_errors():
+            opened = open_checkpoint(run.checkpoint.initial, options=WEIGHTS_ONLY)
+            opened.check_fits(run.model, shapes.params)
+
+
+def check_memory(run: config.Run, shapes: TrainState) -> None:
+    """Raises ValueError if weights, optimizer and gradient alone exceed a device's memory.
+
+    Args:
+      run: config of the run.
+      shapes: shapes and placements of its state.
+    """
+    parts = overview.state_bytes(run, shapes)
+    needed, limit = sum(parts.values()), device_memory()
+    if limit is None or needed <= limit:
+        return
+    words = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
+    raise ValueError(
+        f"The run needs {needed / 1e9:,.1f} GB of each device ({words}) besides activations, and a "
+        f"{jax.devices()[0].device_kind} has {limit / 1e9:,.1f} GB here: split the weights over "
+        "more devices (config.Mesh.fsdp), train a smaller model, or pass --try_memory to try anyway"
+    )
+
+
+def device_memory() -> int | None:
+    """Bytes that each local device has; virtual ones on a CPU share the host's. None if unknown."""
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        return (devices[0].memory_stats() or {}).get("bytes_limit")
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in map(Path, CGROUP_LIMITS):
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits) // len(devices)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of Model.vocab and Model.dtype where no config binds them: data and device decide."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t5x_lite import data
+from t5x_lite.config import gin_file
+from t5x_lite.training import host
+
+LINES = """
+include "runs/common.gin"
+include "models/t5_tiny.gin"
+MODEL_DIR = "runs/mine"
+TRAIN_STEPS = 2
+BATCH_SIZE = 8
+TASK_FEATURE_LENGTHS = {"inputs": 32, "targets": 32}
+MIXTURE_OR_TASK_NAME = "stdlib_docstrings"
+config.Schedule.kind = "constant"
+config.Schedule.peak = 0.001
+"""
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    file = tmp_path / "run.gin"
+    file.write_text(LINES + f'MODEL_DIR = "{tmp_path}/run"\n')
+    return str(file)
+
+
+def save(path: str, *bindings: str) -> None:
+    """Leaves a MODEL_DIR as a run of these bindings does."""
+    run = gin_file.load_run(path, bindings)
+    (Path(run.model_dir) / "checkpoints/1").mkdir(parents=True)
+    (Path(run.model_dir) / "config.gin").write_text(gin_file.to_text(run))
+
+
+def test_vocab_is_the_vocabulary_rounded_up_unless_bound(path):
+    # Bytes, three special ids and 100 sentinels.
+    (pair,) = {vocabulary.size for vocabulary in data.open_vocabularies(data.load_run(path).data)}
+    assert (pair, data.load_run(path).model.vocab) == (359, 384)
+    assert data.load_run(path, ["config.Model.vocab=500"]).model.vocab == 500
+    with pytest.raises(gin_file.ConfigError, match="bind 'vocab'"):
+        gin_file.load_run(path)
+    with pytest.raises(ValueError, match="bind vocab. The run has no data"):
+        data.load_run(path, ["config.Run.data=None"])
+    with pytest.raises(ValueError, match="did you mean stdlib_docstrings"):
+        data.load_run(path, ["MIXTURE_OR_TASK_NAME=stdlib_docstring"])
+
+
+def test_dtype_is_that_of_the_device_unless_bound(path):
+    run = data.load_run(path)
+    assert host.with_device_dtype(run, [path], []).model.dtype == "float32"
+    bound = ["config.Model.dtype=bfloat16"]
+    run = data.load_run(path, bound)
+    assert host.with_device_dtype(run, [path], bound).model.dtype == "bfloat16"
+    preset = ["configs/runs/quickstart.gin"]
+    run = data.load_run(preset)
+    assert host.with_device_dtype(run, preset, []) is run == gin_file.load_run(preset)
+
+
+def test_a_run_that_goes_on_keeps_what_it_was_saved_with(path):
+    saved = ["config.Model.vocab=512", "config.Model.dtype=bfloat16"]
+    save(path, *saved)
+    run = host.with_device_dtype(data.load_run(path), [path], [])
+    assert run == gin_file.load_run(path, saved)
+    old = ["config.Model.activations=float32", "config.Model.vocab=512"]
+    run = host.with_device_dtype(data.load_run(path, old), [path], old)
+    assert run.model.dtype == "float32"  # the old name binds it too
+
+
+def test_a_config_of_a_saved_run_names_both(path):
+    run = host.with_device_dtype(data.load_run(path), [path], [])
+    text = gin_file.to_text(run)
+    assert "config.Model.vocab = 384" in text and "config.Model.dtype = 'float32'" in text
+    assert gin_file.from_text(text) == run
+
+
+def test_libtpu_is_quiet_on_a_machine_without_a_tpu(tmp_path):
+    code = "from t5x_lite.training import host; host.prepare_jax(); import jax; jax.devices()"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "TPU", "XLA"))}
+    environment |= {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
