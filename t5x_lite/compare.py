@@ -52,13 +52,9 @@ def compare(args: argparse.Namespace) -> None:
     )
     from t5x_lite import sharding
     from t5x_lite.comparison import measurements, quality, report, twins
-    from t5x_lite.model import quantization
     from t5x_lite.training import host
 
-    for name in run.compare.quantized:  # a misspelled one fails now, not after hours of training
-        quantization.parse_quantization(name)
-    for name in run.compare.drafters:
-        quality.drafter_settings(run, name)
+    quality.check_measurements(run)
     host.prepare_jax()
     run = host.with_device_dtype(run, args.gin_file, args.bindings)
     sharding.use_mesh(run.mesh)

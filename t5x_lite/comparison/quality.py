@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_lite import config
+from t5x_lite import config, data
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.evaluation import evaluate, metrics
 from t5x_lite.evaluation.predict import Predictor
@@ -60,6 +60,19 @@ def drafter_settings(run: config.Run, name: str) -> config.Decode:
     decode = dataclasses.replace(run.decode, beams=1, drafter=name, draft_length=0)
     registry.check_names(run.model, decode)
     return dataclasses.replace(decode, draft_length=WIDTH if registry.takes_width(name) else 0)
+
+
+def check_measurements(run: config.Run) -> None:
+    """Raises ValueError now for what could not be measured after hours of training."""
+    for name in run.compare.quantized:
+        quantization.parse_quantization(name)
+    for name in run.compare.drafters:
+        drafter_settings(run, name)
+    try:
+        dataset = data.open_dataset(run.data, run.compare.split)
+        evaluate.check_metrics(run, dataset)
+    except ValueError as error:
+        raise ValueError(f"Compare.split = {run.compare.split!r}: {error}") from error
 
 
 def measure_drafters(run: config.Run, params: Any, compare: config.Compare) -> dict[str, dict]:

@@ -336,11 +336,13 @@ def test_a_comparison_that_cannot_be_made_is_refused(changes, words):
         config.Compare(**changes)
 
 
-def test_an_unknown_quantization_is_refused_before_anything_is_trained(tmp_path, capsys):
+def test_what_could_not_be_measured_is_refused_before_anything_is_trained(tmp_path, capsys):
     gin = tmp_path / "compare.gin"
     gin.write_text(COMPARED.format(folder=tmp_path))
-    refused([f"--gin_file={gin}", '--gin.config.Compare.quantized=("int9",)'])
-    assert "int9" in capsys.readouterr().err
+    wrong = {"quantized=('int9',)": "int9", "drafters=('lokup',)": "did you mean lookup?"}
+    for binding, words in (wrong | {"split=tset": "has no split 'tset'"}).items():
+        refused([f"--gin_file={gin}", f"--gin.config.Compare.{binding}"])
+        assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -87,7 +87,10 @@ def refusal_of(action) -> str:
         ('config.Checkpoint.metric = "bleu"', "Checkpoint.metric is 'bleu'"),
         ('config.Checkpoint.metric = "los"', "did you mean loss?"),
         ('INITIAL_CHECKPOINT_PATH = "nowhere"', "There is no nowhere"),
-        ('INITIAL_CHECKPOINT_PATH = "{folder}/trained"\nconfig.Model.tied = True', "head: checkpoint"),
+        (
+            'INITIAL_CHECKPOINT_PATH = "{folder}/trained"\nconfig.Model.tied = True',
+            "head: checkpoint",
+        ),
         ('INITIAL_CHECKPOINT_PATH = "{folder}/trained"\nconfig.Stack.mlp = 24', "mlp"),
         (SOURCE + '"nowhere"', "Adaptation.source: there is no nowhere"),
         (
