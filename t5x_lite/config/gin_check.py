@@ -20,6 +20,8 @@ from t5x_lite import config
 HEADER = "from __gin__ import dynamic_registration\nfrom t5x_lite import config\n"
 # gin parses a string again with every piece that follows it: 60,000 pieces took it two minutes.
 MOST_PIECES = 1000
+# An int has some 10 digits, a float 17; gin took a minute over 80,000.
+MOST_DIGITS = 100
 # A mixture of hundreds of tasks has some thousand values.
 MOST_VALUES = 100_000
 
@@ -80,6 +82,7 @@ def is_value(text: str) -> bool:
 
     source = f"value = {text}"
     try:
+        check_pieces(source)
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
         count = len(list(statements(config_parser.ConfigParser(source, delegate()))))
     except Forbidden:
@@ -148,17 +151,20 @@ def delegate() -> Any:
 
 
 def check_pieces(source: str) -> None:
-    """Raises Forbidden where a string is concatenated from more than MOST_PIECES literals."""
+    """Raises Forbidden where a string is concatenated from more than MOST_PIECES literals, or where
+    a number has more than MOST_DIGITS."""
     kept = (
         token
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type not in (tokenize.NL, tokenize.COMMENT)
     )
     for kind, run in itertools.groupby(kept, key=lambda token: token.type):
-        if kind == tokenize.STRING:
-            pieces = list(run)
-            if len(pieces) > MOST_PIECES:
-                raise Forbidden(f"a string of {len(pieces):,} pieces (line {pieces[0].start[0]})")
+        pieces = list(run)
+        digits = len(max(pieces, key=lambda token: len(token.string)).string)
+        if kind == tokenize.NUMBER and digits > MOST_DIGITS:
+            raise Forbidden(f"a number of {digits:,} digits (line {pieces[0].start[0]})")
+        if kind == tokenize.STRING and len(pieces) > MOST_PIECES:
+            raise Forbidden(f"a string of {len(pieces):,} pieces (line {pieces[0].start[0]})")
 
 
 def check_size(macros: dict[str, Any]) -> None:

@@ -227,7 +227,7 @@ def flag_lines(bindings: Sequence[str]) -> list[Line]:
             text = gin_bindings.quote_value(each)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        lines += [Line(part, f"--gin.{each}", "flag") for part in text.splitlines()]
+        lines += [Line(part, f"--gin.{each:.200}", "flag") for part in text.splitlines()]
     return lines
 
 

@@ -50,6 +50,8 @@ def refused(folder, text: str, begin: str = BEGIN) -> str:
         ("config.Run.seed = " + 3000 * "[" + 3000 * "]", "nests too deep"),
         ("config.Run.seed = {[1]: 2}", "unhashable"),
         ("config.Run.seed = " + 2000 * '"a" ', "2,000 pieces"),
+        ("config.Run.seed = " + 80_000 * "9", "a number of 80,000 digits"),
+        ("config.Schedule.peak = 0." + 80_000 * "1", "digits"),
     ],
 )
 def test_what_is_more_than_data_is_told_with_its_line(tmp_path, text, word):
