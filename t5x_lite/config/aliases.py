@@ -40,6 +40,12 @@ VALUES = {
 
 MACROS = {"INITIAL_CHECKPOINT": "INITIAL_CHECKPOINT_PATH"}
 
+# (class, new field): the value, as .gin text, by which a saved config without it goes on as before.
+FORMER_VALUES = {
+    ("FillInTheMiddle", "join"): "'nothing'",
+    ("SpanCorruption", "join"): "'nothing'",
+}
+
 # Folders of configs/.
 FOLDERS = {"adapting": "adaptation"}
 
@@ -76,6 +82,19 @@ def notify(names: Iterable[Renamed]) -> None:
     SHOWN.update(fresh)
     if shown:
         print(f"Old names, which still work: {', '.join(shown)}", file=sys.stderr)
+
+
+def former_bindings(saved: str) -> list[str]:
+    """Bindings of the fields that a saved config has not heard of, by `FORMER_VALUES`.
+
+    Args:
+      saved: the text of a resolved config, which has every field of its time.
+    """
+    return [
+        f"config.{owner}.{field} = {value}"
+        for (owner, field), value in FORMER_VALUES.items()
+        if f"config.{owner}()" in saved and f"config.{owner}.{field} =" not in saved
+    ]
 
 
 def rename_folder(path: str) -> str:

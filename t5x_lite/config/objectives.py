@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from t5x_lite.config.checked import Checked, Positive, Range, ShareBetween, require
 
+Join = Literal["newline", "nothing", "never"]
+
 
 @dataclass(frozen=True)
 class SpanCorruption(Checked):
@@ -20,12 +22,16 @@ class SpanCorruption(Checked):
       mode: text before the inputs that names the denoiser (UL2's [NLU]); None has none.
       overflow: where a window needs more spans than the vocabulary has sentinels: fail, or cap the
         spans at that number, which makes them longer.
+      join: what stands between two examples in a window: a newline, where the vocabulary has one
+        and the first does not end in it; nothing, as in t5 (whose pieces begin with a space); or
+        examples are never joined (t5's merge_examples_to_reduce_padding = False).
     """
 
     noise_density: ShareBetween = 0.15
     mean_span: Annotated[float, Range(1)] = 3.0
     mode: str | None = None
     overflow: Literal["fail", "cap"] = "fail"
+    join: Join = "newline"
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,13 @@ class FillInTheMiddle(Checked):
       marks: names of the tokens before the prefix, before the suffix and after both; None takes
         the first three sentinels.
       mode: text before the inputs that names the denoiser; None has none.
+      join: what stands between two examples in a window; see `SpanCorruption`.
     """
 
     order: Literal["psm", "spm"] = "psm"
     marks: tuple[str, ...] | None = None
     mode: str | None = None
+    join: Join = "newline"
 
     def check(self):
         require(

@@ -31,6 +31,7 @@ class WindowPreprocessor:
       sentinels: ids of the sentinels [k].
       mode: ids of the mode that inputs begin with [m].
       marks: ids of fill-in-the-middle's marks [3].
+      seam: ids between two examples whose ends are not tokens of the text [n].
     """
 
     objective: Objective
@@ -40,6 +41,12 @@ class WindowPreprocessor:
     sentinels: np.ndarray
     mode: np.ndarray
     marks: np.ndarray
+    seam: np.ndarray
+
+    @property
+    def joins_examples(self) -> bool:
+        """True if a window may hold more than one example."""
+        return getattr(self.objective, "join", None) != "never"
 
     @property
     def keeps_ends(self) -> bool:
@@ -139,7 +146,27 @@ def make_preprocessor(
         )
     windows.check_sentinels(objective, lengths, len(mode), len(sentinels))
     marks = marks_of(objective, vocabulary)
-    return WindowPreprocessor(objective, lengths, window, vocabulary.eos, sentinels, mode, marks)
+    seam = newline_ids(vocabulary) if getattr(objective, "join", None) == "newline" else []
+    return WindowPreprocessor(
+        objective=objective,
+        lengths=lengths,
+        window=window,
+        eos=vocabulary.eos,
+        sentinels=sentinels,
+        mode=mode,
+        marks=marks,
+        seam=np.array(seam, np.int32),
+    )
+
+
+def newline_ids(vocabulary: TextVocabulary) -> list[int]:
+    """The ids of a newline after a text; none where the vocabulary drops it or has none."""
+    try:
+        before, after = vocabulary.encode("a"), vocabulary.encode("a\n")
+    except ValueError:
+        return []  # texts of integers
+    known = vocabulary.decode(after) == vocabulary.decode(before) + "\n"
+    return after[len(before) :] if known and after[: len(before)] == before else []
 
 
 def check_layout(objective: Objective, lengths: LengthLimits) -> None:

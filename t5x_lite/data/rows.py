@@ -7,6 +7,7 @@ time, because a draw costs the same for one row as for many.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -157,43 +158,112 @@ def check_aligned(inputs: np.ndarray, targets: np.ndarray) -> None:
 
 
 class Stream:
-    """All targets of a split end to end, as a circle; with or without the ends of examples."""
+    """All targets of a split end to end, as a circle.
 
-    def __init__(self, feature: Feature, keep_ends: bool):
-        self.feature = feature
-        self.skips = feature.ends and not keep_ends
-        # Begin of each example once the ends before it are removed.
-        self.begins = feature.offsets - np.arange(len(feature.offsets)) if self.skips else None
-        self.size = int(self.begins[-1] if self.skips else feature.offsets[-1])
+    Where an objective does not keep the ends of examples, its seam stands in their place.
+    """
+
+    def __init__(self, feature: Feature, preprocessor: WindowPreprocessor):
+        self.feature, self.seam = feature, preprocessor.seam
+        # Tokens at the end of each example that are not text.
+        self.dropped = int(feature.ends and not preprocessor.keeps_ends)
+        sizes = feature.lengths - self.dropped
+        if preprocessor.joins_examples and len(self.seam):
+            sizes += len(self.seam) * self.needs_seam(sizes)
+        # The begin of each example; None where they are those of the feature.
+        same = not self.dropped and not len(self.seam)
+        self.begins = None if same else np.concatenate([[0], np.cumsum(sizes)])
+        self.size = int(sizes.sum())
+
+    def needs_seam(self, sizes: np.ndarray) -> np.ndarray:
+        """Flags of the examples that do not end in the seam as they are.
+
+        Args:
+          sizes: their lengths without ends [examples].
+        """
+        last = self.feature.tokens[np.maximum(self.feature.offsets[:-1] + sizes - 1, 0)]
+        return (sizes > 0) & (last != self.seam[-1])
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Returns tokens [b length] from each start on."""
         index = (starts[:, None] + np.arange(length)) % self.size
-        if self.skips:
-            index += np.searchsorted(self.begins, index, side="right") - 1
-        return self.feature.tokens[index].astype(np.int32)
+        if self.begins is None:
+            return self.feature.tokens[index].astype(np.int32)
+        example = np.searchsorted(self.begins, index, side="right") - 1
+        first, place = self.feature.offsets[example], index - self.begins[example]
+        beyond = place - (self.feature.offsets[example + 1] - self.dropped - first)
+        tokens = self.feature.tokens[first + np.where(beyond < 0, place, 0)].astype(np.int32)
+        if len(self.seam):
+            tokens = np.where(beyond < 0, tokens, self.seam[np.maximum(beyond, 0)])
+        return tokens
+
+
+class WindowPlan(NamedTuple):
+    """Windows of an epoch.
+
+    Attributes:
+      begins: first token of each in the stream [n].
+      lengths: tokens of each [n].
+    """
+
+    begins: np.ndarray
+    lengths: np.ndarray
+
+
+def plan_joined(size: int, window: int) -> WindowPlan:
+    """Windows end to end; a rest of a single token is left out."""
+    begins = np.arange(0, size - 1, window)
+    return WindowPlan(begins, np.minimum(window, size - begins))
+
+
+def plan_separate(edges: np.ndarray, window: int) -> WindowPlan:
+    """Windows that hold one example, or a part of it; rests of a single token are left out.
+
+    Args:
+      edges: begin of each example in the stream, and the end of the last [examples + 1].
+      window: most tokens of a window.
+    """
+    count = (np.diff(edges) + window - 2) // window
+    number = packing.ranges(count)
+    begins = np.repeat(edges[:-1], count) + number * window
+    return WindowPlan(begins, np.minimum(window, np.repeat(edges[1:], count) - begins))
 
 
 class Windows:
-    """Rows of an objective over windows of running text; every epoch begins at another place and
-    covers every token once, except for a last window of a single token."""
+    """Rows of an objective over windows of running text; every epoch covers every token once,
+    except for windows of a single token.
+
+    Where windows run through examples, every epoch begins at another place.
+    """
 
     def __init__(self, tokens: Tokens, preprocessor: WindowPreprocessor):
         self.preprocessor, self.lengths = preprocessor, preprocessor.lengths
-        self.stream = Stream(tokens.targets, keep_ends=preprocessor.keeps_ends)
+        self.stream = Stream(tokens.targets, preprocessor)
         if self.stream.size < preprocessor.min_tokens:
             raise ValueError(
                 f"{tokens.name} is too short for any window: it has {self.stream.size} tokens, "
                 f"{type(preprocessor.objective).__name__} needs at least {preprocessor.min_tokens}"
             )
-        whole, rest = divmod(self.stream.size, preprocessor.window)
-        self.rows = whole + (1 if rest >= 2 else 0)
+        if preprocessor.joins_examples:
+            self.plan = plan_joined(self.stream.size, preprocessor.window)
+        else:
+            edges = tokens.targets.offsets if self.stream.begins is None else self.stream.begins
+            self.plan = plan_separate(edges, preprocessor.window)
+        self.rows = len(self.plan.begins)
+        if not self.rows:
+            raise ValueError(
+                f"{tokens.name} has no example of two tokens, which the shortest window holds"
+            )
         self.draw = functools.lru_cache(maxsize=2)(self.draw_windows)
 
     def epoch_counts(self) -> EpochCounts:
-        """Counts of an epoch, extrapolated from its first rows: all but the last are alike."""
+        """Counts of an epoch, extrapolated from some rows: where windows run through examples, all
+        but the last are alike."""
         rows = min(self.rows, 64)
-        batch = self.batch(np.arange(rows), None)
+        numbers = np.arange(rows)
+        if not self.preprocessor.joins_examples:
+            numbers = numbers * self.rows // rows
+        batch = self.batch(numbers, None)
 
         def count(segments: np.ndarray) -> int:
             return round(int((segments > 0).sum()) * self.rows / rows)
@@ -206,9 +276,8 @@ class Windows:
     def draw_windows(self, draw: int, key: int | None) -> tuple[np.ndarray, ...]:
         """Returns the begins of a draw's windows, their lengths, and the keys of their noise."""
         epochs, rows = shuffle_rows(np.arange(draw * DRAWN, (draw + 1) * DRAWN), self.rows, key)
-        begins = rows * self.preprocessor.window
-        lengths = np.minimum(self.preprocessor.window, self.stream.size - begins)
-        if key is not None:
+        begins, lengths = self.plan.begins[rows], self.plan.lengths[rows]
+        if key is not None and self.preprocessor.joins_examples:
             shift = randomness.keys(randomness.key(key, SHIFT), epochs)
             begins = begins + (shift % np.uint64(self.stream.size)).astype(np.int64)
         # Below 2**31 rows an epoch, (epoch, row) is one counter.

@@ -84,8 +84,23 @@ def windows(
     if not preprocessor.keeps_ends:
         running = running.map(lambda ids: ids[: tf.size(ids) - ended(ids, preprocessor.eos)])
     running = running.filter(lambda ids: tf.size(ids) > 0)
-    texts = running.rebatch(preprocessor.window).filter(lambda ids: tf.size(ids) >= 2)
+    if not preprocessor.joins_examples:
+        texts = running.flat_map(
+            lambda ids: tf.data.Dataset.from_tensor_slices(ids).batch(preprocessor.window)
+        )
+    else:
+        texts = running.map(lambda ids: join_seam(ids, preprocessor.seam))
+        texts = texts.rebatch(preprocessor.window)
+    texts = texts.filter(lambda ids: tf.size(ids) >= 2)
     return texts.enumerate().map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def join_seam(ids: tf.Tensor, seam: np.ndarray) -> tf.Tensor:
+    """The ids of an example and, unless it ends so already, the seam [n] after it."""
+    if not len(seam):
+        return ids
+    missing = tf.cast(ids[-1] != tf.cast(seam[-1], ids.dtype), tf.int32)
+    return tf.concat([ids, tf.cast(seam, ids.dtype)[: len(seam) * missing]], 0)
 
 
 def ended(ids: tf.Tensor, eos: int) -> tf.Tensor:

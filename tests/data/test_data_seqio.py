@@ -246,7 +246,7 @@ def test_every_objective_gives_seqio_the_bits_of_the_batch_builder(objective, re
     feature = cache.Feature(np.concatenate(text), offsets, 1, ends=True)
     fit = windows.length_limits(lengths, "decoder_only" if causal else "encoder_decoder")
     preprocessor = objectives.make_preprocessor(objective, fit, vocabulary)
-    stream = rows.Stream(feature, keep_ends=preprocessor.keeps_ends)
+    stream = rows.Stream(feature, preprocessor)
     key = randomness.key(4)
     for number, begin in enumerate(range(0, stream.size, preprocessor.window)):
         tokens = min(preprocessor.window, stream.size - begin)
