@@ -4,7 +4,6 @@
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from t5x_lite.cli import inference, options
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
-from t5x_lite.cli.records import Record, Sink, Source
+from t5x_lite.cli.records import Record, Sink, Source, describe_text, json_line
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -151,11 +150,10 @@ def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict
 def checked_records(records: Iterator[Record], targets: str | None) -> Iterator[Record]:
     """Records, in trouble where one lacks the target that it is to be scored with."""
     for record in records:
-        scored = targets is None or isinstance(record.fields.get(targets), str)
-        if record.trouble or scored:
+        if record.trouble or targets is None:
             yield record
         else:
-            yield dataclasses.replace(record, trouble=f"no text in field {targets!r}")
+            yield dataclasses.replace(record, trouble=describe_text(record.fields, targets))
 
 
 class PredictionWriter:
@@ -174,6 +172,7 @@ class PredictionWriter:
 
     def lines(self, chunk: Sequence[Record], progress: Callable[[int], None]) -> list[str]:
         """The output line of every record; `progress` is called with how many are done."""
+        chunk = [self.checked(record) for record in chunk]
         self.troubled += inference.complain(chunk, self.args.input, self.args.broken == "stop")
         answers = iter(self.answers([each for each in chunk if not each.trouble], progress))
         lines = []
@@ -182,8 +181,21 @@ class PredictionWriter:
                 row = {"line": record.number, "error": record.trouble}
             else:
                 row = record.fields | next(answers)
-            lines.append(plain(row) if self.args.text else json.dumps(row, ensure_ascii=False))
+            lines.append(plain(row) if self.args.text else json_line(row))
         return lines
+
+    def checked(self, record: Record) -> Record:
+        """The record, in trouble where the model's vocabularies cannot read its texts."""
+        if record.trouble:
+            return record
+        predictor = self.session.predictor
+        try:
+            predictor.encode_inputs([record.text])
+            if self.args.targets:
+                predictor.encode_targets([record.fields[self.args.targets]])
+        except ValueError as error:
+            return dataclasses.replace(record, trouble=str(error))
+        return record
 
     def answers(self, records: list[Record], progress: Callable[[int], None]) -> list[dict]:
         """Fields that the model adds to each record: a score, a vector or a text."""

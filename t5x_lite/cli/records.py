@@ -13,9 +13,7 @@ from typing import IO, Any
 
 from t5x_lite.config import aliases
 from t5x_lite.utils.atomic_files import write_atomically
-
-# Byte order mark: some editors begin a UTF-8 file with it.
-MARK = b"\xef\xbb\xbf"
+from t5x_lite.utils.text_lines import TextError, check_unicode, decode_line, parse_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,33 +51,29 @@ class Source:
         """Every line in order, those that cannot be read too."""
         with nullcontext(sys.stdin.buffer) if self.path == "-" else open(self.path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                yield self.record(number, line.removeprefix(MARK) if number == 1 else line)
+                yield self.record(number, line)
 
     def record(self, number: int, line: bytes) -> Record:
         """The record of a line, `number` from 1."""
         try:
-            text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})"
-            return Record(number, None, {}, reason)
-        if not text.strip():
-            return Record(number, None, {}, "empty")
-        return (
-            self.parse_json(number, text) if self.jsonl else Record(number, text, {"input": text})
-        )
+            text = decode_line(line, number).rstrip("\r\n")
+            if not text.strip():
+                raise TextError("empty")
+            return self.parse(number, text)
+        except TextError as error:
+            return Record(number, None, {}, str(error))
 
-    def parse_json(self, number: int, text: str) -> Record:
-        """The record of a JSON object, `number` from 1."""
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return Record(number, None, {}, f"broken JSON ({error})")
-        if not isinstance(fields, dict) or self.field not in fields:
-            there = f"it has {', '.join(fields)}" if isinstance(fields, dict) else "not an object"
-            return Record(number, None, {}, f"no field {self.field!r} ({there})")
-        if not isinstance(fields[self.field], str) or not fields[self.field].strip():
-            return Record(number, None, fields, f"field {self.field!r} is not a text, or empty")
-        return Record(number, fields[self.field], fields)
+    def parse(self, number: int, line: str) -> Record:
+        """The record of a line of text, `number` from 1; raises TextError where it has none."""
+        if not self.jsonl:
+            return Record(number, line, {"input": line})
+        fields = parse_object(line)
+        if self.field not in fields:
+            raise TextError(f"no field {self.field!r} (it has {', '.join(fields)})")
+        trouble = describe_text(fields, self.field)
+        if not trouble and not fields[self.field].strip():
+            trouble = f"field {self.field!r} is empty"
+        return Record(number, None if trouble else fields[self.field], fields, trouble)
 
     def count(self) -> int | None:
         """Number of lines; None of a stream."""
@@ -94,6 +88,28 @@ class Source:
             return None
         with open(self.path, "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def describe_text(fields: dict[str, Any], name: str) -> str | None:
+    """The reason why a field is not a text; None for a text."""
+    text = fields.get(name)
+    if not isinstance(text, str):
+        return f"no text in field {name!r}"
+    try:
+        check_unicode(text)
+    except TextError as error:
+        return f"field {name!r} is {error}"
+    return None
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """A row of output as JSON; other fields of its input may hold text that UTF-8 cannot."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        check_unicode(line)
+    except TextError:
+        return json.dumps(row)
+    return line
 
 
 @dataclasses.dataclass(frozen=True)

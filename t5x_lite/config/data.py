@@ -90,7 +90,10 @@ class Files(Checked):
       validation: files of the validation split.
       test: files of the test split.
       format: format of the files; None reads it from their ending. A `text` file has one example
-        per line: its targets.
+        per line: its targets. `tsv` and `csv` name their columns in the first line.
+      quotes: cells of a tsv file are quoted as csv writers, pandas and spreadsheets do where they
+        hold a tab, a quote or the end of a line; False keeps every quote; None refuses a cell that
+        looks quoted. A csv file always has such quotes.
       inputs: field of the inputs; None means text without a source (language modeling).
       targets: field of the targets.
       metrics: metrics of the task.
@@ -103,12 +106,13 @@ class Files(Checked):
     vocabulary: Vocabulary
     validation: LocalPath | None = None
     test: LocalPath | None = None
-    format: Literal["jsonl", "tsv", "text", "parquet"] | None = None
+    format: Literal["jsonl", "tsv", "csv", "text", "parquet"] | None = None
     inputs: str | None = None
     targets: str = "targets"
     metrics: tuple[str, ...] = ("exact_match",)
     whole_files: bool = False
     broken: Literal["stop", "skip"] = "stop"
+    quotes: bool | None = None
 
 
 @dataclass(frozen=True)

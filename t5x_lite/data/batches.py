@@ -341,7 +341,7 @@ def open_part(
         make_rows = functools.partial(rows.Windows, preprocessor=preprocessor)
     if cfg.stream and split == "train":
         streamed = streams.Streamed(task, split, lengths, make_rows)
-        counts = task.counts if source.first else {}
+        counts = task.counts.get(split, {}) if source.first else {}
         return MixturePart(source.name, streamed, key, counts, streamed.state, streamed.restore)
     tokens, stamps = source.tokens(), task.stamps(split)
     return MixturePart(

@@ -109,15 +109,21 @@ def built_in_task(name: str, vocabulary: config.Vocabulary | None, cache_dir: st
 
 def from_files(cfg: config.Files, cache_dir: str) -> Task:
     """A user's own files as a task."""
-    counts: dict[str, int] = {}
-    rows = partial(files.read_rows, cfg, counts=counts)
+    splits = files.list_splits(cfg)
+    counts: dict[str, dict[str, int]] = {split: {} for split in splits}
+
+    def rows(split: str) -> Iterator[TextExample]:
+        return files.read_rows(cfg, split, counts[split])
+
     source = partial(files.source, cfg)
-    pair = vocabulary_pair(cfg.vocabulary, lambda: rows("train"), source("train"), cache_dir)
+    # Without counts: what is left out is counted where tokens are read.
+    train = partial(files.read_rows, cfg, "train")
+    pair = vocabulary_pair(cfg.vocabulary, train, source("train"), cache_dir)
     return Task(
         name=cfg.name,
-        splits=files.list_splits(cfg),
+        splits=splits,
         vocabularies=pair,
-        read=partial(read_text, rows, pair),
+        read=partial(read_text, rows, pair, counts=counts),
         source=source,
         has_inputs=cfg.inputs is not None,
         metrics=cfg.metrics,

@@ -21,7 +21,7 @@ import numpy as np
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.utils.paths import cache_folder
 
-FORMAT = 2  # raised when the same source gives other ids or another order
+FORMAT = 3  # raised when the same source gives other ids or another order
 
 
 class Chunk(NamedTuple):

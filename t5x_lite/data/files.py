@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own files as examples: JSONL, TSV, plain text and Parquet, by globs; .gz files are
+"""A user's own files as examples: JSONL, TSV, CSV, plain text and Parquet, by globs; .gz files are
 unpacked."""
 
 import glob
 import gzip
 import hashlib
 import json
+import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
+from t5x_lite.data.file_formats import READERS, fields_read
 from t5x_lite.utils.paths import local_path
+from t5x_lite.utils.text_lines import TextError, check_unicode
+
+log = logging.getLogger(__name__)
 
 LEFT_OUT = "broken lines left out"
-# Of one example. A gzip file unpacks to a thousand times its size, and may be one line.
-MOST_BYTES = 2**28
+# Broken lines that are named; further ones are counted.
+MOST_NAMED = 3
 ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".tsv": "tsv",
+    ".csv": "csv",
     ".txt": "text",
     ".parquet": "parquet",
 }
@@ -39,18 +44,35 @@ def list_paths(cfg: config.Files, split: str) -> list[Path]:
 
     Raises ValueError if the glob matches none.
     """
-    pattern = str(local_path(getattr(cfg, split)))
-    matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    matches = [path for path in matches if path.is_file()]
+    pattern = local_path(getattr(cfg, split))
+    matches = expand_glob(pattern)
     if not matches:
-        raise ValueError(f"Files.{split} of {cfg.name!r} matches no file: {getattr(cfg, split)}")
+        hint = f" but a folder: {pattern}/* names its files" if pattern.is_dir() else ""
+        raise ValueError(
+            f"Files.{split} of {cfg.name!r} matches no file{hint}: {getattr(cfg, split)}"
+        )
     return matches
+
+
+def expand_glob(pattern: Path) -> list[Path]:
+    """The file of this name, or else those that the glob matches, in order.
+
+    A path that exists is no pattern, and neither is the part of one that is a folder: data/[1] may
+    be a name.
+    """
+    if pattern.is_file():
+        return [pattern]
+    folder = next((each for each in pattern.parents if each.is_dir()), Path())
+    rest = str(pattern.relative_to(folder))
+    matches = sorted(folder / name for name in glob.glob(rest, root_dir=folder, recursive=True))
+    return [path for path in matches if path.is_file()]
 
 
 def source(cfg: config.Files, split: str) -> str:
     """Digest of the options of reading, and of the split's files by name, size and time of
     change."""
     identity = [cfg.format, cfg.inputs, cfg.targets, cfg.whole_files, cfg.broken]
+    identity += [] if cfg.quotes is None else [cfg.quotes]
     identity += [[path, *stamp] for path, stamp in stamps(cfg, split).items()]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -77,21 +99,27 @@ def format_of(cfg: config.Files, path: Path) -> str:
     named = path.with_suffix("") if path.suffix == ".gz" else path
     kind = cfg.format or ENDINGS.get(named.suffix)
     if kind is None:
-        raise ValueError(f"{path}: unknown ending; set Files.format to jsonl, tsv, text or parquet")
+        raise ValueError(
+            f"{path}: unknown ending; set Files.format to jsonl, tsv, csv, text or parquet"
+        )
     return kind
 
 
-def read_rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator[TextExample]:
+def read_rows(
+    cfg: config.Files, split: str, counts: dict[str, int] | None = None
+) -> Iterator[TextExample]:
     """Yields the examples of a split, file after file.
 
     Args:
       cfg: the files.
       split: train, validation or test.
-      counts: receives the number of lines left out, if Files.broken is "skip".
+      counts: receives the number of lines left out by this pass, if Files.broken is "skip", and the
+        first of them are logged; None for a pass that reports nothing.
 
     Raises:
       ValueError: a line cannot be read and Files.broken is not "skip"; with its file and number.
     """
+    left_out = 0
     for path in list_paths(cfg, split):
         for place, fields in read_records(cfg, path):
             if isinstance(fields, str):
@@ -100,13 +128,17 @@ def read_rows(cfg: config.Files, split: str, counts: dict[str, int]) -> Iterator
                 row, problem = row_of(cfg, fields)
             if row is not None:
                 yield row
-            elif cfg.broken == "skip":
-                counts[LEFT_OUT] = counts.get(LEFT_OUT, 0) + 1
-            else:
+                continue
+            if cfg.broken != "skip":
                 raise ValueError(
                     f'{path}, {place}: {problem}. Fix it, or set Files.broken = "skip" to leave '
                     "such lines out and count them"
                 )
+            left_out += 1
+            if counts is not None:
+                counts[LEFT_OUT] = left_out
+                if left_out <= MOST_NAMED:
+                    log.warning("%s, %s is left out: %s", path, place, problem)
 
 
 def read_records(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
@@ -122,129 +154,22 @@ def read_records(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | st
 
 def row_of(cfg: config.Files, fields: dict) -> tuple[TextExample | None, str]:
     """Example of a record, or None and a message."""
-    wanted = [cfg.targets] if cfg.inputs is None else [cfg.inputs, cfg.targets]
-    for name in wanted:
+    for name in fields_read(cfg):
         if name not in fields:
             return None, f"no field {name!r}; there are {', '.join(map(repr, fields))}"
-        value = fields[name]
-        # A list of strings as targets is a list of right answers; the first is trained on.
-        if name == cfg.targets and isinstance(value, list) and value:
-            value = value[0]
-        if not isinstance(value, str):
-            return None, f"field {name!r} is {type(value).__name__}, not text"
     targets = fields[cfg.targets]
-    answers = tuple(targets) if isinstance(targets, list) else (targets,)
-    inputs = None if cfg.inputs is None else fields[cfg.inputs]
-    return TextExample(inputs, answers[0], answers), ""
-
-
-def open_binary(path: Path) -> BinaryIO:
-    """Opens a file for reading bytes, unpacked if it is a .gz file."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-
-
-def check_size(path: Path, place: str, content: bytes) -> None:
-    """Checks the size of one example.
-
-    Args:
-      path: file of the example.
-      place: line or row, for the message.
-      content: bytes of the example.
-
-    Raises:
-      ValueError: it is larger than MOST_BYTES.
-    """
-    if len(content) > MOST_BYTES:
-        raise ValueError(
-            f"{path}, {place} has more than {MOST_BYTES:,} bytes: no example is so long. Is it "
-            "text, one example to a line?"
-        )
-
-
-def decoded_lines(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Yields numbered lines; None for a line that is not UTF-8."""
-    with open_binary(path) as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
-            check_size(path, f"line {number}", line)
-            try:
-                yield f"line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                yield f"line {number}", None
-
-
-def read_jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
-    """Records of a file with one JSON object per line."""
-    for place, line in decoded_lines(path):
-        if line is None:
-            yield place, "not UTF-8"
-        elif line.strip():
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield place, f"not JSON ({error})"
-                continue
-            yield place, fields if isinstance(fields, dict) else "not a JSON object"
-
-
-def read_tsv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
-    """Records under the names in the first line; no quoting, as in most TSV corpora."""
-    lines = decoded_lines(path)
-    names = next(lines, ("", ""))[1]
-    if not names:
-        return
-    head = names.rstrip("\r\n").split("\t")
-    for place, line in lines:
-        if line is None:
-            yield place, "not UTF-8"
-        elif line.strip("\r\n"):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) == len(head):
-                yield place, dict(zip(head, cells, strict=True))
-            else:
-                yield place, f"{len(cells)} columns where the first line has {len(head)}"
-
-
-def read_text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
-    """Records of plain text: one per line, or the whole file."""
-    if cfg.whole_files:
+    # A list of strings as targets is a list of right answers; the first is trained on.
+    several = isinstance(targets, list) and targets
+    answers = tuple(targets) if several else (targets,)
+    texts = [] if cfg.inputs is None else [(f"field {cfg.inputs!r}", fields[cfg.inputs])]
+    for number, answer in enumerate(answers, 1):
+        item = f"item {number} of " if len(answers) > 1 else ""
+        texts.append((f"{item}field {cfg.targets!r}", answer))
+    for name, text in texts:
+        if not isinstance(text, str):
+            return None, f"{name} is {type(text).__name__}, not text"
         try:
-            with open_binary(path) as whole:
-                content = whole.read(MOST_BYTES + 1)
-            check_size(path, "the file", content)
-            yield "the file", {cfg.targets: content.decode("utf-8-sig")}
-        except UnicodeDecodeError:
-            yield "the file", "not UTF-8"
-        return
-    for place, line in decoded_lines(path):
-        if line is None:
-            yield place, "not UTF-8"
-        elif line.strip():
-            yield place, {cfg.targets: line.rstrip("\r\n")}
-
-
-def read_parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
-    """Records of a Parquet file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-    number = 0
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = [name for name in (cfg.inputs, cfg.targets) if name in table.schema_arrow.names]
-        for batch in table.iter_batches(columns=names or None):
-            for fields in batch.to_pylist():
-                number += 1
-                yield f"row {number}", fields
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        after = f" after row {number}" if number else ""
-        raise ValueError(f"{path}: not a Parquet file, or a broken one{after} ({error})") from error
-
-
-READERS: dict[str, Callable] = {
-    "jsonl": read_jsonl,
-    "tsv": read_tsv,
-    "text": read_text,
-    "parquet": read_parquet,
-}
+            check_unicode(text)
+        except TextError as error:
+            return None, f"{name} is {error}"
+    return TextExample(None if cfg.inputs is None else texts[0][1], answers[0], answers), ""

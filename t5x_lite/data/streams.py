@@ -172,7 +172,7 @@ def join_chunks(chunks: list[Chunk], task: Task, split: str) -> Tokens:
         )
     targets = join_feature([ids for chunk in chunks for ids in chunk.targets], task.vocabularies[1])
     name = f"{task.name}-{split}"
-    return Tokens(name, inputs, targets, digest="", rows=None, counts=task.counts)
+    return Tokens(name, inputs, targets, digest="", rows=None, counts=task.counts.get(split, {}))
 
 
 def join_feature(examples: list[np.ndarray], vocabulary: TextVocabulary) -> Feature:

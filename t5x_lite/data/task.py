@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from t5x_lite.data import cache, files
 from t5x_lite.data.cache import Chunk
 from t5x_lite.data.corpora import TextExample
@@ -16,6 +14,7 @@ from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 CHUNK = 4096
 CHUNK_CHARACTERS = 4_000_000
+TYPED_ENDS = "targets end in the end-of-sequence token as text, which is read once"
 
 
 class ExampleReader(Protocol):
@@ -37,7 +36,7 @@ class Task:
       source: returns a digest of what a split is read from, to detect a changed source.
       has_inputs: false for text alone.
       metrics: names of metrics of ours.
-      counts: counts of the reader so far (broken lines), by name.
+      counts: counts of the reader in its last pass over a split (broken lines), by split and name.
       score: computes the task's own metrics, in addition to `metrics`, of predictions for the first
         examples of a split.
       stamps: returns `files.stamps` of a split's files, {} for a source without files.
@@ -50,7 +49,7 @@ class Task:
     source: Callable[[str], str]
     has_inputs: bool
     metrics: tuple[str, ...] = ()
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
     score: Callable[[str, list[str]], dict[str, float]] | None = None
     stamps: Callable[[str], dict[str, list[int]]] = lambda split: {}
 
@@ -76,22 +75,14 @@ def check_unchanged(task: Task, split: str, before: dict[str, list[int]], source
     )
 
 
-def encode_with_edges(vocabulary: TextVocabulary, texts: list[str]) -> list[np.ndarray]:
-    """Ids of each text with the first and last ids of the vocabulary's sequences."""
-    ids = vocabulary.encode_all(texts)
-    start, end = vocabularies.end_ids(vocabulary)
-    if not start and not end:
-        return ids
-    start, end = np.array(start, np.int32), np.array(end, np.int32)
-    return [np.concatenate([start, each, end]) for each in ids]
-
-
 def read_text(
     rows: Callable[[str], Iterable[TextExample]],
     pair: tuple[TextVocabulary, TextVocabulary],
     split: str,
     begin: int = 0,
     epoch: int = 0,
+    *,
+    counts: dict[str, dict[str, int]] | None = None,
 ) -> Iterator[Chunk]:
     """Tokenizes examples, some thousands at a time, or fewer where they are long.
 
@@ -101,13 +92,28 @@ def read_text(
       split: of the task.
       begin: number of the first example.
       epoch: unused; text is the same in every epoch.
+      counts: receives, by split, the number of targets that had an end of their own.
     """
     examples = itertools.islice(rows(split), begin, None)
+    typed = 0
     while batch := list(next_batch(examples)):
+        shorter = [drop_typed_ends(pair[1], row) for row in batch]
+        typed += sum(a.targets != b.targets for a, b in zip(batch, shorter, strict=True))
+        if typed and counts is not None:
+            counts[split][TYPED_ENDS] = typed
         inputs = None
         if batch[0].inputs is not None:
-            inputs = encode_with_edges(pair[0], [row.inputs for row in batch])
-        yield Chunk(inputs, encode_with_edges(pair[1], [row.targets for row in batch]), batch)
+            inputs = vocabularies.encode_texts(pair[0], [row.inputs for row in batch])
+        targets = vocabularies.encode_texts(pair[1], [row.targets for row in shorter])
+        yield Chunk(inputs, targets, shorter)
+
+
+def drop_typed_ends(vocabulary: TextVocabulary, row: TextExample) -> TextExample:
+    """An example whose answers do not end in the text of the end, which no prediction has."""
+    references = tuple(vocabularies.drop_typed_end(vocabulary, text) for text in row.references)
+    return row._replace(
+        targets=vocabularies.drop_typed_end(vocabulary, row.targets), references=references
+    )
 
 
 def next_batch(rows: Iterator[TextExample]) -> Iterator[TextExample]:
@@ -147,7 +153,7 @@ def cached_tokens(task: Task, split: str, cache_dir: str) -> cache.Tokens:
         chunks=chunks(),
         sizes=(inputs.size, targets.size),
         eos=(inputs.eos, targets.eos),
-        counts=task.counts,
+        counts=task.counts.get(split, {}),
         # Training text can be decoded from its ids; only evaluation needs it exactly.
         keep_rows=split != "train",
     )

@@ -12,7 +12,7 @@ from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.union import draft_sources
 from t5x_lite.evaluation.drafting import DrafterCache
-from t5x_lite.tokenizers.vocabularies import end_ids
+from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
@@ -151,9 +151,7 @@ class Predictor:
 
     def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each input."""
-        start, end = end_ids(self.inputs)
-        end = end if self.ended else []
-        rows = [[*start, *map(int, ids), *end] for ids in self.inputs.encode_all(texts)]
+        rows = [ids.tolist() for ids in encode_texts(self.inputs, texts, self.ended)]
         return [self.without_start(row) for row in rows] if self.cfg.encoder is None else rows
 
     def without_start(self, row: list[int]) -> list[int]:
@@ -163,8 +161,7 @@ class Predictor:
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each target."""
-        end = [self.targets.eos] if self.targets.ends else []
-        return [[*map(int, ids), *end] for ids in self.targets.encode_all(texts)]
+        return [ids.tolist() for ids in encode_texts(self.targets, texts)]
 
     def batches(self, ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Yields indices of inputs that share a batch: those of like length."""

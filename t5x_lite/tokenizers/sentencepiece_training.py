@@ -22,6 +22,30 @@ def sample_lines(texts: Iterable[str], most: int) -> Iterator[str]:
             return
 
 
+class LineSource:
+    """Iterator over lines that keeps the error which ends it.
+
+    Attributes:
+      error: what the lines raised; None so far.
+    """
+
+    def __init__(self, lines: Iterator[str]):
+        self.lines = lines
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self.lines)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.error = error
+            raise
+
+
 def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
     """Trains a model of `size` pieces that keeps every character of a text.
 
@@ -33,9 +57,10 @@ def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
+    lines = LineSource(sample_lines(texts, MAX_CHARACTERS))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sample_lines(texts, MAX_CHARACTERS),
+            sentence_iterator=lines,
             model_writer=model,
             vocab_size=size,
             model_type="bpe",
@@ -51,7 +76,11 @@ def train_sentencepiece(texts: Iterable[str], size: int) -> bytes:
             num_threads=2,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except Exception as error:  # the library wraps what the lines raise in a class of its own
+        if lines.error is not None:
+            raise lines.error from None
+        if not isinstance(error, RuntimeError):
+            raise
         raise ValueError(
             f"No SentencePiece of Vocabulary.size = {size} can be trained on this text: {error}"
         ) from error

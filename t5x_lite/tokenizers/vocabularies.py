@@ -9,14 +9,17 @@ may have others. A run keeps its pair by `save_pair`. Nothing here imports Tenso
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from t5x_lite.config.checked import WrongType, coerce, type_in_words
 from t5x_lite.tokenizers.errors import panics_as_errors
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
-from t5x_lite.tokenizers.special_tokens import MAX_IDS, MAX_SENTINELS, sentinel_name
+from t5x_lite.tokenizers.fast_tokenizers import MAX_IDS
+from t5x_lite.tokenizers.special_tokens import MAX_SENTINELS, sentinel_name
 from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonVocabulary
 from t5x_lite.tokenizers.symbols import ByteVocabulary, IntegerVocabulary, SymbolVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -24,8 +27,46 @@ from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 def encode_with_ends(vocabulary: TextVocabulary, text: str) -> list[int]:
     """The ids as a model reads them: beginning and end in their places, as in training."""
-    start, end = end_ids(vocabulary)
-    return [*start, *vocabulary.encode(text), *end]
+    return encode_texts(vocabulary, [text])[0].tolist()
+
+
+def encode_texts(
+    vocabulary: TextVocabulary, texts: Sequence[str], ended: bool = True
+) -> list[np.ndarray]:
+    """The ids [n] of each text as a model reads it, in training and afterwards.
+
+    Args:
+      vocabulary: of the texts.
+      texts: the texts.
+      ended: the end of the sequence follows where the vocabulary has one; False for a text that is
+        to be continued.
+    """
+    start, end = (np.array(ids, np.int32) for ids in end_ids(vocabulary))
+    if ended:
+        texts = [drop_typed_end(vocabulary, text) for text in texts]
+    parts = vocabulary.encode_all(texts)
+    return [np.concatenate([start, ids, end[: len(end) * ended]]) for ids in parts]
+
+
+def drop_typed_end(vocabulary: TextVocabulary, text: str) -> str:
+    """A text without the end of its sequence written out, "</s>", where the vocabulary adds one:
+    both would be the same id, and no prediction has two."""
+    name = end_text(vocabulary) if vocabulary.ends else None
+    shorter = text.rstrip()
+    return shorter.removesuffix(name).rstrip() if name and shorter.endswith(name) else text
+
+
+@functools.lru_cache(maxsize=64)
+def end_text(vocabulary: TextVocabulary) -> str | None:
+    """The text that becomes the id of the end; None where no text does."""
+    if isinstance(vocabulary, ExtendedVocabulary):
+        return end_text(vocabulary.inner)
+    name = None
+    if isinstance(vocabulary, TokenizerJsonVocabulary) and vocabulary.eos >= 0:
+        name = vocabulary.tokenizer.id_to_token(vocabulary.eos)
+    elif isinstance(vocabulary, ByteVocabulary | SentencePieceVocabulary):
+        name = vocabulary.named.names.get(vocabulary.eos)
+    return name if name and vocabulary.encode(name)[-1:] == [vocabulary.eos] else None
 
 
 def end_ids(vocabulary: TextVocabulary) -> tuple[list[int], list[int]]:
@@ -78,13 +119,20 @@ OPTIONS = {
     "inner": dict,
     "names": tuple[str, ...],
     "pattern": str | None,
+    "origin": dict,
 }
 
 
 def fingerprint(vocabulary: TextVocabulary) -> str:
     """A digest that two vocabularies share only if they give the same ids."""
-    text = json.dumps(vocabulary.description(), sort_keys=True).encode()
+    text = json.dumps(without_origin(vocabulary.description()), sort_keys=True).encode()
     return hashlib.sha256(text + b"\0" + (vocabulary.model_bytes() or b"")).hexdigest()
+
+
+def without_origin(described: dict[str, Any]) -> dict[str, Any]:
+    """A description without the field "origin", also in an extended one: it decides no ids."""
+    kept = {name: value for name, value in described.items() if name != "origin"}
+    return kept | ({"inner": without_origin(kept["inner"])} if "inner" in kept else {})
 
 
 def save_vocabulary(vocabulary: TextVocabulary, folder: str | Path) -> None:

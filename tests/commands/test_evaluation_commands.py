@@ -139,25 +139,29 @@ def test_lines_that_cannot_be_read_are_numbered_and_keep_their_place(folder, cap
 
 def test_jsonl_keeps_its_fields_and_names_what_is_missing(folder, capsys):
     source, out = folder / "words.jsonl", folder / "out.jsonl"
-    lines = ['{"word": "cat", "id": 3}', "{broken", '{"name": "x"}', '{"word": 5}', "[]"]
+    lines = ['{"word": "cat", "id": 3, "note": "\\ud83d"}', "{broken", '{"name": "x"}']
+    lines += ['{"word": 5}', "[]", '{"word": "smile \\ud83d"}', '{"word": "a", "word": "b"}']
     source.write_text("\n".join(lines))
     infer(folder, f"--input={source}", "--field=word", f"--output={out}")
     found = rows(out)
     assert found[0]["word"] == "cat" and found[0]["id"] == 3 and "prediction" in found[0]
-    reasons = ("broken JSON", "it has name", "not a text", "not an object")
+    assert found[0]["note"] == "\ud83d"
+    reasons = ("not JSON", "it has name", "no text in field 'word'", "a JSON array")
+    reasons += ("character 7 is half of a surrogate pair", "field 'word' is there twice")
     for row, reason in zip(found[1:], reasons, strict=True):
         assert reason in row["error"]
 
 
 def test_given_targets_are_scored(folder):
     source, out = folder / "pairs.jsonl", folder / "out.jsonl"
-    pairs = [{"input": "cat", "said": "K AE T"}, {"input": "ox"}]
+    pairs = [{"input": "cat", "said": "K AE T"}, {"input": "ox"}, {"input": "a", "said": "\ud83d"}]
     source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     infer(folder, f"--input={source}", "--targets=said", f"--output={out}")
     found = rows(out)
     expected = interactive.load(folder).score("cat", "K AE T")
     assert found[0]["log_probability"] == pytest.approx(expected, abs=1e-4)
     assert found[1]["error"] == "no text in field 'said'"
+    assert "half of a surrogate pair" in found[2]["error"]
 
 
 def test_a_pipe_gives_plain_text(folder, monkeypatch, capsysbinary):

@@ -105,7 +105,8 @@ def test_a_list_of_targets_is_a_list_of_right_answers(tmp_path):
 
 FAULTS = {
     '{"de": "a", "en"': "line 2: not JSON",
-    '["a"]': "line 2: not a JSON object",
+    '["a"]': "line 2: a JSON array",
+    "3": "line 2: not a JSON object",
     '{"de": "a"}': "line 2: no field 'en'; there are 'de'",
     '{"de": 3, "en": "b"}': "line 2: field 'de' is int, not text",
     '{"de": "a", "en": []}': "line 2: field 'en' is list, not text",
@@ -168,7 +169,7 @@ def test_an_empty_file_is_told(tmp_path):
 
 def test_an_unknown_ending_asks_for_the_format(tmp_path):
     (tmp_path / "a.dat").write_text('{"de": "x", "en": "y"}\n')
-    with pytest.raises(ValueError, match="set Files.format to jsonl, tsv, text or parquet"):
+    with pytest.raises(ValueError, match="set Files.format to jsonl, tsv, csv, text or"):
         read(described(tmp_path / "a.dat"))
     assert len(read(described(tmp_path / "a.dat", format="jsonl"))) == 1
 

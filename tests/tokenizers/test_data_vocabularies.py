@@ -117,13 +117,6 @@ def test_trained_pieces_give_back_text_they_never_saw(every, text):
     assert vocabulary.decode(vocabulary.encode(text)) == text
 
 
-def test_a_lone_surrogate_is_replaced_and_not_an_error():
-    assert (
-        vocabularies.ByteVocabulary().decode(vocabularies.ByteVocabulary().encode("a\ud800b"))
-        == "a?b"
-    )
-
-
 def test_symbols_that_are_not_listed_are_unknown():
     assert vocabularies.SymbolVocabulary(list("ab")).encode("axb") == [3, 2, 4]
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of a file as texts and as JSON objects, and the reason why one is neither.
+
+Readers of training data and of a command's --input share it: a line that is broken for one is
+broken for the other, in the same words.
+"""
+
+import json
+from typing import Any
+
+# Byte order mark: some editors begin a UTF-8 file with it.
+MARK = b"\xef\xbb\xbf"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class TextError(ValueError):
+    """Bytes or a line are not the text that is expected; the message says why, not where."""
+
+
+def decode_line(line: bytes, number: int, errors: str = "strict") -> str:
+    """Decodes a line of a UTF-8 file, without the byte order mark.
+
+    Args:
+      line: its bytes.
+      number: of the line, from 1.
+      errors: handling of other bytes, as bytes.decode has it.
+
+    Raises:
+      TextError: it is not UTF-8, and `errors` is "strict".
+    """
+    if number == 1:
+        line = line.removeprefix(MARK)
+    try:
+        return line.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})"
+        if number == 1 and line.startswith(UTF_16):
+            reason = "not UTF-8 but UTF-16 (iconv -f UTF-16 -t UTF-8 converts the file)"
+        raise TextError(reason) from error
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """Parses a line as a JSON object.
+
+    Raises:
+      TextError: it is something else, or an object with a name twice.
+    """
+    try:
+        content = json.loads(line, object_pairs_hook=unique_fields)
+    except TextError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise TextError(describe_bracket(line) or f"not JSON ({error})") from error
+    if isinstance(content, dict):
+        return content
+    if isinstance(content, list):
+        raise TextError(describe_bracket("["))
+    raise TextError("not a JSON object")
+
+
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of names and values; raises TextError for a name that is there twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TextError(f"field {twice!r} is there twice")
+    return fields
+
+
+def describe_bracket(line: str) -> str:
+    """Message for a line that begins a JSON value of several lines, or an array; "" for others."""
+    if line.strip().startswith("["):
+        return (
+            "a JSON array, where each line should be one object (jq -c '.[]' FILE writes them so)"
+        )
+    if line.strip() == "{":
+        return "an object over several lines, where each should be one object (jq -c . FILE)"
+    return ""
+
+
+def check_unicode(text: str) -> None:
+    """Raises TextError for half of a surrogate pair, which is not a character: a cut emoji in JSON
+    leaves one, "\\ud83d"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"not Unicode text: character {error.start + 1} is half of a surrogate pair "
+            f"(\\u{ord(text[error.start]):04x})"
+        ) from None

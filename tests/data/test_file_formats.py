@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers of a user's files end early or guess nowhere: each fault is named, with file and line."""
+
+import csv
+import io
+import json
+import logging
+
+import pytest
+
+from t5x_lite import config, data
+from t5x_lite.data import files
+from t5x_lite.data.corpora import TextExample
+from t5x_lite.tokenizers import vocabularies
+
+BYTES = config.Vocabulary("bytes")
+SURROGATE = '{"de": "smile \\ud83d", "en": "ok"}'
+GOOD = '{"de": "the dog", "en": "the cat"}'
+CELLS = ['She said "yes"', "a\tb", "two\nlines", "plain", '"', '""', "", " 'a', b"]
+
+
+def described(pattern, **changes) -> config.Files:
+    fields = dict(name="toy", train=str(pattern), vocabulary=BYTES, inputs="de", targets="en")
+    return config.Files(**(fields | changes))
+
+
+def read(cfg: config.Files, counts=None) -> list[TextExample]:
+    return list(files.read_rows(cfg, "train", counts))
+
+
+def statistics(cfg: config.Files, folder):
+    """Statistics of the batches of files, with the cache in a folder."""
+    opened = config.Data(cfg, {"inputs": 16, "targets": 16}, cache_dir=str(folder / "cache"))
+    return data.open_batches(opened, "encoder_decoder", 1, 0).statistics
+
+
+HEADERS = {
+    "utf-16": ("de\ten\na\tb\n".encode("utf-16"), "line 1 .* not UTF-8 but UTF-16 .iconv"),
+    "latin-1": ("dé\ten\na\tb\n".encode("latin-1"), "line 1 .* not UTF-8 .byte 2 is 0xe9"),
+    "empty": (b"", "line 1 .* the file is empty"),
+    "twice": (b"de\ten\ten\na\tb\tc\n", "2 columns are named 'en'"),
+    "old Mac": (b"de\ten\ra\tb\r", "lines end in CR alone"),
+}
+
+
+@pytest.mark.parametrize("broken", ["stop", "skip"])
+@pytest.mark.parametrize("fault", HEADERS)
+def test_a_header_that_cannot_be_read_drops_no_file(fault, broken, tmp_path):
+    content, message = HEADERS[fault]
+    (tmp_path / "a-1.tsv").write_text("de\ten\na\tb\n")
+    (tmp_path / "a-2.tsv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a-2.tsv.*{message}"):
+        read(described(tmp_path / "a-*.tsv", broken=broken))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt", "csv"])
+def test_lines_that_end_in_cr_alone_are_not_one_line(ending, tmp_path):
+    (tmp_path / f"a.{ending}").write_bytes(b"one,two\rthree,four\rfive,six")
+    with pytest.raises(ValueError, match="lines end in CR alone"):
+        read(described(tmp_path / f"a.{ending}", inputs=None))
+
+
+def test_a_column_that_is_not_read_may_share_its_name(tmp_path):
+    (tmp_path / "a.tsv").write_text("de\t\t\ten\na\t1\t2\tb\n")
+    assert read(described(tmp_path / "a.tsv")) == [TextExample("a", "b", ("b",))]
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["de", "en", "en"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: .*several columns are named 'en'"):
+        read(described(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("delimiter, ending", [("\t", "tsv"), (",", "csv")])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_what_a_csv_writer_quotes_comes_back_to_the_letter(delimiter, ending, quoting, tmp_path):
+    written = io.StringIO()
+    writer = csv.writer(written, delimiter=delimiter, quoting=quoting)
+    writer.writerows([("de", "en"), *((cell, "y") for cell in CELLS)])
+    (tmp_path / f"a.{ending}").write_text(written.getvalue(), newline="")
+    quotes = True if ending == "tsv" else None
+    assert [row.inputs for row in read(described(tmp_path / f"a.{ending}", quotes=quotes))] == CELLS
+
+
+def test_a_cell_that_looks_quoted_is_never_read_by_guess(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('de\ten\n"She said ""yes"""\tb\n"Hello\tb\n"Hello"\tb\n')
+    with pytest.raises(ValueError, match="line 2: .* set Files.quotes = True .* or False"):
+        read(described(path))
+    kept = read(described(path, quotes=False))
+    assert [row.inputs for row in kept] == ['"She said ""yes"""', '"Hello', '"Hello"']
+    assert len(read(described(path, broken="skip"))) == 2
+    path.write_text('de\ten\n"a\tb"\tc\n')
+    with pytest.raises(ValueError, match="line 2: 3 columns .* Files.quotes = True"):
+        read(described(path))
+
+
+@pytest.mark.parametrize("text", [b'a\t"b\n', b'a\t"b" c\nx\ty\n', b'a\t"b\xff"\nx\ty\n'])
+def test_quotes_that_do_not_end_are_broken_lines(text, tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"de\ten\n" + text)
+    with pytest.raises(ValueError, match="line 2: (broken quotes|not UTF-8)"):
+        read(described(path, quotes=True))
+
+
+JSON_FAULTS = {
+    '[{"de": "a", "en": "b"}]': "line 1: a JSON array, where each line should be one object",
+    '[\n {"de": "a", "en": "b"}\n]': "line 1: a JSON array",
+    '{\n "de": "a",\n "en": "b"\n}': "line 1: an object over several lines",
+    '{"de": "a", "en": "b", "en": "c"}': "line 1: field 'en' is there twice",
+    '{"de": "a", "en": ["x", 3]}': "line 1: item 2 of field 'en' is int, not text",
+    '{"de": "a", "en": ["x", null]}': "line 1: item 2 of field 'en' is NoneType, not text",
+    '{"de": "a", "en": ["x", "\\udc00"]}': "line 1: item 2 of field 'en' is not Unicode text",
+    SURROGATE: r"line 1: field 'de' is not Unicode text: character 7 .*\\ud83d",
+}
+
+
+@pytest.mark.parametrize("content", JSON_FAULTS)
+def test_json_that_is_no_example_is_named_for_what_it_is(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=JSON_FAULTS[content]):
+        read(described(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("content", ['[{"de": "a"}]', "\n[\n{}\n]", "{\n}"])
+def test_a_file_that_is_one_json_value_is_never_skipped(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match="a.json, line .: an? .*each"):
+        read(described(tmp_path / "a.json", broken="skip"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained"])
+def test_a_lone_surrogate_is_a_broken_line_for_every_vocabulary(kind, tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([GOOD, SURROGATE, *[GOOD] * 30]))
+    cfg = described(path, vocabulary=config.Vocabulary(kind, size=272), broken="skip")
+    with caplog.at_level(logging.WARNING):
+        assert statistics(cfg, tmp_path).counts == {"broken lines left out": 1}
+    assert "a.jsonl, line 2 is left out: field 'de' is not Unicode text" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained"])
+def test_broken_lines_are_counted_once_and_the_first_are_named(kind, tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*["broken"] * 5, *[GOOD] * 30]))
+    cfg = described(path, vocabulary=config.Vocabulary(kind, size=272), broken="skip")
+    with caplog.at_level(logging.WARNING):
+        assert statistics(cfg, tmp_path).counts == {"broken lines left out": 5}
+    named = [record for record in caplog.records if "is left out" in record.getMessage()]
+    assert len(named) == 3
+    assert all(f"line {k} is left" in each.getMessage() for k, each in enumerate(named, 1))
+    stream = config.Data(
+        cfg, {"inputs": 16, "targets": 16}, cache_dir=str(tmp_path / "other"), stream=True
+    )
+    batches = data.open_batches(stream, "encoder_decoder", 1, 0)
+    for step in range(100):  # several epochs
+        batches.at(step)
+    assert batches.statistics.counts == {"broken lines left out": 5}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained"])
+def test_a_missing_field_is_named_whatever_reads_it_first(kind, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"de": "a", "fr": "b"}\n' * 20)
+    cfg = described(tmp_path / "a.jsonl", vocabulary=config.Vocabulary(kind, size=272))
+    with pytest.raises(ValueError, match="^[^\n]*line 1: no field 'en'; there are 'de', 'fr'"):
+        statistics(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["[1]/t.jsonl", "[ab]-*.jsonl", "a?.jsonl", "*.jsonl"])
+def test_a_path_that_exists_is_that_file(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(GOOD)
+    (tmp_path / "a1.jsonl").write_text(GOOD)
+    assert files.list_paths(described(path), "train") == [path]
+
+
+def test_a_folder_that_looks_like_a_pattern_is_that_folder(tmp_path):
+    (tmp_path / "[1]").mkdir()
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / "[1]" / name).write_text(GOOD)
+    found = files.list_paths(described(tmp_path / "[1]" / "*.jsonl"), "train")
+    assert [path.name for path in found] == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(ValueError, match=r"matches no file but a folder: .*\[1\]/\* names"):
+        files.list_paths(described(tmp_path / "[1]"), "train")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_end_typed_after_targets_is_read_once(stream, tmp_path):
+    (tmp_path / "vocabulary").mkdir()
+    settings = {"tokenizer_class": "ByT5Tokenizer"}
+    (tmp_path / "vocabulary" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "vocabulary" / "config.json").write_text('{"model_type": "t5"}')
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"de": "a </s>", "en": "the park </s>"}\n{"de": "a", "en": "the park"}\n')
+    vocabulary = config.Vocabulary("checkpoint", path=str(tmp_path / "vocabulary"))
+    cfg = described(path, vocabulary=vocabulary, validation=str(path))
+    opened = config.Data(
+        cfg, {"inputs": 16, "targets": 16}, cache_dir=str(tmp_path / "c"), stream=stream, pack=False
+    )
+    batches = data.open_batches(opened, "encoder_decoder", 2, 0)
+    batch = batches.at(0)
+    for ids in (batch.inputs, batch.targets):
+        assert (ids == 1).sum(axis=1).tolist() == [1, 1]
+        assert (ids[0] == ids[1]).all()
+    (name,) = batches.statistics.counts
+    assert "end-of-sequence" in name and batches.statistics.counts[name] == 1
+    assert [row.references for row in data.open_dataset(opened, "validation")] == [
+        ("the park",)
+    ] * 2
+
+
+def test_an_end_typed_after_an_input_is_read_once_wherever_it_is_read():
+    named = {"</s>": 1}
+    vocabulary = vocabularies.ByteVocabulary(named=named)
+    plain = vocabularies.encode_with_ends(vocabulary, "a")
+    assert vocabularies.encode_with_ends(vocabulary, "a </s> ") == plain
+    assert vocabularies.encode_texts(vocabulary, ["a</s>"], ended=False)[0].tolist() == plain
+    unnamed = vocabularies.ByteVocabulary()
+    assert vocabularies.encode_with_ends(unnamed, "a</s>") == [*unnamed.encode("a</s>"), 1]
