@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations as the prompts that a chat model was tuned on: Hugging Face's chat templates.
 
-Templates are Jinja and come with a checkpoint, so they run in Jinja's sandbox and see plain JSON
-values only. Beyond Jinja they may use what transformers offers them: tojson without HTML
-escapes, raise_exception, strftime_now, {% generation %}, {% break %}, {% continue %}.
+Templates are Jinja and come with a checkpoint: they run in a process of their own
+(`chat_renderer`), whose time and memory are limited, and see plain JSON values only.
 """
 
-import datetime
-import functools
+import atexit
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t5x_lite.tokenizers import tokenizer_settings
+from t5x_lite.tokenizers import chat_renderer, tokenizer_settings
 from t5x_lite.tokenizers.errors import naming_path
 
 # Fields that may have the reasoning of a message.
@@ -103,27 +105,90 @@ def render_chat(
     Raises:
       ValueError: the template is broken, refuses the messages, or they are not JSON values.
     """
-    import jinja2
-
     if not messages:
         raise ValueError("A chat needs at least one message")
+    variables = {"tools": None, "documents": None} | tokens
+    variables |= {
+        "messages": [normalize_message(each) for each in messages],
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        plain = json.loads(json.dumps([normalize_message(each) for each in messages]))
-        variables = json.loads(json.dumps(tokens))
-    except TypeError as error:
+        request = json.dumps({"template": template, "variables": variables})
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"A chat template sees plain JSON values only: {error}") from error
-    values = {"tools": None, "documents": None} | variables
-    try:
-        return compile_template(template).render(
-            messages=plain, add_generation_prompt=add_generation_prompt, **values
+    reply = RENDERER.request(request)
+    if "error" in reply:
+        raise ValueError(reply["error"])
+    return reply["text"]
+
+
+class TemplateProcess:
+    """A process that renders templates, started with the first and again after one that ended it.
+
+    Attributes:
+      process: the process; None before the first template.
+      parent: process that started it: a fork of it needs one of its own.
+    """
+
+    def __init__(self):
+        self.process: subprocess.Popen | None = None
+        self.parent = 0
+        self.lock = threading.Lock()
+
+    def request(self, line: str) -> dict[str, str]:
+        """The reply to a request of `chat_renderer`, a line of JSON."""
+        with self.lock:
+            if self.process is None or self.parent != os.getpid():
+                self.start()
+            try:
+                self.process.stdin.write(line.encode() + b"\n")
+                self.process.stdin.flush()
+                reply = self.process.stdout.readline()
+            except BrokenPipeError:
+                reply = b""
+            except BaseException:
+                self.close()  # an unread reply would be taken for the next one
+                raise
+            if reply.endswith(b"\n"):
+                return json.loads(reply)
+            self.close()
+        return {
+            "error": "The chat template does not come to an end: it was stopped after "
+            f"{chat_renderer.CPU_SECONDS} seconds, or at {chat_renderer.MEMORY >> 20} MiB"
+        }
+
+    def start(self) -> None:
+        """Starts the process."""
+        # -P: the folder of the script holds our modules, which must not hide Python's.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", chat_renderer.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"The chat template is broken, line {error.lineno}: {error}") from error
-    except jinja2.TemplateError as error:
-        raise ValueError(f"The chat template refuses these messages: {error}") from error
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        kind = type(error).__name__
-        raise ValueError(f"The chat template fails on these messages: {kind}: {error}") from error
+        self.parent = os.getpid()
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self.process is not None and self.parent == os.getpid():
+            self.process.kill()
+            self.process.communicate()
+        self.process = None
+
+
+RENDERER = TemplateProcess()
+atexit.register(RENDERER.close)
+
+
+def end_of_turn(template: ChatTemplate) -> str:
+    """The text that a template puts after an answer; "" if it cannot be rendered."""
+    answer = "The answer."
+    talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = render_chat(template.template, talk, **template.tokens)
+    except ValueError:
+        return ""
+    return text.rpartition(answer)[2] if answer in text else ""
 
 
 def normalize_message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,39 +202,3 @@ def normalize_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning is None:
         return message
     return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
-
-
-@functools.lru_cache(maxsize=16)
-def compile_template(template: str) -> Any:
-    """Compiles a template in a sandbox: it cannot change its variables or reach Python itself."""
-    from jinja2 import TemplateError, ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        """{% generation %} marks the assistant's part for training; in a prompt it does nothing."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)

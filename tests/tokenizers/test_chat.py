@@ -2,6 +2,7 @@
 """Laws of chat templates: prompts to the letter as transformers writes them, errors that tell."""
 
 import json
+import random
 
 import pytest
 
@@ -180,3 +181,75 @@ def test_a_folder_keeps_its_template_in_either_place(tmp_path):
         chat.read_chat_template(tmp_path, "rag")
     (tmp_path / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
     assert chat.read_chat_template(tmp_path).template == CHATML
+
+
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a macro that calls itself twice": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}"
+    ),
+    "a power": "{{ 10 ** (10 ** 9) }}",
+    "a long text": "{{ 'a' * 10**10 }}",
+    "a wide text": "{{ 'a'.ljust(10**10) }}",
+    "a doubled text": "{% set ns = namespace(x='ab') %}"
+    "{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "a filled list": "{{ [1] | batch(10**9, 'x') | list }}",
+    "a long prompt": "{{ 'a' * 3 * 10**7 }}",
+    "another error": "{{ 1 | dictsort }}",
+    "no attribute": "{{ messages | map(attribute='x.y') | sort | first | batch }}",
+    "a format": "{{ '%s %d' | format(1) }}",
+    "a deep expression": "{{ " + "(" * 500 + ")" * 500 + " }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_template_outlasts_or_outgrows_its_process(name):
+    with pytest.raises(ValueError, match="^The chat template "):
+        chat.render_chat(HOSTILE[name], TALK)
+    assert chat.render_chat("{{ messages[0].content }}", TALK) == TALK[0]["content"]
+
+
+def hostile_templates():
+    """Every filter and test on every kind of value, and templates of models cut and spliced."""
+    from jinja2 import defaults
+
+    for value in ("1", "'a'", "none", "[]", "{}", "messages", "x", "x.y", "1.5", "true"):
+        yield from ("{{ " + value + " | " + name + " }}" for name in defaults.DEFAULT_FILTERS)
+        yield from ("{{ " + value + " is " + name + " }}" for name in defaults.DEFAULT_TESTS)
+    draw, texts = random.Random(7), list(TEMPLATES.values())
+    for _ in range(400):
+        first, second = draw.choice(texts), draw.choice(texts)
+        cuts = draw.randrange(len(first)), draw.randrange(len(second))
+        yield first[: cuts[0]] + second[cuts[1] :]
+
+
+def test_whatever_goes_wrong_is_an_error_of_the_template():
+    refused = 0
+    for template in hostile_templates():
+        try:
+            chat.render_chat(template, TALK, bos_token="<s>", eos_token="</s>")
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith("The chat template "), template
+    assert refused > 300
+
+
+def test_the_process_of_templates_is_started_anew_when_it_is_gone():
+    chat.render_chat("a", TALK)
+    chat.RENDERER.process.kill()
+    chat.RENDERER.process.wait()
+    with pytest.raises(ValueError, match="does not come to an end"):
+        chat.render_chat("a", TALK)
+    assert chat.render_chat("a", TALK) == "a"
+
+
+def test_what_ends_a_turn_is_found_by_rendering_one():
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def ending(template):
+        return chat.end_of_turn(chat.ChatTemplate(template, tokens)).strip()
+
+    assert ending(CHATML) == "<|im_end|>"
+    assert ending(INST) == "</s>"
+    assert ending(TURNS) == "<end_of_turn>"
+    assert ending("{{ raise_exception('never') }}") == ending("{{ x.y.z }}") == ""
