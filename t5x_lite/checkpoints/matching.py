@@ -76,6 +76,10 @@ class WeightMapping(NamedTuple):
         return self.entry._replace(axes=names)
 
 
+# Ends a message about embeddings of another number of ids.
+MORE_IDS = "python -m t5x_lite.adapt adds ids to a checkpoint by --names and --sentinels"
+
+
 @dataclasses.dataclass(frozen=True)
 class ConversionPlan:
     """The source of every weight, and the use of every tensor.
@@ -258,7 +262,8 @@ def describe_misfit(mapping: WeightMapping, names: Names) -> str | None:
         return f"missing; it should be {wanted}"
     shape, dtype = names[mapping.theirs]
     if shape != mapping.tensor_shape:
-        return f"has shape {format_shape(shape)}; it should be {wanted}"
+        more = f" ({MORE_IDS})" if "vocab" in mapping.axes.split() else ""
+        return f"has shape {format_shape(shape)}; it should be {wanted}{more}"
     if np.dtype(dtype).itemsize == 1 or not is_float(dtype):
         return f"is {dtype}; weights are read as float64, float32, float16 or bfloat16"
     return None

@@ -193,12 +193,17 @@ def check_sentinels(objective: Objective, lengths: LengthLimits, mode: int, sent
     if isinstance(objective, FillInTheMiddle) and objective.marks is None and sentinels < MARKS:
         raise ValueError(
             f"FillInTheMiddle needs {MARKS} sentinels, but the vocabulary has {sentinels}: set "
-            f"Vocabulary.extra_ids to at least {MARKS}, or name FillInTheMiddle.marks"
+            f"Vocabulary.extra_ids to at least {MARKS}, name pieces that are there by "
+            'Vocabulary.sentinels = "<unused{}>", or name FillInTheMiddle.marks'
         )
     if not isinstance(objective, SpanCorruption):
         return
     if sentinels < 1:
-        raise ValueError("SpanCorruption needs a sentinel: set Vocabulary.extra_ids to at least 1")
+        raise ValueError(
+            "SpanCorruption needs a sentinel, and the vocabulary has none named <extra_id_0>: set "
+            "Vocabulary.extra_ids to at least 1, or name pieces that are there by "
+            'Vocabulary.sentinels = "<unused{}>"'
+        )
     tokens = longest_window(objective, lengths, mode, sentinels)
     if lengths.layout == "encoder_only" or tokens < 2:
         return

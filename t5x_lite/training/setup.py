@@ -11,7 +11,7 @@ import jax
 from t5x_lite import adaptation, config, data, model, processes, sharding
 from t5x_lite.adaptation import distilled_batches, vocabulary_compatibility
 from t5x_lite.adaptation.teacher import Teacher
-from t5x_lite.checkpoints import train_state, weights
+from t5x_lite.checkpoints import matching, train_state, weights
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError, DamagedCheckpointError
 from t5x_lite.checkpoints.opening import HEADS, WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
@@ -143,10 +143,11 @@ def check_lengths(run: config.Run, context: int) -> None:
 def check_vocabulary_sizes(run: config.Run, vocabularies: tuple) -> None:
     """Raises ValueError if a vocabulary has more ids than Model.vocab."""
     size = max(vocabulary.size for vocabulary in vocabularies)
+    more = "" if run.checkpoint.initial is None else f". {matching.MORE_IDS}"
     config.require(
         size <= run.model.vocab,
         f"The vocabulary of the data has {size} ids, but Model.vocab is {run.model.vocab}: "
-        f"bind Model.vocab = {-(-size // 128) * 128 if size > 128 else size} or more",
+        f"bind Model.vocab = {-(-size // 128) * 128 if size > 128 else size} or more{more}",
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conversion_toys import T5, Drawn, write_ours
 
-from t5x_lite import config, convert, interactive, model, sharding
+from t5x_lite import adapt, config, convert, interactive, model, sharding
 from t5x_lite import eval as eval_command
 from t5x_lite import infer as infer_command
 from t5x_lite.checkpoints.formats.gguf import GgufTensors
@@ -167,6 +167,18 @@ def test_a_run_begins_with_the_weights_of_another_library(makes, llama, drawn):
         np.testing.assert_array_equal(begun[name], array)
     with pytest.raises(setup.CheckpointError, match=r"Checkpoint.initial: .*toy.gguf does not fit"):
         setup.initial_weights(str(llama), T5, shapes)
+
+
+def test_a_checkpoint_with_too_few_ids_names_the_command_that_adds_them(makes):
+    sharding.use_mesh(config.Mesh())
+    wider = dataclasses.replace(T5, vocab=T5.vocab + 8)
+    with pytest.raises(setup.CheckpointError) as caught:
+        setup.initial_weights(str(makes / "hf"), wider, model.shapes(wider))
+    text = str(caught.value)
+    assert "t5x_lite.adapt" in text and "t5x_lite.convert --dry_run" in text
+    options = {adapt: ("--names", "--sentinels"), convert: ("--dry_run", "--allow")}
+    for command, names in options.items():
+        assert all(name in text and name in command.parser().format_help() for name in names)
 
 
 def test_a_run_begins_with_the_weights_of_t5x(makes, drawn, tmp_path):

@@ -19,7 +19,8 @@ from t5x_lite import config
 from t5x_lite.checkpoints import manager
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError
 from t5x_lite.config import gin_file
-from t5x_lite.training import loop
+from t5x_lite.tokenizers import vocabularies
+from t5x_lite.training import loop, setup
 from t5x_lite.training import model_dir as folder
 from t5x_lite.training.model_dir import ModelDirError
 from t5x_lite.training.reporting import metric_writers
@@ -143,8 +144,11 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused_before_compiling(tmp_path
 def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path):
     run = make_run(tmp_path, tmp_path / "run", steps=4)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=100))
-    with pytest.raises(ValueError, match=r"259 ids, but Model.vocab is 100.*384"):
+    with pytest.raises(ValueError, match=r"259 ids, but Model.vocab is 100.*384 or more$"):
         loop.train(run)
+    begun = dataclasses.replace(run, checkpoint=config.Checkpoint(initial="there"))
+    with pytest.raises(ValueError, match=r"384 or more\. .*t5x_lite.adapt .*--names .*--sentinels"):
+        setup.check_vocabulary_sizes(begun, (vocabularies.ByteVocabulary(),))
 
 
 def test_a_metric_that_is_not_measured_cannot_name_the_best(finished, tmp_path):
