@@ -92,7 +92,16 @@ def parse_gguf(source: gguf.GgufTensors) -> TextSettings:
     """`read_gguf`, with errors of any class for broken metadata."""
     metadata = source.metadata
     fields = gguf_tokenizer.GgufTokenizerFields(metadata, source.path)
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {role: fields.token(name) for role, name in names.items()}
+    tokens = {role: fields.tokens[token] for role, token in ids.items() if token is not None}
+    text = metadata.get("tokenizer.chat_template")
+    template = ChatTemplate(text, tokens) if text else None
     stops = gguf_tokenizer.stop_tokens(fields)
+    if template is not None:
+        # A base model's eos may be left in a chat model's file, whose answers end with a turn.
+        turn = gguf_tokenizer.leading_token(fields, chat.end_of_turn(template))
+        stops = stops if turn is None or turn in stops else (*stops, turn)
     if not stops:
         raise ValueError(f"{source.path} does not say which token ends a text (eos_token_id)")
     pad = fields.token("padding")
@@ -104,15 +113,7 @@ def parse_gguf(source: gguf.GgufTensors) -> TextSettings:
         stops=stops,
     )
     ends = SequenceEnds(fields.token("bos"), gguf_tokenizer.begins_with_bos(metadata), stops, pad)
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {role: fields.token(name) for role, name in names.items()}
-    tokens = {role: fields.tokens[token] for role, token in ids.items() if token is not None}
-    template = metadata.get("tokenizer.chat_template")
-    return TextSettings(
-        huggingface_tokenizer.vocabulary_pair(vocabulary),
-        ChatTemplate(template, tokens) if template else None,
-        ends,
-    )
+    return TextSettings(huggingface_tokenizer.vocabulary_pair(vocabulary), template, ends)
 
 
 def read_named_vocabulary(name: str, extra_ids: int) -> TextSettings | None:

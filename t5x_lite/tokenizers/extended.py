@@ -6,8 +6,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from t5x_lite.tokenizers.special_tokens import NamedTokens, top_ids, until_end
+from t5x_lite.tokenizers.special_tokens import (
+    SENTINEL,
+    NamedTokens,
+    find_sentinels,
+    sentinel_names,
+    top_ids,
+    until_end,
+)
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.text_lines import check_unicode
 
 
 class ExtendedVocabulary:
@@ -45,12 +53,9 @@ class ExtendedVocabulary:
         if extra_ids:
             self.sentinel_ids = top_ids(self.size, extra_ids)
         else:
-            self.sentinel_ids = named_sentinels(inner, pattern)
+            self.sentinel_ids = inner_sentinels(inner, pattern)
         self.sentinels = len(self.sentinel_ids)
-        form = pattern or "<extra_id_{}>"
-        sentinels = {
-            form.replace("{}", str(k)): int(token) for k, token in enumerate(self.sentinel_ids)
-        }
+        sentinels = sentinel_names(self.sentinel_ids, pattern or SENTINEL)
         added = {name: token for token, name in enumerate(self.names, inner.size)}
         refused = [name for name in added if name in sentinels or not name]
         if refused:
@@ -71,6 +76,8 @@ class ExtendedVocabulary:
         return self.encode_all([text])[0].tolist()
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            check_unicode(text)
         split = [list(self.named.split(text)) for text in texts]
         plain = [piece for pieces in split for piece, token in pieces if token is None]
         encoded = iter(self.inner.encode_all(plain))
@@ -117,7 +124,7 @@ class ExtendedVocabulary:
         return self.inner.model_bytes()
 
 
-def named_sentinels(inner: TextVocabulary, pattern: str | None) -> np.ndarray:
+def inner_sentinels(inner: TextVocabulary, pattern: str | None) -> np.ndarray:
     """Ids [k] of the pieces that the pattern names from 0 on; without one, `inner`'s sentinels.
 
     Raises:
@@ -125,8 +132,7 @@ def named_sentinels(inner: TextVocabulary, pattern: str | None) -> np.ndarray:
     """
     if pattern is None:
         return inner.sentinel_ids
-    tokens = (inner.token(pattern.replace("{}", str(k))) for k in itertools.count())
-    ids = np.array(list(itertools.takewhile(lambda token: token is not None, tokens)), np.int32)
+    ids = find_sentinels(inner.token, pattern)
     if not len(ids):
         raise ValueError(
             f"Vocabulary.sentinels = {pattern!r}: the vocabulary has no piece "

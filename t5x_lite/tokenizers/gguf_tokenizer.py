@@ -60,8 +60,9 @@ def tokenizer_json(metadata: dict[str, Any], path: Any = "the file") -> bytes:
         raise GgufError(f"{path}: tokenizer.ggml.model is {kind!r}; those known are gpt2, llama")
     steps = byte_level_steps(fields) if kind == "gpt2" else sentencepiece_steps(fields)
     content = {"version": "1.0", "truncation": None, "padding": None}
+    tokens = fields.tokens if kind == "gpt2" else spelled_tokens(fields)
     content |= {
-        "added_tokens": list_added_tokens(fields, steps["model"]["vocab"]),
+        "added_tokens": list_added_tokens(fields, tokens, steps["model"]["vocab"]),
         "post_processor": None,
     }
     return json.dumps(content | steps, ensure_ascii=False).encode()
@@ -145,9 +146,7 @@ def sentencepiece_steps(fields: GgufTokenizerFields) -> dict:
     """Parts of a tokenizer.json for SentencePiece's BPE: merges follow from the scores, and
     characters without a token are bytes."""
     gemma = str(fields.metadata.get("general.architecture")).startswith("gemma")
-    tokens = [
-        respell_spaces(token, kind) for token, kind in zip(fields.tokens, fields.types, strict=True)
-    ]
+    tokens = spelled_tokens(fields)
     # Gemma's scores do not follow its merges, but the order of its tokens does.
     scores = [-number for number in range(len(tokens))] if gemma else fields("scores")
     if len(scores) != len(tokens):
@@ -179,13 +178,17 @@ def sentencepiece_steps(fields: GgufTokenizerFields) -> dict:
     }
 
 
-def respell_spaces(token: str, kind: int) -> str:
-    """A run of spaces as SentencePiece writes it; llama.cpp keeps those of USER kind as spaces."""
-    return "▁" * len(token) if kind == USER and token and not token.strip(" ") else token
+def spelled_tokens(fields: GgufTokenizerFields) -> list[str]:
+    """Every token as the tokenizer finds it: those of USER kind are matched whole in the text as it
+    was written, others after spaces have become ▁. Files write either in either way."""
+    return [
+        token.replace("▁", " ") if kind == USER else token
+        for token, kind in zip(fields.tokens, fields.types, strict=True)
+    ]
 
 
 def merges_from_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
-    """Every pair of tokens that make a token.
+    """Every pair of tokens that make a token; those of USER kind take part in none.
 
     Args:
       tokens: text of every token.
@@ -195,10 +198,10 @@ def merges_from_scores(tokens: list[str], types: list[int], scores: list[float])
     Returns:
       Pairs by the score of what they make, best first.
     """
-    known = set(tokens)
+    known = {token for token, kind in zip(tokens, types, strict=True) if kind != USER}
     pairs = []
     for token, kind, score in zip(tokens, types, scores, strict=True):
-        if kind not in (NORMAL, USER, UNUSED):
+        if kind not in (NORMAL, UNUSED):
             continue
         for cut in range(len(token) - 1, 0, -1):
             left, right = token[:cut], token[cut:]
@@ -208,8 +211,16 @@ def merges_from_scores(tokens: list[str], types: list[int], scores: list[float])
     return [[left, right] for _, _, left, right in pairs]
 
 
-def list_added_tokens(fields: GgufTokenizerFields, vocab: dict[str, int]) -> list[dict]:
-    """added_tokens: tokens that are matched in a text before it is split into words."""
+def list_added_tokens(
+    fields: GgufTokenizerFields, tokens: list[str], vocab: dict[str, int]
+) -> list[dict]:
+    """added_tokens: tokens that are matched in a text, longest first, before it is split.
+
+    Args:
+      fields: fields of the file.
+      tokens: text of every token.
+      vocab: id of every token of the model.
+    """
     return [
         {
             "id": number,
@@ -220,7 +231,7 @@ def list_added_tokens(fields: GgufTokenizerFields, vocab: dict[str, int]) -> lis
             "normalized": False,
             "special": kind == CONTROL,
         }
-        for number, (token, kind) in enumerate(zip(fields.tokens, fields.types, strict=True))
+        for number, (token, kind) in enumerate(zip(tokens, fields.types, strict=True))
         if kind in (CONTROL, USER) and vocab.get(token) == number and token
     ]
 
@@ -236,3 +247,12 @@ def stop_tokens(fields: GgufTokenizerFields) -> tuple[int, ...]:
     """The ids that end a text: the end of the sequence first, then of a turn and of a message."""
     tokens = (fields.token(name) for name in ("eos", "eot", "eom"))
     return tuple(dict.fromkeys(token for token in tokens if token is not None))
+
+
+def leading_token(fields: GgufTokenizerFields, text: str) -> int | None:
+    """The special token that a text begins with, spaces aside; None where it begins otherwise."""
+    text, special = text.lstrip(), {}
+    for number, (token, kind) in enumerate(zip(fields.tokens, fields.types, strict=True)):
+        if kind in (CONTROL, USER) and token.strip() and text.startswith(token):
+            special[token] = number
+    return special[max(special, key=len)] if special else None

@@ -4,6 +4,7 @@
 `tokenizer_files` writes such a tokenizer.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,13 @@ from typing import Any, NamedTuple
 
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.errors import naming_path
-from t5x_lite.tokenizers.special_tokens import count_sentinels, tokenizer_size
+from t5x_lite.tokenizers.fast_tokenizers import load_fast_tokenizer, tokenizer_size
+from t5x_lite.tokenizers.special_tokens import (
+    find_piece,
+    find_sentinels,
+    sentinel_names,
+    top_ids,
+)
 from t5x_lite.tokenizers.tokenizer_files import StartToken as StartToken
 from t5x_lite.tokenizers.tokenizer_files import write_tokenizer as write_tokenizer
 from t5x_lite.tokenizers.tokenizer_files import write_tokenizers as write_tokenizers
@@ -29,6 +36,17 @@ from t5x_lite.tokenizers.vocabularies import (
 )
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
+# Fields of tokenizer_config.json that a vocabulary or another file holds, or that name files.
+NOT_KEPT = (
+    "add_bos_token",
+    "add_eos_token",
+    "added_tokens_decoder",
+    "auto_map",
+    "chat_template",
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+)
 PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 
 
@@ -82,6 +100,9 @@ def interpret_settings(settings: TokenizerSettings) -> tuple[TextVocabulary, Seq
     vocabulary.pad = vocabulary.eos if pad is None else pad
     bos = first_known(ids["bos_token"], settings.token("bos_token_id"))
     starts, vocabulary.ends = added_ends(bos, vocabulary.eos)
+    if isinstance(vocabulary, TokenizerJsonVocabulary):
+        kept = {k: v for k, v in settings.tokenizer.items() if k not in NOT_KEPT}
+        vocabulary.origin = kept
     if not settings.encodes:
         return vocabulary, SequenceEnds(bos, starts, stops, pad)
     vocabulary.bos = bos if starts else None
@@ -192,10 +213,9 @@ def open_json(settings: TokenizerSettings, text: bytes) -> OpenedTokenizer:
 
     path = settings.folder / "tokenizer.json"
     try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(text)
+        tokenizer = load_fast_tokenizer(text)
     except ValueError as error:
         raise ValueError(f"{path} is not a tokenizer ({error}): download it again") from error
-    tokenizer_size(tokenizer)
     missing = list(missing_tokens(settings, tokenizer))
     for token, each in missing:
         tokenizer.add_tokens([tokenizers.AddedToken(**each)])
@@ -237,7 +257,10 @@ def missing_tokens(
 def ends_around_text(
     settings: TokenizerSettings, tokenizer: Any, bos: int | None, eos: int
 ) -> tuple[bool, bool]:
-    """Tokens that a tokenizer.json puts around a text, by the flags or else by its post-processor.
+    """Tokens around a text, as transformers puts them there.
+
+    The post-processor of a tokenizer.json decides; the flags add_bos_token and add_eos_token, only
+    where the tokenizer is built from vocab.json with merges.txt.
 
     Args:
       settings: settings of the folder.
@@ -251,8 +274,9 @@ def ends_around_text(
     Raises:
       ValueError: other ids are put around it.
     """
-    flags = settings.tokenizer
-    if settings.kind != "T5Tokenizer" and ("add_bos_token" in flags or "add_eos_token" in flags):
+    if settings.kind == "GPTNeoXTokenizer":
+        return False, False  # this class of transformers writes a post-processor of its own
+    if not (settings.folder / "tokenizer.json").exists():
         before, after = end_flags(settings, False, False)
         return before and bos is not None, after
     plain = tokenizer.encode("a", add_special_tokens=False).ids
@@ -277,11 +301,11 @@ def open_sentencepiece(settings: TokenizerSettings, path: Path) -> OpenedTokeniz
         processor.load_from_serialized_proto(model)
     except RuntimeError as error:
         raise ValueError(f"{path} is not a SentencePiece model: download it again") from error
-    kind, size = settings.kind, processor.get_piece_size()
+    kind = settings.kind
     t5 = kind == "T5Tokenizer" or (
         not kind and settings.model.get("model_type") in ENCODER_DECODERS
     )
-    has_sentinels = count_sentinels(size, processor.id_to_piece) > 0
+    has_sentinels = find_piece(processor, "<extra_id_0>") is not None
     extra = settings.extra_ids(100) if t5 and not has_sentinels else 0
     roles = ("bos", "eos", "pad", "unk")
     for role in roles:
@@ -308,10 +332,8 @@ def named_tokens(settings: TokenizerSettings, processor: Any, extra: int) -> dic
       processor: the SentencePiece model.
       extra: number of sentinels on top of it.
     """
-    size = processor.get_piece_size()
-    named = {f"<extra_id_{k}>": size + extra - 1 - k for k in range(extra)}
-    for k in range(count_sentinels(size, processor.id_to_piece)):
-        named[f"<extra_id_{k}>"] = size - 1 - k
+    named = sentinel_names(top_ids(processor.get_piece_size() + extra, extra))
+    named |= sentinel_names(find_sentinels(functools.partial(find_piece, processor)))
     for name in [*map(settings.name, NAMES), *settings.extra_tokens()]:
         if name is not None and name not in named:
             token = processor.piece_to_id(name)

@@ -3,29 +3,16 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-# The largest vocabularies have some hundred thousand.
-MAX_IDS = 10**7
 # T5 has 100; adding ten million to a SentencePiece model took minutes.
 MAX_SENTINELS = 10**5
-
-
-def tokenizer_size(tokenizer: Any) -> int:
-    """One more than the highest id of a tokenizer of the tokenizers library.
-
-    Raises:
-      ValueError: no vocabulary has this size. When it writes such a tokenizer, the library would
-        allocate a place for each id below it, and end the process where memory does not suffice.
-    """
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if size > MAX_IDS:
-        raise ValueError(f"a token has id {size - 1:,}; no vocabulary has {MAX_IDS:,} ids")
-    return size
+# Name of the k-th sentinel in a text.
+SENTINEL = "<extra_id_{}>"
 
 
 def until_end(ids: Sequence[int], stops: Sequence[int], pad: int) -> list[int]:
@@ -50,12 +37,31 @@ def top_ids(size: int, count: int) -> np.ndarray:
     return np.arange(size - 1, size - 1 - count, -1, dtype=np.int32)
 
 
-def count_sentinels(size: int, piece: Callable[[int], str | None]) -> int:
-    """Number of the last pieces named <extra_id_0>, <extra_id_1> ... from the top down."""
-    count = 0
-    while count < size and (piece(size - 1 - count) or "").strip("▁") == f"<extra_id_{count}>":
-        count += 1
-    return count
+def find_sentinels(token: Callable[[str], int | None], pattern: str = SENTINEL) -> np.ndarray:
+    """Ids [k] of the pieces that the pattern names from 0 on, wherever they stand.
+
+    Args:
+      token: returns the id of a piece; None for a name that is none.
+      pattern: their name, with {} for the number.
+    """
+    tokens = (token(pattern.replace("{}", str(k))) for k in range(MAX_SENTINELS))
+    return np.array(list(itertools.takewhile(lambda each: each is not None, tokens)), np.int32)
+
+
+def find_piece(processor: Any, name: str) -> int | None:
+    """Id of a piece of a SentencePiece model; None for a name that is none.
+
+    A sentinel's piece may begin with the model's sign of a space.
+    """
+    spellings = (name, f"▁{name}") if name.startswith("<extra_id_") else (name,)
+    tokens = {spelled: processor.piece_to_id(spelled) for spelled in spellings}
+    known = (t for spelled, t in tokens.items() if processor.id_to_piece(t) == spelled)
+    return next(known, None)
+
+
+def sentinel_names(ids: np.ndarray, pattern: str = SENTINEL) -> dict[str, int]:
+    """The id of each sentinel [k] by its name in a text."""
+    return {pattern.replace("{}", str(k)): int(token) for k, token in enumerate(ids)}
 
 
 @dataclass(frozen=True)
@@ -91,19 +97,24 @@ class SentencePieceIds(SpecialIds):
 class NamedTokens:
     """Names such as <s> or <|user|> that a text may contain, each of them one id.
 
-    Spaces around the names in `bare` belong to them.
+    Spaces around the names in `bare` belong to them, and one space before those in `spaced`.
     """
 
-    def __init__(self, ids: Mapping[str, int], bare: Sequence[str] = ()):
+    def __init__(
+        self, ids: Mapping[str, int], bare: Sequence[str] = (), spaced: Collection[str] = ()
+    ):
         self.ids = dict(ids)
         self.names = {token: name for name, token in self.ids.items()}
+
+        def expression(name: str) -> str:
+            if name in bare:
+                return rf"\s*{re.escape(name)}\s*"
+            return (" ?" if name in spaced else "") + re.escape(name)
+
         # The longest name that fits wins: <|user|>s before <|user|>.
         longest = sorted(self.ids, key=len, reverse=True)
-        escaped = [
-            rf"\s*{re.escape(name)}\s*" if name in bare else re.escape(name) for name in longest
-        ]
         # Without names nothing matches.
-        self.pattern = re.compile(f"({'|'.join(escaped) or '(?!)'})")
+        self.pattern = re.compile(f"({'|'.join(map(expression, longest)) or '(?!)'})")
 
     def split(self, text: str) -> Iterator[tuple[str, int | None]]:
         """The pieces of a text in order, each with its id, or None if it is plain text."""
@@ -112,3 +123,7 @@ class NamedTokens:
                 yield piece, self.ids[piece] if piece in self.ids else self.ids[piece.strip()]
             elif piece:
                 yield piece, None
+
+    def occurs_in(self, text: str) -> bool:
+        """True if a text contains a name."""
+        return self.pattern.search(text) is not None

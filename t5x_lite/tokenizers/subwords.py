@@ -6,16 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from t5x_lite.tokenizers.errors import panics_as_errors
+from t5x_lite.tokenizers.fast_tokenizers import load_fast_tokenizer, tokenizer_size
 from t5x_lite.tokenizers.special_tokens import (
+    SENTINEL,
     NamedTokens,
     SentencePieceIds,
     SpecialIds,
-    count_sentinels,
+    find_piece,
+    find_sentinels,
     sentinel_name,
-    tokenizer_size,
+    sentinel_names,
     top_ids,
     until_end,
 )
+from t5x_lite.utils.text_lines import check_unicode
 
 
 class SentencePieceVocabulary:
@@ -38,17 +43,15 @@ class SentencePieceVocabulary:
 
         ids = SentencePieceIds(**special)
         self.model, self.extra_ids, self.ends, self.bos = model, extra_ids, ends, ids.bos
-        self.prefix_once, self.named = ids.prefix_once, NamedTokens(ids.named)
+        self.prefix_once, self.described = ids.prefix_once, dict(ids.named)
         extended = with_sentinels(model, extra_ids) if extra_ids else model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=extended)
-        self.inner = self.processor
-        if ids.prefix_once:
-            bare = without_prefix(extended)
-            self.inner = sentencepiece.SentencePieceProcessor(model_proto=bare)
         self.base = self.processor.get_piece_size()
-        self.size = max([self.base, *(token + 1 for token in self.named.names)])
-        self.sentinels = extra_ids or count_sentinels(self.base, self.processor.id_to_piece)
-        self.sentinel_ids = top_ids(self.base, self.sentinels)
+        self.size = max([self.base, *(token + 1 for token in self.described.values())])
+        self.sentinel_ids = (
+            top_ids(self.base, extra_ids) if extra_ids else find_sentinels(self.token)
+        )
+        self.sentinels = len(self.sentinel_ids)
         self.eos = self.processor.eos_id() if ids.eos is None else ids.eos
         self.pad = ids.pad or 0
         self.stops = tuple(ids.stops) or (self.eos,)
@@ -56,15 +59,32 @@ class SentencePieceVocabulary:
             raise ValueError(
                 "The SentencePiece model has no end-of-sequence piece; train it with eos_id >= 0"
             )
+        spelled = {} if ids.named else self.respelled_sentinels()
+        steps = spaces_of(model) if spelled else None
+        # Where spaces are kept, that before a sentinel is in its piece, and none comes after it.
+        spaced = spelled if steps and not steps.remove_extra_whitespaces else ()
+        self.named = NamedTokens(self.described | spelled, spaced=spaced)
+        self.prefixes_once = ids.prefix_once or bool(spaced)
+        self.inner = self.processor
+        if self.prefixes_once:
+            bare = without_prefix(extended)
+            self.inner = sentencepiece.SentencePieceProcessor(model_proto=bare)
+
+    def respelled_sentinels(self) -> dict[str, int]:
+        """Ids by name of the sentinels that the model itself would not find in every text: their
+        pieces begin with its sign of a space, or follow the space that it puts before a text."""
+        names = sentinel_names(self.sentinel_ids)
+        if not names:
+            return {}
+        exact = all(self.processor.id_to_piece(token) == name for name, token in names.items())
+        return {} if exact and not spaces_of(self.model).add_dummy_prefix else names
 
     def token(self, name: str) -> int | None:
-        token = self.named.ids.get(name, self.processor.piece_to_id(name))
-        unknown = token == self.processor.unk_id()
-        return None if unknown and self.processor.id_to_piece(token) != name else token
+        token = self.described.get(name)
+        return find_piece(self.processor, name) if token is None else token
 
     def encode(self, text: str) -> list[int]:
-        if not self.named.ids:
-            return self.processor.encode(text)
+        check_unicode(text)
         ids = []
         for number, (piece, token) in enumerate(self.named.split(text)):
             if token is not None:
@@ -74,14 +94,19 @@ class SentencePieceVocabulary:
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self.named.ids:
-            return [np.array(self.encode(text), np.int32) for text in texts]
-        coded = self.processor.encode(list(texts), num_threads=2)
-        return [np.array(ids, np.int32) for ids in coded]
+        for text in texts:
+            check_unicode(text)
+        named = [self.named.occurs_in(text) for text in texts]
+        plain = [text for text, has_name in zip(texts, named, strict=True) if not has_name]
+        coded = iter(self.processor.encode(plain, num_threads=2))
+        return [
+            np.array(self.encode(text) if has_name else next(coded), np.int32)
+            for text, has_name in zip(texts, named, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the pieces; control tokens are left out, sentinels appear by name."""
-        unknown, known = self.processor.unk_id(), self.named.names
+        unknown, known = self.processor.unk_id(), set(self.described.values())
         tokens = [
             token
             for token in until_end(ids, self.stops, self.pad)
@@ -96,21 +121,35 @@ class SentencePieceVocabulary:
         values = {name: getattr(self, name) for name in defaults}
         described |= {name: value for name, value in values.items() if value != defaults[name]}
         described |= describe_stops(self)
-        return described | ({"named": self.named.ids} if self.named.ids else {})
+        return described | ({"named": self.described} if self.described else {})
 
     def model_bytes(self) -> bytes | None:
         return self.model
 
 
 def with_sentinels(model: bytes, extra_ids: int) -> bytes:
-    """The model with pieces <extra_id_k> on top, highest k first, spelled as seqio spells them."""
+    """The model with pieces of the sentinels on top, highest k first.
+
+    They are spelled ▁<extra_id_k>, as seqio has them, where the model drops a space before one
+    and writes it again. A model that keeps the spaces of a text has them apart: <extra_id_k>.
+    """
     from sentencepiece import sentencepiece_model_pb2 as schema
 
     proto = schema.ModelProto.FromString(model)
+    spec = proto.normalizer_spec
+    space = "▁" if spec.add_dummy_prefix and spec.remove_extra_whitespaces else ""
     for k in reversed(range(extra_ids)):
         kind = schema.ModelProto.SentencePiece.USER_DEFINED
-        proto.pieces.add(piece=f"▁<extra_id_{k}>", score=0.0, type=kind)
+        name = SENTINEL.replace("{}", str(k))
+        proto.pieces.add(piece=space + name, score=0.0, type=kind)
     return proto.SerializeToString()
+
+
+def spaces_of(model: bytes) -> Any:
+    """The normalizer of a model (NormalizerSpec), which says how it treats spaces."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    return schema.ModelProto.FromString(model).normalizer_spec
 
 
 def without_prefix(model: bytes) -> bytes:
@@ -140,27 +179,35 @@ class TokenizerJsonVocabulary:
       ValueError: it has no end-of-sequence token, or a special id is none of its ids.
     """
 
-    def __init__(self, model: bytes, extra_ids: int = 0, ends: bool = True, **special: Any):
+    def __init__(
+        self,
+        model: bytes,
+        extra_ids: int = 0,
+        ends: bool = True,
+        origin: dict[str, Any] | None = None,
+        **special: Any,
+    ):
         """Loads the tokenizer.
 
         Args:
           model: content of the tokenizer.json.
           extra_ids: number of sentinels on top.
           ends: sequences finish with eos.
+          origin: fields of the tokenizer_config.json that it came with, for one to go with.
           special: fields of `SpecialIds`, eos -1 for none; without them, eos and pad are the tokens
             with their usual names, and pad is eos where it has no token of its own.
         """
-        import tokenizers
-
         ids = SpecialIds(**special)
         self.json, self.extra_ids, self.ends, self.bos = model, extra_ids, ends, ids.bos
-        self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        self.origin = origin or {}
+        self.tokenizer = load_fast_tokenizer(model)
+        self.named = NamedTokens({})
         self.base = tokenizer_size(self.tokenizer)
         self.size = self.base + extra_ids
-        self.sentinels = extra_ids or count_sentinels(self.size, self.tokenizer.id_to_token)
-        self.sentinel_ids = top_ids(self.size, self.sentinels)
+        self.sentinel_ids = (
+            top_ids(self.size, extra_ids) if extra_ids else find_sentinels(self.token)
+        )
+        self.sentinels = len(self.sentinel_ids)
         self.eos = self.first(ENDS) if ids.eos is None else ids.eos
         if self.eos is None:
             raise ValueError(f"tokenizer.json has no end-of-sequence token: none of {ENDS}")
@@ -172,23 +219,55 @@ class TokenizerJsonVocabulary:
                 raise ValueError(
                     f"{name} = {token} is none of the {self.size} ids of the tokenizer"
                 )
-        added = self.tokenizer.get_added_tokens_decoder().items()
-        lowest = self.size - self.sentinels
-        self.hidden = {token for token, each in added if each.special and token < lowest}
+        added, sentinels = self.tokenizer.get_added_tokens_decoder(), set(self.sentinel_ids)
+        self.hidden = {token for token, each in added.items() if each.special} - sentinels
+        if extra_ids:
+            self.add_sentinels()
+
+    def add_sentinels(self) -> None:
+        """Makes the tokenizer find the names of sentinels in a text."""
+        import tokenizers
+
+        names = sentinel_names(self.sentinel_ids)
+        if self.tokenizer.get_vocab_size() < self.base:
+            # The library gives an added token the next id that is free, of which there are lower
+            # ones here: names are found before the tokenizer reads a text.
+            self.named = NamedTokens(names)
+            return
+        tokens = sorted(names, key=lambda name: names[name])
+        self.tokenizer.add_tokens(
+            [tokenizers.AddedToken(each, normalized=False) for each in tokens]
+        )
 
     def token(self, name: str) -> int | None:
-        return self.tokenizer.token_to_id(name)
+        token = self.tokenizer.token_to_id(name)
+        if token is None and name.startswith("<extra_id_"):
+            return self.named.ids.get(name, self.tokenizer.token_to_id(f"▁{name}"))
+        return token
 
     def first(self, names: Sequence[str]) -> int | None:
         tokens = (self.tokenizer.token_to_id(name) for name in names)
         return next((token for token in tokens if token is not None), None)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_all([text])[0].tolist()
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        coded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        for text in texts:
+            check_unicode(text)
+        if any(map(self.named.occurs_in, texts)):
+            return [self.encode_pieces(text) for text in texts]
+        with panics_as_errors():
+            coded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in coded]
+
+    def encode_pieces(self, text: str) -> np.ndarray:
+        """The ids [n] of a text in which names occur that the tokenizer does not know."""
+        parts = [
+            self.encode_all([piece])[0] if token is None else np.array([token], np.int32)
+            for piece, token in self.named.split(text)
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the tokens; special ones are left out, sentinels appear by name."""
@@ -202,7 +281,8 @@ class TokenizerJsonVocabulary:
         return "".join([*parts, self.plain(run)])
 
     def plain(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        with panics_as_errors():
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def description(self) -> dict:
         described = {
@@ -213,6 +293,7 @@ class TokenizerJsonVocabulary:
             "pad": self.pad,
         }
         described |= describe_stops(self)
+        described |= {"origin": self.origin} if self.origin else {}
         return described if self.bos is None else described | {"bos": self.bos}
 
     def model_bytes(self) -> bytes | None:

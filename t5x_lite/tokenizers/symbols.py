@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from t5x_lite.tokenizers.special_tokens import NamedTokens, sentinel_name, top_ids, until_end
+from t5x_lite.tokenizers.special_tokens import (
+    NamedTokens,
+    find_sentinels,
+    sentinel_name,
+    sentinel_names,
+    top_ids,
+    until_end,
+)
+from t5x_lite.utils.text_lines import check_unicode
 
 SPECIAL = 3  # padding, end, unknown
 
@@ -14,7 +22,7 @@ class ByteVocabulary:
     """UTF-8 bytes, byte b as id b + 3, as ByT5 and seqio.ByteVocabulary have them.
 
     Sentinels among `named`, as transformers' ByT5 has them, count upward; those of `extra_ids`, as
-    seqio has them, downward from the last id.
+    seqio has them, downward from the last id. Their names in a text are one id each.
     """
 
     bos = None
@@ -30,27 +38,40 @@ class ByteVocabulary:
           named: ids by their names in a text.
         """
         self.eos, self.stops, self.pad, self.ends = 1, (1,), 0, ends
-        self.sentinels = extra_ids
-        self.named = NamedTokens(named or {}, bare=("<pad>", "</s>", "<unk>"))
-        self.size = max([SPECIAL + 256 + extra_ids, *(token + 1 for token in self.named.names)])
-        self.sentinel_ids = top_ids(self.size, extra_ids)
+        self.extra_ids, self.described = extra_ids, dict(named or {})
+        self.size = SPECIAL + 256 + extra_ids
+        self.size = max([self.size, *(token + 1 for token in self.described.values())])
+        self.sentinel_ids = (
+            top_ids(self.size, extra_ids) if extra_ids else find_sentinels(self.described.get)
+        )
+        self.sentinels = len(self.sentinel_ids)
+        names = self.described | sentinel_names(self.sentinel_ids)
+        self.named = NamedTokens(names, bare=("<pad>", "</s>", "<unk>"))
 
     def token(self, name: str) -> int | None:
         return self.named.ids.get(name)
 
     def encode(self, text: str) -> list[int]:
-        ids = []
-        for piece, token in self.named.split(text):
-            coded = [byte + SPECIAL for byte in piece.encode("utf-8", "replace")]
-            ids += coded if token is None else [token]
-        return ids
+        return self.encode_all([text])[0].tolist()
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self.named.ids:
-            return [np.array(self.encode(text), np.int32) for text in texts]
-        coded = [text.encode("utf-8", "replace") for text in texts]
+        for text in texts:
+            check_unicode(text)
+        if any(map(self.named.occurs_in, texts)):
+            return [self.encode_pieces(text) for text in texts]
+        coded = [text.encode() for text in texts]
         ids = np.frombuffer(b"".join(coded), np.uint8).astype(np.int32) + SPECIAL
         return np.split(ids, np.cumsum([len(text) for text in coded])[:-1]) if coded else []
+
+    def encode_pieces(self, text: str) -> np.ndarray:
+        """The ids [n] of a text in which names occur."""
+        parts = [
+            np.frombuffer(piece.encode(), np.uint8).astype(np.int32) + SPECIAL
+            if token is None
+            else np.array([token], np.int32)
+            for piece, token in self.named.split(text)
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; bytes that are not UTF-8 are left out, sentinels appear by name."""
@@ -63,8 +84,8 @@ class ByteVocabulary:
         return coded.decode("utf-8", "ignore")
 
     def description(self) -> dict:
-        named = {"named": self.named.ids} if self.named.ids else {}
-        return {"kind": "bytes", "extra_ids": self.sentinels, "ends": self.ends} | named
+        named = {"named": self.described} if self.described else {}
+        return {"kind": "bytes", "extra_ids": self.extra_ids, "ends": self.ends} | named
 
     def model_bytes(self) -> bytes | None:
         return None
@@ -94,13 +115,18 @@ class SymbolVocabulary:
         self.size = SPECIAL + len(self.symbols) + extra_ids
         self.sentinel_ids = top_ids(self.size, extra_ids)
         self.ids = {symbol: token for token, symbol in enumerate(self.symbols, SPECIAL)}
+        self.named = NamedTokens(sentinel_names(self.sentinel_ids))
 
     def token(self, name: str) -> int | None:
-        return self.ids.get(name)
+        return self.ids.get(name, self.named.ids.get(name))
 
     def encode(self, text: str) -> list[int]:
-        parts = text.split(self.separator) if self.separator else text
-        return [self.ids.get(part, 2) for part in parts if part]
+        check_unicode(text)
+        ids = []
+        for piece, token in self.named.split(text):
+            parts = piece.split(self.separator) if self.separator else piece
+            ids += [self.ids.get(part, 2) for part in parts if part] if token is None else [token]
+        return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(self.encode(text), np.int32) for text in texts]

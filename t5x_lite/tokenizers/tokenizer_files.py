@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from t5x_lite.tokenizers import tokenizer_json, vocabularies
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
+from t5x_lite.tokenizers.tokenizer_settings import NAMES
 from t5x_lite.tokenizers.vocabularies import (
     ByteVocabulary,
     SentencePieceVocabulary,
@@ -17,6 +18,8 @@ from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 TARGETS = "targets"  # subfolder of the targets' tokenizer, where it is another one
 GENERAL = "PreTrainedTokenizerFast"
+# Names of the list of further special tokens, before and since transformers 5.
+EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
 
 class StartToken(NamedTuple):
@@ -70,7 +73,8 @@ def write_tokenizers(
 
 def ids_description(vocabulary: TextVocabulary) -> tuple[str, bytes | None]:
     """Description of a vocabulary without its ends: equal ones give a text the same ids."""
-    kept = {k: v for k, v in vocabulary.description().items() if k not in ("ends", "bos")}
+    described = vocabularies.without_origin(vocabulary.description())
+    kept = {k: v for k, v in described.items() if k not in ("ends", "bos")}
     return json.dumps(kept, sort_keys=True), vocabulary.model_bytes()
 
 
@@ -211,23 +215,56 @@ def fast_tokenizer_files(
     names = tokenizer_json.token_names(content)
     eos = vocabulary.eos if vocabulary.ends else None
     tokenizer_json.surround_texts(content, start.before(vocabulary), eos)
-    roles = {"eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
-    roles["bos_token"] = start.named(vocabulary)
-    special = {role: names[token] for role, token in roles.items() if token in names}
+    origin = origin_of(vocabulary)
+    special = special_tokens(vocabulary, names, start, origin)
     unknown = content["model"].get("unk_token")
     if unknown is not None:
-        special["unk_token"] = unknown
+        special.setdefault("unk_token", unknown)
     extra = [name for _, name in list_sentinels(vocabulary)]
-    settings = special | {
-        "tokenizer_class": GENERAL,
-        "clean_up_tokenization_spaces": False,
-        "additional_special_tokens": extra,
-    }
+    field = next((name for name in EXTRA if name in origin), EXTRA[0])
+    before = origin.get(field)
+    if isinstance(before, list):
+        extra = [*before, *(name for name in extra if name not in map(token_content, before))]
+    settings = {"tokenizer_class": GENERAL, "clean_up_tokenization_spaces": False} | origin
+    settings |= special | {field: extra}
     return {
         "tokenizer.json": encode_json(content),
         "tokenizer_config.json": encode_json(settings),
-        "special_tokens_map.json": encode_json(special | {"additional_special_tokens": extra}),
+        "special_tokens_map.json": encode_json(special | {field: extra}),
     }
+
+
+def origin_of(vocabulary: TextVocabulary) -> dict[str, Any]:
+    """Fields of the tokenizer_config.json that a vocabulary came with; {} without one."""
+    if isinstance(vocabulary, ExtendedVocabulary):
+        return origin_of(vocabulary.inner)
+    return vocabulary.origin if isinstance(vocabulary, TokenizerJsonVocabulary) else {}
+
+
+def special_tokens(
+    vocabulary: TextVocabulary, names: dict[int, str], start: StartToken, origin: dict[str, Any]
+) -> dict[str, Any]:
+    """The tokens of the roles bos_token, eos_token and so on, as the origin describes them.
+
+    Args:
+      vocabulary: the vocabulary.
+      names: name of every id.
+      start: token that decoders begin with.
+      origin: fields of the tokenizer_config.json that the vocabulary came with.
+    """
+    special = {role: origin[role] for role in NAMES if origin.get(role) is not None}
+    ids = {"eos_token": vocabulary.eos}
+    if not origin:
+        ids |= {"pad_token": vocabulary.pad, "bos_token": start.named(vocabulary)}
+    for role, token in ids.items():
+        if token in names and token_content(special.get(role)) != names[token]:
+            special[role] = names[token]
+    return special
+
+
+def token_content(token: Any) -> Any:
+    """The name of a token that stands as it is, or in an object that describes it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def list_sentinels(vocabulary: TextVocabulary) -> list[tuple[int, str]]:

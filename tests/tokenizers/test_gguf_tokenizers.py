@@ -148,3 +148,81 @@ def test_a_tokenizer_that_cannot_be_is_named(byte_level, changes, trouble):
     with pytest.raises(GgufError, match=trouble):
         gguf_tokenizer.tokenizer_json(metadata, "toy.gguf")
         gguf_tokenizer.stop_tokens(gguf_tokenizer.GgufTokenizerFields(metadata, "toy.gguf"))
+
+
+def with_user_pieces(user, **options):
+    """A SentencePiece model with user-defined pieces, and the metadata of its file."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINING[::2]),
+        model_writer=model,
+        vocab_size=1200,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=user,
+        minloglevel=2,
+        **options,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    metadata = of_pieces(processor)
+    kinds = metadata["tokenizer.ggml.token_type"]
+    for name in user:
+        assert processor.id_to_piece(processor.piece_to_id(name)) == name
+        kinds[processor.piece_to_id(name)] = 4
+    return processor, metadata | {"tokenizer.ggml.add_space_prefix": False}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("spelled", ["▁", " "])
+def test_user_defined_pieces_are_matched_whole_longest_first(spelled, architecture):
+    user = ["▁" * n for n in range(2, 32)] + ["\n" * n for n in range(2, 5)] + ["<table>"]
+    processor, metadata = with_user_pieces(user, add_dummy_prefix=False)
+    metadata["general.architecture"] = architecture
+    metadata["tokenizer.ggml.tokens"] = [
+        token.replace("▁", spelled) if kind == 4 else token
+        for token, kind in zip(
+            metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True
+        )
+    ]
+    tokenizer = tokenizers.Tokenizer.from_buffer(gguf_tokenizer.tokenizer_json(metadata))
+    texts = [f"a{' ' * n}b" for n in range(70)] + [" " * n for n in range(70)]
+    texts += ["def f():\n\n\n\n\n        return <table> x", "<table><table>"]
+    for text in [*texts, *LINES]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == processor.encode(text), repr(text)
+        assert tokenizer.decode(ids) == text
+    assert [len(tokenizer.id_to_token(k)) for k in tokenizer.encode(" " * 40).ids] == [31, 9]
+
+
+@pytest.mark.parametrize("kind", [3, 4])
+def test_answers_end_where_the_template_ends_a_turn(kind, byte_level, tmp_path):
+    import types
+
+    from t5x_lite.checkpoints import text_settings
+
+    tokens = [*byte_level["tokenizer.ggml.tokens"], "<|im_start|>", "<|im_end|>"]
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}"
+    )
+    metadata = byte_level | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [*byte_level["tokenizer.ggml.token_type"], kind, kind],
+    }
+
+    def stops(**more):
+        chat = {f"tokenizer.{name}": value for name, value in more.items()}
+        source = types.SimpleNamespace(metadata=metadata | chat, path=tmp_path / "toy.gguf")
+        settings = text_settings.parse_gguf(source)
+        assert settings.ends.stops == settings.vocabularies[1].stops
+        return settings.ends.stops
+
+    end = len(tokens) - 1
+    assert stops() == (0,)
+    assert stops(chat_template=template) == (0, end)
+    assert stops(chat_template="{{ messages[1].content }}<end>") == (0,)
+    assert stops(chat_template="{{ nonsense(") == stops(chat_template="no messages") == (0,)

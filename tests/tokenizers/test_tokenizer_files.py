@@ -174,6 +174,46 @@ def test_a_tokenizer_of_theirs_read_and_written_gives_the_same_ids(folders, kind
             assert again.encode(text) == ours.encode(text), repr(text)
 
 
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def saved_by_transformers(kind, folders, folder):
+    """A folder of ours as transformers saves it, with a tokenizer.json."""
+    tokenizer = theirs(folders[kind])
+    tokenizer.save_pretrained(folder)
+    shutil.copy(folders[kind] / "config.json", folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("kind", ["t5", "llama", "gpt2", "chat", "begun", "t5gemma"])
+def test_a_tokenizer_keeps_its_class_and_special_tokens(kind, extended, folders, tmp_path):
+    before = saved_by_transformers(kind, folders, tmp_path / "there")
+    ours, ends = conversion.read_tokenizer(tmp_path / "there")
+    pair = conversion.vocabulary_pair(ours)
+    if extended:
+        pair = tuple(vocabularies.ExtendedVocabulary(each, ["[NLU]"]) for each in pair)
+    vocabularies.save_pair(tmp_path / "run", *pair)
+    shutil.copytree(tmp_path / "there", tmp_path / "back", ignore=lambda *_: ["tokenizer.json"])
+    conversion.write_tokenizers(
+        *vocabularies.load_pair(tmp_path / "run"),
+        tmp_path / "back",
+        conversion.StartToken(ends.start, ends.add_bos and ours.bos is None and "t5" not in kind),
+    )
+    after = theirs(tmp_path / "back")
+    assert type(after) is type(before)
+    for role in ROLES:
+        assert getattr(after, role) == getattr(before, role), role
+    assert sorted(after.all_special_tokens) == sorted(before.all_special_tokens)
+    for text in [*NASTY, *NAMED]:
+        assert after.encode(text) == before.encode(text), repr(text)
+    if extended:
+        assert after.convert_tokens_to_ids("[NLU]") == len(before)
+    fingerprints = [vocabularies.fingerprint(each) for each in (pair[0],)]
+    assert "tokenizer_class" in json.dumps(pair[0].description())
+    assert fingerprints[0] == vocabularies.fingerprint(vocabularies.load_pair(tmp_path / "run")[0])
+
+
 def test_ends_that_the_tokenizer_has_no_token_for_are_refused(tmp_path):
     vocabulary = vocabularies.TokenizerJsonVocabulary(byte_level(["</s>"]).to_str().encode())
     with pytest.raises(ValueError, match="begin or end with id 9999"):

@@ -308,3 +308,29 @@ def test_several_ends_are_kept_with_a_run_and_each_cuts_a_text(folders, tmp_path
     ids = kept[1].encode("the dog")
     for stop in (2, 0):
         assert kept[1].decode([*ids, stop, *ids]) == "the dog"
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("eos", [None, True])
+@pytest.mark.parametrize("post", [None, "<s> $A", "<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPTNeoXTokenizer"])
+def test_the_post_processor_decides_what_surrounds_a_text(kind, post, eos, bos, tmp_path):
+    flags = {"add_bos_token": bos, "add_eos_token": eos}
+    settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>"}
+    settings |= {name: value for name, value in flags.items() if value is not None}
+    content = byte_level(["<s>", "</s>", "<pad>"], post=post).to_str().encode()
+    folder = written(tmp_path / "hf", settings, {"model_type": "llama"}, tokenizer__json=content)
+    ours, ends = conversion.read_tokenizer(folder)
+    ids = [*([ends.start] if ends.add_bos else []), *vocabularies.encode_with_ends(ours, "a dog")]
+    assert ids == theirs(folder).encode("a dog")
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_flags_decide_where_there_is_no_post_processor_to_read(bos, tmp_path):
+    folder = gpt2_folder(tmp_path / "gpt2", byte_level(["<|endoftext|>"]))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {} if bos is None else {"add_bos_token": bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, ends = conversion.read_tokenizer(folder)
+    ids = [*([ends.start] if ends.add_bos else []), *vocabularies.encode_with_ends(ours, "a dog")]
+    assert ids == theirs(folder).encode("a dog")

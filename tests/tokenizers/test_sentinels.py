@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of sentinels: a name in a text is its id, at any place, and ids are found by their names."""
+
+import functools
+import itertools
+import json
+
+import numpy as np
+import pytest
+from test_tokenizers import (
+    SENTENCES,
+    byte_level,
+    llama_pieces,
+    t5_pieces,
+    theirs,
+    written,
+)
+
+from t5x_lite import config
+from t5x_lite.config import windows
+from t5x_lite.data import built_in, objectives, randomness
+from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
+from t5x_lite.tokenizers import huggingface_tokenizer as conversion
+
+COUNT = 5
+TEXTS = ["a{}", "{}a", "a{}b", "a {} b", "{}", "{}{}", " {} a", "a b{} ", "a, {}.\nb {}"]
+
+
+@functools.cache
+def trained():
+    return sentencepiece_training.train_sentencepiece(SENTENCES, 400)
+
+
+def json_with_a_hole():
+    described = json.loads(byte_level(["</s>"]).to_str())
+    vocab = described["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] += 3
+    return json.dumps(described).encode()
+
+
+def chat_json():
+    return byte_level(["<|endoftext|>", "</s>"]).to_str().encode()
+
+
+MAKERS = {
+    "bytes": lambda: vocabularies.ByteVocabulary(COUNT),
+    "symbols": lambda: vocabularies.SymbolVocabulary(list("ab ,.\n"), extra_ids=COUNT),
+    "spaced": lambda: vocabularies.SymbolVocabulary(["a", "b"], separator=" ", extra_ids=COUNT),
+    "trained": lambda: vocabularies.SentencePieceVocabulary(trained(), COUNT),
+    "t5": lambda: vocabularies.SentencePieceVocabulary(t5_pieces(), COUNT),
+    "llama": lambda: vocabularies.SentencePieceVocabulary(llama_pieces(), COUNT),
+    "json": lambda: vocabularies.TokenizerJsonVocabulary(chat_json(), COUNT),
+    "json_hole": lambda: vocabularies.TokenizerJsonVocabulary(json_with_a_hole(), COUNT),
+    "extended": lambda: extended.ExtendedVocabulary(
+        vocabularies.ByteVocabulary(), ["[NLU]"], COUNT
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def every():
+    return {kind: make() for kind, make in MAKERS.items()}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_name_is_its_id_at_any_place(every, kind):
+    vocabulary = every[kind]
+    for text in TEXTS:
+        names = [f"<extra_id_{k}>" for k in (3, 0)][: text.count("{}")]
+        ids = vocabulary.encode(text.format(*names))
+        expected = [vocabulary.sentinel_ids[k] for k in (3, 0)][: len(names)]
+        sentinels = set(vocabulary.sentinel_ids.tolist())
+        assert [token for token in ids if token in sentinels] == expected, text
+        assert vocabulary.encode_all([text.format(*names)])[0].tolist() == ids
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained", "t5", "llama", "json", "json_hole"])
+def test_what_spans_became_can_be_typed(every, kind):
+    """encode(decode(ids)) is ids, for inputs and targets of span corruption between whole words."""
+    vocabulary = every[kind]
+    words = [vocabulary.encode(word) for word in ("The fox", " jumps over", " the dog")]
+    if kind == "llama":  # the model begins every text with a space
+        words[1:] = [vocabulary.encode(word.strip()) for word in ("jumps over", "the dog")]
+    s0, s1 = vocabulary.sentinel_ids[:2].tolist()
+    for ids in (
+        [*words[0], s0, *words[2]],
+        [s0, *words[1], s1],
+        [*words[0], s0],
+        [s0, s1, *words[1]],
+    ):
+        text = vocabulary.decode(ids)
+        assert vocabulary.encode(text) == ids, text
+
+
+def test_byte_text_with_sentinels_has_the_ids_of_training(every):
+    vocabulary = every["bytes"]
+    fit = windows.LengthLimits(24, 16, "encoder_decoder")
+    preprocessor = objectives.make_preprocessor(config.SpanCorruption(), fit, vocabulary)
+    text = np.array(vocabulary.encode("the quick brown fox")[: preprocessor.window])
+    keys = randomness.keys(3, np.arange(20))
+    inputs, targets = preprocessor.parts(np.tile(text, (20, 1)), keys)
+    for part in (inputs, targets):
+        for ids in np.split(part.tokens, np.cumsum(part.lengths)[:-1]):
+            typed = vocabulary.decode(ids)
+            assert vocabularies.encode_with_ends(vocabulary, typed) == ids.tolist(), typed
+
+
+def test_text_without_names_keeps_its_ids(every):
+    """Those of SentencePiece itself, and of the tokenizer without sentinels."""
+    import sentencepiece
+
+    for kind, model in (("trained", trained()), ("t5", t5_pieces()), ("llama", llama_pieces())):
+        alone = sentencepiece.SentencePieceProcessor(model_proto=model)
+        assert [ids.tolist() for ids in every[kind].encode_all(SENTENCES)] == alone.encode(
+            SENTENCES
+        )
+    plain = vocabularies.TokenizerJsonVocabulary(chat_json())
+    for text in SENTENCES[:7]:
+        assert every["json"].encode(text) == plain.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained", "t5", "json", "symbols"])
+def test_an_exported_tokenizer_reads_names_as_we_do(every, kind, tmp_path):
+    vocabulary = every[kind]
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    conversion.write_tokenizer(vocabulary, tmp_path)
+    reference, again = theirs(tmp_path), conversion.read_tokenizer(tmp_path)[0]
+    for text in TEXTS:
+        typed = text.format("<extra_id_3>", "<extra_id_0>")
+        ids = vocabulary.encode(typed)
+        assert reference.encode(typed, add_special_tokens=False) == ids, typed
+        assert again.encode(typed) == ids
+
+
+def t5_folder(folder):
+    """A T5 tokenizer to which tokens were added, as transformers saves it."""
+    model = t5_pieces()
+    plain = written(
+        folder / "plain",
+        {"tokenizer_class": "T5Tokenizer"},
+        {"model_type": "t5", "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0},
+        spiece__model=model,
+    )
+    tokenizer = theirs(plain)
+    tokenizer.add_tokens(["{", "}", "\n", "[SEP]"])
+    tokenizer.save_pretrained(folder / "added")
+    (folder / "added" / "config.json").write_text((plain / "config.json").read_text())
+    return folder / "added", tokenizer
+
+
+def test_sentinels_are_found_by_name_below_added_tokens(tmp_path):
+    folder, reference = t5_folder(tmp_path)
+    expected = [reference.convert_tokens_to_ids(f"<extra_id_{k}>") for k in range(100)]
+    assert expected[0] < len(reference) - 1
+    for extra_ids in (0, 100):
+        cfg = config.Vocabulary("checkpoint", path=str(folder), extra_ids=extra_ids)
+        inputs, targets = built_in.vocabulary_pair(cfg, list, "", str(tmp_path))
+        for each in (inputs, targets):
+            assert each.sentinel_ids.tolist() == expected
+            assert each.size == len(reference)
+        assert targets.decode([expected[7]]) == "<extra_id_7>"
+    fit = windows.LengthLimits(32, 32, "encoder_decoder")
+    preprocessor = objectives.make_preprocessor(config.SpanCorruption(), fit, targets)
+    inputs, _ = preprocessor.parts(np.full((1, 20), 5), np.array([9], np.uint64))
+    assert expected[0] in inputs.tokens
+
+
+NAMES = [f"<extra_id_{k}>" for k in range(4)]
+ORDERS = {
+    "descending": NAMES[::-1],
+    "ascending": NAMES,
+    "apart": list(
+        itertools.chain.from_iterable(zip(NAMES, ["[A]", "[B]", "[C]", "[D]"], strict=True))
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sentinels_of_any_order_are_found_by_name(order, tmp_path):
+    specials = ["</s>", *ORDERS[order]]
+    content = byte_level(specials).to_str().encode()
+    vocabulary = vocabularies.TokenizerJsonVocabulary(content)
+    expected = [vocabulary.tokenizer.token_to_id(name) for name in NAMES]
+    assert vocabulary.sentinel_ids.tolist() == expected and vocabulary.sentinels == 4
+    assert vocabulary.decode(vocabulary.encode("a<extra_id_2>b")) == "a<extra_id_2>b"
+    vocabularies.save_vocabulary(vocabulary, tmp_path)
+    again = vocabularies.load_vocabulary(tmp_path)
+    assert again.sentinel_ids.tolist() == expected
+    byt5 = vocabularies.ByteVocabulary(named=dict(zip(specials, range(259, 270), strict=False)))
+    assert byt5.sentinel_ids.tolist() == [byt5.token(name) for name in NAMES]
+
+
+def test_a_vocabulary_without_sentinels_says_what_there_is():
+    bare = vocabularies.ByteVocabulary()
+    fit = windows.LengthLimits(32, 32, "encoder_decoder")
+    with pytest.raises(ValueError, match="Vocabulary.extra_ids .* Vocabulary.sentinels = "):
+        objectives.make_preprocessor(config.SpanCorruption(), fit, bare)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_half_a_surrogate_pair_is_refused_by_every_vocabulary(every, kind):
+    for encode in (every[kind].encode, lambda text: every[kind].encode_all(["a", text])):
+        with pytest.raises(ValueError, match="not Unicode text: character 2 is half of a surr"):
+            encode("a\ud83db")
