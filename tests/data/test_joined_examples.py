@@ -96,7 +96,8 @@ def test_examples_that_are_never_joined_are_all_read_alone(seed, tmp_path):
         ]
 
     apart, joined, bare = texts("never"), texts("newline"), texts("nothing")
-    assert len(apart) == 30 and not any("\n" in text for text in apart)
+    assert len(apart) == 30 and not any("\n" in text or ".s" in text for text in apart)
+    assert all(text.count(" ") <= 3 for text in apart)  # of one sentence at most
     assert sum("\n" in text for text in joined) > len(joined) / 2
     assert any(".s" in text for text in bare) and not any(".s" in text for text in joined)
 

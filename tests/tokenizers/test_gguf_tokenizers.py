@@ -225,4 +225,5 @@ def test_answers_end_where_the_template_ends_a_turn(kind, byte_level, tmp_path):
     assert stops() == (0,)
     assert stops(chat_template=template) == (0, end)
     assert stops(chat_template="{{ messages[1].content }}<end>") == (0,)
+    assert stops(chat_template="{{ messages[1].content }}!") == (0,)
     assert stops(chat_template="{{ nonsense(") == stops(chat_template="no messages") == (0,)
