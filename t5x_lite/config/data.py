@@ -91,14 +91,14 @@ class Files(Checked):
       test: files of the test split.
       format: format of the files; None reads it from their ending. A `text` file has one example
         per line: its targets. `tsv` and `csv` name their columns in the first line.
-      quotes: cells of a tsv file are quoted as csv writers, pandas and spreadsheets do where they
-        hold a tab, a quote or the end of a line; False keeps every quote; None refuses a cell that
-        looks quoted. A csv file always has such quotes.
       inputs: field of the inputs; None means text without a source (language modeling).
       targets: field of the targets.
       metrics: metrics of the task.
       whole_files: a `text` file is one example.
       broken: what a line that cannot be read does: stop, or skip, which is counted.
+      quotes: cells of a tsv file are quoted as csv writers, pandas and spreadsheets do where they
+        hold a tab, a quote or the end of a line; False keeps every quote; None refuses a cell that
+        looks quoted. A csv file always has such quotes.
     """
 
     name: str

@@ -83,8 +83,10 @@ def test_a_saved_config_loads_to_the_run_that_it_describes(name):
             renamed = aliases.VALUES.get((key[0], new), {})
             assert found == (renamed.get(expected, expected) if renamed else expected), (key, value)
     for part, names in seen.values():
-        added = [field for field in dataclasses.fields(part) if field.name not in names]
-        assert all(getattr(part, field.name) == field.default for field in added)
+        for field in dataclasses.fields(part):
+            former = aliases.FORMER_VALUES.get((type(part).__name__, field.name))
+            meant = field.default if former is None else ast.literal_eval(former)
+            assert field.name in names or getattr(part, field.name) == meant
 
 
 @pytest.mark.parametrize("name", SAVED)
