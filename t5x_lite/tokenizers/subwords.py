@@ -60,11 +60,12 @@ class SentencePieceVocabulary:
                 "The SentencePiece model has no end-of-sequence piece; train it with eos_id >= 0"
             )
         spelled = {} if ids.named else self.respelled_sentinels()
-        steps = spaces_of(model) if spelled else None
-        # Where spaces are kept, that before a sentinel is in its piece, and none comes after it.
-        spaced = spelled if steps and not steps.remove_extra_whitespaces else ()
+        # Where spaces are kept, the model's own stands before the first run alone, and a sentinel
+        # whose piece has one takes that before it.
+        keeps = bool(spelled) and not spaces_of(model).remove_extra_whitespaces
+        spaced = [name for name in spelled if keeps and self.begins_with_space(spelled[name])]
         self.named = NamedTokens(self.described | spelled, spaced=spaced)
-        self.prefixes_once = ids.prefix_once or bool(spaced)
+        self.prefixes_once = ids.prefix_once or keeps
         self.inner = self.processor
         if self.prefixes_once:
             bare = without_prefix(extended)
@@ -78,6 +79,9 @@ class SentencePieceVocabulary:
             return {}
         exact = all(self.processor.id_to_piece(token) == name for name, token in names.items())
         return {} if exact and not spaces_of(self.model).add_dummy_prefix else names
+
+    def begins_with_space(self, token: int) -> bool:
+        return self.processor.id_to_piece(token).startswith("▁")
 
     def token(self, name: str) -> int | None:
         token = self.described.get(name)

@@ -74,6 +74,34 @@ def test_a_name_is_its_id_at_any_place(every, kind):
         assert vocabulary.encode_all([text.format(*names)])[0].tolist() == ids
 
 
+@pytest.mark.parametrize("kind", ["bytes", "symbols", "trained", "llama", "json", "json_hole"])
+def test_text_with_names_comes_back_to_the_letter(every, kind):
+    for text in TEXTS:
+        typed = text.format("<extra_id_3>", "<extra_id_0>")
+        assert every[kind].decode(every[kind].encode(typed)) == typed
+
+
+def test_pieces_of_seqio_that_begin_with_a_space_are_found_everywhere():
+    """Its sentinels are spelled so in every model, also in one that keeps the spaces of a text."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    for model in (trained(), llama_pieces()):
+        proto = schema.ModelProto.FromString(model)
+        kind = schema.ModelProto.SentencePiece.USER_DEFINED
+        for name in ("▁<extra_id_1>", "▁<extra_id_0>"):
+            proto.pieces.add(piece=name, score=0.0, type=kind)
+        vocabulary = vocabularies.SentencePieceVocabulary(proto.SerializeToString())
+        top = vocabulary.size - 1
+        assert vocabulary.sentinel_ids.tolist() == [top, top - 1]
+        for text in ("a <extra_id_0> b", "<extra_id_0> b", " <extra_id_0>", "a<extra_id_0>b"):
+            ids = vocabulary.encode(text)
+            assert ids.count(top) == 1
+            assert vocabulary.encode(vocabulary.decode(ids)) == ids
+        assert vocabulary.encode("a <extra_id_0> b") == vocabulary.processor.encode(
+            "a <extra_id_0> b"
+        )
+
+
 @pytest.mark.parametrize("kind", ["bytes", "trained", "t5", "llama", "json", "json_hole"])
 def test_what_spans_became_can_be_typed(every, kind):
     """encode(decode(ids)) is ids, for inputs and targets of span corruption between whole words."""
