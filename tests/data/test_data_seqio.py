@@ -201,7 +201,7 @@ def test_the_objective_as_preprocessor_gives_the_text_back(registered):
                 run.append(token)
         for token in inputs[:-1]:
             text += runs[token] if token >= 259 else [token]
-    whole = "".join(f"word {i} é" for i in range(COUNT)).encode()
+    whole = "".join(f"word {i} é\n" for i in range(COUNT)).encode()
     result = bytes(token - 3 for token in text)
     assert result == whole[: len(result)] and len(whole) - len(result) <= 1
 
