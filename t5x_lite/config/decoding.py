@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config of decoding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from t5x_lite.config.checked import (
     Checked,
     Count,
     CountOrZero,
+    Positive,
     Range,
     Seed,
     ShareAboveZero,
+    ShareBelowOne,
     require,
 )
 from t5x_lite.utils import paths
+
+Penalty = Annotated[float, Range(-100, 100)]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,22 @@ class Decode(Checked):
       draft_length: tokens of a block, its first included, 2 to 64; 0 takes the fastest by
         measurement.
       accept: rule by which draft tokens are kept; some rules change the text, and say so.
+      min_p: samples among tokens at least so probable, as a share of the most probable one.
+      typical_p: samples among the tokens nearest to the expected information whose probabilities
+        sum to p; 1 among all.
+      epsilon_cutoff: samples among tokens at least so probable.
+      eta_cutoff: the same, with a limit that falls as the entropy rises.
+      repetition_penalty: divides positive logits of tokens that prompt or text has, and multiplies
+        negative ones; 1 is none.
+      presence_penalty: subtracted from the logits of tokens that the new text has.
+      frequency_penalty: the same, for each time that it has them.
+      no_repeat_ngram_size: forbids to repeat so many tokens in a row; 0 forbids nothing.
+      min_new_tokens: forbids the end of a text before so many new tokens.
+      bad_words: texts that are never written.
+      bad_words_ids: the same as sequences of ids.
+      suppress_tokens: ids that are never written.
+      logit_bias: {id: added to its logit}.
+      forced_bos_token_id: the first new token, such as a language's; None leaves it free.
     """
 
     max_new_tokens: Count = 64
@@ -48,6 +68,20 @@ class Decode(Checked):
     drafter: str = "auto"
     draft_length: Annotated[int, Range(2, 64, also=(0,))] = 0
     accept: str = "exact"
+    min_p: ShareBelowOne = 0.0
+    typical_p: ShareAboveZero = 1.0
+    epsilon_cutoff: ShareBelowOne = 0.0
+    eta_cutoff: ShareBelowOne = 0.0
+    repetition_penalty: Positive = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    no_repeat_ngram_size: CountOrZero = 0
+    min_new_tokens: CountOrZero = 0
+    bad_words: tuple[str, ...] = ()
+    bad_words_ids: tuple[tuple[CountOrZero, ...], ...] = ()
+    suppress_tokens: tuple[CountOrZero, ...] = ()
+    logit_bias: dict[CountOrZero, Penalty] = field(default_factory=dict, hash=False)
+    forced_bos_token_id: CountOrZero | None = None
 
     def check(self):
         try:
@@ -68,4 +102,25 @@ class Decode(Checked):
             self.beams == 1 or self.drafter in ("auto", "plain"),
             f"Decode.drafter {self.drafter} drafts for one text per row; beam search (beams > 1) "
             "takes plain or auto",
+        )
+        self.check_tokens()
+
+    def check_tokens(self):
+        """Checks what may and must be written.
+
+        Raises:
+          ValueError: no text can satisfy it.
+        """
+        require(
+            self.min_new_tokens < self.max_new_tokens,
+            f"Decode.min_new_tokens ({self.min_new_tokens}) must be below Decode.max_new_tokens "
+            f"({self.max_new_tokens}), whose last token may be the end",
+        )
+        for name in ("bad_words", "bad_words_ids"):
+            require(all(getattr(self, name)), f"Decode.{name} has an empty one: all text has that")
+        require(
+            self.forced_bos_token_id is None
+            or self.forced_bos_token_id not in self.suppress_tokens,
+            f"Decode.forced_bos_token_id ({self.forced_bos_token_id}) is also among "
+            "Decode.suppress_tokens",
         )

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.decoding import loop
-from t5x_lite.decoding.protocol import Prompts, StoppingCriteria, Target
+from t5x_lite.decoding.protocol import DecodeContext, StoppingCriteria
+from t5x_lite.decoding.steering.processor import Text, draft_paths
 from t5x_lite.sharding import spec
 
 NEVER = -jnp.inf
@@ -63,6 +64,7 @@ class BeamState(NamedTuple):
       done: rows that have ended.
       steps: number of forward passes so far.
       cache: keys and values of the live texts.
+      processor_states: state of each logits processor for the live texts.
     """
 
     live: BeamHypotheses
@@ -72,6 +74,7 @@ class BeamState(NamedTuple):
     done: Bool[Array, " b"]
     steps: Int[Array, ""]
     cache: Any
+    processor_states: tuple = ()
 
 
 class BeamContinuations(NamedTuple):
@@ -99,20 +102,20 @@ def repeat_rows(x: Array, beams: int) -> Array:
     return jnp.repeat(x, beams, axis=0, out_sharding=place)
 
 
-def initial_beams(
-    search: BeamSearch, prompts: Prompts, stopping: StoppingCriteria, cache: Any, slots: int
-) -> BeamState:
+def initial_beams(context: DecodeContext, search: BeamSearch, cache: Any, slots: int) -> BeamState:
     """Returns the first state: the prompt as the first live text, k - 1 of probability 0.
 
     Args:
+      context: constants of the request.
       search: settings.
-      prompts: tokens and lengths of the prompts.
-      stopping: EOS and limits.
       cache: cache of the prompts, b * k rows.
       slots: T.
     """
+    prompts = context.prompts
     rows, length = prompts.tokens.shape
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, slots - length)))
+    text = Text(tokens, prompts.length, prompts.length)
+    states = context.processors.begin(text, context.target.vocab)
     tokens = jnp.broadcast_to(tokens[:, None], (rows, search.beams, slots))
     counts = jnp.broadcast_to(prompts.length[:, None] * 0, (rows, search.beams))
     none = jnp.where(counts == 0, NEVER, 0.0)
@@ -122,21 +125,19 @@ def initial_beams(
         finished=BeamHypotheses(tokens, counts, none, none),
         length=prompts.length - 1,
         prompt=prompts.length,
-        done=prompts.length >= stopping.limit,
+        done=prompts.length >= context.stopping.limit,
         steps=jnp.int32(0),
         cache=cache,
+        processor_states=jax.tree.map(lambda x: repeat_rows(x, search.beams), states),
     )
 
 
-def run_beam_search(
-    target: Target, search: BeamSearch, stopping: StoppingCriteria, state: BeamState
-) -> BeamState:
+def run_beam_search(context: DecodeContext, search: BeamSearch, state: BeamState) -> BeamState:
     """Searches until every row is done.
 
     Args:
-      target: the model.
+      context: constants of the request, with a target of b * k rows.
       search: settings.
-      stopping: EOS and limits.
       state: state to start from.
 
     Returns:
@@ -144,35 +145,67 @@ def run_beam_search(
     """
 
     def iterate(state: BeamState) -> BeamState:
-        log_probability, cache = score_next_tokens(target, search, state)
-        best = best_continuations(search, stopping, state, log_probability)
-        return advance_beams(search, stopping, state._replace(cache=cache), best)
+        log_probability, cache = score_next_tokens(context, search, state)
+        best = best_continuations(search, context.stopping, state, log_probability)
+        return advance_beams(context, search, state._replace(cache=cache), best)
 
     return jax.lax.while_loop(lambda state: jnp.any(~state.done), iterate, state)
 
 
 def score_next_tokens(
-    target: Target, search: BeamSearch, state: BeamState
+    context: DecodeContext, search: BeamSearch, state: BeamState
 ) -> tuple[Float[Array, "b k v"], Any]:
     """Runs one forward pass over the last token of every live text.
 
     Args:
-      target: the model.
+      context: constants of the request, with a target of b * k rows.
       search: settings.
       state: state of the search.
 
     Returns:
-      The log-probability of every next token, and the cache.
+      The log-probability of every next token, changed by the logits processors as in transformers,
+      and the cache.
     """
     rows = state.length.shape[0]
     index = repeat_rows(state.length, search.beams)
     here = jnp.arange(state.live.tokens.shape[2]) == state.length[:, None, None]
     root = jnp.sum(jnp.where(here, state.live.tokens, 0), axis=2)
     root = jnp.reshape(root, (rows * search.beams, 1), out_sharding=spec("batch length"))
-    hidden, cache = target.forward(root, index, state.cache)
-    log_probability = jax.nn.log_softmax(target.logits(hidden)[:, 0])
+    hidden, cache = context.target.forward(root, index, state.cache)
+    log_probability = jax.nn.log_softmax(context.target.logits(hidden))
+    log_probability = process_beams(context, search, state, root, log_probability)[:, 0]
     placed = spec("batch length whole")
     return jnp.reshape(log_probability, (rows, search.beams, -1), out_sharding=placed), cache
+
+
+def process_beams(
+    context: DecodeContext,
+    search: BeamSearch,
+    state: BeamState,
+    root: Int[Array, "bk 1"],
+    log_probability: Float[Array, "bk 1 v"],
+) -> Float[Array, "bk 1 v"]:
+    """Applies the logits processors to log-probabilities.
+
+    Args:
+      context: constants of the request.
+      search: settings.
+      state: state of the search.
+      root: last token of every live text.
+      log_probability: of every next token.
+    """
+    if not context.processors.rules:
+        return log_probability
+    tokens = state.live.tokens
+    flat = (tokens.shape[0] * search.beams, tokens.shape[2])
+    text = Text(
+        jnp.reshape(tokens, flat, out_sharding=spec("batch length")),
+        repeat_rows(state.length + 1, search.beams),
+        repeat_rows(state.prompt, search.beams),
+    )
+    alone = loop.Plain().tree
+    paths = draft_paths(alone.paths, alone.depth, root)
+    return context.processors.process(state.processor_states, text, paths, log_probability)
 
 
 def best_continuations(
@@ -203,19 +236,20 @@ def best_continuations(
 
 
 def advance_beams(
-    search: BeamSearch, stopping: StoppingCriteria, state: BeamState, best: BeamContinuations
+    context: DecodeContext, search: BeamSearch, state: BeamState, best: BeamContinuations
 ) -> BeamState:
     """Extends the texts by one token; rows that are done do not change.
 
     Args:
+      context: constants of the request.
       search: settings.
-      stopping: EOS and limits.
       state: state of the search, with the cache of the forward pass.
       best: the best continuations.
 
     Returns:
       The next state.
     """
+    stopping = context.stopping
     stops = loop.ends_text(best.token, stopping)
     within = jnp.arange(stops.shape[1]) < search.beams
     ended = best._replace(log_probability=jnp.where(stops & within, best.log_probability, NEVER))
@@ -241,7 +275,22 @@ def advance_beams(
         done=state.done | complete | full,
         steps=state.steps + 1,
         cache=jax.tree.map(lambda x: take_cache_rows(x, survivors.parent), state.cache),
+        processor_states=observe_beams(context, state.processor_states, survivors),
     )
+
+
+def observe_beams(context: DecodeContext, states: tuple, survivors: BeamContinuations) -> tuple:
+    """Returns the states of the logits processors for the continued texts.
+
+    Args:
+      context: constants of the request.
+      states: states for the texts before.
+      survivors: their continuations.
+    """
+    states = jax.tree.map(lambda x: take_cache_rows(x, survivors.parent), states)
+    size = survivors.token.size
+    tokens = jnp.reshape(survivors.token, (size, 1), out_sharding=spec("batch length"))
+    return context.processors.observe(states, tokens, jnp.ones_like(tokens[:, 0]))
 
 
 def extend_hypotheses(

@@ -28,6 +28,8 @@ from t5x_lite.decoding.protocol import (
 )
 from t5x_lite.decoding.request import Request, bucket_length
 from t5x_lite.decoding.sampling import SamplingParams
+from t5x_lite.decoding.steering.build import make_processors
+from t5x_lite.decoding.steering.processor import Processors, Text
 
 
 class Result(NamedTuple):
@@ -120,12 +122,10 @@ def generate(
         drafter=drafting.drafter,
         accept=drafting.accept,
     )
-    placed = shard_rows(request._replace(eos=None))
-    sampling = shard_rows(make_sampling_params(request, decode)) if decode.temperature > 0 else None
+    placed = shard_rows(request._replace(eos=None))._replace(eos=request.eos)
+    rules = make_rules(request, decode)
     alpha = jnp.float32(decode.alpha)
-    result = compiled_generate(
-        program, params, placed._replace(eos=request.eos), sampling, alpha, drafting.weights
-    )
+    result = compiled_generate(program, params, placed, rules, alpha, drafting.weights)
     return trim_result(jax.device_get(result), max(decode.max_new_tokens, 1))
 
 
@@ -139,15 +139,43 @@ def trim_result(result: Result, length: int) -> Result:
     return result._replace(steps=int(result.steps), **arrays)
 
 
+class ChoiceRules(NamedTuple):
+    """How the next token is chosen.
+
+    Attributes:
+      sampling: how rows are sampled; None for greedy decoding.
+      processors: what changes the logits before.
+    """
+
+    sampling: SamplingParams | None = None
+    processors: Processors = Processors()
+
+
+def make_rules(request: Request, decode: config.Decode) -> ChoiceRules:
+    """Returns the rules of a config for the rows of a request, on the mesh."""
+    processors = make_processors(decode, len(request.row), request.eos)
+    if decode.temperature == 0:
+        return ChoiceRules(processors=processors)
+    return ChoiceRules(shard_rows(make_sampling_params(request, decode)), processors)
+
+
 def make_sampling_params(request: Request, decode: config.Decode) -> SamplingParams:
     """Returns the sampling parameters of each row of the request."""
     rows = len(request.row)
+
+    def optional(value: float, off: float) -> np.ndarray | None:
+        return None if value == off else np.full(rows, value, np.float32)
+
     return SamplingParams(
         temperature=np.full(rows, decode.temperature, np.float32),
         top_k=np.full(rows, decode.top_k, np.int32),
         top_p=np.full(rows, decode.top_p, np.float32),
         seed=request.seed,
         row=request.row,
+        min_p=optional(decode.min_p, 0),
+        typical_p=optional(decode.typical_p, 1),
+        epsilon_cutoff=optional(decode.epsilon_cutoff, 0),
+        eta_cutoff=optional(decode.eta_cutoff, 0),
     )
 
 
@@ -176,7 +204,7 @@ def compiled_generate(
     program: DecodeProgram,
     params: Any,
     request: Request,
-    sampling: SamplingParams | None,
+    rules: ChoiceRules,
     alpha: Array,
     weights: Any,
 ) -> Result:
@@ -186,7 +214,7 @@ def compiled_generate(
       program: static arguments.
       params: weights of the model.
       request: the rows, on the mesh.
-      sampling: how rows are sampled; None for greedy decoding.
+      rules: how the next token is chosen.
       alpha: exponent of the length penalty, float32.
       weights: the drafter's own weights.
 
@@ -198,16 +226,16 @@ def compiled_generate(
     if request.inputs is not None:
         encoded = target.encode_inputs(cfg, params, request.inputs, request.inputs_length)
     decoded = target.make_target(cfg, params, encoded)
-    context = make_context(program, decoded, request, sampling, weights)
-    prompts, stopping, slots = context.prompts, context.stopping, context.slots
+    context = make_context(program, decoded, request, rules, weights)
+    prompts, slots = context.prompts, context.slots
     cache = target.prefill(cfg, params, encoded, prompts, slots)
     if program.beams > 1:
         repeat = functools.partial(beam.repeat_rows, beams=program.beams)
         encoded, cache = jax.tree.map(repeat, (encoded, cache))
         search = beam.BeamSearch(program.beams, program.n_best, alpha)
-        state = beam.initial_beams(search, prompts, stopping, cache, slots)
-        decoded = target.make_target(cfg, params, encoded)
-        state = beam.run_beam_search(decoded, search, stopping, state)
+        context = context._replace(target=target.make_target(cfg, params, encoded))
+        state = beam.initial_beams(context, search, cache, slots)
+        state = beam.run_beam_search(context, search, state)
         result = beam_result(state, search, program.length)
     else:
         state = initial_state(context, cache, slots, program.drafter.begin(context))
@@ -219,7 +247,7 @@ def make_context(
     program: DecodeProgram,
     decoded: Target,
     request: Request,
-    sampling: SamplingParams | None,
+    rules: ChoiceRules,
     weights: Any,
 ) -> DecodeContext:
     """Collects what stays constant while a request is decoded.
@@ -228,7 +256,7 @@ def make_context(
       program: static arguments.
       decoded: the model, its inputs encoded.
       request: the rows.
-      sampling: how rows are sampled; None for greedy decoding.
+      rules: how the next token is chosen.
       weights: the drafter's own weights.
 
     Returns:
@@ -242,7 +270,8 @@ def make_context(
         inputs_length=request.inputs_length,
         weights=weights,
         slots=request.prompts.shape[1] + program.length + program.drafter.tree.width,
-        sampling=sampling,
+        sampling=rules.sampling,
+        processors=rules.processors,
     )
 
 
@@ -277,6 +306,7 @@ def initial_state(
     tokens = prompts.tokens
     last = jnp.arange(tokens.shape[1]) == prompts.length[:, None] - 1
     tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
+    text = Text(tokens, prompts.length, prompts.length)
     return DecodeState(
         tokens=tokens,
         length=prompts.length - 1,
@@ -288,6 +318,7 @@ def initial_state(
         steps=jnp.int32(0),
         cache=cache,
         drafter_state=drafter_state,
+        processor_states=context.processors.begin(text, context.target.vocab),
     )
 
 

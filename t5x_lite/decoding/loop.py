@@ -36,6 +36,7 @@ from t5x_lite.decoding.protocol import (
     VerifyOutput,
     chain,
 )
+from t5x_lite.decoding.steering.processor import Text, draft_paths
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def run_loop(
     def iterate(state: DecodeState) -> DecodeState:
         draft, drafter_state = drafter.propose(context, state.drafter_state, state)
         output, cache = verify(context, drafter, accept, state, draft)
-        state = commit(state._replace(cache=cache), drafter.tree, output, context.stopping)
+        state = commit(context, state._replace(cache=cache), drafter.tree, output)
         return state._replace(drafter_state=drafter.observe(context, drafter_state, state, output))
 
     unfinished = functools.partial(should_continue, context.stopping)
@@ -137,23 +138,47 @@ def verify(
     else:
         hidden, cache, middle = forward_in_two(target, middle, tokens, state.length, cache, tree)
     logits = target.logits(hidden)
+    steered = process_logits(context, state, tree, block, logits)
     positions = state.length[:, None] + 1 + tree.depth
-    chosen = sampling.choose_tokens(logits, positions, context.sampling)
+    chosen = sampling.choose_tokens(steered, positions, context.sampling)
     path, tokens, count = accept(
-        exact.VerifyInput(block, logits, chosen, draft, positions, tree, context.sampling)
+        exact.VerifyInput(block, steered, chosen, draft, positions, tree, context.sampling)
     )
     along = logits if tree.is_chain else jax.vmap(lambda row, nodes: row[nodes])(logits, path)
     return VerifyOutput(
         block=block,
         chosen=chosen,
         hidden=hidden,
-        top=jax.lax.top_k(logits, drafter.top)[1] if drafter.top else None,
+        top=jax.lax.top_k(steered, drafter.top)[1] if drafter.top else None,
         path=path,
         tokens=tokens,
         log_probability=token_log_probability(along, tokens),
         count=count_committed(tokens, count, context.stopping, state),
         middle=middle,
     ), cache
+
+
+def process_logits(
+    context: DecodeContext,
+    state: DecodeState,
+    tree: Tree,
+    block: Int[Array, "b w"],
+    logits: Float[Array, "b w v"],
+) -> Float[Array, "b w v"]:
+    """Applies the logits processors of the request.
+
+    Args:
+      context: constants of the request.
+      state: state of the loop before the step.
+      tree: shape of the block.
+      block: root and draft tokens.
+      logits: the model's logits after each node.
+    """
+    if not context.processors.rules:
+        return logits
+    text = Text(state.tokens, state.length + 1, context.prompts.length)
+    paths = draft_paths(tree.paths, tree.depth, block)
+    return context.processors.process(state.processor_states, text, paths, logits)
 
 
 def forward_in_two(
@@ -218,7 +243,7 @@ def count_committed(
 
 
 def commit(
-    state: DecodeState, tree: Tree, output: VerifyOutput, stopping: StoppingCriteria
+    context: DecodeContext, state: DecodeState, tree: Tree, output: VerifyOutput
 ) -> DecodeState:
     """Appends the accepted tokens to each row.
 
@@ -226,15 +251,15 @@ def commit(
     nodes of a tree are moved to where a chain would have left them.
 
     Args:
+      context: constants of the request.
       state: state before the step, with the cache that holds the block.
       tree: shape of the block.
       output: what was accepted.
-      stopping: EOS and limits.
 
     Returns:
       The state after the step; the drafter's state is unchanged.
     """
-    tokens, count = output.tokens, output.count
+    stopping, tokens, count = context.stopping, output.tokens, output.count
     place = jnp.arange(tokens.shape[1])
     last = place == count[:, None] - 1
     root = jnp.where(state.done, state.root, jnp.sum(jnp.where(last, tokens, 0), axis=1))
@@ -258,6 +283,7 @@ def commit(
         token_node=write_block(state.token_node, node, first),
         steps=state.steps + 1,
         cache=cache,
+        processor_states=context.processors.observe(state.processor_states, tokens, count),
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.decoding.sampling import SamplingParams
+from t5x_lite.decoding.steering.processor import Processors
 
 
 class Target(NamedTuple):
@@ -27,6 +28,7 @@ class Target(NamedTuple):
       logits: hidden [b w d] -> float32 [b w v], the vocabulary of a row whole on one device.
       layer_range: (first, last) -> the LayerRange of the layers first <= layer < last.
       num_layers: layers of the decoder.
+      vocab: v.
       heads: the heads that predict later tokens; None if the model has none.
     """
 
@@ -34,6 +36,7 @@ class Target(NamedTuple):
     logits: Callable
     layer_range: Callable | None = None
     num_layers: int = 0
+    vocab: int = 0
     heads: "TargetHeads | None" = None
 
 
@@ -106,6 +109,7 @@ class DecodeContext(NamedTuple):
       weights: the drafter's own weights, or None.
       slots: T.
       sampling: how rows are sampled; None for greedy decoding.
+      processors: what changes the logits before a token is chosen.
     """
 
     target: Target
@@ -116,6 +120,7 @@ class DecodeContext(NamedTuple):
     weights: Any = None
     slots: int = 0
     sampling: SamplingParams | None = None
+    processors: Processors = Processors()
 
 
 class DecodeState(NamedTuple):
@@ -133,6 +138,7 @@ class DecodeState(NamedTuple):
       steps: number of steps so far.
       cache: keys and values of the target.
       drafter_state: state of the drafter, any tree of arrays.
+      processor_states: state of each logits processor after the root.
     """
 
     tokens: Int[Array, "b T"]
@@ -145,6 +151,7 @@ class DecodeState(NamedTuple):
     steps: Int[Array, ""]
     cache: Any
     drafter_state: Any
+    processor_states: tuple = ()
 
 
 class Draft(NamedTuple):

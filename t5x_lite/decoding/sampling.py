@@ -34,6 +34,12 @@ class SamplingParams(NamedTuple):
       top_p: least probability of the most probable tokens to sample from (nucleus); 1 for all.
       seed: key of the noise.
       row: number of the row, also a key of the noise.
+      min_p: least probability, as a share of the highest one (Nguyen et al., 2024,
+        arXiv 2407.01082); None for no limit, here and below.
+      typical_p: least probability of the tokens whose information is nearest to the entropy
+        (locally typical sampling; Meister et al., 2022, arXiv 2202.00666).
+      epsilon_cutoff: least probability (Hewitt et al., 2022, arXiv 2210.15191).
+      eta_cutoff: the same, lower where the entropy is high (eta sampling, same paper).
     """
 
     temperature: Float[Array, " b"]
@@ -41,6 +47,10 @@ class SamplingParams(NamedTuple):
     top_p: Float[Array, " b"]
     seed: UInt32[Array, " b"]
     row: UInt32[Array, " b"]
+    min_p: Float[Array, " b"] | None = None
+    typical_p: Float[Array, " b"] | None = None
+    epsilon_cutoff: Float[Array, " b"] | None = None
+    eta_cutoff: Float[Array, " b"] | None = None
 
 
 class NoiseKind(enum.IntEnum):
@@ -198,9 +208,11 @@ def gumbel_noise(
 
 
 def filter_logits(logits: Float[Array, "b w v"], sampling: SamplingParams) -> Float[Array, "b w v"]:
-    """Sets the logits outside of top-k, and of top-p of the rest, to minus infinity.
+    """Sets the logits of tokens that are not sampled from to minus infinity.
 
-    Ties with the last token kept are kept too.
+    Top-k, then each of top-p, min-p, typical-p, epsilon and eta on what the one before left, in
+    the order of transformers. Ties with the last token kept are kept too; the most probable token
+    always is.
     """
     top_k = sampling.top_k[:, None, None]
     counts = jnp.ones_like(logits)
@@ -208,7 +220,47 @@ def filter_logits(logits: Float[Array, "b w v"], sampling: SamplingParams) -> Fl
     logits = jnp.where(top_mass(logits, counts, enough), logits, -jnp.inf)
     top_p = sampling.top_p[:, None, None]
     inside = top_mass(logits, jax.nn.softmax(logits), top_p)
-    return jnp.where(inside | (top_p >= 1), logits, -jnp.inf)
+    logits = jnp.where(inside | (top_p >= 1), logits, -jnp.inf)
+    if sampling.min_p is not None:
+        logits = drop_below(logits, sampling.min_p[:, None, None] * max_probability(logits))
+    if sampling.typical_p is not None:
+        logits = keep_typical(logits, sampling.typical_p[:, None, None])
+    if sampling.epsilon_cutoff is not None:
+        logits = drop_below(logits, sampling.epsilon_cutoff[:, None, None])
+    if sampling.eta_cutoff is not None:
+        cutoff = sampling.eta_cutoff[:, None, None]
+        limit = jnp.minimum(cutoff, jnp.sqrt(cutoff) * jnp.exp(-entropy(logits)))
+        logits = drop_below(logits, limit)
+    return logits
+
+
+def max_probability(logits: Float[Array, "b w v"]) -> Float[Array, "b w 1"]:
+    """Returns the probability of the most probable token."""
+    return jnp.max(jax.nn.softmax(logits), axis=-1, keepdims=True)
+
+
+def entropy(logits: Float[Array, "b w v"]) -> Float[Array, "b w 1"]:
+    """Returns the entropy of the distribution, in nats."""
+    logarithms = jax.nn.log_softmax(logits)
+    terms = jnp.where(jnp.isfinite(logarithms), jnp.exp(logarithms) * logarithms, 0)
+    return -jnp.sum(terms, axis=-1, keepdims=True)
+
+
+def drop_below(
+    logits: Float[Array, "b w v"], least: Float[Array, "#b #w 1"]
+) -> Float[Array, "b w v"]:
+    """Sets the logits of tokens less probable than `least` to minus infinity, but for the best."""
+    best = logits >= jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where((jax.nn.softmax(logits) >= least) | best, logits, -jnp.inf)
+
+
+def keep_typical(
+    logits: Float[Array, "b w v"], mass: Float[Array, "#b #w 1"]
+) -> Float[Array, "b w v"]:
+    """Keeps the tokens whose information is nearest to the entropy, as few as have the mass."""
+    distance = jnp.abs(-jax.nn.log_softmax(logits) - entropy(logits))
+    inside = top_mass(-distance, jax.nn.softmax(logits), mass)
+    return jnp.where(inside, logits, -jnp.inf)
 
 
 def top_mass(

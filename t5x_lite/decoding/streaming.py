@@ -12,10 +12,9 @@ from jaxtyping import Array, Bool, Int
 
 from t5x_lite import config, model
 from t5x_lite.decoding import generation, target
-from t5x_lite.decoding.generation import PLAIN, DecodeProgram, Drafting, Result
+from t5x_lite.decoding.generation import PLAIN, ChoiceRules, DecodeProgram, Drafting, Result
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState
 from t5x_lite.decoding.request import Request, bucket_length
-from t5x_lite.decoding.sampling import SamplingParams
 
 
 class DecodeArguments(NamedTuple):
@@ -24,13 +23,13 @@ class DecodeArguments(NamedTuple):
     Attributes:
       params: weights of the model.
       request: the rows.
-      sampling: how rows are sampled; None for greedy decoding.
+      rules: how the next token is chosen.
       weights: the drafter's own weights.
     """
 
     params: Any
     request: Request
-    sampling: SamplingParams | None
+    rules: ChoiceRules
     weights: Any
 
 
@@ -67,11 +66,10 @@ def stream(
         drafter=drafting.drafter,
         accept=drafting.accept,
     )
-    sampling = None
-    if decode.temperature > 0:
-        sampling = generation.shard_rows(generation.make_sampling_params(request, decode))
     placed = generation.shard_rows(request._replace(eos=None))._replace(eos=request.eos)
-    arguments = DecodeArguments(params, placed, sampling, drafting.weights)
+    arguments = DecodeArguments(
+        params, placed, generation.make_rules(request, decode), drafting.weights
+    )
     return stream_results(program, arguments, every, decode.max_new_tokens)
 
 
@@ -155,5 +153,5 @@ def stream_context(
     """
     decoded = target.make_target(program.cfg, arguments.params, encoded)
     return generation.make_context(
-        program, decoded, arguments.request, arguments.sampling, arguments.weights
+        program, decoded, arguments.request, arguments.rules, arguments.weights
     )

@@ -91,6 +91,7 @@ def make_target(cfg: config.Model, params: Any, encoded: model.EncoderMemory) ->
         logits=logits,
         layer_range=functools.partial(layer_range, cfg, params, encoded),
         num_layers=cfg.decoder.layers,
+        vocab=cfg.vocab,
         heads=target_heads(cfg, params),
     )
 

@@ -47,8 +47,9 @@ def run_search(logits, beams, alpha, length=LENGTH):
     search = beam.BeamSearch(beams, beams, alpha)
 
     def run(prompts):
-        state = beam.initial_beams(search, prompts, stopping, (), LENGTH + 4)
-        return beam.run_beam_search(of_table(logits), search, stopping, state).finished
+        context = protocol.DecodeContext(of_table(logits), stopping, prompts)
+        state = beam.initial_beams(context, search, (), LENGTH + 4)
+        return beam.run_beam_search(context, search, state).finished
 
     result = jax.device_get(jax.jit(run)(prompts))
     texts = [
@@ -141,9 +142,10 @@ def one_beam(cfg, params, request, length):
         cache = target.prefill(cfg, params, encoded, prompts, prompts.tokens.shape[1] + length + 1)
         search = beam.BeamSearch(1, 1, 0.6)
         stopping = protocol.StoppingCriteria(request.eos, prompts.length + length)
-        state = beam.initial_beams(search, prompts, stopping, cache, cache.keys[0].shape[2])
         decoded = target.make_target(cfg, params, encoded)
-        state = beam.run_beam_search(decoded, search, stopping, state)
+        context = protocol.DecodeContext(decoded, stopping, prompts)
+        state = beam.initial_beams(context, search, cache, cache.keys[0].shape[2])
+        state = beam.run_beam_search(context, search, state)
         return generation.beam_result(state, search, length)
 
     return jax.jit(run)(params, placed)

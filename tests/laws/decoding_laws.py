@@ -275,7 +275,7 @@ def programs(drafter: protocol.Drafter, kind: str, slots: int) -> tuple[Callable
             inputs_length=request.inputs_length,
             weights=arguments.weights,
             slots=slots,
-            sampling=arguments.sampling,
+            sampling=arguments.rules.sampling,
         )
 
     @jax.jit
@@ -295,7 +295,7 @@ def programs(drafter: protocol.Drafter, kind: str, slots: int) -> tuple[Callable
         context = make_context(arguments, encoded)
         draft, drafter_state = drafter.propose(context, state.drafter_state, state)
         output, cache = loop.verify(context, drafter, exact.Exact(), state, draft)
-        after = loop.commit(state._replace(cache=cache), drafter.tree, output, context.stopping)
+        after = loop.commit(context, state._replace(cache=cache), drafter.tree, output)
         drafter_state = drafter.observe(context, drafter_state, after, output)
         return draft, output, after._replace(drafter_state=drafter_state)
 
@@ -315,14 +315,12 @@ def steps(case: DrafterCase, kind: str, decode: config.Decode = GREEDY) -> Itera
     """
     use_one_device()
     request = request_rows(kind, decode)
-    sampling = None
-    if decode.temperature:
-        sampling = generation.shard_rows(generation.make_sampling_params(request, decode))
+    rules = generation.make_rules(request, decode)
     request = generation.shard_rows(request._replace(eos=None))
     slots = request.prompts.shape[1] + LENGTH + case.drafter.tree.width
     begin, step = programs(case.drafter, kind, slots)
     params = prepared_params(kind, jax.sharding.get_mesh())
-    arguments = DecodeArguments(params, request, sampling, case.weights(kind))
+    arguments = DecodeArguments(params, request, rules, case.weights(kind))
     encoded, state = begin(arguments)
     while not np.all(state.done):
         draft, output, after = step(arguments, encoded, state)

@@ -220,7 +220,7 @@ def verify_and_commit(
     tree = Tree(adaptive.tree.parents[: draft.tokens.shape[1] + 1])
     spec = VerifySpec(tree, adaptive.top, adaptive.middle)
     output, cache = loop.verify(context, spec, accept, state, draft)
-    return loop.commit(state._replace(cache=cache), tree, output, context.stopping), output
+    return loop.commit(context, state._replace(cache=cache), tree, output), output
 
 
 def truncate_draft(draft: Draft, width: int) -> Draft:

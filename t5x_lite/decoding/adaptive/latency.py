@@ -210,7 +210,8 @@ def run_noop_model(
         forward=lambda tokens, index, cache, tree=None: (0.0 * tokens[..., None], cache),
         logits=lambda hidden: hidden + vocabulary,
     )
-    context = generation.make_context(program, noop_model, request._replace(eos=-1), None, weights)
+    rules = generation.ChoiceRules()
+    context = generation.make_context(program, noop_model, request._replace(eos=-1), rules, weights)
     state = generation.initial_state(context, None, context.slots, drafter.begin(context))
     return generation.run_decoding(program, context, state).steps
 
