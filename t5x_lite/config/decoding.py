@@ -53,7 +53,7 @@ class Decode(Checked):
       bad_words: texts that are never written.
       bad_words_ids: the same as sequences of ids.
       suppress_tokens: ids that are never written.
-      logit_bias: {id: added to its logit}.
+      logit_bias: {id: added to its logit}, or None.
       forced_bos_token_id: the first new token, such as a language's; None leaves it free.
     """
 
@@ -80,7 +80,7 @@ class Decode(Checked):
     bad_words: tuple[str, ...] = ()
     bad_words_ids: tuple[tuple[CountOrZero, ...], ...] = ()
     suppress_tokens: tuple[CountOrZero, ...] = ()
-    logit_bias: dict[CountOrZero, Penalty] = field(default_factory=dict, hash=False)
+    logit_bias: dict[CountOrZero, Penalty] | None = field(default=None, hash=False)
     forced_bos_token_id: CountOrZero | None = None
 
     def check(self):

@@ -140,7 +140,7 @@ def trim_result(result: Result, length: int) -> Result:
 
 
 class ChoiceRules(NamedTuple):
-    """How the next token is chosen.
+    """Rules by which the next token is chosen.
 
     Attributes:
       sampling: how rows are sampled; None for greedy decoding.
@@ -214,7 +214,7 @@ def compiled_generate(
       program: static arguments.
       params: weights of the model.
       request: the rows, on the mesh.
-      rules: how the next token is chosen.
+      rules: by which the next token is chosen.
       alpha: exponent of the length penalty, float32.
       weights: the drafter's own weights.
 
@@ -256,7 +256,7 @@ def make_context(
       program: static arguments.
       decoded: the model, its inputs encoded.
       request: the rows.
-      rules: how the next token is chosen.
+      rules: by which the next token is chosen.
       weights: the drafter's own weights.
 
     Returns:

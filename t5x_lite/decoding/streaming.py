@@ -23,7 +23,7 @@ class DecodeArguments(NamedTuple):
     Attributes:
       params: weights of the model.
       request: the rows.
-      rules: how the next token is chosen.
+      rules: by which the next token is chosen.
       weights: the drafter's own weights.
     """
 

@@ -6,6 +6,7 @@ b rows    w nodes of a block    v vocabulary
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,32 @@ from t5x_lite.decoding.steering.processor import (
 )
 
 
+class SeenTokens(NamedTuple):
+    """State of a RepetitionPenalty.
+
+    Attributes:
+      penalty: the penalty of each row.
+      seen: which tokens the row has.
+    """
+
+    penalty: Float[Array, " b"]
+    seen: Bool[Array, "b v"]
+
+
+class TokenCounts(NamedTuple):
+    """State of a FrequencyPenalty.
+
+    Attributes:
+      presence: penalty of each row for tokens that occur.
+      frequency: penalty of each row for every occurrence.
+      counts: occurrences of each token in the new text of the row.
+    """
+
+    presence: Float[Array, " b"]
+    frequency: Float[Array, " b"]
+    counts: Int[Array, "b v"]
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["penalty"], meta_fields=[])
 @dataclass(frozen=True)
 class RepetitionPenalty:
@@ -32,14 +59,14 @@ class RepetitionPenalty:
 
     penalty: Float[Array, " b"]
 
-    def begin(self, text: Text, vocab: int) -> Bool[Array, "b v"]:
+    def begin(self, text: Text, vocab: int) -> SeenTokens:
         """Returns which tokens each prompt has."""
         exists = jnp.arange(text.tokens.shape[1]) < text.length[:, None]
-        return count_tokens(text.tokens, exists, vocab) > 0
+        return SeenTokens(self.penalty, count_tokens(text.tokens, exists, vocab) > 0)
 
     def process(
         self,
-        state: Bool[Array, "b v"],
+        state: SeenTokens,
         text: Text,
         paths: DraftPaths,
         logits: Float[Array, "b w v"],
@@ -52,13 +79,13 @@ class RepetitionPenalty:
           paths: draft tokens between the root and each node.
           logits: scores of the tokens.
         """
-        seen = state[:, None] | (count_in_paths(paths, logits.shape[-1]) > 0)
-        penalty = per_row(self.penalty)
+        seen = state.seen[:, None] | (count_in_paths(paths, logits.shape[-1]) > 0)
+        penalty = per_row(state.penalty)
         return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
     def observe(
-        self, state: Bool[Array, "b v"], tokens: Int[Array, "b D"], count: Int[Array, " b"]
-    ) -> Bool[Array, "b v"]:
+        self, state: SeenTokens, tokens: Int[Array, "b D"], count: Int[Array, " b"]
+    ) -> SeenTokens:
         """Returns which tokens each row has after more of them.
 
         Args:
@@ -67,7 +94,8 @@ class RepetitionPenalty:
           count: how many of them.
         """
         exists = jnp.arange(tokens.shape[1]) < count[:, None]
-        return state | (count_tokens(tokens, exists, state.shape[1]) > 0)
+        added = count_tokens(tokens, exists, state.seen.shape[1]) > 0
+        return state._replace(seen=state.seen | added)
 
 
 @functools.partial(
@@ -88,13 +116,14 @@ class FrequencyPenalty:
     presence: Float[Array, " b"]
     frequency: Float[Array, " b"]
 
-    def begin(self, text: Text, vocab: int) -> Int[Array, "b v"]:
+    def begin(self, text: Text, vocab: int) -> TokenCounts:
         """Returns no occurrence of any token."""
-        return count_tokens(text.tokens, jnp.zeros_like(text.tokens, bool), vocab)
+        counts = count_tokens(text.tokens, jnp.zeros_like(text.tokens, bool), vocab)
+        return TokenCounts(self.presence, self.frequency, counts)
 
     def process(
         self,
-        state: Int[Array, "b v"],
+        state: TokenCounts,
         text: Text,
         paths: DraftPaths,
         logits: Float[Array, "b w v"],
@@ -102,18 +131,18 @@ class FrequencyPenalty:
         """Returns the logits less the penalties.
 
         Args:
-          state: occurrences of each token in the new text of each row.
+          state: occurrences of each token.
           text: the rows up to the root; unused.
           paths: draft tokens between the root and each node.
           logits: scores of the tokens.
         """
-        counts = state[:, None] + count_in_paths(paths, logits.shape[-1])
-        lowered = logits - per_row(self.frequency) * counts
-        return lowered - per_row(self.presence) * (counts > 0)
+        counts = state.counts[:, None] + count_in_paths(paths, logits.shape[-1])
+        lowered = logits - per_row(state.frequency) * counts
+        return lowered - per_row(state.presence) * (counts > 0)
 
     def observe(
-        self, state: Int[Array, "b v"], tokens: Int[Array, "b D"], count: Int[Array, " b"]
-    ) -> Int[Array, "b v"]:
+        self, state: TokenCounts, tokens: Int[Array, "b D"], count: Int[Array, " b"]
+    ) -> TokenCounts:
         """Returns the occurrences after more tokens.
 
         Args:
@@ -122,4 +151,5 @@ class FrequencyPenalty:
           count: how many of them.
         """
         exists = jnp.arange(tokens.shape[1]) < count[:, None]
-        return state + count_tokens(tokens, exists, state.shape[1])
+        added = count_tokens(tokens, exists, state.counts.shape[1])
+        return state._replace(counts=state.counts + added)

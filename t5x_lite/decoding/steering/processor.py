@@ -57,7 +57,9 @@ class LogitsProcessor(Protocol):
     """
 
     def begin(self, text: Text, vocab: int) -> Any:
-        """Returns the state after a prompt: a tree of arrays [b ...].
+        """Returns the state after a prompt: a tree of arrays [b ...], parameters of rows included.
+
+        Whatever belongs to a row is here, so that it goes where the row goes (into several beams).
 
         Args:
           text: the prompts.

@@ -6,6 +6,7 @@ b rows    w nodes of a block    v vocabulary    m sequences    n tokens of a seq
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,18 @@ from t5x_lite import sharding
 from t5x_lite.decoding.steering.processor import DraftPaths, Text, last_tokens, per_row
 
 
-class Stateless:
-    """Base of processors that read all they need from the text."""
+class TextProcessor:
+    """Base of processors whose state does not change: the text has all they need."""
 
-    def begin(self, text: Text, vocab: int) -> tuple:
+    def begin(self, text: Text, vocab: int) -> Any:
         """Returns no state."""
         return ()
 
-    def observe(self, state: tuple, tokens: Int[Array, "b D"], count: Int[Array, " b"]) -> tuple:
-        """Returns no state.
+    def observe(self, state: Any, tokens: Int[Array, "b D"], count: Int[Array, " b"]) -> Any:
+        """Returns the same state.
 
         Args:
-          state: none.
+          state: the state.
           tokens: tokens that were added; unused.
           count: how many of them; unused.
         """
@@ -39,7 +40,7 @@ class Stateless:
     meta_fields=[],
 )
 @dataclass(frozen=True)
-class SequenceBias(Stateless):
+class SequenceBias(TextProcessor):
     """Adds a bias to the logit of the last token of a sequence where the ones before it stand.
 
     A sequence of one token is biased everywhere. A bias of minus infinity forbids the sequence: bad
@@ -75,7 +76,7 @@ class SequenceBias(Stateless):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["size"])
 @dataclass(frozen=True)
-class NoRepeatNgram(Stateless):
+class NoRepeatNgram(TextProcessor):
     """Forbids every token that would complete an n-gram that prompt or text already has.
 
     Attributes:
@@ -109,7 +110,7 @@ class NoRepeatNgram(Stateless):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["least", "eos"], meta_fields=[])
 @dataclass(frozen=True)
-class MinNewTokens(Stateless):
+class MinNewTokens(TextProcessor):
     """Forbids the end of a text before it has so many new tokens.
 
     Attributes:
@@ -120,18 +121,22 @@ class MinNewTokens(Stateless):
     least: Int[Array, " b"]
     eos: Int[Array, " e"]
 
+    def begin(self, text: Text, vocab: int) -> Int[Array, " b"]:
+        """Returns the least number of each row."""
+        return self.least
+
     def process(
-        self, state: tuple, text: Text, paths: DraftPaths, logits: Float[Array, "b w v"]
+        self, state: Int[Array, " b"], text: Text, paths: DraftPaths, logits: Float[Array, "b w v"]
     ) -> Float[Array, "b w v"]:
         """Returns the logits, those of EOS minus infinity where the text is too short.
 
         Args:
-          state: none.
+          state: the least number of each row.
           text: the rows up to the root.
           paths: draft tokens between the root and each node.
           logits: scores of the tokens.
         """
-        short = count_new(text, paths)[:, :, None] < per_row(self.least)
+        short = count_new(text, paths)[:, :, None] < per_row(state)
         stops = jnp.any(jnp.arange(logits.shape[-1]) == self.eos[:, None], axis=0)
         return jnp.where(short & stops, -jnp.inf, logits)
 
@@ -140,7 +145,7 @@ class MinNewTokens(Stateless):
     jax.tree_util.register_dataclass, data_fields=["tokens", "length"], meta_fields=[]
 )
 @dataclass(frozen=True)
-class ForcedBeginning(Stateless):
+class ForcedBeginning(TextProcessor):
     """Allows one token alone at each of the first places of the new text.
 
     Attributes:
@@ -151,21 +156,30 @@ class ForcedBeginning(Stateless):
     tokens: Int[Array, "b n"]
     length: Int[Array, " b"]
 
+    def begin(self, text: Text, vocab: int) -> tuple[Int[Array, "b n"], Int[Array, " b"]]:
+        """Returns the tokens of each row and how many they are."""
+        return self.tokens, self.length
+
     def process(
-        self, state: tuple, text: Text, paths: DraftPaths, logits: Float[Array, "b w v"]
+        self,
+        state: tuple[Int[Array, "b n"], Int[Array, " b"]],
+        text: Text,
+        paths: DraftPaths,
+        logits: Float[Array, "b w v"],
     ) -> Float[Array, "b w v"]:
         """Returns the logits, minus infinity but for a forced token.
 
         Args:
-          state: none.
+          state: the tokens of each row and how many they are.
           text: the rows up to the root.
           paths: draft tokens between the root and each node.
           logits: scores of the tokens.
         """
+        tokens, length = state
         place = count_new(text, paths)
-        at = jnp.minimum(place, self.tokens.shape[1] - 1)
-        token = jax.vmap(lambda row, at: row[at])(*sharding.by_rows((self.tokens, at)))
-        forced = place[:, :, None] < per_row(self.length)
+        at = jnp.minimum(place, tokens.shape[1] - 1)
+        token = jax.vmap(lambda row, at: row[at])(*sharding.by_rows((tokens, at)))
+        forced = place[:, :, None] < per_row(length)
         other = jnp.arange(logits.shape[-1]) != token[:, :, None]
         return jnp.where(forced, jnp.where(other, -jnp.inf, 0.0), logits)
 
