@@ -26,11 +26,11 @@ class SeenTokens(NamedTuple):
 
     Attributes:
       penalty: the penalty of each row.
-      seen: which tokens the row has.
+      present: which tokens the row has.
     """
 
     penalty: Float[Array, " b"]
-    seen: Bool[Array, "b v"]
+    present: Bool[Array, "b v"]
 
 
 class TokenCounts(NamedTuple):
@@ -79,9 +79,9 @@ class RepetitionPenalty:
           paths: draft tokens between the root and each node.
           logits: scores of the tokens.
         """
-        seen = state.seen[:, None] | (count_in_paths(paths, logits.shape[-1]) > 0)
+        present = state.present[:, None] | (count_in_paths(paths, logits.shape[-1]) > 0)
         penalty = per_row(state.penalty)
-        return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+        return jnp.where(present, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
     def observe(
         self, state: SeenTokens, tokens: Int[Array, "b D"], count: Int[Array, " b"]
@@ -94,8 +94,8 @@ class RepetitionPenalty:
           count: how many of them.
         """
         exists = jnp.arange(tokens.shape[1]) < count[:, None]
-        added = count_tokens(tokens, exists, state.seen.shape[1]) > 0
-        return state._replace(seen=state.seen | added)
+        added = count_tokens(tokens, exists, state.present.shape[1]) > 0
+        return state._replace(present=state.present | added)
 
 
 @functools.partial(

@@ -143,7 +143,13 @@ def draft_paths(paths: np.ndarray, depth: np.ndarray, block: Int[Array, "b w"]) 
 
 
 def last_tokens(text: Text, paths: DraftPaths, count: int) -> Int[Array, "b w n"]:
-    """Returns the `count` tokens before the next token of each node; -1 where there are fewer."""
+    """Returns the tokens before the next token of each node; -1 where there are fewer.
+
+    Args:
+      text: the rows up to the root.
+      paths: draft tokens between the root and each node.
+      count: n.
+    """
     slots = text.length[:, None] - count + jnp.arange(count)
     tail = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(text.tokens, slots)
     tail = jnp.where(slots < 0, -1, tail)
@@ -154,8 +160,16 @@ def last_tokens(text: Text, paths: DraftPaths, count: int) -> Int[Array, "b w n"
     return jnp.stack([both[:, node, places[node]] for node in range(width)], axis=1)
 
 
-def count_tokens(tokens: Int[Array, "b n"], exists: Bool[Array, "b n"], vocab: int):
-    """Counts [b v] how often each token of the vocabulary is among those that exist."""
+def count_tokens(
+    tokens: Int[Array, "b n"], exists: Bool[Array, "b n"], vocab: int
+) -> Int[Array, "b v"]:
+    """Counts how often each token of the vocabulary occurs.
+
+    Args:
+      tokens: the tokens of each row.
+      exists: which of them count.
+      vocab: v.
+    """
 
     def count_row(row, exists):
         return jnp.zeros(vocab, jnp.int32).at[row].add(exists.astype(jnp.int32))
