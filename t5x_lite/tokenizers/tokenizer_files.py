@@ -38,8 +38,10 @@ class StartToken(NamedTuple):
         return vocabulary.bos if vocabulary.bos is not None or not self.written else self.token
 
     def named(self, vocabulary: TextVocabulary) -> int | None:
-        """The id of bos_token."""
-        return self.token if vocabulary.bos is None else vocabulary.bos
+        """The id of bos_token; None where decoders begin with padding, which has a name already."""
+        if vocabulary.bos is not None:
+            return vocabulary.bos
+        return None if self.token == vocabulary.pad and not self.written else self.token
 
 
 NOTHING = StartToken()
@@ -116,7 +118,7 @@ def tokenizer_files(
       joined: text between symbols in decoded text; None for the vocabulary's own separator.
     """
     # T5's own decoders begin with padding: its tokenizers have no name for a start token.
-    plain = vocabulary.ends and start.named(vocabulary) in (None, vocabulary.pad)
+    plain = vocabulary.ends and start.named(vocabulary) is None
     plain = plain and start.before(vocabulary) is None
     match vocabulary:
         case ByteVocabulary() if plain:
@@ -217,7 +219,7 @@ def fast_tokenizer_files(
     tokenizer_json.surround_texts(content, start.before(vocabulary), eos)
     origin = origin_of(vocabulary)
     special = special_tokens(vocabulary, names, start, origin)
-    unknown = content["model"].get("unk_token")
+    unknown = content["model"].get("unk_token", names.get(content["model"].get("unk_id")))
     if unknown is not None:
         special.setdefault("unk_token", unknown)
     extra = [name for _, name in list_sentinels(vocabulary)]

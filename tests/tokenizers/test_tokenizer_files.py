@@ -133,6 +133,19 @@ def test_a_start_that_is_not_written_before_prompts_is_named(every, kind, tmp_pa
     assert conversion.read_tokenizer(tmp_path)[1].start == 1
 
 
+@pytest.mark.parametrize("kind", ["bytes", "trained", "t5", "t5_open", "llama", "symbols"])
+def test_padding_that_decoders_begin_with_is_not_named_twice(every, kind, tmp_path):
+    vocabulary = every[kind]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "t5", "decoder_start_token_id": vocabulary.pad})
+    )
+    conversion.write_tokenizer(vocabulary, tmp_path, conversion.StartToken(vocabulary.pad))
+    reference = theirs(tmp_path)
+    assert reference.bos_token is None and reference.unk_token == "<unk>"
+    assert reference.convert_tokens_to_ids("<unk>") == reference.unk_token_id is not None
+    assert conversion.read_tokenizer(tmp_path)[1].start == vocabulary.pad
+
+
 def test_letters_in_and_phonemes_out_are_one_tokenizer(tmp_path):
     letters = vocabularies.SymbolVocabulary(PHONEMES)
     phonemes = vocabularies.SymbolVocabulary(PHONEMES, separator=" ")
