@@ -57,7 +57,7 @@ def decoded_lines(path: Path, errors: str = "strict") -> Iterator[tuple[str, str
         for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
             place = f"line {number}"
             check_size(path, place, line)
-            if number == 1 and not line.endswith(b"\n") and b"\r" in line.rstrip(b"\r"):
+            if number == 1 and b"\r" in line.rstrip(b"\r\n") and not lines.peek(1):
                 raise ValueError(
                     f"{path}: its lines end in CR alone, as those of old Macs; end them in LF: "
                     "tr '\\r' '\\n' < OLD > NEW"

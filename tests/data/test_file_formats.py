@@ -53,11 +53,14 @@ def test_a_header_that_cannot_be_read_drops_no_file(fault, broken, tmp_path):
         read(described(tmp_path / "a-*.tsv", broken=broken))
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "txt", "csv"])
-def test_lines_that_end_in_cr_alone_are_not_one_line(ending, tmp_path):
-    (tmp_path / f"a.{ending}").write_bytes(b"one,two\rthree,four\rfive,six")
+@pytest.mark.parametrize("last", [b"", b"\r", b"\n"])
+@pytest.mark.parametrize("ending", ["jsonl", "txt", "csv", "tsv"])
+def test_lines_that_end_in_cr_alone_are_not_one_line(ending, last, tmp_path):
+    (tmp_path / f"a.{ending}").write_bytes(b"one,two\rthree,four\rfive,six" + last)
     with pytest.raises(ValueError, match="lines end in CR alone"):
         read(described(tmp_path / f"a.{ending}", inputs=None))
+    (tmp_path / "b.txt").write_bytes(b"10 %\r20 %\r30 %\ndone\n")
+    assert len(read(described(tmp_path / "b.txt", inputs=None))) == 2
 
 
 def test_a_column_that_is_not_read_may_share_its_name(tmp_path):
