@@ -40,10 +40,11 @@ class GgufError(ValueError):
 
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Turns a panic of the tokenizers library, which is not an Exception, into a ValueError."""
+    """Turns a panic of the tokenizers library, which is not an Exception, and its errors, which are
+    of no other class than Exception, into ValueErrors."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"the tokenizers library fails on it: {str(error)[:200]}") from error

@@ -7,7 +7,10 @@ of a text is bounded before it sees one. Its panics become ValueErrors where it 
 
 import base64
 import json
+import re
 from typing import Any
+
+from t5x_lite.tokenizers.errors import panics_as_errors
 
 # The largest vocabularies have some hundred thousand.
 MAX_IDS = 10**7
@@ -16,6 +19,9 @@ MAX_IDS = 10**7
 MAX_GROWTH = 1000
 # Bytes that Unicode itself makes of one character at most (NFKC of U+FDFA has 33).
 UNICODE_GROWTH = 33
+TABLE = b'"precompiled_charsmap"'
+# An ASCII character written as an escape, which no JSON writer does: a name may hide in it.
+ESCAPED = re.compile(rb"\\u00[2-7]")
 
 
 def load_fast_tokenizer(content: bytes) -> Any:
@@ -26,12 +32,44 @@ def load_fast_tokenizer(content: bytes) -> Any:
     """
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    check_tables(content)
+    with panics_as_errors():
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
     tokenizer_size(tokenizer)
     check_growth(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def check_tables(content: bytes) -> None:
+    """Checks the sizes that a tokenizer.json says of its normalizers' tables: the library allocates
+    them before it compares them with what is there.
+
+    Raises:
+      ValueError: a table is cut off, or the file is not JSON.
+    """
+    if TABLE not in content and not ESCAPED.search(content):
+        return  # large vocabularies take a second to parse
+
+    def check_table(value: dict[str, Any]) -> None:
+        table = normalizer_table(value)
+        if table and 4 + int.from_bytes(table[:4], "little") > len(table):
+            raise ValueError("the table of its normalizer is cut off")
+
+    try:
+        json.loads(content, object_hook=check_table)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deep ({error})") from error
+
+
+def normalizer_table(rule: dict[str, Any]) -> bytes:
+    """The table of SentencePiece's normalizer: the size of a trie, the trie, then texts, each ended
+    by a zero byte; empty for another rule, or for what the library does not read."""
+    try:
+        return base64.b64decode(rule.get("precompiled_charsmap") or "", validate=True)
+    except (TypeError, ValueError):
+        return b""
 
 
 def tokenizer_size(tokenizer: Any) -> int:
@@ -100,12 +138,8 @@ def text_length(value: Any) -> int:
 
 
 def longest_replacement(rule: dict[str, Any]) -> int:
-    """Bytes of the longest text in the table of SentencePiece's normalizer: a trie, whose size
-    stands before it, then the texts, each ended by a zero byte."""
-    try:
-        table = base64.b64decode(rule.get("precompiled_charsmap") or "")
-    except (TypeError, ValueError):
-        return 0  # the library refuses it
+    """Bytes of the longest text in the table of a normalizer."""
+    table = normalizer_table(rule)
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     return max(map(len, texts.split(b"\0")), default=0)
 

@@ -9,6 +9,9 @@ import tokenizers
 from test_tokenizers import SENTENCES, byte_level, folders, written
 from tokenizers import models
 
+from t5x_lite import config
+from t5x_lite.checkpoints import text_settings
+from t5x_lite.data import built_in
 from t5x_lite.tokenizers import fast_tokenizers, vocabularies
 from t5x_lite.tokenizers import huggingface_tokenizer as conversion
 
@@ -82,6 +85,44 @@ def test_an_expression_that_backtracks_for_ever_is_an_error_of_the_text(changes)
         with pytest.raises(ValueError, match="the tokenizers library fails on it"):
             encode(text)
     assert vocabulary.encode("bb") == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["precompiled_charsmap", "\\u0070recompiled_charsmap"])
+def test_a_table_that_is_cut_off_is_refused_before_it_is_allocated(name):
+    table = base64.b64encode((2**32 - 4).to_bytes(4, "little") + b"xxxx").decode()
+    rule = {"type": "Precompiled", "precompiled_charsmap": table}
+    content = json.dumps(described(normalizer=sequence(rule)))
+    content = content.replace("precompiled_charsmap", name)
+    # The library reads both of two fields of one name, Python the last alone.
+    twice = content.replace('"normalizer":', '"normalizer": null, "normalizer":', 1)
+    before = content[:-1] + ', "normalizer": null}'
+    for each in (content, twice, before):
+        with pytest.raises(ValueError, match="table of its normalizer is cut off"):
+            vocabularies.TokenizerJsonVocabulary(each.encode())
+
+
+def test_a_text_without_tokens_and_an_unknown_is_an_error_of_the_text():
+    model = {"type": "Unigram", "vocab": [["</s>", 0.0], ["a", -1.0]], "unk_id": None}
+    content = described(model=model | {"byte_fallback": False})
+    vocabulary = vocabularies.TokenizerJsonVocabulary(json.dumps(content).encode())
+    assert vocabulary.encode("a") == [1]
+    with pytest.raises(ValueError, match="the tokenizers library fails on it: .*unk_id"):
+        vocabulary.encode("b")
+
+
+def test_a_panic_while_loading_is_an_error_at_every_door(tmp_path):
+    rule = {"type": "Precompiled", "precompiled_charsmap": 1.5}
+    content = json.dumps(described(normalizer=rule)).encode()
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    cfg = config.Vocabulary("tokenizer_json", path=str(tmp_path / "tokenizer.json"))
+    for load in (
+        lambda: vocabularies.TokenizerJsonVocabulary(content),
+        lambda: built_in.build_vocabulary(cfg, list, "", str(tmp_path)),
+        lambda: text_settings.read_named_vocabulary(cfg.path, 0),
+        lambda: conversion.read_tokenizer(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="the tokenizers library fails on it"):
+            load()
 
 
 @pytest.mark.parametrize("strategy", [{"Fixed": 10**12}, "BatchLongest"])
