@@ -21,6 +21,7 @@ flags
   --cpus=C           of each process (default 8)
   --partition=P      --account=A     where they are needed
   --python=PYTHON    of the environment with t5x_lite[cuda] (default .venv/bin/python)
+  --starts=N         starts in a row without a new checkpoint until the job gives up (default 5)
   --grace=SECONDS    for saving before the limit (default 120)
   --dry_run          print the job and the command, submit nothing
 
@@ -32,7 +33,7 @@ EOF
 }
 
 read_flags() {
-  nodes="" gpus="" name=t5x_lite limit=24:00:00 cpus=8 partition="" account="" grace=120 dry_run=""
+  nodes="" gpus="" name=t5x_lite limit=24:00:00 cpus=8 partition="" account="" grace=120 starts=5 dry_run=""
   python=.venv/bin/python
   training=()
   while [ $# -gt 0 ]; do
@@ -46,6 +47,7 @@ read_flags() {
       --account=*) account=$(value "$1") ;;
       --python=*) python=$(value "$1") ;;
       --grace=*) grace=$(value "$1") ;;
+      --starts=*) starts=$(value "$1") ;;
       --dry_run) dry_run=yes ;;
       --help | -h) usage; exit ;;
       --) shift; training=("$@"); break ;;
@@ -58,16 +60,25 @@ read_flags() {
   [ ${#training[@]} -gt 0 ] || refuse "no training flags: put them behind --"
 }
 
-# The job: srun's status is that of the process that ended worst.
+# The job: srun's status is that of the process that ended worst. Its log has all starts: those are
+# counted that went into the queue again since one went on from a new checkpoint.
 job() {
   cat <<EOF
 #!/usr/bin/env bash
 srun --kill-on-bad-exit=0 ${python@Q} -m t5x_lite.train ${training[*]@Q}
 status=\$?
+again=\$(awk '
+  /Going on from the checkpoint of step/ { if (\$0 != last) again = 0; last = \$0 }
+  /: in the queue again\$/ { again++ }
+  END { print again + 0 }' ${name@Q}-"\$SLURM_JOB_ID".log)
 case " $GOES_ON " in
   *" \$status "*)
-    echo "status \$status: in the queue again"
-    scontrol requeue "\$SLURM_JOB_ID"
+    if [ "\$((again + 1))" -ge $starts ]; then
+      echo "status \$status after $starts starts without a new checkpoint: not started again"
+    else
+      echo "status \$status: in the queue again"
+      scontrol requeue "\$SLURM_JOB_ID"
+    fi
     ;;
 esac
 exit "\$status"

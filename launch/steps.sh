@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # What the launchers share: flags, messages, and commands that --dry_run prints instead.
 
-# Statuses of t5x_lite.train after which the same command goes on: another process was lost,
-# and saved after SIGTERM; 134 and 255 are a coordinator that was lost and a broken connection.
-GOES_ON="75 130 134 137 143 255"
+# Statuses of t5x_lite.train after which the same command goes on: another process was lost, and
+# saved after SIGHUP, SIGINT, SIGUSR1 or SIGTERM; 134, 137 and 255 are a coordinator that was lost,
+# a kill and a broken connection.
+GOES_ON="75 129 130 134 137 138 143 255"
 
 say() { printf '%s\n' "== $*" >&2; }
 

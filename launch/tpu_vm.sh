@@ -30,6 +30,7 @@ flags
   --bucket=BUCKET    mounted as ~/shared on every host: put MODEL_DIR there
   --spot             cheaper, and may be taken away at any time
   --poll=SECONDS     between looks (default 60)
+  --starts=N         starts in a row without a new checkpoint until watch gives up (default 5)
   --dry_run          print the commands, run none
 
 examples
@@ -51,7 +52,7 @@ runtime_of() {
 }
 
 read_flags() {
-  name="" zone="" type="" runtime="" project="" bucket="" spot="" poll=60 dry_run=""
+  name="" zone="" type="" runtime="" project="" bucket="" spot="" poll=60 starts=5 dry_run=""
   training=()
   while [ $# -gt 0 ]; do
     case "$1" in
@@ -62,6 +63,7 @@ read_flags() {
       --project=*) project=$(value "$1") ;;
       --bucket=*) bucket=$(value "$1") ;;
       --poll=*) poll=$(value "$1") ;;
+      --starts=*) starts=$(value "$1") ;;
       --spot) spot=--spot ;;
       --dry_run) dry_run=yes ;;
       --) shift; training=("$@"); break ;;
@@ -83,7 +85,21 @@ on() {
   step gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" --command="$2"
 }
 
-state() { queue describe --format='value(state.state)' 2>/dev/null || echo NONE; }
+# The request's state: NOT_FOUND only if gcloud says so, UNKNOWN if it does not answer.
+state() {
+  local answer errors
+  errors=$(mktemp)
+  if answer=$(queue describe --format='value(state.state)' 2> "$errors"); then
+    answer=${answer:-UNKNOWN}
+  elif grep -q NOT_FOUND "$errors"; then
+    answer=NOT_FOUND
+  else
+    say "gcloud does not answer: $(tail -n 1 "$errors")"
+    answer=UNKNOWN
+  fi
+  rm -f "$errors"
+  printf '%s\n' "$answer"
+}
 
 wait_for_slice() {
   local now
@@ -92,25 +108,49 @@ wait_for_slice() {
     return
   fi
   while now=$(state) && [ "$now" != ACTIVE ]; do
-    case "$now" in FAILED | SUSPENDED | SUSPENDING) refuse "the request for $name is $now" ;; esac
+    case "$now" in
+      FAILED | SUSPENDED | SUSPENDING | NOT_FOUND)
+        say "the request for $name is $now"
+        return 1
+        ;;
+    esac
     say "$name is $now; looking again in $poll s"
     sleep "$poll"
   done
 }
 
-up() {
-  if [ "$dry_run" ] || [ "$(state)" = NONE ]; then
-    queue create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" ${spot:+"$spot"}
+# Asks for the slice unless there is a request already, which only a clear answer can rule out.
+ask_for_slice() {
+  local now=NOT_FOUND
+  if [ -z "$dry_run" ]; then
+    while now=$(state) && [ "$now" = UNKNOWN ]; do sleep "$poll"; done
   fi
-  wait_for_slice
+  [ "$now" != NOT_FOUND ] ||
+    queue create --node-id="$name" --accelerator-type="$type" --runtime-version="$runtime" ${spot:+"$spot"}
+}
+
+# Copies the commit that is checked out to every host.
+copy_clone() {
+  local folder=/tmp status=0
+  [ "$dry_run" ] || folder=$(mktemp -d)
+  step git archive --format=tar.gz --output="$folder/t5x_lite.tar.gz" HEAD || status=$?
+  [ "$status" != 0 ] ||
+    step gcloud compute tpus tpu-vm scp "$folder/t5x_lite.tar.gz" "$name:t5x_lite.tar.gz" "${place[@]}" --worker=all ||
+    status=$?
+  [ "$dry_run" ] || rm -rf "$folder"
+  return "$status"
+}
+
+up() {
+  ask_for_slice || return
+  wait_for_slice || return
   say "installing on every host"
-  step git archive --format=tar.gz --output=/tmp/t5x_lite.tar.gz HEAD
-  step gcloud compute tpus tpu-vm scp /tmp/t5x_lite.tar.gz "$name:t5x_lite.tar.gz" "${place[@]}" --worker=all
-  on all "mkdir -p t5x_lite && tar -xzf t5x_lite.tar.gz -C t5x_lite"
+  copy_clone || return
+  on all "mkdir -p t5x_lite && tar -xzf t5x_lite.tar.gz -C t5x_lite" || return
   # The machines' own Python may be older than 3.11, and 3.11 has no newer JAX than 0.10.2.
-  on all "python3 -m pip install --quiet --user uv && cd t5x_lite && ~/.local/bin/uv venv --quiet --allow-existing --python 3.13 && ~/.local/bin/uv pip install --quiet '.[tpu]'"
+  on all "python3 -m pip install --quiet --user uv && cd t5x_lite && ~/.local/bin/uv venv --quiet --allow-existing --python 3.13 && ~/.local/bin/uv pip install --quiet '.[tpu]'" || return
   if [ -n "$bucket" ]; then
-    on all "mkdir -p shared && (mountpoint -q shared || gcsfuse --implicit-dirs $bucket shared)"
+    on all "mkdir -p shared && (mountpoint -q shared || gcsfuse --implicit-dirs ${bucket@Q} shared)"
   fi
 }
 
@@ -126,31 +166,59 @@ train() {
 # What host 0 says: the exit status, or nothing while it trains.
 ended() { on 0 "cat status 2>/dev/null || true"; }
 
-again() {
-  queue delete --force --quiet
-  up
+# The checkpoint that the newest start went on from, as its log names it.
+resumed() { on 0 "grep -o 'Going on from the checkpoint of step [0-9]*' train.log | tail -n 1 || true" || true; }
+
+# Starts training again after `status`, unless that happened $starts times without a new checkpoint.
+start_again() {
+  local now
+  now=$(resumed)
+  [ "$now" = "$before" ] || count=1
+  before=$now count=$((count + 1))
+  [ "$count" -le "$starts" ] ||
+    refuse "training ended with status $1 after $starts starts without a new checkpoint: see $0 logs"
+  say "training ended with status $1: starting it again"
   train
 }
 
-watch() {
+# Succeeds if training has ended well; starts it again where the same command goes on.
+look_at_training() {
   local status
+  status=$(ended) || status=""
+  if [ -z "$status" ]; then
+    on 0 "tail -n 1 train.log" || say "host 0 does not answer"
+    return 1
+  fi
+  on 0 "tail -n 3 train.log" || true
+  [ "$status" != 0 ] || return 0
+  goes_on "$status" || refuse "training ended with status $status: mend it, then train again"
+  start_again "$status" || say "that failed; trying again in $poll s"
+  return 1
+}
+
+watch() {
+  local now absent="" before="" count=1
   if [ "$dry_run" ]; then
     on 0 "cat status 2>/dev/null || true"
     on 0 "tail -n 1 train.log"
     return
   fi
   while true; do
-    if [ "$(state)" != ACTIVE ]; then
-      say "$name was taken away: asking for it again"
-      again
-    elif status=$(ended) && [ -n "$status" ]; then
-      on 0 "tail -n 3 train.log" || true
-      [ "$status" = 0 ] && return
-      goes_on "$status" || refuse "training ended with status $status: mend it, then train again"
-      say "training ended with status $status: starting it again"
-      train
+    now=$(state)
+    case "$now" in
+      # Nothing else is a loss: not an error of gcloud, and no state on the way to one of these.
+      SUSPENDED | FAILED | NOT_FOUND)
+        say "$name was taken away ($now): asking for it again"
+        absent=yes
+        [ "$now" = NOT_FOUND ] || queue delete --force --quiet || say "it could not be deleted"
+        ;;
+    esac
+    if [ "$absent" ]; then
+      if up && train; then absent=""; else say "that failed; trying again in $poll s"; fi
+    elif [ "$now" = ACTIVE ]; then
+      look_at_training && return
     else
-      on 0 "tail -n 1 train.log" || true
+      say "$name is $now; looking again in $poll s"
     fi
     sleep "$poll"
   done
