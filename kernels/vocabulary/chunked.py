@@ -14,6 +14,7 @@ from t5x_lite.kernels.vocabulary.logits import (
     RowGradients,
     SmoothedTarget,
     SoftmaxStats,
+    best_other_logit,
     match_varying_axes,
 )
 
@@ -83,7 +84,8 @@ def chunked_stats(
         m = jnp.max(logits, axis=-1)
         l = jnp.sum(jnp.exp(logits - m[:, None]), axis=-1)
         target_logit = jnp.sum(jnp.where(ids == targets[:, None], logits, 0), axis=-1)
-        return SoftmaxStats(m, l, target_logit, jnp.sum(logits, axis=-1))
+        best_other = best_other_logit(logits, targets)
+        return SoftmaxStats(m, l, target_logit, jnp.sum(logits, axis=-1), best_other)
 
     count, rows = chunk_sizes(len(targets), len(ids))
     chunks = split_rows(hidden, count, rows), split_rows(targets, count, rows)

@@ -31,7 +31,7 @@ class TokenLosses(NamedTuple):
       objective: what is minimized: cross entropy with label smoothing, less the entropy of the
         smoothed target, and z-loss.
       nll: negative log-likelihood of the target, in nats.
-      correct: True where no logit is above the target's.
+      correct: True where the target's logit is larger than all others.
     """
 
     objective: Float[Array, "b t"]
@@ -120,7 +120,7 @@ def row_losses_fwd(hidden, table, targets, config: CrossEntropyConfig, backend: 
         objective += (1 - target + other) * stats.target_logit - other * stats.logit_sum - entropy
     if config.z_loss > 0:
         objective += config.z_loss * jnp.square(log_z)
-    losses = TokenLosses(objective, nll, stats.target_logit >= stats.m)
+    losses = TokenLosses(objective, nll, stats.target_logit > stats.best_other)
     return losses, (hidden, table, targets, log_z)
 
 

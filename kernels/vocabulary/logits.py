@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.kernels.tile_math import apply_softcap
 
@@ -96,6 +96,20 @@ def smooth_target(smoothing: float, vocab: int) -> SmoothedTarget:
     return SmoothedTarget(target, other, entropy)
 
 
+def target_mask(logits: Float[Array, "... v"], targets: Int[Array, "..."]) -> Bool[Array, "... v"]:
+    """Mask that is true at each target's id: a comparison, as a gather cannot cross a vocabulary
+    that is split over devices."""
+    return jnp.arange(logits.shape[-1]) == targets[..., None]
+
+
+def best_other_logit(
+    logits: Float[Array, "... v"], targets: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """The largest logit of any id but the target's: a target is predicted if its own is larger. One
+    that shares the first place is not, or a model of equal logits would predict everything."""
+    return jnp.max(jnp.where(target_mask(logits, targets), -jnp.inf, logits), axis=-1)
+
+
 class SoftmaxStats(NamedTuple):
     """Statistics of each row's logits over a part of the vocabulary.
 
@@ -104,12 +118,14 @@ class SoftmaxStats(NamedTuple):
       l: [r], the sum of exp(logit - m).
       target_logit: [r], 0 where the target is not in this part.
       logit_sum: [r], the sum of the logits.
+      best_other: [r], the largest logit of any id but the target's.
     """
 
     m: Float[Array, " r"]
     l: Float[Array, " r"]
     target_logit: Float[Array, " r"]
     logit_sum: Float[Array, " r"]
+    best_other: Float[Array, " r"]
 
     @property
     def log_z(self) -> Float[Array, " r"]:
@@ -120,9 +136,10 @@ class SoftmaxStats(NamedTuple):
         """Returns the statistics over the parts of all devices along mesh axes."""
         if not axes:
             return self
-        m = jax.lax.pmax(self.m, axes)
+        m, best_other = jax.lax.pmax((self.m, self.best_other), axes)
         l = self.l * jnp.exp(self.m - m)
-        return SoftmaxStats(m, *jax.lax.psum((l, self.target_logit, self.logit_sum), axes))
+        sums = jax.lax.psum((l, self.target_logit, self.logit_sum), axes)
+        return SoftmaxStats(m, *sums, best_other)
 
 
 class RowGradients(NamedTuple):

@@ -170,8 +170,8 @@ def fused_stats(
         sizes,
         backend,
         in_specs=[specs.hidden, specs.table, specs.per_row(1)],
-        out_specs=specs.per_row(4),
-        out_shape=output_shape((4, hidden.shape[0]), jnp.float32, hidden, table, targets),
+        out_specs=specs.per_row(5),
+        out_shape=output_shape((5, hidden.shape[0]), jnp.float32, hidden, table, targets),
     )
     return SoftmaxStats(*stats[:, : sizes.rows])
 
@@ -185,7 +185,7 @@ def stats_kernel(
       hidden: reference, [r d].
       table: reference, [v d] or [d v].
       targets: reference, [1 r].
-      stats: output, [4 r], the fields of SoftmaxStats.
+      stats: output, [5 r], the fields of SoftmaxStats.
       sizes: sizes of a tile.
       config: of the logits.
     """
@@ -195,6 +195,7 @@ def stats_kernel(
     def begin():
         stats[0:1] = jnp.full_like(stats[0:1], -jnp.inf)
         stats[1:4] = jnp.zeros_like(stats[1:4])
+        stats[4:5] = jnp.full_like(stats[4:5], -jnp.inf)
 
     products = dot_f32(table[...], hidden[...], (1 if config.tied else 0, 1))
     logits = config.scale_and_cap(products)
@@ -205,6 +206,8 @@ def stats_kernel(
     update = update_softmax(stats[0:1], stats[1:2], present, axis=0)
     stats[1:2] = update.l
     stats[0:1] = update.m
+    others = jnp.where(ids == targets[...], -jnp.inf, present)
+    stats[4:5] = jnp.maximum(stats[4:5], jnp.max(others, axis=0, keepdims=True))
     target_logit = jnp.where(ids == targets[...], logits, 0)
     stats[2:3] += jnp.sum(target_logit, axis=0, keepdims=True)
     if config.smoothing > 0:

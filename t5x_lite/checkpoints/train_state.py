@@ -15,7 +15,7 @@ class TrainState(NamedTuple):
       step: number of batches used, int32 [].
       params: weights, float32.
       optimizer: state of the optimizer.
-      skipped: number of batches whose gradient was not finite, int32 [].
+      skipped: number of batches whose gradient or update was not finite, int32 [].
       consecutive: number of those that came last in a row, int32 [].
     """
 

@@ -15,6 +15,7 @@ from t5x_lite import config, model, processes, sharding
 from t5x_lite.batch import Batch
 from t5x_lite.data import Batches
 from t5x_lite.decoding import loop, sampling
+from t5x_lite.kernels.vocabulary.logits import best_other_logit, target_mask
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 # Measured of every split.
@@ -46,7 +47,8 @@ def target_sums(cfg: config.Model, params: Any, batch: Batch) -> TargetSums:
     """
     logits = sampling.gather_vocabulary(model.Transformer(cfg).apply({"params": params}, batch))
     nats = -loop.token_log_probability(logits, batch.targets)
-    right = (jnp.argmax(logits, axis=-1) == batch.targets).astype(jnp.float32)
+    target = jnp.sum(jnp.where(target_mask(logits, batch.targets), logits, 0), axis=-1)
+    right = (target > best_other_logit(logits, batch.targets)).astype(jnp.float32)
 
     def weighted_sum(x):
         return jax.reshard(jnp.sum(x * batch.loss_weights), P())

@@ -40,7 +40,8 @@ def make_step(
 
     Its gradient is that of the loss summed over all target tokens of all microbatches and hosts,
     over their number: as that is known before the first microbatch, no pass over the gradient is
-    needed to divide it. A step whose gradient is not finite changes neither weights nor optimizer.
+    needed to divide it. A step whose gradient or update is not finite changes neither weights nor
+    optimizer.
 
     Args:
       run: config of the run.
@@ -69,8 +70,8 @@ def make_step(
         count = state.step - state.skipped
         parts = jax.tree.leaves(mixed_precision.recompute(selection.moving(squares, count)))
         norm = jnp.sqrt(sum(jnp.sum(part) for part in parts))
-        rate, finite = schedule(count), jnp.isfinite(norm)
-        state = apply_gradient(optimizer, selection, state, gradient, finite)
+        rate = schedule(count)
+        state, finite = apply_gradient(optimizer, selection, state, gradient, jnp.isfinite(norm))
         return state, StepMetrics(sums, rate, norm, ~finite, state.consecutive, squares)
 
     # Donated, all new weights wait in temporary memory for the norm: on CPU its pages are fetched
@@ -345,18 +346,24 @@ def apply_gradient(
     state: TrainState,
     gradient: Any,
     finite: jax.Array,
-) -> TrainState:
-    """Updates the state; weights and optimizer are kept where the gradient is not finite.
+) -> tuple[TrainState, jax.Array]:
+    """Updates the state; weights and optimizer are kept where gradient or update are not finite.
 
     Args:
       optimizer: from `optimizer.make_optimizer`.
       selection: the weights that train.
       state: state before the step.
       gradient: gradient of the weights that train.
-      finite: bool scalar.
+      finite: bool scalar, of the gradient.
+
+    Returns:
+      the state, and a bool scalar: gradient and update are finite.
     """
     trained = selection.take(state.params)
     updates, new = optimizer.update(to_float32(gradient), state.optimizer, trained)
+    # A rate may be infinite, or a product with it too large.
+    for update in jax.tree.leaves(updates):
+        finite &= jnp.all(jnp.isfinite(update))
 
     def add(weight, update):
         return jnp.where(finite, weight + update.astype(weight.dtype), weight)
@@ -364,10 +371,11 @@ def apply_gradient(
     def keep(old, new):
         return jnp.where(finite, new, old)
 
-    return TrainState(
+    state = TrainState(
         step=state.step + 1,
         params=selection.put(state.params, jax.tree.map(add, trained, updates)),
         optimizer=jax.tree.map(keep, state.optimizer, new),
         skipped=state.skipped + ~finite,
         consecutive=jnp.where(finite, 0, state.consecutive + 1),
     )
+    return state, finite

@@ -51,7 +51,7 @@ class StepMetrics(NamedTuple):
       sums: sums over the step's tokens.
       learning_rate: scalar.
       gradient_norm: scalar, global L2 norm of the gradient of what trains at this step.
-      skipped: bool scalar, true if the gradient was not finite.
+      skipped: bool scalar, true if gradient or update were not finite.
       consecutive: int scalar, skipped steps in a row, this one included.
       squares: tree of the weights' structure, squared norm of each gradient, per layer where layers
         are stacked: it locates a gradient that is not finite.

@@ -76,6 +76,14 @@ def test_losses_are_sums_over_weighted_targets(tmp_path):
     assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
+def test_a_model_of_equal_logits_predicts_nothing(tmp_path):
+    run = run_of(tmp_path)
+    zeros = jax.tree.map(lambda leaf: 0 * leaf, random_params(run))
+    measured = Evaluator(run).losses(zeros)
+    assert measured["accuracy"] == 0.0
+    assert measured["loss"] == pytest.approx(math.log(run.model.vocab), rel=1e-5)
+
+
 def test_every_task_of_a_mixture_is_measured_and_reported(tmp_path):
     files = [words(tmp_path, name, count) for name, count in (("one", 9), ("two", 40))]
     whole = config.Evaluate(batches=100, batch_size=6)

@@ -124,6 +124,13 @@ def test_a_target_outside_the_vocabulary_is_never_hit(form):
     assert np.isfinite(losses.objective).all()
 
 
+def test_a_tie_for_the_best_logit_is_not_correct(form):
+    hidden, table, targets, gradient = drawn(CONFIGS[0])
+    same = jnp.zeros_like(hidden), table, targets, gradient
+    losses, _ = losses_and_gradients(form, same, CONFIGS[0])
+    np.testing.assert_array_equal(losses.correct, False)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name, checked", [("chunked", True), ("chunked", False), ("fused", False)])
 def test_a_split_vocabulary_and_split_rows_change_nothing(small, name, checked, tied):

@@ -66,6 +66,14 @@ def test_likelihood_and_accuracy_agree_with_softmax_and_argmax():
     np.testing.assert_array_equal(token_losses.correct, LOGITS.argmax(-1) == TARGETS)
 
 
+def test_a_tie_for_the_best_logit_is_not_correct():
+    logits = np.array([[[1.0, 1, 0], [2, 1, 0], [0, 0, 0], [-np.inf, -np.inf, 0]]], np.float32)
+    for target, expected in ((0, [0, 1, 0, 0]), (1, [0, 0, 0, 0]), (2, [0, 0, 0, 1])):
+        targets = np.full((1, 4), target)
+        losses = cross_entropy.cross_entropy(logits, targets, 0.0, 0.0)
+        np.testing.assert_array_equal(losses.correct[0], np.array(expected, bool))
+
+
 def test_huge_logits_stay_finite():
     logits = np.array([[[1e30, -1e30, 0.0]]], np.float32)
 

@@ -5,7 +5,9 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import toy_batch, toy_model
 
@@ -204,6 +206,38 @@ def test_optimizer_state_is_split_as_its_weights_are():
     assert train_state.bytes_per_device(shapes) == sum(
         part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(now)
     )
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_step_without_finite_update_changes_only_counts(value):
+    def update(gradient, state, weights):
+        broken = jax.tree.map(lambda leaf: leaf.at[-1].set(value), gradient["b"])
+        return gradient | {"b": broken}, state + 1
+
+    rule = optax.GradientTransformation(lambda weights: jnp.zeros(()), update)
+    weights = {"a": jnp.arange(4.0), "b": jnp.ones(3)}
+    before = train_state.begin_state(weights, rule)
+    every = step.Selection((), {"a": "norm", "b": "norm"})
+    gradient = {"a": jnp.ones(4), "b": jnp.ones(3)}
+    after, finite = step.apply_gradient(rule, every, before, gradient, jnp.bool_(True))
+    assert not finite
+    assert (after.step, after.skipped, after.consecutive) == (1, 1, 1)
+    assert_same((after.params, after.optimizer), (before.params, before.optimizer), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+def test_a_rate_that_overflows_changes_no_weight_and_stops_the_run(name):
+    run = dataclasses.replace(
+        make_run(),
+        schedule=config.Schedule("constant", 3e38),
+        optimizer=config.Optimizer(name, weight_decay=10.0),
+    )
+    after, history = take_steps(run, [toy_batch("encoder_decoder", rows=16)] * 2)
+    assert_same(after.params, initial("encoder_decoder"), rtol=0)
+    assert (after.step, after.skipped, after.consecutive) == (2, 2, 2)
+    window = [(number, metrics) for number, metrics in enumerate(history)]
+    with pytest.raises(meter.Diverged, match=r"but not the updates at a learning rate of 3e\+38"):
+        meter.stop_if_diverged(window, history, most_skips=2)
 
 
 def test_the_run_stops_and_says_where_the_gradient_is_not_finite():

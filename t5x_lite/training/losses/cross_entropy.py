@@ -5,16 +5,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from t5x_lite.kernels.api import TokenLosses
-from t5x_lite.kernels.vocabulary.logits import smooth_target
-
-
-def target_mask(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Bool[Array, "b t v"]:
-    """Mask that is true at each target's id: a comparison, as a gather cannot cross a vocabulary
-    that is split over devices."""
-    return jnp.arange(logits.shape[-1]) == targets[..., None]
+from t5x_lite.kernels.vocabulary.logits import best_other_logit, smooth_target, target_mask
 
 
 def target_logits(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Float[Array, "b t"]:
@@ -62,7 +56,7 @@ def cross_entropy_forward(logits, targets, smoothing, z_loss):
         objective -= other * jnp.sum(logits, axis=-1)
     if z_loss > 0:
         objective += z_loss * jnp.square(log_z)
-    correct = correct_logits >= jnp.max(logits, axis=-1)
+    correct = correct_logits > best_other_logit(logits, targets)
     return TokenLosses(objective, log_z - correct_logits, correct), (logits, targets, log_z)
 
 

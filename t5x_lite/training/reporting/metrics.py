@@ -10,12 +10,13 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.training import flops
 from t5x_lite.training.step import StepMetrics
 from t5x_lite.utils.exit_status import FAILURE
 
 
 class Diverged(ValueError):
-    """Too many steps in a row had a gradient that is not finite."""
+    """Too many steps in a row had a gradient or an update that is not finite."""
 
     exit_status = FAILURE
 
@@ -34,6 +35,16 @@ class RunTotals:
     target_tokens: float = 0.0
     tokens: float = 0.0
 
+    def report(self) -> dict[str, float]:
+        """Time spent in steps over all restarts, targets, and speeds."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "train_seconds": self.seconds,
+            "trained_target_tokens": self.target_tokens,
+            "target_tokens_per_second": self.target_tokens / seconds,
+            "tokens_per_second": self.tokens / seconds,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
@@ -48,6 +59,17 @@ class StepCost:
     positions: int
     flops: int
     peak: float | None
+
+
+def step_cost(run: config.Run) -> StepCost:
+    """Positions and FLOPs of a step of this run, and the peak of all chips if it is known."""
+    lengths, rows = run.data.lengths, run.train.batch_size
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    return StepCost(
+        positions=rows * sum(flops.row_lengths(run.model.layout, lengths)),
+        flops=flops.step_flops(run.model, rows, lengths),
+        peak=peak and peak * jax.device_count(),
+    )
 
 
 class Meter:
@@ -167,11 +189,15 @@ def stop_if_diverged(
             continue
         loss = float(metrics.sums.loss / metrics.sums.weights)
         weights = name_nonfinite(jax.device_get(on_device.squares))
+        which = f"not finite were the gradients of {weights}"
+        if not weights:
+            rate = float(metrics.learning_rate)
+            which = f"the gradients were finite, but not the updates at a learning rate of {rate:g}"
         raise Diverged(
-            f"The gradient was not finite in {int(metrics.consecutive)} steps in a row, the last "
-            f"of them step {number} (Train.max_consecutive_skips is {most_skips}). The loss was "
-            f"{loss:.4g}; not finite were the gradients of {weights}. The weights are those before "
-            "the first of these steps: try a lower Schedule.peak, a longer warmup, "
+            f"{int(metrics.consecutive)} steps in a row were skipped, the last of them step "
+            f"{number}: gradient or update was not finite in them (Train.max_consecutive_skips is "
+            f"{most_skips}). The loss was {loss:.4g}; {which}. The weights are those before the "
+            "first of these steps: try a lower Schedule.peak, a longer warmup, "
             "Optimizer.clip_norm, or look at the data."
         )
 
