@@ -10,23 +10,31 @@ happens to it afterwards (a failing disk, a truncated copy) shows in the digests
 """
 
 import dataclasses
+import errno
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import processes
+from t5x_lite.checkpoints import digests
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.exit_status import FAILURE
 
+# File of the metadata in a checkpoint's folder.
+METADATA = Path("note", "metadata")
 # Arrays that a message about shapes names at most.
 SHOWN = 8
+# What is missing or is not a file is damage; any other error of the system may pass.
+WRONG_FILES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+OS_ERROR = re.compile(r"(?:os_error_code='|OS error )(\d+)")  # of tensorstore
 
 
 class CheckpointError(ValueError):
@@ -35,6 +43,18 @@ class CheckpointError(ValueError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint's files are not what was written."""
+
+    exit_status = FAILURE
+
+
+class UnreadableCheckpointError(CheckpointError):
+    """A checkpoint's files cannot be read now, which says nothing about their content."""
+
+    exit_status = FAILURE
+
+
+class RemovedCheckpointError(CheckpointError):
+    """A checkpoint was removed while it was read, as a run that trains does with older ones."""
 
     exit_status = FAILURE
 
@@ -96,47 +116,11 @@ def join_items(items: dict[str, dict[str, Any]], expected: TrainState) -> TrainS
     return TrainState(params=fill(expected.params, items["params"]), **rest)
 
 
-def array_digest(array: jax.Array) -> jax.Array:
-    """32 bits that differ if any one element does: bits times odd numbers, summed modulo 2^32.
-
-    Integer sums do not depend on their order, so every mesh gives the same digest.
-    """
-    bits = to_bits(array)
-    while bits.ndim:
-        odd = 2 * jnp.arange(bits.shape[-1], dtype=jnp.uint32) + 1
-        bits = jnp.sum(bits * odd, axis=-1, dtype=jnp.uint32)
-    return bits
-
-
-@jax.jit
-def array_digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """`array_digest` of every array, uint32 []."""
-    return {name: array_digest(array) for name, array in arrays.items()}
-
-
-def to_bits(array: jax.Array) -> jax.Array:
-    """The bits of each element as uint32, in the shape of the array."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    if array.dtype == jnp.bool_:
-        return array.astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-
-
-def numpy_digest(array: np.ndarray) -> int:
-    """`array_digest` without a device."""
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize]
-    bits = np.ascontiguousarray(array).view(unsigned).astype(np.uint32)
-    while bits.ndim:
-        odd = 2 * np.arange(bits.shape[-1], dtype=np.uint32) + 1
-        bits = np.sum(bits * odd, axis=-1, dtype=np.uint32)
-    return int(bits)
-
-
 def describe_arrays(arrays: dict[str, jax.Array]) -> dict[str, dict]:
     """Shape, dtype and digest of every array."""
-    digests = jax.device_get(array_digests(arrays))
+    values = jax.device_get(digests.array_digests(arrays))
     return {
-        name: {"shape": list(a.shape), "dtype": str(a.dtype), "digest": int(digests[name])}
+        name: {"shape": list(a.shape), "dtype": str(a.dtype), digests.MIXED: int(values[name])}
         for name, a in arrays.items()
     }
 
@@ -145,6 +129,11 @@ def metadata_json(metadata: CheckpointMetadata) -> dict:
     """Metadata as JSON-ready values, with a checksum over themselves."""
     values = dataclasses.asdict(metadata)
     return {"note": values, "check": metadata_checksum(values)}
+
+
+def write_metadata(folder: Path, metadata: CheckpointMetadata) -> None:
+    """Replaces the metadata of a complete checkpoint; readers see the old ones or the new ones."""
+    write_atomically(folder / METADATA, json.dumps(metadata_json(metadata)))
 
 
 def metadata_checksum(values: dict) -> int:
@@ -156,9 +145,9 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     """Metadata of a checkpoint folder.
 
     Raises:
-      DamagedCheckpointError: they are not as they were written.
+      CheckpointError: they are not as they were written, cannot be read now, or were removed.
     """
-    path = folder / "note" / "metadata"
+    path = folder / METADATA
     try:
         content = json.loads(path.read_text())
         values = content["note"]
@@ -166,8 +155,43 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
             raise ValueError("its checksum does not fit")
         best = values["best"] and tuple(values["best"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+        raise reading_error(folder, path, error) from error
     return CheckpointMetadata(**values | {"best": best})
+
+
+def reading_error(folder: Path, path: Path, error: Exception) -> CheckpointError:
+    """The error of a checkpoint of which a file cannot be read: removed, damaged, or a disk that
+    does not answer.
+
+    Args:
+      folder: the checkpoint, named by its step.
+      path: file or item that was read.
+      error: error of the reader.
+    """
+    reason = processes.first_line(error.__cause__ or error)[:300]
+    number = os_error_number(error)
+    if number in WRONG_FILES or number is None:
+        if not folder.exists():
+            return RemovedCheckpointError(
+                f"{folder} was removed while it was read, as a run that trains does with older "
+                "ones: try again, or raise its Checkpoint.keep"
+            )
+        return DamagedCheckpointError(f"{path} cannot be read: {reason}")
+    return UnreadableCheckpointError(
+        f"{path} cannot be read now: {reason}. Nothing was changed; the same command works once "
+        "the disk answers again"
+    )
+
+
+def os_error_number(error: BaseException | None) -> int | None:
+    """Number of the operating system's error behind an error, also where only its text has it."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        if match := OS_ERROR.search(str(error)):
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def stored_shapes(metadata: CheckpointMetadata, item: str) -> dict[str, tuple[int, ...]]:
@@ -219,7 +243,7 @@ def restore_arrays(
 
     Raises:
       CheckpointMismatchError: shapes differ from `expected`.
-      DamagedCheckpointError: a file cannot be read, or has other bits than were written.
+      CheckpointError: a file is damaged, cannot be read now, or was removed.
     """
     import orbax.checkpoint as ocp
 
@@ -234,7 +258,7 @@ def restore_arrays(
         }
         arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected}
     wanted = ocp.args.PyTreeRestore(item=expected, restore_args=arguments)
-    arrays, damage = {}, ""
+    arrays, problem = {}, None
     try:
         # The handler alone: a Checkpointer waits for all processes, also for one that has failed.
         arrays = ocp.PyTreeCheckpointHandler().restore((folder / item).absolute(), args=wanted)
@@ -242,17 +266,22 @@ def restore_arrays(
         # The device or the host is too small: that says nothing about the files.
         raise
     except Exception as error:  # orbax raises a bare Exception for a chunk it cannot read
-        reason = processes.first_line(error.__cause__ or error)[:300]
-        damage = f"{folder / item} cannot be read: {reason}"
-    check_all_processes(damage)
+        problem = reading_error(folder, folder / item, error)
+    check_all_processes(problem)
     check_digests(folder / item, metadata.arrays[item], arrays)
     return arrays
 
 
-def check_all_processes(damage: str) -> None:
-    """Raises DamagedCheckpointError in every process if any has damage: all use one checkpoint."""
-    if damages := "".join(processes.gather_texts(damage)):
-        raise DamagedCheckpointError(damages[:1000])
+def check_all_processes(problem: CheckpointError | None) -> None:
+    """Raises an error in every process if any has a problem: all use one checkpoint.
+
+    A checkpoint that one process cannot read now is not damaged for any.
+    """
+    texts = processes.gather_texts(f"{type(problem).__name__} {problem}" if problem else "")
+    problems = [text.partition(" ") for text in texts if text]
+    for kind in (UnreadableCheckpointError, RemovedCheckpointError, DamagedCheckpointError):
+        if same := [text for name, _, text in problems if name == kind.__name__]:
+            raise kind("; ".join(same)[:1000])
 
 
 def check_digests(path: Path, described: Mapping[str, Mapping], arrays: Mapping[str, Any]) -> None:
@@ -260,18 +289,13 @@ def check_digests(path: Path, described: Mapping[str, Mapping], arrays: Mapping[
 
     Args:
       path: folder of the item, for the message.
-      described: metadata of each array, with its "digest".
+      described: metadata of each array.
       arrays: numpy or jax arrays by the same names.
 
     Raises:
       DamagedCheckpointError: names the first arrays that differ.
     """
-    if any(isinstance(array, np.ndarray) for array in arrays.values()):
-        digests = {name: numpy_digest(array) for name, array in arrays.items()}
-    else:
-        digests = jax.device_get(array_digests(arrays))
-    wrong = [name for name, a in described.items() if int(digests[name]) != a["digest"]]
-    if wrong:
+    if wrong := digests.changed_arrays(described, arrays):
         raise DamagedCheckpointError(
             f"{path}: the bits of {', '.join(wrong[:4])} are not those that were saved"
         )

@@ -4,9 +4,7 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,25 +19,24 @@ from t5x_lite.checkpoints.checkpoint_io import (
     CheckpointMetadata,
     CheckpointWriteError,
     DamagedCheckpointError,
+    RemovedCheckpointError,
+)
+from t5x_lite.checkpoints.step_folders import (
+    FOLDER,
+    list_damaged,
+    list_steps,
+    remove_checkpoint,
+    remove_leftovers,
+    set_aside,
 )
 from t5x_lite.checkpoints.train_state import TrainState, tree_bytes
 from t5x_lite.checkpoints.weight_paths import nest_tree
 
-FOLDER = "checkpoints"
-DAMAGED = ".damaged"
-# Renamed before deletion: a run killed while deleting leaves no half checkpoint under its number.
-DELETING = ".deleting"
-UNFINISHED = ".orbax-checkpoint-tmp"
 # Seconds for writing one: orbax measures them by the time of day, which may be set meanwhile.
 PATIENCE = 7 * 24 * 3600
 NO_SPACE = "No space left on device"
-
-
-def list_steps(model_dir: str | Path) -> list[int]:
-    """The steps of which a run folder has a complete checkpoint, ascending."""
-    folder = Path(model_dir) / FOLDER
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+# How often a reader takes a newer checkpoint, where the run that trains removes the one it reads.
+ATTEMPTS = 20
 
 
 def best_step(metadata: dict[int, CheckpointMetadata]) -> int | None:
@@ -183,6 +180,30 @@ class CheckpointManager:
             f"Of the checkpoints before, {last}. When there is room, the same command goes on."
         )
 
+    def check_writer(self) -> None:
+        """Raises CheckpointError as soon as the background writer has failed."""
+        if self.pending is not None:
+            self.run_writer(self.writer.check_for_errors)
+
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds an evaluation to a checkpoint that is saved already.
+
+        Args:
+          step: of the checkpoint.
+          metrics: values by name.
+
+        Raises:
+          CheckpointError: the checkpoint could not be written.
+        """
+        self.wait()
+        if step not in self.metadata:
+            return
+        metadata = dataclasses.replace(self.metadata[step], metrics=metrics)
+        if processes.is_first():
+            self.run_writer(lambda: checkpoint_io.write_metadata(self.folder / str(step), metadata))
+        self.metadata[step] = metadata
+        self.prune()
+
     def prune(self) -> None:
         """Removes all complete checkpoints but the last `keep` and the best."""
         kept = {*sorted(self.metadata)[-self.cfg.keep :], best_step(self.metadata)}
@@ -192,42 +213,67 @@ class CheckpointManager:
             del self.metadata[step]
 
     def restore(
-        self, expected: TrainState, report: Callable[[str], None]
+        self,
+        expected: TrainState,
+        report: Callable[[str], None],
+        ignore_damaged: bool = False,
     ) -> tuple[TrainState, CheckpointMetadata] | None:
         """Reads the newest usable state; None if there are no checkpoints.
 
-        A damaged one is reported, renamed to <step>.damaged, and the one before it is used.
+        Where the newest ones are damaged, they are reported and renamed to <step>.damaged, after
+        the one before them was read. What cannot be read now is left as it is.
+
+        Args:
+          expected: shapes and placements of the state.
+          report: is called with a text about each damaged checkpoint.
+          ignore_damaged: true to begin anew where only damaged checkpoints stand.
 
         Raises:
-          CheckpointMismatchError: the newest is of another model.
-          DamagedCheckpointError: there are checkpoints and none can be used.
+          CheckpointError: the newest is of another model, only damaged ones stand, or the disk
+            does not answer.
         """
         steps = json.loads(processes.broadcast_text(json.dumps(list_steps(self.folder.parent))))
+        damaged: dict[int, DamagedCheckpointError] = {}
+        restored = None
         for step in reversed(steps):
             try:
-                return self.read_state(step, expected)
+                restored = self.read_state(step, expected)
+                break
             except DamagedCheckpointError as error:
-                self.metadata.pop(step, None)
-                if not processes.is_first():
-                    continue
+                damaged[step] = error
+        names = json.loads(processes.broadcast_text(json.dumps(list_damaged(self.folder.parent))))
+        if restored is None and (damaged or names) and not ignore_damaged:
+            raise DamagedCheckpointError(self.describe_damage(damaged, names))
+        for step, error in damaged.items():
+            self.metadata.pop(step, None)
+            if processes.is_first():
                 aside = set_aside(self.folder / str(step))
-                report(f"Damaged checkpoint: {error}\nIt is kept as {aside}; using the one before.")
-        if steps:
-            raise DamagedCheckpointError(
-                f"None of the checkpoints in {self.folder} can be read (steps {steps}). "
-                "Start in another MODEL_DIR, or put a copy back."
-            )
-        return None
+                report(f"Damaged checkpoint: {error}\nIt is kept as {aside}.")
+        return restored
+
+    def describe_damage(self, damaged: dict[int, DamagedCheckpointError], names: list[str]) -> str:
+        """Message about a folder in which no checkpoint can be used.
+
+        Args:
+          damaged: errors by step.
+          names: of those that were set aside before.
+        """
+        cause = f" ({next(iter(damaged.values()))})" if damaged else ""
+        all_names = ", ".join([*map(str, sorted(damaged)), *names])
+        return (
+            f"{self.folder} has only damaged checkpoints: {all_names}{cause}. Put a copy back, "
+            "choose another MODEL_DIR, or begin at step 0 with --ignore_damaged, which keeps them"
+        )
 
     def read_state(self, step: int, expected: TrainState) -> tuple[TrainState, CheckpointMetadata]:
         """The state of one step, placed as `expected` says, and its metadata."""
         folder = self.folder / str(step)
-        damage = ""
+        problem = None
         try:
             metadata = checkpoint_io.read_metadata(folder)
-        except DamagedCheckpointError as error:
-            damage = str(error)
-        checkpoint_io.check_all_processes(damage)
+        except CheckpointError as error:
+            problem = error
+        checkpoint_io.check_all_processes(problem)
         parts = {
             item: checkpoint_io.restore_arrays(folder, item, metadata, shapes)
             for item, shapes in checkpoint_io.state_items(expected).items()
@@ -237,23 +283,6 @@ class CheckpointManager:
     def close(self) -> None:
         self.wait()
         self.writer.close()
-
-
-def quiet_writer_logs() -> None:
-    """Silences logs of orbax's threads in a command: their errors are raised and reported anyway.
-
-    Logs that repeat them are left out, and its other writers' complaints that their loop has ended.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    show = sys.unraisablehook
-
-    def hook(unraisable):
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            show(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def format_mebibytes(size: int) -> str:
@@ -267,36 +296,10 @@ def readable_metadata(folder: Path) -> dict[int, CheckpointMetadata]:
     for step in list_steps(folder.parent):
         try:
             metadata[step] = checkpoint_io.read_metadata(folder / str(step))
-        except DamagedCheckpointError:
+        except (DamagedCheckpointError, RemovedCheckpointError):
             # Reported when it is the one to restore; until then it is not a candidate for the best.
             continue
     return metadata
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Removes the folder of a checkpoint, its name first."""
-    doomed = path.with_name(path.name + DELETING)
-    # Somebody who made room by hand may have been faster.
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run had half written or half deleted."""
-    for path in folder.iterdir():
-        if UNFINISHED in path.name or path.name.endswith(DELETING):
-            shutil.rmtree(path)
-
-
-def set_aside(path: Path) -> Path:
-    """Renames a damaged checkpoint so that its step can be written again; nothing is deleted."""
-    count, aside = 1, path.with_name(path.name + DAMAGED)
-    while aside.exists():
-        count += 1
-        aside = path.with_name(f"{path.name}{DAMAGED}-{count}")
-    path.rename(aside)
-    return aside
 
 
 def select_steps(folder: str | Path, step: int | None = None, best: bool = False) -> list[int]:
@@ -334,7 +337,7 @@ def load_params(
     """Reads the weights of a run folder into the host's memory.
 
     Args:
-      folder: MODEL_DIR of the run.
+      folder: MODEL_DIR of the run, which may train meanwhile.
       step: which checkpoint; None for the newest. A damaged newest one is warned about, and the one
         before it is used.
       best: the best checkpoint by the run's metric.
@@ -343,7 +346,22 @@ def load_params(
       A nested dict of numpy arrays, and their step.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or it is damaged.
+      CheckpointError: there is no such checkpoint, it is damaged, or it cannot be read now.
+    """
+    for _ in range(ATTEMPTS - 1 if step is None else 0):
+        # A run that trains removes older checkpoints, but never without a newer one.
+        with contextlib.suppress(RemovedCheckpointError):
+            return read_selected(folder, step, best)
+    return read_selected(folder, step, best)
+
+
+def read_selected(folder: str | Path, step: int | None, best: bool) -> tuple[dict[str, Any], int]:
+    """`load_params`, of the checkpoints that stand when it begins.
+
+    Args:
+      folder: MODEL_DIR of the run.
+      step: which checkpoint; None for the newest.
+      best: the best checkpoint by the run's metric.
     """
     root = Path(folder).resolve() / FOLDER
     steps = select_steps(folder, step, best)
@@ -353,7 +371,7 @@ def load_params(
         try:
             return read_params(root / str(each)), each
         except DamagedCheckpointError as error:
-            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=3)
     raise CheckpointError(f"None of the checkpoints in {root} can be read (steps {steps[::-1]})")
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from t5x_lite import config
 from t5x_lite.checkpoints import checkpoint_io, manager, matching, zarr_arrays
 from t5x_lite.checkpoints.checkpoint_io import CheckpointMetadata, DamagedCheckpointError
+from t5x_lite.checkpoints.digests import MIXED, combine_digests, row_digests, stored_digest
 from t5x_lite.checkpoints.matching import Leaf
 from t5x_lite.checkpoints.weights import cast_weight, row_blocks
 from t5x_lite.config import gin_file
 from t5x_lite.tokenizers.errors import SourceError
 
 STEP = 0
-MODULUS = 2**32
 
 
 def read_run_config(folder: str | Path) -> config.Run:
@@ -83,6 +83,17 @@ class SavedWeights:
         self.names = {path: self.names[path] for path in paths}
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        try:
+            values = self.read_values(path, layer)
+        except SourceError as error:
+            problem = checkpoint_io.reading_error(self.folder, self.folder / "params", error)
+            damaged = isinstance(problem, DamagedCheckpointError)
+            raise (error if damaged else problem) from error
+        self.check_digest(path, layer, values)
+        return values
+
+    def read_values(self, path: str, layer: int | None) -> np.ndarray:
+        """Values of a weight, or of one layer of it."""
         if path not in self.readers:
             params = self.folder / "params"
             ocdbt = (params / "manifest.ocdbt").exists()
@@ -92,9 +103,7 @@ class SavedWeights:
             raise DamagedCheckpointError(
                 f"{reader.location} is not of the shape or dtype that was saved"
             )
-        values = reader.read(None if layer is None else (0, layer))
-        self.check_digest(path, layer, values)
-        return values
+        return reader.read(None if layer is None else (0, layer))
 
     def check_digest(self, path: str, layer: int | None, values: np.ndarray) -> None:
         """Compares the digest of a weight after its last layer.
@@ -110,22 +119,16 @@ class SavedWeights:
         digests = self.digests.setdefault(path, {})
         if layer in digests:
             return
-        rows = [row_digests(block) for block in row_blocks(np.atleast_1d(values))]
-        digests[layer] = combine_digests(dict(enumerate(np.concatenate(rows).tolist())))
+        stored, mixed = stored_digest(self.described[path])
+        rows = [row_digests(block, mixed) for block in row_blocks(np.atleast_1d(values))]
+        digests[layer] = combine_digests(dict(enumerate(np.concatenate(rows).tolist())), mixed)
         if layer is not None and len(digests) < self.leaves[path].layers:
             return
         del self.readers[path]
-        if combine_digests(digests) != self.described[path]["digest"]:
+        if combine_digests(digests, mixed) != stored:
             raise DamagedCheckpointError(
                 f"{self.folder}: the bits of {path} are not those that were saved"
             )
-
-
-def combine_digests(digests: dict[int | None, int]) -> int:
-    """The digest of a weight from those of its layers (or its rows)."""
-    if None in digests:
-        return digests[None]
-    return sum((2 * index + 1) * value for index, value in digests.items()) % MODULUS
 
 
 class RunFolderWriter:
@@ -183,7 +186,7 @@ class RunFolderWriter:
                     path.replace("/", "."): {
                         "shape": list(shape),
                         "dtype": np.dtype(dtype).name,
-                        "digest": combine_digests(self.digests[path]),
+                        MIXED: combine_digests(self.digests[path]),
                     }
                     for path, (shape, dtype) in self.names.items()
                 }
@@ -194,16 +197,6 @@ class RunFolderWriter:
         content = json.dumps(checkpoint_io.metadata_json(metadata))
         (folder / "metadata").write_text(content)
         (self.folder / "config.gin").write_text(metadata.config, encoding="utf-8")
-
-
-def row_digests(rows: np.ndarray) -> np.ndarray:
-    """`checkpoint_io.array_digest` of every row, uint32 [rows]."""
-    bits = rows.view(np.dtype(f"u{rows.dtype.itemsize}")).reshape(len(rows), -1)
-    odds = np.ones(1, np.uint32)
-    for size in rows.shape[1:]:
-        odds = (odds[:, None] * (2 * np.arange(size, dtype=np.uint32) + 1)).reshape(-1)
-    # Products of uint16 and uint32 are uint32, and wrap as they should.
-    return np.einsum("rn,n->r", bits, odds)
 
 
 def orbax_metadata(stored: dict[str, tuple]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from t5x_lite import config, model, sharding
 from t5x_lite.checkpoints import checkpoint_io, matching, transforms
+from t5x_lite.checkpoints.digests import row_blocks
 from t5x_lite.checkpoints.formats.safetensors_files import TensorSource
 from t5x_lite.checkpoints.matching import ConversionPlan, Leaf, WeightMapping
 from t5x_lite.checkpoints.weight_paths import flatten_tree
@@ -21,8 +22,6 @@ from t5x_lite.tokenizers.errors import SourceError
 HEADS = "heads"
 # Bit pattern of +inf; larger patterns are NaN.
 EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
-# Numbers in one block of rows at most.
-BLOCK = 2**24
 
 
 class Weights(Protocol):
@@ -134,16 +133,6 @@ def new_weight(cfg: config.Model, path: str, layer: int | None) -> np.ndarray:
         values = new_weights(cfg, 0, lambda params: flatten_tree(params, "/")[path])
     values = np.asarray(values)
     return values if layer is None else values[layer]
-
-
-def row_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The array in blocks of rows along its first axis, of at most BLOCK numbers or one row."""
-    if array.ndim == 0:
-        yield array
-        return
-    rows = max(1, BLOCK // max(1, array[0].size if len(array) else 1))
-    for begin in range(0, len(array), rows):
-        yield array[begin : begin + rows]
 
 
 def is_finite(array: np.ndarray) -> bool:

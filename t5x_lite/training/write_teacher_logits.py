@@ -12,7 +12,7 @@ from t5x_lite import config, data, sharding
 from t5x_lite.adaptation import distilled_batches, teacher_logits
 from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.batch import TeacherLogits
-from t5x_lite.checkpoints import checkpoint_io
+from t5x_lite.checkpoints import digests
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.training import model_dir, setup
 from t5x_lite.training.losses import distillation
@@ -44,8 +44,9 @@ def write_teacher_logits(
     check_run(run)
     sharding.use_mesh(run.mesh)
     setup.check_batch(run.train)
-    batches = data.open_batches(run.data, run.model.layout, run.train.batch_size, run.seed)
-    vocabularies = data.open_dataset(run.data, "train").vocabularies
+    source = data.with_run_vocabulary(run).data
+    batches = data.open_batches(source, run.model.layout, run.train.batch_size, run.seed)
+    vocabularies = data.open_dataset(source, "train").vocabularies
     teacher = teachers.open_teacher(run, vocabularies)
     with model_dir.lock_folder(local_path(output)):
         params = teacher.params()
@@ -105,9 +106,9 @@ def jit_teacher(cfg: config.Distillation, teacher: teachers.Teacher):
 
 
 def weights_digest(params) -> int:
-    """Checksum of all weights."""
-    digests = jax.device_get(checkpoint_io.array_digests(flatten_tree(params)))
-    return zlib.crc32(json.dumps({name: int(digests[name]) for name in sorted(digests)}).encode())
+    """Checksum of all weights, the same as in earlier versions: their folders stay valid."""
+    values = jax.device_get(digests.array_digests(flatten_tree(params), mixed=False))
+    return zlib.crc32(json.dumps({name: int(values[name]) for name in sorted(values)}).encode())
 
 
 def teacher_logits_bytes(run: config.Run, steps: int) -> int:

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of checkpoints on a disk that fails, and beside a run that removes them: nothing is renamed,
+begun anew or called damaged without need."""
+
+import dataclasses
+import errno
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from test_training_checkpoint import (
+    KEEP,
+    assert_is,
+    expected,
+    make_state,
+    mesh,  # noqa: F401 (a fixture of every test here)
+    restore,
+    save,
+)
+
+from t5x_lite import config, sharding
+from t5x_lite.checkpoints import checkpoint_io, digests, manager
+from t5x_lite.checkpoints.checkpoint_io import (
+    CheckpointError,
+    CheckpointMetadata,
+    DamagedCheckpointError,
+    RemovedCheckpointError,
+    UnreadableCheckpointError,
+)
+from t5x_lite.checkpoints.manager import CheckpointManager
+
+# What orbax's threads were doing when they met a damaged file.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_all_checkpoints_damaged_is_an_error_and_not_a_new_run(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / str(step) / "note" / "metadata").write_text("")
+    for _ in range(3):
+        with pytest.raises(DamagedCheckpointError, match="another MODEL_DIR.*--ignore_damaged"):
+            restore(tmp_path)
+        assert names(tmp_path) == ["1", "2"]
+    # Set aside by hand, or by an earlier version: they are as little a reason to begin anew.
+    for step in (1, 2):
+        path = tmp_path / "checkpoints" / str(step)
+        path.rename(path.with_name(f"{step}.damaged"))
+    with pytest.raises(DamagedCheckpointError, match=r"1\.damaged, 2\.damaged"):
+        restore(tmp_path)
+    restored = CheckpointManager(tmp_path, KEEP).restore(expected(), print, ignore_damaged=True)
+    assert restored is None
+
+
+def test_ignored_damaged_checkpoints_are_kept(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "1" / "note" / "metadata").write_text("")
+    reports = []
+    restored = CheckpointManager(tmp_path, KEEP).restore(expected(), reports.append, True)
+    assert restored is None and len(reports) == 1
+    assert names(tmp_path) == ["1.damaged"]
+
+
+def unreadable_note(folder):
+    """A disk that answers with an input/output error: what /proc/self/mem does at its beginning."""
+    path = folder / "note" / "metadata"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+def unreadable_array(folder):
+    """A file of an array that the system refuses to open."""
+    path = max((folder / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("trouble", [unreadable_note, unreadable_array])
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, trouble):
+    save(tmp_path, 1, 2)
+    trouble(tmp_path / "checkpoints" / "2")
+    for _ in range(2):
+        with pytest.raises(UnreadableCheckpointError, match="cannot be read now"):
+            restore(tmp_path)
+        with pytest.raises(UnreadableCheckpointError, match="cannot be read now"):
+            manager.load_params(tmp_path)
+        assert names(tmp_path) == ["1", "2"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
+    (tmp_path / "checkpoints").symlink_to("checkpoints")
+    with pytest.raises(OSError, match="symbolic links"):
+        manager.list_steps(tmp_path)
+
+
+def test_a_reader_takes_the_newer_step_of_a_run_that_trains(tmp_path):
+    """Every checkpoint is removed as soon as there is a newer one, at drawn moments of reading."""
+    cfg, stop = config.Checkpoint(every=1, keep=1), threading.Event()
+    save(tmp_path, 1, cfg=cfg)
+
+    def train():
+        # A mesh is of the thread that sets it.
+        sharding.use_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+        saved, step = CheckpointManager(tmp_path, cfg), 1
+        while not stop.is_set():
+            step += 1
+            saved.save(make_state(step), CheckpointMetadata(step, "config"))
+            saved.wait()
+        saved.close()
+
+    run = threading.Thread(target=train)
+    run.start()
+    try:
+        steps = [manager.load_params(tmp_path)[1] for _ in range(30)]
+    finally:
+        stop.set()
+        run.join()
+    assert steps == sorted(steps) and steps[-1] > 1
+
+
+def test_a_checkpoint_removed_while_it_is_read_is_named_so(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    read = checkpoint_io.read_metadata
+
+    def read_and_remove(folder):
+        metadata = read(folder)
+        shutil.rmtree(folder)
+        return metadata
+
+    monkeypatch.setattr(checkpoint_io, "read_metadata", read_and_remove)
+    with pytest.raises(RemovedCheckpointError, match="was removed while it was read"):
+        manager.load_params(tmp_path, step=1)
+
+
+def test_checkpoints_of_earlier_versions_are_read_and_their_damage_is_seen(tmp_path):
+    save(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "1"
+    metadata = checkpoint_io.read_metadata(folder)
+    arrays = {
+        item: {
+            name: {"shape": each["shape"], "dtype": each["dtype"], digests.LINEAR: value}
+            for name, each in of_item.items()
+            for value in [digests.numpy_digest(read_arrays(folder, item)[name], mixed=False)]
+        }
+        for item, of_item in metadata.arrays.items()
+    }
+    checkpoint_io.write_metadata(folder, dataclasses.replace(metadata, arrays=arrays))
+    assert_is(restore(tmp_path)[0][0], 1)
+    assert manager.load_params(tmp_path)[1] == 1
+    arrays["params"]["tower.norm"][digests.LINEAR] ^= 1
+    checkpoint_io.write_metadata(folder, dataclasses.replace(metadata, arrays=arrays))
+    with pytest.raises(DamagedCheckpointError, match=r"tower\.norm"):
+        checkpoint_io.restore_arrays(folder, "params", checkpoint_io.read_metadata(folder))
+
+
+def read_arrays(folder, item):
+    metadata = checkpoint_io.read_metadata(folder)
+    return checkpoint_io.restore_arrays(folder, item, metadata)
+
+
+def test_a_writer_that_fails_in_the_background_is_noticed_before_the_next_save(
+    tmp_path, monkeypatch
+):
+    saved = CheckpointManager(tmp_path, KEEP)
+    saved.check_writer()
+    saved.save(make_state(1), CheckpointMetadata(1, "config"))
+
+    def failed():
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(saved.writer, "check_for_errors", failed)
+    with pytest.raises(CheckpointError, match=r"(?s)step 1 could not be written.*Input/output"):
+        saved.check_writer()
