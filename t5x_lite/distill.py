@@ -204,7 +204,7 @@ def open_inputs(args: argparse.Namespace) -> tuple[Iterator[Record], int | None,
 
     run = data.load_run(args.gin_file, args.bindings)
     config.require(run.data is not None, "The run of --gin_file has no Data")
-    dataset = data.open_dataset(run.data, args.split)
+    dataset = data.open_dataset(data.with_run_vocabulary(run).data, args.split)
     config.require(
         dataset.has_inputs,
         f"{dataset.name} is text without inputs: write what the teacher is to continue to a file "

@@ -125,7 +125,7 @@ def measure_quality(run: config.Run, trained: config.Run, name: str, seed: int) 
     best = trained.checkpoint.metric is not None and name not in cfg.trained
     restored = open_checkpoint(trained.model_dir, best=best).load()
     folder = str(Path(run.model_dir) / f"{name}-{seed}")
-    here = dataclasses.replace(trained, model_dir=folder)
+    here = dataclasses.replace(data.with_run_vocabulary(trained), model_dir=folder)
     metrics = quality.evaluate_twin(here, restored.params, restored.step, run.compare)
     metrics["drafted"] = quality.measure_drafters(here, restored.params, run.compare)
     metrics["quantized"] = quality.measure_quantized(

@@ -5,6 +5,13 @@ from t5x_lite.data.batches import Batches, Statistics, check_examples, open_batc
 from t5x_lite.data.datasets import Dataset, open_dataset, open_vocabularies
 from t5x_lite.data.derived import load_run
 from t5x_lite.data.prefetching import prefetch
+from t5x_lite.data.tasks import (
+    check_run_vocabulary,
+    find_chat_template,
+    in_vocabulary,
+    run_vocabulary,
+    with_run_vocabulary,
+)
 from t5x_lite.tokenizers.vocabularies import encode_with_ends, load_pair, save_pair
 
 __all__ = [
@@ -12,12 +19,17 @@ __all__ = [
     "Dataset",
     "Statistics",
     "check_examples",
+    "check_run_vocabulary",
     "encode_with_ends",
+    "find_chat_template",
+    "in_vocabulary",
     "load_pair",
     "load_run",
     "open_batches",
     "open_dataset",
     "open_vocabularies",
     "prefetch",
+    "run_vocabulary",
     "save_pair",
+    "with_run_vocabulary",
 ]

@@ -99,9 +99,10 @@ def load_data(files: list[str], bindings: list[str]) -> tuple[config.Data, str, 
     """
     from t5x_lite.config import gin_file
     from t5x_lite.data import derived
+    from t5x_lite.data.tasks import with_run_vocabulary
 
     if gin_file.describes_run(files):
-        run = derived.load_run(files, bindings)
+        run = with_run_vocabulary(derived.load_run(files, bindings))
         if run.data is None:
             raise ValueError("the run has no config.Data: it is a checkpoint alone")
         return run.data, run.model.layout, run.seed

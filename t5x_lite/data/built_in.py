@@ -94,7 +94,7 @@ def built_in_task(name: str, vocabulary: config.Vocabulary | None, cache_dir: st
     if vocabulary is None:
         pair = corpus.vocabularies()
     else:
-        source = corpus.source("train")
+        source = partial(corpus.source, "train")
         pair = vocabulary_pair(vocabulary, partial(corpus.rows, "train"), source, cache_dir)
     return Task(
         name=name,
@@ -118,7 +118,7 @@ def from_files(cfg: config.Files, cache_dir: str) -> Task:
     source = partial(files.source, cfg)
     # Without counts: what is left out is counted where tokens are read.
     train = partial(files.read_rows, cfg, "train")
-    pair = vocabulary_pair(cfg.vocabulary, train, source("train"), cache_dir)
+    pair = vocabulary_pair(cfg.vocabulary, train, partial(source, "train"), cache_dir)
     return Task(
         name=cfg.name,
         splits=splits,
@@ -135,7 +135,7 @@ def from_files(cfg: config.Files, cache_dir: str) -> Task:
 def vocabulary_pair(
     cfg: config.Vocabulary,
     rows: Callable[[], Iterator[TextExample]],
-    source: str,
+    source: Callable[[], str],
     cache_dir: str,
 ) -> tuple[TextVocabulary, TextVocabulary]:
     """Vocabularies (inputs, targets) that the config names: one for both, or a checkpoint's.
@@ -143,7 +143,7 @@ def vocabulary_pair(
     Args:
       cfg: the vocabulary.
       rows: returns the training examples, for a vocabulary trained on them.
-      source: digest of what they are read from.
+      source: returns a digest of what they are read from; only a vocabulary trained on it asks.
       cache_dir: folder of trained vocabularies.
     """
     if cfg.kind != "checkpoint":
@@ -159,7 +159,7 @@ def vocabulary_pair(
 def build_vocabulary(
     cfg: config.Vocabulary,
     rows: Callable[[], Iterator[TextExample]],
-    source: str,
+    source: Callable[[], str],
     cache_dir: str,
 ) -> TextVocabulary:
     """Vocabulary that the config names; `trained` learns it from rows, once per source.
@@ -167,7 +167,7 @@ def build_vocabulary(
     Args:
       cfg: the vocabulary.
       rows: returns the training examples.
-      source: digest of what they are read from.
+      source: returns a digest of what they are read from; only a vocabulary trained on it asks.
       cache_dir: folder of trained vocabularies.
 
     Raises:
@@ -196,20 +196,23 @@ def build_vocabulary(
 
 
 def train_pieces(
-    size: int, rows: Callable[[], Iterator[TextExample]], source: str, cache_dir: str
+    size: int,
+    rows: Callable[[], Iterator[TextExample]],
+    source: Callable[[], str],
+    cache_dir: str,
 ) -> bytes:
     """Trains a SentencePiece model, or reads it from the cache.
 
     Args:
       size: number of pieces.
       rows: returns the training examples.
-      source: digest of what they are read from.
+      source: returns a digest of what they are read from; only a vocabulary trained on it asks.
       cache_dir: folder of trained vocabularies.
 
     Returns:
       The bytes of the model's file.
     """
-    identity = json.dumps([sentencepiece_training.FORMAT, size, source]).encode()
+    identity = json.dumps([sentencepiece_training.FORMAT, size, source()]).encode()
     root = cache_folder(cache_dir)
     path = root / f"pieces-{size}-{hashlib.sha256(identity).hexdigest()[:20]}.model"
     if path.exists():

@@ -4,12 +4,18 @@
 seqio, and with it TensorFlow, is imported only when a name is not one of ours.
 """
 
+import dataclasses
 import importlib.util
+from pathlib import Path
+from typing import Any
 
 from t5x_lite import config
+from t5x_lite.checkpoints import step_folders, text_settings
 from t5x_lite.data.built_in import BUILT_IN, built_in_task, from_files
 from t5x_lite.data.task import Task
 from t5x_lite.tokenizers import vocabularies
+from t5x_lite.tokenizers.chat import ChatTemplate
+from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.nearest import suggest
 
 
@@ -79,3 +85,63 @@ def tasks_with_split(cfg: config.Data, split: str) -> list[tuple[Task, float]]:
             f"{', '.join(names) or 'none'}"
         )
     return with_split
+
+
+def in_vocabulary(data: config.Data, vocabulary: config.Vocabulary) -> config.Data:
+    """Data with another vocabulary; a seqio task keeps its own."""
+
+    def replaced(task: Any) -> Any:
+        if isinstance(task, config.Mixture):
+            return dataclasses.replace(task, tasks=tuple(map(replaced, task.tasks)))
+        if isinstance(task, config.Files):
+            return dataclasses.replace(task, vocabulary=vocabulary)
+        return task
+
+    built_in = isinstance(data.task, str) and data.task in BUILT_IN
+    return dataclasses.replace(
+        data, task=replaced(data.task), vocabulary=vocabulary if built_in else None
+    )
+
+
+def with_run_vocabulary(run: config.Run) -> config.Run:
+    """The run with the vocabulary that its MODEL_DIR has, once weights depend on it.
+
+    What the config names may be gone by then, or would be trained again from other files.
+    """
+    if run.data is None or run_vocabulary(run.model_dir) is None:
+        return run
+    vocabulary = config.Vocabulary(kind="checkpoint", path=run.model_dir)
+    return dataclasses.replace(run, data=in_vocabulary(run.data, vocabulary))
+
+
+def find_chat_template(data: config.Data) -> ChatTemplate | None:
+    """The chat template of the checkpoint whose vocabulary the data come in; None without one."""
+    tasks = data.task.tasks if isinstance(data.task, config.Mixture) else (data.task,)
+    named = [task.vocabulary for task in tasks if isinstance(task, config.Files)]
+    for each in (*named, data.vocabulary):
+        if each is not None and each.kind == "checkpoint":
+            return text_settings.read_text_settings(each.path).chat
+    return None
+
+
+def run_vocabulary(model_dir: str | Path) -> Path | None:
+    """The folder of a run's vocabularies; None before its first checkpoint."""
+    folder = Path(model_dir) / text_settings.VOCABULARY_FOLDER
+    return folder if step_folders.list_steps(model_dir) and folder.is_dir() else None
+
+
+def check_run_vocabulary(
+    model_dir: str | Path, pair: tuple[TextVocabulary, TextVocabulary]
+) -> None:
+    """Raises ValueError if data come in other vocabularies than the weights of MODEL_DIR, as those
+    of a seqio task may after a change."""
+    folder = run_vocabulary(model_dir)
+    if folder is None:
+        return
+    saved = vocabularies.load_pair(folder)
+    same = [vocabularies.fingerprint(each) for each in saved]
+    if same != [vocabularies.fingerprint(each) for each in pair]:
+        raise ValueError(
+            f"The vocabulary of the data is not the one in {folder}, which the weights belong to: "
+            "give the task its former vocabulary, or begin in a new MODEL_DIR"
+        )

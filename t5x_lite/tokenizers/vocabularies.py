@@ -23,6 +23,7 @@ from t5x_lite.tokenizers.special_tokens import MAX_SENTINELS, sentinel_name
 from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonVocabulary
 from t5x_lite.tokenizers.symbols import ByteVocabulary, IntegerVocabulary, SymbolVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.atomic_files import write_atomically
 
 
 def encode_with_ends(vocabulary: TextVocabulary, text: str) -> list[int]:
@@ -141,9 +142,9 @@ def save_vocabulary(vocabulary: TextVocabulary, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = vocabulary.model_bytes()
     if model is not None:
-        (folder / "model").write_bytes(model)
+        write_atomically(folder / "model", model)
     description = json.dumps(vocabulary.description(), ensure_ascii=False, indent=1)
-    (folder / "vocabulary.json").write_text(description + "\n", encoding="utf-8")
+    write_atomically(folder / "vocabulary.json", description + "\n")
 
 
 def load_vocabulary(folder: str | Path) -> TextVocabulary:

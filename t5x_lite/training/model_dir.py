@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite import config, data, processes
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import manager, text_settings
+from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.config import gin_file
 from t5x_lite.utils.atomic_files import write_atomically
 
 CONFIG = "config.gin"
-VOCABULARY = "vocabulary"
+VOCABULARY = text_settings.VOCABULARY_FOLDER
 # Seconds until other machines see what one has written: NFS refreshes after 30 by default.
 VISIBLE_SECONDS = 40.0
 CHANGEABLE_TRAIN_FIELDS = (
@@ -139,9 +141,23 @@ def check_config(run: config.Run, report: Callable[[str], None]) -> None:
 
 
 def write_description(run: config.Run, vocabularies: tuple) -> None:
-    """Writes what readers of the weights need: the resolved config and both vocabularies."""
+    """Writes what readers of the weights need: the resolved config, both vocabularies and the chat
+    template of the checkpoint that these are from.
+
+    Vocabularies that weights depend on already are left as they are.
+    """
+    if data.run_vocabulary(run.model_dir) is None:
+        text = TextSettings(vocabularies, data.find_chat_template(run.data))
+        text_settings.write_vocabulary_folder(text, Path(run.model_dir) / VOCABULARY)
     write_atomically(Path(run.model_dir) / CONFIG, gin_file.to_text(run))
-    data.save_pair(Path(run.model_dir) / VOCABULARY, *vocabularies)
+
+
+def read_report(path: Path, done: int) -> dict[str, Any] | None:
+    """The report of a run of `done` steps; None if it was not written yet."""
+    with contextlib.suppress(OSError, ValueError):
+        report = json.loads(path.read_text())
+        return report if report["steps"] == done else None
+    return None
 
 
 def adopt_changes(saved: config.Run, run: config.Run) -> config.Run:

@@ -41,13 +41,15 @@ def check_run(run: config.Run, report: Callable[[str], None], try_memory: bool =
     shapes = train_state.state_shapes(model.shapes(run.model), update)
     if not try_memory:
         check_memory(run, shapes)
-    data.check_examples(run.data, run.model.layout, "train")
-    vocabularies = data.open_vocabularies(run.data)
+    source = data.with_run_vocabulary(run)
+    data.check_examples(source.data, run.model.layout, "train")
+    vocabularies = data.open_vocabularies(source.data)
+    data.check_run_vocabulary(run.model_dir, vocabularies)
     setup.check_vocabulary_sizes(run, vocabularies)
     distilled_batches.check_teacher(run, vocabularies)
-    if setup.check_evaluation(run) is not None:
+    if setup.check_evaluation(source) is not None:
         with setup.evaluation_errors(run):
-            data.check_examples(run.data, run.model.layout, run.data.eval_split)
+            data.check_examples(source.data, run.model.layout, run.data.eval_split)
     if not manager.list_steps(run.model_dir):
         check_initial_weights(run, shapes, vocabularies)
     for warning in schedules.list_warnings(run):

@@ -60,8 +60,9 @@ def assemble_run(run: config.Run) -> AssembledRun:
     """
     schedule, update = make_update(run)
     host, hosts = sharding.batch_share()
+    source = data.with_run_vocabulary(run).data
     batches = data.open_batches(
-        run.data,
+        source,
         run.model.layout,
         run.train.batch_size,
         run.seed,
@@ -71,7 +72,8 @@ def assemble_run(run: config.Run) -> AssembledRun:
     # Modification times are left out: every host may have a copy of its own.
     files = [(part.get("tokens"), part.get("shards")) for part in batches.state().values()]
     processes.check_equal("The training data", json.dumps(files))
-    vocabularies = data.open_dataset(run.data, "train").vocabularies
+    vocabularies = data.open_dataset(source, "train").vocabularies
+    data.check_run_vocabulary(run.model_dir, vocabularies)
     check_vocabulary_sizes(run, vocabularies)
     shapes = train_state.state_shapes(model.shapes(run.model), update)
     axes = model.axes(run.model)
@@ -215,6 +217,7 @@ def make_evaluator(run: config.Run) -> Evaluator | None:
     Raises:
       ValueError: as `check_evaluation`, or the split cannot be read.
     """
+    run = data.with_run_vocabulary(run)
     dataset = check_evaluation(run)
     if dataset is None:
         return None
