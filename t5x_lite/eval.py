@@ -5,7 +5,6 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from t5x_lite import config
 from t5x_lite.cli import gin_arguments, options
@@ -15,6 +14,7 @@ from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.config.checked import CountOrZero
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.exit_status import FAILURE
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -79,9 +79,10 @@ def parser() -> Parser:
     return command
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Restores, evaluates, prints and writes."""
+def measure(args: argparse.Namespace) -> int:
+    """Restores, evaluates, prints and writes; returns the exit status."""
     requested = requested_data(args)
+    from t5x_lite import data
     from t5x_lite.checkpoints.opening import open_checkpoint
     from t5x_lite.evaluation.evaluate import Evaluator
     from t5x_lite.training import host
@@ -91,12 +92,15 @@ def measure(args: argparse.Namespace) -> None:
     restored = opened.load(args.mesh, args.quantize)
     run = with_options(with_data(restored.run, requested, args.checkpoint), args)
     evaluator = Evaluator(run, args.split)
+    data.check_run_vocabulary(args.checkpoint, evaluator.dataset.vocabularies)
     total = min(len(evaluator.dataset), run.evaluate.examples)
     with Progress("examples", total) as progress:
         numbers = evaluator(restored.params, restored.step, progress)
     print(f"{args.checkpoint}, step {restored.step}, {evaluator.dataset.name} {evaluator.split}")
     for name, number in numbers.items():
         print(f"  {name:<16}{number:>14,.4f}")
+    for name, reason in evaluator.failures.items():
+        print(f"  {name} not computed: {reason}")
     if evaluator.tally.steps:
         print(evaluator.tally)
     if evaluator.predictions_path is not None:
@@ -109,9 +113,12 @@ def measure(args: argparse.Namespace) -> None:
             "quantize": args.quantize,
             "decode": dataclasses.asdict(run.decode),
             "metrics": numbers,
+            "not_computed": evaluator.failures,
             "drafting": evaluator.tally.report(),
         }
         write_atomically(Path(args.json), json.dumps(report, indent=1) + "\n")
+    failed = evaluator.failures.keys() - evaluator.dataset.unsupported_metrics.keys()
+    return FAILURE if failed else 0
 
 
 def requested_data(args: argparse.Namespace) -> config.Data | None:
@@ -134,36 +141,22 @@ def with_data(run: config.Run, requested: config.Data | None, checkpoint: str) -
     Raises:
       ValueError: there are no data.
     """
+    from t5x_lite import data
+
     path = Path(checkpoint)
     if requested is not None:
         vocabulary = config.Vocabulary(kind="checkpoint", path=checkpoint)
-        run = dataclasses.replace(run, data=in_vocabulary(requested, vocabulary))
+        run = dataclasses.replace(run, data=data.in_vocabulary(requested, vocabulary))
     if run.data is None:
         raise ValueError(
             f"{path} has no data of its own: name some with --gin_file=FILE, such as "
             "configs/data/cmudict_g2p.gin, or with --gin.config.Data.task=... and "
             "--gin.config.Data.lengths=..."
         )
+    if (path / "config.gin").exists():
+        return data.with_run_vocabulary(dataclasses.replace(run, model_dir=checkpoint))
     # Nothing is written into a checkpoint of another format.
-    folder = path if (path / "config.gin").exists() else Path("runs") / path.stem
-    return dataclasses.replace(run, model_dir=str(folder))
-
-
-def in_vocabulary(data: config.Data, vocabulary: config.Vocabulary) -> config.Data:
-    """Data with another vocabulary; a seqio task keeps its own."""
-    from t5x_lite.data import built_in
-
-    def replaced(task: Any) -> Any:
-        if isinstance(task, config.Mixture):
-            return dataclasses.replace(task, tasks=tuple(map(replaced, task.tasks)))
-        if isinstance(task, config.Files):
-            return dataclasses.replace(task, vocabulary=vocabulary)
-        return task
-
-    replacement = (
-        vocabulary if isinstance(data.task, str) and data.task in built_in.BUILT_IN else None
-    )
-    return dataclasses.replace(data, task=replaced(data.task), vocabulary=replacement)
+    return dataclasses.replace(run, model_dir=str(Path("runs") / path.stem))
 
 
 def with_options(run: config.Run, args: argparse.Namespace) -> config.Run:

@@ -12,7 +12,7 @@ from t5x_lite import config
 from t5x_lite.data import tasks
 from t5x_lite.data.cache import Tokens
 from t5x_lite.data.corpora import TextExample
-from t5x_lite.data.task import Task, cached_tokens
+from t5x_lite.data.task import Task, TaskScores, cached_tokens
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
@@ -78,18 +78,30 @@ class Dataset(Sequence):
         row = self[i]
         return list(row.references) or [row.targets]
 
-    def score(self, predictions: Sequence[str]) -> dict[str, float]:
+    def score(self, predictions: Sequence[str]) -> TaskScores:
         """Computes the metrics of seqio Tasks of predictions for the first examples; empty for
         other tasks. Names begin with the task's where there are several."""
-        result, start = {}, 0
+        result, start = TaskScores({}, {}), 0
         for task, part in zip(self.tasks, self.parts, strict=True):
             of_task = list(predictions[start : start + len(part)])
             start += len(part)
             if task.score is not None and of_task:
-                prefix = f"{task.name}/" if len(self.tasks) > 1 else ""
-                scores = task.score(self.split, of_task)
-                result |= {f"{prefix}{name}": value for name, value in scores.items()}
+                for merged, of_this in zip(result, task.score(self.split, of_task), strict=True):
+                    merged.update(self.prefixed(task, of_this))
         return result
+
+    def prefixed(self, task: Task, by_name: dict) -> dict:
+        """The same values under names that begin with the task's where there are several."""
+        prefix = f"{task.name}/" if len(self.tasks) > 1 else ""
+        return {f"{prefix}{name}": value for name, value in by_name.items()}
+
+    @property
+    def unsupported_metrics(self) -> dict[str, str]:
+        """Reasons by name why metrics of seqio Tasks are not computed."""
+        reasons = {}
+        for task in self.tasks:
+            reasons |= self.prefixed(task, task.unsupported_metrics)
+        return reasons
 
 
 def open_dataset(cfg: config.Data, split: str) -> Dataset:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from t5x_lite.batch import Batch
 
 AHEAD = 4
+# Seconds between looks at the thread while a batch is waited for.
+LOOK = 1.0
 
 
 class Prefetch(Iterator[tuple[int, Batch]]):
@@ -55,8 +57,10 @@ class Prefetch(Iterator[tuple[int, Batch]]):
         if self.closed.is_set():
             raise StopIteration
         begin = time.perf_counter()
-        item = self.ready.get()
-        self.waited += time.perf_counter() - begin
+        try:
+            item = self.next_item()
+        finally:
+            self.waited += time.perf_counter() - begin
         if item is None:
             self.close()
             raise StopIteration
@@ -64,6 +68,20 @@ class Prefetch(Iterator[tuple[int, Batch]]):
             self.close()
             raise item
         return item
+
+    def next_item(self):
+        """Waits for the thread's next item.
+
+        Raises RuntimeError if the thread ended without one, as for lack of memory.
+        """
+        while True:
+            alive = self.thread.is_alive()
+            try:
+                return self.ready.get(timeout=LOOK)
+            except queue.Empty:
+                if not alive:
+                    self.close()
+                    raise RuntimeError("The thread that reads batches ended unexpectedly") from None
 
     def close(self) -> None:
         self.closed.set()

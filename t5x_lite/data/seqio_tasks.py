@@ -18,11 +18,11 @@ import seqio
 import tensorflow as tf
 
 from t5x_lite import config
-from t5x_lite.data import built_in
+from t5x_lite.data import built_in, seqio_metrics
 from t5x_lite.data.cache import Chunk
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.seqio_objectives import preprocessor as preprocessor
-from t5x_lite.data.task import CHUNK, Task
+from t5x_lite.data.task import CHUNK, Task, TaskScores
 from t5x_lite.tokenizers.seqio_vocabularies import SeqioVocabulary as SeqioVocabulary
 from t5x_lite.tokenizers.seqio_vocabularies import from_seqio as from_seqio
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -79,7 +79,8 @@ def adapt_task(task: seqio.Task, cfg: config.Data) -> Task:
         source=functools.partial(source, task, cut_to),
         has_inputs="inputs" in features,
         metrics=(),
-        score=functools.partial(score, task, cut_to) if task.predict_metric_fns else None,
+        score=make_score(task, cut_to) if task.predict_metric_fns else None,
+        unsupported_metrics=seqio_metrics.unsupported_metrics(task),
     )
 
 
@@ -162,28 +163,10 @@ def make_example(example: dict, pair: tuple[TextVocabulary, TextVocabulary]) -> 
     return TextExample(inputs, targets, (targets,))
 
 
-def score(
-    task: seqio.Task, cut_to: dict | None, split: str, predictions: list[str]
-) -> dict[str, float]:
-    """Computes a task's own metrics of predictions.
-
-    Args:
-      task: of seqio.
-      cut_to: lengths for preprocessors that cut text up, or None.
-      split: of the task.
-      predictions: texts for the first examples of the split.
-    """
-    vocabulary = task.output_features["targets"].vocabulary
-    answers, outputs = [], []
-    examples = load_dataset(task, cut_to, split, seed=0).as_numpy_iterator()
-    for example, prediction in zip(examples, predictions, strict=False):
-        right = vocabulary.decode([int(token) for token in example["targets"]])
-        answers.append(task.postprocess_fn(right, example=example, is_target=True))
-        outputs.append(task.postprocess_fn(prediction, example=example, is_target=False))
-    result = {}
-    for metric in task.predict_metric_fns:
-        result |= {name: float(value) for name, value in metric(answers, outputs).items()}
-    return result
+def make_score(task: seqio.Task, cut_to: dict | None) -> Callable[[str, list[str]], TaskScores]:
+    """Function that computes a task's own metrics of predictions for a split."""
+    load = functools.partial(load_dataset, task, cut_to)
+    return functools.partial(seqio_metrics.score_predictions, task, load)
 
 
 def source(task: seqio.Task, cut_to: dict | None, split: str) -> str:

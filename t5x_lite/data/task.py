@@ -4,7 +4,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from t5x_lite.data import cache, files
 from t5x_lite.data.cache import Chunk
@@ -24,6 +24,22 @@ class ExampleReader(Protocol):
     def __call__(self, split: str, begin: int = 0, epoch: int = 0) -> Iterator[Chunk]: ...
 
 
+class DataChangedError(ValueError):
+    """The source of a split changed while it was read."""
+
+
+class TaskScores(NamedTuple):
+    """Results of metrics that the user wrote.
+
+    Attributes:
+      values: numbers by name.
+      failures: reasons by name, where a function raised or a value is not a number.
+    """
+
+    values: dict[str, float]
+    failures: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Task:
     """One source of examples.
@@ -39,6 +55,7 @@ class Task:
       counts: counts of the reader in its last pass over a split (broken lines), by split and name.
       score: computes the task's own metrics, in addition to `metrics`, of predictions for the first
         examples of a split.
+      unsupported_metrics: reasons by name of own metrics that `score` leaves out.
       stamps: returns `files.stamps` of a split's files, {} for a source without files.
     """
 
@@ -50,7 +67,8 @@ class Task:
     has_inputs: bool
     metrics: tuple[str, ...] = ()
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    score: Callable[[str, list[str]], dict[str, float]] | None = None
+    score: Callable[[str, list[str]], TaskScores] | None = None
+    unsupported_metrics: dict[str, str] = field(default_factory=dict)
     stamps: Callable[[str], dict[str, list[int]]] = lambda split: {}
 
 
@@ -64,12 +82,12 @@ def check_unchanged(task: Task, split: str, before: dict[str, list[int]], source
       source: its digest before reading.
 
     Raises:
-      ValueError: it changed; the message names the files.
+      DataChangedError: it changed; the message names the files.
     """
     if task.source(split) == source:
         return
     changes = files.describe_changes(before, task.stamps(split)) or "the source is another one"
-    raise ValueError(
+    raise DataChangedError(
         f"The data of {task.name} ({split}) changed while they were read: {changes}. Put them back "
         "as they were, or begin in a new MODEL_DIR"
     )

@@ -23,6 +23,7 @@ class Evaluator:
       split: name of the split.
       predictions_path: file of the newest predictions; None before there are any.
       tally: acceptance of their drafts.
+      failures: metrics of the newest evaluation that failed or are not computed, with reasons.
 
     Raises:
       ValueError: an unknown split or metric.
@@ -35,6 +36,7 @@ class Evaluator:
         self.tally = AcceptanceStats()
         self.dataset = open_dataset(run.data, self.split)
         check_metrics(run, self.dataset)
+        self.failures: dict[str, str] = {}
         shards = sharding.batch_shards()
         rows = -(-run.evaluate.batch_size // shards) * shards
         host, hosts = sharding.batch_share()
@@ -58,7 +60,12 @@ class Evaluator:
           step: steps that they have trained.
           on_progress: called with the number of examples decoded.
         """
-        return self.losses(params) | self.predictions(params, step, on_progress)
+        values = self.losses(params)
+        # A task's own metric called "loss" does not take the place of the loss.
+        return values | {
+            f"task/{name}" if name in values else name: value
+            for name, value in self.predictions(params, step, on_progress).items()
+        }
 
     def losses(self, params: Any) -> dict[str, float]:
         """Computes loss, perplexity, accuracy and bits per byte."""
@@ -80,6 +87,7 @@ class Evaluator:
           on_progress: called with the number of examples decoded.
         """
         names = self.run.evaluate.metrics or self.dataset.metrics
+        self.failures = {} if self.run.evaluate.metrics else self.dataset.unsupported_metrics
         count = min(len(self.dataset), self.run.evaluate.examples)
         if not count or not self.has_predictions() or not (names or self.uses_task_metrics()):
             return {}
@@ -94,15 +102,39 @@ class Evaluator:
         self.tally = predictor.tally
         written = [each.texts[0] for each in predictions]
         references = [self.dataset.references(i) for i in range(count)]
-        values = metrics.measure_metrics(names, written, references) if names else {}
-        if self.uses_task_metrics():
-            values |= self.dataset.score(written)
+        values = self.measure(names, written, references)
         texts = [self.dataset.inputs_text(i) for i in range(count)]
-        self.predictions_path = self.write_predictions(
-            step, prediction_rows(texts, predictions, references)
-        )
+        try:
+            self.predictions_path = self.write_predictions(
+                step, prediction_rows(texts, predictions, references)
+            )
+        except OSError as error:
+            # The numbers are worth more than the texts, and training goes on without them.
+            self.failures["predictions"] = f"their file could not be written: {error}"
         counts = {"examples": count, "truncated_inputs": cut}
         return values | {name: float(size) for name, size in counts.items() if size}
+
+    def measure(
+        self, names: Sequence[str], written: list[str], references: list[list[str]]
+    ) -> dict[str, float]:
+        """Computes metrics of texts; one that fails is noted in `failures`, the others count.
+
+        Args:
+          names: keys of metrics.METRICS.
+          written: predictions.
+          references: acceptable answers of each.
+        """
+        values: dict[str, float] = {}
+        for name in names:
+            try:
+                values |= metrics.measure_metrics([name], written, references)
+            except (Exception, SystemExit) as error:  # in sacrebleu and rouge_score too
+                self.failures[name] = processes.describe_error(error)
+        if self.uses_task_metrics():
+            scores = self.dataset.score(written)
+            values |= scores.values
+            self.failures |= scores.failures
+        return values
 
     def inputs(self, count: int) -> tuple[list[list[int]], int]:
         """Input ids of the first examples, truncated as in training; counts truncated ones."""

@@ -178,7 +178,7 @@ def test_text_and_metrics_of_a_seqio_task_are_its_own(registered):
     dataset = data.open_dataset(described("law_bytes", registered), "validation")
     assert dataset.inputs_text(3) == "word 3 é" and dataset[3].targets == "0 and some"
     # The task's postprocessor keeps the first word of answer and prediction.
-    assert dataset.score(["0 x", "1 y", "1 z"]) == {"accuracy": pytest.approx(2 / 3)}
+    assert dataset.score(["0 x", "1 y", "1 z"]) == ({"accuracy": pytest.approx(2 / 3)}, {})
 
 
 def test_a_changed_seqio_task_is_read_anew(registered):

@@ -115,7 +115,7 @@ def test_a_dataset_gives_text_references_and_metrics(cache_dir):
     assert dataset[7] == rows[7]
     assert dataset.references(7) == list(rows[7].references)
     assert dataset.metrics == ("per", "wer") and dataset.has_inputs
-    assert dataset.score(["A"]) == {}
+    assert dataset.score(["A"]) == ({}, {})
 
 
 def test_names_of_ours_need_no_tensorflow_and_the_room_no_jax(tmp_path):
