@@ -68,6 +68,7 @@ class Run:
 
     def __init__(self, folder: Path, steps: int):
         self.folder, self.steps = folder, steps
+        self.read: tuple[int, tuple] = (0, ())
         # Imports have no state and take most of a start: they are made once.
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["t5x_lite.training.loop", "orbax.checkpoint"])
@@ -87,11 +88,15 @@ class Run:
         if process.exitcode:
             raise SystemExit(f"{self.folder} ended with {process.exitcode}: see its log")
 
-    def lines(self) -> int:
-        """How many steps were told, those done again counted again."""
+    def recorded(self) -> tuple[int, tuple]:
+        """The newest step that is recorded, and the state of the file that says so."""
         with contextlib.suppress(FileNotFoundError):
-            return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
-        return 0
+            file = (self.folder / "metrics.jsonl").stat()
+            state = file.st_ino, file.st_mtime_ns, file.st_size
+            if state != self.read[1]:
+                content = (self.folder / "metrics.jsonl").read_bytes()
+                self.read = content.count(b"\n"), state
+        return self.read
 
     def kill(self, draw: random.Random, starting: float) -> dict:
         """Starts a process and kills it at a drawn moment; what it was doing then.
@@ -101,10 +106,13 @@ class Run:
         """
         early, share = draw.random() < 0.5, draw.random()
         wanted, later = draw.randint(1, MOST_STEPS), draw.uniform(0, MOST_SECONDS)
-        # A run without a checkpoint begins its metrics anew.
-        before = self.lines() if self.checkpoints() else 0
-        process, began = self.start(), time.monotonic()
-        while process.is_alive() and (done := self.lines() - before) < wanted:
+        resumed = (self.checkpoints() or [0])[-1]
+        _, before = self.recorded()
+        process, began, done = self.start(), time.monotonic(), 0
+        while process.is_alive() and done < wanted:
+            step, state = self.recorded()
+            # Until its first step the record is that of the process before, which went further.
+            done = step - resumed if state != before else 0
             if early and time.monotonic() - began > share * starting:
                 break
             time.sleep(0.002)

@@ -8,8 +8,11 @@ wait for it in a collective.
 
 import argparse
 import contextlib
+import errno
+import hashlib
 import itertools
 import os
+import socket
 import sys
 import threading
 import time
@@ -114,6 +117,34 @@ def detect_cluster(environment: Mapping[str, str], devices: Path = PCI_DEVICES) 
 def has_tpu(devices: Path = PCI_DEVICES) -> bool:
     """True if a TPU is on the bus of this machine."""
     return any(path.read_text().strip() == TPU_VENDOR for path in devices.glob("*/vendor"))
+
+
+@contextlib.contextmanager
+def claim_index(rendezvous: Rendezvous):
+    """Context that holds the index of this process on this machine, on Linux.
+
+    JAX itself lets a second process of one index wait for minutes.
+
+    Raises:
+      ProcessesError: another process of this machine holds it.
+    """
+    if rendezvous.coordinator is None or not sys.platform.startswith("linux"):
+        yield
+        return
+    place = f"{rendezvous.coordinator}/{rendezvous.process}".encode()
+    with socket.socket(socket.AF_UNIX) as holder:
+        try:
+            # In Linux's abstract namespace: no file is left, however the process ends.
+            holder.bind(b"\0t5x_lite/" + hashlib.sha256(place).hexdigest().encode())
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise ProcessesError(
+                f"Another process with --process={rendezvous.process} of --coordinator="
+                f"{rendezvous.coordinator} runs on this machine: give each process an index of "
+                "its own, or wait for the end of an earlier run"
+            ) from error
+        yield
 
 
 def connect(rendezvous: Rendezvous, command: str) -> None:
@@ -253,7 +284,15 @@ def process_group(rendezvous: Rendezvous | None, command: str):
     if rendezvous is None:
         yield
         return
-    connect(rendezvous, command)
+    with claim_index(rendezvous):
+        connect(rendezvous, command)
+        with watch_others(command):
+            yield
+
+
+@contextlib.contextmanager
+def watch_others(command: str):
+    """Context of the work of a connected process: an error in one ends all."""
     watchdog = Watchdog(command, compat.distributed_state())
     watchdog.start()
     try:
@@ -343,3 +382,11 @@ def error_message(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """First line of an error's message, or the name of its class."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def describe_error(error: BaseException) -> str:
+    """Class, first line and place of an error that a user's function raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    message = f": {first_line(error)[:300]}" if str(error) else ""
+    return f"{type(error).__name__}{message}{place}"

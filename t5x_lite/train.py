@@ -36,9 +36,10 @@ MODEL_DIR:
   predictions/                     texts decoded at each evaluation
   report.json, learning_curve.png  at the end
 
-Ctrl-C and SIGTERM save first; a second one ends at once. Of several processes one is enough, and
-all end; MODEL_DIR must be the same folder for all. Exit status: 0 finished, 2 refused with a
-reason, 1 failed on the way, 75 another process was lost, 128 + signal when interrupted."""
+Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save first; a second one ends at once. A reader of the output
+that goes away ends nothing. Of several processes one signal is enough, and all end; MODEL_DIR must
+be the same folder for all. Exit status: 0 finished, 2 refused with a reason, 1 failed on the way,
+75 another process was lost, 128 + signal when interrupted."""
 
 
 def parser() -> Parser:
@@ -49,6 +50,11 @@ def parser() -> Parser:
     command.add_argument("--dry_run", action="store_true", help="print what would be trained")
     command.add_argument(
         "--try_memory", action="store_true", help="train even if memory seems to be too small"
+    )
+    command.add_argument(
+        "--ignore_damaged",
+        action="store_true",
+        help="begin at step 0 where MODEL_DIR has only damaged checkpoints, which are kept",
     )
     command.add_argument("--profile", action="store_true", help="write a profiler trace")
     return command
@@ -67,7 +73,6 @@ def train_here(args: argparse.Namespace) -> int:
 
     run = data.load_run(args.gin_file, args.bindings)
     # After the config is read: a misspelled name is reported before jax takes its seconds.
-    from t5x_lite.checkpoints import manager
     from t5x_lite.training import host, loop, preemption, preflight
     from t5x_lite.training.reporting import dry_run
 
@@ -78,12 +83,14 @@ def train_here(args: argparse.Namespace) -> int:
         print(dry_run.describe_run(run))
         preflight.check_run(run, print, args.try_memory)
         return 0
-    manager.quiet_writer_logs()
-    try:
-        loop.train(run, profile=args.profile, try_memory=args.try_memory)
-    except preemption.Interrupted as error:
-        # A good end for the other processes, which end after the same step.
-        return COMMAND.interrupted(error)
+    host.quiet_writer_logs()
+    with host.surviving_output(), host.naming_lack_of_memory():
+        try:
+            loop.train(run, args.profile, args.try_memory, args.ignore_damaged)
+        except preemption.Interrupted as error:
+            preemption.end_process_soon(error.exit_status)
+            # A good end for the other processes, which end after the same step.
+            return COMMAND.interrupted(error)
     return 0
 
 

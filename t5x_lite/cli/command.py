@@ -83,6 +83,11 @@ class Command:
             return self.interrupted(error)
         except (ValueError, OSError) as error:
             self.stop(error)
+        except (RuntimeError, MemoryError) as error:
+            if not exit_status.is_out_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or ["the host has too little"])[0]
+            self.stop(exit_status.OutOfMemoryError(f"Out of memory ({reason})"))
 
     def interrupted(self, error: KeyboardInterrupt) -> int:
         """Prints that a signal ended the command; returns its exit status."""

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progress of work that takes long, on stderr: a live bar on a terminal, else a line at times."""
 
+import collections
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,8 +13,11 @@ if TYPE_CHECKING:
 
 # Characters of the bar itself.
 BAR = 16
-# Seconds between lines where nobody watches a terminal, and where somebody does.
+# Seconds between lines where nobody watches a terminal, and where somebody does (and before the
+# first line in both cases).
 QUIET, LIVELY = 20.0, 2.0
+# Seconds that a rate is measured over, and between the marks that it is measured from.
+RECENT, MARK = 10.0, 0.2
 
 
 def stderr_console(quiet: bool = False) -> "Console":
@@ -38,6 +44,44 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+@contextlib.contextmanager
+def waiting(console: "Console", text: str) -> Iterator[None]:
+    """Context of work that takes long: shows what is waited for while it is waited for."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(f"{text} ...", markup=False, soft_wrap=True)
+        yield
+
+
+class RecentRate:
+    """Items per second over the last RECENT seconds: a slow start counts no longer."""
+
+    def __init__(self):
+        self.marks: collections.deque[tuple[float, int]] = collections.deque()
+
+    def add(self, done: int) -> None:
+        """Marks that `done` are done now."""
+        now = time.monotonic()
+        if len(self.marks) > 1 and now - self.marks[-2][0] < MARK:
+            self.marks.pop()
+        self.marks.append((now, done))
+        while len(self.marks) > 2 and self.marks[1][0] <= now - RECENT:
+            self.marks.popleft()
+
+    def skip(self, seconds: float) -> None:
+        """Leaves out seconds in which nothing was to be done."""
+        self.marks = collections.deque((moment + seconds, done) for moment, done in self.marks)
+
+    def rate(self) -> float | None:
+        """Items per second; None before the second mark."""
+        if len(self.marks) < 2:
+            return None
+        (begin, before), (end, after) = self.marks[0], self.marks[-1]
+        return (after - before) / (end - begin) if end > begin and after > before else None
+
+
 class Progress:
     """Counts what is done, shows it at times, and sums it up at the end.
 
@@ -48,6 +92,7 @@ class Progress:
       unit: what is counted: "lines".
       total: how many there are; None if unknown.
       done: how many are done.
+      recent: the rate of the last seconds.
     """
 
     def __init__(
@@ -67,7 +112,9 @@ class Progress:
         """
         self.unit, self.total, self.start, self.done = unit, total, start, start
         self.console = console or stderr_console()
-        self.began = self.shown = time.monotonic()
+        self.began = time.monotonic()
+        self.shown = self.began + LIVELY - self.interval()
+        self.recent = RecentRate()
         self.bar = None
         if self.console.is_terminal:
             from rich.progress import BarColumn, TextColumn
@@ -103,11 +150,16 @@ class Progress:
 
     def due(self) -> bool:
         """True if the text shown is old."""
-        return time.monotonic() - self.shown > (QUIET if self.bar is None else LIVELY)
+        return time.monotonic() - self.shown > self.interval()
+
+    def interval(self) -> float:
+        """Seconds between texts."""
+        return LIVELY if self.console.is_terminal else QUIET
 
     def advance(self, done: int) -> None:
         """Counts that `done` are done, without a text."""
         self.done = done
+        self.recent.add(done)
         if self.bar is not None:
             self.bar.update(self.task, completed=done)
 
@@ -129,13 +181,27 @@ class Progress:
             self.bar.update(self.task, description=text[:room])
 
     def estimate(self) -> str:
-        """The rate, and how long the rest takes at it."""
-        rate = self.rate()
-        left = [] if self.total is None or rate <= 0 else [(self.total - self.done) / rate]
-        return "  ".join([f"{rate:,.1f}/s", *(f"ETA {format_duration(each)}" for each in left)])
+        """The rate of the last seconds, and how long the rest takes at it."""
+        rate, left = self.recent.rate() or self.rate(), self.seconds_left()
+        eta = [] if left is None else [f"ETA {format_duration(left)}"]
+        return "  ".join([f"{rate:,.1f}/s", *eta])
+
+    def seconds_left(self) -> float | None:
+        """Seconds that the rest takes at the rate of the last seconds; None if that is unknown."""
+        rate = self.recent.rate()
+        return None if self.total is None or rate is None else (self.total - self.done) / rate
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context whose time does not count in the rate of the last seconds."""
+        paused = time.monotonic()
+        try:
+            yield
+        finally:
+            self.recent.skip(time.monotonic() - paused)
 
     def rate(self) -> float:
-        """Items done per second."""
+        """Items done per second since the beginning."""
         return (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
 
     def close(self) -> None:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the host process: allocator, and cache of compiled programs."""
+"""Settings of the host process: allocator, cache of compiled programs, logs."""
 
+import contextlib
 import ctypes
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 import jax
 
 from t5x_lite import config, processes
 from t5x_lite.config import gin_file
 from t5x_lite.data import derived
+from t5x_lite.utils.exit_status import OutOfMemoryError, is_out_of_memory
 from t5x_lite.utils.paths import cache_folder
 
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -68,3 +72,80 @@ def with_device_dtype(run: config.Run, paths: Sequence[str], bindings: Sequence[
         return derived.with_model(run, dtype=saved.dtype)
     on_cpu = jax.devices()[0].platform == "cpu"
     return derived.with_model(run, dtype="float32" if on_cpu else "bfloat16")
+
+
+def quiet_writer_logs() -> None:
+    """Silences logs of orbax's threads in a command: their errors are raised and reported anyway.
+
+    Logs that repeat them are left out, and its other writers' complaints that their loop has ended.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            show(unraisable)
+
+    sys.unraisablehook = hook
+
+
+class SurvivingStream:
+    """Text stream whose reader may go away, and whose disk may fill: what follows is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text, unless that is impossible."""
+        with self.dropping():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, unless that is impossible."""
+        with self.dropping():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Context whose first error sends all that follows nowhere, also what is in the buffer."""
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def surviving_output() -> Iterator[None]:
+    """Context in which nobody who reads the output can end the process by going away."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(SurvivingStream, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Context in which a lack of memory is one sentence with remedies.
+
+    Raises:
+      OutOfMemoryError: the device or the host has too little memory for the run.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["the host has too little"])[0]
+        raise OutOfMemoryError(
+            f"Out of memory ({reason[:300]}). Lower Train.batch_size, raise Train.microbatches, "
+            "bind Train.remat = 'full', or split weights and optimizer over devices with "
+            "Mesh.fsdp; python -m t5x_lite.plan reports what fits"
+        ) from error

@@ -9,14 +9,16 @@ Life of a run, all of it in `train`:
    5. evaluate initial weights before they train
    6. per step: place the prefetched batch, run the step, keep its metrics on the device
    7. every log_every steps: one line of metrics to the console, metrics.jsonl and TensorBoard
-   8. at evaluate.every: losses and decoded metrics; at checkpoint.every: save (evaluation first,
-      so that a checkpoint carries the metrics that choose the best one)
+   8. at checkpoint.every: save; at evaluate.every: losses and decoded metrics, added to the
+      checkpoint of the step (saved first: no failure of an evaluation costs steps)
    9. after a signal: save this step and raise Interrupted; the same command continues from there
-  10. after the last step: evaluate, save, write report.json and the learning curve
+  10. after the last step: save, evaluate, write report.json and the learning curve
 """
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +28,32 @@ from t5x_lite import config, data, processes, sharding
 from t5x_lite.checkpoints import checkpoint_io
 from t5x_lite.checkpoints.manager import CheckpointManager
 from t5x_lite.checkpoints.train_state import TrainState
-from t5x_lite.cli.progress import Progress, stderr_console
+from t5x_lite.cli.progress import Progress, stderr_console, waiting
 from t5x_lite.config import gin_file
-from t5x_lite.training import flops, model_dir, preflight, schedules, setup
+from t5x_lite.data.task import DataChangedError
+from t5x_lite.training import model_dir, preflight, schedules, setup
 from t5x_lite.training.preemption import Interrupted, PreemptionHandler
+from t5x_lite.training.profiler import StepProfiler
 from t5x_lite.training.reporting import curves, metric_writers, overview, progress_line
-from t5x_lite.training.reporting.metrics import Meter, RunTotals, StepCost
+from t5x_lite.training.reporting.metrics import Meter, RunTotals, step_cost
 from t5x_lite.utils.atomic_files import write_atomically
 
 REPORT = "report.json"
-# Steps of a profile: not the first ones, which still wait for the input pipeline to fill.
-PROFILED_STEPS = range(3, 8)
 
 
-def train(run: config.Run, profile: bool = False, try_memory: bool = False) -> dict[str, Any]:
+def train(
+    run: config.Run,
+    profile: bool = False,
+    try_memory: bool = False,
+    ignore_damaged: bool = False,
+) -> dict[str, Any]:
     """Trains the run to its last step, from its newest checkpoint if there is one.
 
     Args:
       run: config of the run.
       profile: true to write a profile of a few steps to MODEL_DIR/profile.
       try_memory: true to begin even if the memory of the devices seems to be too small.
+      ignore_damaged: true to begin anew where MODEL_DIR has only damaged checkpoints.
 
     Returns:
       the report, which is also MODEL_DIR/report.json. All its values but the times are a function
@@ -57,10 +65,10 @@ def train(run: config.Run, profile: bool = False, try_memory: bool = False) -> d
     """
     began = time.perf_counter()
     with model_dir.lock_shared(Path(run.model_dir)), PreemptionHandler() as handler:
-        training = Training(run, handler, profile, try_memory)
+        training = Training(run, handler, profile)
         try:
             with handler.anytime():
-                training.prepare()
+                training.prepare(try_memory, ignore_damaged)
             training.run_steps()
             return training.finish(began)
         finally:
@@ -80,31 +88,29 @@ class Training:
 
     # ---- Life of a run: preparation ----
 
-    def __init__(
-        self, run: config.Run, handler: PreemptionHandler, profile: bool, try_memory: bool
-    ):
+    def __init__(self, run: config.Run, handler: PreemptionHandler, profile: bool):
         self.run, self.handler = run, handler
-        self.profile, self.try_memory = profile, try_memory
         self.path = Path(run.model_dir)
         self.console = stderr_console(quiet=not processes.is_first())
         # The newest evaluation: its step and its metrics.
         self.held_out: tuple[int, dict[str, float]] = (-1, {})
         self.last_metrics: dict[str, float] = {}
         self.saved_step: int | None = None
-        self.profiling = False
+        self.profiler = StepProfiler(self.path / "profile", profile, self.log)
         self.compile_seconds = self.evaluate_seconds = 0.0
-        self.writer = self.checkpoints = self.bar = None
+        self.writer = self.checkpoints = self.bar = self.meter = None
         # Weights of the teacher, if there is one.
         self.teacher_params: Any = None
 
-    def prepare(self) -> None:
+    def prepare(self, try_memory: bool, ignore_damaged: bool) -> None:
         """Does all that comes before the first step: data, weights, compiled step, overview."""
         run = self.run
         model_dir.agree_on_config(run, self.log)
-        self.assembled = setup.assemble_run(run)
-        if not self.try_memory:
-            preflight.check_memory(run, self.assembled.shapes)
-        self.evaluator = setup.make_evaluator(run)
+        with waiting(self.console, "Opening the data"):
+            self.assembled = setup.assemble_run(run)
+            if not try_memory:
+                preflight.check_memory(run, self.assembled.shapes)
+            self.evaluator = setup.make_evaluator(run)
         self.cost = step_cost(run)
         statistics = str(self.assembled.batches.statistics)
         self.console.print(
@@ -113,7 +119,7 @@ class Training:
         for warning in schedules.list_warnings(run):
             self.log(f"Warning: {warning}")
         self.checkpoints = CheckpointManager(self.path, run.checkpoint)
-        self.restore()
+        self.restore(ignore_damaged)
         self.start = int(self.state.step)
         self.open_writer()
         if self.start < run.train.steps:
@@ -122,19 +128,25 @@ class Training:
     def open_writer(self) -> None:
         """Writes config and vocabularies to MODEL_DIR, and opens the metric writer."""
         self.writer = metric_writers.NullMetricWriter()
+        if not processes.is_first():
+            return
         # A finished run of more steps stays as it is described.
-        if processes.is_first() and self.start <= self.run.train.steps:
+        if self.start <= self.run.train.steps:
             model_dir.write_description(self.run, self.assembled.vocabularies)
-            new_run = self.saved_step is None
-            self.writer = metric_writers.MetricWriter(
-                self.path, self.run.train.tensorboard, new_run
-            )
+        board = self.run.train.tensorboard
+        self.writer = metric_writers.MetricWriter(self.path, board, self.saved_step, self.log)
+        step, values = self.held_out
+        # A kill comes between the checkpoint's metrics and the line with them, too.
+        if values and not metric_writers.has_line(self.path, step, self.run.data.eval_split):
+            self.writer.write(step, values, self.run.data.eval_split)
 
-    def restore(self) -> None:
+    def restore(self, ignore_damaged: bool) -> None:
         """Sets the state of the newest usable checkpoint, or that of a new run."""
-        restored = self.checkpoints.restore(self.assembled.shapes, self.log)
+        with waiting(self.console, "Looking for a checkpoint"):
+            restored = self.checkpoints.restore(self.assembled.shapes, self.log, ignore_damaged)
         if restored is None:
-            self.state = setup.initial_train_state(self.assembled, self.console.print)
+            with waiting(self.console, "Making the initial weights"):
+                self.state = setup.initial_train_state(self.assembled, self.console.print)
             self.totals = RunTotals()
             return
         self.state, note = restored
@@ -150,7 +162,8 @@ class Training:
         batch = sharding.place_batch(self.assembled.batches.at(self.start))
         if self.assembled.teacher:
             self.teacher_params = self.assembled.teacher.params()
-        self.step = self.assembled.step.lower(self.state, batch, self.teacher_params).compile()
+        with waiting(self.console, "Compiling the training step"):
+            self.step = self.assembled.step.lower(self.state, batch, self.teacher_params).compile()
         self.compile_seconds = time.perf_counter() - began
         # Gloo, between processes on CPU, gives up where one comes half a minute after the other.
         processes.barrier()
@@ -175,22 +188,60 @@ class Training:
         self.meter = Meter(self.run.train, self.cost, self.totals)
         batches = data.prefetch(self.assembled.batches, self.start, stop)
         try:
-            self.evaluate_initial()
-            for number, batch in batches:
-                self.profile_step(number)
+            self.evaluate_first()
+            for done in range(self.start, stop):
+                with self.saving_on_failure(done):
+                    number, batch = next(batches)
+                self.profiler.before_step(number - self.start)
                 self.take_step(number, batch, batches.waited)
                 self.after_step(number + 1)
         finally:
             batches.close()
-            self.end_profile()
+            self.profiler.close()
             self.bar.close()
 
-    def evaluate_initial(self) -> None:
-        """Evaluates adapted or initial weights before they train."""
+    def evaluate_first(self) -> None:
+        """Evaluates adapted or initial weights before they train, and a checkpoint whose evaluation
+        did not come to its end."""
         initial = self.run.adaptation or self.run.checkpoint.initial
-        if initial and self.start == 0 and self.evaluator and self.run.evaluate.every:
-            with self.meter.pause():
-                self.evaluate(0)
+        if self.start > 0 or initial:
+            self.evaluate_if_due(self.start)
+
+    def evaluate_if_due(self, done: int) -> None:
+        """Evaluates after `done` steps if it is due and not done yet."""
+        if self.evaluation_due(done) and self.evaluator and self.held_out[0] != done:
+            with self.pause():
+                self.evaluate(done)
+
+    def evaluation_due(self, done: int) -> bool:
+        """True if the weights after `done` steps are to be evaluated."""
+        every = self.run.evaluate.every
+        return done == self.run.train.steps or (every > 0 and done % every == 0)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context whose time does not count as training: evaluation, saving."""
+        with self.meter.pause(), self.bar.pause():
+            yield
+
+    @contextlib.contextmanager
+    def saving_on_failure(self, done: int) -> Iterator[None]:
+        """Context of work besides the steps, such as the user's code: `done` steps are saved if it
+        fails. A signal is answered at once."""
+        try:
+            with self.handler.anytime():
+                yield
+        except Interrupted:
+            self.stop_for_signal(done)
+        except DataChangedError:
+            # The last steps may have read what should not be there.
+            raise
+        except Exception:
+            # With several processes the others would wait for one that failed alone.
+            if done > self.start and not processes.is_multiprocess():
+                self.save_now(done)
+                self.log(f"Saved step {done} before this failure:")
+            raise
 
     def take_step(self, number: int, batch, waited: float) -> None:
         """Places a batch and starts the step.
@@ -207,22 +258,20 @@ class Training:
         self.meter.record_step(number, metrics)
 
     def after_step(self, done: int) -> None:
-        """Logs, evaluates and saves if it is due after `done` steps; stops after a signal."""
-        run, last = self.run, done == self.run.train.steps
+        """Logs, saves and evaluates if it is due after `done` steps; stops after a signal."""
+        run, evaluate = self.run, self.evaluation_due(done)
         self.handler.reached(done)
+        self.checkpoints.check_writer()
         self.bar.advance(done)
-        evaluate = last or (run.evaluate.every and done % run.evaluate.every == 0)
-        save = last or done % run.checkpoint.every == 0
+        save = done == run.train.steps or done % run.checkpoint.every == 0
         if done % run.train.log_every == 0 or evaluate or save or self.handler.due:
             self.log_window(done)
         elif self.bar.due() and (line := self.meter.peek()):
             self.show_metrics(line)
-        if evaluate and self.evaluator:
-            with self.meter.pause():
-                self.evaluate(done)
         if save or (evaluate and run.checkpoint.metric):
-            with self.meter.pause():
+            with self.pause():
                 self.save(done)
+        self.evaluate_if_due(done)
         if self.handler.due:
             self.stop_for_signal(done)
 
@@ -237,28 +286,29 @@ class Training:
     def show_metrics(self, values: dict[str, float]) -> None:
         """Shows a line of metrics: always beside a live progress bar, else now and then."""
         if self.bar.live or self.bar.due() or self.bar.done == self.bar.total:
-            left = (self.bar.total - self.bar.done) * values["step_seconds"]
-            self.bar.show(progress_line.format_metrics(values, left))
+            self.bar.show(progress_line.format_metrics(values, self.bar.seconds_left()))
 
     def evaluate(self, done: int) -> None:
         """Measures the weights after `done` steps on the held-out split."""
-        began = time.perf_counter()
-        try:
-            with self.handler.anytime():
-                values = self.evaluator(self.state.params, done, self.show_decoded)
-        except Interrupted:
-            self.stop_for_signal(done)
+        began, split = time.perf_counter(), self.run.data.eval_split
+        with self.saving_on_failure(done):
+            values = self.evaluator(self.state.params, done, self.show_decoded)
+            if not self.evaluator.failures:
+                setup.check_metric(self.run.checkpoint, values)
         self.evaluate_seconds += time.perf_counter() - began
-        setup.check_metric(self.run.checkpoint, values)
         self.held_out = done, values
-        self.writer.write(done, values, prefix=self.run.data.eval_split)
+        if self.saved_step == done:
+            self.checkpoints.add_metrics(done, values)
+        self.writer.write(done, values, split, self.evaluator.failures)
         words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.log(f"step {done} {self.run.data.eval_split}: {words}")
+        self.log(f"step {done} {split}: {words}")
+        for name, reason in self.evaluator.failures.items():
+            self.log(f"step {done} {split}: {name} not computed: {reason}")
 
     def show_decoded(self, examples: int) -> None:
         """Shows the number of examples decoded so far."""
-        if self.bar is not None:
-            self.bar.label(f"evaluating: {examples} decoded")
+        if self.bar is not None and (self.bar.live or self.bar.due()):
+            self.bar.show(f"evaluating: {examples} examples decoded")
 
     # ---- Checkpoints and signals ----
 
@@ -266,6 +316,8 @@ class Training:
         """Saves a checkpoint of `done` steps, unless it is saved already."""
         if self.saved_step == done:
             return
+        # What a kill leaves are all lines up to its newest checkpoint.
+        self.writer.flush()
         step, values = self.held_out
         note = checkpoint_io.CheckpointMetadata(
             step=done,
@@ -277,30 +329,22 @@ class Training:
         self.checkpoints.save(self.state, note)
         self.saved_step = done
 
+    def save_now(self, done: int) -> None:
+        """Saves `done` steps, their metrics included, and waits until that is on disk."""
+        if self.meter is not None and self.meter.window:
+            self.log_window(done)
+        self.save(done)
+        self.checkpoints.wait()
+
     def stop_for_signal(self, done: int) -> None:
         """Saves and raises Interrupted with the signal."""
         ended = Interrupted(self.handler.number)
-        self.save(done)
-        self.checkpoints.wait()
+        if done == 0:
+            self.log(f"{ended}: nothing is saved before the first step.")
+            raise ended
+        self.save_now(done)
         self.log(f"{ended}: saved step {done} in {self.path}. The same command goes on from there.")
         raise ended
-
-    # ---- Profile ----
-
-    def profile_step(self, number: int) -> None:
-        """Starts and ends the profiler around PROFILED_STEPS."""
-        if self.profile and number - self.start == PROFILED_STEPS.start:
-            jax.profiler.start_trace(str(self.path / "profile"))
-            self.profiling = True
-        if number - self.start == PROFILED_STEPS.stop:
-            self.end_profile()
-
-    def end_profile(self) -> None:
-        """Ends a profile that was started."""
-        if self.profiling:
-            jax.profiler.stop_trace()
-            self.profiling = False
-            self.log(f"profile of up to {len(PROFILED_STEPS)} steps: {self.path / 'profile'}")
 
     # ---- Report ----
 
@@ -310,63 +354,47 @@ class Training:
         Args:
           began: time.perf_counter() at the start of the process's run.
         """
-        path = self.path / REPORT
-        if self.start >= self.run.train.steps and path.exists():
+        path, done = self.path / REPORT, int(self.state.step)
+        if self.start >= self.run.train.steps and (report := model_dir.read_report(path, done)):
             self.log(f"Its report is {path}.")
-            return json.loads(path.read_text())
-        done = int(self.state.step)
+            return report
         if self.evaluator and self.held_out[0] != done:
             self.evaluate(done)
-        self.checkpoints.wait()
+        with waiting(self.console, f"Writing the checkpoint of step {done}"):
+            self.checkpoints.wait()
+        self.writer.flush()
         report = self.report(time.perf_counter() - began)
         if not processes.is_first():
             return report
         write_atomically(path, json.dumps(report, indent=2) + "\n")
-        picture = curves.draw_learning_curve(self.path)
-        self.log(f"finished at step {done}: {path}, {picture}")
+        self.log(f"finished at step {done}: {path}, {curves.try_to_draw(self.path)}")
         return report
 
     def report(self, total_seconds: float) -> dict[str, Any]:
-        """Collects held-out metrics by name, and times and sizes of the training.
-
-        train_seconds is time spent in steps over all restarts; total_seconds is of this process.
-        """
-        totals = self.totals
-        seconds = max(totals.seconds, 1e-9)
+        """Collects held-out metrics by name, and times and sizes of the training; total_seconds is
+        of this process."""
         return {
             "steps": int(self.state.step),
             "split": self.run.data.eval_split if self.evaluator else None,
             **self.held_out[1],
+            "not_computed": self.evaluator.failures if self.evaluator else {},
             "train_loss": self.last_metrics.get("loss"),
             "skipped_steps": int(self.state.skipped),
-            "train_seconds": totals.seconds,
+            **self.totals.report(),
             "compile_seconds": self.compile_seconds,
             "evaluate_seconds": self.evaluate_seconds,
             "total_seconds": total_seconds,
-            "trained_target_tokens": totals.target_tokens,
-            "target_tokens_per_second": totals.target_tokens / seconds,
-            "tokens_per_second": totals.tokens / seconds,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
             "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         }
 
     def close(self) -> None:
         """Closes the metric writer and the checkpoints."""
-        for resource in (self.writer, self.checkpoints):
-            if resource is not None:
-                resource.close()
+        with contextlib.ExitStack() as closing:
+            for resource in (self.checkpoints, self.writer):
+                if resource is not None:
+                    closing.callback(resource.close)
 
     def log(self, text: str) -> None:
         """Prints a line, on the first process."""
         self.console.print(text, markup=False, soft_wrap=True)
-
-
-def step_cost(run: config.Run) -> StepCost:
-    """Positions and FLOPs of a step of this run, and the peak of all chips if it is known."""
-    lengths, rows = run.data.lengths, run.train.batch_size
-    peak = flops.peak_flops(jax.devices()[0].device_kind)
-    return StepCost(
-        positions=rows * sum(flops.row_lengths(run.model.layout, lengths)),
-        flops=flops.step_flops(run.model, rows, lengths),
-        peak=peak and peak * jax.device_count(),
-    )

@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C, as a request that a run answers at a good moment."""
+"""SIGTERM, Ctrl-C and their like, as a request that a run answers at a good moment."""
 
 import contextlib
 import os
+import select
 import signal
+import sys
+import threading
 
 from t5x_lite import processes
+
+# SIGHUP comes when a terminal is closed, SIGUSR1 from schedulers before their time limit; alone
+# they would end the process unsaved.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Seconds until a process ends that hangs: after the second signal, after a first one that nothing
+# answers (the largest checkpoints take minutes), and where threads hold the end of the process.
+AT_ONCE, UNANSWERED, AT_EXIT = 5.0, 3600.0, 30.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -25,7 +35,9 @@ class PreemptionHandler:
     """Notes the first signal; the second one ends the process at once.
 
     Inside `anytime` the signal raises Interrupted where it arrives; elsewhere the run reads `due`
-    after it has reported each step to `reached`.
+    after it has reported each step to `reached`. Python runs handlers between its own
+    instructions; where a disk or a device does not come back to those, `SignalWatch` ends the
+    process.
 
     Of several processes all end after the same step, whichever of them got the signal: JAX's
     coordinator chooses one that none of them has done yet.
@@ -37,16 +49,21 @@ class PreemptionHandler:
         self.due = False
         self.raising = False
         self.before: dict[int, object] = {}
+        self.watch: SignalWatch | None = None
 
     def __enter__(self):
-        # JAX itself notes SIGTERM where there are several processes.
-        for number in (signal.SIGINT,) if self.several else (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.note)
+        self.watch = SignalWatch()
+        for number in SIGNALS:
+            # JAX itself notes SIGTERM where there are several processes, and nohup ignores SIGHUP.
+            noted_by_jax = self.several and number == signal.SIGTERM
+            if not noted_by_jax and signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.watch.close()
 
     def note(self, number: int, _frame) -> None:
         """Handles a signal."""
@@ -76,3 +93,57 @@ class PreemptionHandler:
             yield
         finally:
             self.raising = False
+
+
+class SignalWatch(threading.Thread):
+    """Thread that sees every signal that Python handles, also while the main thread hangs.
+
+    It reports the first one, and ends the process AT_ONCE after the second, or UNANSWERED after the
+    first.
+    """
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.reading, self.writing = os.pipe()
+        os.set_blocking(self.writing, False)
+        self.before = signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        first = self.next_signal(None)
+        if first is None:
+            return
+        name = signal.Signals(first).name
+        print(f"{name}: ending; a second signal ends at once.", file=sys.stderr, flush=True)
+        again = self.next_signal(UNANSWERED)
+        if not self.over.wait(0.0 if again is None else AT_ONCE):
+            os._exit(128 + (again or first))
+
+    def next_signal(self, seconds: float | None) -> int | None:
+        """The next of SIGNALS; None after `seconds`, or once the watch is closed."""
+        poll = select.poll()
+        poll.register(self.reading, select.POLLIN)
+        while poll.poll(None if seconds is None else 1000 * seconds):
+            number = os.read(self.reading, 1)[0]
+            if self.over.is_set():
+                return None
+            if number in SIGNALS:
+                return number
+        return None
+
+    def close(self) -> None:
+        """Ends the watch."""
+        self.over.set()
+        signal.set_wakeup_fd(self.before)
+        os.write(self.writing, b"\0")
+        self.join()
+        os.close(self.reading)
+        os.close(self.writing)
+
+
+def end_process_soon(status: int) -> None:
+    """Ends the process AT_EXIT from now, whatever thread still waits for a disk by then."""
+    timer = threading.Timer(AT_EXIT, os._exit, [status])
+    timer.daemon = True
+    timer.start()

@@ -12,6 +12,18 @@ TRY_AGAIN = 75
 WRONG_PATHS = FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError
 
 
+class OutOfMemoryError(ValueError):
+    """The device or the host has too little memory; the message says what takes less."""
+
+    exit_status = FAILURE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the errors by which Python and XLA report a lack of memory."""
+    by_device = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return by_device or isinstance(error, MemoryError)
+
+
 def exit_status(error: BaseException) -> int:
     """The exit status of a command that ends with `error`.
 

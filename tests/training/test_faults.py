@@ -17,7 +17,7 @@ import pytest
 from test_training_run import losses, make_run, started, wait_for_step, with_train
 
 from t5x_lite import config
-from t5x_lite.checkpoints import checkpoint_io, manager, train_state
+from t5x_lite.checkpoints import checkpoint_io, manager, step_folders, train_state
 from t5x_lite.config import gin_file
 from t5x_lite.training import loop
 from t5x_lite.utils.exit_status import FAILURE, MISTAKE
@@ -141,10 +141,11 @@ def test_a_disk_that_takes_no_more_is_told_and_the_run_goes_on_later(tmp_path):
 
 @pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path):
-    run = short(tmp_path, "run", steps=12)
+    run = with_train(short(tmp_path, "run", steps=12), tensorboard=True)
     process = run_program(JUMPING, [], run, tmp_path / "run.gin")
     output = process.communicate(timeout=300)[1]
     assert process.returncode == 0, output
+    assert "training goes on" not in output
     calm = dataclasses.replace(run, model_dir=str(tmp_path / "calm"))
     with started(calm, tmp_path / "calm.gin") as process:
         assert process.wait() == 0
@@ -210,7 +211,7 @@ def test_a_run_killed_in_start_step_and_save_is_bitwise_the_same(tmp_path):
     path = Path(killed.model_dir)
 
     def halves():
-        return list((path / "checkpoints").glob(f"*{manager.UNFINISHED}*"))
+        return list((path / "checkpoints").glob(f"*{step_folders.UNFINISHED}*"))
 
     moments = {
         "data": lambda: (path / ".lock").exists(),

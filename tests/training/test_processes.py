@@ -224,6 +224,19 @@ def test_places_with_several_processes_are_recognized(tmp_path):
     assert collected(JAX_PLATFORMS="cpu") is None
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's abstract sockets")
+def test_two_processes_of_one_index_are_refused_at_once():
+    def claim(process, coordinator=f"localhost:{'8' * 200}"):
+        return processes.claim_index(processes.Rendezvous(coordinator, 3, process))
+
+    with claim(1), claim(2), claim(1, "elsewhere:8476"):
+        with pytest.raises(processes.ProcessesError, match=r"--process=1 .*runs on this machine"):
+            with claim(1):
+                pass
+    with claim(1), processes.claim_index(processes.Rendezvous()):
+        pass
+
+
 class Board:
     """The coordinator's board, without a coordinator."""
 

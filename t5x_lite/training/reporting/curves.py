@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning curve of a run, as a picture."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 
+from t5x_lite import processes
 from t5x_lite.training.reporting import metric_writers
 
 PICTURE = "learning_curve.png"
-TRAINED, HELD_OUT = "#4c78a8", "#e45756"
+TRAINED = "#4c78a8"
+# Of held-out losses, in turn.
+HELD_OUT = ("#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d")
+
+
+def try_to_draw(model_dir: Path) -> str:
+    """Draws the learning curve; returns its path, or why there is none: a run is complete without
+    it."""
+    try:
+        return str(draw_learning_curve(model_dir))
+    except Exception as error:  # of matplotlib or the disk
+        return f"no learning curve ({processes.describe_error(error)})"
 
 
 def draw_learning_curve(model_dir: Path) -> Path | None:
@@ -44,7 +57,7 @@ SHOWN_METRICS = (
     "edit_distance",
     "bleu",
     "chrf",
-    "rouge_l",
+    "rougeLsum",
 )
 
 
@@ -59,14 +72,25 @@ def draw_losses(axes, trained: dict[int, float], held_out: dict[str, dict[int, f
     steps, losses = np.array(list(trained)), np.array(list(trained.values()))
     axes.plot(steps, losses, color=TRAINED, alpha=0.3, linewidth=1)
     axes.plot(steps, running_mean(losses), color=TRAINED, linewidth=1.8, label="training")
-    for name, points in held_out.items():
-        axes.plot(list(points), list(points.values()), "o-", color=HELD_OUT, markersize=4)
-        axes.lines[-1].set_label(name.rsplit("/", 1)[0])
+    for (name, points), color in zip(held_out.items(), itertools.cycle(HELD_OUT), strict=False):
+        # A single point has no line: it is drawn large enough to be seen.
+        style = dict(marker="o", markersize=4 if len(points) > 1 else 8, color=color, zorder=3)
+        axes.plot(list(points), list(points.values()), label=name.removesuffix("/loss"), **style)
     finite = losses[np.isfinite(losses)]
     if len(finite) and finite.min() > 0 and finite.max() / finite.min() > 5:
-        axes.set_yscale("log")
+        use_log_scale(axes)
     axes.set(xlabel="step", ylabel="loss (nats per target token)")
     add_grid_and_legend(axes)
+
+
+def use_log_scale(axes) -> None:
+    """Makes the vertical axis logarithmic, its ticks numbers: 4, 2, 1, 0.5, 0.3."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, position: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def draw_metrics(axes, metrics: dict[str, dict[int, float]]) -> None:
