@@ -175,7 +175,7 @@ def test_a_checkpoint_with_too_few_ids_names_the_command_that_adds_them(makes):
     with pytest.raises(setup.CheckpointError) as caught:
         setup.initial_weights(str(makes / "hf"), wider, model.shapes(wider))
     text = str(caught.value)
-    assert "t5x_lite.adapt" in text and "t5x_lite.convert --dry_run" in text
+    assert "t5x_lite.adapt" in text and "t5x_lite.convert --from=" in text
     options = {adapt: ("--names", "--sentinels"), convert: ("--dry_run", "--allow")}
     for command, names in options.items():
         assert all(name in text and name in command.parser().format_help() for name in names)
