@@ -153,7 +153,8 @@ class Sink:
             raise ValueError(f"{self.path} exists, and a stream cannot be continued: {remedy}")
         if not self.settings_path.exists():
             raise ValueError(f"{self.path} exists, but {self.settings_path} does not: {remedy}")
-        there, here = self.kept_settings(remedy), self.settings
+        # As the file has them: a tuple is a list there.
+        there, here = self.kept_settings(remedy), json.loads(json.dumps(self.settings))
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
                 raise ValueError(
