@@ -108,7 +108,7 @@ class Checked:
         """Raises ValueError where a value is out of range or two fields contradict each other."""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # gin makes subclasses of its own each time that it reads
 def field_types(owner: type) -> dict[str, Any]:
     """Annotations of a dataclass's fields by name, ranges included."""
     hints = typing.get_type_hints(owner, include_extras=True)
@@ -138,7 +138,8 @@ def coerce(value: Any, hint: Any) -> Any:
     if origin is Literal and value in args:
         return value
     if origin is None and hint is float and type(value) is int:
-        return float(value)
+        # Python refuses to make a float of a larger integer.
+        return float(value) if abs(value) <= LARGEST_FLOAT else math.inf
     if origin is None and isinstance(value, hint) and type(value) is not bool:
         return value
     if hint is bool and type(value) is bool:

@@ -91,7 +91,7 @@ def outside(number: Number) -> list[float]:
     if kind is int:
         values = [least - 1, most + 1, 2**64]
     else:
-        values = [math.inf, -math.inf, math.nan, 2 * LARGEST_FLOAT, 1e-50]
+        values = [math.inf, -math.inf, math.nan, 2 * LARGEST_FLOAT, 1e-50, 10**400]
         if math.isfinite(least):
             open_end = number.limits.open in ("least", "both")
             values.append(least if open_end else np.nextafter(np.float32(least), -(9**9)).item())
