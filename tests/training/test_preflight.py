@@ -99,6 +99,7 @@ def refusal_of(action) -> str:
         ),
         ('config.Optimizer.name = "adamm"', "adamw"),
         ('config.Decode.drafter = "lokup"', "Unknown drafter 'lokup': did you mean lookup?"),
+        ('config.Decode.drafter = "early:9"', "drafter=early is 9, but the decoder has 1 layers"),
         ('config.Decode.accept = "exakt"', "did you mean exact?"),
         ('MODEL_DIR = "{folder}/trained"\nconfig.Schedule.peak = 0.5', "run of another config"),
     ],

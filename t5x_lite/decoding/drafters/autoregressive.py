@@ -97,18 +97,17 @@ def draft_token(
     return sampling.sample_draft(log_probability, begin, position, params), log_probability
 
 
-def check_layer_number(context: DecodeContext, name: str, layer: int) -> None:
+def check_layer_number(layers: int, name: str, layer: int) -> None:
     """Checks the layer at which a drafter divides the decoder.
 
     Args:
-      context: constants of the request.
+      layers: number of the decoder's layers.
       name: name of the drafter's field.
       layer: its value.
 
     Raises:
       ValueError: the decoder has too few layers, or one part would be empty.
     """
-    layers = context.target.num_layers
     if not 1 <= layer < layers:
         raise ValueError(
             f"{name} is {layer}, but the decoder has {layers} layers: it must be in 1..{layers - 1}"

@@ -44,7 +44,9 @@ class EarlyExit:
         Raises:
           ValueError: the model has fewer layers.
         """
-        autoregressive.check_layer_number(context, "EarlyExit.layers", self.layers)
+        autoregressive.check_layer_number(
+            context.target.num_layers, "EarlyExit.layers", self.layers
+        )
 
     def propose(
         self, context: DecodeContext, drafter_state: None, state: DecodeState

@@ -54,7 +54,9 @@ class LateLayers:
         Raises:
           ValueError: the model has fewer layers.
         """
-        autoregressive.check_layer_number(context, "LateLayers.middle", self.middle)
+        autoregressive.check_layer_number(
+            context.target.num_layers, "LateLayers.middle", self.middle
+        )
         tokens, index = context.prompts.tokens[:, :1], 0 * context.prompts.length
         return jnp.zeros_like(self.embed(context, tokens[:, 0], index))
 

@@ -11,6 +11,7 @@ from t5x_lite import config
 from t5x_lite.decoding import target
 from t5x_lite.decoding.acceptance import approximate, exact, speculative
 from t5x_lite.decoding.adaptive.drafter import Adaptive
+from t5x_lite.decoding.drafters.autoregressive import check_layer_number
 from t5x_lite.decoding.drafters.blockwise import Blockwise
 from t5x_lite.decoding.drafters.draft_model import DraftModel
 from t5x_lite.decoding.drafters.early_exit import EarlyExit
@@ -80,7 +81,7 @@ class DraftRequest(NamedTuple):
         """Returns the argument as a number of layers.
 
         Raises:
-          ValueError: it is not a number.
+          ValueError: it is not a number, or not one of layers that the decoder has.
         """
         if not self.argument.isdecimal():
             raise ValueError(
@@ -88,6 +89,7 @@ class DraftRequest(NamedTuple):
                 f"{max(self.cfg.decoder.layers // 4, 1)} of {self.cfg.decoder.layers}; got "
                 f"{self.argument!r}"
             )
+        check_layer_number(self.cfg.decoder.layers, f"drafter={name}", int(self.argument))
         return int(self.argument)
 
 
