@@ -28,6 +28,7 @@ REACHED_BY = {
     "t5x_lite/adaptation/derive_config.py": ["adapt"],
     "t5x_lite/adaptation/teacher_logits.py": ["distill"],
     "t5x_lite/checkpoints/formats/t5x.py": ["convert"],
+    "t5x_lite/checkpoints/manager.py": ["train"],
     "t5x_lite/checkpoints/opening.py": ["convert", "infer"],
     "t5x_lite/checkpoints/outputs.py": ["convert"],
     "t5x_lite/checkpoints/text_settings.py": ["adapt", "convert"],
