@@ -15,7 +15,7 @@ from t5x_lite.tokenizers import (
 )
 from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.errors import SourceError
-from t5x_lite.tokenizers.extended import ExtendedVocabulary
+from t5x_lite.tokenizers.extended import ExtendedVocabulary, missing_sentinels
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.vocabularies import TokenizerJsonVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -133,8 +133,10 @@ def read_named_vocabulary(name: str, extra_ids: int) -> TextSettings | None:
     if name == "bytes":
         vocabulary = vocabularies.ByteVocabulary(extra_ids)
     elif path.suffix in (".model", ".json") and path.is_file():
-        kind = "sentencepiece" if path.suffix == ".model" else "tokenizer_json"
-        vocabulary = vocabularies.KINDS[kind](path.read_bytes(), extra_ids)
+        kind = vocabularies.KINDS["sentencepiece" if path.suffix == ".model" else "tokenizer_json"]
+        bare = kind(path.read_bytes())
+        more = missing_sentinels(bare, extra_ids)
+        vocabulary = kind(path.read_bytes(), more) if more else bare
     elif (path / VOCABULARY_FOLDER).is_dir():
         return read_vocabulary_folder(path / VOCABULARY_FOLDER)
     elif path.is_dir():

@@ -186,13 +186,15 @@ def build_vocabulary(
     path = local_path(cfg.path)
     if not path.is_file():
         raise ValueError(f"Vocabulary.path {cfg.path} is not a file")
-    kind = vocabularies.KINDS[cfg.kind]
+    kind, content = vocabularies.KINDS[cfg.kind], path.read_bytes()
     try:
-        return kind(path.read_bytes(), cfg.extra_ids)
+        bare = kind(content)
     except Exception as error:  # each library raises its own classes, some of them plain Exception
         raise ValueError(
             f"Vocabulary.path {cfg.path} is not a model of kind {cfg.kind}: {error}"
         ) from error
+    more = extended.missing_sentinels(bare, cfg.extra_ids)
+    return kind(content, more) if more else bare
 
 
 def train_pieces(

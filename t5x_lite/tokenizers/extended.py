@@ -141,6 +141,23 @@ def inner_sentinels(inner: TextVocabulary, pattern: str | None) -> np.ndarray:
     return ids
 
 
+def missing_sentinels(vocabulary: TextVocabulary, extra_ids: int) -> int:
+    """Number of sentinels to add so that there are `extra_ids`; 0 where it has them by name.
+
+    Raises:
+      ValueError: it has some, but fewer.
+    """
+    if not vocabulary.sentinels:
+        return extra_ids
+    if extra_ids > vocabulary.sentinels:
+        raise ValueError(
+            f"Vocabulary.extra_ids = {extra_ids}: the vocabulary has {vocabulary.sentinels} "
+            "sentinels, and new ones would go by the same names. Leave extra_ids out, and bind "
+            'SpanCorruption.overflow = "cap" where spans are more'
+        )
+    return 0
+
+
 def extend_vocabulary(
     inner: TextVocabulary,
     names: Sequence[str] = (),
@@ -163,13 +180,7 @@ def extend_vocabulary(
     """
     # A piece that merges would not reach is not a name yet.
     missing = [name for name in names if inner.encode(name) != [inner.token(name)]]
-    more = 0 if 0 < extra_ids <= inner.sentinels else extra_ids
-    if more and inner.sentinels:
-        raise ValueError(
-            f"Vocabulary.extra_ids = {extra_ids}: the vocabulary has {inner.sentinels} sentinels, "
-            "and new ones would go by the same names. Leave extra_ids out, and bind "
-            'SpanCorruption.overflow = "cap" where spans are more'
-        )
+    more = missing_sentinels(inner, extra_ids)
     if not missing and not more and pattern is None:
         return inner
     return ExtendedVocabulary(inner, missing, more, pattern)

@@ -17,6 +17,7 @@ from test_tokenizers import (
 )
 
 from t5x_lite import config
+from t5x_lite.checkpoints import text_settings
 from t5x_lite.config import windows
 from t5x_lite.data import built_in, objectives, randomness
 from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
@@ -216,6 +217,33 @@ def test_sentinels_of_any_order_are_found_by_name(order, tmp_path):
     assert again.sentinel_ids.tolist() == expected
     byt5 = vocabularies.ByteVocabulary(named=dict(zip(specials, range(259, 270), strict=False)))
     assert byt5.sentinel_ids.tolist() == [byt5.token(name) for name in NAMES]
+
+
+def t5_with_sentinels():
+    """T5's pieces with those of its sentinels in the model, as seqio keeps them."""
+    from t5x_lite.tokenizers.subwords import with_sentinels
+
+    return with_sentinels(t5_pieces(), 4)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer_json"])
+def test_a_model_file_that_has_sentinels_gets_no_second_ones(kind, tmp_path):
+    content = t5_with_sentinels()
+    if kind == "tokenizer_json":
+        content = byte_level(["</s>", *NAMES, "[A]"]).to_str().encode()
+    path = tmp_path / ("a.model" if kind == "sentencepiece" else "a.json")
+    path.write_bytes(content)
+    for extra_ids in (0, 3, 4):
+        cfg = config.Vocabulary(kind, path=str(path), extra_ids=extra_ids)
+        built = built_in.build_vocabulary(cfg, list, "", str(tmp_path))
+        named = text_settings.read_named_vocabulary(str(path), extra_ids).vocabularies[0]
+        for vocabulary in (built, named):
+            assert vocabulary.sentinel_ids.tolist() == [vocabulary.token(name) for name in NAMES]
+    with pytest.raises(
+        ValueError, match="has 4 sentinels, and new ones would go by the same names"
+    ):
+        cfg = config.Vocabulary(kind, path=str(path), extra_ids=5)
+        built_in.build_vocabulary(cfg, list, "", str(tmp_path))
 
 
 def test_a_vocabulary_without_sentinels_says_what_there_is():
