@@ -254,6 +254,16 @@ def test_a_vocabulary_without_sentinels_says_what_there_is():
 
 
 @pytest.mark.parametrize("kind", MAKERS)
+def test_the_newline_between_examples_is_read_back_or_there_is_none(every, kind):
+    vocabulary = every[kind]
+    seam = objectives.newline_ids(vocabulary)
+    assert bool(seam) == (kind not in ("t5", "spaced"))  # T5's pieces begin with a space instead
+    first, second = vocabulary.encode("a b"), vocabulary.encode("b a")
+    text = vocabulary.decode([*first, *seam, *second])
+    assert not seam or text.split("\n")[0] == "a b"
+
+
+@pytest.mark.parametrize("kind", MAKERS)
 def test_half_a_surrogate_pair_is_refused_by_every_vocabulary(every, kind):
     for encode in (every[kind].encode, lambda text: every[kind].encode_all(["a", text])):
         with pytest.raises(ValueError, match="not Unicode text: character 2 is half of a surr"):
