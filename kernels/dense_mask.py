@@ -119,3 +119,21 @@ class AttentionSource(NamedTuple):
     values: Float[Array, "b k s h"]
     mask: Mask | CacheMask | DenseMask | Bool[Array, "b s"]
     bias: RelativePositionBias | Float[Array, "#b n t s"] | None = None
+
+    @property
+    def row_mask(self) -> Mask:
+        """The mask, where whole rows attend."""
+        assert isinstance(self.mask, Mask)
+        return self.mask
+
+    @property
+    def dense_mask(self) -> DenseMask:
+        """The mask, for plain XLA."""
+        assert isinstance(self.mask, DenseMask)
+        return self.mask
+
+    @property
+    def relative_bias(self) -> RelativePositionBias | None:
+        """The bias, where it is not an array of all pairs."""
+        assert self.bias is None or isinstance(self.bias, RelativePositionBias)
+        return self.bias

@@ -121,6 +121,7 @@ def dot_product_attention(
     sources = tuple(gather_keys(source) for source in sources)
     if isinstance(sources[0].mask, DenseMask):
         return dense_attention(q, sources, softcap)
+    assert backend is not None
     if isinstance(sources[-1].mask, (CacheMask, jax.Array)):
         kernel = functools.partial(cache_attention, softcap=softcap, backend=backend)
     else:
@@ -186,15 +187,16 @@ def concatenate_sources(q, sources: tuple[AttentionSource, ...]):
     b, t, k, g, _ = q.shape
     bias = first.bias
     if bias is not None:
+        assert isinstance(bias, jax.Array)
         rows, heads, *rest = mesh_axes(bias)
         sharding = partition_spec(rows, heads, None, *rest)
         shape = (bias.shape[0], k, g, *bias.shape[2:])
         bias = jnp.reshape(bias, shape, out_sharding=sharding)
     if len(sources) == 1:
-        return first.keys, first.values, first.mask.visible, bias
+        return first.keys, first.values, first.dense_mask.visible, bias
     keys = jnp.concatenate([source.keys.astype(q.dtype) for source in sources], 2)
     values = jnp.concatenate([source.values.astype(q.dtype) for source in sources], 2)
-    visible = [broadcast_queries(source.mask.visible, t) for source in sources]
+    visible = [broadcast_queries(source.dense_mask.visible, t) for source in sources]
     return keys, values, jnp.concatenate(visible, axis=2), None
 
 
@@ -218,7 +220,9 @@ def row_attention(
     """
     if context_axes is not None:
         first = jax.lax.axis_index(context_axes) * q.shape[1]
-        sources = tuple(source._replace(mask=source.mask.with_offset(first)) for source in sources)
+        sources = tuple(
+            source._replace(mask=source.row_mask.with_offset(first)) for source in sources
+        )
     module = flash_triton if backend.platform == "gpu" else flash
     return module.flash_attention(q, sources, softcap, backend)
 
@@ -277,7 +281,7 @@ def cross_entropy(
             losses = fused_cross_entropy(rows, table, row_targets, config, backend)
         return TokenLosses(*(field.reshape(targets.shape) for field in losses))
 
-    result = jax.sharding.PartitionSpec(*mesh_axes(targets))
+    result: Any = jax.sharding.PartitionSpec(*mesh_axes(targets))
     return run_sharded(
         local_losses, hidden, table, targets, result=TokenLosses(result, result, result)
     )

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from t5x_lite.utils.not_none import not_none
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -62,7 +64,9 @@ class Mask:
         if self.causal:
             past = distance >= 0
             if self.query_prefix is not None:
-                past = past | (self.query_prefix[:, :, None] & self.key_prefix[:, None, :])
+                past = past | (
+                    self.query_prefix[:, :, None] & not_none(self.key_prefix)[:, None, :]
+                )
             visible = visible & past
         if self.window_size is not None:
             left, right = self.window_size

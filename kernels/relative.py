@@ -4,6 +4,7 @@
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +73,12 @@ class RelativePositionBias:
     def bucket(self, distance: Int[Array, "..."]) -> Int[Array, "..."]:
         """Returns the bucket of key index minus query index: the number of boundaries passed."""
         size = jnp.abs(distance) if self.both_sides else jnp.maximum(-distance, 0)
-        passed = sum((size >= boundary).astype(jnp.int32) for boundary in self.boundaries)
+        passed: Any = sum((size >= boundary).astype(jnp.int32) for boundary in self.boundaries)
         if not self.both_sides:
             return passed
         return passed + jnp.where(distance > 0, self.buckets_per_side, 0)
 
-    def by_distance(self, first: int, count: int) -> Float[Array, "n d"]:
+    def by_distance(self, first: int | jax.Array, count: int) -> Float[Array, "n d"]:
         """Returns the bias of distances first, first + 1, ... per head, float32.
 
         A product with one-hot rows, not a gather: its gradient in the table is a product too.

@@ -4,7 +4,6 @@
 import argparse
 from pathlib import Path
 
-from t5x_lite import config
 from t5x_lite.cli import gin_arguments
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
@@ -43,13 +42,9 @@ def parser() -> Parser:
 def compare(args: argparse.Namespace) -> None:
     """Prints the twins; trains and measures what is left, and writes the report."""
     from t5x_lite import data
+    from t5x_lite.config.training_run import require_comparison
 
-    run = data.load_run(args.gin_file, args.bindings)
-    config.require(
-        run.compare is not None and run.train is not None,
-        "the config compares nothing: bind config.Run.compare = @config.Compare(), as "
-        "configs/runs/compare_g2p.gin does, in a run that trains",
-    )
+    run = require_comparison(data.load_run(args.gin_file, args.bindings))
     from t5x_lite import sharding
     from t5x_lite.comparison import measurements, quality, report, twins
     from t5x_lite.training import host

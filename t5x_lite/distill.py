@@ -17,6 +17,7 @@ from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source
 from t5x_lite.config.checked import Count
+from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import path_argument
 
 DESCRIPTION = """\
@@ -148,13 +149,15 @@ def distill(args: argparse.Namespace) -> None:
 def write_answers(args: argparse.Namespace) -> None:
     """Writes the answers of a run's teacher to its batches."""
     from t5x_lite import config, data
+    from t5x_lite.config.training_run import require_training
 
-    run = data.load_run(args.gin_file, args.bindings)
+    run = require_training(data.load_run(args.gin_file, args.bindings))
     from t5x_lite.training import host, write_teacher_logits
 
     write_teacher_logits.check_run(run)
-    output = args.output or run.distillation.answers
+    output = args.output or not_none(run.distillation).answers
     config.require(output, "--output names the folder to write")
+    assert output is not None
     steps = run.train.steps if args.steps is None else args.steps
     host.prepare_jax()
     run = host.with_device_dtype(run, args.gin_file, args.bindings)
@@ -204,13 +207,13 @@ def open_inputs(args: argparse.Namespace) -> tuple[Iterator[Record], int | None,
 
     run = data.load_run(args.gin_file, args.bindings)
     config.require(run.data is not None, "The run of --gin_file has no Data")
-    dataset = data.open_dataset(data.with_run_vocabulary(run).data, args.split)
+    dataset = data.open_dataset(not_none(data.with_run_vocabulary(run).data), args.split)
     config.require(
         dataset.has_inputs,
         f"{dataset.name} is text without inputs: write what the teacher is to continue to a file "
         "and name it with --input",
     )
-    records = (input_record(i + 1, dataset.inputs_text(i)) for i in range(len(dataset)))
+    records = (input_record(i + 1, not_none(dataset.inputs_text(i))) for i in range(len(dataset)))
     return records, len(dataset), f"{dataset.name}/{args.split}: {len(dataset)} examples"
 
 
@@ -254,7 +257,7 @@ class PairWriter:
         """A line for each input that can be read and whose target is not empty."""
         inference.complain(chunk, self.args.input or "task")
         records = [each for each in chunk if not each.trouble]
-        prompts = [self.prompt(each.text) for each in records]
+        prompts = [self.prompt(not_none(each.text)) for each in records]
         predictions = inference.predict(self.session, records, prompts, progress)
         lines = []
         for each, prediction in zip(records, predictions, strict=True):

@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import cast
 
 from t5x_lite import config
 from t5x_lite.cli import gin_arguments, options
@@ -13,6 +14,7 @@ from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.config.checked import CountOrZero
+from t5x_lite.config.training_run import DataRun
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.exit_status import FAILURE
 from t5x_lite.utils.paths import path_argument
@@ -130,7 +132,7 @@ def requested_data(args: argparse.Namespace) -> config.Data | None:
     return gin_file.load_data(args.gin_file, args.bindings)
 
 
-def with_data(run: config.Run, requested: config.Data | None, checkpoint: str) -> config.Run:
+def with_data(run: config.Run, requested: config.Data | None, checkpoint: str) -> DataRun:
     """A run with other data, in the vocabulary of its checkpoint.
 
     Args:
@@ -154,12 +156,13 @@ def with_data(run: config.Run, requested: config.Data | None, checkpoint: str) -
             "--gin.config.Data.lengths=..."
         )
     if (path / "config.gin").exists():
-        return data.with_run_vocabulary(dataclasses.replace(run, model_dir=checkpoint))
+        run = data.with_run_vocabulary(dataclasses.replace(run, model_dir=checkpoint))
+        return cast(DataRun, run)
     # Nothing is written into a checkpoint of another format.
-    return dataclasses.replace(run, model_dir=str(Path("runs") / path.stem))
+    return cast(DataRun, dataclasses.replace(run, model_dir=str(Path("runs") / path.stem)))
 
 
-def with_options(run: config.Run, args: argparse.Namespace) -> config.Run:
+def with_options(run: DataRun, args: argparse.Namespace) -> DataRun:
     """A run with the options of the command line; without --examples, all of the split."""
     everything = 2**31 - 1
     evaluate = dataclasses.replace(

@@ -14,6 +14,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source, describe_text, json_line
+from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -200,7 +201,7 @@ class PredictionWriter:
     def answers(self, records: list[Record], progress: Callable[[int], None]) -> list[dict]:
         """Fields that the model adds to each record: a score, a vector or a text."""
         args, session = self.args, self.session
-        texts = [record.text for record in records]
+        texts = [not_none(record.text) for record in records]
         if args.targets:
             scores = session.score(texts, [record.fields[args.targets] for record in records])
             return [{"log_probability": round(score, 4)} for score in scores]

@@ -197,14 +197,14 @@ class Session:
 
         if isinstance(inputs, str) != isinstance(targets, str):
             raise ValueError("train_step takes two texts, or two lists of texts")
-        if isinstance(inputs, str):
-            inputs, targets = [inputs], [targets]
+        pairs = ([texts] if isinstance(texts, str) else list(texts) for texts in (inputs, targets))
+        input_texts, target_texts = pairs
         predictor = self.predictor
         if quantization.has_quantized(predictor.params):
             raise ValueError("Quantized weights cannot be trained: load without quantize")
         if self.learner is None:
             self.learner = fit_in_memory.Learner(predictor.cfg, predictor.params)
-        ids = predictor.encode_inputs(list(inputs)), predictor.encode_targets(list(targets))
+        ids = predictor.encode_inputs(input_texts), predictor.encode_targets(target_texts)
         loss = self.learner.step(*ids, learning_rate)
         predictor.params = predictor.drafters.params = self.learner.params
         return loss

@@ -14,6 +14,7 @@ from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import stderr_console
 from t5x_lite.config.checked import Count, NotNegative
+from t5x_lite.config.training_run import require_training
 from t5x_lite.utils import exit_status
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import CACHE, cache_folder, path_argument
@@ -106,11 +107,8 @@ def check_options(args: argparse.Namespace, run: config.Run) -> None:
         raise ValueError("--decode is compiled for a --topology, without --search")
     if args.chips and (args.search or args.parameters):
         raise ValueError("--search and --parameters are for a --topology, not for --chips")
-    if not args.decode and (run.train is None or run.data is None or run.schedule is None):
-        raise ValueError(
-            "The config does not train (no Run.train, Run.data or Run.schedule): add a file of "
-            "configs/runs such as --gin_file=configs/runs/pretrain.gin, or plan --decode"
-        )
+    if not args.decode:
+        require_training(run, ", or plan --decode")
     if run.distillation is not None and not args.decode:
         raise ValueError(
             "A plan knows of no teacher: --gin.config.Run.distillation=None plans the student alone"
@@ -128,7 +126,8 @@ def report_plan(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
     from t5x_lite.planning import arithmetic, compiled, report, steps
 
     if args.chips:
-        figures = arithmetic.figures(run, slice_, arithmetic.step_shapes(run))
+        training = require_training(run)
+        figures = arithmetic.figures(training, slice_, arithmetic.step_shapes(training))
     else:
         decoding = None
         if args.decode:
@@ -162,7 +161,7 @@ def rank_plans(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
     from t5x_lite.planning import compiled, report, searching
 
     console = stderr_console()
-    ways = searching.candidates(run, slice_)
+    ways = searching.candidates(require_training(run), slice_)
     if not ways:
         COMMAND.say(
             f"nothing fits {slice_.name} by arithmetic, on any mesh: take more chips or "

@@ -86,15 +86,15 @@ def parse_rendezvous(args: argparse.Namespace) -> Rendezvous | None:
     missing = [f"--{name}" for name, value in rendezvous._asdict().items() if value is None]
     if missing:
         raise ProcessesError(f"{', '.join(missing)} missing: several processes need all three")
-    host, _, port = rendezvous.coordinator.rpartition(":")
+    coordinator, processes, process = args.coordinator, args.processes, args.process
+    host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
-        raise ProcessesError(f"--coordinator={rendezvous.coordinator} is not HOST:PORT")
-    if not 0 <= rendezvous.process < rendezvous.processes:
+        raise ProcessesError(f"--coordinator={coordinator} is not HOST:PORT")
+    if not 0 <= process < processes:
         raise ProcessesError(
-            f"--process={rendezvous.process} is not in 0..{rendezvous.processes - 1} (--processes="
-            f"{rendezvous.processes})"
+            f"--process={process} is not in 0..{processes - 1} (--processes={processes})"
         )
-    return rendezvous if rendezvous.processes > 1 else None
+    return rendezvous if processes > 1 else None
 
 
 def detect_cluster(environment: Mapping[str, str], devices: Path = PCI_DEVICES) -> str | None:

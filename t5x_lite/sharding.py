@@ -7,8 +7,8 @@ are rows of this table, not other code.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,12 +17,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config
-from t5x_lite.batch import Batch
 
 AXES = ("data", "fsdp", "tensor")
 # Shards the length of rows; a mesh has it only if Mesh.context is above 1. Next to `tensor` in the
 # mesh, as neighbors exchange keys and values in every layer.
 CONTEXT = "context"
+Rows = TypeVar("Rows", bound=tuple)
 LENGTH_SPLIT = contextvars.ContextVar("LENGTH_SPLIT", default=False)
 
 # Axes of activations: batch, length, width, whole. The others are axes of weights. FSDP shards
@@ -61,7 +61,7 @@ def spec(axes: str) -> P:
 
 
 @contextlib.contextmanager
-def split_rows() -> Iterator[None]:
+def split_rows() -> Generator[None]:
     """Context in which traced programs shard the length of rows over Mesh.context.
 
     For the forward pass of training. Other programs, such as decoding with its blocks of a few
@@ -87,7 +87,7 @@ def token_axes() -> frozenset[str]:
 
 def weight_axis() -> tuple[str, int]:
     """FSDP's mesh axis, over which weights are sharded and gathered for use, and its size."""
-    axis = RULES["embed"]
+    axis = str(RULES["embed"])
     return axis, jax.sharding.get_abstract_mesh().shape[axis]
 
 
@@ -225,6 +225,6 @@ def named_sharding(axes: str) -> NamedSharding:
     return NamedSharding(jax.sharding.get_mesh(), spec(axes))
 
 
-def place_batch(batch: Batch) -> Batch:
+def place_batch(batch: Rows) -> Rows:
     """Creates the global batch from the rows of each process."""
     return jax.tree.map(lambda rows: place(rows, "batch length"), batch)

@@ -70,8 +70,9 @@ def train(args: argparse.Namespace) -> int:
 def train_here(args: argparse.Namespace) -> int:
     """Trains in this process; returns the exit status."""
     from t5x_lite import data
+    from t5x_lite.config.training_run import require_training
 
-    run = data.load_run(args.gin_file, args.bindings)
+    run = require_training(data.load_run(args.gin_file, args.bindings))
     # After the config is read: a misspelled name is reported before jax takes its seconds.
     from t5x_lite.training import host, loop, preemption, preflight
     from t5x_lite.training.reporting import dry_run

@@ -52,13 +52,9 @@ def parser() -> Parser:
 def tune(args: argparse.Namespace) -> None:
     """Measures the blocks of a run and adds them to the table."""
     from t5x_lite import config, data
+    from t5x_lite.config.training_run import require_training
 
-    run = data.load_run(args.gin_file, args.bindings)
-    config.require(
-        run.train is not None and run.data is not None,
-        "The config does not train: add a file of configs/runs such as "
-        "--gin_file=configs/runs/pretrain.gin",
-    )
+    run = require_training(data.load_run(args.gin_file, args.bindings))
     config.require(
         all(block >= 128 and block % 128 == 0 for block in args.blocks),
         "--blocks must be multiples of 128",
@@ -73,6 +69,7 @@ def tune(args: argparse.Namespace) -> None:
         f"there is no TPU here ({device.kind}), and blocks are a TPU's: nothing to tune. On a TPU "
         "the same command measures and remembers them",
     )
+    assert backend is not None
     path = tile_table.table_path()
     measured = tune_attention.tune_run(run, args.blocks, args.repeats, backend)
     tile_table.write_table(path, measured)

@@ -5,7 +5,7 @@ Axes: b batch, w new tokens, s slots, k key heads, g query heads per key head, h
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -81,7 +81,7 @@ def merge_partials(partials: list[PartialAttention]) -> Float[Array, "b w k g h"
     itself."""
     m = functools.reduce(jnp.maximum, (partial.log_z for partial in partials))
     weights = [jnp.exp(partial.log_z - m)[..., None] for partial in partials]
-    context = sum(
+    context: Any = sum(
         partial.context * weight for partial, weight in zip(partials, weights, strict=True)
     )
     return context / sum(weights)

@@ -67,6 +67,7 @@ def make_config(
       softcap: cap of the scores, or None.
     """
     _, w, k, g, h = q.shape
+    bias = source.relative_bias
     slots, size = source.keys.shape[2], source.keys.dtype.itemsize
     chunk_tokens, rows = chunk_sizes(w, g, 32 // size)
 
@@ -87,8 +88,8 @@ def make_config(
         block=block,
         heads=heads,
         softcap=softcap,
-        boundaries=None if source.bias is None else source.bias.boundaries,
-        both_sides=source.bias is not None and source.bias.both_sides,
+        boundaries=None if bias is None else bias.boundaries,
+        both_sides=bias is not None and bias.both_sides,
         # A head of 64 fills half of 128 lanes, in memory too; slots fill them. XLA lays such a
         # cache out with its slots innermost by itself, so transposing it moves nothing.
         transposed=h % 128 != 0,

@@ -4,7 +4,7 @@
 Axes: b batch, w new tokens, k key heads, g query heads per key head, r rows, c slots of a block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -32,13 +32,13 @@ class DecodeScalars(NamedTuple):
       window_size: (left, right) of a sliding window, or None.
     """
 
-    first: Int[Array, " b*c"]
-    end: Int[Array, " b*c"]
-    unmasked_first: Int[Array, " b*c"]
-    unmasked_end: Int[Array, " b*c"]
-    index: Int[Array, " b"] | None = None
-    prefix: Int[Array, " b"] | None = None
-    window_size: Int[Array, " 2"] | None = None
+    first: Any
+    end: Any
+    unmasked_first: Any
+    unmasked_end: Any
+    index: Any = None
+    prefix: Any = None
+    window_size: Any = None
 
     def of_chunk(self, row, chunk, chunks: int) -> "DecodeScalars":
         """Returns the scalars of one chunk of one row.
@@ -71,10 +71,10 @@ class RowInfo(NamedTuple):
       ancestors_high: bits of its ancestors among the other 32; None in a chain.
     """
 
-    order: Int[Array, "r 1"]
-    depth: Int[Array, "r 1"]
-    ancestors_low: Int[Array, "r 1"] | None = None
-    ancestors_high: Int[Array, "r 1"] | None = None
+    order: Any
+    depth: Any
+    ancestors_low: Any = None
+    ancestors_high: Any = None
 
 
 def cache_scalars(mask: CacheMask, last_boundary: int | None, chunk_tokens: int) -> DecodeScalars:

@@ -6,7 +6,7 @@ head size, n buckets of the relative position bias.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,13 @@ class DecodeOperands(NamedTuple):
       visible: [b 1 s], 1 for inputs that every query of a row attends to.
     """
 
-    q: Float[Array, "b k r h"]
-    keys: Float[Array, "b k s h"] | Float[Array, "b k h s"]
-    values: Float[Array, "b k s h"] | Float[Array, "b k h s"]
+    q: Any
+    keys: Any
+    values: Any
     info: RowInfo | None = None
-    depths: Int[Array, "1 c"] | None = None
-    table: Float[Array, "k r n"] | None = None
-    visible: Int[Array, "b 1 s"] | None = None
+    depths: Any = None
+    table: Any = None
+    visible: Any = None
 
 
 class DecodeSoftmax(NamedTuple):
@@ -75,8 +75,9 @@ def make_operands(
         keys, values = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)
     rows = config.chunks * config.rows
     operands = DecodeOperands(packed_rows.pack_rows(q, rows), keys, values)
-    mask, bias = source.mask, source.bias
+    mask, bias = source.mask, source.relative_bias
     if not isinstance(mask, CacheMask):
+        assert isinstance(mask, jax.Array)
         scalars = packed_rows.input_scalars(mask, config.chunks)
         return scalars, operands._replace(visible=mask.astype(jnp.int32)[:, None, :])
     last_boundary = None if bias is None else bias.last_boundary

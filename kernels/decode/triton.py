@@ -8,7 +8,7 @@ as Triton requires, and what is past an array's end is masked.
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,13 @@ class TritonDecodeOperands(NamedTuple):
       visible: [b s], 1 for inputs that every query of a row attends to.
     """
 
-    q: Float[Array, "b w k g h"]
-    keys: Float[Array, "b k s h"]
-    values: Float[Array, "b k s h"]
-    depths: Int[Array, " w"] | None = None
-    ancestors: Int[Array, "2 w"] | None = None
-    bias: Float[Array, "n d"] | None = None
-    visible: Int[Array, "b s"] | None = None
+    q: Any
+    keys: Any
+    values: Any
+    depths: Any = None
+    ancestors: Any = None
+    bias: Any = None
+    visible: Any = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def make_config(q, source: AttentionSource, softcap: float | None) -> TritonDeco
       softcap: cap of the scores, or None.
     """
     b, w, k, g, h = q.shape
+    bias = source.relative_bias
     max_rows, block, stages = TILES[q.dtype.itemsize]
     chunk_tokens = max(1, min(w, max_rows // g))
     chunks = pl.cdiv(w, chunk_tokens)
@@ -180,7 +181,7 @@ def make_config(q, source: AttentionSource, softcap: float | None) -> TritonDeco
         chunks=chunks,
         splits=max(1, min(blocks, PROGRAMS // (b * k * chunks))),
         softcap=softcap,
-        last_boundary=0 if source.bias is None else source.bias.last_boundary,
+        last_boundary=0 if bias is None else bias.last_boundary,
     )
 
 
@@ -194,9 +195,10 @@ def make_operands(
       source: the cache, or inputs.
       config: sizes.
     """
-    mask, bias = source.mask, source.bias
+    mask, bias = source.mask, source.relative_bias
     operands = TritonDecodeOperands(q, source.keys, source.values)
     if not isinstance(mask, CacheMask):
+        assert isinstance(mask, jax.Array)
         visible = mask.astype(jnp.int32)
         return packed_rows.input_scalars(mask, config.chunks), operands._replace(visible=visible)
     operands = operands._replace(depths=mask.depths().astype(jnp.int32))

@@ -163,7 +163,7 @@ def measured_blocks(backend: Backend, q, source: AttentionSource, keys: int) -> 
             head_dim=h,
             bytes=q.dtype.itemsize,
             biased=source.bias is not None,
-            causal=source.mask.causal,
+            causal=source.row_mask.causal,
         )
     )
     return BlockSizes(*sizes) if sizes else None
@@ -171,7 +171,7 @@ def measured_blocks(backend: Backend, q, source: AttentionSource, keys: int) -> 
 
 def source_spec(source: AttentionSource) -> SourceSpec:
     """Returns the static features of a source."""
-    mask = source.mask
+    mask = source.row_mask
     return SourceSpec(
         causal=mask.causal,
         prefix=mask.causal and mask.query_prefix is not None,
@@ -184,10 +184,11 @@ def source_spec(source: AttentionSource) -> SourceSpec:
 def make_bias_vectors(config: FlashConfig, source: AttentionSource):
     """Returns the bias by difference of indices, a row per head of every block, and the difference
     of its first value."""
-    if source.bias is None:
+    relative = source.relative_bias
+    if relative is None:
         return None, jnp.int32(0)
     widest = max(config.block_sizes)
-    bias, origin = toeplitz.bias_vector(source.bias, source.mask.offset, widest)
+    bias, origin = toeplitz.bias_vector(relative, source.row_mask.offset, widest)
     spare_heads = config.head_blocks * config.block_heads - config.heads
     bias = jnp.pad(bias, ((0, spare_heads), (0, 0)))
     return bias.reshape(config.head_blocks, config.block_heads, -1), origin

@@ -4,12 +4,13 @@
 Axes: b batch, m blocks of one side, l blocks of the other, c tokens of a block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from t5x_lite.kernels.mask import Mask
+from t5x_lite.utils.not_none import not_none
 
 # Id of a key to which nothing attends; no query has a negative one.
 PADDING_ID = -2
@@ -52,15 +53,15 @@ class SegmentIds(NamedTuple):
       key: [b 1 s], PADDING_ID for padding.
     """
 
-    query: Int[Array, "b 1 t"]
-    key: Int[Array, "b 1 s"]
+    query: Any
+    key: Any
 
 
 def make_segment_ids(mask: Mask, sizes: BlockSizes) -> SegmentIds:
     """Returns the ids by which a tile decides segments and prefixes."""
     query, key = 2 * mask.query_segments, 2 * mask.key_segments
     if mask.causal and mask.query_prefix is not None:
-        query, key = query + mask.query_prefix, key + mask.key_prefix
+        query, key = query + mask.query_prefix, key + not_none(mask.key_prefix)
     key = jnp.where(mask.key_segments > 0, key, PADDING_ID)
     query, key = pad_to_blocks(query, sizes.query, 0), pad_to_blocks(key, sizes.key, PADDING_ID)
     return SegmentIds(query[:, None], key[:, None])

@@ -69,7 +69,7 @@ def fold_rows(x: Float[Array, "128 d"]) -> Float[Array, "1 d"]:
 
 
 def tile_slices(
-    x: Float[Array, "p 128 d"], start: Int[Array, ""], shape: tuple[int, int]
+    x: Float[Array, "p 128 d"], start: Int[Array, ""], shape: tuple[int, ...]
 ) -> list[pl.Slice]:
     """Returns the columns of the expanded vector that each 128 rows of a tile read.
 
@@ -84,7 +84,7 @@ def tile_slices(
     return [pl.ds(pl.multiple_of(begin, LANES), columns) for begin in begins]
 
 
-def read_tile(x, head: int, start, shape: tuple[int, int]) -> Float[Array, "r c"]:
+def read_tile(x, head: int | jax.Array, start, shape: tuple[int, int]) -> Float[Array, "r c"]:
     """Returns a tile with one value per diagonal.
 
     Args:
@@ -96,7 +96,7 @@ def read_tile(x, head: int, start, shape: tuple[int, int]) -> Float[Array, "r c"
     return jnp.concatenate([x[head, :, part] for part in tile_slices(x, start, shape)], axis=0)
 
 
-def add_tile(x, head: int, start, tile: Float[Array, "r c"]) -> None:
+def add_tile(x, head: int | jax.Array, start, tile: Float[Array, "r c"]) -> None:
     """Adds a tile to what `read_tile` would have read.
 
     Args:

@@ -6,7 +6,7 @@ Names and axes as in `tpu_backward_q`; g blocks of query heads share a block of 
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -39,10 +39,10 @@ class KeyGradientState(NamedTuple):
       toeplitz: [gp 128 d], expanded bias of g blocks of p query heads; None without one.
     """
 
-    dk: Float[Array, "s w"]
-    dv: Float[Array, "s w"]
-    key_ids: Int[Array, "s 128"]
-    toeplitz: Float[Array, "gp 128 d"] | None
+    dk: Any
+    dv: Any
+    key_ids: Any
+    toeplitz: Any
 
 
 class KeyGridStep(NamedTuple):

@@ -126,10 +126,11 @@ def make_config(
 
 def bias_vectors(source: AttentionSource) -> Float[Array, "n d"] | None:
     """Returns the bias by distance, as far as it changes; None without a bias."""
-    if source.bias is None:
+    bias = source.relative_bias
+    if bias is None:
         return None
-    last = source.bias.last_boundary
-    return source.bias.by_distance(-last, 2 * last + 1)
+    last = bias.last_boundary
+    return bias.by_distance(-last, 2 * last + 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -24,6 +24,7 @@ from t5x_lite.kernels.flash_triton.tile import (
     TritonFlashConfig,
     TritonFlashOperands,
 )
+from t5x_lite.utils.not_none import not_none
 
 
 class TritonQueryResiduals(NamedTuple):
@@ -173,7 +174,7 @@ def visit_keys(context: HeadContext, queries: QueryBlock, block, state):
     gradients = tile_gradients(context, queries, keys)
     dq = dq + tile_math.dot_f32(gradients.ds.astype(k.dtype), k, (1, 0))
     if source.bias is not None:
-        distance = tiles.distances(source, queries.tokens, tokens)
+        distance = tiles.distances(source, not_none(queries.tokens), tokens)
 
         def sum_where(far):
             return jnp.sum(jnp.where(far, gradients.dbias, 0.0), axis=1)
@@ -192,14 +193,15 @@ def tile_gradients(context: HeadContext, queries: QueryBlock, keys: KeyBlock) ->
       keys: along columns.
     """
     source = context.source
-    distance = tiles.distances(source, queries.tokens, keys.tokens)
+    query_tokens = not_none(queries.tokens)
+    distance = tiles.distances(source, query_tokens, keys.tokens)
     return recompute_tile(
         scores=tile_math.dot_f32(queries.q, keys.k, (1, 1)),
         dp=tile_math.dot_f32(queries.dout, keys.v, (1, 1)),
         log_z=queries.log_z[:, None],
         delta=queries.delta[:, None],
         bias=tiles.load_bias(context, distance),
-        visible=tiles.visible_pairs(context.spec, source, queries.tokens, keys.tokens),
+        visible=tiles.visible_pairs(context.spec, source, query_tokens, keys.tokens),
         softcap=context.config.softcap,
     )
 
@@ -285,14 +287,15 @@ def visit_queries(context: HeadContext, keys: KeyBlock, queries: QueryBlock, sta
     """
     source = context.source
     dk, dv = state
-    distance = tiles.distances(source, queries.tokens, keys.tokens)
+    query_tokens = not_none(queries.tokens)
+    distance = tiles.distances(source, query_tokens, keys.tokens)
     gradients = recompute_tile(
         scores=tile_math.dot_f32(keys.k, queries.q, (1, 1)),
         dp=tile_math.dot_f32(keys.v, queries.dout, (1, 1)),
         log_z=queries.log_z[None, :],
         delta=queries.delta[None, :],
         bias=tiles.load_bias(context, distance),
-        visible=tiles.visible_pairs(context.spec, source, queries.tokens, keys.tokens),
+        visible=tiles.visible_pairs(context.spec, source, query_tokens, keys.tokens),
         softcap=context.config.softcap,
     )
     dv = dv + tile_math.dot_f32(gradients.p.astype(keys.v.dtype), queries.dout, (1, 0))

@@ -4,6 +4,8 @@
 Axes: r rows, c chunks of p rows, d width of the model, v ids of the vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -110,7 +112,10 @@ def chunked_gradients(
       config: of the logits.
     """
     ids = jnp.arange(config.local_size(table))
-    exact = {"preferred_element_type": jnp.float32, "precision": dot_precision(table.dtype)}
+    exact: dict[str, Any] = {
+        "preferred_element_type": jnp.float32,
+        "precision": dot_precision(table.dtype),
+    }
 
     def chunk_gradients(dtable: Float[Array, "..."], chunk):
         hidden, rows = chunk

@@ -18,6 +18,7 @@ from t5x_lite.kernels.tile_math import dot_f32
 from t5x_lite.kernels.vocabulary.config import pad_to_lanes
 from t5x_lite.kernels.vocabulary.logits import CrossEntropyConfig, RowGradients, SmoothedTarget
 from t5x_lite.kernels.vocabulary.tpu import VocabularySizes, call_kernel, pad_operands
+from t5x_lite.utils.not_none import not_none
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def tile_gradient(hidden, table, rows, first_id, backward: BackwardConfig, ids_f
     return gradient.astype(hidden.dtype)
 
 
-def accumulate_dot(total, factors, axes: tuple[int, int], step, count: int | None):
+def accumulate_dot(total, factors, axes: tuple[int, int], step, count: int | jax.Array | None):
     """Adds the product of factors to total, which begins at zero in step 0.
 
     Args:
@@ -97,7 +98,7 @@ def accumulate_dot(total, factors, axes: tuple[int, int], step, count: int | Non
 
     def zero_past_end(x, axis: int):
         index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-        return jnp.where(index < count, x, 0).astype(factors[0].dtype)
+        return jnp.where(index < not_none(count), x, 0).astype(factors[0].dtype)
 
     def add_last():
         # Selected in float32: a v5e has no 16-bit lanes.

@@ -50,6 +50,7 @@ class AdaptedModel(NamedTuple):
 
     def weights(self, plan: AdaptationPlan) -> AdaptedWeights:
         """The weights of the adapted model, read one at a time."""
+        assert self.run.adaptation is not None
         return AdaptedWeights(plan, self.sources.weights(), self.run.adaptation.rows, self.run.seed)
 
 
@@ -82,16 +83,16 @@ def plan_adapted_model(
     )
     text, vocab = None, 0
     if source.text is not None:
-        pair = [
+        inputs, targets = (
             extended.extend_vocabulary(each, extension.names, extension.sentinels)
             for each in source.text.vocabularies
-        ]
-        vocabulary_compatibility.check_vocabularies(adaptation, *pair)
+        )
+        vocabulary_compatibility.check_vocabularies(adaptation, inputs, targets)
         # A chat template formats one sequence: an encoder has no use for it.
         text = TextSettings(
-            tuple(pair), source.text.chat if arrangement.to == "decoder_only" else None
+            (inputs, targets), source.text.chat if arrangement.to == "decoder_only" else None
         )
-        vocab = max(each.size for each in pair)
+        vocab = max(inputs.size, targets.size)
     config.require(
         text is not None or not (extension.names or extension.sentinels),
         f"{adaptation.source} is adapted without a vocabulary: there is nothing to add names or "

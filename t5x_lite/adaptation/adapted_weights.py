@@ -213,7 +213,7 @@ def mean_and_deviation(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def bucket_function(stack: config.Stack, both_sides: bool) -> Callable[[np.ndarray], np.ndarray]:
     """A function from distances (key minus query) to their buckets."""
-    table = np.zeros((stack.buckets, stack.heads), np.float32)
+    table = jnp.zeros((stack.buckets, stack.heads))
     relative = positions.relative(table, stack, both_sides)
 
     def bucket(distances: np.ndarray) -> np.ndarray:

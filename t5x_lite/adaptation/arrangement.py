@@ -158,7 +158,7 @@ def check_tower(name: str, wanted: config.Stack, side: Side) -> None:
         f"{'; '.join(different)}. Bind the model's to what is there",
     )
     config.require(
-        wanted.max_length is None or wanted.max_length <= there.max_length,
+        wanted.max_length is None or wanted.max_length <= (there.max_length or 0),
         f"{name}'s Stack.max_length is {wanted.max_length}, but Adaptation.{side.source} has "
         f"learned {there.max_length} positions: bind Stack.max_length = {there.max_length} or less",
     )

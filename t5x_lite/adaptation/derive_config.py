@@ -2,7 +2,7 @@
 """The Model that a checkpoint becomes: from one arrangement of towers to another."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from t5x_lite import config
 
@@ -48,7 +48,7 @@ def derive_model(
     Raises:
       ValueError: the source lacks a tower that could become one of these.
     """
-    changes = {
+    changes: dict[str, Any] = {
         "vocab": round_vocabulary(max(source.vocab, vocab)),
         "prefix_lm": False,
         "separate_embeddings": False,
@@ -60,12 +60,17 @@ def derive_model(
         f"The source is an encoder alone: --to={arrangement.to} needs a decoder",
     )
     if arrangement.to == "decoder_only":
+        assert decoder is not None
         changes |= {"encoder": None, "decoder": dataclasses.replace(decoder, merged=False)}
         return dataclasses.replace(source, **changes, pooling=None)
     reader = source if encoder_source is None else encoder_source
-    encoder = reader.encoder or dataclasses.replace(reader.decoder, merged=False)
+    encoder = reader.encoder
+    if encoder is None:
+        assert reader.decoder is not None
+        encoder = dataclasses.replace(reader.decoder, merged=False)
     if arrangement.to == "encoder_only":
         return dataclasses.replace(source, **changes, encoder=encoder, decoder=None)
+    assert decoder is not None
     if arrangement.merged and encoder.window is not None:
         encoder = dataclasses.replace(encoder, window_form="halved")
     two = encoder_source is not None or encoder.embed != decoder.embed or arrangement.separate

@@ -9,6 +9,7 @@ from t5x_lite import config, sharding
 from t5x_lite.adaptation.teacher import Teacher, open_teacher
 from t5x_lite.adaptation.teacher_logits import SavedTeacherLogits
 from t5x_lite.batch import Batch, TeacherBatch
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.data import Batches
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
@@ -143,7 +144,7 @@ class DistillationData(NamedTuple):
 
 
 def make_distilled_batches(
-    run: config.Run, batches: Batches, vocabularies: tuple[TextVocabulary, TextVocabulary]
+    run: TrainingRun, batches: Batches, vocabularies: tuple[TextVocabulary, TextVocabulary]
 ) -> DistillationData:
     """Adds the rows or the saved logits of the teacher to batches, if the run has one.
 
@@ -166,7 +167,7 @@ def make_distilled_batches(
 
 
 def check_teacher(
-    run: config.Run, vocabularies: tuple[TextVocabulary, TextVocabulary]
+    run: TrainingRun, vocabularies: tuple[TextVocabulary, TextVocabulary]
 ) -> Teacher | SavedTeacherLogits | None:
     """Opens the teacher of a run, or its saved logits; reads no weight. None without a teacher.
 

@@ -67,6 +67,7 @@ def plan_weights(run: config.Run, sources: Sources) -> AdaptationPlan:
     Raises:
       ValueError: a tower cannot become the model's.
     """
+    assert run.adaptation is not None
     other = sources.encoder_source
     plan = mapping.plan_adaptation(
         run.model, run.adaptation, sources.source.model, None if other is None else other.model
@@ -78,6 +79,7 @@ def plan_weights(run: config.Run, sources: Sources) -> AdaptationPlan:
 
 def explain(run: config.Run) -> Report:
     """Reports what `initialize` would do, without reading a weight; raises the same errors."""
+    assert run.adaptation is not None
     return report.make_report(plan_weights(run, open_sources(run.adaptation)), run.adaptation)
 
 
@@ -92,6 +94,7 @@ def initialize(run: config.Run) -> tuple[Any, Report]:
       ValueError: a checkpoint cannot be read, or its towers cannot become the model's; the
         message has both values.
     """
+    assert run.adaptation is not None
     sources = open_sources(run.adaptation)
     plan = plan_weights(run, sources)
     adapted = AdaptedWeights(plan, sources.weights(), run.adaptation.rows, run.seed)

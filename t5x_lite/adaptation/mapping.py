@@ -137,7 +137,7 @@ def find_origin(
     if path == EOI:
         if side.model.eoi == plan.model.eoi:
             return WeightOrigin("copied", side.source, path)
-        known = plan.model.eoi < side.model.vocab
+        known = plan.model.eoi is not None and plan.model.eoi < side.model.vocab
         return WeightOrigin("row", side.source, side.table) if known else WeightOrigin("new")
     if path == HEAD:
         return table_origin(plan, side, *logits_weight(side))
@@ -173,10 +173,14 @@ def cross_attention_origin(
     Raises:
       ValueError: it is to be copied, but the encoder is of another width.
     """
+    encoder, decoder = plan.model.encoder, plan.model.decoder
+    assert encoder is not None and decoder is not None
     if adaptation.cross == "random":
-        return scale_output(WeightOrigin("new"), plan.model.decoder, adaptation.cross_scale, inside)
-    width = plan.model.encoder.embed
-    there = side.model.encoder.embed if side.crosses else side.stack.embed
+        return scale_output(WeightOrigin("new"), decoder, adaptation.cross_scale, inside)
+    width = encoder.embed
+    read = side.model.encoder if side.crosses else side.stack
+    assert read is not None
+    there = read.embed
     config.require(
         width == there,
         f'Adaptation.cross = "copy", but the weights of Adaptation.{side.source} attend to '
@@ -186,7 +190,7 @@ def cross_attention_origin(
     if side.crosses:
         return WeightOrigin("copied", side.source, f"{side.tower}/{inside}")
     copied = WeightOrigin("copied", side.source, f"{side.tower}/{inside.replace(CROSS, SELF)}")
-    return scale_output(copied, plan.model.decoder, adaptation.cross_scale, inside)
+    return scale_output(copied, decoder, adaptation.cross_scale, inside)
 
 
 def scale_output(

@@ -79,9 +79,9 @@ class Report(NamedTuple):
     def text(self, trains: Mapping[str, str] | None = None) -> str:
         """The table as plain text."""
         # Text in a notebook too, where rich would draw instead.
-        console = Console(file=io.StringIO(), width=140, force_jupyter=False)
-        console.print(self.table(trains))
-        lines = console.file.getvalue().splitlines()
+        file = io.StringIO()
+        Console(file=file, width=140, force_jupyter=False).print(self.table(trains))
+        lines = file.getvalue().splitlines()
         return "\n".join(line.rstrip() for line in lines)
 
 

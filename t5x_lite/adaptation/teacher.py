@@ -12,6 +12,7 @@ from t5x_lite.adaptation import vocabulary_compatibility
 from t5x_lite.batch import TeacherBatch
 from t5x_lite.checkpoints import weights
 from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.sharding import spec
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -45,14 +46,15 @@ class Teacher(NamedTuple):
             raise ValueError(f"Distillation.teacher: {error}") from error
 
 
-def open_teacher(run: config.Run, vocabularies: tuple[TextVocabulary, TextVocabulary]) -> Teacher:
+def open_teacher(run: TrainingRun, vocabularies: tuple[TextVocabulary, TextVocabulary]) -> Teacher:
     """Opens the teacher of Run.distillation, whose vocabulary must agree with those of the run.
 
     Raises:
       ValueError: it is not a checkpoint, is not decoder-only, has too few positions for the rows
         of the run, or has another vocabulary; the message has the first difference.
     """
-    path = run.distillation.teacher
+    assert run.distillation is not None
+    path, top_k = run.distillation.teacher, run.distillation.top_k
     try:
         opened = open_checkpoint(path)
     except ValueError as error:
@@ -64,10 +66,11 @@ def open_teacher(run: config.Run, vocabularies: tuple[TextVocabulary, TextVocabu
         "predict the next token",
     )
     model.check_mesh(cfg)
-    longest = sum(run.data.lengths.values())
+    assert cfg.decoder is not None and opened.text is not None
+    longest, most = sum(run.data.lengths.values()), cfg.decoder.max_length
     config.require(
-        cfg.decoder.positions != "learned" or longest <= cfg.decoder.max_length,
-        f"Distillation.teacher: {path} has {cfg.decoder.max_length} positions, but Data.lengths "
+        most is None or cfg.decoder.positions != "learned" or longest <= most,
+        f"Distillation.teacher: {path} has {most} positions, but Data.lengths "
         f"{run.data.lengths} make texts of {longest}",
     )
     teacher_vocabulary = opened.text.vocabularies[1]
@@ -76,8 +79,8 @@ def open_teacher(run: config.Run, vocabularies: tuple[TextVocabulary, TextVocabu
     check_mode(run, vocabularies[1], teacher_vocabulary.size)
     size = shared_vocabulary_size(cfg, teacher_vocabulary, run.model, vocabularies[1])
     config.require(
-        (run.distillation.top_k or 1) <= size,
-        f"Distillation.teacher knows {size} ids, fewer than top_k = {run.distillation.top_k}. Bind "
+        (top_k or 1) <= size,
+        f"Distillation.teacher knows {size} ids, fewer than top_k = {top_k}. Bind "
         "Distillation.top_k = None for the whole distribution",
     )
     return Teacher(path, cfg, opened, size)
@@ -129,7 +132,7 @@ def check_vocabulary(
     )
 
 
-def check_mode(run: config.Run, run_vocabulary: TextVocabulary, size: int) -> None:
+def check_mode(run: TrainingRun, run_vocabulary: TextVocabulary, size: int) -> None:
     """Raises ValueError if inputs begin with a mode whose ids the teacher lacks.
 
     Args:

@@ -21,6 +21,7 @@ import numpy as np
 from t5x_lite import config
 from t5x_lite.batch import Batch, TeacherLogits
 from t5x_lite.config import aliases
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import local_path
 
@@ -30,9 +31,10 @@ UNFINISHED = ".unfinished"
 COMPARED = ("teacher", "temperature", "top_k", "batch_size")
 
 
-def logits_settings(run: config.Run) -> dict[str, Any]:
+def logits_settings(run: TrainingRun) -> dict[str, Any]:
     """Settings of the run's config that its saved logits depend on."""
     cfg, data = run.distillation, dataclasses.replace(run.data, cache_dir="")
+    assert cfg is not None
     # The checksum keeps the layout's former name: folders of earlier versions stay valid.
     layout = next(old for old, new in aliases.LAYOUTS.items() if new == run.model.layout)
     return {
@@ -159,7 +161,8 @@ class SavedTeacherLogits:
       ValueError: the folder has none, has other settings, or has fewer steps than the run.
     """
 
-    def __init__(self, run: config.Run, host: int = 0, hosts: int = 1):
+    def __init__(self, run: TrainingRun, host: int = 0, hosts: int = 1):
+        assert run.distillation is not None and run.distillation.answers is not None
         self.path = local_path(run.distillation.answers)
         settings = read_settings(self.path)
         check_equal_settings(settings, logits_settings(run), COMPARED, self.path)

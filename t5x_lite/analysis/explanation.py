@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import config
@@ -15,6 +16,7 @@ from t5x_lite.analysis.views import Alternatives, Blocks, DecoderLens, Lens
 from t5x_lite.evaluation.draft_report import draft_text
 from t5x_lite.evaluation.predict import Prediction, Predictor
 from t5x_lite.model import positions
+from t5x_lite.utils.not_none import not_none
 
 
 class Explanation(drawing.Renderable):
@@ -165,7 +167,10 @@ def explain(
     example, prediction = predictor.encode_inputs([input])[0], None
     if target is None:
         prediction = predictor.predict_ids([example], decode)[0]
-    written = predictor.encode_targets([target])[0] if prediction is None else prediction.tokens[0]
+    if prediction is None:
+        written = predictor.encode_targets([not_none(target)])[0]
+    else:
+        written = prediction.tokens[0]
     text = reading.explained_text(predictor.cfg, example, written)
     read = reading.inspect_text(predictor.cfg, predictor.params, text, top)
     return Explanation(predictor, input, text, read, decode, prediction)
@@ -185,7 +190,7 @@ def position_bias(cfg: config.Model, params: Any) -> Positions:
     if not stacks:
         raise ValueError(
             "This model lacks a table of position biases: its positions are "
-            f"{(cfg.decoder or cfg.encoder).positions}"
+            f"{cfg.last_stack.positions}"
         )
     distances = np.arange(-farthest, farthest + 1)
     bias = {}
@@ -194,7 +199,9 @@ def position_bias(cfg: config.Model, params: Any) -> Positions:
         layers = tower["layers"] if stack.bias_per_layer else []
         tables = [layer["attention"]["bias"] for layer in layers] or [tower["bias"]]
         tables = np.stack([np.asarray(jax.device_get(t), np.float32) for t in tables])
-        bucket = np.asarray(positions.relative(tables[0], stack, both).bucket(distances))
+        bucket = np.asarray(
+            positions.relative(tables[0], stack, both).bucket(jnp.asarray(distances))
+        )
         bias[name] = np.moveaxis(tables[:, bucket], 1, 2)
         if not both:
             bias[name][..., distances > 0] = np.nan

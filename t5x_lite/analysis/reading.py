@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.decoding import generation, sampling
 from t5x_lite.decoding.request import check_ids, decoder_prompt
+from t5x_lite.utils.not_none import not_none
 
 # The most bytes of attention probabilities, which grow with the square of the text.
 MOST_BYTES = 1 << 31
@@ -53,10 +54,10 @@ class Guesses(NamedTuple):
       log_probability_of_written: [... t] log-probability of the token written.
     """
 
-    ids: np.ndarray
-    log_probability: np.ndarray
-    rank: np.ndarray
-    log_probability_of_written: np.ndarray
+    ids: np.ndarray | jax.Array
+    log_probability: np.ndarray | jax.Array
+    rank: np.ndarray | jax.Array
+    log_probability_of_written: np.ndarray | jax.Array
 
 
 class Inspection(NamedTuple):
@@ -111,7 +112,8 @@ def check_size(cfg: config.Model, text: ExplainedText) -> None:
         decoding.bucket_length(len(text.decoder_inputs)),
         decoding.bucket_length(len(text.inputs)),
     )
-    pairs = cfg.decoder.layers * cfg.decoder.heads * t * (t + s)
+    decoder = not_none(cfg.decoder)
+    pairs = decoder.layers * decoder.heads * t * (t + s)
     if cfg.encoder:
         pairs += cfg.encoder.layers * cfg.encoder.heads * s * s
     # One copy on the device, one on the host.
@@ -129,9 +131,8 @@ def repeat_text(text: ExplainedText, rows: int) -> model.InspectionInputs:
     def repeat(ids: list[int]) -> tuple:
         return decoding.pad_rows([ids] * rows, decoding.bucket_length(len(ids)))
 
-    repeated = model.InspectionInputs(
-        *repeat(text.decoder_inputs), np.full(rows, text.prompt, np.int32)
-    )
+    tokens, length = repeat(text.decoder_inputs)
+    repeated = model.InspectionInputs(tokens, length, np.full(rows, text.prompt, np.int32))
     return repeated._replace(
         **dict(zip(("inputs", "inputs_length"), repeat(text.inputs), strict=True))
     )
@@ -159,7 +160,7 @@ def inspect_text(cfg: config.Model, params: Any, text: ExplainedText, top: int) 
     shares = jax.device_get(inside._replace(states=None))
     return Inspection(
         guesses,
-        crop(shares.decoder, t, t),
+        not_none(crop(shares.decoder, t, t)),
         crop(shares.cross, t, s),
         crop(shares.encoder, s, s),
     )

@@ -213,7 +213,7 @@ def check_shapes(
       CheckpointMismatchError: names the arrays whose shapes differ, or that are missing.
     """
     needed = {name: tuple(leaf.shape) for name, leaf in expected.items()}
-    wrong = [name for name in stored | needed if stored.get(name) != needed.get(name)]
+    wrong = [name for name in {**stored, **needed} if stored.get(name) != needed.get(name)]
     if not wrong:
         return
     lines = [
@@ -261,7 +261,8 @@ def restore_arrays(
     arrays, problem = {}, None
     try:
         # The handler alone: a Checkpointer waits for all processes, also for one that has failed.
-        arrays = ocp.PyTreeCheckpointHandler().restore((folder / item).absolute(), args=wanted)
+        handler: Any = ocp.PyTreeCheckpointHandler()
+        arrays = handler.restore((folder / item).absolute(), args=wanted)
     except (jax.errors.JaxRuntimeError, MemoryError):
         # The device or the host is too small: that says nothing about the files.
         raise

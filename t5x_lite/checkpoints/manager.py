@@ -41,9 +41,10 @@ ATTEMPTS = 20
 
 def best_step(metadata: dict[int, CheckpointMetadata]) -> int | None:
     """The step best by the metric that the newest metadata names; the later one of equals."""
-    if not metadata or metadata[max(metadata)].best is None:
+    best = metadata[max(metadata)].best if metadata else None
+    if best is None:
         return None
-    metric, higher = metadata[max(metadata)].best
+    metric, higher = best
     sign = 1 if higher else -1
     scored = [
         (sign * each.metrics[metric], step)

@@ -34,6 +34,7 @@ from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import local_path
 
 
@@ -148,7 +149,8 @@ class OpenedCheckpoint:
             params, step = weights.place_weights(self.weights(), self.model), 0
         if rounding is not None:
             params = quantization.quantize_params(params, rounding)
-        return LoadedCheckpoint(self.run, params, self.text.vocabularies, step, self.text.chat)
+        text = not_none(self.text)
+        return LoadedCheckpoint(self.run, params, text.vocabularies, step, text.chat)
 
     def params_for(self, cfg: config.Model, shapes: dict[str, Any]) -> dict[str, Any]:
         """The weights, as float32 params of `cfg` on the mesh in force, for a run to begin with.
@@ -191,7 +193,7 @@ class OpenedCheckpoint:
 
     def weights_for(self, trunk: config.Model) -> Weights:
         """Another library's tensors as weights of a run's model without draft heads."""
-        mapped = self.tensors._replace(model=trunk)
+        mapped = not_none(self.tensors)._replace(model=trunk)
         if self.kind == CheckpointKind.T5X:
             names = mapped.source.names
             mapped = mapped._replace(entries=t5x.entries_to_read(trunk, names))
@@ -268,7 +270,7 @@ def open_gguf_checkpoint(path: Path, options: ConversionOptions | None) -> Opene
     source = gguf.GgufTensors(path)
     text = text_settings.read_gguf(source)
     mapped = tensors.map_gguf_tensors(source)
-    mapped = mapped._replace(model=with_ends(mapped.model, text.ends))
+    mapped = mapped._replace(model=with_ends(mapped.model, not_none(text.ends)))
     return from_tensors(
         path, CheckpointKind.GGUF, mapped, choose_text_settings(path, options, lambda: text)
     )
@@ -367,7 +369,7 @@ def check_vocabulary_sizes(opened: OpenedCheckpoint) -> None:
     """Raises ValueError where a vocabulary has ids that the model lacks."""
     ours = opened.kind == CheckpointKind.OURS
     path = opened.path / text_settings.VOCABULARY_FOLDER if ours else opened.path
-    for name, each in zip(("inputs", "targets"), opened.text.vocabularies, strict=True):
+    for name, each in zip(("inputs", "targets"), not_none(opened.text).vocabularies, strict=True):
         if each.size > opened.model.vocab:
             raise ValueError(
                 f"{path} ({name}) has {each.size} ids, more than the {opened.model.vocab} of "

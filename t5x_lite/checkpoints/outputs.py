@@ -28,6 +28,7 @@ from t5x_lite.checkpoints.unfinished import OutputError
 from t5x_lite.checkpoints.weights import Weights
 from t5x_lite.cli.progress import Progress
 from t5x_lite.tokenizers import huggingface_tokenizer
+from t5x_lite.utils.not_none import not_none
 
 FORMATS = ("ours", "huggingface", "t5x", "t5x_scanned")
 
@@ -200,7 +201,7 @@ class HuggingFaceOutput(RenamedOutput):
                 weights,
                 {"linear.weight": projection},
                 folder / "2_Dense",
-                {"linear.weight": described},
+                {"linear.weight": not_none(described)},
                 limit,
                 on_progress=lambda done: None,
             )

@@ -19,6 +19,7 @@ from t5x_lite.checkpoints.matching import Leaf
 from t5x_lite.checkpoints.weights import cast_weight, row_blocks
 from t5x_lite.config import gin_file
 from t5x_lite.tokenizers.errors import SourceError
+from t5x_lite.utils.not_none import not_none
 
 STEP = 0
 
@@ -122,7 +123,7 @@ class SavedWeights:
         stored, mixed = stored_digest(self.described[path])
         rows = [row_digests(block, mixed) for block in row_blocks(np.atleast_1d(values))]
         digests[layer] = combine_digests(dict(enumerate(np.concatenate(rows).tolist())), mixed)
-        if layer is not None and len(digests) < self.leaves[path].layers:
+        if layer is not None and len(digests) < not_none(self.leaves[path].layers):
             return
         del self.readers[path]
         if combine_digests(digests, mixed) != stored:

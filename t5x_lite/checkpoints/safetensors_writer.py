@@ -57,6 +57,7 @@ class ShardWriter:
         if self.files[name] != self.current:
             self.open_shard(self.files[name])
         # As bytes, since the buffer protocol lacks bfloat16.
+        assert self.stream is not None
         self.stream.write(transforms.to_contiguous(array).reshape(-1).view(np.uint8).data)
 
     def open_shard(self, file: str) -> None:

@@ -84,10 +84,10 @@ class ProjectedTensors:
             )
         self.names = source.names | {sentence_t5.PROJECTION: dense.names["linear.weight"]}
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, position: tuple[int, int] | None = None) -> np.ndarray:
         if name == sentence_t5.PROJECTION:
-            return self.dense.read("linear.weight")
-        return self.source.read(name)
+            return self.dense.read("linear.weight", position)
+        return self.source.read(name, position)
 
 
 def open_hugging_face_tensors(folder: str | Path) -> MappedTensors:
@@ -164,8 +164,8 @@ class RenamedTensors:
                 raise SourceError(f"{first} and {name} are two names of one weight: remove one")
         self.names = {name: source.names[stored] for name, stored in self.stored_names.items()}
 
-    def read(self, name: str, *position: tuple[int, int]) -> np.ndarray:
-        return self.source.read(self.stored_names[name], *position)
+    def read(self, name: str, position: tuple[int, int] | None = None) -> np.ndarray:
+        return self.source.read(self.stored_names[name], position)
 
 
 def rename_tensors(source: TensorSource, family: ModuleType) -> TensorSource:

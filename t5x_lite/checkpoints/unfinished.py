@@ -6,8 +6,9 @@ import fcntl
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 SUFFIX = ".unfinished"
 LOCK = ".converting"
@@ -33,7 +34,7 @@ def check_output_folder(to: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def unfinished_folder(to: str | Path) -> Iterator[Path]:
+def unfinished_folder(to: str | Path) -> Generator[Path]:
     """A folder beside `to` to write into, that gets its name when all of it is written.
 
     An error removes it; the leftovers of a killed process are removed by the next.
@@ -71,7 +72,7 @@ def unfinished_folder(to: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def delay_signals() -> Iterator[Callable[[], None]]:
+def delay_signals() -> Generator[Callable[[], None]]:
     """Holds back Ctrl-C and SIGTERM; calling the function that it yields handles one that came.
 
     Threads of TensorStore write while Python goes on, and create the folders that they write to: a
@@ -91,7 +92,9 @@ def delay_signals() -> Iterator[Callable[[], None]]:
             pending.clear()  # a handler that returns is called once
             before[number](number, None)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     # A signal that is ignored, or ends the process without Python, stays as it is.
     handled = [number for number, handler in before.items() if callable(handler)]
     try:

@@ -154,8 +154,10 @@ def equal_bits(one: np.ndarray, other: np.ndarray) -> bool:
         return False
     unsigned = np.dtype(f"u{one.dtype.itemsize}")
     return all(
-        np.array_equal(*(np.ascontiguousarray(block).view(unsigned) for block in blocks))
-        for blocks in zip(row_blocks(one), row_blocks(other), strict=True)
+        np.array_equal(
+            np.ascontiguousarray(here).view(unsigned), np.ascontiguousarray(there).view(unsigned)
+        )
+        for here, there in zip(row_blocks(one), row_blocks(other), strict=True)
     )
 
 

@@ -12,6 +12,7 @@ import tensorstore
 from t5x_lite import processes
 from t5x_lite.checkpoints import transforms
 from t5x_lite.tokenizers.errors import SourceError
+from t5x_lite.utils.not_none import not_none
 
 # Bytes of one chunk in one file; small enough that some of them in memory do not matter.
 CHUNK = 64 * 2**20
@@ -81,7 +82,7 @@ class ArrayReader:
         if position is None:
             return self.read_index(())
         axis, layer = position
-        layers = self.store.chunk_layout.read_chunk.shape[axis]
+        layers = not_none(not_none(self.store.chunk_layout.read_chunk.shape)[axis])
         if layers == 1:
             return self.read_index(layer_index(position))
         begin = layer - layer % layers
@@ -167,7 +168,11 @@ class ArrayWriter:
           layer: the layer; None for everything.
           on_block: called with the first row and the values of each block of rows.
         """
-        target = self.store if layer is None else self.store[layer_index((self.stacked, layer))]
+        target = (
+            self.store
+            if layer is None
+            else self.store[layer_index((not_none(self.stacked), layer))]
+        )
         if not values.ndim:
             target.write(values).result()
             return

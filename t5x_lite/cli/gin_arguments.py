@@ -12,7 +12,7 @@ BINDING = "--gin."
 
 
 def add_gin(
-    parser: argparse.ArgumentParser,
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
     required: bool = True,
     text: str = "a .gin file; several are read in order, later bindings win",
 ) -> None:

@@ -5,7 +5,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -120,15 +120,15 @@ def absl_flags() -> flags.FlagValues:
     return values
 
 
-def subparsers(action: argparse.Action) -> list[argparse.ArgumentParser]:
+def subparsers(action: argparse.Action) -> list["Parser"]:
     """Parsers of the subcommands that an argument chooses from."""
     if isinstance(action, argparse._SubParsersAction):
-        return list(action.choices.values())
+        return [parser for parser in action.choices.values() if isinstance(parser, Parser)]
     return []
 
 
 @contextlib.contextmanager
-def nothing_required(parser: argparse.ArgumentParser) -> Iterator[None]:
+def nothing_required(parser: argparse.ArgumentParser) -> Generator[None]:
     """Makes every option of a parser and of its subcommands optional for a while."""
     with contextlib.ExitStack() as inside:
         for action in parser._actions:

@@ -5,7 +5,7 @@ import collections
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def format_duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def waiting(console: "Console", text: str) -> Iterator[None]:
+def waiting(console: "Console", text: str) -> Generator[None]:
     """Context of work that takes long: shows what is waited for while it is waited for."""
     if console.is_terminal:
         with console.status(text):
@@ -192,7 +192,7 @@ class Progress:
         return None if self.total is None or rate is None else (self.total - self.done) / rate
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None]:
         """Context whose time does not count in the rate of the last seconds."""
         paused = time.monotonic()
         try:

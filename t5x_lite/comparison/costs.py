@@ -27,13 +27,14 @@ def example_lengths(cfg: config.Data, split: str = "train") -> np.ndarray:
     dataset = data.open_dataset(cfg, split)
     count = min(len(dataset), SAMPLE)
     rows = [dataset.ids(i) for i in range(count)]
-    if not count or rows[0][0] is None:
+    lengths = [[len(inputs), len(targets)] for inputs, targets in rows if inputs is not None]
+    if not lengths:
         raise ValueError(
             f"{dataset.name} has no inputs: compare needs examples of inputs and targets, for "
             "the encoder and the decoder"
         )
     most = (cfg.lengths["inputs"], cfg.lengths["targets"])
-    return np.minimum([[len(inputs), len(targets)] for inputs, targets in rows], most)
+    return np.minimum(lengths, most)
 
 
 def count_parameters(cfg: config.Model) -> int:
@@ -50,13 +51,16 @@ def forward_flops(cfg: config.Model, lengths: Lengths, scored: float) -> float:
       scored: number of positions with logits.
     """
     inputs, targets = lengths
+    decoder = cfg.decoder
+    assert decoder is not None
     if cfg.layout == "decoder_only":
-        total = flops.self_attention_and_mlp_flops(cfg.decoder, inputs + targets)
+        total = flops.self_attention_and_mlp_flops(decoder, inputs + targets)
     else:
+        assert cfg.encoder is not None
         total = flops.self_attention_and_mlp_flops(cfg.encoder, inputs)
-        total += flops.self_attention_and_mlp_flops(cfg.decoder, targets)
-        total += flops.cross_attention_flops(cfg.decoder, targets, inputs)
-    return total + 2 * cfg.decoder.embed * cfg.vocab * scored
+        total += flops.self_attention_and_mlp_flops(decoder, targets)
+        total += flops.cross_attention_flops(decoder, targets, inputs)
+    return total + 2 * decoder.embed * cfg.vocab * scored
 
 
 def training_flops(cfg: config.Model, lengths: Lengths) -> float:
@@ -93,6 +97,7 @@ def cache_bytes(cfg: config.Model, inputs: int, outputs: int, size: int) -> int:
       size: bytes of one number.
     """
     stack = cfg.decoder
+    assert stack is not None
     slots = inputs + outputs
     return 2 * stack.layers * stack.key_heads * stack.head_dim * slots * size
 

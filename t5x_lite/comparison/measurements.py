@@ -14,14 +14,16 @@ from t5x_lite import config, data, decoding
 from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.comparison import costs, quality, speed, taken, train_twins, twins
 from t5x_lite.config import aliases
+from t5x_lite.config.training_run import ComparisonRun, TrainingRun
 from t5x_lite.training.reporting import metric_writers
 from t5x_lite.utils.atomic_files import write_atomically
 
 
-def describe_twin(run: config.Run, twin: twins.Twin) -> dict:
+def describe_twin(run: ComparisonRun, twin: twins.Twin) -> dict:
     """The row of a twin in the report: its size, steps and FLOPs."""
     lengths = costs.Lengths(*costs.example_lengths(run.data).mean(axis=0).tolist())
     model = twin.model
+    assert model.decoder is not None
     return {
         "name": twin.name,
         "encoder_layers": model.encoder.layers if model.encoder else 0,
@@ -37,7 +39,7 @@ def describe_twin(run: config.Run, twin: twins.Twin) -> dict:
 
 
 def measure_twins(
-    run: config.Run, family: list[twins.Twin], record: dict, modules: list[str]
+    run: ComparisonRun, family: list[twins.Twin], record: dict, modules: list[str]
 ) -> dict:
     """Trains and measures the twins, except for finished parts.
 
@@ -106,7 +108,7 @@ def train_runs(cfg: config.Compare, runs: dict, modules: list[str]) -> list[dict
     return trained
 
 
-def measure_quality(run: config.Run, trained: config.Run, name: str, seed: int) -> dict:
+def measure_quality(run: ComparisonRun, trained: TrainingRun, name: str, seed: int) -> dict:
     """Metrics of a trained twin, kept in measured/; the folder of the twin is only read.
 
     Args:
@@ -151,7 +153,7 @@ def write_measured(path: Path, content: dict) -> dict:
     return content
 
 
-def measure_speed(run: config.Run, trained: list[config.Run], names: list[str]) -> list[dict]:
+def measure_speed(run: ComparisonRun, trained: list[TrainingRun], names: list[str]) -> list[dict]:
     """The speed table, kept in measured/ case by case.
 
     Args:

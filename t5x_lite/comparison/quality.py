@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_lite import config, data
+from t5x_lite.config.training_run import ComparisonRun, DataRun
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.evaluation import evaluate, metrics
 from t5x_lite.evaluation.predict import Predictor
@@ -26,7 +27,7 @@ WIDTH = 8  # of a drafted block: long enough for every draft token that could be
 LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "per", "wer", "edit_distance")
 
 
-def evaluate_twin(run: config.Run, params: Any, step: int, compare: config.Compare) -> dict:
+def evaluate_twin(run: DataRun, params: Any, step: int, compare: config.Compare) -> dict:
     """Measures the run's weights on Compare.examples examples of Compare.split.
 
     Args:
@@ -62,7 +63,7 @@ def drafter_settings(run: config.Run, name: str) -> config.Decode:
     return dataclasses.replace(decode, draft_length=WIDTH if registry.takes_width(name) else 0)
 
 
-def check_measurements(run: config.Run) -> None:
+def check_measurements(run: ComparisonRun) -> None:
     """Raises ValueError now for what could not be measured after hours of training."""
     for name in run.compare.quantized:
         quantization.parse_quantization(name)
@@ -75,7 +76,7 @@ def check_measurements(run: config.Run) -> None:
         raise ValueError(f"Compare.split = {run.compare.split!r}: {error}") from error
 
 
-def measure_drafters(run: config.Run, params: Any, compare: config.Compare) -> dict[str, dict]:
+def measure_drafters(run: DataRun, params: Any, compare: config.Compare) -> dict[str, dict]:
     """Measures the drafters of Compare.drafters on the test texts.
 
     Args:
@@ -102,7 +103,7 @@ def measure_drafters(run: config.Run, params: Any, compare: config.Compare) -> d
 
 
 def measure_quantized(
-    run: config.Run, params: Any, step: int, compare: config.Compare
+    run: DataRun, params: Any, step: int, compare: config.Compare
 ) -> dict[str, dict]:
     """Measures the quantized weights, for each kind of Compare.quantized.
 
@@ -131,8 +132,8 @@ def jackknife_metrics(names: Sequence[str], rows: Sequence[dict]) -> dict[str, l
         rest = np.setdiff1d(np.arange(len(rows)), group)
         if not len(rest):
             continue
-        predictions = [rows[i]["prediction"] for i in rest]
-        references = [rows[i]["references"] for i in rest]
+        predictions = [rows[int(i)]["prediction"] for i in rest]
+        references = [rows[int(i)]["references"] for i in rest]
         for name, value in metrics.measure_metrics(names, predictions, references).items():
             results.setdefault(name, []).append(value)
     return results

@@ -9,11 +9,12 @@ from t5x_lite import config, data
 from t5x_lite.adaptation import vocabulary_compatibility
 from t5x_lite.checkpoints.kinds import CheckpointKind
 from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from t5x_lite.config.training_run import ComparisonRun
 from t5x_lite.training.loop import REPORT
 from t5x_lite.utils.paths import local_path
 
 
-def trained_model(run: config.Run, name: str, paths: Sequence[str]) -> config.Model:
+def trained_model(run: ComparisonRun, name: str, paths: Sequence[str]) -> config.Model:
     """Config of the trained checkpoints of a twin.
 
     Args:
@@ -36,6 +37,7 @@ def trained_model(run: config.Run, name: str, paths: Sequence[str]) -> config.Mo
         raise ValueError(f"Compare.trained: {paths[0]} is not a {name.replace('_', ' ')}")
     vocabularies = data.open_dataset(run.data, run.compare.split).vocabularies
     for path, opened in zip(paths, checkpoints, strict=True):
+        assert opened.text is not None
         for there, here in zip(opened.text.vocabularies, vocabularies, strict=True):
             difference = vocabulary_compatibility.describe_difference(
                 there, here

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from t5x_lite import config, data
 from t5x_lite.comparison import costs, taken
+from t5x_lite.config.training_run import ComparisonRun, TrainingRun
 
 MULTIPLE = 8  # of the width of an MLP
 
@@ -35,7 +36,7 @@ class Twin(NamedTuple):
     taken: tuple[str, ...] = ()
 
 
-def make_family(run: config.Run) -> list[Twin]:
+def make_family(run: ComparisonRun) -> list[Twin]:
     """Makes the twins of Run.compare, matched to the run's encoder-decoder.
 
     Raises:
@@ -86,6 +87,7 @@ def decoder_only_twin(cfg: config.Model, layers: int, prefix_lm: bool) -> config
       layers: number of layers.
       prefix_lm: True if the inputs are read bidirectionally.
     """
+    assert cfg.decoder is not None
     decoder = dataclasses.replace(cfg.decoder, layers=layers, merged=False)
     alone = {"encoder": None, "separate_embeddings": False}
     return dataclasses.replace(cfg, decoder=decoder, prefix_lm=prefix_lm, **alone)
@@ -99,6 +101,7 @@ def deep_encoder(cfg: config.Model, layers: int, shallow: int) -> config.Model:
       layers: number of layers of the encoder.
       shallow: number of layers of the decoder.
     """
+    assert cfg.encoder is not None and cfg.decoder is not None
     decoder = dataclasses.replace(cfg.decoder, layers=shallow)
     return dataclasses.replace(
         cfg, encoder=dataclasses.replace(cfg.encoder, layers=layers), decoder=decoder
@@ -146,18 +149,18 @@ def widen_mlp(cfg: config.Model, extra: int) -> config.Model:
     return dataclasses.replace(cfg, encoder=wider(cfg.encoder), decoder=wider(cfg.decoder))
 
 
-def matched_steps(run: config.Run, cfg: config.Model) -> int:
+def matched_steps(run: TrainingRun, cfg: config.Model) -> int:
     """Steps in which cfg sees the examples as often as the run's model does."""
     return round(run.train.steps * examples_per_row(run, run.model) / examples_per_row(run, cfg))
 
 
-def examples_per_row(run: config.Run, cfg: config.Model) -> float:
+def examples_per_row(run: TrainingRun, cfg: config.Model) -> float:
     """Mean number of examples that packing puts into a row of the model's layout."""
     batches = data.open_batches(run.data, cfg.layout, run.train.batch_size, run.seed)
     return batches.statistics.examples_per_row
 
 
-def twin_run(run: config.Run, twin: Twin, seed: int) -> config.Run:
+def twin_run(run: ComparisonRun, twin: Twin, seed: int) -> TrainingRun:
     """The training run of a twin.
 
     Args:

@@ -90,8 +90,10 @@ class Run(Checked):
             "with the adapted weights (Checkpoint.initial)",
         )
         if self.train is not None and self.train.layer_skip is not None:
-            require(self.model.decoder is not None, "Train.layer_skip is for a decoder's layers")
-            self.train.layer_skip.check_layers(self.model.decoder.layers)
+            decoder = self.model.decoder
+            require(decoder is not None, "Train.layer_skip is for a decoder's layers")
+            assert decoder is not None
+            self.train.layer_skip.check_layers(decoder.layers)
         if self.data is None:
             return
         require(

@@ -269,12 +269,20 @@ class Model(Checked):
             "Stack.merged is for the decoder of an encoder-decoder",
         )
         require(
-            self.layout != "encoder_decoder"
+            self.encoder is None
+            or self.decoder is None
             or self.encoder.embed == self.decoder.embed
             or (self.separate_embeddings and not merged),
             "Model.encoder.embed and Model.decoder.embed must agree: they share one embedding "
             "(or bind Model.separate_embeddings = True)",
         )
+
+    @property
+    def last_stack(self) -> Stack:
+        """The stack whose output the head reads: the decoder, or a lone encoder."""
+        stack = self.decoder or self.encoder
+        assert stack is not None
+        return stack
 
     @property
     def layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:

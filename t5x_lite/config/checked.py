@@ -16,8 +16,8 @@ LARGEST_INT = 2**31 - 1
 SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError(message) unless condition holds."""
+def require(condition: object, message: str) -> None:
+    """Raises ValueError(message) unless condition is true."""
     if not condition:
         raise ValueError(message)
 
@@ -49,7 +49,7 @@ class Range(NamedTuple):
     open: Literal["", "least", "most", "both"] = ""
     also: tuple[float, ...] = ()
 
-    def __contains__(self, value: object) -> bool:
+    def __contains__(self, value: Any) -> bool:
         if value in self.also:
             return True
         above = value > self.least if self.open in ("least", "both") else value >= self.least
@@ -109,7 +109,7 @@ class Checked:
 
 
 @functools.lru_cache(maxsize=256)  # gin makes subclasses of its own each time that it reads
-def field_types(owner: type) -> dict[str, Any]:
+def field_types(owner: Any) -> dict[str, Any]:
     """Annotations of a dataclass's fields by name, ranges included."""
     hints = typing.get_type_hints(owner, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(owner)}

@@ -57,7 +57,8 @@ def check_source(source: str) -> list[Any]:
     from gin import config_parser, utils
 
     check_pieces(source)
-    macros, parsed = {}, []
+    macros: dict[str, Any] = {}
+    parsed = []
     for statement in statements(config_parser.ConfigParser(source, delegate())):
         parsed.append(statement)
         with utils.try_with_location(statement.location):

@@ -20,6 +20,7 @@ from t5x_lite import config
 from t5x_lite.config import aliases, gin_aliases, gin_bindings
 from t5x_lite.config.gin_check import HEADER, check_source, dataclass_names
 from t5x_lite.utils.nearest import suggest
+from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import local_path
 
 # A resolved config has some hundred lines; ours include three files deep.
@@ -112,7 +113,7 @@ def load_data(paths: list[str], bindings: Sequence[str] = ()) -> config.Data:
     stub = [Line(line, "config.Data") for line in DATA.splitlines()]
     # A file of data may be part of a run that reads more of it.
     files = [line._replace(source="text") for path in paths for line in read_lines(path)]
-    return parse_lines(stub + files, flag_lines(bindings)).data
+    return not_none(parse_lines(stub + files, flag_lines(bindings)).data)
 
 
 def from_text(text: str) -> config.Run:

@@ -154,6 +154,7 @@ def longest_window(
         return lengths.row if isinstance(objective, CausalLM) else inputs
     if min(inputs, targets) < 1:
         return 0
+    assert not isinstance(objective, CausalLM)
     if isinstance(objective, FillInTheMiddle):
         # One token is a target at least, so that as many as fit beside it are the inputs.
         return max(inputs, targets) + 1

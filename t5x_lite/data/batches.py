@@ -5,7 +5,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -135,7 +135,8 @@ class Batches:
 
         Noise, where an objective draws it, is the same for every seed.
         """
-        sizes = [part.rows.rows for part in self.parts]
+        parts: list[Any] = [part.rows for part in self.parts]  # none is Streamed
+        sizes = [rows.rows for rows in parts]
         edges = np.concatenate([[0], np.cumsum(sizes)])
         for start in range(0, int(edges[-1]), self.shard.batch_size):
             first = start + self.shard.host * self.shard.size

@@ -16,6 +16,7 @@ from t5x_lite.data.task import Task, read_text
 from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import cache_folder, local_path
 
 
@@ -39,7 +40,8 @@ class BuiltIn:
 
     def vocabularies(self) -> tuple[TextVocabulary, TextVocabulary]:
         if self.symbols is None:
-            return (vocabularies.ByteVocabulary(extra_ids=100),) * 2
+            vocabulary = vocabularies.ByteVocabulary(extra_ids=100)
+            return vocabulary, vocabulary
         return (
             vocabularies.SymbolVocabulary(self.symbols),
             vocabularies.SymbolVocabulary(self.symbols, separator=" "),
@@ -149,7 +151,7 @@ def vocabulary_pair(
     if cfg.kind != "checkpoint":
         vocabulary = build_vocabulary(cfg, rows, source, cache_dir)
         return vocabulary, vocabulary
-    inputs, targets = read_text_settings(cfg.path).vocabularies
+    inputs, targets = read_text_settings(not_none(cfg.path)).vocabularies
     grow = partial(
         extended.extend_vocabulary, names=cfg.names, extra_ids=cfg.extra_ids, pattern=cfg.sentinels
     )
@@ -181,9 +183,9 @@ def build_vocabulary(
     if cfg.kind == "bytes":
         return vocabularies.ByteVocabulary(cfg.extra_ids)
     if cfg.kind == "trained":
-        model = train_pieces(cfg.size, rows, source, cache_dir)
+        model = train_pieces(not_none(cfg.size), rows, source, cache_dir)
         return vocabularies.SentencePieceVocabulary(model, cfg.extra_ids)
-    path = local_path(cfg.path)
+    path = local_path(not_none(cfg.path))
     if not path.is_file():
         raise ValueError(f"Vocabulary.path {cfg.path} is not a file")
     kind, content = vocabularies.KINDS[cfg.kind], path.read_bytes()

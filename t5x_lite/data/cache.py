@@ -111,7 +111,7 @@ class Rows:
 class FeatureWriter:
     """Appends ids to a file and remembers where each example ends."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, eos: int):
+    def __init__(self, folder: Path, name: str, dtype: type[np.integer], eos: int):
         self.folder, self.name, self.dtype, self.eos = folder, name, np.dtype(dtype), eos
         self.file = open(folder / f"{name}.bin", "wb")
         self.lengths: list[np.ndarray] = []
@@ -231,11 +231,11 @@ def write_chunks(folder: Path, entry: CacheEntry) -> None:
     examples = 0
     for chunk in entry.chunks:
         for position, name in enumerate(("inputs", "targets")):
-            ids = chunk[position]
+            ids: list[np.ndarray] | None = getattr(chunk, name)
             if ids is None:
                 continue
             if name not in writers:
-                dtype = np.uint16 if entry.sizes[position] <= 2**16 else np.int32
+                dtype: type[np.integer] = np.uint16 if entry.sizes[position] <= 2**16 else np.int32
                 writers[name] = FeatureWriter(folder, name, dtype, entry.eos[position])
             writers[name].write(ids)
         if rows is not None and chunk.rows is not None:

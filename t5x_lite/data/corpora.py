@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from t5x_lite.utils.not_none import not_none
+
 SPLITS = ("train", "validation", "test")
 LETTERS = list("abcdefghijklmnopqrstuvwxyz'-.")
 VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
@@ -139,7 +141,8 @@ def function_rows(split: str) -> Iterator[TextExample]:
     """Each documented function in reverse: the first paragraph of its docstring, and its source."""
     for row in docstring_rows(split):
         paragraph, _, _ = row.targets.partition("\n\n")
-        yield TextExample(paragraph, row.inputs, (row.inputs,))
+        source = not_none(row.inputs)
+        yield TextExample(paragraph, source, (source,))
 
 
 def documented_functions(text: str) -> Iterator[TextExample]:

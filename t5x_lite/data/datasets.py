@@ -5,6 +5,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -136,10 +137,11 @@ def vocabularies_of(cfg: config.Data, task: Task) -> tuple[TextVocabulary, TextV
     """Vocabularies of a run: under an objective both sides have that of the targets."""
     inputs, targets = task.vocabularies
     if cfg.objective is not None:
-        inputs = copy.copy(targets)
+        corrupted: Any = copy.copy(targets)
         # A text to be continued does not end with eos; a corrupted one does.
         parts = getattr(cfg.objective, "parts", (cfg.objective,))
-        inputs.ends = all(isinstance(part, config.SpanCorruption) for part in parts)
+        corrupted.ends = all(isinstance(part, config.SpanCorruption) for part in parts)
+        inputs = corrupted
     return inputs, targets
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from t5x_lite import config
 from t5x_lite.config import gin_file
 from t5x_lite.config.checked import LARGEST_INT
+from t5x_lite.config.training_run import RunT
 from t5x_lite.data.datasets import open_vocabularies
+from t5x_lite.utils.not_none import not_none
 
 # In place of Model.vocab where nothing binds it.
 UNBOUND = LARGEST_INT
@@ -39,11 +41,11 @@ def load_run(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config
         run.data is not None,
         "config.Model is not complete: bind vocab. The run has no data with a vocabulary",
     )
-    size = max(vocabulary.size for vocabulary in open_vocabularies(run.data))
+    size = max(vocabulary.size for vocabulary in open_vocabularies(not_none(run.data)))
     return with_model(run, vocab=-(-size // MULTIPLE) * MULTIPLE)
 
 
-def with_model(run: config.Run, **fields) -> config.Run:
+def with_model(run: RunT, **fields) -> RunT:
     """The run with other fields of its model."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
 

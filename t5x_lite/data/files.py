@@ -10,6 +10,7 @@ import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
@@ -71,7 +72,7 @@ def expand_glob(pattern: Path) -> list[Path]:
 def source(cfg: config.Files, split: str) -> str:
     """Digest of the options of reading, and of the split's files by name, size and time of
     change."""
-    identity = [cfg.format, cfg.inputs, cfg.targets, cfg.whole_files, cfg.broken]
+    identity: list[Any] = [cfg.format, cfg.inputs, cfg.targets, cfg.whole_files, cfg.broken]
     identity += [] if cfg.quotes is None else [cfg.quotes]
     identity += [[path, *stamp] for path, stamp in stamps(cfg, split).items()]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

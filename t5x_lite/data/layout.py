@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples side by side in the rows of a batch: tokens, segments, positions and loss weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from t5x_lite.config.windows import LengthLimits
 from t5x_lite.data import packing
 from t5x_lite.data.cache import Feature
 from t5x_lite.data.ragged import Ragged
+from t5x_lite.utils.not_none import not_none
 
 
 class Tiles(NamedTuple):
@@ -102,7 +103,7 @@ def build_batch(
         return join_pairs(lengths, rows, row, inputs, targets)
     wide = lengths.inputs if lengths.layout == "encoder_decoder" else lengths.row
     read, written = (
-        lay_out_side(row, inputs, (rows, wide)),
+        lay_out_side(row, not_none(inputs), (rows, wide)),
         lay_out_side(row, targets, (rows, lengths.row)),
     )
     loss = np.zeros((rows, lengths.row), np.float32)
@@ -149,7 +150,8 @@ def copy_rows(batch: Batch, places: np.ndarray, part: Batch) -> None:
       places: rows of the batch [rows of part].
       part: the rows to write.
     """
-    for whole, rows in zip(batch, part, strict=True):
+    arrays: Any = zip(batch, part, strict=True)
+    for whole, rows in arrays:
         if whole is not None:
             whole[places] = rows
 

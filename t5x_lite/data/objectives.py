@@ -7,6 +7,7 @@ decided by one key per window. The batch builder and the seqio preprocessor shar
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -76,8 +77,10 @@ class WindowPreprocessor:
 
     def mask(self, tokens: int, keys: np.ndarray) -> np.ndarray:
         """Mask of the tokens of each window that are hidden [b t]."""
-        density, span = self.objective.noise_density, self.objective.mean_span
-        capped = self.objective.overflow == "cap" and self.lengths.layout != "encoder_only"
+        objective = self.objective
+        assert isinstance(objective, config.SpanCorruption)
+        density, span = objective.noise_density, objective.mean_span
+        capped = objective.overflow == "cap" and self.lengths.layout != "encoder_only"
         most = len(self.sentinels) if capped else None
         return noise_mask(tokens, *windows.noise_and_spans(tokens, density, span, most), keys)
 
@@ -117,6 +120,7 @@ class WindowPreprocessor:
 
     def targets(self, tokens: int) -> tuple[int, int]:
         """Returns the least and most tokens of a window that are targets."""
+        assert isinstance(self.objective, config.PrefixLM | config.FillInTheMiddle)
         return windows.target_range(self.objective, tokens, self.lengths, len(self.mode))
 
 
@@ -223,7 +227,7 @@ def denoisers(
 
 def check_modes(objective: config.Denoisers, vocabulary: TextVocabulary) -> None:
     """Raises ValueError if two modes have the same ids in this vocabulary, or one has none."""
-    modes = {getattr(part, "mode", None) for part in objective.parts} - {None}
+    modes: set[Any] = {getattr(part, "mode", None) for part in objective.parts} - {None}
     coded: dict[tuple, str] = {}
     for mode in sorted(modes):
         ids = tuple(vocabulary.encode(mode))

@@ -91,7 +91,8 @@ def read_values(result: Any) -> tuple[dict[str, float], dict[str, str]]:
     for name, value in flat_values("", result):
         try:
             # Text of digits is text: float would read it.
-            values[name] = float(None if isinstance(value, (str, bytes)) else value)
+            number: Any = None if isinstance(value, (str, bytes)) else value
+            values[name] = float(number)
         except (TypeError, ValueError):
             unread[name] = f"{type(value).__name__} is not a number"
     return values, unread

@@ -2,6 +2,7 @@
 """Objectives as seqio preprocessors. Importing this module imports TensorFlow."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import seqio
@@ -95,7 +96,7 @@ def windows(
     return texts.enumerate().map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def join_seam(ids: tf.Tensor, seam: np.ndarray) -> tf.Tensor:
+def join_seam(ids: Any, seam: np.ndarray) -> tf.Tensor:
     """The ids of an example and, unless it ends so already, the seam [n] after it."""
     if not len(seam):
         return ids
@@ -103,7 +104,7 @@ def join_seam(ids: tf.Tensor, seam: np.ndarray) -> tf.Tensor:
     return tf.concat([ids, tf.cast(seam, ids.dtype)[: len(seam) * missing]], 0)
 
 
-def ended(ids: tf.Tensor, eos: int) -> tf.Tensor:
+def ended(ids: Any, eos: int) -> tf.Tensor:
     """1 if the ids finish with eos, else 0."""
     return tf.reduce_sum(tf.cast(ids[-1:] == eos, tf.int32))
 

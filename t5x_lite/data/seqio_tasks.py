@@ -12,6 +12,7 @@ import itertools
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import seqio
@@ -26,6 +27,7 @@ from t5x_lite.data.task import CHUNK, Task, TaskScores
 from t5x_lite.tokenizers.seqio_vocabularies import SeqioVocabulary as SeqioVocabulary
 from t5x_lite.tokenizers.seqio_vocabularies import from_seqio as from_seqio
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 
 # They take lengths only to trim, which is done, and counted, when rows are built.
 TRIMMING = (seqio.preprocessors.append_eos_after_trim,)
@@ -239,9 +241,11 @@ def register(task: Task) -> seqio.Task:
         )
 
     REGISTERED[task.name] = task
+    # seqio leaves the annotation of its own sources out of TaskRegistry.add.
+    source: Any = seqio.FunctionDataSource(examples, splits=task.splits)
     return seqio.TaskRegistry.add(
         task.name,
-        source=seqio.FunctionDataSource(examples, splits=task.splits),
+        source=source,
         preprocessors=[],
         output_features=features,
     )
@@ -257,8 +261,9 @@ def example_dicts(task: Task, split: str, names: tuple[str, ...]) -> Iterator[di
     """
     for chunk in task.read(split):
         for i in range(len(chunk.targets)):
+            row = not_none(chunk.rows)[i]
             yield {name: getattr(chunk, name)[i] for name in names} | {
-                f"{name}_pretokenized": getattr(chunk.rows[i], name) for name in names
+                f"{name}_pretokenized": getattr(row, name) for name in names
             }
 
 

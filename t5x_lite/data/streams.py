@@ -20,6 +20,7 @@ from t5x_lite.data.cache import Chunk, Feature, Tokens
 from t5x_lite.data.rows import EpochCounts, Examples, Windows
 from t5x_lite.data.task import Task, check_unchanged
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 
 SHARD = 32_768  # examples that are shuffled and packed together
 SHARD_TOKENS = 8_000_000  # where examples are long, fewer of them
@@ -116,7 +117,7 @@ class Streamed:
                 return part
             batch = batch or layout.empty_batch(len(numbers), self.lengths)
             layout.copy_rows(batch, here, part)
-        return batch
+        return not_none(batch)
 
     def reach(self, row: int) -> None:
         """Reads on until the log holds the row."""
@@ -168,7 +169,7 @@ def join_chunks(chunks: list[Chunk], task: Task, split: str) -> Tokens:
     inputs = None
     if chunks[0].inputs is not None:
         inputs = join_feature(
-            [ids for chunk in chunks for ids in chunk.inputs], task.vocabularies[0]
+            [ids for chunk in chunks for ids in not_none(chunk.inputs)], task.vocabularies[0]
         )
     targets = join_feature([ids for chunk in chunks for ids in chunk.targets], task.vocabularies[1])
     name = f"{task.name}-{split}"

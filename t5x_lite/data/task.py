@@ -11,6 +11,7 @@ from t5x_lite.data.cache import Chunk
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 
 CHUNK = 4096
 CHUNK_CHARACTERS = 4_000_000
@@ -121,7 +122,7 @@ def read_text(
             counts[split][TYPED_ENDS] = typed
         inputs = None
         if batch[0].inputs is not None:
-            inputs = vocabularies.encode_texts(pair[0], [row.inputs for row in batch])
+            inputs = vocabularies.encode_texts(pair[0], [not_none(row.inputs) for row in batch])
         targets = vocabularies.encode_texts(pair[1], [row.targets for row in shorter])
         yield Chunk(inputs, targets, shorter)
 

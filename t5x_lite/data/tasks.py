@@ -11,12 +11,14 @@ from typing import Any
 
 from t5x_lite import config
 from t5x_lite.checkpoints import step_folders, text_settings
+from t5x_lite.config.training_run import RunT
 from t5x_lite.data.built_in import BUILT_IN, built_in_task, from_files
 from t5x_lite.data.task import Task
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.nearest import suggest
+from t5x_lite.utils.not_none import not_none
 
 
 def resolve(cfg: config.Data) -> list[tuple[Task, float]]:
@@ -103,7 +105,7 @@ def in_vocabulary(data: config.Data, vocabulary: config.Vocabulary) -> config.Da
     )
 
 
-def with_run_vocabulary(run: config.Run) -> config.Run:
+def with_run_vocabulary(run: RunT) -> RunT:
     """The run with the vocabulary that its MODEL_DIR has, once weights depend on it.
 
     What the config names may be gone by then, or would be trained again from other files.
@@ -120,7 +122,7 @@ def find_chat_template(data: config.Data) -> ChatTemplate | None:
     named = [task.vocabulary for task in tasks if isinstance(task, config.Files)]
     for each in (*named, data.vocabulary):
         if each is not None and each.kind == "checkpoint":
-            return text_settings.read_text_settings(each.path).chat
+            return text_settings.read_text_settings(not_none(each.path)).chat
     return None
 
 

@@ -91,7 +91,7 @@ class BeamContinuations(NamedTuple):
     log_probability: Float[Array, "b m"]
 
 
-def length_penalty(lengths: Int[Array, "..."], alpha: float) -> Float[Array, "..."]:
+def length_penalty(lengths: Int[Array, "..."], alpha: float | jax.Array) -> Float[Array, "..."]:
     """Divisor of log-probabilities: ((5 + length) / 6) ** alpha (Wu et al., 2016, eq. 14)."""
     return ((5.0 + lengths) / 6.0) ** alpha
 

@@ -33,7 +33,7 @@ from t5x_lite.decoding.steering.processor import Processors, Text
 
 
 class Result(NamedTuple):
-    """Decoded texts, the best one first.
+    """Decoded texts, the best one first: jax arrays of a program, numpy arrays once fetched.
 
     Attributes:
       tokens: [b n L], padded with 0.
@@ -46,13 +46,13 @@ class Result(NamedTuple):
         choice; None after beam search.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    scores: np.ndarray
-    log_probability: np.ndarray
-    steps: int
-    token_step: np.ndarray | None = None
-    token_node: np.ndarray | None = None
+    tokens: Any
+    lengths: Any
+    scores: Any
+    log_probability: Any
+    steps: Any
+    token_step: Any = None
+    token_node: Any = None
 
 
 class DecodeProgram(NamedTuple):
@@ -286,9 +286,9 @@ def run_decoding(program: DecodeProgram, context: DecodeContext, state: DecodeSt
     Returns:
       The last state.
     """
-    adaptive = isinstance(program.drafter, Adaptive)
-    run = run_adaptive_loop if adaptive else loop.run_loop
-    return run(context, program.drafter, program.accept, state)
+    if isinstance(program.drafter, Adaptive):
+        return run_adaptive_loop(context, program.drafter, program.accept, state)
+    return loop.run_loop(context, program.drafter, program.accept, state)
 
 
 def initial_state(

@@ -34,9 +34,11 @@ from t5x_lite.decoding.protocol import (
     Target,
     Tree,
     VerifyOutput,
+    VerifySpec,
     chain,
 )
 from t5x_lite.decoding.steering.processor import Text, draft_paths
+from t5x_lite.utils.not_none import not_none
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def should_continue(stopping: StoppingCriteria, state: DecodeState) -> Bool[Arra
 
 def verify(
     context: DecodeContext,
-    drafter: Drafter,
+    drafter: Drafter | VerifySpec,
     accept: exact.Acceptance,
     state: DecodeState,
     draft: Draft,
@@ -202,8 +204,9 @@ def forward_in_two(
     Returns:
       Hidden states and cache, as Target.forward, and the input of layer `middle`.
     """
-    early = target.layer_range(0, middle)
-    late = target.layer_range(middle, target.num_layers)
+    layer_range = not_none(target.layer_range)
+    early = layer_range(0, middle)
+    late = layer_range(middle, target.num_layers)
     x, part = early.apply_layers(early.embed(tokens, index), index, early.take_cache(cache), tree)
     cache = early.put_cache(cache, part)
     y, part = late.apply_layers(x, index, late.take_cache(cache), tree)

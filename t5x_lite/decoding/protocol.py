@@ -10,7 +10,7 @@ A step of the loop is one forward pass of the target over one block of every row
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -105,7 +105,7 @@ class DecodeContext(NamedTuple):
       prompts: the decoder's prompts.
       inputs: the encoder's tokens, of which the first inputs_length[b] exist; None without an
         encoder.
-      inputs_length: lengths of inputs.
+      inputs_length: [b] int32, lengths of inputs; None without an encoder.
       weights: the drafter's own weights, or None.
       slots: T.
       sampling: how rows are sampled; None for greedy decoding.
@@ -116,7 +116,7 @@ class DecodeContext(NamedTuple):
     stopping: StoppingCriteria
     prompts: Prompts
     inputs: Int[Array, "b s"] | None = None
-    inputs_length: Int[Array, " b"] | None = None
+    inputs_length: Any = None
     weights: Any = None
     slots: int = 0
     sampling: SamplingParams | None = None
@@ -252,12 +252,28 @@ def chain(width: int) -> Tree:
     return Tree(tuple(range(-1, width - 1)))
 
 
+class VerifySpec(NamedTuple):
+    """The part of a drafter that verification reads.
+
+    Attributes:
+      tree: shape of the block.
+      top: number of most probable tokens to return.
+      middle: layer whose input to return, or None.
+    """
+
+    tree: Tree
+    top: int
+    middle: int | None
+
+
 class Drafter(Protocol):
     """Proposes tokens to follow the root; only the speed depends on what it proposes.
 
     A drafter is a frozen dataclass, so that equal ones share an executable. One that needs the
     hidden states between two layers also has a `middle`, the index of the later layer.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def tree(self) -> Tree:

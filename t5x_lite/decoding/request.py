@@ -5,7 +5,7 @@ b rows    s encoder inputs    p prompt tokens
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from t5x_lite import config
 
 
 class Request(NamedTuple):
-    """Rows to be continued: numpy arrays on the host, right-padded.
+    """Rows to be continued, right-padded: numpy arrays on the host, jax arrays on the mesh.
 
     Attributes:
-      inputs: [b s], tokens of the encoder; None for a decoder-only model.
+      inputs: [b s] int32, tokens of the encoder; None for a decoder-only model.
       inputs_length: [b], their lengths, or None.
       prompts: [b p], tokens of the decoder; Model.decoder_start_token_id comes first, except in
         decoder-only models without it (`Model.add_bos`).
@@ -27,14 +27,14 @@ class Request(NamedTuple):
       eos: the id that ends a text, or several [e] of which each does.
     """
 
-    inputs: np.ndarray | None
-    inputs_length: np.ndarray | None
-    prompts: np.ndarray
-    prompts_length: np.ndarray
-    limit: np.ndarray
-    seed: np.ndarray
-    row: np.ndarray
-    eos: int | np.ndarray = 1
+    inputs: Any
+    inputs_length: Any
+    prompts: Any
+    prompts_length: Any
+    limit: Any
+    seed: Any
+    row: Any
+    eos: Any = 1
 
 
 def bucket_length(size: int, least: int = 16) -> int:
@@ -93,8 +93,8 @@ def make_request(
     longest = max(map(len, prompts))
     prompts, prompts_length = pad_rows(prompts, longest if longest == 1 else bucket_length(longest))
     seed = np.full(len(examples), decode.seed, np.uint32)
-    eos = eos if isinstance(eos, int) else np.array(eos, np.int32)
-    return Request(inputs, inputs_length, prompts, prompts_length, limit, seed, row, eos)
+    stops = eos if isinstance(eos, int) else np.array(eos, np.int32)
+    return Request(inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops)
 
 
 def decoder_prompt(cfg: config.Model, example: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ a `NoiseKind` of its own, and also depends on where the block begins.
 """
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,12 @@ class SamplingParams(NamedTuple):
     """Sampling parameters of each row.
 
     Attributes:
-      temperature: divisor of the logits; 0 is greedy.
-      top_k: number of most probable tokens to sample from; 0 for all.
-      top_p: least probability of the most probable tokens to sample from (nucleus); 1 for all.
-      seed: key of the noise.
-      row: number of the row, also a key of the noise.
+      temperature: float32, divisor of the logits; 0 is greedy.
+      top_k: int32, number of most probable tokens to sample from; 0 for all.
+      top_p: float32, least probability of the most probable tokens to sample from (nucleus); 1 for
+        all.
+      seed: uint32, key of the noise.
+      row: uint32, number of the row, also a key of the noise.
       min_p: least probability, as a share of the highest one (Nguyen et al., 2024,
         arXiv 2407.01082); None for no limit, here and below.
       typical_p: least probability of the tokens whose information is nearest to the entropy
@@ -42,15 +43,15 @@ class SamplingParams(NamedTuple):
       eta_cutoff: the same, lower where the entropy is high (eta sampling, same paper).
     """
 
-    temperature: Float[Array, " b"]
-    top_k: Int[Array, " b"]
-    top_p: Float[Array, " b"]
-    seed: UInt32[Array, " b"]
-    row: UInt32[Array, " b"]
-    min_p: Float[Array, " b"] | None = None
-    typical_p: Float[Array, " b"] | None = None
-    epsilon_cutoff: Float[Array, " b"] | None = None
-    eta_cutoff: Float[Array, " b"] | None = None
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    seed: Any
+    row: Any
+    min_p: Any = None
+    typical_p: Any = None
+    epsilon_cutoff: Any = None
+    eta_cutoff: Any = None
 
 
 class NoiseKind(enum.IntEnum):

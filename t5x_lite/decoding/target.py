@@ -16,6 +16,7 @@ from t5x_lite import config, model
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding.protocol import LayerRange, Prompts, Target, TargetHeads, Tree
 from t5x_lite.model import quantization
+from t5x_lite.utils.not_none import not_none
 
 
 def with_cpu_dtype(cfg: config.Model) -> config.Model:
@@ -90,7 +91,7 @@ def make_target(cfg: config.Model, params: Any, encoded: model.EncoderMemory) ->
         forward=forward,
         logits=logits,
         layer_range=functools.partial(layer_range, cfg, params, encoded),
-        num_layers=cfg.decoder.layers,
+        num_layers=not_none(cfg.decoder).layers,
         vocab=cfg.vocab,
         heads=target_heads(cfg, params),
     )
@@ -159,10 +160,11 @@ def keep_layers(cfg: config.Model, first: int, last: int) -> config.Model:
       first: the first layer.
       last: the layer after the last one.
     """
-    sliding = cfg.decoder.sliding[first:last]
+    decoder = not_none(cfg.decoder)
+    sliding = decoder.sliding[first:last]
     pattern = tuple("sliding" if each else "full" for each in sliding)
-    window = cfg.decoder.window if any(sliding) else None
-    decoder = dataclasses.replace(cfg.decoder, layers=last - first, pattern=pattern, window=window)
+    window = decoder.window if any(sliding) else None
+    decoder = dataclasses.replace(decoder, layers=last - first, pattern=pattern, window=window)
     return dataclasses.replace(cfg, decoder=decoder)
 
 
@@ -170,7 +172,7 @@ def with_tree(block: model.TokenBlock, tree: Tree | None) -> model.TokenBlock:
     """Adds the depths and the mask of a tree to a block; a block without them is a chain."""
     if tree is None or tree.is_chain:
         return block
-    return block._replace(depth=jnp.array(tree.depth), ancestors=tree.ancestors)
+    return block._replace(depth=jnp.array(tree.depth), ancestors=jnp.asarray(tree.ancestors))
 
 
 def prefill(

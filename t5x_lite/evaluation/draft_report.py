@@ -181,7 +181,12 @@ def write_png(path: str, texts: Sequence[DraftedText]) -> None:
     figure = Figure(figsize=(0.09 * COLUMNS + 0.6, 0.24 * lines + 0.8))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-2, COLUMNS + 2), ylim=(lines + 2, -1))
     axes.axis("off")
-    font = {"family": "monospace", "fontsize": 9.0, "va": "center", "parse_math": False}
+    font: dict[str, Any] = {
+        "family": "monospace",
+        "fontsize": 9.0,
+        "va": "center",
+        "parse_math": False,
+    }
     for text, placed, first in zip(texts, rows, top, strict=True):
         axes.text(0, first, f"{text.input[:60]!r}: {text.caption}", color="#555", **font)
         before = None
@@ -278,12 +283,12 @@ class DraftReport:
             same = self.compared - self.different
             print(f"identical to plain decoding: {same:,} of {self.compared:,}", file=sys.stderr)
         if self.path and self.pictures:
-            self.draw()
+            self.draw(self.path)
 
-    def draw(self) -> None:
-        """Draws the texts to the picture or the terminal."""
-        if self.path == "-":
+    def draw(self, path: str) -> None:
+        """Draws the texts to a picture, or to the terminal if path is "-"."""
+        if path == "-":
             print(terminal_text(self.pictures), file=sys.stderr)
         else:
-            write_picture(self.path, self.pictures)
-            print(f"drawn: {self.path}", file=sys.stderr)
+            write_picture(path, self.pictures)
+            print(f"drawn: {path}", file=sys.stderr)

@@ -16,6 +16,7 @@ from t5x_lite.decoding.adaptive import latency
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import local_path
 
 
@@ -87,7 +88,7 @@ class DrafterCache:
         try:
             file = str(local_path(path))
             every = records.Source(file, path.endswith(".jsonl"), "prediction").records()
-            known = [record.text for record in every if record.trouble is None]
+            known = [not_none(record.text) for record in every if record.trouble is None]
         except OSError as error:
             raise ValueError(f"{option} cannot be read: {error.strerror}") from None
         if not known:

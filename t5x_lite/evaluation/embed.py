@@ -15,6 +15,7 @@ from t5x_lite import config, decoding, model
 from t5x_lite.decoding import generation
 from t5x_lite.decoding.request import check_ids, decoder_prompt
 from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.utils.not_none import not_none
 
 KINDS = ("mean", "first", "last")
 
@@ -56,7 +57,7 @@ def embed(
     if cfg.encoder is None:
         ids = [decoder_prompt(cfg, row) for row in ids]
     check_texts(cfg, ids)
-    width = cfg.pooling.project or (cfg.encoder or cfg.decoder).embed
+    width = not_none(cfg.pooling).project or cfg.last_stack.embed
     embeddings = np.zeros((len(ids), width), np.float32)
     done = 0
     for places in predictor.batches(ids):
@@ -74,7 +75,7 @@ def embed(
 def check_texts(cfg: config.Model, ids: Sequence[Sequence[int]]) -> None:
     """Raises ValueError for texts that the model cannot read."""
     check_ids(cfg, "Text", ids)
-    most = (cfg.encoder or cfg.decoder).max_length
+    most = (cfg.encoder or cfg.last_stack).max_length
     for number, row in enumerate(ids):
         if most is not None and len(row) > most:
             raise ValueError(

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite import config, processes, sharding
+from t5x_lite.config.training_run import DataRun
 from t5x_lite.data import Dataset, open_batches, open_dataset
 from t5x_lite.data.batches import list_sources
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.evaluation import losses, metrics
 from t5x_lite.evaluation.predict import Prediction, Predictor
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.not_none import not_none
 
 
 class Evaluator:
@@ -29,7 +31,7 @@ class Evaluator:
       ValueError: an unknown split or metric.
     """
 
-    def __init__(self, run: config.Run, split: str | None = None):
+    def __init__(self, run: DataRun, split: str | None = None):
         self.run = run
         self.split = split or run.data.eval_split
         self.predictions_path: Path | None = None
@@ -103,7 +105,7 @@ class Evaluator:
         written = [each.texts[0] for each in predictions]
         references = [self.dataset.references(i) for i in range(count)]
         values = self.measure(names, written, references)
-        texts = [self.dataset.inputs_text(i) for i in range(count)]
+        texts = [not_none(self.dataset.inputs_text(i)) for i in range(count)]
         try:
             self.predictions_path = self.write_predictions(
                 step, prediction_rows(texts, predictions, references)
@@ -139,7 +141,7 @@ class Evaluator:
     def inputs(self, count: int) -> tuple[list[list[int]], int]:
         """Input ids of the first examples, truncated as in training; counts truncated ones."""
         most = self.run.data.lengths.get("inputs", 0)
-        rows = [self.dataset.ids(i)[0].tolist() for i in range(count)]
+        rows = [not_none(self.dataset.ids(i)[0]).tolist() for i in range(count)]
         vocabulary = self.dataset.vocabularies[0]
         end = [vocabulary.eos] if vocabulary.ends else []
         fitting = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in rows]
@@ -177,7 +179,7 @@ def uses_task_metrics(run: config.Run, dataset: Dataset) -> bool:
     return not run.evaluate.metrics and any(task.score for task in dataset.tasks)
 
 
-def measured_names(run: config.Run, dataset: Dataset) -> list[str] | None:
+def measured_names(run: DataRun, dataset: Dataset) -> list[str] | None:
     """Names of all that `Evaluator` measures; None where functions of the user name it."""
     names = []
     if run.evaluate.batches:
@@ -193,7 +195,7 @@ def measured_names(run: config.Run, dataset: Dataset) -> list[str] | None:
     return names
 
 
-def evaluate(run: config.Run, params: Any, step: int, split: str | None = None) -> dict[str, float]:
+def evaluate(run: DataRun, params: Any, step: int, split: str | None = None) -> dict[str, float]:
     """Computes losses and metrics of weights on a split, as `Evaluator` does.
 
     Args:

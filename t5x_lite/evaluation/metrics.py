@@ -6,6 +6,7 @@ returns values by name; rates are in percent, as they are published.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from t5x_lite.utils.nearest import suggest
 
@@ -84,7 +85,7 @@ def chrf(predictions: Predictions, references: References) -> dict[str, float]:
     }
 
 
-def transpose_references(references: References) -> list[list[str | None]]:
+def transpose_references(references: References) -> list[list[Any]]:
     """References in sacrebleu's order: the first of every text, the second of every text ...
 
     If a text has fewer than another there is None, which sacrebleu ignores.

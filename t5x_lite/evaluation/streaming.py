@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from t5x_lite import config, decoding
 from t5x_lite.evaluation.predict import Predictor, drafter_names
+from t5x_lite.utils.not_none import not_none
 
 
 class TextPiece(NamedTuple):
@@ -74,7 +75,7 @@ def text_pieces(
     for result in results:
         count = int(result.lengths[0, 0])
         ids, calls, nodes = (
-            rows[0, 0, :count].tolist()
+            not_none(rows)[0, 0, :count].tolist()
             for rows in (result.tokens, result.token_step, result.token_node)
         )
         text = predictor.targets.decode(ids)

@@ -122,6 +122,6 @@ def boxed(cfg: config.Model, key: jax.Array) -> dict:
     check_mesh(cfg)
     rows = batch_shards()
     zeros = jnp.zeros((rows, 1), jnp.int32, out_sharding=spec("batch length"))
-    batch = Batch(*[zeros] * 7)
+    batch = Batch(zeros, zeros, zeros, zeros, zeros, zeros, zeros)
     params = Transformer(cfg).init(key, batch)["params"]
     return params

@@ -15,6 +15,7 @@ from t5x_lite.model import positions
 from t5x_lite.model.cache import Cache, write_rows
 from t5x_lite.model.layers import normalizer, param, project, weight
 from t5x_lite.sharding import spec
+from t5x_lite.utils.not_none import not_none
 
 # Window of the full-attention layers in a stack that has sliding-window layers too.
 EVERYTHING = 1 << 30
@@ -56,7 +57,7 @@ class LayerConfig(NamedTuple):
 def layer_configs(stack: config.Stack, both_sides: bool) -> LayerConfig:
     """Returns the settings of all layers of a stack, stacked along a first axis."""
     form = stack.window_form if both_sides else "below"
-    windows = [stack.window if sliding else EVERYTHING for sliding in stack.sliding]
+    windows = [not_none(stack.window) if sliding else EVERYTHING for sliding in stack.sliding]
     frequency = [positions.frequencies(stack, sliding) for sliding in stack.sliding]
     window_size = np.array([positions.window_size(window, form) for window in windows], np.int32)
     return LayerConfig(
@@ -350,5 +351,6 @@ def apply_rope(
       where: [b t] positions; None for no rotation.
       layer_config: settings of the layer.
     """
-    rotary = where is not None and layer_config.frequency is not None
-    return positions.rotate(x, where, layer_config.frequency) if rotary else x
+    if where is None or layer_config is None or layer_config.frequency is None:
+        return x
+    return positions.rotate(x, where, layer_config.frequency)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config
 from t5x_lite.sharding import spec
+from t5x_lite.utils.not_none import not_none
 
 
 class Cache(NamedTuple):
@@ -61,7 +62,7 @@ def empty_cache(cfg: config.Model, rows: int, length: int, scan: bool = True) ->
       length: slots per row.
       scan: stacked layers; False for a tuple of arrays, for the weights of `unstack`.
     """
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     shape = (rows, stack.key_heads, length, stack.head_dim)
     axes = "batch kv_heads length head_dim"
     if scan:

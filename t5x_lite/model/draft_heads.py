@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from t5x_lite import config
 from t5x_lite.model.layers import weight
 from t5x_lite.sharding import spec
+from t5x_lite.utils.not_none import not_none
 
 
 class Heads(nn.Module):
@@ -25,13 +26,13 @@ class Heads(nn.Module):
 
     @property
     def sizes(self):
-        cfg, stack = self.model.draft_heads, self.model.decoder
+        cfg, stack = not_none(self.model.draft_heads), not_none(self.model.decoder)
         width = {"embed": stack.embed, "width": stack.embed, "mlp": cfg.mlp or stack.mlp}
         pairs = cfg.count * (cfg.count + 1) // 2
         return width | {"guesses": cfg.count, "sources": cfg.count, "pairs": pairs}
 
     def setup(self):
-        cfg, fan_in = self.model.draft_heads, self.model.decoder.embed**-0.5
+        cfg, fan_in = not_none(self.model.draft_heads), self.sizes["embed"] ** -0.5
         if cfg.residual:
             self.square = weight(self, "square", "guesses embed -> width", 0.0)
         else:
@@ -57,7 +58,7 @@ class Heads(nn.Module):
           since: [b t j d] embeddings of the tokens after the hidden state, for hydra only: i + 1
             tokens for head i (0, 1, ...), the first of which is the model's own.
         """
-        residual = getattr(self, f"_{self.model.draft_heads.shape}")
+        residual = getattr(self, f"_{not_none(self.model.draft_heads).shape}")
         return x[:, :, None] + residual(x, which, since)
 
     def _stern(self, x, which, since):

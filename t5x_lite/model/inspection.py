@@ -9,10 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.model.transformer import Transformer, on_rows
+from t5x_lite.utils.not_none import not_none
 
 
 class InspectionInputs(NamedTuple):
-    """Token ids as the model reads them; rows are padded at their end.
+    """Token ids as the model reads them, int32 on the host or on devices; rows are padded at their
+    end.
 
     Attributes:
       tokens: [b t] ids that the decoder reads, the start token included.
@@ -22,11 +24,11 @@ class InspectionInputs(NamedTuple):
       inputs_length: [b] number of inputs that are not padding; None for a lone decoder.
     """
 
-    tokens: Int[Array, "b t"]
-    length: Int[Array, " b"]
-    prompt: Int[Array, " b"]
-    inputs: Int[Array, "b s"] | None = None
-    inputs_length: Int[Array, " b"] | None = None
+    tokens: Any
+    length: Any
+    prompt: Any
+    inputs: Any = None
+    inputs_length: Any = None
 
 
 class Activations(NamedTuple):
@@ -65,7 +67,7 @@ class Inspected(Transformer):
             encoded, encoder = states[-1], jnp.stack([probs for probs, _ in encoder])
         states, layers = self.decoder.inspect(*self.decoder_context(inputs, encoded))
         decoder, cross = jnp.stack([probs for probs, _ in layers]), None
-        if self.cfg.encoder and self.cfg.decoder.merged:
+        if self.cfg.encoder and not_none(self.cfg.decoder).merged:
             decoder, cross = jnp.split(decoder, [inputs.tokens.shape[1]], axis=-1)
         elif self.cfg.encoder:
             cross = jnp.stack([cross_probs for _, cross_probs in layers])
@@ -80,15 +82,17 @@ class Inspected(Transformer):
         inputs = InspectionInputs(*map(on_rows, inputs))
         encoded = None
         if self.cfg.encoder:
-            segments, where = segments_and_positions(inputs.inputs, inputs.inputs_length)
-            encoded = self.encode(inputs.inputs, segments, where)
+            input_ids = not_none(inputs.inputs)
+            segments, where = segments_and_positions(input_ids, not_none(inputs.inputs_length))
+            encoded = self.encode(input_ids, segments, where)
         return self.logits(self.decoder(*self.decoder_context(inputs, encoded)))
 
     def encoder_activations(self, inputs: InspectionInputs) -> tuple[list, list]:
         """States and attention probabilities of the encoder, as `LayerStack.inspect` has them."""
-        segments, where = segments_and_positions(inputs.inputs, inputs.inputs_length)
+        input_ids = not_none(inputs.inputs)
+        segments, where = segments_and_positions(input_ids, not_none(inputs.inputs_length))
         context = AttentionContext(where, self.mask(segments, segments))
-        return self.encoder.inspect(self.embed(inputs.inputs, for_encoder=True), context)
+        return self.encoder.inspect(self.embed(input_ids, for_encoder=True), context)
 
     def decoder_context(self, inputs: InspectionInputs, encoded) -> tuple[Any, AttentionContext]:
         """Embedded tokens of the decoder, and the context of its layers."""
@@ -98,7 +102,9 @@ class Inspected(Transformer):
             prefix = jnp.arange(inputs.tokens.shape[1]) < inputs.prompt[:, None]
         mask = self.mask(segments, segments, causal=True, query_prefix=prefix, key_prefix=prefix)
         if encoded is not None:
-            input_segments, _ = segments_and_positions(inputs.inputs, inputs.inputs_length)
+            input_segments, _ = segments_and_positions(
+                not_none(inputs.inputs), not_none(inputs.inputs_length)
+            )
             input_mask = self.mask(segments, input_segments)
         context = AttentionContext(where, mask, encoded=encoded, input_mask=input_mask)
         return self.embed(inputs.tokens), context

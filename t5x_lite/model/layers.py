@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,22 @@ from t5x_lite.sharding import spec
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
+class FlaxModule(nn.Module):
+    """A module of flax whose `apply` returns anything: flax annotates a union with the pair that it
+    returns with `mutable` alone."""
+
+    if TYPE_CHECKING:
+
+        def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+            """Runs a method of the module.
+
+            Args:
+              variables: {"params": weights}.
+              *args: arguments of the method.
+              **kwargs: method, if it is not `__call__`, and its keyword arguments.
+            """
+
+
 class PartitionedWeight(struct.PyTreeNode, meta.AxisMetadata):
     """A new weight boxed with the names of its axes, as Flax's `Partitioned`; only during init.
 
@@ -33,8 +49,8 @@ class PartitionedWeight(struct.PyTreeNode, meta.AxisMetadata):
     def unbox(self):
         return self.value
 
-    def replace_boxed(self, value):
-        return self.replace(value=value)
+    def replace_boxed(self, val):
+        return self.replace(value=val)
 
     def add_axis(self, index, params):
         raise NotImplementedError("Layers are stacked by LayerStack, not by a Flax transformation")
@@ -85,7 +101,10 @@ def param(module: nn.Module, name: str, axes: str, std: float | None = None) -> 
     if std is None:
         std = math.prod(module.sizes[axis] for axis in fan_in.split()) ** -0.5
     draw = nn.initializers.normal(std) if arrow or std == 0 else nn.initializers.ones
-    value = module.param(name, lambda key: PartitionedWeight(draw(key, shape), " ".join(names)))
+    # During init the boxed weight, else the array.
+    value: Any = module.param(
+        name, lambda key: PartitionedWeight(draw(key, shape), " ".join(names))
+    )
     return value.astype(module.model.dtype)
 
 

@@ -10,14 +10,23 @@ from t5x_lite.kernels import api as kernels
 from t5x_lite.model import positions
 from t5x_lite.model.attention import Attention, AttentionContext, LayerConfig, layer_configs
 from t5x_lite.model.cache import Cache
-from t5x_lite.model.layers import Mlp, dropout, is_partitioned, normalizer, split, weight
+from t5x_lite.model.layers import (
+    FlaxModule,
+    Mlp,
+    dropout,
+    is_partitioned,
+    normalizer,
+    split,
+    weight,
+)
 from t5x_lite.sharding import batch_shards, spec
+from t5x_lite.utils.not_none import not_none
 
 # Folded into a layer's key for the draw of the rows that skip the layer; dropout splits that key.
 LAYER_SKIP = 1 << 31
 
 
-class Layer(nn.Module):
+class Layer(FlaxModule):
     """Transformer layer: self-attention, cross-attention in a decoder, Mlp.
 
     Attributes:
@@ -36,8 +45,7 @@ class Layer(nn.Module):
         self.attention = Attention(self.model, self.stack, self.both_sides)
         self.cross = self.source is not None and not self.stack.merged
         if self.cross:
-            kind = {"cross": True, "source": self.source}
-            self.cross_attention = Attention(self.model, self.stack, **kind)
+            self.cross_attention = Attention(self.model, self.stack, cross=True, source=self.source)
         self.mlp = Mlp(self.model, self.stack)
 
     def __call__(self, x, context: AttentionContext, layer_config: LayerConfig, key=None):
@@ -54,7 +62,7 @@ class Layer(nn.Module):
         merged = cross_kv if self.stack.merged else None
         x = x + dropout(self.attention(x, context, layer_config, merged), rate, keys[0])
         if self.cross:
-            y = self.cross_attention.attend_encoded(x, cross_kv, context)
+            y = self.cross_attention.attend_encoded(x, not_none(cross_kv), context)
             x = x + dropout(y, rate, keys[1])
         return x + dropout(self.mlp(x, keys[2]), rate, keys[3])
 
@@ -75,6 +83,7 @@ class Layer(nn.Module):
         probs, cross_probs = self.attention.attention_probs(x, context, layer_config, merged), None
         x = x + self.attention(x, context, layer_config, merged)
         if self.cross:
+            assert cross_kv is not None
             cross_probs = self.cross_attention.cross_attention_probs(x, cross_kv, context)
             x = x + self.cross_attention.attend_encoded(x, cross_kv, context)
         return x + self.mlp(x), (probs, cross_probs)
@@ -103,7 +112,7 @@ class Layer(nn.Module):
         y, cache = self.attention.attend_cache(x, context, layer_config, cache, merged)
         x = x + y
         if self.cross:
-            x = x + self.cross_attention.attend_encoded(x, cross_kv, context)
+            x = x + self.cross_attention.attend_encoded(x, not_none(cross_kv), context)
         return x + self.mlp(x), cache
 
     def cross_kv(self, encoded) -> Cache:
@@ -193,12 +202,14 @@ class LayerStack(nn.Module):
             weights, layer_config, key = layer
             return self.layer.apply({"params": weights}, x, context, layer_config, key), None
 
-        keys = None if key is None else jax.random.split(key, self.stack.layers + 1)
-        layer_keys = None if key is None else keys[:-1]
+        layer_keys = last_key = None
+        if key is not None:
+            keys = jax.random.split(key, self.stack.layers + 1)
+            layer_keys, last_key = keys[:-1], keys[-1]
         x = self.add_position_embeddings(x, context.where)
         apply_layer = remat_layer(apply_layer, self.remat)
         x, _ = self.scan_layers(apply_layer, x, self.layer_configs, layer_keys)
-        return dropout(self.norm(x), self.model.dropout, None if key is None else keys[-1])
+        return dropout(self.norm(x), self.model.dropout, last_key)
 
     def with_layer_skip(self, x, context: AttentionContext, key, rates):
         """Applies the stack with stochastic layer skip: each row skips each layer at random.

@@ -7,9 +7,10 @@ Axis letters, here and in every kernel and test:
   f mlp width   v vocabulary     (in relative positions: k buckets)
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from t5x_lite import config
@@ -19,15 +20,16 @@ from t5x_lite.kernels.api import TokenLosses
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock
 from t5x_lite.model.draft_heads import Heads
-from t5x_lite.model.layers import all_gather, dropout, param, split, weight
+from t5x_lite.model.layers import FlaxModule, all_gather, dropout, param, split, weight
 from t5x_lite.model.pooling import normalize, pool
 from t5x_lite.model.stack import LayerStack
 from t5x_lite.sharding import spec
+from t5x_lite.utils.not_none import not_none
 
 NO_MEMORY = EncoderMemory()
 
 
-class Transformer(nn.Module):
+class Transformer(FlaxModule):
     """The model of a `config.Model`; every method is pure: caches go in and come out.
 
     Attributes:
@@ -50,7 +52,7 @@ class Transformer(nn.Module):
     @property
     def sizes(self):
         cfg = self.cfg
-        embed = (cfg.decoder or cfg.encoder).embed
+        embed = cfg.last_stack.embed
         sizes = {"vocab": cfg.vocab, "embed": embed, "norm": embed}
         if cfg.encoder:
             sizes |= {"encoder_embed": cfg.encoder.embed}
@@ -58,7 +60,7 @@ class Transformer(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        options = {"scan": self.scan, "remat": self.remat, "unroll": self.unroll}
+        options: dict[str, Any] = dict(scan=self.scan, remat=self.remat, unroll=self.unroll)
         table = {"std": cfg.embedding_std}
         self.embedding = param(self, "embedding", "-> vocab embed", **table)
         if cfg.separate_embeddings:
@@ -289,8 +291,9 @@ class Transformer(nn.Module):
           which: the heads to run.
           since: [b t j] tokens after each hidden state; for sequential heads only.
         """
-        if not self.cfg.draft_heads.sequential:
+        if not not_none(self.cfg.draft_heads).sequential:
             return self.heads(hidden, which)
+        assert since is not None
         rows, length, tokens = since.shape
         flat = jnp.reshape(since, (rows, length * tokens), out_sharding=spec("batch length"))
         embedded = self.embed(flat)
@@ -336,10 +339,11 @@ class Transformer(nn.Module):
                 where, self.mask(segments, segments, causal=True), backend=self.backend
             )
             x = self.decoder(self.embed(inputs), context)
-        x = pool(x, segments > 0, self.cfg.pooling.kind)
-        if self.cfg.pooling.project:
+        pooling = not_none(self.cfg.pooling)
+        x = pool(x, segments > 0, pooling.kind)
+        if pooling.project:
             x = jnp.einsum("bd,dp->bp", x, self.projection.astype(jnp.float32))
-        return normalize(x) if self.cfg.pooling.normalize else x
+        return normalize(x) if pooling.normalize else x
 
     @property
     def backend(self) -> kernels.Backend | None:

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t5x_lite import config, model, sharding
+from t5x_lite import model, sharding
 from t5x_lite.batch import Batch
 from t5x_lite.checkpoints import train_state
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import flops, optimizer, schedules, step
 
 
-def abstract_batch(run: config.Run) -> Batch:
+def abstract_batch(run: TrainingRun) -> Batch:
     """Shapes of a batch, placed on the mesh in force."""
     rows, lengths = run.train.batch_size, run.data.lengths
     inputs, targets = flops.row_lengths(run.model.layout, lengths)
@@ -21,14 +22,14 @@ def abstract_batch(run: config.Run) -> Batch:
         placement = sharding.named_sharding("batch length")
         return jax.ShapeDtypeStruct((rows, length), dtype, sharding=placement)
 
-    ids = [array(targets, jnp.int32)] * 3
-    weights = array(targets, jnp.float32)
+    ids, weights = array(targets, jnp.int32), array(targets, jnp.float32)
     if run.model.layout == "decoder_only":
-        return Batch(*ids, weights, prefix=array(targets, bool))
-    return Batch(*ids, weights, *[array(inputs, jnp.int32)] * 3)
+        return Batch(ids, ids, ids, weights, prefix=array(targets, bool))
+    read = array(inputs, jnp.int32)
+    return Batch(ids, ids, ids, weights, read, read, read)
 
 
-def abstract_state(run: config.Run) -> train_state.TrainState:
+def abstract_state(run: TrainingRun) -> train_state.TrainState:
     """Shapes of the training state, placed on the mesh in force."""
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     update = optimizer.make_optimizer(
@@ -37,7 +38,7 @@ def abstract_state(run: config.Run) -> train_state.TrainState:
     return train_state.state_shapes(model.shapes(run.model), update)
 
 
-def trace_step(run: config.Run, devices: list) -> Any:
+def trace_step(run: TrainingRun, devices: list) -> Any:
     """Traces the training step of a run for devices; nothing is computed.
 
     Sets the mesh over them. `.lower().compile()` of the result gives the executable.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from t5x_lite import config, sharding
 from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.planning import aot
 from t5x_lite.planning.chips import HOP_SECONDS, Slice
 from t5x_lite.planning.collectives import Collective
@@ -37,7 +38,7 @@ class StepShapes(NamedTuple):
     batch: Any
 
 
-def step_shapes(run: config.Run) -> StepShapes:
+def step_shapes(run: TrainingRun) -> StepShapes:
     """Shapes of a run's training step, for any mesh; jax needs one device here."""
     sharding.use_mesh(config.Mesh(1, 1, 1), jax.devices("cpu")[:1])
     shapes = aot.abstract_state(run)
@@ -69,12 +70,12 @@ def mesh_axes(leaf) -> list[tuple[str, ...]]:
     return axes + [()] * (len(leaf.shape) - len(axes))
 
 
-def mesh_of(run: config.Run, count: int) -> dict[str, int]:
+def mesh_of(run: TrainingRun, count: int) -> dict[str, int]:
     """The sizes of run's mesh axes on so many chips."""
     return sharding.mesh_sizes(run.mesh, count)
 
 
-def figures(run: config.Run, slice_: Slice, known: StepShapes) -> Figures:
+def figures(run: TrainingRun, slice_: Slice, known: StepShapes) -> Figures:
     """Figures of a run's training step on a slice.
 
     Args:
@@ -121,7 +122,7 @@ def figures(run: config.Run, slice_: Slice, known: StepShapes) -> Figures:
 class Towers(NamedTuple):
     """Sizes of a step's encoder and decoder stacks on one chip, of one microbatch."""
 
-    run: config.Run
+    run: TrainingRun
     mesh: dict[str, int]
 
     @property
@@ -193,13 +194,13 @@ class Towers(NamedTuple):
         return stack.embed * columns / self.mesh["tensor"]
 
 
-def gradient_bytes(run: config.Run, params: int) -> int:
+def gradient_bytes(run: TrainingRun, params: int) -> int:
     """Gradients in the dtype of activations, and their float32 sum over microbatches."""
     narrow = params * jnp.dtype(run.model.dtype).itemsize // 4
     return narrow + (params if run.train.microbatches > 1 else 0)
 
 
-def logits_bytes(run: config.Run, tower: Towers, mesh: dict[str, int]) -> int:
+def logits_bytes(run: TrainingRun, tower: Towers, mesh: dict[str, int]) -> int:
     """Bytes of the float32 logits and their gradient, or of a chunk of them.
 
     Args:
@@ -212,7 +213,7 @@ def logits_bytes(run: config.Run, tower: Towers, mesh: dict[str, int]) -> int:
     return int(min(whole, step.MAX_LOGIT_BYTES / 4))
 
 
-def moved_bytes(run: config.Run, kinds: dict[str, int], tower: Towers) -> int:
+def moved_bytes(run: TrainingRun, kinds: dict[str, int], tower: Towers) -> int:
     """Bytes of HBM read and written: weights three times for each microbatch, the update once,
     activations in both directions.
 
@@ -231,7 +232,7 @@ def moved_bytes(run: config.Run, kinds: dict[str, int], tower: Towers) -> int:
     return int(micro * tower.itemsize * (3 * weights + 6 * passes) + update)
 
 
-def expected_collectives(run: config.Run, slice_: Slice, mesh: dict[str, int], tower: Towers):
+def expected_collectives(run: TrainingRun, slice_: Slice, mesh: dict[str, int], tower: Towers):
     """Collectives that the rules of `sharding` lead to, each axis by itself.
 
     Args:

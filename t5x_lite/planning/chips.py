@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from t5x_lite.training import flops
+from t5x_lite.utils.not_none import not_none
 
 GIB = 1 << 30
 
@@ -36,7 +37,7 @@ class Chip(NamedTuple):
     @property
     def peak(self) -> float:
         """Dense bfloat16 FLOP/s."""
-        return flops.peak_flops(self.kind)
+        return not_none(flops.peak_flops(self.kind))
 
 
 # Memory of a TPU is what its compiler grants to a program (libtpu 0.0.52 names it when a program is

@@ -93,7 +93,7 @@ def computation_collectives(module: Module, computation: Computation):
         if kind in COLLECTIVES:
             yield instruction, kind, kind != instruction.operation
         elif instruction.operation in ("fusion", "async-start"):
-            inner = module.computations[instruction.called("calls")]
+            inner = module.called_by(instruction, "calls")
             targets = {each.target for each in inner.instructions.values()}
             begins = "AsyncCollectiveStart" in targets
             if not begins and continues_collective(inner, targets):
@@ -151,10 +151,11 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
         ids = ids.transpose([list(sizes).index(name) for name in order])
         return ids.reshape(-1, math.prod(sizes[name] for name in wanted))
     if match := COUNTED.search(attributes):
-        numbers = [list(map(int, part.split(","))) if part else None for part in match.groups()]
-        ids = np.arange(math.prod(numbers[1])).reshape(numbers[1])
-        ids = ids if numbers[2] is None else ids.transpose(numbers[2])
-        return ids.reshape(numbers[0])
+        groups, sizes, order = (
+            list(map(int, part.split(","))) if part else [] for part in match.groups()
+        )
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        return (ids.transpose(order) if order else ids).reshape(groups)
     if match := LISTED.search(attributes) or PAIRS.search(attributes):
         groups = [list(map(int, part.split(","))) for part in re.findall(r"\{([\d,]+)\}", match[1])]
         return np.array(groups)

@@ -6,14 +6,16 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from t5x_lite import config
 from t5x_lite.planning import chips, collectives, counted, hlo, steps, trips
 from t5x_lite.planning.figures import Figures, Memory
+from t5x_lite.utils.not_none import not_none
 
 SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 AMOUNT = re.compile(r"([\d.]+)([KMGT])")
@@ -39,7 +41,7 @@ def devices(slice_: chips.Slice) -> list:
 
 
 @contextlib.contextmanager
-def without_complaints() -> Iterator[None]:
+def without_complaints() -> Generator[None]:
     """Drops libtpu's complaints on file descriptor 2 that it finds no TPU."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -82,7 +84,7 @@ def figures(
     step = steps.decode(run, described, decoding) if decoding else steps.training(run, described)
     mesh = jax.sharding.get_mesh()
     where = collectives.mesh_wiring(mesh, slice_)
-    known = {
+    known: dict[str, Any] = {
         "what": "decode step" if decoding else "training step",
         "source": "compiled",
         "slice": slice_,
@@ -124,7 +126,7 @@ def compile_program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, s
     with tempfile.TemporaryDirectory() as folder:
         executable = lowered.compile(compiler_options={"xla_dump_to": folder})
         written = sorted(Path(folder).glob("*.after_optimizations.txt"))
-        return executable, written[-1].read_text() if written else executable.as_text()
+        return executable, written[-1].read_text() if written else not_none(executable.as_text())
 
 
 def fitting_memory(step: steps.Step, chip: chips.Chip, analysis) -> Memory:
@@ -168,11 +170,11 @@ def amounts(message: str, chip: chips.Chip) -> tuple[int, int]:
     )
     for pattern in patterns:
         if match := re.search(pattern, message):
-            return tuple(amount(text) for text in match.groups())
+            return amount(match[1]), amount(match[2])
     return chip.memory + 1, chip.memory
 
 
 def amount(text: str) -> int:
     """ "15.75G" in bytes."""
-    number, unit = AMOUNT.fullmatch(text).groups()
+    number, unit = not_none(AMOUNT.fullmatch(text)).groups()
     return int(float(number) * SIZES[unit])

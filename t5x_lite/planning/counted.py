@@ -17,6 +17,7 @@ import numpy as np
 
 from t5x_lite.planning.hlo import HBM, Array, Computation, Instruction, Module
 from t5x_lite.planning.trips import Executions
+from t5x_lite.utils.not_none import not_none
 
 COLLECTIVES = (
     "all-gather",
@@ -72,7 +73,7 @@ def instruction_flops(module: Module, computation: Computation, instruction: Ins
         cost = kernel_cost(instruction)
         return cost.flops if cost else 0
     if instruction.operation in ("fusion", "async-start"):
-        called = module.computations[instruction.called("calls")]
+        called = module.called_by(instruction, "calls")
         inner = called.instructions.values()
         return sum(instruction_flops(module, called, each) for each in inner)
     return 0
@@ -94,7 +95,7 @@ def convolution_flops(computation: Computation, convolution: Instruction) -> int
     TPU compilers write batched matrix products as convolutions whose window meets one place of the
     input only.
     """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+    labels = not_none(re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes))
     left, kernel = (computation.operand(convolution, i).arrays[0] for i in (0, 1))
     result = convolution.arrays[0]
 
@@ -150,7 +151,7 @@ def instruction_bytes(module: Module, computation: Computation, instruction: Ins
     if operation == "custom-call":
         return custom_bytes(computation, instruction)
     if operation == "async-start":
-        called = module.computations[instruction.called("calls")]
+        called = module.called_by(instruction, "calls")
         return sum(instruction_bytes(module, called, each) for each in called.instructions.values())
     if operation == "fusion":
         return fusion_bytes(module, computation, instruction)
@@ -228,7 +229,7 @@ def fusion_bytes(module: Module, computation: Computation, fusion: Instruction) 
       computation: where the fusion stands.
       fusion: the instruction.
     """
-    inner = module.computations[fusion.called("calls")]
+    inner = module.called_by(fusion, "calls")
     total = 0
     for index, name in enumerate(fusion.operands):
         arrays = computation.instructions[name].arrays
@@ -274,7 +275,7 @@ def used_bytes(module: Module, inner: Computation, value: Instruction) -> int:
         if user.operation == "bitcast":
             total += used_bytes(module, inner, user)
         elif user.operation == "fusion":
-            total += operand_bytes(module, module.computations[user.called("calls")], place)
+            total += operand_bytes(module, module.called_by(user, "calls"), place)
         elif user.operation in SLICES and place == 0:
             total += user.bytes
         elif user.operation == "dynamic-update-slice" and place == 0:
@@ -300,7 +301,7 @@ def result_bytes(module: Module, inner: Computation, root: Instruction) -> int:
     while root.operation == "bitcast":
         root = inner.operand(root, 0)
     if root.operation == "fusion" and len(root.arrays) == 1:
-        called = module.computations[root.called("calls")]
+        called = module.called_by(root, "calls")
         return result_bytes(module, called, called.instructions[called.root])
     if root.operation == "dynamic-update-slice":
         return inner.operand(root, 1).bytes

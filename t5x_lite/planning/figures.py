@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.collectives import Collective
+from t5x_lite.utils.not_none import not_none
 
 What = Literal["training step", "decode step"]
 
@@ -102,7 +103,7 @@ def estimate(figures: Figures, price: float | None = None) -> StepEstimate:
     are waited for.
     """
     chip = figures.slice.chip
-    compute, memory = figures.flops / chip.peak, figures.moved / chip.bandwidth
+    compute, memory = not_none(figures.flops) / chip.peak, not_none(figures.moved) / chip.bandwidth
     seconds = {True: 0.0, False: 0.0}
     for each in figures.collectives:
         seconds[each.overlapped] += each.times * each.seconds

@@ -13,6 +13,8 @@ import math
 import re
 from typing import NamedTuple
 
+from t5x_lite.utils.not_none import not_none
+
 # Bits of an element, by the names of XLA's primitive types.
 BITS = {"pred": 8, "token": 0, "opaque": 0}
 INDEX_COMMENT = re.compile(r"/\*index=\d+\*/")
@@ -101,6 +103,10 @@ class Module(NamedTuple):
 
     computations: dict[str, Computation]
     entry: str
+
+    def called_by(self, instruction: Instruction, role: str) -> Computation:
+        """The computation that an instruction calls as `role`; it has to call one."""
+        return self.computations[not_none(instruction.called(role))]
 
 
 def bits(element: str) -> int:
@@ -211,6 +217,6 @@ def parse_arrays(shape: str) -> tuple[Array, ...]:
     result = []
     for element, sizes, layout in ARRAY.findall(shape):
         space = SPACE.search(layout)
-        shape = tuple(int(NUMBERED.search(size)[1]) for size in sizes.split(",") if size)
-        result.append(Array(element, shape, int(space[1]) if space else HBM))
+        lengths = (not_none(NUMBERED.search(size))[1] for size in sizes.split(",") if size)
+        result.append(Array(element, tuple(map(int, lengths)), int(space[1]) if space else HBM))
     return tuple(result)

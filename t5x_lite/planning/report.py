@@ -14,6 +14,7 @@ from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.collectives import Collective
 from t5x_lite.planning.figures import Figures, StepEstimate, estimate
 from t5x_lite.training.reporting import dry_run, overview
+from t5x_lite.utils.not_none import not_none
 
 MIB, GIB = 1 << 20, 1 << 30
 REMEDIES = (
@@ -125,9 +126,9 @@ def time_table(figures: Figures, times: StepEstimate) -> Table:
     def row(name: str, amount: str, seconds: float) -> None:
         table.add_row(name, amount, f"{1e3 * seconds:,.3f}")
 
-    amount = f"{format_count(figures.flops)} FLOPs at {format_count(chip.peak)}FLOP/s"
+    amount = f"{format_count(not_none(figures.flops))} FLOPs at {format_count(chip.peak)}FLOP/s"
     row("compute", f"{amount} (the model's own: {format_count(needed)})", times.compute)
-    moved = f"{figures.moved / GIB:,.2f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s"
+    moved = f"{not_none(figures.moved) / GIB:,.2f} GiB at {chip.bandwidth / 1e9:,.0f} GB/s"
     row("memory (HBM)", moved, times.memory)
     row("interconnect", "the collectives above", times.interconnect)
     row("all overlapped", "the longest of the three", times.overlapped)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from t5x_lite import config
 from t5x_lite.cli.progress import format_duration
 from t5x_lite.config import gin_file
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.planning import arithmetic, report
 from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.figures import Figures, estimate
@@ -36,7 +36,7 @@ LEAST_PART = 1024
 class Candidate(NamedTuple):
     """One config of a run, and its figures by arithmetic."""
 
-    run: config.Run
+    run: TrainingRun
     figures: Figures
 
     @property
@@ -84,7 +84,7 @@ def with_split_rows(sizes: dict[str, int], lengths: Iterable[int]) -> list[dict[
     return result
 
 
-def candidates(run: config.Run, slice_: Slice) -> list[Candidate]:
+def candidates(run: TrainingRun, slice_: Slice) -> list[Candidate]:
     """Every candidate that may fit by arithmetic, the fastest first."""
     known, result = arithmetic.step_shapes(run), []
     lengths = flops.row_lengths(run.model.layout, run.data.lengths)
@@ -111,7 +111,7 @@ def candidates(run: config.Run, slice_: Slice) -> list[Candidate]:
 def search(
     ways: list[Candidate],
     limit: int,
-    compile: Callable[[config.Run], Figures],
+    compile: Callable[[TrainingRun], Figures],
     kept: Path,
     console: Console,
 ) -> list[dict[str, Any]]:

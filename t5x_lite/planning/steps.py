@@ -10,10 +10,12 @@ from jax.sharding import NamedSharding
 
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.checkpoints import train_state
+from t5x_lite.config.training_run import require_training
 from t5x_lite.decoding import sampling, target
 from t5x_lite.planning import aot
 from t5x_lite.training import setup
 from t5x_lite.training.flops import row_lengths, step_flops
+from t5x_lite.utils.not_none import not_none
 
 
 class Decoding(NamedTuple):
@@ -44,8 +46,10 @@ def training(run: config.Run, devices: list) -> Step:
     """Traces the training step of a run for devices, which need not be there.
 
     Raises:
-      ValueError: what `setup.assemble` would refuse without reading the data.
+      ValueError: the run does not train, or what `setup.assemble_run` would refuse without the
+        data.
     """
+    run = require_training(run)
     sharding.use_mesh(run.mesh, devices)
     setup.check_batch(run.train)
     setup.check_lengths(run, sharding.context_size())
@@ -163,7 +167,7 @@ def token_flops(cfg: config.Model, inputs: int, slots: int) -> int:
       inputs: number of encoded inputs.
       slots: of the cache.
     """
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     projections = 2 * stack.heads + 2 * stack.key_heads
     if inputs and not stack.merged:
         # Keys and values of the inputs were made when they were read.

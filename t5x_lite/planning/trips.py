@@ -78,7 +78,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     noted = KNOWN.search(loop.attributes)
     if noted:
         return int(noted[1])
-    condition = module.computations[loop.called("condition")]
+    condition = module.called_by(loop, "condition")
     ending = loop_comparison(module, condition)
     if ending is None:
         return None
@@ -97,7 +97,7 @@ def loop_comparison(module: Module, condition: Computation):
     ends otherwise."""
     root, within = condition.instructions[condition.root], condition
     if root.operation == "fusion":
-        inner = module.computations[root.called("calls")]
+        inner = module.called_by(root, "calls")
         root, within = inner.instructions[inner.root], inline_fusion(condition, root, inner)
     forward = re.search(r"direction=(LT|LE|NE)", root.attributes)
     backward = re.search(r"direction=(GT|GE)", root.attributes)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from t5x_lite.tokenizers import chat_renderer, tokenizer_settings
 from t5x_lite.tokenizers.errors import naming_path
+from t5x_lite.utils.not_none import not_none
 
 # Fields that may have the reasoning of a message.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -141,9 +142,10 @@ class TemplateProcess:
             if self.process is None or self.parent != os.getpid():
                 self.start()
             try:
-                self.process.stdin.write(line.encode() + b"\n")
-                self.process.stdin.flush()
-                reply = self.process.stdout.readline()
+                process = not_none(self.process)
+                not_none(process.stdin).write(line.encode() + b"\n")
+                not_none(process.stdin).flush()
+                reply = not_none(process.stdout).readline()
             except BrokenPipeError:
                 reply = b""
             except BaseException:
@@ -185,7 +187,8 @@ def end_of_turn(template: ChatTemplate) -> str:
     answer = "The answer."
     talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     try:
-        text = render_chat(template.template, talk, **template.tokens)
+        tokens: dict[str, Any] = template.tokens
+        text = render_chat(template.template, talk, **tokens)
     except ValueError:
         return ""
     return text.rpartition(answer)[2] if answer in text else ""

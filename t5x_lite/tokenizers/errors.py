@@ -2,7 +2,7 @@
 """Errors of files that cannot be read, and of the libraries that read them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 
@@ -11,7 +11,7 @@ class SourceError(ValueError):
 
 
 @contextlib.contextmanager
-def naming_path(path: Path, what: str) -> Iterator[None]:
+def naming_path(path: Path, what: str) -> Generator[None]:
     """Turns errors inside into a SourceError that names the path: libraries raise many kinds.
 
     Args:
@@ -39,7 +39,7 @@ class GgufError(ValueError):
 
 
 @contextlib.contextmanager
-def panics_as_errors() -> Iterator[None]:
+def panics_as_errors() -> Generator[None]:
     """Turns a panic of the tokenizers library, which is not an Exception, and its errors, which are
     of no other class than Exception, into ValueErrors."""
     try:

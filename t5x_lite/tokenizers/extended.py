@@ -88,7 +88,7 @@ class ExtendedVocabulary:
 
         return [np.concatenate([empty, *(ids(token) for _, token in pieces)]) for pieces in split]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The inner vocabulary's text, with names and sentinels where their ids stand."""
         known = self.named.names
         tokens = until_end(ids, self.stops, self.pad)

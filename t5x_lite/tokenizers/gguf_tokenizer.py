@@ -8,6 +8,7 @@ tokens as they stand.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from t5x_lite.tokenizers.errors import GgufError
@@ -59,7 +60,7 @@ def tokenizer_json(metadata: dict[str, Any], path: Any = "the file") -> bytes:
     if kind not in ("gpt2", "llama"):
         raise GgufError(f"{path}: tokenizer.ggml.model is {kind!r}; those known are gpt2, llama")
     steps = byte_level_steps(fields) if kind == "gpt2" else sentencepiece_steps(fields)
-    content = {"version": "1.0", "truncation": None, "padding": None}
+    content: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
     tokens = fields.tokens if kind == "gpt2" else spelled_tokens(fields)
     content |= {
         "added_tokens": list_added_tokens(fields, tokens, steps["model"]["vocab"]),
@@ -166,7 +167,8 @@ def sentencepiece_steps(fields: GgufTokenizerFields) -> dict:
     }
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     words = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    steps, back = [spaces], [words, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps: list[dict[str, Any]] = [spaces]
+    back: list[dict[str, Any]] = [words, {"type": "ByteFallback"}, {"type": "Fuse"}]
     if fields("add_space_prefix", True) and not gemma:
         steps.insert(0, {"type": "Prepend", "prepend": "▁"})
         back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
@@ -187,7 +189,9 @@ def spelled_tokens(fields: GgufTokenizerFields) -> list[str]:
     ]
 
 
-def merges_from_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
+def merges_from_scores(
+    tokens: list[str], types: list[int], scores: Sequence[float]
+) -> list[list[str]]:
     """Every pair of tokens that make a token; those of USER kind take part in none.
 
     Args:

@@ -82,6 +82,7 @@ def read_tokenizer(folder: str | Path) -> tuple[TextVocabulary, SequenceEnds]:
 
 def interpret_settings(settings: TokenizerSettings) -> tuple[TextVocabulary, SequenceEnds]:
     """`read_tokenizer`, with errors of any class for broken files."""
+    vocabulary: Any
     vocabulary, lookup, added_ends = open_tokenizer(settings)
     named = {role: settings.name(role) for role in NAMES}
     ids = {role: None if name is None else lookup(name) for role, name in named.items()}
@@ -158,7 +159,8 @@ def check_special_ids(
 
 # Given ids of bos and eos: True if bos goes before a text, and True if eos goes after it.
 AddedEnds = Callable[[int | None, int], tuple[bool, bool]]
-OpenedTokenizer = tuple[TextVocabulary, Callable[[str], int | None], AddedEnds]
+# The special ids of the vocabulary are set afterwards.
+OpenedTokenizer = tuple[Any, Callable[[str], int | None], AddedEnds]
 
 
 def open_tokenizer(settings: TokenizerSettings) -> OpenedTokenizer:

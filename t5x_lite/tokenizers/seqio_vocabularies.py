@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 
 
 class SeqioVocabulary(seqio.Vocabulary):
@@ -79,7 +80,7 @@ def from_seqio(feature: seqio.Feature, where: str) -> TextVocabulary:
             return vocabularies.ByteVocabulary(feature.vocabulary.extra_ids, ends=feature.add_eos)
         case seqio.SentencePieceVocabulary():
             model = feature.vocabulary.sp_model  # its sentinels are in it
-            return vocabularies.SentencePieceVocabulary(model, ends=feature.add_eos)
+            return vocabularies.SentencePieceVocabulary(not_none(model), ends=feature.add_eos)
         case seqio.PassThroughVocabulary():
             eos, size = feature.vocabulary.eos_id, feature.vocabulary.vocab_size
             return vocabularies.IntegerVocabulary(

@@ -15,7 +15,7 @@ MAX_SENTINELS = 10**5
 SENTINEL = "<extra_id_{}>"
 
 
-def until_end(ids: Sequence[int], stops: Sequence[int], pad: int) -> list[int]:
+def until_end(ids: Sequence[int] | np.ndarray, stops: Sequence[int], pad: int) -> list[int]:
     """The ids of a text before its end.
 
     Args:

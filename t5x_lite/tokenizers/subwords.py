@@ -108,7 +108,7 @@ class SentencePieceVocabulary:
             for text, has_name in zip(texts, named, strict=True)
         ]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the pieces; control tokens are left out, sentinels appear by name."""
         unknown, known = self.processor.unk_id(), set(self.described.values())
         tokens = [
@@ -131,19 +131,25 @@ class SentencePieceVocabulary:
         return self.model
 
 
+def parse_proto(model: bytes) -> Any:
+    """The ModelProto in a SentencePiece .model file."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    schema: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    return schema.ModelProto.FromString(model)
+
+
 def with_sentinels(model: bytes, extra_ids: int) -> bytes:
     """The model with pieces of the sentinels on top, highest k first.
 
     They are spelled ▁<extra_id_k>, as seqio has them, where the model drops a space before one
     and writes it again. A model that keeps the spaces of a text has them apart: <extra_id_k>.
     """
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    proto = schema.ModelProto.FromString(model)
+    proto = parse_proto(model)
     spec = proto.normalizer_spec
     space = "▁" if spec.add_dummy_prefix and spec.remove_extra_whitespaces else ""
     for k in reversed(range(extra_ids)):
-        kind = schema.ModelProto.SentencePiece.USER_DEFINED
+        kind = proto.SentencePiece.USER_DEFINED
         name = SENTINEL.replace("{}", str(k))
         proto.pieces.add(piece=space + name, score=0.0, type=kind)
     return proto.SerializeToString()
@@ -151,16 +157,12 @@ def with_sentinels(model: bytes, extra_ids: int) -> bytes:
 
 def spaces_of(model: bytes) -> Any:
     """The normalizer of a model (NormalizerSpec), which says how it treats spaces."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    return schema.ModelProto.FromString(model).normalizer_spec
+    return parse_proto(model).normalizer_spec
 
 
 def without_prefix(model: bytes) -> bytes:
     """The model without the space that it puts before a text."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    proto = schema.ModelProto.FromString(model)
+    proto = parse_proto(model)
     proto.normalizer_spec.add_dummy_prefix = False
     return proto.SerializeToString()
 
@@ -212,9 +214,10 @@ class TokenizerJsonVocabulary:
             top_ids(self.size, extra_ids) if extra_ids else find_sentinels(self.token)
         )
         self.sentinels = len(self.sentinel_ids)
-        self.eos = self.first(ENDS) if ids.eos is None else ids.eos
-        if self.eos is None:
+        eos = self.first(ENDS) if ids.eos is None else ids.eos
+        if eos is None:
             raise ValueError(f"tokenizer.json has no end-of-sequence token: none of {ENDS}")
+        self.eos: int = eos
         pad = self.first(PADS) if ids.pad is None else ids.pad
         self.pad = self.eos if pad is None else pad
         self.stops = tuple(ids.stops) or (self.eos,)
@@ -273,7 +276,7 @@ class TokenizerJsonVocabulary:
         ]
         return np.concatenate([np.zeros(0, np.int32), *parts])
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the tokens; special ones are left out, sentinels appear by name."""
         parts, run = [], []
         for token in until_end(ids, self.stops, self.pad):
@@ -289,7 +292,7 @@ class TokenizerJsonVocabulary:
             return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def description(self) -> dict:
-        described = {
+        described: dict[str, Any] = {
             "kind": "tokenizer_json",
             "extra_ids": self.extra_ids,
             "ends": self.ends,

@@ -73,7 +73,7 @@ class ByteVocabulary:
         ]
         return np.concatenate([np.zeros(0, np.int32), *parts])
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text; bytes that are not UTF-8 are left out, sentinels appear by name."""
         coded = bytearray()
         for token in until_end(ids, self.stops, self.pad):
@@ -131,7 +131,7 @@ class SymbolVocabulary:
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(self.encode(text), np.int32) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         tokens = until_end(ids, self.stops, self.pad)
         return self.separator.join(self.name(token) for token in tokens)
 
@@ -171,7 +171,7 @@ class IntegerVocabulary:
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(self.encode(text), np.int32) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return " ".join(map(str, until_end(ids, self.stops, self.pad)))
 
     def description(self) -> dict:

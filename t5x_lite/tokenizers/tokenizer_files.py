@@ -255,7 +255,7 @@ def special_tokens(
       origin: fields of the tokenizer_config.json that the vocabulary came with.
     """
     special = {role: origin[role] for role in NAMES if origin.get(role) is not None}
-    ids = {"eos_token": vocabulary.eos}
+    ids: dict[str, int | None] = {"eos_token": vocabulary.eos}
     if not origin:
         ids |= {"pad_token": vocabulary.pad, "bos_token": start.named(vocabulary)}
     for role, token in ids.items():

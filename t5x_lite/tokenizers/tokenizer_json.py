@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from t5x_lite.tokenizers.special_tokens import sentinel_name
+from t5x_lite.tokenizers.subwords import parse_proto
 from t5x_lite.tokenizers.vocabularies import (
     ByteVocabulary,
     SentencePieceVocabulary,
@@ -178,13 +179,6 @@ def symbols_content(vocabulary: SymbolVocabulary, joined: str | None = None) -> 
     return content
 
 
-def parse_proto(model: bytes) -> Any:
-    """The ModelProto in a SentencePiece .model file."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    return schema.ModelProto.FromString(model)
-
-
 def is_t5_tokenizer(vocabulary: SentencePieceVocabulary) -> bool:
     """True if transformers' T5Tokenizer, which has its own steps, gives the model's ids."""
     proto = parse_proto(vocabulary.model)
@@ -264,7 +258,7 @@ def text_steps(normalizer: Any, prefix_once: bool) -> dict[str, Any]:
       normalizer: its normalizer_spec.
       prefix_once: only the first of several runs begins with a space.
     """
-    before = []
+    before: list[dict[str, Any]] = []
     if normalizer.precompiled_charsmap:
         charsmap = base64.b64encode(normalizer.precompiled_charsmap).decode()
         before.append({"type": "Precompiled", "precompiled_charsmap": charsmap})

@@ -56,7 +56,9 @@ class TokenizerSettings(NamedTuple):
     @property
     def ids(self) -> int | None:
         """Number of ids of the model."""
-        return self.count("vocab_size", self.model.get("vocab_size") or self.text.get("vocab_size"))
+        return self.check_count(
+            "vocab_size", self.model.get("vocab_size") or self.text.get("vocab_size")
+        )
 
     @property
     def text(self) -> dict[str, Any]:
@@ -68,12 +70,12 @@ class TokenizerSettings(NamedTuple):
 
     def extra_ids(self, default: int) -> int:
         """Number of sentinels that the tokenizer adds."""
-        count = self.count("extra_ids", self.tokenizer.get("extra_ids", default))
+        count = self.check_count("extra_ids", self.tokenizer.get("extra_ids", default))
         if count is None or count >= MAX_SENTINELS:
             raise self.wrong("extra_ids", count, f"a number of sentinels below {MAX_SENTINELS:,}")
         return count
 
-    def count(self, name: str, value: Any) -> Any:
+    def check_count(self, name: str, value: Any) -> Any:
         if value is None or (type(value) is int and 0 <= value < 10**7):
             return value
         raise self.wrong(name, value, "a number of ids")
@@ -121,7 +123,7 @@ class TokenizerSettings(NamedTuple):
         """Tokens that the files add to the tokenizer's own: content and flags, by id."""
         plain = read_optional_json(self.folder / "added_tokens.json")
         for token in plain.values():
-            self.count("the id of an added token", -1 if token is None else token)
+            self.check_count("the id of an added token", -1 if token is None else token)
         listed = {token: {"content": name, "special": False} for name, token in plain.items()}
         added = self.tokenizer.get("added_tokens_decoder") or {}
         if not isinstance(added, dict) or not all(token.isdecimal() for token in added):
@@ -129,7 +131,7 @@ class TokenizerSettings(NamedTuple):
         listed |= {int(token): each for token, each in added.items()}
         checked = {}
         for token, each in sorted(listed.items()):
-            self.count("the id of an added token", token)
+            self.check_count("the id of an added token", token)
             each = each if isinstance(each, dict) else {"content": each}
             if not isinstance(each.get("content"), str):
                 raise self.wrong("an added token", each, "the name of a token")

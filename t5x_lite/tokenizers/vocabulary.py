@@ -19,12 +19,23 @@ class TextVocabulary(Protocol):
       ends: sequences finish with eos.
     """
 
-    sentinels: int
-    sentinel_ids: np.ndarray
-    eos: int
-    pad: int
-    bos: int | None
-    ends: bool
+    @property
+    def sentinels(self) -> int: ...
+
+    @property
+    def sentinel_ids(self) -> np.ndarray: ...
+
+    @property
+    def eos(self) -> int: ...
+
+    @property
+    def pad(self) -> int: ...
+
+    @property
+    def bos(self) -> int | None: ...
+
+    @property
+    def ends(self) -> bool: ...
 
     @property
     def size(self) -> int:
@@ -33,6 +44,8 @@ class TextVocabulary(Protocol):
     @property
     def stops(self) -> tuple[int, ...]:
         """Ids of which any ends what a model writes; eos alone as a rule."""
+
+    def __hash__(self) -> int: ...
 
     def token(self, name: str) -> int | None:
         """The id of a piece; None if it is unknown."""
@@ -43,7 +56,7 @@ class TextVocabulary(Protocol):
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of several texts, int32 [ids] each."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids up to the first of `stops`."""
 
     def description(self) -> dict:

@@ -101,7 +101,7 @@ def make_training_examples(
     check_ids(cfg, "Target", targets)
     count = len(inputs)
     missing = -count % sharding.batch_shards()
-    inputs, targets = [*inputs, *inputs[:1] * missing], [*targets, *targets[:1] * missing]
+    inputs, targets = ([*rows, *(rows[0] for _ in range(missing))] for rows in (inputs, targets))
     before = [
         [cfg.decoder_start_token_id] if cfg.encoder else decoder_prompt(cfg, row) for row in inputs
     ]

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of a training step, and the peak of chips."""
 
+from typing import TypeVar
+
 from t5x_lite import config
+
+Number = TypeVar("Number", int, float)
 
 # Dense bfloat16 peak per chip, in FLOP/s, from the vendors' data sheets; matched by the start of
 # jax's device_kind, the longest match first.
@@ -50,18 +54,18 @@ def step_flops(model: config.Model, rows: int, lengths: dict[str, int]) -> int:
     """
     inputs, targets = row_lengths(model.layout, lengths)
     forward = 0
-    if model.encoder:
-        forward += self_attention_and_mlp_flops(model.encoder, inputs)
-    if model.decoder:
-        forward += self_attention_and_mlp_flops(model.decoder, targets)
-    if model.layout == "encoder_decoder":
-        forward += cross_attention_flops(model.decoder, targets, inputs)
-    width = (model.decoder or model.encoder).embed
-    forward += 2 * width * model.vocab * targets
+    encoder, decoder = model.encoder, model.decoder
+    if encoder:
+        forward += self_attention_and_mlp_flops(encoder, inputs)
+    if decoder:
+        forward += self_attention_and_mlp_flops(decoder, targets)
+    if encoder and decoder:
+        forward += cross_attention_flops(decoder, targets, inputs)
+    forward += 2 * model.last_stack.embed * model.vocab * targets
     return 3 * rows * forward
 
 
-def self_attention_and_mlp_flops(stack: config.Stack, length: int) -> int:
+def self_attention_and_mlp_flops(stack: config.Stack, length: Number) -> Number:
     """Operations of a stack's forward pass over one row, without cross-attention."""
     projections = stack.embed * stack.head_dim * 2 * (stack.heads + stack.key_heads)
     mlp = stack.embed * stack.mlp * (3 if stack.gated else 2)
@@ -69,7 +73,7 @@ def self_attention_and_mlp_flops(stack: config.Stack, length: int) -> int:
     return 2 * stack.layers * length * (projections + mlp + scores)
 
 
-def cross_attention_flops(stack: config.Stack, targets: int, inputs: int) -> int:
+def cross_attention_flops(stack: config.Stack, targets: Number, inputs: Number) -> Number:
     """Operations of a decoder's cross-attention over one row.
 
     Args:

@@ -6,13 +6,14 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TextIO
 
 import jax
 
-from t5x_lite import config, processes
+from t5x_lite import processes
 from t5x_lite.config import gin_file
+from t5x_lite.config.training_run import RunT
 from t5x_lite.data import derived
 from t5x_lite.utils.exit_status import OutOfMemoryError, is_out_of_memory
 from t5x_lite.utils.paths import cache_folder
@@ -54,7 +55,7 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def with_device_dtype(run: config.Run, paths: Sequence[str], bindings: Sequence[str]) -> config.Run:
+def with_device_dtype(run: RunT, paths: Sequence[str], bindings: Sequence[str]) -> RunT:
     """The run with the Model.dtype of the devices at hand, unless its config binds it.
 
     That is bfloat16 on accelerators, and float32 on a CPU, where bfloat16 takes two to three times
@@ -109,7 +110,7 @@ class SurvivingStream:
             self.stream.flush()
 
     @contextlib.contextmanager
-    def dropping(self) -> Iterator[None]:
+    def dropping(self) -> Generator[None]:
         """Context whose first error sends all that follows nowhere, also what is in the buffer."""
         try:
             yield
@@ -121,7 +122,7 @@ class SurvivingStream:
 
 
 @contextlib.contextmanager
-def surviving_output() -> Iterator[None]:
+def surviving_output() -> Generator[None]:
     """Context in which nobody who reads the output can end the process by going away."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(SurvivingStream, before)
@@ -132,7 +133,7 @@ def surviving_output() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming_lack_of_memory() -> Iterator[None]:
+def naming_lack_of_memory() -> Generator[None]:
     """Context in which a lack of memory is one sentence with remedies.
 
     Raises:

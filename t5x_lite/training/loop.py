@@ -18,18 +18,19 @@ Life of a run, all of it in `train`:
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from t5x_lite import config, data, processes, sharding
+from t5x_lite import data, processes, sharding
 from t5x_lite.checkpoints import checkpoint_io
 from t5x_lite.checkpoints.manager import CheckpointManager
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.cli.progress import Progress, stderr_console, waiting
 from t5x_lite.config import gin_file
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.data.task import DataChangedError
 from t5x_lite.training import model_dir, preflight, schedules, setup
 from t5x_lite.training.preemption import Interrupted, PreemptionHandler
@@ -37,12 +38,13 @@ from t5x_lite.training.profiler import StepProfiler
 from t5x_lite.training.reporting import curves, metric_writers, overview, progress_line
 from t5x_lite.training.reporting.metrics import Meter, RunTotals, step_cost
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.not_none import not_none
 
 REPORT = "report.json"
 
 
 def train(
-    run: config.Run,
+    run: TrainingRun,
     profile: bool = False,
     try_memory: bool = False,
     ignore_damaged: bool = False,
@@ -81,14 +83,24 @@ class Training:
     Attributes:
       state: weights, optimizer and counts.
       totals: seconds and tokens over all restarts.
+      checkpoints: CheckpointManager; this one and the next are None before `prepare`.
+      writer: MetricWriter, or a NullMetricWriter on other processes than the first.
+      bar: Progress; this one and the next are None before `run_steps`.
+      meter: Meter.
+      evaluator: Evaluator; None without one.
     """
 
     state: TrainState
     totals: RunTotals
+    checkpoints: Any
+    writer: Any
+    bar: Any
+    meter: Any
+    evaluator: Any
 
     # ---- Life of a run: preparation ----
 
-    def __init__(self, run: config.Run, handler: PreemptionHandler, profile: bool):
+    def __init__(self, run: TrainingRun, handler: PreemptionHandler, profile: bool):
         self.run, self.handler = run, handler
         self.path = Path(run.model_dir)
         self.console = stderr_console(quiet=not processes.is_first())
@@ -219,13 +231,13 @@ class Training:
         return done == self.run.train.steps or (every > 0 and done % every == 0)
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None]:
         """Context whose time does not count as training: evaluation, saving."""
         with self.meter.pause(), self.bar.pause():
             yield
 
     @contextlib.contextmanager
-    def saving_on_failure(self, done: int) -> Iterator[None]:
+    def saving_on_failure(self, done: int) -> Generator[None]:
         """Context of work besides the steps, such as the user's code: `done` steps are saved if it
         fails. A signal is answered at once."""
         try:
@@ -338,7 +350,7 @@ class Training:
 
     def stop_for_signal(self, done: int) -> None:
         """Saves and raises Interrupted with the signal."""
-        ended = Interrupted(self.handler.number)
+        ended = Interrupted(not_none(self.handler.number))
         if done == 0:
             self.log(f"{ended}: nothing is saved before the first step.")
             raise ended

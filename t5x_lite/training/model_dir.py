@@ -17,6 +17,7 @@ from t5x_lite.checkpoints import manager, text_settings
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.config import gin_file
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.not_none import not_none
 
 CONFIG = "config.gin"
 VOCABULARY = text_settings.VOCABULARY_FOLDER
@@ -147,7 +148,7 @@ def write_description(run: config.Run, vocabularies: tuple) -> None:
     Vocabularies that weights depend on already are left as they are.
     """
     if data.run_vocabulary(run.model_dir) is None:
-        text = TextSettings(vocabularies, data.find_chat_template(run.data))
+        text = TextSettings(vocabularies, data.find_chat_template(not_none(run.data)))
         text_settings.write_vocabulary_folder(text, Path(run.model_dir) / VOCABULARY)
     write_atomically(Path(run.model_dir) / CONFIG, gin_file.to_text(run))
 
@@ -172,7 +173,7 @@ def adopt_changes(saved: config.Run, run: config.Run) -> config.Run:
         return saved
     train = take_fields(saved.train, run.train, CHANGEABLE_TRAIN_FIELDS)
     data = take_fields(saved.data, run.data, ("cache_dir", "eval_split"))
-    data = dataclasses.replace(data, task=take_metrics(saved.data.task, run.data.task))
+    data = dataclasses.replace(data, task=take_metrics(saved.data.task, not_none(run.data).task))
     changed = take_fields(saved, run, ("model_dir", "evaluate", "checkpoint", "decode", "mesh"))
     return dataclasses.replace(changed, train=train, data=data)
 

@@ -7,8 +7,10 @@ import select
 import signal
 import sys
 import threading
+from typing import Any
 
 from t5x_lite import processes
+from t5x_lite.utils.not_none import not_none
 
 # SIGHUP comes when a terminal is closed, SIGUSR1 from schedulers before their time limit; alone
 # they would end the process unsaved.
@@ -48,7 +50,7 @@ class PreemptionHandler:
         self.number: int | None = None
         self.due = False
         self.raising = False
-        self.before: dict[int, object] = {}
+        self.before: dict[int, Any] = {}
         self.watch: SignalWatch | None = None
 
     def __enter__(self):
@@ -63,7 +65,7 @@ class PreemptionHandler:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.watch.close()
+        not_none(self.watch).close()
 
     def note(self, number: int, _frame) -> None:
         """Handles a signal."""

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import jax
 
-from t5x_lite import adaptation, config, data, model
+from t5x_lite import adaptation, data, model
 from t5x_lite.adaptation import distilled_batches, vocabulary_compatibility
 from t5x_lite.checkpoints import manager, train_state
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import model_dir, schedules, setup
 from t5x_lite.training.reporting import overview
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def check_run(run: config.Run, report: Callable[[str], None], try_memory: bool = False) -> None:
+def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool = False) -> None:
     """Makes every check that comes before the first step; trains and writes nothing in MODEL_DIR.
 
     Of the data it reads the first examples. A trained vocabulary is made, and cached, as the run
@@ -56,7 +57,7 @@ def check_run(run: config.Run, report: Callable[[str], None], try_memory: bool =
         report(warning)
 
 
-def check_initial_weights(run: config.Run, shapes: TrainState, vocabularies: tuple) -> None:
+def check_initial_weights(run: TrainingRun, shapes: TrainState, vocabularies: tuple) -> None:
     """Raises ValueError where the weights that a new run begins with are missing or do not fit.
 
     Args:
@@ -73,7 +74,7 @@ def check_initial_weights(run: config.Run, shapes: TrainState, vocabularies: tup
             opened.check_fits(run.model, shapes.params)
 
 
-def check_memory(run: config.Run, shapes: TrainState) -> None:
+def check_memory(run: TrainingRun, shapes: TrainState) -> None:
     """Raises ValueError if weights, optimizer and gradient alone exceed a device's memory.
 
     Args:

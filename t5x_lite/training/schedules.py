@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from t5x_lite import config
+from t5x_lite.config.training_run import TrainingRun
 
 
 def learning_rate(cfg: config.Schedule, steps: int) -> optax.Schedule:
@@ -23,7 +24,7 @@ def learning_rate(cfg: config.Schedule, steps: int) -> optax.Schedule:
     return rate
 
 
-def list_warnings(run: config.Run) -> list[str]:
+def list_warnings(run: TrainingRun) -> list[str]:
     """Sentences about a warm-up that the run does not outlast; such a rate never has its peak."""
     cfg, steps, warnings = run.schedule, run.train.steps, []
     if cfg.warmup >= steps:

@@ -15,6 +15,7 @@ from t5x_lite.checkpoints import matching, train_state, weights
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError, DamagedCheckpointError
 from t5x_lite.checkpoints.opening import HEADS, WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.evaluation.evaluate import (
     Evaluator,
@@ -41,7 +42,7 @@ class AssembledRun(NamedTuple):
       teacher: teacher whose weights the step needs; None without one.
     """
 
-    run: config.Run
+    run: TrainingRun
     batches: Any
     vocabularies: tuple
     optimizer: Any
@@ -51,7 +52,7 @@ class AssembledRun(NamedTuple):
     teacher: Teacher | None = None
 
 
-def assemble_run(run: config.Run) -> AssembledRun:
+def assemble_run(run: TrainingRun) -> AssembledRun:
     """Sets the mesh, opens the data, and builds the step.
 
     Raises:
@@ -91,7 +92,7 @@ def assemble_run(run: config.Run) -> AssembledRun:
     )
 
 
-def make_update(run: config.Run) -> tuple[Any, Any]:
+def make_update(run: TrainingRun) -> tuple[Any, Any]:
     """Sets the mesh; returns the learning rate by step and the optimizer of the run.
 
     Raises:
@@ -118,7 +119,7 @@ def check_batch(cfg: config.Train) -> None:
     )
 
 
-def check_lengths(run: config.Run, context: int) -> None:
+def check_lengths(run: TrainingRun, context: int) -> None:
     """Raises ValueError if rows cannot be split into `context` parts; names the binding."""
     if context == 1:
         return
@@ -211,7 +212,7 @@ def initial_errors():
         raise CheckpointError(f"Checkpoint.initial: {error}") from error
 
 
-def make_evaluator(run: config.Run) -> Evaluator | None:
+def make_evaluator(run: TrainingRun) -> Evaluator | None:
     """The Evaluator of the run's held-out split; None if nothing is to be measured.
 
     Raises:
@@ -226,7 +227,7 @@ def make_evaluator(run: config.Run) -> Evaluator | None:
 
 
 @contextlib.contextmanager
-def evaluation_errors(run: config.Run):
+def evaluation_errors(run: TrainingRun):
     """Raises an error about the held-out split with the ways around it."""
     try:
         yield
@@ -237,7 +238,7 @@ def evaluation_errors(run: config.Run):
         ) from error
 
 
-def check_evaluation(run: config.Run) -> data.Dataset | None:
+def check_evaluation(run: TrainingRun) -> data.Dataset | None:
     """Checks the names of split and metrics before anything trains.
 
     Returns:

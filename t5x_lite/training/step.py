@@ -14,6 +14,7 @@ from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.adaptation.teacher import Teacher
 from t5x_lite.batch import Batch, TeacherBatch
 from t5x_lite.checkpoints.train_state import TrainState
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import Transformer, mixed_precision
 from t5x_lite.sharding import batch_shards, spec
@@ -21,6 +22,7 @@ from t5x_lite.training.losses import cross_entropy, distillation, draft_heads, e
 from t5x_lite.training.losses.distillation import DistillationTerms
 from t5x_lite.training.optimizer.param_groups import Selection
 from t5x_lite.training.step_values import LossSums, StepContext, StepMetrics
+from t5x_lite.utils.not_none import not_none
 
 # Above this many bytes of float32 logits on a device, computing them again for the backward pass (a
 # third more work in the last product) is the smaller evil.
@@ -30,12 +32,12 @@ HEAD_KEY = 1 << 31
 
 
 def make_step(
-    run: config.Run,
+    run: TrainingRun,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     axes: Any,
     teacher: Teacher | None = None,
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
+) -> jax.stages.Wrapped:
     """Builds the jitted training step.
 
     Its gradient is that of the loss summed over all target tokens of all microbatches and hosts,
@@ -80,7 +82,7 @@ def make_step(
     return jax.jit(step, donate_argnums=() if kernels.target_device().platform == "cpu" else 0)
 
 
-def step_context(run: config.Run, state: TrainState) -> StepContext:
+def step_context(run: TrainingRun, state: TrainState) -> StepContext:
     """The key fold_in(seed, step) where something is random, and the number of the step."""
     key = None
     if run.model.dropout > 0 or samples_heads(run) or run.train.layer_skip:
@@ -88,7 +90,7 @@ def step_context(run: config.Run, state: TrainState) -> StepContext:
     return StepContext(key, state.step)
 
 
-def make_objective(run: config.Run, selection: Selection, teacher: Teacher | None) -> Callable:
+def make_objective(run: TrainingRun, selection: Selection, teacher: Teacher | None) -> Callable:
     """Builds the function that is differentiated.
 
     Args:
@@ -109,6 +111,7 @@ def make_objective(run: config.Run, selection: Selection, teacher: Teacher | Non
         params = selection.put(params, mixed_precision.join_slots(selection.take(params), slots))
         terms = None
         if batch.teacher_data is not None:
+            assert run.distillation is not None
             terms = functools.partial(
                 distillation_terms, run.distillation, teacher, teacher_params, batch.teacher_data
             )
@@ -118,7 +121,7 @@ def make_objective(run: config.Run, selection: Selection, teacher: Teacher | Non
     return objective
 
 
-def samples_heads(run: config.Run) -> bool:
+def samples_heads(run: TrainingRun) -> bool:
     """True if each microbatch trains one head that is drawn."""
     return run.model.draft_heads is not None and run.train.draft_head_loss.heads == "random"
 
@@ -151,7 +154,7 @@ def distillation_terms(
 
 @sharding.split_rows()
 def token_sums(
-    transformer, run: config.Run, params, batch: Batch, context: StepContext, terms
+    transformer, run: TrainingRun, params, batch: Batch, context: StepContext, terms
 ) -> LossSums:
     """Computes the sums over the target tokens of a batch; only `objective` has a gradient.
 
@@ -183,7 +186,7 @@ def token_sums(
     if terms is not None:
         teaching = terms(logits)
         known = weights * teaching.known
-        mixed = distillation.mixed_objective(losses, teaching, run.distillation)
+        mixed = distillation.mixed_objective(losses, teaching, not_none(run.distillation))
         sums = sums._replace(
             objective=jnp.sum(mixed * weights),
             divergence=jnp.sum(teaching.divergence * known),
@@ -198,7 +201,7 @@ def token_sums(
     return add_head_losses(sums, heads, hidden, batch, context.key if samples_heads(run) else None)
 
 
-def hidden_and_exits(apply, run: config.Run, batch: Batch, context: StepContext):
+def hidden_and_exits(apply, run: TrainingRun, batch: Batch, context: StepContext):
     """Computes the hidden states [b t d] that logits are read from, and LayerSkip's exits.
 
     Args:
@@ -212,7 +215,7 @@ def hidden_and_exits(apply, run: config.Run, batch: Batch, context: StepContext)
     """
     if run.train.layer_skip is None:
         return apply(batch, context.key, method=Transformer.hidden), None
-    layers = run.model.decoder.layers
+    layers = not_none(run.model.decoder).layers
     rates = early_exit.skip_rates(run.train, layers, context.step)
     hidden, states = apply(batch, context.key, rates, method=Transformer.hidden_with_layer_skip)
     weights = early_exit.exit_weights(run.train.layer_skip, layers, context.step)
@@ -263,7 +266,7 @@ def split_along_rows(x: jax.Array) -> jax.Array:
     return jax.reshard(x, spec("batch length"))
 
 
-def use_chunked_loss(run: config.Run, batch: Batch) -> bool:
+def use_chunked_loss(run: TrainingRun, batch: Batch) -> bool:
     """True if the loss is to be computed without the logits of all targets at once."""
     choice = run.train.cross_entropy
     if choice != "auto":
@@ -275,7 +278,9 @@ def use_chunked_loss(run: config.Run, batch: Batch) -> bool:
 def count_unpadded_tokens(batch: Batch) -> jax.Array:
     """Number of positions of a batch that are not padding, inputs and targets together."""
     segments = (batch.target_segments, batch.input_segments)
-    return sum(jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
+    return functools.reduce(
+        jnp.add, (jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
+    )
 
 
 def to_float32(gradient: Any) -> Any:
@@ -284,7 +289,7 @@ def to_float32(gradient: Any) -> Any:
 
 
 def accumulate_microbatches(
-    sums_and_gradient, slots, batch: Batch, context: StepContext, run: config.Run
+    sums_and_gradient, slots, batch: Batch, context: StepContext, run: TrainingRun
 ):
     """Computes sums and gradient over all microbatches, one after the other in a scan.
 

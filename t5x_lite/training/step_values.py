@@ -41,7 +41,7 @@ class StepContext(NamedTuple):
     """
 
     key: jax.Array | None = None
-    step: jax.Array | int = 0
+    step: Any = 0
 
 
 class StepMetrics(NamedTuple):
@@ -58,7 +58,7 @@ class StepMetrics(NamedTuple):
     """
 
     sums: LossSums
-    learning_rate: jax.Array
+    learning_rate: Any
     gradient_norm: jax.Array
     skipped: jax.Array
     consecutive: jax.Array

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite import config
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.kernels import api as kernels
 from t5x_lite.kernels.flash import api as flash_attention
 from t5x_lite.kernels.flash.block_mask import BlockSizes
@@ -39,7 +40,7 @@ class Case(NamedTuple):
     biased: bool
 
 
-def cases(run: config.Run) -> list[Case]:
+def cases(run: TrainingRun) -> list[Case]:
     """The kinds of attention in a training step of a run."""
     inputs, targets = flops.row_lengths(run.model.layout, run.data.lengths)
     encoder, decoder, kinds = run.model.encoder, run.model.decoder, []
@@ -91,8 +92,8 @@ def compile_step(
     table = jnp.zeros((stack.buckets, stack.heads))
 
     def loss(q, k, v, table):
-        segments = [jnp.ones((rows, length), jnp.int32) for length in (case.queries, case.keys)]
-        mask = kernels.Mask(*segments, case.causal)
+        queries, keys = (jnp.ones((rows, n), jnp.int32) for n in (case.queries, case.keys))
+        mask = kernels.Mask(queries, keys, case.causal)
         relative = kernels.RelativePositionBias(table, stack.max_distance, not case.causal)
         source = flash_attention.AttentionSource(k, v, mask, relative if case.biased else None)
         output = flash_attention.flash_attention(q, (source,), stack.softcap, backend, sizes)
@@ -141,7 +142,7 @@ def fitting(blocks: Sequence[int], length: int) -> list[int]:
 
 
 def tune_run(
-    run: config.Run, blocks: Sequence[int], repeats: int, backend: kernels.Backend
+    run: TrainingRun, blocks: Sequence[int], repeats: int, backend: kernels.Backend
 ) -> list[MeasuredBlocks]:
     """The fastest blocks for every kind of attention of a run; prints them as they are measured.
 
@@ -160,7 +161,7 @@ def tune_run(
         for sizes, milliseconds in sorted(times.items(), key=lambda each: each[1]):
             print(f"  {sizes.query:5} x {sizes.key:5}  {milliseconds:9.3f} ms", flush=True)
         if times:
-            sizes = min(times, key=times.get)
+            sizes = min(times, key=lambda each: times[each])
             shape = shape_of(case, dtype, chip)
             best.append(MeasuredBlocks(shape, sizes.query, sizes.key, times[sizes]))
     return best

@@ -14,13 +14,15 @@ from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.batch import TeacherLogits
 from t5x_lite.checkpoints import digests
 from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import model_dir, setup
 from t5x_lite.training.losses import distillation
+from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import local_path
 
 
 def write_teacher_logits(
-    run: config.Run,
+    run: TrainingRun,
     output: str,
     steps: int,
     chunk: int,
@@ -56,6 +58,7 @@ def write_teacher_logits(
         done, needed = folder.done(), teacher_logits_bytes(run, steps)
         check_space(output, needed * max(0, steps - done) // steps)
         on_progress = progress(done, needed)
+        assert run.distillation is not None
         top_k = jit_teacher(run.distillation, teacher)
         builder = distilled_batches.TeacherBatchBuilder(teacher.model, teacher.size)
         for first in range(folder.first(), steps if done < steps else 0, chunk):
@@ -71,16 +74,16 @@ def write_teacher_logits(
         return folder.done()
 
 
-def check_run(run: config.Run) -> None:
+def check_run(run: TrainingRun) -> None:
     """Raises ValueError for a run whose teacher logits cannot be written."""
     cfg = run.distillation
     config.require(
-        cfg is not None and run.train is not None and run.data is not None,
+        cfg is not None,
         "Run.distillation names the teacher: bind Run.distillation = @config.Distillation() and "
         "Distillation.teacher",
     )
     config.require(
-        cfg.top_k is not None,
+        not_none(cfg).top_k is not None,
         "Distillation.top_k says how many ids are kept for every target: bind it (32, say)",
     )
     config.require(
@@ -99,6 +102,7 @@ def jit_teacher(cfg: config.Distillation, teacher: teachers.Teacher):
 
     @jax.jit
     def answer(params, teacher_data):
+        assert cfg.top_k is not None
         logits = teachers.compute_logits(teacher, params, teacher_data)
         return distillation.top_k_log_probabilities(logits, cfg.top_k, cfg.temperature)
 
@@ -111,10 +115,11 @@ def weights_digest(params) -> int:
     return zlib.crc32(json.dumps({name: int(values[name]) for name in sorted(values)}).encode())
 
 
-def teacher_logits_bytes(run: config.Run, steps: int) -> int:
+def teacher_logits_bytes(run: TrainingRun, steps: int) -> int:
     """Approximate bytes of the logits of `steps` batches."""
     lengths = run.data.lengths
     row = sum(lengths.values()) if run.model.layout == "decoder_only" else lengths["targets"]
+    assert run.distillation is not None and run.distillation.top_k is not None
     return steps * run.train.batch_size * row * (6 * run.distillation.top_k + 4)
 
 

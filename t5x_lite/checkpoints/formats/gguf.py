@@ -82,12 +82,13 @@ class GgufTensors:
     def __init__(self, path: str | Path):
         self.file = gguf_file.open_gguf(path)
         self.path, self.metadata = self.file.path, self.file.metadata
-        self.architecture = self.metadata.get("general.architecture")
-        if self.architecture not in ARCHITECTURES:
+        architecture = self.metadata.get("general.architecture")
+        if architecture not in ARCHITECTURES:
             raise GgufError(
-                f"{path}: general.architecture is {self.architecture!r}; those that can be read "
+                f"{path}: general.architecture is {architecture!r}; those that can be read "
                 f"are {', '.join(ARCHITECTURES)}"
             )
+        self.architecture: str = architecture
         self.kinds = {name: tensor.kind for name, tensor in self.file.tensors.items()}
         self.names = {
             name: (tensor.shape, self.dtype(name)) for name, tensor in self.file.tensors.items()

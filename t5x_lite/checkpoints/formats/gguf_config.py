@@ -53,7 +53,7 @@ def hugging_face_config(source: GgufTensors) -> dict[str, Any]:
     if metadata.get(f"{architecture}.expert_count"):
         raise GgufError(f"{source.path}: {architecture}.expert_count: mixtures are not known here")
     embedding = source.names.get("token_embd.weight", ((0, 0), None))[0]
-    shared = {"model_type": ARCHITECTURES[architecture], "vocab_size": embedding[0]}
+    shared: dict[str, Any] = {"model_type": ARCHITECTURES[architecture], "vocab_size": embedding[0]}
     shared |= {
         name: metadata.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"))

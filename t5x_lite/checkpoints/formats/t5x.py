@@ -19,6 +19,7 @@ from t5x_lite.checkpoints.formats.huggingface import t5
 from t5x_lite.checkpoints.formats.huggingface.fields import require_values
 from t5x_lite.checkpoints.transforms import Entry
 from t5x_lite.tokenizers.errors import SourceError
+from t5x_lite.utils.not_none import not_none
 
 Names = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -128,7 +129,7 @@ def with_layers(axes: str, scan: bool) -> str:
     """Axes with layers second, where a scan puts them (param_scan_axis = 1)."""
     if not scan:
         return axes
-    first = re.match(r"\([^)]*\)|\S+", axes)[0]
+    first = not_none(re.match(r"\([^)]*\)|\S+", axes))[0]
     return f"{first} layers{axes[len(first) :]}"
 
 

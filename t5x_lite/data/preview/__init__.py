@@ -13,6 +13,7 @@ from t5x_lite.config.windows import LengthLimits, length_limits
 from t5x_lite.data import batches, objectives
 from t5x_lite.data.objectives import WindowPreprocessor
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 
 CHUNK = 64  # rows in a batch
 
@@ -198,7 +199,7 @@ def count_tokens(denoiser: Denoiser, example: Example) -> tuple[int, int, int]:
         return int(loss.sum()), targets - mode, int((np.diff(loss, prepend=0) == 1).sum())
     match denoiser.objective:
         case config.SpanCorruption():
-            spans = int(np.isin(example.targets, denoiser.preprocessor.sentinels).sum())
+            spans = int(np.isin(example.targets, not_none(denoiser.preprocessor).sentinels).sum())
             hidden = targets - spans - 1
             return hidden, hidden + inputs - spans - 1, spans
         case config.FillInTheMiddle():

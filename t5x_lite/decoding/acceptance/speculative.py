@@ -20,6 +20,7 @@ from t5x_lite import sharding
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding.acceptance.exact import AcceptedPath, Exact, VerifyInput
 from t5x_lite.decoding.sampling import NoiseKind
+from t5x_lite.utils.not_none import not_none
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def take_node(x: Float[Array, "b w v"], node: Int[Array, " b"]) -> Float[Array, 
 def node_noise(inputs: VerifyInput, kind: NoiseKind) -> Float[Array, "b w"]:
     """Uniform noise for every node, different in every step."""
     begin = sharding.by_rows(inputs.positions[:, 0])
-    return sampling.uniform_noise(inputs.sampling, kind, begin, inputs.positions)
+    return sampling.uniform_noise(not_none(inputs.sampling), kind, begin, inputs.positions)
 
 
 def close_path(
@@ -178,7 +179,7 @@ def close_path(
     # If q differs from p by less than rounding, nothing is left although a draft was rejected.
     left = jnp.where(jnp.any(left > 0, axis=-1, keepdims=True), left, p)
     uniform = sampling.uniform_noise(
-        inputs.sampling, NoiseKind.RESIDUAL, begin, (begin + count)[:, None], size
+        not_none(inputs.sampling), NoiseKind.RESIDUAL, begin, (begin + count)[:, None], size
     )
     sampled = jnp.argmax(jnp.log(left) - jnp.log(-jnp.log(uniform[:, 0])), axis=-1)
     drafts = next_drafts(inputs, inputs.block[:, :1])

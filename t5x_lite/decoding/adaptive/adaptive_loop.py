@@ -6,7 +6,7 @@ with a draft is within the budget, steps are plain (`draft_lengths.DISABLED`).
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +28,7 @@ from t5x_lite.decoding.adaptive.drafter import (
     inner_context,
     mask_draft,
 )
-from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Draft, Drafter, Tree
-
-
-class VerifySpec(NamedTuple):
-    """The part of a drafter that verification reads.
-
-    Attributes:
-      tree: shape of the block.
-      top: number of most probable tokens to return.
-      middle: layer whose input to return, or None.
-    """
-
-    tree: Tree
-    top: int
-    middle: int | None
+from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Draft, Drafter, Tree, VerifySpec
 
 
 def run_adaptive_loop(

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from t5x_lite import config
 from t5x_lite.decoding import generation
 from t5x_lite.decoding.acceptance.exact import Exact
 from t5x_lite.decoding.adaptive.draft_lengths import DISABLED
-from t5x_lite.decoding.adaptive.drafter import CostModel
+from t5x_lite.decoding.adaptive.drafter import Adaptive, CostModel
 from t5x_lite.decoding.protocol import Target
 from t5x_lite.decoding.request import Request, bucket_length
 from t5x_lite.utils.atomic_files import write_atomically
@@ -72,6 +72,12 @@ def with_cost_model(
     return attach_costs(drafting, table[name])
 
 
+def adaptive_drafter(drafting: generation.Drafting) -> Adaptive:
+    """The drafter, which has to be an Adaptive."""
+    assert isinstance(drafting.drafter, Adaptive)
+    return drafting.drafter
+
+
 def attach_costs(
     drafting: generation.Drafting, seconds: list[float], reject_all: bool = False
 ) -> generation.Drafting:
@@ -112,7 +118,8 @@ def measure_latencies(
       decode: limits and sampling.
       drafting: an Adaptive drafter, its drafter's weights, and the acceptance rule.
     """
-    count = len(drafting.drafter.widths)
+    adaptive = adaptive_drafter(drafting)
+    count = len(adaptive.widths)
     never = -1 if isinstance(request.eos, int) else np.full_like(request.eos, -1)
     request = request._replace(eos=never)
     most = max(min(decode.max_new_tokens, int(np.max(request.limit))) - 1, 1)
@@ -140,7 +147,7 @@ def measure_latencies(
     # On a busy machine the start alone can take longer than start and steps did.
     seconds = np.maximum.accumulate(np.maximum(total - start, total / 4) / steps)
     overhead = 0.0
-    if drafting.drafter.drafts_ahead:
+    if adaptive_drafter(drafting).drafts_ahead:
         overhead = measure_draft_overhead(request, decode, drafting)
     return [max(seconds[0] - overhead, seconds[0] / 4), *seconds.tolist()]
 
@@ -166,14 +173,14 @@ def measure_draft_overhead(
       decode: limits.
       drafting: an Adaptive drafter, its drafter's weights, and the acceptance rule.
     """
-    wide = drafting.drafter
+    wide = adaptive_drafter(drafting)
     narrow = drafting._replace(drafter=dataclasses.replace(wide, widths=(1, wide.tree.width)))
     narrow = attach_costs(narrow, single_width_costs(0, 2), reject_all=True)
     rows = generation.shard_rows(request._replace(eos=None))
 
     def time_noop(drafting: generation.Drafting) -> float:
         program = generation.DecodeProgram(
-            cfg=None,
+            cfg=cast(config.Model, None),  # never read: no model runs
             length=bucket_length(decode.max_new_tokens),
             beams=1,
             n_best=1,

@@ -23,6 +23,7 @@ from t5x_lite.decoding.protocol import (
     chain,
 )
 from t5x_lite.sharding import spec
+from t5x_lite.utils.not_none import not_none
 
 
 class LastHidden(NamedTuple):
@@ -96,7 +97,7 @@ class Blockwise(HiddenStateDrafter):
           drafter_state: the last hidden state.
           state: state of the loop.
         """
-        count, sequential = self.tree.width - 1, context.target.heads.sequential
+        count, sequential = self.tree.width - 1, not_none(context.target.heads).sequential
         if count == 0:
             return Draft(state.root[:, None][:, :0]), drafter_state
         every = None if sequential else head_logits(context, drafter_state, slice(0, count))
@@ -107,7 +108,7 @@ class Blockwise(HiddenStateDrafter):
                 head = slice(number, number + 1)
                 logits = head_logits(context, drafter_state, head, before)[:, 0]
             else:
-                logits = every[:, number]
+                logits = not_none(every)[:, number]
             token, log_probability = autoregressive.draft_token(
                 context, state, logits, number, self.stochastic
             )
@@ -141,7 +142,7 @@ def check_heads(context: DecodeContext, count: int) -> TargetHeads:
 def unknown_hidden(context: DecodeContext) -> LastHidden:
     """Returns the state before the first step, in width and dtype of the model's hidden states."""
     tokens, index = context.prompts.tokens[:, :1], context.prompts.length
-    like = jax.eval_shape(context.target.layer_range(0, 1).embed, tokens, index)
+    like = jax.eval_shape(not_none(context.target.layer_range)(0, 1).embed, tokens, index)
     zeros = jnp.zeros((like.shape[0], like.shape[2]), like.dtype, out_sharding=spec("batch width"))
     return LastHidden(zeros, index < 0)
 
@@ -173,7 +174,7 @@ def head_logits(
       before: the root and the drafts before, for sequential heads.
     """
     before = None if before is None else before[:, None]
-    hidden = context.target.heads.apply(last_hidden.hidden[:, None], heads, before)
+    hidden = not_none(context.target.heads).apply(last_hidden.hidden[:, None], heads, before)
     return context.target.logits(hidden[:, 0])
 
 

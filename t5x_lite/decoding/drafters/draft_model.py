@@ -25,6 +25,7 @@ from t5x_lite.decoding.protocol import (
     VerifyOutput,
     chain,
 )
+from t5x_lite.utils.not_none import not_none
 
 
 class DraftModelState(NamedTuple):
@@ -109,7 +110,7 @@ class DraftModel:
     def source(self, context: DecodeContext) -> tuple[Int[Array, "b s"], Int[Array, " b"]]:
         """Returns the encoder inputs or the prompt without its start token, and the lengths."""
         if context.inputs is not None:
-            return self.clip_ids(context.inputs), context.inputs_length
+            return self.clip_ids(context.inputs), not_none(context.inputs_length)
         tokens, length = context.prompts
         if self.target.add_bos:
             following = np.arange(1, tokens.shape[1] + 1) % tokens.shape[1]

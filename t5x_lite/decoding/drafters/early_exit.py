@@ -15,6 +15,7 @@ from t5x_lite.decoding.protocol import (
     VerifyOutput,
     chain,
 )
+from t5x_lite.utils.not_none import not_none
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class EarlyExit:
           drafter_state: None.
           state: state of the loop.
         """
-        first = context.target.layer_range(0, self.layers)
+        first = not_none(context.target.layer_range)(0, self.layers)
 
         def embed(token, index):
             return first.embed(token[:, None], index)

@@ -21,6 +21,7 @@ from t5x_lite.decoding.protocol import (
     VerifyOutput,
     chain,
 )
+from t5x_lite.utils.not_none import not_none
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class LateLayers:
           tokens: the tokens.
           index: their slots.
         """
-        return context.target.layer_range(0, self.middle).embed(tokens[:, None], index)[:, 0]
+        early = not_none(context.target.layer_range)(0, self.middle)
+        return early.embed(tokens[:, None], index)[:, 0]
 
     def propose(
         self, context: DecodeContext, drafter_state: Float[Array, "b d"], state: DecodeState
@@ -82,7 +84,7 @@ class LateLayers:
           drafter_state: what the early layers added to the last token.
           state: state of the loop.
         """
-        late = context.target.layer_range(self.middle, context.target.num_layers)
+        late = not_none(context.target.layer_range)(self.middle, context.target.num_layers)
 
         def embed(token, index):
             return (self.embed(context, token, index) + drafter_state)[:, None]

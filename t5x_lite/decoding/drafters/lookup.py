@@ -22,6 +22,7 @@ from t5x_lite.decoding.protocol import (
     VerifyOutput,
     chain,
 )
+from t5x_lite.utils.not_none import not_none
 
 # A copy that starts at most NEAR tokens from where the last one ended counts as LONGER tokens
 # longer. Restoring source with 10 % of its characters lost, changed or inserted, 8 nodes: 4.6
@@ -96,7 +97,11 @@ class Lookup:
             tokens = jax.vmap(self.draft_from_text)(state.tokens, state.length)
             return Draft(tokens), drafter_state
         tokens, place = jax.vmap(self.draft_from_both)(
-            state.tokens, state.length, context.inputs, context.inputs_length, drafter_state
+            state.tokens,
+            state.length,
+            not_none(context.inputs),
+            context.inputs_length,
+            drafter_state,
         )
         return Draft(tokens), drafter_state._replace(place=place)
 

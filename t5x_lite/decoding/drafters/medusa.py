@@ -16,6 +16,7 @@ from t5x_lite import sharding
 from t5x_lite.decoding.drafters import blockwise
 from t5x_lite.decoding.drafters.trees import best_tree_of_heads, ranks
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Draft, Tree
+from t5x_lite.utils.not_none import not_none
 
 # How often the tokens of each rank were accepted on g2p, frozen heads (benchmarks/heads.py).
 CHANCES = tuple(tuple(0.6**head * share for share in (0.6, 0.15, 0.07, 0.04)) for head in range(4))
@@ -62,7 +63,7 @@ class Medusa(blockwise.HiddenStateDrafter):
         """
         if self.tree.width == 1:
             return Draft(state.root[:, None][:, :0]), drafter_state
-        if context.target.heads.sequential:
+        if not_none(context.target.heads).sequential:
             tokens = self.draft_by_level(context, drafter_state, state)
         else:
             tokens = self.draft_at_once(context, drafter_state)
@@ -122,7 +123,7 @@ class Medusa(blockwise.HiddenStateDrafter):
           node: the node.
         """
         path = np.flatnonzero(self.tree.ancestors[node])
-        places = np.array([order.index(each) for each in path])
+        places = np.array([order.index(int(each)) for each in path])
         before = jax.vmap(lambda row: row[places])(tokens)
         head = len(path) - 1
         logits = blockwise.head_logits(context, last_hidden, slice(head, head + 1), before)[:, 0]

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,12 @@ class SuccessorTable(NamedTuple):
     """Likely successors of tokens, state and weights of Recycling.
 
     Attributes:
-      token: the token that a slot belongs to; -1 for none.
-      successors: tokens that are likely after it, the likeliest first; -1 for none.
+      token: [b H] int32, the token that a slot belongs to; -1 for none.
+      successors: [b H K] int32, tokens that are likely after it, the likeliest first; -1 for none.
     """
 
-    token: Int[Array, "b H"]
-    successors: Int[Array, "b H K"]
+    token: Any
+    successors: Any
 
 
 def count_successors(

@@ -29,6 +29,7 @@ from t5x_lite.decoding.protocol import (
     chain,
 )
 from t5x_lite.sharding import spec
+from t5x_lite.utils.not_none import not_none
 
 BIGRAM_RATE = 0.02
 
@@ -179,7 +180,7 @@ class Refined(blockwise.HiddenStateDrafter):
             total = step if score is None else score[:, None] + step
             steps.append(jnp.argmax(total, axis=0))
             score, before = jnp.max(total, axis=0), lattice.tokens[head]
-        place, drafts = jnp.argmax(score), []
+        place, drafts = jnp.argmax(not_none(score)), []
         for head in reversed(range(lattice.tokens.shape[0])):
             drafts.append(lattice.tokens[head, place])
             place = steps[head][place]

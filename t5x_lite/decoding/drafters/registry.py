@@ -29,6 +29,7 @@ from t5x_lite.decoding.drafters.union import union
 from t5x_lite.decoding.generation import PLAIN, Drafting
 from t5x_lite.decoding.protocol import Drafter, Tree, chain
 from t5x_lite.utils.nearest import suggest
+from t5x_lite.utils.not_none import not_none
 
 # Choosing a width does not pay for models with fewer weights in their decoder: it took about
 # 0.02 ms of CPU time per step, a seventh of a step of g2p's 1.7M weights, where a pass over 20M
@@ -83,13 +84,14 @@ class DraftRequest(NamedTuple):
         Raises:
           ValueError: it is not a number, or not one of layers that the decoder has.
         """
+        layers = not_none(self.cfg.decoder).layers
         if not self.argument.isdecimal():
             raise ValueError(
                 f"drafter={name} needs a number of layers, such as {name}:"
-                f"{max(self.cfg.decoder.layers // 4, 1)} of {self.cfg.decoder.layers}; got "
+                f"{max(layers // 4, 1)} of {layers}; got "
                 f"{self.argument!r}"
             )
-        check_layer_number(self.cfg.decoder.layers, f"drafter={name}", int(self.argument))
+        check_layer_number(layers, f"drafter={name}", int(self.argument))
         return int(self.argument)
 
 
@@ -311,7 +313,7 @@ def resolve_name(cfg: config.Model, decode: config.Decode) -> str:
 
 def count_decoder_weights(cfg: config.Model) -> int:
     """Estimates the number of weights that one token passes through: layers and output head."""
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     heads = 2 * (stack.heads + stack.key_heads) * stack.head_dim
     mlp = (3 if stack.gated else 2) * stack.mlp
     return stack.layers * stack.embed * (heads + mlp) + cfg.vocab * stack.embed
@@ -372,6 +374,7 @@ def make_acceptance(name: str) -> exact.Acceptance:
         usage = ":".join([key, *(kind.__name__ for kind in kinds)])
         raise ValueError(f"accept={name} takes other numbers: write it as {usage}")
     try:
-        return rule(*(kind(number) for kind, number in zip(kinds, numbers, strict=False)))
+        arguments: Any = [kind(each) for kind, each in zip(kinds, numbers, strict=False)]
+        return rule(*arguments)
     except ValueError as error:
         raise ValueError(f"accept={name}: {error}") from error

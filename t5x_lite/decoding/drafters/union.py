@@ -162,7 +162,7 @@ class Union:
 
 def observed_layers(drafters: tuple[Drafter, ...]) -> set[int]:
     """Returns the layers whose inputs the drafters observe."""
-    return {drafter.middle for drafter in drafters if getattr(drafter, "middle", None)}
+    return {layer for drafter in drafters if (layer := getattr(drafter, "middle", None))}
 
 
 def union(*drafters: Drafter) -> Union:

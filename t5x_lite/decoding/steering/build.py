@@ -53,7 +53,8 @@ def make_processors(
 
 def sequence_biases(decode: config.Decode) -> list[tuple[tuple[int, ...], float]]:
     """Returns (sequence of ids, bias) of biased, bad and suppressed tokens."""
-    biases = [((token,), bias) for token, bias in sorted((decode.logit_bias or {}).items())]
+    biases: list[tuple[tuple[int, ...], float]] = []
+    biases += [((token,), bias) for token, bias in sorted((decode.logit_bias or {}).items())]
     biases += [(tuple(ids), -np.inf) for ids in decode.bad_words_ids]
     return biases + [((token,), -np.inf) for token in decode.suppress_tokens]
 

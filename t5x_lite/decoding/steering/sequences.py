@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import sharding
 from t5x_lite.decoding.steering.processor import DraftPaths, Text, last_tokens, per_row
+from t5x_lite.utils.not_none import not_none
 
 
 class TextProcessor:
@@ -102,7 +103,7 @@ class NoRepeatNgram(TextProcessor):
         slots = rows.shape[-1] - self.size + 1
         match = jnp.arange(slots) + self.size <= length[:, :, None]
         for place in range(self.size - 1):
-            same = rows[:, :, place : place + slots] == context[:, :, place, None]
+            same = rows[:, :, place : place + slots] == not_none(context)[:, :, place, None]
             match = match & same
         banned = jnp.where(match, -jnp.inf, 0.0)
         return scatter_add(logits, rows[:, :, self.size - 1 :], banned)

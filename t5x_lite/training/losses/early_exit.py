@@ -53,9 +53,10 @@ def skip_rates(train: config.Train, layers: int, step: Int[Array, ""]) -> Float[
       layers: number of decoder layers.
       step: steps done so far.
     """
-    chances = np.array(train.layer_skip.chances(layers), np.float32)
+    assert train.layer_skip is not None
+    chances = jnp.asarray(np.array(train.layer_skip.chances(layers), np.float32))
     if not train.layer_skip.rising:
-        return jnp.asarray(chances)
+        return chances
     return chances * (2 ** jnp.minimum(step / train.steps, 1) - 1)
 
 

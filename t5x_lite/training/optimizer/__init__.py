@@ -103,21 +103,22 @@ def optimizer_by_group(
         optimizers[group.key] = optax.chain(*rules)
     clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
 
-    def init(weights):
-        trained = selection.take(weights)
+    def init(params: Any):
+        trained = selection.take(params)
         states = {
             group.key: optimizers[group.key].init(leaves_of_group(group, trained))
             for group in selection.trained
         }
         return GroupStates(jnp.zeros((), jnp.int32), states)
 
-    def update(gradients, state, weights):
-        gradients, _ = clip.update(selection.moving(gradients, state.count), clip.init(weights))
+    def update(updates: Any, state: Any, params: Any = None):
+        moving: Any = selection.moving(updates, state.count)
+        gradients: Any = clip.update(moving, clip.init(params))[0]
         updates, states = {}, {}
         for group in selection.trained:
             before = state.groups[group.key]
             change, after = optimizers[group.key].update(
-                leaves_of_group(group, gradients), before, leaves_of_group(group, weights)
+                leaves_of_group(group, gradients), before, leaves_of_group(group, params)
             )
             if group.cfg.begin:
                 begun = state.count >= group.cfg.begin
@@ -162,7 +163,8 @@ def update_rule(cfg: config.Optimizer, schedule: optax.Schedule, axes: Any):
     if cfg.name == "adafactor":
         known = [field.name for field in dataclasses.fields(adafactor.AdafactorSettings)]
         check_optimizer_options(cfg, known)
-        return adafactor.adafactor(schedule, axes, adafactor.AdafactorSettings(**cfg.options))
+        options: dict[str, Any] = cfg.options
+        return adafactor.adafactor(schedule, axes, adafactor.AdafactorSettings(**options))
     optimizers = optax_optimizers()
     if cfg.name not in optimizers:
         raise ValueError(f"Optimizer.name {cfg.name!r} is unknown: {suggest(cfg.name, optimizers)}")
@@ -214,12 +216,12 @@ def weight_decay(strength: float, schedule: optax.Schedule, axes: Any):
     def shrink(names, change, weight, rate):
         return change - rate * weight if is_decayed(names) else change
 
-    def init(weights):
+    def init(params: Any):
         return WeightDecayState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, weights):
+    def update(updates: Any, state: Any, params: Any = None):
         rate = strength * schedule(state.count)
-        decayed = jax.tree.map(functools.partial(shrink, rate=rate), axes, updates, weights)
+        decayed = jax.tree.map(functools.partial(shrink, rate=rate), axes, updates, params)
         return decayed, WeightDecayState(state.count + 1)
 
     return optax.GradientTransformation(init, update)

@@ -152,6 +152,7 @@ def precondition(gradient, moment: Moment, names: str):
     """
     if moment.whole is not None:
         return gradient * jax.lax.rsqrt(moment.whole)
+    assert moment.rows is not None and moment.columns is not None
     share = moment.rows / mean_over(moment.rows, split_axes(names).rows)
     return gradient * jax.lax.rsqrt(share) * jax.lax.rsqrt(moment.columns)
 
@@ -186,28 +187,28 @@ def adafactor(
     """
     flat_axes = jax.tree.leaves(axes)
 
-    def init(weights):
-        leaves, structure = jax.tree.flatten(weights)
+    def init(params: Any):
+        leaves, structure = jax.tree.flatten(params)
         pairs = zip(leaves, flat_axes, strict=True)
         moments = [empty_moment(w, a, settings) for w, a in pairs]
         return AdafactorState(jnp.zeros((), jnp.int32), structure.unflatten(moments))
 
-    def update(gradients, state, weights):
-        structure = jax.tree.structure(gradients)
+    def update(updates: Any, state: Any, params: Any = None):
+        structure = jax.tree.structure(updates)
         decay = 1.0 - (state.count + 1.0) ** -settings.decay_rate
         rate = schedule(state.count)
-        moments, updates = [], []
+        moments, steps = [], []
         for gradient, moment, weight, names in zip(
-            jax.tree.leaves(gradients),
+            jax.tree.leaves(updates),
             structure.flatten_up_to(state.moments),
-            jax.tree.leaves(weights),
+            jax.tree.leaves(params),
             flat_axes,
             strict=True,
         ):
             moments.append(update_moment(gradient, moment, names, decay, settings))
             step = direction(gradient, moments[-1], weight, names, settings)
-            updates.append(-rate * step)
+            steps.append(jnp.negative(rate) * step)
         state = AdafactorState(state.count + 1, structure.unflatten(moments))
-        return structure.unflatten(updates), state
+        return structure.unflatten(steps), state
 
     return optax.GradientTransformation(init, update)

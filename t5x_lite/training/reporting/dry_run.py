@@ -3,17 +3,18 @@
 
 import jax
 
-from t5x_lite import adaptation, config, model
+from t5x_lite import adaptation, model
 from t5x_lite.checkpoints import train_state as states
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.cli.progress import format_count
 from t5x_lite.config import gin_file
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import setup
 from t5x_lite.training.flops import FORMULA, step_flops
 from t5x_lite.training.reporting import overview
 
 
-def describe_run(run: config.Run) -> str:
+def describe_run(run: TrainingRun) -> str:
     """The resolved config, every weight's shape and placement, and the sizes; opens no data.
 
     Raises:
@@ -44,7 +45,7 @@ def describe_run(run: config.Run) -> str:
     )
 
 
-def adaptation_lines(run: config.Run, params) -> list[str]:
+def adaptation_lines(run: TrainingRun, params) -> list[str]:
     """Lines with the source of each weight, if a checkpoint is adapted; else none."""
     if run.adaptation is None:
         return []

@@ -10,6 +10,7 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import flops
 from t5x_lite.training.step import StepMetrics
 from t5x_lite.utils.exit_status import FAILURE
@@ -61,7 +62,7 @@ class StepCost:
     peak: float | None
 
 
-def step_cost(run: config.Run) -> StepCost:
+def step_cost(run: TrainingRun) -> StepCost:
     """Positions and FLOPs of a step of this run, and the peak of all chips if it is known."""
     lengths, rows = run.data.lengths, run.train.batch_size
     peak = flops.peak_flops(jax.devices()[0].device_kind)

@@ -11,11 +11,12 @@ from t5x_lite.checkpoints import train_state as states
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.cli.progress import format_count
+from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training.flops import FORMULA
 from t5x_lite.training.optimizer import param_groups
 
 
-def overview_table(run: config.Run, shapes: TrainState, flops: int, statistics: str) -> Table:
+def overview_table(run: TrainingRun, shapes: TrainState, flops: int, statistics: str) -> Table:
     """Table of parameters, mesh, bytes per device and FLOPs of a step.
 
     Args:
@@ -60,20 +61,20 @@ def mesh_text() -> str:
     return f"{shape} = {mesh.size} {kind}"
 
 
-def state_bytes(run: config.Run, shapes: TrainState) -> dict[str, int]:
+def state_bytes(run: TrainingRun, shapes: TrainState) -> dict[str, int]:
     """Bytes per device of weights, optimizer and gradient."""
     trained = param_groups.Selection(run.train.param_groups, shapes.params).take(shapes.params)
     trees = {"weights": shapes.params, "optimizer": shapes.optimizer, "gradient": trained}
     return {name: states.bytes_per_device(tree) for name, tree in trees.items()}
 
 
-def bytes_text(run: config.Run, shapes: TrainState) -> str:
+def bytes_text(run: TrainingRun, shapes: TrainState) -> str:
     """MiB per device of weights, optimizer and gradient."""
     parts = state_bytes(run, shapes).items()
     return ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts)
 
 
-def group_lines(run: config.Run, shapes: TrainState) -> list[str]:
+def group_lines(run: TrainingRun, shapes: TrainState) -> list[str]:
     """One line per group of Train.param_groups, one for all other weights; [] without groups."""
     named = flatten_tree(shapes.params)
     lines = []
@@ -99,13 +100,13 @@ def schedule_text(group: param_groups.WeightGroup) -> str:
     return begins + rate + (f", rising over {cfg.warmup} steps" if cfg.warmup else "")
 
 
-def schedule_by_weight(run: config.Run, params: Any) -> dict[str, str]:
+def schedule_by_weight(run: TrainingRun, params: Any) -> dict[str, str]:
     """`schedule_text` of each weight, by name; empty without Train.param_groups."""
     groups = param_groups.assign_groups(run.train.param_groups, params)
     return {name: schedule_text(group) for group in groups for name in group.names}
 
 
-def run_text(run: config.Run) -> str:
+def run_text(run: TrainingRun) -> str:
     """Steps, optimizer, schedule and dtype in one line."""
     train, schedule = run.train, run.schedule
     micro = f" in {train.microbatches} microbatches" if train.microbatches > 1 else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import fields
+from t5x_lite.utils.not_none import not_none
 
 # Both spellings of gelu are its tanh form; "gelu" alone is the exact one, which we do not have.
 ACTIVATIONS = {
@@ -240,7 +241,7 @@ def activation_name(activation: str) -> str:
 
 def export_fields(cfg: config.Model, **more: Any) -> dict:
     """Fields of config.json that Llama, Qwen and Gemma write alike."""
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     values = {
         "vocab_size": cfg.vocab,
         "hidden_size": stack.embed,
@@ -297,7 +298,7 @@ def check_round_trip(cfg: config.Model, config_json: dict, parse_config: Callabl
 
 def logit_fields(cfg: config.Model) -> dict[str, Any]:
     """Fields on which the logits of a decoder-only model depend, defaults resolved."""
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     idle = [
         name for kind, names in POSITION_FIELDS.items() if kind != stack.positions for name in names
     ]

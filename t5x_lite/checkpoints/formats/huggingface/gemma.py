@@ -2,10 +2,12 @@
 """Gemma 1, 2 and 3 (the text part of those that also see images), as Hugging Face names them."""
 
 from collections.abc import Collection
+from typing import Any
 
 from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import decoders, fields
 from t5x_lite.checkpoints.formats.huggingface.llama import canonical_name, duplicates, entries
+from t5x_lite.utils.not_none import not_none
 
 __all__ = ["config_json", "duplicates", "entries", "ignored", "parse_config", "canonical_name"]
 
@@ -107,7 +109,7 @@ def gemma2_fields(config_json: dict) -> dict:
 def gemma3_fields(config_json: dict) -> dict:
     """The fields of Stack of a Gemma 3."""
     decoders.refuse_unknown(config_json, {"attn_logit_softcapping": (None,)})
-    stack = later_fields(config_json) | {"qk_norm": True}
+    stack: dict[str, Any] = later_fields(config_json) | {"qk_norm": True}
     full, sliding = rotary_by_kind(config_json)
     stack |= decoders.rotary_fields(full)
     if "sliding" in stack["pattern"]:
@@ -147,7 +149,7 @@ def ignored(cfg: config.Model) -> tuple[str, ...]:
 def config_json(cfg: config.Model) -> dict:
     """config.json of cfg; raises ValueError, naming the field, for a value that no Gemma has."""
     decoders.require_decoder_only(cfg, "gemma")
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     generation = 3 if stack.qk_norm else 2 if stack.post_norms else 1
     model_type = ("gemma", "gemma2", "gemma3_text")[generation - 1]
     act = "hidden_act" if generation == 1 else "hidden_activation"

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import decoders, fields
 from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.utils.not_none import not_none
 
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 # Fields that change what transformers computes, and the only values that are computed here.
@@ -108,7 +109,7 @@ def duplicates(cfg: config.Model) -> dict[str, str]:
 def config_json(cfg: config.Model) -> dict:
     """config.json of cfg; raises ValueError, naming the field, for a value that no GPT-2 has."""
     decoders.require_decoder_only(cfg, "gpt2")
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     if stack.max_length is None:
         raise ValueError(f"gpt2 cannot express Stack.positions = {stack.positions!r}")
     values = {

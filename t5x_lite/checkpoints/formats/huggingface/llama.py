@@ -6,6 +6,7 @@ from collections.abc import Collection
 from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import decoders, fields
 from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.utils.not_none import not_none
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -47,7 +48,7 @@ def canonical_name(name: str) -> str:
 
 def entries(cfg: config.Model) -> list[Entry]:
     """Table of a Llama, Qwen or Gemma."""
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     block, attention = "model.layers.{layer}", "decoder/layers/attention"
     table = [
         Entry("embedding", "model.embed_tokens.weight", "vocab embed"),
@@ -110,7 +111,7 @@ def duplicates(cfg: config.Model) -> dict[str, str]:
 def config_json(cfg: config.Model) -> dict:
     """config.json of cfg; raises ValueError, naming the field, for a value that no Llama has."""
     decoders.require_decoder_only(cfg, "llama")
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     values = decoders.export_fields(
         cfg,
         model_type="llama",

@@ -11,6 +11,7 @@ from t5x_lite.checkpoints.formats.huggingface.llama import (
     entries,
     ignored,
 )
+from t5x_lite.utils.not_none import not_none
 
 __all__ = ["config_json", "duplicates", "entries", "ignored", "parse_config", "canonical_name"]
 
@@ -57,7 +58,7 @@ def qwen_window_fields(config_json: dict) -> dict:
 def config_json(cfg: config.Model) -> dict:
     """config.json of cfg; raises ValueError, naming the field, for a value that no Qwen has."""
     decoders.require_decoder_only(cfg, "qwen")
-    stack = cfg.decoder
+    stack = not_none(cfg.decoder)
     values = decoders.export_fields(
         cfg,
         model_type="qwen3" if stack.qk_norm else "qwen2",

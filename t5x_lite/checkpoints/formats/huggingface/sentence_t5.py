@@ -8,6 +8,7 @@ projection's tensor goes by the name PROJECTION among the T5's own.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from t5x_lite import config
 from t5x_lite.checkpoints.transforms import Entry
@@ -64,7 +65,7 @@ def add_modules(folder: Path, config_json: dict) -> dict:
     return config_json | {KEY: pooling}
 
 
-def read_json_file(folder: Path, name: str) -> list | dict:
+def read_json_file(folder: Path, name: str) -> Any:
     """Content of NAME.json in a folder."""
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -119,7 +120,7 @@ def export_files(cfg: config.Model) -> dict[str, dict | list]:
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (kind, path) in enumerate(paths.items())
     ]
-    embed = (cfg.decoder or cfg.encoder).embed
+    embed = cfg.last_stack.embed
     modes = {mode: kind == pooled.kind for kind, mode in KINDS.items()}
     files = {
         "modules.json": modules,

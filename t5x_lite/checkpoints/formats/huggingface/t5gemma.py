@@ -10,6 +10,7 @@ from collections.abc import Collection
 from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import fields
 from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.utils.not_none import not_none
 
 # Defaults of transformers for fields that config.json leaves out.
 DEFAULTS = dict(
@@ -112,14 +113,14 @@ def entries(cfg: config.Model) -> list[Entry]:
     """Table of a T5Gemma."""
     if cfg.decoder is None:
         table = [Entry("embedding", "encoder.embed_tokens.weight", "vocab embed")]
-        return table + tower_entries("encoder", "encoder", cfg.encoder)
+        return table + tower_entries("encoder", "encoder", cfg.last_stack)
     table = [
         Entry("embedding", "model.decoder.embed_tokens.weight", "vocab embed"),
         Entry("encoder_embedding", "model.encoder.embed_tokens.weight", "vocab encoder_embed"),
     ]
     if not cfg.tied:
         table.append(Entry("head", "lm_head.out_proj.weight", "vocab embed"))
-    table += tower_entries("encoder", "model.encoder", cfg.encoder)
+    table += tower_entries("encoder", "model.encoder", not_none(cfg.encoder))
     table += tower_entries("decoder", "model.decoder", cfg.decoder)
     layer = "model.decoder.layers.{layer}"
     crossed = "decoder/layers/cross_attention"

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import fields, t5gemma
 from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.utils.not_none import not_none
 
 DEFAULTS = t5gemma.DEFAULTS | dict(
     vocab_size=262208, final_logit_softcapping=None, attn_logit_softcapping=None
@@ -101,8 +102,8 @@ def entries(cfg: config.Model) -> list[Entry]:
         table.append(Entry("eoi_embedding", f"{TABLE}.eoi_embedding", "norm"))
     if not cfg.tied:
         table.append(Entry("head", "lm_head.out_proj.weight", "vocab embed"))
-    table += t5gemma.tower_entries("encoder", "model.encoder", cfg.encoder)
-    return table + t5gemma.tower_entries("decoder", "model.decoder", cfg.decoder)
+    table += t5gemma.tower_entries("encoder", "model.encoder", not_none(cfg.encoder))
+    return table + t5gemma.tower_entries("decoder", "model.decoder", not_none(cfg.decoder))
 
 
 def ignored(cfg: config.Model) -> tuple[str, ...]:
@@ -123,16 +124,17 @@ def duplicates(cfg: config.Model) -> dict[str, str]:
 
 def config_json(cfg: config.Model) -> dict:
     """config.json of cfg; raises ValueError, naming the field, where T5Gemma 2 cannot say it."""
-    if cfg.layout != "encoder_decoder":
+    encoder, decoder = cfg.encoder, cfg.decoder
+    if encoder is None or decoder is None:
         raise ValueError("T5Gemma 2 cannot express a Model without both encoder and decoder")
     if cfg.eoi is None:
         raise ValueError("T5Gemma 2 always has an end of an image: bind Model.eoi to its id")
     wanted = dict(scale_logits=False, scale_embedding=True, separate_embeddings=False)
     fields.require_values(cfg, "T5Gemma 2", **wanted)
-    fields.require_values(cfg.decoder, "T5Gemma 2", merged=True)
-    if cfg.encoder.window is not None:
-        fields.require_values(cfg.encoder, "T5Gemma 2", window_form="halved")
-    text = tower_config(cfg, cfg.encoder) | {"model_type": "t5gemma2_text"}
+    fields.require_values(decoder, "T5Gemma 2", merged=True)
+    if encoder.window is not None:
+        fields.require_values(encoder, "T5Gemma 2", window_form="halved")
+    text = tower_config(cfg, encoder) | {"model_type": "t5gemma2_text"}
     return {
         "model_type": "t5gemma2",
         "architectures": ["T5Gemma2ForConditionalGeneration"],
@@ -144,7 +146,7 @@ def config_json(cfg: config.Model) -> dict:
             "mm_tokens_per_image": 1,
             "eoi_token_index": cfg.eoi,
         },
-        "decoder": tower_config(cfg, cfg.decoder) | {"model_type": "t5gemma2_decoder"},
+        "decoder": tower_config(cfg, decoder) | {"model_type": "t5gemma2_decoder"},
         "eoi_token_index": cfg.eoi,
         "tie_word_embeddings": cfg.tied,
         "dropout_rate": cfg.dropout,
