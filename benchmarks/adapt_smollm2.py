@@ -55,7 +55,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def chosen(options: argparse.Namespace, group: dict) -> dict:
-    """Those of a group that are asked for."""
+    """The runs of a group that --runs names."""
     return {name: what for name, what in group.items() if name in options.runs}
 
 

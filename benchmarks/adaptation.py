@@ -12,7 +12,7 @@ encoder-decoders on the same text with configs/runs/adapt_stdlib_tiny.gin:
   plain     prefix LM from copied towers, cross entropy alone
   taught    the same with the pretrained model as teacher, half cross entropy and half KL
 
-A run that is finished is not run again, one that was interrupted goes on. Told is after how many
+A run that is finished is not run again, one that was interrupted continues. Reports after how many
 steps each way reaches the held-out loss that scratch ends with.
 
   python benchmarks/adaptation.py [--ways copy scratch ...] [--seeds 3] [--json FILE] [--plot FILE]

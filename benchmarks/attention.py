@@ -60,7 +60,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 class Worker:
-    """A framework in a process of its own; one that dies is started anew when it is next asked."""
+    """A framework in a process of its own; one that dies is started again when needed."""
 
     def __init__(self, framework: str):
         self.framework, self.process = framework, None
@@ -128,16 +128,16 @@ def prepared(case: Case, systems: dict[str, Worker], options: argparse.Namespace
         if notes[system]:
             continue
         least = 0.0 if options.quick else 0.02
-        told = worker.ask("prepare", system=system, case=asdict(case), least=least)
-        if "note" in told:
-            notes[system] = told["note"]
+        reply = worker.ask("prepare", system=system, case=asdict(case), least=least)
+        if "note" in reply:
+            notes[system] = reply["note"]
             continue
-        wanted = wanted or told["values"]
-        far = deviation(told["values"], wanted) if told["values"] else 0.0
+        wanted = wanted or reply["values"]
+        far = deviation(reply["values"], wanted) if reply["values"] else 0.0
         if not far < TOLERANCE:
             notes[system] = f"differs from the others by {far:.1e} of the largest value"
             continue
-        moved[system] = told["moved"]
+        moved[system] = reply["moved"]
     return moved, notes
 
 
@@ -146,9 +146,9 @@ def measure(case: Case, workers: dict[str, Worker], options) -> list[report.Row]
     moved, notes = prepared(case, systems, options)
     times: dict[str, list[float]] = {system: [] for system in moved}
     for _, system in itertools.product(range(options.turns), moved):
-        told = systems[system].ask("turn", system=system)
-        notes[system] = told.get("note", "")
-        times[system] += [told["seconds"]] if "seconds" in told else []
+        reply = systems[system].ask("turn", system=system)
+        notes[system] = reply.get("note", "")
+        times[system] += [reply["seconds"]] if "seconds" in reply else []
     for worker in set(systems.values()):
         worker.ask("forget")
     rows, metric = [], "GB/s" if case.width else "milliseconds"
@@ -165,15 +165,15 @@ def opened(workers: dict[str, Worker]) -> list[report.Row]:
     """What each framework runs on; drops those that cannot run here, and says why."""
     rows, platform = [], workers["JAX"].opened.get("platform")
     for name, worker in list(workers.items()):
-        told, reason = worker.opened, ""
-        if "systems" not in told:
-            reason = f"not there: {told.get('missing') or told['note']}"
-        elif name == "PyTorch" and told["platform"] != platform:
+        reply, reason = worker.opened, ""
+        if "systems" not in reply:
+            reason = f"not there: {reply.get('missing') or reply['note']}"
+        elif name == "PyTorch" and reply["platform"] != platform:
             reason = f"sees no {platform} here"
         if reason:
             worker.close()
             del workers[name]
-        rows.append(report.Row("device", name, "", None, reason or told["device"]))
+        rows.append(report.Row("device", name, "", None, reason or reply["device"]))
     if platform == "cpu":
         rows.append(report.Row("device", FLEX, "", None, "needs a GPU"))
     return rows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems of attention.py, each framework in a process that does what it is asked in JSON."""
+"""The systems of attention.py, each framework in a process that answers requests in JSON."""
 
 import functools
 import json
@@ -104,7 +104,7 @@ def jax_passes(case: Case, attention, given: tuple, read, gradient) -> Ready:
         return (attention(*given, read),)
 
     run = jax.jit(both if case.backward else forward)
-    values = lambda told: [some(x, case) for x in told[:2]]
+    values = lambda outputs: [some(x, case) for x in outputs[:2]]
     return Ready(lambda: run(given, read, gradient), jax.block_until_ready, values)
 
 
@@ -212,7 +212,7 @@ def jax_decoding(system: str, case: Case) -> Ready:
 
     run, layer_caches = jax.jit(layers), caches(case)
     call = lambda: run(q, layer_caches, mask, bias)
-    values = lambda told: [some(told[0], case)]
+    values = lambda outputs: [some(outputs[0], case)]
     return Ready(call, jax.block_until_ready, values, case.cache_bytes)
 
 
@@ -223,7 +223,7 @@ def jax_copy(case: Case) -> Ready:
 
     x = jnp.zeros(min(2**30, case.cache_bytes) // 4, jnp.uint32)
     run = jax.jit(jnp.invert)
-    return Ready(lambda: run(x), jax.block_until_ready, lambda told: [], 2 * x.nbytes)
+    return Ready(lambda: run(x), jax.block_until_ready, lambda outputs: [], 2 * x.nbytes)
 
 
 def torch_ready(system: str, case: Case) -> Ready:
@@ -243,13 +243,13 @@ def torch_ready(system: str, case: Case) -> Ready:
             else (context,)
         )
 
-    def wait(told):
+    def wait(outputs):
         if device == "cuda":
             torch.cuda.synchronize()
-        return told
+        return outputs
 
     own = lambda x: x.detach().transpose(1, 2).float().cpu().numpy()
-    return Ready(call, wait, lambda told: [some(own(x), case) for x in told[:2]])
+    return Ready(call, wait, lambda outputs: [some(own(x), case) for x in outputs[:2]])
 
 
 def by_distance(case: Case) -> np.ndarray:
@@ -353,12 +353,12 @@ class Desk:
     def seconds(self, one: Ready, calls: int) -> float:
         begin = time.perf_counter()
         for _ in range(calls):
-            told = one.call()
-        one.wait(told)
+            outputs = one.call()
+        one.wait(outputs)
         return (time.perf_counter() - begin) / calls
 
 
-def said(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Why a system gave nothing, in a line."""
     text = f"{type(error).__name__}: {error}"
     if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
@@ -370,18 +370,18 @@ def serve(framework: str) -> None:
     """Answers every line of stdin, a question in JSON, with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not get among the answers
-    tell = lambda told: print(json.dumps(told), file=answers)
+    reply = lambda answer: print(json.dumps(answer), file=answers)
     try:
-        tell(FRAMEWORKS[framework][0]())
+        reply(FRAMEWORKS[framework][0]())
     except ImportError as error:
-        return tell({"missing": str(error)})
+        return reply({"missing": str(error)})
     desk = Desk(framework)
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         try:
-            tell(getattr(desk, asked.pop("ask"))(**asked))
+            reply(getattr(desk, request.pop("ask"))(**request))
         except Exception as error:  # whatever a system refuses is a row of the table
-            tell({"note": said(error)})
+            reply({"note": describe_error(error)})
 
 
 if __name__ == "__main__":

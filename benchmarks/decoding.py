@@ -11,11 +11,11 @@ greedy, and compared id by id with our own plain decoding.
   g2p       --g2p RUN: words of the test split
   restore   --restore RUN of configs/runs/restore_lines.gin: almost all of a text is a copy
   heads     --heads RUN of configs/runs/heads_restore_tuned.gin, or what widened.py made of it
-  code      --smollm2 FILE.gguf: goes on with code of Python's library
+  code      --smollm2 FILE.gguf: continues code of Python's library
   prose     the same with its documentation
 
 Texts alone are four of a case, one after the other (of t5_base, whose texts are alike, one).
-llama.cpp takes part where the package llama-cpp-python is installed; it is no part of any extra.
+llama.cpp takes part where the package llama-cpp-python is installed; it is not part of any extra.
 
   python benchmarks/decoding.py --folder /tmp/decoding --cases t5_base [--batch 1 8] [--rounds 7]
 """
@@ -203,10 +203,12 @@ class Entered(NamedTuple):
     worked: list[float]
 
 
-def entered(case: Case, batch: int, asked: list[System]) -> tuple[list[Entered], list[report.Row]]:
+def entered(
+    case: Case, batch: int, entries: list[System]
+) -> tuple[list[Entered], list[report.Row]]:
     """The systems after their first, untimed turn; rows of the report for those that fail."""
     running, failed, label = [], [], f"{case.name}, batch {batch}"
-    for system in asked:
+    for system in entries:
         if system.alone and batch > 1:
             continue
         print(f"{label}: {system.name} gets ready", flush=True)
@@ -227,9 +229,9 @@ def written(case: Case, batch: int, write: Write) -> list[list[int]]:
     return [ids for first in range(0, len(rows), batch) for ids in write(rows[first:][:batch])]
 
 
-def measure(case: Case, batch: int, rounds: int, asked: list[System]) -> list[report.Row]:
+def measure(case: Case, batch: int, rounds: int, entries: list[System]) -> list[report.Row]:
     """Rows of the report for one batch size."""
-    running, rows = entered(case, batch, asked)
+    running, rows = entered(case, batch, entries)
     order, began = list(running), time.monotonic()
     for number in range(rounds):
         random.Random(number).shuffle(order)
@@ -241,11 +243,11 @@ def measure(case: Case, batch: int, rounds: int, asked: list[System]) -> list[re
         left = (time.monotonic() - began) / (number + 1) * (rounds - number - 1)
         print(f"round {number + 1} of {rounds}, about {left:.0f} s left", flush=True)
     for each in running:
-        rows += told(f"{case.name}, batch {batch}", each, running[0])
+        rows += result_rows(f"{case.name}, batch {batch}", each, running[0])
     return rows
 
 
-def told(label: str, each: Entered, plain: Entered) -> list[report.Row]:
+def result_rows(label: str, each: Entered, plain: Entered) -> list[report.Row]:
     """Tokens per second, their quartiles, plain's share of it, and how many texts agree."""
     tokens = sum(map(len, each.texts))
     speed = tokens / np.array(each.seconds)
@@ -291,15 +293,15 @@ def main() -> None:
     rows = []
     for name in options.cases:
         case = CASES[name](options)
-        asked = entrants(case, options.threads)
+        entries = entrants(case, options.threads)
         if options.only is not None:
 
             def wanted(system):
                 return any(part in system.name for part in options.only)
 
-            asked = [asked[0], *filter(wanted, asked[1:])]
+            entries = [entries[0], *filter(wanted, entries[1:])]
         for batch in options.batch:
-            rows += measure(case, batch, options.rounds, asked)
+            rows += measure(case, batch, options.rounds, entries)
             if options.json:
                 report.write(options.json, rows, PACKAGES)
     print(report.table(rows))

@@ -123,11 +123,11 @@ def ours(case: Case, model: Model, decoder: str, width: int = 0) -> Write:
     eos = -1 if case.forced else list(model.stops)
 
     def write(rows: Sequence[Ids]) -> list[Ids]:
-        asked = decoding.make_request(model.cfg, rows, decode, eos=eos)
-        drafting = drafters.prepare(asked, decode)
-        found = decoding.generate(model.cfg, model.params, asked, decode, drafting)
-        write.calls += found.steps
-        each = zip(found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
+        request = decoding.make_request(model.cfg, rows, decode, eos=eos)
+        drafting = drafters.prepare(request, decode)
+        result = decoding.generate(model.cfg, model.params, request, decode, drafting)
+        write.calls += result.steps
+        each = zip(result.tokens[:, 0].tolist(), result.lengths[:, 0].tolist(), strict=True)
         return [cut(ids[:length], () if case.forced else model.stops) for ids, length in each]
 
     write.calls = 0

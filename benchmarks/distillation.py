@@ -118,11 +118,11 @@ def main() -> None:
     name, rows = f"{options.model} {ROWS} x ({INPUTS} + {TARGETS})", []
     medians = {way: statistics.median(case.seconds[2:]) for way, case in found.items()}
     for way, case in found.items():
-        told = case.compiled.memory_analysis()
+        memory = case.compiled.memory_analysis()
         rows.append(report.Row(name, way, "seconds", medians[way]))
         rows.append(report.Row(name, way, "times no teacher", medians[way] / medians["no teacher"]))
-        rows.append(report.Row(name, way, "arguments_mib", told.argument_size_in_bytes / 2**20))
-        rows.append(report.Row(name, way, "scratch_mib", told.temp_size_in_bytes / 2**20))
+        rows.append(report.Row(name, way, "arguments_mib", memory.argument_size_in_bytes / 2**20))
+        rows.append(report.Row(name, way, "scratch_mib", memory.temp_size_in_bytes / 2**20))
     print(report.table(rows))
     if options.json:
         report.write(options.json, rows, ["jax", "jaxlib", "flax", "optax"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens does a call write with each drafter that needs no model, and who guessed them?
+"""How many tokens does a forward pass write with drafters that need no model, and who drafted them?
 
-SmolLM2-135M goes on with code and prose of Python's own library, greedily; g2p spells words. Texts
+SmolLM2-135M continues code and prose of Python's own library, greedily; g2p spells words. Texts
 are those of plain decoding, which is checked. Cases that the JSON file has are not run again.
 
   python benchmarks/drafters.py --smollm2 FILE.gguf --g2p RUN_FOLDER [--json FILE] [--only NAME ...]
@@ -112,7 +112,7 @@ def measured(case: Case, name: str, plain: decoding.Result | None) -> tuple[list
         count = stats.AcceptanceStats()
         count.add(part, draft_sources(drafter), int(own.sum()))
         rows.append(report.Row(kind, name, "tokens per call", round(count.tokens_per_step, 3)))
-        for source, tokens in count.guessed.items():
+        for source, tokens in count.drafted.items():
             share = round(tokens / count.tokens, 3)
             rows.append(report.Row(kind, name, f"share guessed by {source}", share))
         if "recycling" in name and "+" not in name:
@@ -121,7 +121,7 @@ def measured(case: Case, name: str, plain: decoding.Result | None) -> tuple[list
 
 
 def held(result: decoding.Result, tree) -> list[tuple[str, float]]:
-    """How often the guess of each rank held below a node that held."""
+    """How often the draft of each rank was accepted below a node that was."""
     rank = trees.ranks(tree)
     children = [
         {rank[i] for i, of in enumerate(tree.parents) if of == node} for node in range(tree.width)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens does a call write with blockwise heads? As in table 1 of Stern et al. (2018).
+"""How many tokens does a forward pass write with blockwise heads (Stern et al., 2018, table 1)?
 
 A trained model of spelling to phonemes gets heads in four ways: frozen or trained along, on the
 original targets or on what it says itself of the same words (self-distilled). Every model then
@@ -143,14 +143,14 @@ class Writer:
 
 
 def calls(result: decoding.Result) -> np.ndarray:
-    """How many calls each row took; a row that only fills up the batch took none."""
+    """Number of forward passes of each row; a row that only fills up the batch took none."""
     last = np.maximum(result.lengths[:, 0] - 1, 0)
     counted = np.take_along_axis(result.token_step[:, 0], last[:, None], axis=1)[:, 0] + 1
     return np.where(result.lengths[:, 0] > 0, counted, 0)
 
 
 def per_call(results: list[decoding.Result]) -> dict[str, float]:
-    """Tokens per call of a row, and the same after the first, before which no head saw anything."""
+    """Tokens per forward pass of a row, and the same after the first, which has no drafts yet."""
     lengths = np.concatenate([result.lengths[:, 0] for result in results])
     counted = np.concatenate([calls(result) for result in results])
     later, rows = counted.sum() - (counted > 0).sum(), (counted > 0).sum()
@@ -161,7 +161,7 @@ def per_call(results: list[decoding.Result]) -> dict[str, float]:
 
 
 def accepted(results: list[decoding.Result], block: int) -> list[float]:
-    """In which share of the calls after the first the guess of head 1, 2, ... was accepted."""
+    """Share of the passes after the first in which the draft of head 1, 2, ... was accepted."""
     nodes = np.concatenate([result.token_node[:, 0] for result in results])
     counted = np.concatenate([calls(result) for result in results])
     later = max(counted.sum() - (counted > 0).sum(), 1)
@@ -226,7 +226,7 @@ def measured(variant: Variant, folder: Path, words: Words) -> list[report.Row]:
     for (case, system), taken in times.items():
         faster = times["k = 1", variant.kind] / taken
         rows.append(report.Row(case, system, "times faster", faster))
-    # A model trained for one block: what it writes plainly is told by that block's rows as well.
+    # A model trained for one block: that block's rows have what it writes plainly.
     return rows if len(variant.blocks) > 1 else [row for row in rows if row.case != "k = 1"]
 
 

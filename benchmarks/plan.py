@@ -2,8 +2,8 @@
 """Do the large published models fit TPU slices of 16 to 256 chips, and how fast could they train?
 
 Compiles the training step (Adafactor, bfloat16 activations, rows of 512 + 128 tokens) for every
-case, as `python -m t5x_lite.plan` does, and keeps what its program tells: memory, FLOPs, bytes and
-collectives of each chip, roofline times, seconds of compilation. T5 1.1 XL on slices of three
+case, as `python -m t5x_lite.plan` does, and keeps the figures of its program: memory, FLOPs, bytes
+and collectives of each chip, roofline times, seconds of compilation. T5 1.1 XL on slices of three
 sizes, with weights split over 4 chips in each, shows weak scaling: what a chip computes and moves
 should not depend on how many there are. Where weights are split over all chips, it moves less.
 

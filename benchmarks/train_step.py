@@ -188,12 +188,12 @@ def measure(threads: int, turns: int) -> list[report.Row]:
             workers[system] = worker
     if len({worker.found["parameters"] for worker in workers.values()}) != 1:
         raise RuntimeError(f"not the same work: {[w.found for w in workers.values()]} weights")
-    told = {system: [] for system in workers}
+    measured = {system: [] for system in workers}
     for _ in range(2 + turns):
         for system, worker in workers.items():
-            told[system].append(worker.step())
+            measured[system].append(worker.step())
     for metric in ("seconds", "cpu_seconds", "peak_mib"):
-        for system, steps in told.items():
+        for system, steps in measured.items():
             value = statistics.median(step[metric] for step in steps[2:])
             rows.append(report.Row(case, system, metric, value))
     for worker in workers.values():

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pads a small trained encoder-decoder to T5-base's shape: the same text at T5-base's cost.
 
-What drafts bring depends on what a model has learned, what a call costs on its size, and a T5-base
-that learned something here would take days. Weights are padded with zeros (norms are scaled, as
-they divide by the mean over more features; words that are added score like one that no text has),
-so the padded model computes the same function: other systems do T5-base's arithmetic as well.
-Prints how many texts of the test split both models write alike.
+What drafts bring depends on what a model has learned, what a forward pass costs on its size, and a
+T5-base that learned something here would take days. Weights are padded with zeros (norms are
+scaled, as they divide by the mean over more features; words that are added score like one that no
+text has), so the padded model computes the same function: other systems do T5-base's arithmetic as
+well. Prints how many texts of the test split both models write alike.
 
   python benchmarks/widened.py --run runs/heads_restore_tuned --out runs/heads_restore_base
   python benchmarks/decoding.py --folder F --cases heads --heads runs/heads_restore_base
@@ -77,13 +77,13 @@ class Padded:
 
 def texts(checkpoint: Path, rows: list[list[int]], length: int) -> list[list[int]]:
     """What a checkpoint writes, greedily."""
-    made = open_checkpoint(checkpoint).load()
-    cfg = made.run.model
-    params = decoding.prepare_params(cfg, made.params)
+    loaded = open_checkpoint(checkpoint).load()
+    cfg = loaded.run.model
+    params = decoding.prepare_params(cfg, loaded.params)
     decode = config.Decode(max_new_tokens=length)
-    asked = decoding.make_request(cfg, rows, decode, eos=made.vocabularies[1].eos)
-    found = decoding.generate(cfg, params, asked, decode)
-    pairs = zip(found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
+    request = decoding.make_request(cfg, rows, decode, eos=loaded.vocabularies[1].eos)
+    result = decoding.generate(cfg, params, request, decode)
+    pairs = zip(result.tokens[:, 0].tolist(), result.lengths[:, 0].tolist(), strict=True)
     return [ids[:length] for ids, length in pairs]
 
 

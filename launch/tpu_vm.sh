@@ -191,7 +191,7 @@ look_at_training() {
   fi
   on 0 "tail -n 3 train.log" || true
   [ "$status" != 0 ] || return 0
-  goes_on "$status" || refuse "training ended with status $status: mend it, then train again"
+  goes_on "$status" || refuse "training ended with status $status: fix it, then train again"
   start_again "$status" || say "that failed; trying again in $poll s"
   return 1
 }

@@ -146,9 +146,7 @@ def convert(args: argparse.Namespace) -> None:
     if origin.assumed:
         print(f"Assumed, as the files do not say: {origin.assumed}", file=sys.stderr)
     if args.format != "ours" and origin.model.draft_heads is not None:
-        print(
-            f"Left out: the heads that guess later tokens; {args.format} has none", file=sys.stderr
-        )
+        print(f"Left out: the draft heads; {args.format} has none", file=sys.stderr)
         origin = origin.without_heads()
     contents = outputs.CheckpointContents(origin.run, origin.text, origin.step)
     settings = outputs.OutputSettings(

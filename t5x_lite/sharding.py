@@ -48,7 +48,7 @@ RULES = {
     "buckets": None,
     "positions": None,
     "projected": None,
-    "guesses": None,
+    "draft_heads": None,
     "sources": None,
     "pairs": None,
 }

@@ -17,7 +17,7 @@ SCORE_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Sizes of a call, known before the kernel runs.
+    """Sizes of a kernel call, known before the kernel runs.
 
     The queries of a key head are cut into chunks of whole tokens; a grid step takes a block of
     slots of a few key heads.

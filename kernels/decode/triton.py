@@ -59,7 +59,7 @@ class TritonDecodeOperands(NamedTuple):
 
 @dataclass(frozen=True)
 class TritonDecodeConfig:
-    """Sizes of a call, known before the kernel runs.
+    """Sizes of a kernel call, known before the kernel runs.
 
     Attributes:
       chunk_tokens: tokens of a chunk.

@@ -116,7 +116,7 @@ def make_config(
     backend: Backend,
     largest: BlockSizes | None,
 ) -> FlashConfig:
-    """Returns the sizes of a call.
+    """Returns the sizes of a kernel call.
 
     Args:
       q: [b t k g h], queries.

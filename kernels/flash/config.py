@@ -33,7 +33,7 @@ class SourceSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class FlashBaseConfig:
-    """Sizes of a call that the TPU and the Triton kernels share, known before they run.
+    """Sizes of a kernel call that the TPU and the Triton kernels share, known before they run.
 
     Attributes:
       group: query heads of a key head.
@@ -63,7 +63,7 @@ class FlashBaseConfig:
 
 @dataclass(frozen=True)
 class FlashConfig(FlashBaseConfig):
-    """Sizes of a call on TPU; small heads share a block of 128 lanes, so none is padded in memory.
+    """Sizes of a kernel call on TPU; small heads share 128 lanes, so none is padded in memory.
 
     Attributes:
       heads: query heads.

@@ -99,7 +99,7 @@ def make_config(
     backend: Backend,
     largest: BlockSizes | None,
 ) -> TritonFlashConfig:
-    """Returns the sizes of a call.
+    """Returns the sizes of a kernel call.
 
     Args:
       q: [b t k g h], queries.

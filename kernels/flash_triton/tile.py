@@ -27,7 +27,7 @@ MIN_SIZE = 16
 
 @dataclass(frozen=True)
 class TritonFlashConfig(FlashBaseConfig):
-    """Sizes of a call on a GPU.
+    """Sizes of a kernel call on a GPU.
 
     Attributes:
       head_size: size of a head.

@@ -39,7 +39,7 @@ class VocabularySpecs(NamedTuple):
 
 @dataclass(frozen=True)
 class VocabularySizes:
-    """Sizes of a call, and how they are cut.
+    """Sizes of a kernel call, and how they are cut.
 
     Attributes:
       rows: rows that exist.

@@ -152,7 +152,7 @@ class Blocks(Renderable):
 
     Attributes:
       tokens: [t] labels of the tokens written.
-      drawn: the text with the pass (calls) and the drafter (guessed) of each token.
+      drawn: the text with the pass (calls) and the drafter (drafted_by) of each token.
     """
 
     tokens: list[str]

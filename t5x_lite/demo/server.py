@@ -114,7 +114,7 @@ class Models:
             first = seconds if first is None else first
             count += len(piece.tokens)
             names = token_labels(predictor.targets, piece.tokens)
-            tokens = zip(names, piece.calls, piece.guessed, strict=True)
+            tokens = zip(names, piece.calls, piece.drafted_by, strict=True)
             yield {"text": piece.text, "tokens": list(tokens), "calls": piece.total}
         seconds = time.perf_counter() - start
         times = {"first": first, "seconds": seconds, "count": count, "rate": count / seconds}

@@ -31,20 +31,20 @@ class DraftedText(NamedTuple):
       input: input of the model.
       pieces: text that each token adds.
       calls: the forward pass that wrote each token.
-      guessed: the drafter that had proposed each token ("model" if none).
+      drafted_by: the drafter that had proposed each token ("model" if none).
     """
 
     input: str
     pieces: list[str]
     calls: list[int]
-    guessed: list[str]
+    drafted_by: list[str]
 
     @property
     def caption(self) -> str:
         """Tokens and forward passes of the text."""
         count = len(set(self.calls))
         each = len(self.calls) / count if count else 0
-        return f"{len(self.calls)} tokens in {count} calls, {each:.2f} each"
+        return f"{len(self.calls)} tokens in {count} passes, {each:.2f} each"
 
 
 def draft_text(input: str, prediction: Prediction, vocabulary: TextVocabulary) -> DraftedText:
@@ -61,12 +61,12 @@ def draft_text(input: str, prediction: Prediction, vocabulary: TextVocabulary) -
         after[len(before) :] if after.startswith(before) else vocabulary.decode([token])
         for token, before, after in zip(ids, texts, texts[1:], strict=False)
     ]
-    return DraftedText(input, pieces, prediction.calls, prediction.guessed)
+    return DraftedText(input, pieces, prediction.calls, prediction.drafted_by)
 
 
 def drafter_colors(texts: Sequence[DraftedText]) -> dict[str, str]:
     """A color for every drafter with an accepted token."""
-    names = sorted({name for text in texts for name in text.guessed} - {"model"})
+    names = sorted({name for text in texts for name in text.drafted_by} - {"model"})
     return {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
 
 
@@ -98,7 +98,7 @@ def html_page(texts: Sequence[DraftedText]) -> str:
         "<style>body{font:15px/2 monospace;max-width:60em;margin:2em auto}"
         "pre{white-space:pre-wrap}b{font-weight:400;border-left:2px solid #777;padding-left:1px}"
         "span{padding:2px 0}small{color:#555}</style>\n"
-        f"<p>Colored: guessed by {legend or 'no drafter'}; plain: the model's own. A line begins "
+        f"<p>Colored: drafted by {legend or 'no drafter'}; plain: the model's own. A line begins "
         f"what one forward pass wrote.</p>\n{body}\n"
     )
 
@@ -106,7 +106,7 @@ def html_page(texts: Sequence[DraftedText]) -> str:
 def html_paragraph(text: DraftedText, color: dict[str, str]) -> str:
     """One text as HTML."""
     parts, before = [], None
-    for piece, call, name in zip(text.pieces, text.calls, text.guessed, strict=True):
+    for piece, call, name in zip(text.pieces, text.calls, text.drafted_by, strict=True):
         shade = f' style="background:{color[name]}"' if name in color else ""
         title_text = html.escape(f"call {call}: {name}")
         span = f'<span title="{title_text}"{shade}>{html.escape(piece)}</span>'
@@ -125,10 +125,10 @@ def terminal_text(texts: Sequence[DraftedText]) -> str:
     with console.capture() as captured:
         for name, shade in color.items():
             console.print(Text(f" {name} ", style=f"black on {shade}"), end=" ")
-        console.print("guessed by; | begins a call" if color else "no guess held")
+        console.print("drafted by; | begins a forward pass" if color else "no draft was accepted")
         for text in texts:
             line, before = Text(), None
-            for piece, call, name in zip(text.pieces, text.calls, text.guessed, strict=True):
+            for piece, call, name in zip(text.pieces, text.calls, text.drafted_by, strict=True):
                 line.append("|" if call != before else "", style="dim")
                 line.append(piece, style=f"black on {color[name]}" if name in color else "")
                 before = call
@@ -191,7 +191,7 @@ def write_png(path: str, texts: Sequence[DraftedText]) -> None:
         axes.text(0, first, f"{text.input[:60]!r}: {text.caption}", color="#555", **font)
         before = None
         for piece in placed:
-            call, name = text.calls[piece.token], text.guessed[piece.token]
+            call, name = text.calls[piece.token], text.drafted_by[piece.token]
             y = first + 1 + piece.line
             if name in color and piece.text:
                 box = (piece.column, y - 0.45), len(piece.text), 0.9

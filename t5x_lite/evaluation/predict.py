@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
       log_probabilities: in nats.
       tokens: ids of each text.
       calls: of the best text, the forward pass that wrote each token; empty after beam search.
-      guessed: of the best text, the drafter that had proposed each token ("model" if none); empty
+      drafted_by: of the best text, the drafter that proposed each token ("model" if none); empty
         after beam search.
     """
 
@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
     log_probabilities: list[float]
     tokens: list[list[int]]
     calls: list[int]
-    guessed: list[str]
+    drafted_by: list[str]
 
 
 class Predictor:
@@ -195,7 +195,7 @@ class Predictor:
             calls=[]
             if result.token_step is None
             else result.token_step[row, 0, : len(tokens[0])].tolist(),
-            guessed=[]
+            drafted_by=[]
             if result.token_node is None
             else [names[node] for node in result.token_node[row, 0, : len(tokens[0])]],
         )

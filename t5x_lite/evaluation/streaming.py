@@ -19,14 +19,14 @@ class TextPiece(NamedTuple):
       text: text since the last piece.
       tokens: ids since the last piece.
       calls: the forward pass that wrote each token.
-      guessed: the drafter that had proposed each token ("model" if none).
+      drafted_by: the drafter that had proposed each token ("model" if none).
       total: forward passes so far.
     """
 
     text: str
     tokens: list[int]
     calls: list[int]
-    guessed: list[str]
+    drafted_by: list[str]
     total: int
 
 
@@ -45,7 +45,7 @@ def stream_text(
       every: forward passes per piece.
 
     Raises:
-      ValueError: beams are asked for, every is below 1, or the model cannot read the text.
+      ValueError: beams are above 1, every is below 1, or the model cannot read the text.
     """
     request = decoding.make_request(
         predictor.cfg,
@@ -81,8 +81,8 @@ def text_pieces(
         text = predictor.targets.decode(ids)
         ready = text.rstrip("\ufffd").rstrip()
         new = ready[len(sent) :] if ready.startswith(sent) else ""
-        guessed = [names[node] for node in nodes[count_sent:]]
-        yield TextPiece(new, ids[count_sent:], calls[count_sent:], guessed, result.steps)
+        drafted_by = [names[node] for node in nodes[count_sent:]]
+        yield TextPiece(new, ids[count_sent:], calls[count_sent:], drafted_by, result.steps)
         sent, count_sent = sent + new, count
     if text != sent:
         yield TextPiece(text[len(sent) :], [], [], [], result.steps)

@@ -29,20 +29,20 @@ class Heads(nn.Module):
         cfg, stack = not_none(self.model.draft_heads), not_none(self.model.decoder)
         width = {"embed": stack.embed, "width": stack.embed, "mlp": cfg.mlp or stack.mlp}
         pairs = cfg.count * (cfg.count + 1) // 2
-        return width | {"guesses": cfg.count, "sources": cfg.count, "pairs": pairs}
+        return width | {"draft_heads": cfg.count, "sources": cfg.count, "pairs": pairs}
 
     def setup(self):
         cfg, fan_in = not_none(self.model.draft_heads), self.sizes["embed"] ** -0.5
         if cfg.residual:
-            self.square = weight(self, "square", "guesses embed -> width", 0.0)
+            self.square = weight(self, "square", "draft_heads embed -> width", 0.0)
         else:
-            self.inward = weight(self, "inward", "guesses embed -> mlp", fan_in)
+            self.inward = weight(self, "inward", "draft_heads embed -> mlp", fan_in)
         if cfg.shape == "hydra":
             self.tokens = weight(self, "tokens", "pairs embed -> width", 0.0)
         if cfg.shape == "block_diagonal":
-            self.outward = weight(self, "outward", "guesses mlp -> embed", 0.0)
+            self.outward = weight(self, "outward", "draft_heads mlp -> embed", 0.0)
         if cfg.shape == "stern":
-            self.outward = weight(self, "outward", "sources mlp guesses -> embed", 0.0)
+            self.outward = weight(self, "outward", "sources mlp draft_heads -> embed", 0.0)
 
     def __call__(
         self,

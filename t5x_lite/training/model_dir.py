@@ -211,7 +211,7 @@ def refusal_message(path: Path, before: str, after: str, cause: str = "") -> str
     """
     difference = config_difference(before, after, path, context=1)
     return (
-        f"{path.parent} holds the run of another config (- there, + asked for). Choose another "
+        f"{path.parent} holds the run of another config (- saved, + this run). Choose another "
         f"MODEL_DIR, or give the same config.\n{cause}{difference}"
     )
 

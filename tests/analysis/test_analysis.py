@@ -100,7 +100,7 @@ def test_blocks_are_the_text_in_the_calls_that_wrote_it(one_device):
     blocks = explanation.blocks
     assert [token for block in blocks.blocks for token in block] == plain.blocks.tokens
     # The last token of every forward pass is the model's own, unless a drafted end has cut it.
-    assert blocks.drawn.guessed.count("model") >= len(blocks.blocks) - 1
+    assert blocks.drawn.drafted_by.count("model") >= len(blocks.blocks) - 1
     assert len(blocks.blocks) < len(blocks.tokens) and "lookup" in str(blocks)
 
 

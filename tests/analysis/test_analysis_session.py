@@ -68,7 +68,7 @@ def test_a_stream_has_the_ids_calls_and_drafters_of_generation():
         return [each for piece in pieces for each in getattr(piece, name)]
 
     assert gather("tokens") == whole.tokens[0]
-    assert gather("calls") == whole.calls and gather("guessed") == whole.guessed
+    assert gather("calls") == whole.calls and gather("drafted_by") == whole.drafted_by
     assert pieces[-1].total < len(whole.calls)
 
 

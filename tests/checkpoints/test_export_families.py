@@ -78,7 +78,7 @@ class Toy:
         sharding.use_mesh(config.Mesh(), jax.devices()[:1])
         drawn = toys.Drawn(cfg, seed=5)
         for name, array in drawn.arrays.items():
-            # Tied embeddings that stand out would repeat the last token for ever.
+            # Tied embeddings that stand out would repeat the last token forever.
             loud = cfg.scale_embedding and name.endswith("embedding")
             array *= 0.1 if loud or "norm" in name else 0.35
             if "norm" in name and "bias" not in name and "rms_plus_one" not in str(cfg):

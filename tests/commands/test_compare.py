@@ -15,7 +15,7 @@ from t5x_lite.comparison import claims, costs, plots, quality, report, speed, tw
 from t5x_lite.training import flops as step_costs
 
 LENGTHS = costs.Lengths(20.0, 12.0)
-# Deep enough that a layer less or more is no tenth of it.
+# Deep enough that a layer less or more is less than a tenth of it.
 PAIRS = {
     "t5": toy_model("encoder_decoder", layers=6, embed=64, mlp=128),
     "t5gemma": toy_model("encoder_decoder", **FAMILIES["t5gemma"], layers=6, embed=64, mlp=128),

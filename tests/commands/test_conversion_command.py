@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the command: whole or not there, little memory, nothing written over, everything told."""
+"""Laws of the command: whole or absent, little memory, nothing written over, all reported."""
 
 import os
 import signal
@@ -82,9 +82,9 @@ def test_a_preset_names_the_model_of_a_t5x_checkpoint():
 
 def test_dry_run_prints_the_table_and_writes_nothing(tmp_path, ours, capsys):
     run("--dry_run", f"--from={ours}", to=tmp_path / "hf", format="huggingface")
-    told = capsys.readouterr().out
-    assert "encoder.block.{layer}.layer.0.SelfAttention.q.weight" in told
-    assert "[12, 8] x 2" in told and "transposed, heads head_dim joined" in told
+    output = capsys.readouterr().out
+    assert "encoder.block.{layer}.layer.0.SelfAttention.q.weight" in output
+    assert "[12, 8] x 2" in output and "transposed, heads head_dim joined" in output
     assert not (tmp_path / "hf").exists()
 
 
@@ -98,9 +98,9 @@ def test_dry_run_prints_what_does_not_match_on_either_side(tmp_path, drawn, caps
     with pytest.raises(SystemExit) as stopped:
         run("--dry_run", f"--from={folder}", **given)
     assert stopped.value.code == 2
-    told = capsys.readouterr()
-    assert "! encoder.final_layer_norm.weight: missing" in told.out
-    assert "! renamed: no weight of ours" in told.out and "2 problems" in told.err
+    output = capsys.readouterr()
+    assert "! encoder.final_layer_norm.weight: missing" in output.out
+    assert "! renamed: no weight of ours" in output.out and "2 problems" in output.err
     assert "renamed" in refused(capsys, f"--from={folder}", **given)
     run(f"--from={folder}", "--allow=renamed", "--allow=encoder.final*", **given)
     assert SavedWeights(tmp_path / "out").read("encoder/norm").tolist() == [1.0] * 8
@@ -238,8 +238,8 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, ours, monkeypa
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, ours, capsys, given, message):
-    told = refused(capsys, **({"from": ours, "to": tmp_path / "out"} | given))
-    assert message in told and "Traceback" not in told
+    output = refused(capsys, **({"from": ours, "to": tmp_path / "out"} | given))
+    assert message in output and "Traceback" not in output
     assert not list(tmp_path.glob("out*"))
 
 

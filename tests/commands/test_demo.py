@@ -74,7 +74,7 @@ def ask(port, body=None, path="/write", kind="application/json", **headers):
         return answer.status, answer.headers, answer.read().decode()
 
 
-def told(model="pair", **changes):
+def request_body(model="pair", **changes):
     return {"model": model, "text": "abab", "max_new_tokens": 12} | changes
 
 
@@ -87,7 +87,7 @@ def lines(text):
 @pytest.mark.parametrize("drafter", ["plain", "lookup"])
 def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter):
     port, models = demo
-    status, _, text = ask(port, told(name, drafter=drafter))
+    status, _, text = ask(port, request_body(name, drafter=drafter))
     *pieces, last = lines(text)
     session = models.sessions[name]
     whole = models.thread.submit(
@@ -104,7 +104,7 @@ def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter)
 
 def test_the_same_question_compiles_once_and_says_so(demo):
     port, _ = demo
-    question = told(text="x" * 60, max_new_tokens=30, temperature=0.5, seed=7)
+    question = request_body(text="x" * 60, max_new_tokens=30, temperature=0.5, seed=7)
     first, second = (lines(ask(port, question)[2]) for _ in range(2))
     assert first[-1]["fresh"] and not second[-1]["fresh"]
     assert [piece["text"] for piece in first[:-1]] == [piece["text"] for piece in second[:-1]]
@@ -115,19 +115,19 @@ REFUSED = [
     (b"[" * 900, "not JSON"),
     (b"[]", "not a JSON object"),
     ({"model": "pair"}, "text must be a text"),
-    (told(text=5), "text must be a text"),
-    (told(model="../etc"), "Unknown model '../etc': choose from pair"),
-    (told(text="a" * 101), "101 characters, more than 100"),
-    (told(max_new_tokens=33), "max_new_tokens must be at most 32"),
-    (told(max_new_tokens=0), "max_new_tokens must be a number from 1"),
-    (told(max_new_tokens=True), "max_new_tokens must be a number from 1"),
-    (told(max_new_tokens=2.5), "max_new_tokens must be a number from 1"),
-    (told(temperature=-1), "temperature must be a number from 0.0 to 10"),
-    (told(temperature=float("nan")), "temperature must be a number"),
-    (told(seed=2**32), "seed must be a number"),
-    (told(drafter="draft:/etc/passwd"), "drafter must be one of plain"),
-    (told(chat=1), "chat must be true or false"),
-    (told(drafter="blockwise"), "drafter must be one of plain, lookup"),
+    (request_body(text=5), "text must be a text"),
+    (request_body(model="../etc"), "Unknown model '../etc': choose from pair"),
+    (request_body(text="a" * 101), "101 characters, more than 100"),
+    (request_body(max_new_tokens=33), "max_new_tokens must be at most 32"),
+    (request_body(max_new_tokens=0), "max_new_tokens must be a number from 1"),
+    (request_body(max_new_tokens=True), "max_new_tokens must be a number from 1"),
+    (request_body(max_new_tokens=2.5), "max_new_tokens must be a number from 1"),
+    (request_body(temperature=-1), "temperature must be a number from 0.0 to 10"),
+    (request_body(temperature=float("nan")), "temperature must be a number"),
+    (request_body(seed=2**32), "seed must be a number"),
+    (request_body(drafter="draft:/etc/passwd"), "drafter must be one of plain"),
+    (request_body(chat=1), "chat must be true or false"),
+    (request_body(drafter="blockwise"), "drafter must be one of plain, lookup"),
     (b'"' + b"a" * 4000 + b'"', "longer than 3200 bytes"),
 ]
 
@@ -140,19 +140,19 @@ def test_a_question_beyond_its_limits_is_refused_with_the_reason(demo, body, why
 
 def test_texts_that_are_no_unicode_or_empty_are_answered(demo):
     for text in ("", "日本 \U0001f600", "\ud800", "\0"):
-        status, _, answer = ask(demo[0], told(text=text))
+        status, _, answer = ask(demo[0], request_body(text=text))
         assert status == 200 and lines(answer)[-1]["done"]
 
 
 def test_a_question_goes_through_the_chat_template_of_a_model_that_has_one(demo):
     port, models = demo
-    status, _, text = ask(port, told(chat=True))
+    status, _, text = ask(port, request_body(chat=True))
     assert status == 200 and "no chat template" in lines(text)[0]["error"]
     session = models.sessions["pair"]
     session.template = chat.ChatTemplate("{{ messages[0].content }}zz", {})
     try:
-        pieces = lines(ask(port, told(chat=True))[2])
-        plain = lines(ask(port, told(text="ababzz"))[2])
+        pieces = lines(ask(port, request_body(chat=True))[2])
+        plain = lines(ask(port, request_body(text="ababzz"))[2])
         assert [each.get("text") for each in pieces] == [each.get("text") for each in plain]
         shown = json.loads(ask(port, path="/models")[2])["models"]
         assert [each["chats"] for each in shown] == [True, False]
@@ -162,10 +162,10 @@ def test_a_question_goes_through_the_chat_template_of_a_model_that_has_one(demo)
 
 def test_pages_of_other_sites_and_other_names_get_nothing(demo):
     port, _ = demo
-    assert ask(port, told(), kind="text/plain")[0] == 415
-    assert ask(port, told(), kind="application/x-www-form-urlencoded")[0] == 415
+    assert ask(port, request_body(), kind="text/plain")[0] == 415
+    assert ask(port, request_body(), kind="application/x-www-form-urlencoded")[0] == 415
     assert ask(port, path="/", Host="evil.example")[0] == 400
-    assert ask(port, told(), Host="evil.example:80")[0] == 400
+    assert ask(port, request_body(), Host="evil.example:80")[0] == 400
     assert ask(port, path="/", Host=f"localhost:{port}")[0] == 200
     status, headers, page = ask(port, path="/")
     assert "default-src 'none'" in headers["Content-Security-Policy"]
@@ -178,12 +178,15 @@ def test_more_than_may_wait_are_refused_and_the_place_is_free_again(demo):
     gate = threading.Event()
     models.thread.submit(gate.wait, 30)
     found = []
-    asking = [threading.Thread(target=lambda: found.append(ask(port, told())[0])) for _ in range(2)]
+    asking = [
+        threading.Thread(target=lambda: found.append(ask(port, request_body())[0]))
+        for _ in range(2)
+    ]
     for thread in asking:
         thread.start()
     while models.pending < 2:
         time.sleep(0.01)
-    status, _, text = ask(port, told())
+    status, _, text = ask(port, request_body())
     assert status == 503 and "Busy: 1 texts are waiting" in text
     gate.set()
     for thread in asking:
@@ -195,7 +198,7 @@ def test_who_goes_away_is_no_longer_written_for(demo):
     port, models = demo
     gate = threading.Event()
     models.thread.submit(gate.wait, 30)
-    body = json.dumps(told(max_new_tokens=32)).encode()
+    body = json.dumps(request_body(max_new_tokens=32)).encode()
     with socket.create_connection(("127.0.0.1", port)) as gone:
         head = f"POST /write HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         gone.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
@@ -206,7 +209,7 @@ def test_who_goes_away_is_no_longer_written_for(demo):
     while models.pending and time.monotonic() < until:
         time.sleep(0.01)
     assert models.pending == 0
-    assert ask(port, told())[0] == 200
+    assert ask(port, request_body())[0] == 200
 
 
 def test_an_encoder_alone_and_empty_limits_are_refused():
@@ -256,16 +259,16 @@ def test_a_person_types_and_sees_both_twins_write(demo, tmp_path):
         page.goto(f"http://127.0.0.1:{demo[0]}")
         page.locator("textarea").fill("abab")
         page.get_by_label("new tokens").fill("12")
-        page.get_by_label("guesses ahead").select_option("lookup")
+        page.get_by_label("drafter").select_option("lookup")
         page.locator("textarea").press("Control+Enter")
         page.locator(".times b").nth(3).wait_for(timeout=60000)
         page.locator("#write:enabled").wait_for()
         texts = page.locator(".text").all_text_contents()
-        whole = [lines(ask(demo[0], told(name))[2]) for name in ("pair", "<b>joined</b>")]
+        whole = [lines(ask(demo[0], request_body(name))[2]) for name in ("pair", "<b>joined</b>")]
         assert texts == ["".join(piece.get("text", "") for piece in each) for each in whole]
         assert page.locator("h2").all_text_contents() == ["pair", "<b>joined</b>"]
-        guessed, begins = (page.locator(f".blocks {kind}") for kind in (".guessed", ".begins"))
-        assert 2 <= begins.count() < page.locator(".blocks span").count() and guessed.count() > 0
+        drafted, begins = (page.locator(f".blocks {kind}") for kind in (".drafted", ".begins"))
+        assert 2 <= begins.count() < page.locator(".blocks span").count() and drafted.count() > 0
         # Of the twins one alone writes again: the other keeps its text.
         page.get_by_role("checkbox").first.uncheck()
         page.locator("textarea").fill("zz")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of infer, eval and interactive: order kept, work continued, mistakes told, no TensorFlow."""
+"""Laws of infer, eval and interactive: order, resumption, reports of mistakes, no TensorFlow."""
 
 import io
 import json
@@ -129,9 +129,9 @@ def test_lines_that_cannot_be_read_are_numbered_and_keep_their_place(folder, cap
     found = rows(out)
     assert [row.get("input") for row in found] == ["cat", None, None, None, "hats"]
     assert [row.get("line") for row in found] == [None, 2, 3, 4, None]
-    told = capsys.readouterr().err
-    assert "line 3: not UTF-8 (byte 2 is 0xff)" in told
-    assert "3 of these lines could not be read" in told
+    output = capsys.readouterr().err
+    assert "line 3: not UTF-8 (byte 2 is 0xff)" in output
+    assert "3 of these lines could not be read" in output
     with pytest.raises(SystemExit):
         infer(folder, f"--input={source}", "--output=-", "--broken=stop")
     assert "line 2: empty" in capsys.readouterr().err
@@ -184,14 +184,14 @@ def test_eval_measures_and_keeps_every_prediction(folder, capsys):
     report = folder / "numbers.json"
     options = ["--examples=20", "--batches=2", "--beams=2", f"--json={report}"]
     eval_command.main([f"--checkpoint={folder}", "--split=test", *options])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     numbers = json.loads(report.read_text())["metrics"]
     assert {"loss", "perplexity", "bits_per_byte", "per", "wer", "examples"} <= numbers.keys()
     assert numbers["perplexity"] == pytest.approx(np.exp(numbers["loss"]))
     kept = rows(folder / "predictions" / "test-7.jsonl")
     assert len(kept) == numbers["examples"] == 20
     assert set(kept[0]) == {"input", "prediction", "references", "score"}
-    assert "predictions/test-7.jsonl" in told
+    assert "predictions/test-7.jsonl" in output
 
 
 def test_predictions_of_another_content_are_kept_beside_the_old_ones(tmp_path):
@@ -274,14 +274,14 @@ def test_a_vocabulary_of_another_run_is_refused(folder):
 @pytest.mark.parametrize("command", ["eval", "infer"])
 def test_help_is_quick_and_shows_examples(command):
     began = time.monotonic()
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-m", f"t5x_lite.{command}", "--help"],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
     assert time.monotonic() - began < 2
-    assert "examples:" in told and f"python -m t5x_lite.{command} --checkpoint=" in told
+    assert "examples:" in output and f"python -m t5x_lite.{command} --checkpoint=" in output
 
 
 def test_sessions_import_no_tensorflow_and_the_module_itself_nothing_heavy():

@@ -90,10 +90,10 @@ def test_a_run_that_an_earlier_version_began_goes_on_without_a_word(tmp_path):
     (tmp_path / "config.gin").write_text(text)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     assert manager.list_steps(tmp_path)
-    run, told = gin_file.from_text(text), []
-    model_dir.check_config(run, told.append)
-    assert not told
+    run, messages = gin_file.from_text(text), []
+    model_dir.check_config(run, messages.append)
+    assert not messages
     longer = dataclasses.replace(run.train, steps=run.train.steps + 1)
-    model_dir.check_config(dataclasses.replace(run, train=longer), told.append)
-    changed = [line for line in told[0].splitlines() if line.startswith(("-train", "+train"))]
+    model_dir.check_config(dataclasses.replace(run, train=longer), messages.append)
+    changed = [line for line in messages[0].splitlines() if line.startswith(("-train", "+train"))]
     assert len(changed) == 2 and all("config.Train.steps" in line for line in changed)

@@ -73,8 +73,8 @@ def test_arithmetic_needs_no_libtpu_and_says_what_it_is(tmp_path):
 def test_arithmetic_says_by_how_much_a_run_does_not_fit(capsys):
     flags = ["--gin_file=configs/models/t5_1_1_xxl.gin", "--gin.BATCH_SIZE=128"]
     assert plan.main([FILE, *flags, "--chips=h100x8"]) == 1
-    told = capsys.readouterr().out
-    assert "DOES NOT FIT" in told and "Mesh.fsdp" in told
+    output = capsys.readouterr().out
+    assert "DOES NOT FIT" in output and "Mesh.fsdp" in output
     split = ["--gin.config.Mesh.fsdp=8", "--gin.config.Mesh.data=1"]
     assert plan.main([FILE, *flags, *split, "--chips=h200x8"]) == 0
     assert "FITS" in capsys.readouterr().out

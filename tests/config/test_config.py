@@ -63,9 +63,9 @@ def test_the_twins_have_the_same_number_of_parameters_within_a_percent():
     ],
 )
 def test_a_wrong_binding_is_named_with_what_would_be_right(binding, words):
-    with pytest.raises(gin_file.ConfigError) as told:
+    with pytest.raises(gin_file.ConfigError) as caught:
         gin_file.load_run(G2P, [binding])
-    assert all(word in str(told.value) for word in words), str(told.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_a_wrong_binding_is_named_with_what_would_be_right(binding, words):
 def test_a_wrong_file_is_named_with_its_line(tmp_path, text, words):
     path = tmp_path / "bad.gin"
     path.write_text(text)
-    with pytest.raises(gin_file.ConfigError) as told:
+    with pytest.raises(gin_file.ConfigError) as caught:
         gin_file.load_run([str(path)])
-    assert all(word in str(told.value) for word in words), str(told.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_a_failed_load_leaves_nothing_behind_for_the_next():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the config's door: no file runs code, reads what is no config, or takes forever."""
+"""Laws of the config's door: no file runs code, reads what is not a config, or takes forever."""
 
 import time
 
@@ -14,9 +14,9 @@ SYSTEM = "config.dataclasses.inspect.os.system"
 def refused(folder, text: str, begin: str = BEGIN) -> str:
     path = folder / "bad.gin"
     path.write_text(begin + text, encoding="utf-8")
-    with pytest.raises(gin_file.ConfigError) as told:
+    with pytest.raises(gin_file.ConfigError) as caught:
         gin_file.load_run([str(path)])
-    return str(told.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def refused(folder, text: str, begin: str = BEGIN) -> str:
     ],
 )
 def test_what_is_more_than_data_is_told_with_its_line(tmp_path, text, word):
-    told = refused(tmp_path, text)
-    assert word in told and "bad.gin:2" in told, told
+    message = refused(tmp_path, text)
+    assert word in message and "bad.gin:2" in message, message
 
 
 def test_code_named_in_a_config_does_not_run(tmp_path):
@@ -83,8 +83,8 @@ def test_a_saved_config_is_held_to_the_same(tmp_path):
 def test_macros_that_multiply_are_refused_before_they_do(tmp_path):
     doubled = "".join(f"A{k} = [%A{k + 1}, %a/A{k + 1}]\na/A{k} = %A{k}\n" for k in range(60))
     began = time.monotonic()
-    told = refused(tmp_path, doubled + "A60 = [1]\nconfig.Run.seed = %A0\n")
-    assert "more than 100,000 values" in told and time.monotonic() - began < 5
+    message = refused(tmp_path, doubled + "A60 = [1]\nconfig.Run.seed = %A0\n")
+    assert "more than 100,000 values" in message and time.monotonic() - began < 5
 
 
 def test_files_that_include_each_other_are_told(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of every denoiser: the text comes back, lengths are kept and filled, rates are as asked."""
+"""Laws of every denoiser: the text comes back, lengths are kept and filled, rates are right."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ VOCABULARIES = {
 UNICODE = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0▁"), min_size=1, max_size=80
 )
-MODE = st.sampled_from([None, "[NLU]", "a mode that is no name: é"])
+MODE = st.sampled_from([None, "[NLU]", "a mode that is not a name: é"])
 SPANS = st.builds(
     config.SpanCorruption, st.floats(0.02, 0.95), st.floats(1, 20), MODE, st.just("cap")
 )

@@ -279,7 +279,7 @@ def test_pictures_show_every_token_and_every_step(tmp_path):
     assert page.count("<b>") == 4
     assert "&lt;d&gt;" in page and "<d>" not in page and "an &lt;input&gt;" in page
     assert page.count('title="call') == 6
-    assert "6 tokens in 4 calls, 1.50 each" in page
+    assert "6 tokens in 4 passes, 1.50 each" in page
     terminal = draft_report.terminal_text([TEXT])
     assert terminal.count("|") == 4 + 1
     assert "lookup" in terminal and "draft" in terminal

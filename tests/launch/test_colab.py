@@ -124,15 +124,15 @@ def test_all_notebooks_install_alike():
 @pytest.mark.parametrize("chips", ["", "cuda", "tpu"])
 def test_the_first_cell_asks_for_the_chips_of_the_runtime(source, chips, monkeypatch):
     cell = tagged(nbformat.read(NOTEBOOKS[0], as_version=4), "install")[0].source
-    source, asked = source.format(root=ROOT), []
+    source, installed = source.format(root=ROOT), []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: "here" if chips == "cuda" else None)
     monkeypatch.setattr("glob.glob", lambda path: [path] if chips == "tpu" else [])
-    monkeypatch.setattr("subprocess.run", lambda words, check: asked.append(words[-1]))
+    monkeypatch.setattr("subprocess.run", lambda words, check: installed.append(words[-1]))
     exec(cell.replace('SOURCE = "."', f"SOURCE = {source!r}"), {})
     extras = f"[gguf,{chips}]" if chips else "[gguf]"
     remote = "://" in source
-    assert asked == [f"t5x_lite{extras} @ {source}" if remote else f"{source}{extras}"]
+    assert installed == [f"t5x_lite{extras} @ {source}" if remote else f"{source}{extras}"]
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(extras.strip("[]").split(",")) <= set(known)
 

@@ -35,8 +35,8 @@ DRY = {
 
 def launch(words: list[str], **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", LAUNCH / words[0], *words[1:]]
-    told = dict(capture_output=True, text=True, timeout=60)
-    return subprocess.run(command, env=os.environ | environment, **told)
+    options = dict(capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=os.environ | environment, **options)
 
 
 def dry(words: list[str]) -> list[str]:
@@ -130,7 +130,7 @@ def test_oldest_pins_are_the_declared_lower_ends():
     versions = pins("oldest", PYTHONS[0])
     for requirement in declared(PYTHONS[0]):
         ends = {end.operator: end.version for end in requirement.specifier}
-        assert ends.keys() == {">=", "<"}, f"{requirement} is no range with two ends"
+        assert ends.keys() == {">=", "<"}, f"{requirement} is not a range with two ends"
         assert versions[canonicalize_name(requirement.name)] == Version(ends[">="]), requirement
 
 

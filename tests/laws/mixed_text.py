@@ -71,7 +71,7 @@ def manuals():
 
 
 def drawn(draw: random.Random) -> str:
-    """Words of every script, numbers and runs of blanks in any order."""
+    """Words of every script, numbers and runs of spaces in any order."""
     parts = []
     for _ in range(draw.randrange(1, 12)):
         kind = draw.randrange(5)

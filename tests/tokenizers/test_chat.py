@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of chat templates: prompts to the letter as transformers writes them, errors that tell."""
+"""Laws of chat templates: prompts exactly as transformers writes them, errors that explain."""
 
 import json
 import random

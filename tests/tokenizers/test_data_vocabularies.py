@@ -191,9 +191,9 @@ def test_an_end_that_is_reported_is_not_guessed_and_is_kept(tmp_path):
     vocabularies.save_vocabulary(explicit, tmp_path)
     kept = vocabularies.load_vocabulary(tmp_path)
     assert (kept.eos, kept.pad) == (300, 17)
-    guessed = vocabularies.TokenizerJsonVocabulary(tokenizer_json())
-    assert (guessed.eos, guessed.pad) == (1, 0)
-    assert vocabularies.fingerprint(guessed) != vocabularies.fingerprint(explicit)
+    inferred = vocabularies.TokenizerJsonVocabulary(tokenizer_json())
+    assert (inferred.eos, inferred.pad) == (1, 0)
+    assert vocabularies.fingerprint(inferred) != vocabularies.fingerprint(explicit)
 
 
 def test_a_tokenizer_json_kept_before_ends_were_stored_still_loads(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of training heads: what each is asked for, on which mesh, and what a frozen trunk keeps."""
+"""Laws of training heads: what each predicts, on which mesh, and what a frozen trunk keeps."""
 
 import dataclasses
 import functools
@@ -85,7 +85,7 @@ def sums_of(run: config.Run, weights, batch, *keys):
 
 
 def reference(cfg: config.Model, weights, hidden, batch, table):
-    """Objective and right guesses of every head, target by target, in float64."""
+    """Objective and right predictions of every head, target by target, in float64."""
     head_weights = {
         name: np.asarray(weight, np.float64) for name, weight in weights["heads"].items()
     }
@@ -100,7 +100,7 @@ def reference(cfg: config.Model, weights, hidden, batch, table):
             if not same or not batch.loss_weights[row, wanted]:
                 continue
             since = batch.targets[row, place:wanted]
-            x = guess(cfg, head_weights, hidden[row, place], head, table["embedding"][since])
+            x = head_hidden(cfg, head_weights, hidden[row, place], head, table["embedding"][since])
             logits = x @ table["head"]
             target = batch.targets[row, wanted]
             sums[head, 0] += np.log(np.exp(logits).sum()) - logits[target]
@@ -109,7 +109,7 @@ def reference(cfg: config.Model, weights, hidden, batch, table):
     return sums, counts
 
 
-def guess(cfg, head_weights, x, head, since):
+def head_hidden(cfg, head_weights, x, head, since):
     """Hidden state that the logits of a head are read from, as the papers define it."""
 
     def silu(y):
