@@ -14,7 +14,11 @@ from t5x_lite.planning.trips import Executions
 
 LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
 COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+# libtpu 0.0.42 also writes the devices of a mesh whose order is not that of their ids.
+MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    r"\s*\{([^}]*)\}"
+)
 PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
@@ -137,25 +141,29 @@ def make_collective(
     return Collective(kind, size, members, axes, times, seconds, overlapped)
 
 
+def count_devices(sizes: str, order: str | None) -> np.ndarray:
+    """Device ids in an array of `sizes` with its axes put in `order`; XLA writes [2,4]T(1,0)."""
+    lengths = list(map(int, sizes.split(",")))
+    ids = np.arange(math.prod(lengths)).reshape(lengths)
+    return ids.transpose(list(map(int, order.split(",")))) if order else ids
+
+
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Groups of devices that work together [groups, members], in any of XLA's three notations.
+    """Groups of devices that work together [groups, members], in any of XLA's notations.
 
     Raises:
       ValueError: they are written in none of them.
     """
     if match := MESH.search(attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        wanted = re.findall(r"'([^']+)'", match[2])
-        ids = np.arange(devices).reshape(tuple(sizes.values()))
+        wanted = re.findall(r"'([^']+)'", match[4])
+        ids = count_devices(match[2], match[3]) if match[2] else np.arange(devices)
+        ids = ids.reshape(tuple(sizes.values()))
         order = [name for name in sizes if name not in wanted] + wanted
         ids = ids.transpose([list(sizes).index(name) for name in order])
         return ids.reshape(-1, math.prod(sizes[name] for name in wanted))
     if match := COUNTED.search(attributes):
-        groups, sizes, order = (
-            list(map(int, part.split(","))) if part else [] for part in match.groups()
-        )
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        return (ids.transpose(order) if order else ids).reshape(groups)
+        return count_devices(match[2], match[3]).reshape(list(map(int, match[1].split(","))))
     if match := LISTED.search(attributes) or PAIRS.search(attributes):
         groups = [list(map(int, part.split(","))) for part in re.findall(r"\{([\d,]+)\}", match[1])]
         return np.array(groups)

@@ -259,7 +259,7 @@ def test_collectives_are_found_with_their_axes_bytes_and_times(axes):
 
 
 @pytest.mark.parametrize("axes", [("a",), ("b",), ("c",), ("a", "c"), ("b", "c"), ("a", "b", "c")])
-def test_the_three_ways_of_writing_groups_mean_the_same(axes):
+def test_all_ways_of_writing_groups_mean_the_same(axes):
     sizes = {"a": 2, "b": 4, "c": 3}
     ids = np.arange(24).reshape(tuple(sizes.values()))
     rest = [axis for axis in sizes if axis not in axes]
@@ -268,9 +268,12 @@ def test_the_three_ways_of_writing_groups_mean_the_same(axes):
     named = ",".join(f"'{axis}'={size}" for axis, size in sizes.items())
     wanted = ",".join(f"'{axis}'" for axis in axes)
     listed = ",".join("{" + ",".join(map(str, group)) + "}" for group in groups)
+    permuted = ",".join(f"'{axis}'={sizes[axis]}" for axis in (*rest, *axes))
+    ordered = f"[2,4,3]T({','.join(map(str, order))})"
     written = [
         f"replica_groups=mesh[{named}] {{{wanted}}}, x",
-        f"replica_groups=[{len(groups)},{groups.shape[1]}]<=[2,4,3]T({','.join(map(str, order))})",
+        f"replica_groups=mesh[{permuted}], device_ids=({ordered}) {{{wanted}}}, x",
+        f"replica_groups=[{len(groups)},{groups.shape[1]}]<={ordered}",
         f"replica_groups={{{listed}}}, y",
     ]
     for text in written:
