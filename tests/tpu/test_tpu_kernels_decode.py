@@ -4,11 +4,13 @@
 import dataclasses
 import functools
 import re
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from packaging.version import Version
 
 from t5x_lite.kernels.backend import Backend
 from t5x_lite.kernels.decode import api as decode
@@ -150,7 +152,14 @@ def test_a_cache_is_read_where_it_lies(size):
     assert whole.memory_analysis().temp_size_in_bytes < 0.1 * cache
 
 
-@pytest.mark.parametrize("size", [64, 128])
+# libtpu 0.0.42 moves a cache of heads of 64; 0.0.46 does not.
+MOVES_NARROW_HEADS = Version(metadata.version("libtpu")) < Version("0.0.46")
+
+
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(64, marks=pytest.mark.skipif(MOVES_NARROW_HEADS, reason="an old libtpu")), 128],
+)
 def test_a_loop_that_writes_and_reads_a_cache_never_moves_it(size):
     q, source = source_of((4, 1), 384, size, jnp.bfloat16, bias=True)
 
