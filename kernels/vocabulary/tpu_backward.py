@@ -72,10 +72,14 @@ def tile_gradient(hidden, table, rows, first_id, backward: BackwardConfig, ids_f
     return gradient.astype(hidden.dtype)
 
 
-def accumulate_dot(total, factors, axes: tuple[int, int], step, count: int | jax.Array | None):
-    """Adds the product of factors to total, which begins at zero in step 0.
+def accumulate_dot(
+    result, total, factors, axes: tuple[int, int], step, count: int | jax.Array | None
+) -> None:
+    """Adds the product of factors to total, which begins at zero in step 0 and is the result of the
+    last step.
 
     Args:
+      result: reference, the output.
       total: reference, the sum.
       factors: two arrays or references.
       axes: the contracted axis of each.
@@ -83,9 +87,6 @@ def accumulate_dot(total, factors, axes: tuple[int, int], step, count: int | jax
       count: in the last step, how many along those axes count, the rest being anything: both
         factors are masked there, apart from the other steps, which need not pay for it. None
         where all count.
-
-    Returns:
-      True in the last step.
     """
     is_last = step == pl.num_programs(1) - 1
 
@@ -110,7 +111,42 @@ def accumulate_dot(total, factors, axes: tuple[int, int], step, count: int | jax
     else:
         pl.when(~is_last)(add)
         pl.when(is_last)(add_last)
-    return is_last
+
+    @pl.when(is_last)
+    def write():
+        result[...] = total[...].astype(result.dtype)
+
+
+def summed_gradient(
+    kernel, operands, rows: RowGradients, backward: BackwardConfig, summed: str
+) -> Float[Array, "..."]:
+    """Runs a kernel that sums a gradient tile by tile; returns it with padding.
+
+    Args:
+      kernel: `hidden_gradient_kernel` or `table_gradient_kernel`.
+      operands: hidden [r d], and the table, [v d] where tied, else [d v].
+      rows: [r] each.
+      backward: static arguments.
+      summed: "rows" for the gradient of hidden, "ids" for that of the table.
+    """
+    config, by_rows = backward.config, summed == "rows"
+    hidden, table, sizes = pad_operands(*operands, config, backward.backend, summed)
+    width, stack = hidden.shape[1], stack_rows(rows)
+    specs = sizes.specs(width, config.tied, rows_first=by_rows)
+    result, spec = (hidden, specs.hidden) if by_rows else (table, specs.table)
+    length = sizes.tiles.rows if by_rows else sizes.tiles.ids
+    shape = (length, width) if by_rows or config.tied else (width, length)
+    return call_kernel(
+        functools.partial(kernel, sizes=sizes, backward=backward),
+        (hidden, table, stack),
+        sizes,
+        backward.backend,
+        summed,
+        in_specs=[specs.hidden, specs.table, specs.per_row(8)],
+        out_specs=spec,
+        out_shape=output_shape(result.shape, result.dtype, hidden, table, stack),
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32)],
+    )
 
 
 def hidden_gradient(
@@ -124,21 +160,7 @@ def hidden_gradient(
       rows: [r] each.
       backward: static arguments.
     """
-    config = backward.config
-    padded, table, sizes = pad_operands(hidden, table, config, backward.backend, "rows")
-    width, stack = hidden.shape[1], stack_rows(rows)
-    specs = sizes.specs(width, config.tied, rows_first=True)
-    gradient = call_kernel(
-        functools.partial(hidden_gradient_kernel, sizes=sizes, backward=backward),
-        (padded, table, stack),
-        sizes,
-        backward.backend,
-        "rows",
-        in_specs=[specs.hidden, specs.table, specs.per_row(8)],
-        out_specs=specs.hidden,
-        out_shape=output_shape(padded.shape, hidden.dtype, padded, table, stack),
-        scratch_shapes=[pltpu.VMEM((sizes.tiles.rows, width), jnp.float32)],
-    )
+    gradient = summed_gradient(hidden_gradient_kernel, (hidden, table), rows, backward, "rows")
     return gradient[: len(hidden)]
 
 
@@ -161,11 +183,7 @@ def hidden_gradient_kernel(
     products = tile_gradient(hidden, table, rows, first, backward, ids_first=False)
     axes = (1, 0 if backward.config.tied else 1)
     count = sizes.ids - first if sizes.cuts_ids else None
-    is_last = accumulate_dot(total, (products, table), axes, step, count)
-
-    @pl.when(is_last)
-    def write():
-        gradient[...] = total[...].astype(gradient.dtype)
+    accumulate_dot(gradient, total, (products, table), axes, step, count)
 
 
 def table_gradient(
@@ -179,23 +197,8 @@ def table_gradient(
       rows: [r] each.
       backward: static arguments.
     """
-    config = backward.config
-    hidden, padded, sizes = pad_operands(hidden, table, config, backward.backend, "ids")
-    width, stack, ids = hidden.shape[1], stack_rows(rows), sizes.tiles.ids
-    specs = sizes.specs(width, config.tied, rows_first=False)
-    shape = (ids, width) if config.tied else (width, ids)
-    gradient = call_kernel(
-        functools.partial(table_gradient_kernel, sizes=sizes, backward=backward),
-        (hidden, padded, stack),
-        sizes,
-        backward.backend,
-        "ids",
-        in_specs=[specs.hidden, specs.table, specs.per_row(8)],
-        out_specs=specs.table,
-        out_shape=output_shape(padded.shape, table.dtype, hidden, padded, stack),
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32)],
-    )
-    return gradient[: len(table)] if config.tied else gradient[:, : table.shape[1]]
+    gradient = summed_gradient(table_gradient_kernel, (hidden, table), rows, backward, "ids")
+    return gradient[: len(table)] if backward.config.tied else gradient[:, : table.shape[1]]
 
 
 def table_gradient_kernel(
@@ -217,8 +220,4 @@ def table_gradient_kernel(
     products = tile_gradient(hidden, table, rows, first, backward, ids_first=tied)
     factors, axes = ((products, hidden), (1, 0)) if tied else ((hidden, products), (0, 0))
     count = sizes.rows - step * sizes.tiles.rows if sizes.cuts_rows else None
-    is_last = accumulate_dot(total, factors, axes, step, count)
-
-    @pl.when(is_last)
-    def write():
-        gradient[...] = total[...].astype(gradient.dtype)
+    accumulate_dot(gradient, total, factors, axes, step, count)

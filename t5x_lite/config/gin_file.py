@@ -117,8 +117,7 @@ def load_data(paths: list[str], bindings: Sequence[str] = ()) -> config.Data:
 
 
 def from_text(text: str) -> config.Run:
-    """Reads a resolved config, as `to_text` wrote it; one of an earlier version means what it
-    meant then."""
+    """Reads a resolved config of `to_text`; one of an earlier version means what it meant then."""
     lines = [Line(line, "the saved config") for line in aliases.former_bindings(text)]
     lines += [Line(line, f"line {i}") for i, line in enumerate(text.splitlines(), 1)]
     return parse_lines(lines, [])
