@@ -212,8 +212,7 @@ def script(kind, result, shift=0):
     return generation.shard_rows(tokens)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+EACH_KIND = pytest.mark.parametrize(
     "kind, decode",
     [
         ("encoder_decoder", GREEDY),
@@ -222,6 +221,10 @@ def script(kind, result, shift=0):
         ("encoder_decoder", SAMPLED),
     ],
 )
+
+
+@pytest.mark.slow
+@EACH_KIND
 def test_no_drafter_changes_a_token(alone, weights, kind, decode):
     plain = generate(kind, weights, decode)
     scripts = script(kind, plain), script(kind, plain, shift=1)

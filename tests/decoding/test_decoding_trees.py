@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_decoding_loop import (
+    EACH_KIND,
     EXAMPLES,
     GREEDY,
     KINDS,
     NEVER,
-    SAMPLED,
     generate,
     ready,
     script,
@@ -66,15 +66,7 @@ class Planted:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind, decode",
-    [
-        ("encoder_decoder", GREEDY),
-        ("decoder_only", SAMPLED),
-        ("prefix", GREEDY),
-        ("encoder_decoder", SAMPLED),
-    ],
-)
+@EACH_KIND
 def test_a_tree_changes_no_token_and_saves_steps(alone, weights, kind, decode):  # noqa: F811
     plain = generate(kind, weights, decode)
     right = generate(kind, weights, decode, drafter=Planted(), script=script(kind, plain))
