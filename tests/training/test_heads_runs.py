@@ -109,10 +109,10 @@ def test_heads_change_nothing_that_is_written(trained, trunk):
     np.testing.assert_array_equal(generated.tokens, expected.tokens)
 
 
-def test_other_makes_get_the_trunk_and_are_told_so(trained, trunk, tmp_path, capsys):
+def test_other_formats_get_the_trunk_and_report_it(trained, trunk, tmp_path, capsys):
     for source, name in ((trunk, "plain"), (trained[0], "heads")):
         convert.main([f"--from={source}", f"--to={tmp_path / name}", "--format=huggingface"])
-    assert "Left out: the heads" in capsys.readouterr().err
+    assert "Left out: the draft heads" in capsys.readouterr().err
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "heads")]
     assert weights[0] == weights[1]
     convert.main([f"--from={trained[0]}", f"--to={tmp_path / 'again'}"])

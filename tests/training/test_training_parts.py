@@ -219,8 +219,8 @@ def test_the_start_up_table_says_what_trains_when():
     run = with_parts(
         config.ParamGroup(CROSS, begin=3, warmup=2), config.ParamGroup(("encoder.*",), rate=0)
     )
-    update, _ = make_update_and_step(run)
     sharding.use_mesh(run.mesh)
+    update, _ = make_update_and_step(run)
     shapes = train_state.state_shapes(model.shapes(run.model), update)
     later, frozen, rest = overview.group_lines(run, shapes)
     assert later.startswith("trained from step 3, rising over 2 steps: ")
