@@ -83,11 +83,9 @@ class Training:
     Attributes:
       state: weights, optimizer and counts.
       totals: seconds and tokens over all restarts.
-      checkpoints: CheckpointManager; this one and the next are None before `prepare`.
-      writer: MetricWriter, or a NullMetricWriter on other processes than the first.
-      bar: Progress; this one and the next are None before `run_steps`.
-      meter: Meter.
-      evaluator: Evaluator; None without one.
+      checkpoints, writer: None before `prepare`.
+      bar, meter: None before `run_steps`.
+      evaluator, teacher_params: None without an evaluation or a teacher.
     """
 
     state: TrainState
@@ -97,6 +95,7 @@ class Training:
     bar: Any
     meter: Any
     evaluator: Any
+    teacher_params: Any
 
     # ---- Life of a run: preparation ----
 
@@ -110,9 +109,7 @@ class Training:
         self.saved_step: int | None = None
         self.profiler = StepProfiler(self.path / "profile", profile, self.log)
         self.compile_seconds = self.evaluate_seconds = 0.0
-        self.writer = self.checkpoints = self.bar = self.meter = None
-        # Weights of the teacher, if there is one.
-        self.teacher_params: Any = None
+        self.writer = self.checkpoints = self.bar = self.meter = self.teacher_params = None
 
     def prepare(self, try_memory: bool, ignore_damaged: bool) -> None:
         """Does all that comes before the first step: data, weights, compiled step, overview."""
@@ -179,12 +176,7 @@ class Training:
         self.compile_seconds = time.perf_counter() - began
         # Gloo, between processes on CPU, gives up where one comes half a minute after the other.
         processes.barrier()
-        memory = self.step.memory_analysis()
-        scratch = f"{memory.temp_size_in_bytes / 2**20:,.1f} MiB" if memory else "unknown"
-        self.log(
-            f"compiled in {self.compile_seconds:.1f} s; a step needs {scratch} per device for "
-            "activations and scratch"
-        )
+        self.log(overview.compiled_text(self.step, self.compile_seconds))
 
     # ---- Loop over steps ----
 
@@ -361,11 +353,8 @@ class Training:
     # ---- Report ----
 
     def finish(self, began: float) -> dict[str, Any]:
-        """Writes report and learning curve; evaluates if the last step was not evaluated.
-
-        Args:
-          began: time.perf_counter() at the start of the process's run.
-        """
+        """Writes report and learning curve, with an evaluation of the last step if it is missing;
+        `began` is time.perf_counter() at the start of the process's run."""
         path, done = self.path / REPORT, int(self.state.step)
         if self.start >= self.run.train.steps and (report := model_dir.read_report(path, done)):
             self.log(f"Its report is {path}.")
@@ -383,8 +372,7 @@ class Training:
         return report
 
     def report(self, total_seconds: float) -> dict[str, Any]:
-        """Collects held-out metrics by name, and times and sizes of the training; total_seconds is
-        of this process."""
+        """Collects held-out metrics, times and sizes; total_seconds is of this process."""
         return {
             "steps": int(self.state.step),
             "split": self.run.data.eval_split if self.evaluator else None,

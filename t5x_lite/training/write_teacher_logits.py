@@ -58,8 +58,7 @@ def write_teacher_logits(
         done, needed = folder.done(), teacher_logits_bytes(run, steps)
         check_space(output, needed * max(0, steps - done) // steps)
         on_progress = progress(done, needed)
-        assert run.distillation is not None
-        top_k = jit_teacher(run.distillation, teacher)
+        top_k = jit_teacher(not_none(run.distillation), teacher)
         builder = distilled_batches.TeacherBatchBuilder(teacher.model, teacher.size)
         for first in range(folder.first(), steps if done < steps else 0, chunk):
             logits, rows = [], []

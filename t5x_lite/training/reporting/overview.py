@@ -117,6 +117,16 @@ def run_text(run: TrainingRun) -> str:
     )
 
 
+def compiled_text(step: jax.stages.Compiled, seconds: float) -> str:
+    """Describes a compiled training step: how long that took, and the memory it needs."""
+    memory = step.memory_analysis()
+    scratch = f"{memory.temp_size_in_bytes / 2**20:,.1f} MiB" if memory else "unknown"
+    return (
+        f"compiled in {seconds:.1f} s; a step needs {scratch} per device for activations and "
+        "scratch"
+    )
+
+
 def teacher_lines(cfg: config.Distillation | None) -> list[str]:
     """One line on the teacher and its share of the objective; none without a teacher."""
     if cfg is None:
