@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is SmolLM2-135M worth as an encoder-decoder, after a hundred steps on a CPU?
+"""Quality of SmolLM2-135M as an encoder-decoder after a hundred steps on a CPU.
 
 Adapts it with configs/runs/adapt_ul2.gin and adapt_prefixlm_distill.gin, then finetunes the first
 and SmolLM2 itself on functions and their docstrings with equal compute (FLOPs of all steps), and

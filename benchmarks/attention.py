@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention is fastest on the accelerator at hand, and how near to its memory's speed?
+"""Speed of attention kernels on this accelerator, also relative to its memory bandwidth.
 
 Whole rows: our kernels (Triton on a GPU, Mosaic on a TPU) and our plain XLA, beside
 jax.nn.dot_product_attention (XLA, and cuDNN on a GPU) and PyTorch (scaled_dot_product_attention,
@@ -106,7 +106,7 @@ def skipped(system: str, case: Case, platform: str, options: argparse.Namespace)
 
 
 def systems_of(case: Case, workers: dict[str, Worker]) -> dict[str, Worker]:
-    """Who has a turn in this case, and where."""
+    """Systems measured in this case, with the worker of each."""
     if case.width:
         return dict.fromkeys((OURS, PLAIN, COPY), workers["JAX"])
     return {name: one for one in workers.values() for name in one.opened["systems"]}
@@ -162,7 +162,7 @@ def measure(case: Case, workers: dict[str, Worker], options) -> list[report.Row]
 
 
 def opened(workers: dict[str, Worker]) -> list[report.Row]:
-    """What each framework runs on; drops those that cannot run here, and says why."""
+    """Device and versions of each framework; drops those that cannot run here, with the reason."""
     rows, platform = [], workers["JAX"].opened.get("platform")
     for name, worker in list(workers.items()):
         reply, reason = worker.opened, ""

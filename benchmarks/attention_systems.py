@@ -327,7 +327,7 @@ FRAMEWORKS = {
 
 
 class Desk:
-    """What a worker answers to: prepare a system, time it, and forget all systems."""
+    """Commands of a worker: prepare a system, time it, and forget all systems."""
 
     def __init__(self, framework: str):
         _, self.make, self.emptied = FRAMEWORKS[framework]

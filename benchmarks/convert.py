@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast is a checkpoint converted, and in how much memory, against copying it on the same disk?
+"""Time and memory of converting a checkpoint, relative to copying it on the same disk.
 
 A Llama of about 1 GB of drawn weights goes from Hugging Face to ours and back, each time in a
 process of its own, in turns with a plain copy. All of them return when the bytes are on the disk.
@@ -89,7 +89,7 @@ def timed(code: str, *arguments: str) -> tuple[float, float, int]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether all shards of two folders have the same bytes."""
+    """True if all shards of two folders have the same bytes."""
     shards = sorted(file.name for file in one.glob("*.safetensors"))
     return shards == sorted(file.name for file in other.glob("*.safetensors")) and all(
         (one / name).read_bytes() == (other / name).read_bytes() for name in shards

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens per second are written, beside CTranslate2, transformers and llama.cpp on the
-same weights?
+"""Decoding speed in tokens per second, beside CTranslate2, transformers and llama.cpp on the same
+weights.
 
 Systems take turns within every round, so that a busy machine is busy for all of them. Reported are
 medians and quartiles over rounds, and the median over rounds of our speed over the other's in the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens does a forward pass write with drafters that need no model, and who drafted them?
+"""Tokens per forward pass with drafters that need no model, by drafter.
 
 SmolLM2-135M continues code and prose of Python's own library, greedily; g2p spells words. Texts
 are those of plain decoding, which is checked. Cases that the JSON file has are not run again.
@@ -121,7 +121,7 @@ def measured(case: Case, name: str, plain: decoding.Result | None) -> tuple[list
 
 
 def held(result: decoding.Result, tree) -> list[tuple[str, float]]:
-    """How often the draft of each rank was accepted below a node that was."""
+    """Rate at which the draft of each rank was accepted below an accepted node."""
     rank = trees.ranks(tree)
     children = [
         {rank[i] for i, of in enumerate(tree.parents) if of == node} for node in range(tree.width)

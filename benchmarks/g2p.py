@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well do the g2p runs pronounce words they never saw, beside what is published?
+"""Error rates of the g2p runs on held-out words, beside published ones.
 
 Takes finished runs of configs/runs/g2p.gin and g2p_decoder.gin (some hours on two cores)
 and measures them on the whole test split. The published numbers are from the same

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens does a forward pass write with blockwise heads (Stern et al., 2018, table 1)?
+"""Tokens per forward pass with blockwise heads (Stern et al., 2018, table 1).
 
 A trained model of spelling to phonemes gets heads in four ways: frozen or trained along, on the
 original targets or on what it says itself of the same words (self-distilled). Every model then
@@ -119,7 +119,7 @@ class Writer:
         self.decode = config.Decode(max_new_tokens=40)
 
     def result(self, rows: range, drafting: decoding.Drafting) -> decoding.Result:
-        """What the words of these numbers become."""
+        """Decoded outputs of the words of these rows."""
         ids = [self.ids[row] for row in rows]
         request = decoding.make_request(
             self.cfg, ids, self.decode, batch=BATCH, eos=self.targets.stops
@@ -188,7 +188,7 @@ def seconds(writer: Writer, made: dict[Any, decoding.Drafting], turns: int) -> d
 
 
 def draftings(variant: Variant, writer: Writer) -> dict[tuple[str, str], decoding.Drafting]:
-    """Who drafts, by case and system: chains of every size; for frozen heads better ones too."""
+    """Drafting by case and system: chains of every size; for frozen heads better ones too."""
     made = {("k = 1", variant.kind): decoding.Drafting()}
     for block in variant.blocks:
         drafter = blockwise.Blockwise(protocol.chain(block))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many examples per second reach a training step, packed, from tokens that are cached?
+"""Packed examples per second that reach a training step from cached tokens.
 
 The same task, ids, lengths and batch size go through t5x_lite, seqio (EncDecFeatureConverter with
 packing, as T5X reads) and grain (its first-fit packing), in turns, on this machine.
@@ -59,7 +59,7 @@ def examples(cfg: config.Data) -> list[dict[str, np.ndarray]]:
 
 
 def seqio_batches(cfg: config.Data) -> Segments:
-    """What T5X reads: seqio.get_dataset over ids that are in memory already."""
+    """Batches as T5X reads them: seqio.get_dataset over ids that are in memory already."""
     import seqio
     import tensorflow as tf
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What do 8 and 4 bits cost an encoder-decoder, and what its decoder-only twin?
+"""Cost of 8 and 4 bits to an encoder-decoder and to its decoder-only twin.
 
 Takes finished runs of the same task and measures each with its layers' matrices rounded in every
 way: test loss (nats per target token), phoneme and word error rate of words decoded greedily, bytes

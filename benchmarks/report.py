@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark shares: its rows, the machine they were measured on, the table, the file."""
+"""Parts that every benchmark shares: rows, the machine they were measured on, table and file."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory, and how many bytes moved, does a training step of T5 1.1 take on a TPU?
+"""Memory and memory traffic of a training step of T5 1.1 on a TPU.
 
 Compiles the step (forward, backward, Adafactor; bfloat16 activations, batch over the chips) for
 chips that need not be there, and reads the compiler's own figures, per chip. No product with

@@ -25,7 +25,7 @@ def finish(folder: Path, files: Sequence[str], bindings: Sequence[str]) -> None:
 
 
 def curve(folder: Path, name: str) -> dict[int, float]:
-    """What metrics.jsonl has under the name, by step."""
+    """Values of metrics.jsonl under the name, by step."""
     with open(folder / "metrics.jsonl") as lines:
         rows = [json.loads(line) for line in lines]
     return {row["step"]: row[name] for row in rows if name in row}

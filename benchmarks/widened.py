@@ -76,7 +76,7 @@ class Padded:
 
 
 def texts(checkpoint: Path, rows: list[list[int]], length: int) -> list[list[int]]:
-    """What a checkpoint writes, greedily."""
+    """Greedily decoded outputs of a checkpoint."""
     loaded = open_checkpoint(checkpoint).load()
     cfg = loaded.run.model
     params = decoding.prepare_params(cfg, loaded.params)
