@@ -82,8 +82,8 @@ class Train(Checked):
         less memory, and faster on CPU too), or only its input (full).
       unroll: layers per turn of the scan over layers; narrow models train 1.5 times faster on CPU
         unrolled.
-      max_consecutive_skips: steps in a row that may have a non-finite gradient before the run
-        stops; each of them is skipped.
+      max_consecutive_skips: steps in a row that may have a non-finite gradient or update before the
+        run stops; each of them is skipped.
       log_every: steps between lines of metrics.
       tensorboard: writes metrics for TensorBoard too.
       param_groups: weights with a learning-rate rule of their own; each belongs to the first group
