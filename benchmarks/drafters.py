@@ -114,7 +114,7 @@ def measured(case: Case, name: str, plain: decoding.Result | None) -> tuple[list
         rows.append(report.Row(kind, name, "tokens per call", round(count.tokens_per_step, 3)))
         for source, tokens in count.drafted.items():
             share = round(tokens / count.tokens, 3)
-            rows.append(report.Row(kind, name, f"share guessed by {source}", share))
+            rows.append(report.Row(kind, name, f"share drafted by {source}", share))
         if "recycling" in name and "+" not in name:
             rows += [report.Row(kind, name, *each) for each in held(part, drafter.tree)]
     return rows, result
@@ -135,7 +135,9 @@ def held(result: decoding.Result, tree) -> list[tuple[str, float]]:
                 tried[list(children[at])] += 1
             np.add.at(right, rank[path[1:]], 1)
     return [
-        (f"guesses of rank {i} held", round(right[i] / tried[i], 4)) for i in range(8) if tried[i]
+        (f"drafts of rank {i} accepted", round(right[i] / tried[i], 4))
+        for i in range(8)
+        if tried[i]
     ]
 
 

@@ -220,7 +220,7 @@ def measured(variant: Variant, folder: Path, words: Words) -> list[report.Row]:
         values |= writer.errors(results)
         if drafting.drafter.tree.is_chain:
             shares = accepted(results, drafting.drafter.tree.width)
-            values |= {f"guess {i} accepted": share for i, share in enumerate(shares, start=1)}
+            values |= {f"draft {i} accepted": share for i, share in enumerate(shares, start=1)}
         rows += [report.Row(case, system, metric, value) for metric, value in values.items()]
     times = seconds(writer, made, turns=7)
     for (case, system), taken in times.items():

@@ -57,14 +57,18 @@ class Explanation(drawing.Renderable):
     @functools.cached_property
     def alternatives(self) -> Alternatives:
         """Probabilities of the tokens written, and of their alternatives."""
-        guesses = reading.Guesses(*(each[-1] for each in self.read.guesses))
-        return Alternatives(self.labels, guesses, [self.target_labels(row) for row in guesses.ids])
+        predictions = reading.TokenPredictions(*(each[-1] for each in self.read.predictions))
+        return Alternatives(
+            self.labels, predictions, [self.target_labels(row) for row in predictions.ids]
+        )
 
     @functools.cached_property
     def lens(self) -> Lens:
         """The logit lens: predictions of every layer."""
-        guesses = self.read.guesses
-        return Lens(self.labels, guesses, [self.target_labels(row[:, 0]) for row in guesses.ids])
+        predictions = self.read.predictions
+        return Lens(
+            self.labels, predictions, [self.target_labels(row[:, 0]) for row in predictions.ids]
+        )
 
     @functools.cached_property
     def attention(self) -> AttentionMaps:

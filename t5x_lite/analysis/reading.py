@@ -44,7 +44,7 @@ class ExplainedText(NamedTuple):
         return self.tokens[:-1]
 
 
-class Guesses(NamedTuple):
+class TokenPredictions(NamedTuple):
     """Predictions of the tokens written.
 
     Attributes:
@@ -64,13 +64,13 @@ class Inspection(NamedTuple):
     """Predictions and attention of every layer over one text.
 
     Attributes:
-      guesses: [layers + 1 t ...] predictions; the last are the model's.
+      predictions: [layers + 1 t ...], the last of the model.
       decoder: [layers n t t] self-attention of the decoder.
       cross: [layers n t s] attention to the inputs; None without an encoder.
       encoder: [layers n s s] self-attention of the encoder; None without one.
     """
 
-    guesses: Guesses
+    predictions: TokenPredictions
     decoder: np.ndarray
     cross: np.ndarray | None
     encoder: np.ndarray | None
@@ -153,13 +153,13 @@ def inspect_text(cfg: config.Model, params: Any, text: ExplainedText, top: int) 
     placed = place_text(cfg, text)
     inside = jit_inspect(cfg, params, placed)
     wanted = jnp.asarray(decoding.pad_rows([text.tokens[1:]], placed.tokens.shape[1])[0][0])
-    guesses = jax.device_get(jit_logit_lens(cfg, top, params, inside.states, wanted))
+    predictions = jax.device_get(jit_logit_lens(cfg, top, params, inside.states, wanted))
     cut = slice(text.prompt - 1, len(text.decoder_inputs))
-    guesses = Guesses(*(each[:, cut] for each in guesses))
+    predictions = TokenPredictions(*(each[:, cut] for each in predictions))
     t, s = len(text.decoder_inputs), len(text.inputs)
     shares = jax.device_get(inside._replace(states=None))
     return Inspection(
-        guesses,
+        predictions,
         not_none(crop(shares.decoder, t, t)),
         crop(shares.cross, t, s),
         crop(shares.encoder, s, s),
@@ -208,7 +208,7 @@ def jit_logit_lens(
     params: Any,
     states: Float[Array, "layers t d"],
     wanted: Int[Array, " t"],
-) -> Guesses:
+) -> TokenPredictions:
     """Logit lens (nostalgebraist, 2020): the output head applied to the states of every layer.
 
     One layer at a time: all logits at once would take layers x t x v floats.
@@ -234,6 +234,6 @@ def jit_logit_lens(
         here = jnp.arange(logits.shape[-1]) == wanted[:, None]
         written_log_probability = jnp.sum(jnp.where(here, log_probability, 0), axis=-1)
         rank = jnp.sum(log_probability > written_log_probability[:, None], axis=-1)
-        return Guesses(ids, best, rank, written_log_probability)
+        return TokenPredictions(ids, best, rank, written_log_probability)
 
     return jax.lax.map(layer, states)

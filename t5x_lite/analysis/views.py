@@ -8,7 +8,7 @@ import numpy as np
 
 from t5x_lite.analysis import drawing
 from t5x_lite.analysis.drawing import Cell, Renderable, percent
-from t5x_lite.analysis.reading import Guesses
+from t5x_lite.analysis.reading import TokenPredictions
 from t5x_lite.evaluation import draft_report
 
 
@@ -18,19 +18,19 @@ class Alternatives(Renderable):
 
     Attributes:
       tokens: [t] labels of the tokens written.
-      guesses: [t ...] predictions of the model.
-      best: `[t][k]` labels of guesses.ids.
+      predictions: [t ...] of the model.
+      best: `[t][k]` labels of predictions.ids.
     """
 
     tokens: list[str]
-    guesses: Guesses
+    predictions: TokenPredictions
     best: list[list[str]]
     title = "Per token: its probability, and the most probable ones"
 
     @property
     def probability(self) -> np.ndarray:
         """[t] probability of each token written."""
-        return np.exp(self.guesses.log_probability_of_written)
+        return np.exp(self.predictions.log_probability_of_written)
 
     @property
     def names(self) -> list[str]:
@@ -40,9 +40,9 @@ class Alternatives(Renderable):
     def rows(self) -> list[list[Cell | str]]:
         """A row per token."""
         rows = []
-        likely = np.exp(self.guesses.log_probability)
+        likely = np.exp(self.predictions.log_probability)
         for place, token in enumerate(self.tokens):
-            share, rank = self.probability[place], int(self.guesses.rank[place])
+            share, rank = self.probability[place], int(self.predictions.rank[place])
             others = [
                 Cell(f"{label} {percent(other)}", other)
                 for label, other in zip(self.best[place], likely[place], strict=True)
@@ -55,9 +55,9 @@ class Alternatives(Renderable):
 
     def summary(self) -> str:
         """Log-probability and perplexity of the text."""
-        log_probability = self.guesses.log_probability_of_written
+        log_probability = self.predictions.log_probability_of_written
         total, perplexity = log_probability.sum(), np.exp(-log_probability.mean())
-        first = (self.guesses.rank == 0).sum()
+        first = (self.predictions.rank == 0).sum()
         return (
             f"{len(log_probability)} tokens, log-probability {total:.3f} nats, perplexity "
             f"{perplexity:.3f}; {first} of them were the model's first choice"
@@ -77,12 +77,12 @@ class Lens(Renderable):
 
     Attributes:
       tokens: [t] labels of the tokens written.
-      guesses: [layers + 1 t ...] predictions; the first from the embeddings, the last the model's.
+      predictions: [layers + 1 t ...], the first of the embeddings, the last of the model.
       best: `[layers + 1][t]` label of the most probable token.
     """
 
     tokens: list[str]
-    guesses: Guesses
+    predictions: TokenPredictions
     best: list[list[str]]
     title = "Logit lens: what each layer would have written next"
 
@@ -90,10 +90,10 @@ class Lens(Renderable):
         """A column of the table: the predictions of a layer."""
         cells = []
         for place, label in enumerate(self.best[layer]):
-            share = float(np.exp(self.guesses.log_probability[layer, place, 0]))
-            right = self.guesses.rank[layer, place] == 0
+            share = float(np.exp(self.predictions.log_probability[layer, place, 0]))
+            right = self.predictions.rank[layer, place] == 0
             hint = f"{percent(share)}; the token written is number " + str(
-                int(self.guesses.rank[layer, place]) + 1
+                int(self.predictions.rank[layer, place]) + 1
             )
             cells.append(Cell(label, share, hint, drawing.GREEN if right else drawing.BLUE))
         return cells

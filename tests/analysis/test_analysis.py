@@ -59,7 +59,7 @@ def test_probabilities_are_those_of_scoring(eight_devices, name):
     predictor = predictor_of(MODELS[name])
     rows = sharding.batch_shards()
     total, tokens = predictor.score(["hello <b>"] * rows, ["and out"] * rows)[0]
-    log_probs = explanation.alternatives.guesses.log_probability_of_written
+    log_probs = explanation.alternatives.predictions.log_probability_of_written
     np.testing.assert_allclose(log_probs, tokens, atol=1e-4)
     assert f"{total:.2f}" in explanation.alternatives.summary() or log_probs.sum() == pytest.approx(
         total
@@ -69,10 +69,10 @@ def test_probabilities_are_those_of_scoring(eight_devices, name):
 
 @pytest.mark.parametrize("name", ["t5", "startless"])
 def test_ranks_and_alternatives_agree_with_one_another(one_device, name):
-    guesses = explained(name, top=64).alternatives.guesses
-    np.testing.assert_allclose(np.exp(guesses.log_probability).sum(-1), 1, atol=1e-4)
+    predictions = explained(name, top=64).alternatives.predictions
+    np.testing.assert_allclose(np.exp(predictions.log_probability).sum(-1), 1, atol=1e-4)
     wanted = [*vocabularies.SymbolVocabulary(LETTERS).encode("and out"), 1]
-    at = np.take_along_axis(guesses.ids, guesses.rank[:, None], axis=1)[:, 0]
+    at = np.take_along_axis(predictions.ids, predictions.rank[:, None], axis=1)[:, 0]
     np.testing.assert_array_equal(at, wanted)
 
 
@@ -82,7 +82,7 @@ def test_what_is_written_greedily_was_the_first_choice_everywhere(one_device, na
     explanation = explained(name, target=None)
     predictor = predictor_of(MODELS[name])
     assert explanation.written == predictor.predict(["hello <b>"], DECODE)[0].texts[0]
-    assert np.all(explanation.alternatives.guesses.rank == 0)
+    assert np.all(explanation.alternatives.predictions.rank == 0)
     assert explanation.lens.best[-1] == explanation.alternatives.tokens
     assert explanation.blocks.blocks == [[token] for token in explanation.blocks.tokens]
 
@@ -130,7 +130,7 @@ def test_the_lens_reads_a_layer_as_a_decoder_that_ends_there(one_device):
     predictor.params = dict(predictor.params, decoder=cut)
     _, tokens = predictor.score(["hello <b>"], ["and out"])[0]
     np.testing.assert_allclose(
-        explanation.lens.guesses.log_probability_of_written[1], tokens, atol=1e-4
+        explanation.lens.predictions.log_probability_of_written[1], tokens, atol=1e-4
     )
 
 

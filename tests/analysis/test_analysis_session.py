@@ -157,7 +157,7 @@ def test_explaining_is_a_method_of_the_session(one_device):
     session = session_of("t5")
     explanation = session.explain("ab", top=3, max_new_tokens=4)
     assert explanation.written == session.generate("ab", max_new_tokens=4)
-    assert explanation.alternatives.guesses.ids.shape[1] == 3
+    assert explanation.alternatives.predictions.ids.shape[1] == 3
     assert session.explain("ab", "xyz").written == "xyz"
     with pytest.raises(ValueError, match="did you mean top_k"):
         session.explain("ab", topk=3)
