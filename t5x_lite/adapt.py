@@ -191,7 +191,7 @@ def summary(adapted: Any) -> str:
 
 
 COMMAND = Command("adapt", parser, adapt, afterwards="nothing was written", rewrites_weights=True)
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

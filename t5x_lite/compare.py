@@ -75,7 +75,7 @@ def print_twins(rows: list[list[str]]) -> None:
 
 
 COMMAND = Command("compare", parser, compare, afterwards="the same command goes on from here")
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

@@ -200,7 +200,7 @@ def dry_run(args: argparse.Namespace, origin: Any, output: Any, settings: Any) -
 COMMAND = Command(
     "convert", parser, convert, afterwards="nothing was written", rewrites_weights=True
 )
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

@@ -189,7 +189,7 @@ def show(path: Path, count: int) -> None:
 
 
 COMMAND = Command("eval", parser, measure)
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

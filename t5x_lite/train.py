@@ -96,7 +96,7 @@ def train_here(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command("train", parser, train, afterwards="the same command goes on later")
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

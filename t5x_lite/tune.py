@@ -77,7 +77,7 @@ def tune(args: argparse.Namespace) -> None:
 
 
 COMMAND = Command("tune", parser, tune)
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

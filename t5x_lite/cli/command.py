@@ -6,8 +6,8 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -48,6 +48,40 @@ class Command:
           SystemExit: it ended with a mistake or a failure, after one line on stderr.
         """
         return self.execute(self.parser().parse(arguments))
+
+    def run(
+        self,
+        gin_file: str | Sequence[str] = (),
+        bindings: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> int:
+        """Runs the command by Python values, in a notebook or a script; returns its exit status.
+
+            train.run("configs/runs/g2p.gin", {"MODEL_DIR": "runs/g2p", "TRAIN_STEPS": 500})
+            evaluate.run(checkpoint="runs/g2p", split="test", beams=4)
+
+        Args:
+          gin_file: a .gin file, or several that are read in order.
+          bindings: values by the name of a macro or field: what --gin.NAME=VALUE sets.
+          **options: other options of the command, by name: True for one without a value; a list
+            for one that may be given again.
+
+        Raises:
+          ValueError: a mistake that would end the command with status 2.
+        """
+        files = [gin_file] if isinstance(gin_file, str) else gin_file
+        words = [f"--gin_file={file}" for file in files]
+        words += [f"--gin.{name}={write_value(value)}" for name, value in (bindings or {}).items()]
+        for name, value in options.items():
+            every = value if isinstance(value, list | tuple) else [value]
+            words += [
+                f"--{name}" if each is True else f"--{name}={each}"
+                for each in every
+                if each is not None and each is not False
+            ]
+        arguments = self.parser().parse(words, raises=True)
+        gin_arguments.import_modules(arguments.modules)
+        return self.work(arguments) or 0
 
     def start(self) -> NoReturn:
         """Runs the command as this process, through absl.app."""
@@ -106,6 +140,13 @@ class Command:
     def say(self, text: str, more: str = "") -> None:
         """Prints a line of the command on stderr."""
         print(f"t5x_lite.{self.name}: {text}{'; ' + more if more else ''}", file=sys.stderr)
+
+
+def write_value(value: Any) -> str:
+    """A Python value as it stands in a .gin file; references (@name, %NAME) stay as they are."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    reference = isinstance(value, str) and value.startswith(("@", "%"))
+    return value if reference else repr(value)
 
 
 def prepare_host() -> None:

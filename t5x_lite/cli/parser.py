@@ -16,6 +16,10 @@ from t5x_lite.config import aliases
 from t5x_lite.utils import exit_status, nearest
 
 
+class MistakeError(ValueError):
+    """A mistake among the options of a command that is called from Python."""
+
+
 class Parser(argparse_flags.ArgumentParser):
     """argparse with absl's flags for logging and debugging, and with `.gin` bindings.
 
@@ -34,6 +38,7 @@ class Parser(argparse_flags.ArgumentParser):
           **kwargs: as of argparse.ArgumentParser: description, epilog, and prog.
         """
         self.command = command
+        self.raises = False
         subcommand = "prog" in kwargs
         super().__init__(
             prog=kwargs.pop("prog", f"python -m t5x_lite.{command}"),
@@ -49,7 +54,7 @@ class Parser(argparse_flags.ArgumentParser):
         # A default of the subcommand would replace what stands before it.
         gin_arguments.add_import(self, default=argparse.SUPPRESS if subcommand else [])
 
-    def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:
+    def parse(self, arguments: list[str] | None = None, raises: bool = False) -> argparse.Namespace:
         """Options of the command line; `bindings` are the NAME=VALUE of its --gin.NAME=VALUE.
 
         Unknown options are reported before required ones that are missing: --chckpoint=x is a
@@ -58,10 +63,13 @@ class Parser(argparse_flags.ArgumentParser):
 
         Args:
           arguments: words of the command line; those of the process if None.
+          raises: raise ValueError for a mistake, for callers in Python.
 
         Raises:
           SystemExit: after --help (status 0), or after one line about a mistake (status 2).
+          ValueError: a mistake, if `raises`.
         """
+        self.raises = raises
         words = sys.argv[1:] if arguments is None else list(arguments)
         bindings = []
         try:
@@ -73,6 +81,8 @@ class Parser(argparse_flags.ArgumentParser):
             if unknown:
                 self.error(self.unknown(unknown[0]))
             options = self.parse_args(words)
+        except MistakeError:
+            raise
         except (ValueError, flags.Error) as error:
             self.error(str(error))
         options.bindings = bindings
@@ -95,14 +105,19 @@ class Parser(argparse_flags.ArgumentParser):
         option = word.partition("=")[0]
         name = option.lstrip("-")
         names = {each.lstrip("-") for each in self.option_names() if each.startswith("--")}
+        if "beams" in names and ("Decode", name) in aliases.ELSEWHERE:
+            hint = aliases.suggest_field(name, "Decode", names, "--")
+            return f"unknown option {option}: {hint}"
         near = nearest.near_names(name, names)
         if not near:
             return f"unknown option {option} (--help lists the options)"
         return f"unknown option {option}: did you mean {' or '.join('--' + each for each in near)}?"
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with one line about a mistake of the command line."""
+        """Ends the process with one line about a mistake of the command line, or raises it."""
         message = re.sub(r"^argument (\S+): (?=must be )", r"\1 ", message)
+        if self.raises:
+            raise MistakeError(message)
         print(f"t5x_lite.{self.command}: error: {message}", file=sys.stderr)
         raise SystemExit(exit_status.MISTAKE)
 

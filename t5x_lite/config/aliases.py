@@ -10,6 +10,8 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from t5x_lite.utils.nearest import suggest
+
 CLASSES = {
     "HeadLoss": "DraftHeadLoss",
     "Heads": "DraftHeads",
@@ -55,6 +57,32 @@ LAYOUTS = {"aligned": "encoder_only", "joined": "decoder_only", "pair": "encoder
 OPTION_VALUES = {"--layout": LAYOUTS}
 
 
+# Names that transformers, vLLM, CTranslate2 and T5X have for a field: (class, theirs): ours. They
+# are named in messages and not taken, for what they count is not always the same.
+ELSEWHERE = {
+    ("Decode", "assistant_model"): "drafter (draft:PATH)",
+    ("Decode", "beam_size"): "beams",
+    ("Decode", "decode_length"): "max_new_tokens",
+    ("Decode", "do_sample"): "temperature (0 is greedy, 1 samples)",
+    ("Decode", "length_penalty"): "alpha (log-probability / ((5 + length) / 6) ** alpha)",
+    ("Decode", "max_decode_len"): "max_new_tokens",
+    ("Decode", "max_decoding_length"): "max_new_tokens",
+    ("Decode", "max_length"): "max_new_tokens (the prompt is not counted)",
+    ("Decode", "max_tokens"): "max_new_tokens",
+    ("Decode", "n"): "n_best",
+    ("Decode", "num_assistant_tokens"): "draft_length",
+    ("Decode", "num_beams"): "beams",
+    ("Decode", "num_decodes"): "n_best",
+    ("Decode", "num_hypotheses"): "n_best",
+    ("Decode", "num_return_sequences"): "n_best",
+    ("Decode", "num_speculative_tokens"): "draft_length",
+    ("Decode", "prompt_lookup_num_tokens"): "draft_length (with drafter lookup)",
+    ("Decode", "sampling_temperature"): "temperature",
+    ("Decode", "sampling_topk"): "top_k",
+    ("Decode", "sampling_topp"): "top_p",
+}
+
+
 class Renamed(NamedTuple):
     """One old name as it was read.
 
@@ -95,6 +123,19 @@ def former_bindings(saved: str) -> list[str]:
         for (owner, field), value in FORMER_VALUES.items()
         if f"config.{owner}()" in saved and f"config.{owner}.{field} =" not in saved
     ]
+
+
+def suggest_field(name: str, owner: str, known: Collection[str], dashes: str = "") -> str:
+    """Ends a message about an unknown field: what it is called here, or near names.
+
+    Args:
+      name: the unknown name, without dashes.
+      owner: the class of the config, such as "Decode".
+      known: the names that exist.
+      dashes: what stands before a name where it was written: "--" on a command line.
+    """
+    here = ELSEWHERE.get((owner, name))
+    return f"it is called {dashes}{here} here" if here else suggest(name, known)
 
 
 def rename_folder(path: str) -> str:

@@ -111,7 +111,7 @@ def load_data(files: list[str], bindings: list[str]) -> tuple[config.Data, str, 
 
 
 COMMAND = Command("data", parser, show_preview)
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

@@ -17,6 +17,7 @@ from t5x_lite.data.task import Task
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.extras import install_command
 from t5x_lite.utils.nearest import suggest
 from t5x_lite.utils.not_none import not_none
 
@@ -68,7 +69,7 @@ def resolve_task(task: str | config.Files, cfg: config.Data) -> list[tuple[Task,
         hint = suggest(task, [*BUILT_IN, *registered])
         raise ValueError(
             f"Data.task {task!r} is not registered: {hint} A seqio Task or Mixture of your own "
-            'must be imported first: --import=your_module (and needs pip install "t5x_lite[seqio]")'
+            f"must be imported first: --import=your_module (seqio: {install_command('seqio')})"
         )
     return matches
 

@@ -4,6 +4,8 @@
 import importlib.util
 import os
 
+from t5x_lite.utils.extras import install_command
+
 # Read by libtpu when it is loaded: it must not search for a chip, a metadata server or another
 # process that uses it.
 ENVIRONMENT = {
@@ -23,8 +25,8 @@ def prepare() -> None:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "Compiling for TPU chips that are not there needs libtpu: pip install "
-            "'t5x_lite[plan]'. --chips=h100x8 plans by arithmetic without it"
+            f"Compiling for TPU chips that are not there needs libtpu: {install_command('plan')}. "
+            "--chips=h100x8 plans by arithmetic without it"
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

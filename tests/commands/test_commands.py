@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of all commands: one way to report mistakes and failures, help that teaches."""
 
+import ast
 import errno
 import importlib
 import logging
@@ -352,3 +353,32 @@ def test_flags_of_libraries_do_not_meet_our_options():
 def test_verbosity_that_is_no_number_is_refused(refused):
     assert "--verbosity" in refused("train", *GIN, "--verbosity=loud")
     assert logging.getLogger().level == logging.WARNING
+
+
+def test_a_command_runs_by_python_values_as_by_its_words(monkeypatch, tmp_path, capsys):
+    seen = []
+    doing = Command("train", importlib.import_module("t5x_lite.train").parser, seen.append)
+    assert doing.run("a.gin", {"MODEL_DIR": tmp_path, "TRAIN_STEPS": 5}, dry_run=True) == 0
+    assert doing.run(["a.gin", "b.gin"], profile=False, coordinator=None) == 0
+    first, second = seen
+    assert first.gin_file == ["a.gin"] and first.dry_run
+    assert first.bindings == [f"MODEL_DIR={str(tmp_path)!r}", "TRAIN_STEPS=5"]
+    assert second.gin_file == ["a.gin", "b.gin"] and not second.profile and not second.dry_run
+    for options, words in (({"dry_rn": True}, "did you mean --dry_run"), ({}, "--gin_file")):
+        with pytest.raises(ValueError, match=words):
+            doing.run(**options)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["runs/a b", "", "it's", 3, 1e-4, True, None, (1, 2), {"inputs": 32}, ("a",)],
+)
+def test_a_python_value_reaches_the_config_as_it_is(value):
+    written = commands.write_value({"x": value})
+    assert ast.literal_eval(written) == {"x": value}
+    bound = gin_file.load_run(
+        GIN[0].partition("=")[2], [f"MODEL_DIR={commands.write_value('r u n')}"]
+    )
+    assert bound.model_dir == "r u n"
+    assert commands.write_value("@config.Data()") == "@config.Data()"

@@ -3,10 +3,15 @@
 
 import errno
 import os
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from t5x_lite.utils import atomic_files, nearest
+from t5x_lite.utils import atomic_files, extras, nearest
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_near_names_are_few_and_the_nearest_first():
@@ -33,3 +38,24 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == ["file"] and path.read_text() == "é"
     with pytest.raises(FileNotFoundError):
         atomic_files.write_atomically(tmp_path / "missing" / "file", "x")
+
+
+def test_an_extra_is_installed_from_the_clone_or_as_the_package_requires_it(monkeypatch, tmp_path):
+    assert extras.install_command("plan") == f"pip install '{ROOT}[plan]'"
+    required = ["jax>=0.10", "libtpu<0.1,>=0.0.52; extra == 'plan'", 'gguf>=0.17; extra == "gguf"']
+    required += ["seqio>=0.0.20; python_version < '3.14' and extra == 'seqio'"]
+    monkeypatch.setattr(extras, "ROOT", tmp_path)
+    monkeypatch.setattr(extras.importlib.metadata, "requires", lambda name: required)
+    assert extras.install_command("plan") == "pip install 'libtpu<0.1,>=0.0.52'"
+    assert extras.install_command("seqio") == "pip install 'seqio>=0.0.20'"
+
+
+def test_messages_name_extras_that_exist_and_never_the_name_that_is_on_no_index():
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    used = set()
+    for path in (ROOT / "t5x_lite").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"pip install\W+t5x_lite", text), path
+        used |= set(re.findall(r"install_command\([\"'](\w+)", text))
+    assert len(used) >= 4 and used <= known["optional-dependencies"].keys()
+    assert known["authors"] and known["keywords"] and len(known["classifiers"]) > 8

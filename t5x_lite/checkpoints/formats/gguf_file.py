@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from t5x_lite.tokenizers.errors import GgufError
+from t5x_lite.utils.extras import install_command
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -244,5 +245,5 @@ def import_gguf(part: str) -> ModuleType:
         return importlib.import_module(f"gguf.{part}")
     except ModuleNotFoundError as error:
         raise GgufError(
-            ".gguf files are read with the gguf package: pip install 't5x_lite[gguf]'"
+            f".gguf files are read with the gguf package: {install_command('gguf')}"
         ) from error
