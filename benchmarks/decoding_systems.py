@@ -118,14 +118,14 @@ def ours(case: Case, model: Model, decoder: str, width: int = 0) -> Write:
     from t5x_lite.evaluation.drafting import DrafterCache
 
     decode = config.Decode(max_new_tokens=case.length, drafter=decoder, draft_length=width)
-    drafters = DrafterCache(model.cfg, model.params, None)
+    drafters = DrafterCache(model.cfg, None)
+    drafters.tiered.at_once = True
     # An id that no token has: nothing ends a text.
     eos = -1 if case.forced else list(model.stops)
 
     def write(rows: Sequence[Ids]) -> list[Ids]:
         request = decoding.make_request(model.cfg, rows, decode, eos=eos)
-        drafting = drafters.prepare(request, decode)
-        result = decoding.generate(model.cfg, model.params, request, decode, drafting)
+        result = drafters.generate(model.params, request, decode)
         write.calls += result.steps
         each = zip(result.tokens[:, 0].tolist(), result.lengths[:, 0].tolist(), strict=True)
         return [cut(ids[:length], () if case.forced else model.stops) for ids, length in each]

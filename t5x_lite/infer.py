@@ -101,6 +101,7 @@ def infer(args: argparse.Namespace) -> None:
     selection = {name: getattr(args, name) for name in ("step", "best", "mesh", "quantize")}
     session = interactive.load(args.checkpoint, **selection)
     options.configure_session(session, args)
+    session.predictor.drafters.tiered.at_once = args.verify or args.draw is not None
     if args.draw and session.decode.beams > 1:
         raise ValueError("--draw shows the drafter of each token, and beam search has none")
     sink = Sink(args.output, settings(args, session, digest))
@@ -227,7 +228,7 @@ def prediction_fields(prediction: Any) -> dict[str, Any]:
 
 
 COMMAND = Command("infer", parser, infer, afterwards="the same command goes on from here")
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

@@ -170,7 +170,8 @@ def explain(
     """
     example, prediction = predictor.encode_inputs([input])[0], None
     if target is None:
-        prediction = predictor.predict_ids([example], decode)[0]
+        with predictor.drafters.at_once():
+            prediction = predictor.predict_ids([example], decode)[0]
     if prediction is None:
         written = predictor.encode_targets([not_none(target)])[0]
     else:

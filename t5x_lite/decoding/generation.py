@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from t5x_lite import config, model, sharding
 from t5x_lite.decoding import beam, loop, target
 from t5x_lite.decoding.acceptance import exact
-from t5x_lite.decoding.adaptive.adaptive_loop import run_adaptive_loop
+from t5x_lite.decoding.adaptive.adaptive_loop import begin_adaptive, run_adaptive_loop
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.protocol import (
     DecodeContext,
@@ -27,7 +26,7 @@ from t5x_lite.decoding.protocol import (
     Target,
 )
 from t5x_lite.decoding.request import Request, bucket_length
-from t5x_lite.decoding.sampling import SamplingParams
+from t5x_lite.decoding.sampling import SamplingParams, make_sampling_params
 from t5x_lite.decoding.steering.build import make_processors
 from t5x_lite.decoding.steering.processor import Processors, Text
 
@@ -114,7 +113,25 @@ def generate(
     Returns:
       The new tokens, as numpy arrays.
     """
-    program = DecodeProgram(
+    program = make_program(cfg, decode, drafting)
+    placed = shard_rows(request._replace(eos=None))._replace(eos=request.eos)
+    rules = make_rules(request, decode)
+    alpha = jnp.float32(decode.alpha)
+    result = compiled_generate(program, params, placed, rules, alpha, drafting.weights)
+    return trim_result(jax.device_get(result), max(decode.max_new_tokens, 1))
+
+
+def make_program(
+    cfg: config.Model, decode: config.Decode, drafting: Drafting = PLAIN
+) -> DecodeProgram:
+    """Returns the static arguments of a request's program.
+
+    Args:
+      cfg: config of the model.
+      decode: limits and beams.
+      drafting: drafter and acceptance rule.
+    """
+    return DecodeProgram(
         cfg=target.with_cpu_dtype(cfg),
         length=bucket_length(decode.max_new_tokens),
         beams=decode.beams,
@@ -122,11 +139,6 @@ def generate(
         drafter=drafting.drafter,
         accept=drafting.accept,
     )
-    placed = shard_rows(request._replace(eos=None))._replace(eos=request.eos)
-    rules = make_rules(request, decode)
-    alpha = jnp.float32(decode.alpha)
-    result = compiled_generate(program, params, placed, rules, alpha, drafting.weights)
-    return trim_result(jax.device_get(result), max(decode.max_new_tokens, 1))
 
 
 def trim_result(result: Result, length: int) -> Result:
@@ -157,26 +169,6 @@ def make_rules(request: Request, decode: config.Decode) -> ChoiceRules:
     if decode.temperature == 0:
         return ChoiceRules(processors=processors)
     return ChoiceRules(shard_rows(make_sampling_params(request, decode)), processors)
-
-
-def make_sampling_params(request: Request, decode: config.Decode) -> SamplingParams:
-    """Returns the sampling parameters of each row of the request."""
-    rows = len(request.row)
-
-    def optional(value: float, off: float) -> np.ndarray | None:
-        return None if value == off else np.full(rows, value, np.float32)
-
-    return SamplingParams(
-        temperature=np.full(rows, decode.temperature, np.float32),
-        top_k=np.full(rows, decode.top_k, np.int32),
-        top_p=np.full(rows, decode.top_p, np.float32),
-        seed=request.seed,
-        row=request.row,
-        min_p=optional(decode.min_p, 0),
-        typical_p=optional(decode.typical_p, 1),
-        epsilon_cutoff=optional(decode.epsilon_cutoff, 0),
-        eta_cutoff=optional(decode.eta_cutoff, 0),
-    )
 
 
 def shard_rows(rows: Any) -> Any:
@@ -239,6 +231,7 @@ def compiled_generate(
         result = beam_result(state, search, program.length)
     else:
         state = initial_state(context, cache, slots, program.drafter.begin(context))
+        state = begin_drafting(context, program.drafter, state)
         result = loop_result(run_decoding(program, context, state), prompts, program.length, alpha)
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
 
@@ -273,6 +266,17 @@ def make_context(
         sampling=rules.sampling,
         processors=rules.processors,
     )
+
+
+def begin_drafting(context: DecodeContext, drafter: Drafter, state: DecodeState) -> DecodeState:
+    """Chooses the first width of an adaptive drafter; any other has nothing to choose.
+
+    Args:
+      context: constants of the request.
+      drafter: the drafter.
+      state: state of the loop, with the drafter's first state.
+    """
+    return begin_adaptive(context, drafter, state) if isinstance(drafter, Adaptive) else state
 
 
 def run_decoding(program: DecodeProgram, context: DecodeContext, state: DecodeState) -> DecodeState:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from t5x_lite import config
+from t5x_lite.decoding.request import Request
 from t5x_lite.kernels import api as kernels
 from t5x_lite.sharding import spec
 
@@ -52,6 +54,26 @@ class SamplingParams(NamedTuple):
     typical_p: Any = None
     epsilon_cutoff: Any = None
     eta_cutoff: Any = None
+
+
+def make_sampling_params(request: Request, decode: config.Decode) -> SamplingParams:
+    """Returns the sampling parameters of each row of the request."""
+    rows = len(request.row)
+
+    def optional(value: float, off: float) -> np.ndarray | None:
+        return None if value == off else np.full(rows, value, np.float32)
+
+    return SamplingParams(
+        temperature=np.full(rows, decode.temperature, np.float32),
+        top_k=np.full(rows, decode.top_k, np.int32),
+        top_p=np.full(rows, decode.top_p, np.float32),
+        seed=request.seed,
+        row=request.row,
+        min_p=optional(decode.min_p, 0),
+        typical_p=optional(decode.typical_p, 1),
+        epsilon_cutoff=optional(decode.epsilon_cutoff, 0),
+        eta_cutoff=optional(decode.eta_cutoff, 0),
+    )
 
 
 class NoiseKind(enum.IntEnum):

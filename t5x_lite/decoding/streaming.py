@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Int
 from t5x_lite import config, model
 from t5x_lite.decoding import generation, target
 from t5x_lite.decoding.generation import PLAIN, ChoiceRules, DecodeProgram, Drafting, Result
-from t5x_lite.decoding.protocol import DecodeContext, DecodeState
-from t5x_lite.decoding.request import Request, bucket_length
+from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Prompts
+from t5x_lite.decoding.request import Request
 
 
 class DecodeArguments(NamedTuple):
@@ -25,12 +25,14 @@ class DecodeArguments(NamedTuple):
       request: the rows.
       rules: by which the next token is chosen.
       weights: the drafter's own weights.
+      alpha: exponent of the length penalty.
     """
 
     params: Any
     request: Request
     rules: ChoiceRules
     weights: Any
+    alpha: Any = 0.0
 
 
 def stream(
@@ -54,47 +56,86 @@ def stream(
     Raises:
       ValueError: decode has beams, or `every` is below 1.
     """
-    if decode.beams > 1:
-        raise ValueError("Beam search knows its text at the end only: to stream, leave out beams")
-    if every < 1:
-        raise ValueError(f"A stream yields every 1 or more forward passes; got every={every}")
-    program = DecodeProgram(
-        cfg=target.with_cpu_dtype(cfg),
-        length=bucket_length(decode.max_new_tokens),
-        beams=1,
-        n_best=1,
-        drafter=drafting.drafter,
-        accept=drafting.accept,
-    )
-    placed = generation.shard_rows(request._replace(eos=None))._replace(eos=request.eos)
-    arguments = DecodeArguments(
-        params, placed, generation.make_rules(request, decode), drafting.weights
-    )
-    return stream_results(program, arguments, every, decode.max_new_tokens)
+    check_stream(decode, every)
+    return iterate_stream(DecodeStream(cfg, params, request, decode, drafting), every)
 
 
-def stream_results(
-    program: DecodeProgram, arguments: DecodeArguments, every: int, length: int
-) -> Iterator[Result]:
-    """Runs the loop from pause to pause.
+def check_stream(decode: config.Decode, every: int) -> None:
+    """Raises ValueError if a text cannot be streamed so.
 
     Args:
-      program: static arguments.
-      arguments: traced arguments.
+      decode: its beams and n_best are checked.
       every: number of forward passes between two results.
-      length: most new tokens.
-
-    Yields:
-      The result so far, as numpy arrays.
     """
-    encoded, state = start_stream(program, arguments)
+    if decode.beams > 1:
+        raise ValueError("Beam search knows its text at the end only: to stream, leave out beams")
+    if decode.n_best > 1:
+        raise ValueError("A stream is one text: leave out n_best")
+    if every < 1:
+        raise ValueError(f"A stream yields every 1 or more forward passes; got every={every}")
+
+
+def iterate_stream(text: "DecodeStream", every: int) -> Iterator[Result]:
+    """Yields the results of a stream from pause to pause."""
     done = False
     while not done:
-        state, result, done = jax.block_until_ready(
-            advance_stream(program, arguments, encoded, state, every)
+        result, done = text.advance(every)
+        yield result
+
+
+class DecodeStream:
+    """Rows that are being written: their state on the device, and the program that goes on.
+
+    Attributes:
+      cfg: config of the model.
+      request: the rows, on the host.
+      decode: limits and sampling.
+      program: static arguments of the compiled program.
+      arguments: its traced arguments; `weights` may be replaced between two pauses.
+      encoded: the encoded inputs; None before the first step.
+      state: state of the loop; None before the first step.
+    """
+
+    def __init__(
+        self,
+        cfg: config.Model,
+        params: Any,
+        request: Request,
+        decode: config.Decode,
+        drafting: Drafting = PLAIN,
+    ):
+        self.cfg, self.request, self.decode = cfg, request, decode
+        self.program = generation.make_program(cfg, decode, drafting)
+        placed = generation.shard_rows(request._replace(eos=None))._replace(eos=request.eos)
+        rules = generation.make_rules(request, decode)
+        self.arguments = DecodeArguments(params, placed, rules, drafting.weights, decode.alpha)
+        self.encoded: Any = None
+        self.state: Any = None
+
+    def start(self) -> None:
+        """Encodes the inputs and fills the cache, unless that is done."""
+        if self.state is None:
+            self.encoded, self.state = start_stream(self.program, self.arguments)
+
+    def advance(self, every: int) -> tuple[Result, bool]:
+        """Decodes `every` forward passes, or until every row is done; 0 only compiles.
+
+        Returns:
+          The result so far as numpy arrays, and True if every row is done.
+        """
+        self.start()
+        self.state, result, done = jax.block_until_ready(
+            advance_stream(self.program, self.arguments, self.encoded, self.state, every)
         )
         result, done = jax.device_get((result, done))
-        yield generation.trim_result(result, length)
+        return generation.trim_result(result, self.decode.max_new_tokens), bool(done)
+
+    def change_drafter(self, drafting: Drafting) -> None:
+        """Goes on with another drafter of the same acceptance rule, after the text so far."""
+        self.start()
+        self.program = generation.make_program(self.cfg, self.decode, drafting)
+        self.arguments = self.arguments._replace(weights=drafting.weights)
+        self.state = change_state(self.program, self.arguments, self.encoded, self.state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -110,7 +151,8 @@ def start_stream(
     context = stream_context(program, arguments, encoded)
     cache = target.prefill(program.cfg, arguments.params, encoded, context.prompts, context.slots)
     drafter_state = program.drafter.begin(context)
-    return encoded, generation.initial_state(context, cache, context.slots, drafter_state)
+    state = generation.initial_state(context, cache, context.slots, drafter_state)
+    return encoded, generation.begin_drafting(context, program.drafter, state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -136,9 +178,42 @@ def advance_stream(
     context = stream_context(program, arguments, encoded)
     paused = context.stopping._replace(pause=state.steps + every)
     state = generation.run_decoding(program, context._replace(stopping=paused), state)
-    result = generation.loop_result(state, context.prompts, program.length, jnp.float32(0))
+    alpha = jnp.float32(arguments.alpha)
+    result = generation.loop_result(state, context.prompts, program.length, alpha)
     result, done = jax.tree.map(lambda x: jax.reshard(x, P()), (result, jnp.all(state.done)))
     return state, result, done
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def change_state(
+    program: DecodeProgram,
+    arguments: DecodeArguments,
+    encoded: model.EncoderMemory,
+    state: DecodeState,
+) -> DecodeState:
+    """Prepares the state of one drafter for another one, to which the text so far is the prompt.
+
+    Args:
+      program: static arguments, with the new drafter, whose block is not narrower.
+      arguments: traced arguments, with its weights.
+      encoded: the encoded inputs.
+      state: state of the loop with the former drafter.
+
+    Returns:
+      The state, with room for the new drafter's blocks.
+    """
+    context = stream_context(program, arguments, encoded)
+    added = context.slots - state.tokens.shape[1]
+
+    def widen(array, axis):
+        return jnp.pad(array, [(0, added if axis == each else 0) for each in range(array.ndim)])
+
+    names = "tokens", "token_step", "token_node"
+    state = state._replace(**{name: widen(getattr(state, name), 1) for name in names})
+    state = state._replace(cache=jax.tree.map(functools.partial(widen, axis=2), state.cache))
+    text = context._replace(prompts=Prompts(state.tokens, state.length + 1))
+    state = state._replace(drafter_state=program.drafter.begin(text))
+    return generation.begin_drafting(context, program.drafter, state)
 
 
 def stream_context(

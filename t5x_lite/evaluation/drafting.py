@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafters of a Predictor, built once per name and priced once per batch shape; and the check
-that drafted texts are those of plain decoding.
+"""Drafters of a Predictor, built once per name, decoding with them, and the check that drafted
+texts are those of plain decoding.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +14,9 @@ import jax
 from t5x_lite import config, decoding
 from t5x_lite.adaptation import vocabulary_compatibility
 from t5x_lite.cli import records
-from t5x_lite.decoding.adaptive import latency
+from t5x_lite.decoding import streaming
 from t5x_lite.decoding.adaptive.drafter import Adaptive
+from t5x_lite.decoding.adaptive.tiers import TieredDecoder
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
@@ -21,21 +24,22 @@ from t5x_lite.utils.paths import local_path
 
 
 class DrafterCache:
-    """Drafters of one model, by the fields of config.Decode that choose them.
+    """Drafters of one model, by the fields of config.Decode that choose them; decodes with them.
 
     Attributes:
       cfg: config of the model.
-      params: weights, prepared for decoding.
       targets: vocabulary of targets; None for drafters that read no text.
+      tiered: decodes with the drafters whose draft length is measured.
     """
 
-    def __init__(self, cfg: config.Model, params: Any, targets: TextVocabulary):
-        self.cfg, self.params, self.targets = cfg, params, targets
+    def __init__(self, cfg: config.Model, targets: TextVocabulary):
+        self.cfg, self.targets = cfg, targets
         self.drafters: dict[tuple, decoding.Drafting] = {}
-        self.priced: dict[str, decoding.Drafting] = {}
+        self.tiered = TieredDecoder(cfg, report_wait)
+        self.announced: set[tuple] = set()
 
     def get(self, decode: config.Decode) -> decoding.Drafting:
-        """Returns the drafter that decode names; an Adaptive one is not priced yet.
+        """Returns the drafter that decode names; an Adaptive one has no prices.
 
         Raises:
           ValueError: there is no such drafter, or it does not fit the model.
@@ -47,17 +51,65 @@ class DrafterCache:
             )
         return self.drafters[key]
 
-    def prepare(self, request: decoding.Request, decode: config.Decode) -> decoding.Drafting:
-        """Returns the drafter for this request, its draft lengths priced."""
+    def generate(
+        self, params: Any, request: decoding.Request, decode: config.Decode
+    ) -> decoding.Result:
+        """Decodes a request with the drafter that decode names.
+
+        Args:
+          params: weights, prepared for decoding.
+          request: the rows.
+          decode: config of decoding.
+        """
         drafting = self.get(decode)
+        self.announce(request, decode)
         if not isinstance(drafting.drafter, Adaptive):
-            return drafting
-        name = latency.cache_key(self.cfg, self.params, request, decode, drafting)
-        if name not in self.priced:
-            self.priced[name] = latency.with_cost_model(
-                self.cfg, self.params, request, decode, drafting
+            return decoding.generate(self.cfg, params, request, decode, drafting)
+        *_, result = self.tiered.stream(params, request, decode, drafting)
+        return result
+
+    def stream(
+        self, params: Any, request: decoding.Request, decode: config.Decode, every: int
+    ) -> Iterator[decoding.Result]:
+        """Yields the growing result of `generate`.
+
+        Args:
+          params: weights, prepared for decoding.
+          request: the rows.
+          decode: config of decoding.
+          every: number of forward passes between two results.
+
+        Raises:
+          ValueError: decode has beams, or `every` is below 1.
+        """
+        streaming.check_stream(decode, every)
+        drafting = self.get(decode)
+        self.announce(request, decode)
+        if not isinstance(drafting.drafter, Adaptive):
+            return decoding.stream(self.cfg, params, request, decode, drafting, every)
+        return self.tiered.stream(params, request, decode, drafting, every)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Generator[None]:
+        """Drafts from the first step on for a while, for those who look at the drafts."""
+        before, self.tiered.at_once = self.tiered.at_once, True
+        try:
+            yield
+        finally:
+            self.tiered.at_once = before
+
+    def announce(self, request: decoding.Request, decode: config.Decode) -> None:
+        """Reports once for each shape of a large model that its programs are compiled now."""
+        read = request.prompts if request.inputs is None else request.inputs
+        length = decoding.bucket_length(decode.max_new_tokens)
+        shape = (*read.shape, length, decode.beams, decode.temperature > 0)
+        large = registry.count_decoder_weights(self.cfg) >= registry.MIN_ADAPTIVE_WEIGHTS
+        if large and shape not in self.announced:
+            self.announced.add(shape)
+            report_wait(
+                f"compiling or loading programs for {read.shape[0]} x {read.shape[1]} tokens in, "
+                f"{length} out"
             )
-        return self.priced[name]
 
     def load_draft_model(self, path: str) -> tuple[config.Model, Any]:
         """Loads a draft model: its config, and its weights on the mesh in force.
@@ -99,6 +151,11 @@ class DrafterCache:
         start = [self.cfg.decoder_start_token_id] if self.cfg.encoder else []
         end = [self.targets.eos] if self.targets.ends else []
         return [[*start, *map(int, row), *end] for row in self.targets.encode_all(known)]
+
+
+def report_wait(what: str) -> None:
+    """Prints a line on stderr about what is waited for."""
+    print(f"t5x_lite: {what}", file=sys.stderr, flush=True)
 
 
 class DraftDifference(NamedTuple):

@@ -54,11 +54,8 @@ def stream_text(
         batch=predictor.padded_rows(1),
         eos=predictor.targets.stops,
     )
-    drafting = predictor.drafters.prepare(request, decode)
-    results = decoding.stream(
-        predictor.cfg, predictor.params, request, decode, drafting, every=every
-    )
-    return text_pieces(predictor, results, drafter_names(drafting))
+    results = predictor.drafters.stream(predictor.params, request, decode, every)
+    return text_pieces(predictor, results, drafter_names(predictor.drafters.get(decode)))
 
 
 def text_pieces(

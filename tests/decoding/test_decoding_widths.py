@@ -18,7 +18,7 @@ from t5x_lite import decoding
 from t5x_lite.decoding import generation, protocol, streaming
 from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.adaptive import adaptive_loop, draft_lengths, latency
-from t5x_lite.decoding.adaptive.drafter import Adaptive, AdaptiveState, CostModel
+from t5x_lite.decoding.adaptive.drafter import ANY_WIDTH, Adaptive, AdaptiveState, CostModel
 from t5x_lite.decoding.drafters import lookup, trigram
 from t5x_lite.decoding.drafters.draft_model import DraftModel
 from t5x_lite.decoding.drafters.early_exit import EarlyExit
@@ -30,9 +30,9 @@ CHEAP = (1.0, 1.3, 1.6)
 LENGTH = 60
 
 
-def cost_model(seconds=CHEAP, drafter=None, reject_all=False, plain=None):
+def cost_model(seconds=CHEAP, drafter=None, fixed=ANY_WIDTH, plain=None):
     plain = np.float32(seconds[0] if plain is None else plain)
-    return CostModel(np.array(seconds, np.float32), plain, np.bool_(reject_all), drafter)
+    return CostModel(np.array(seconds, np.float32), plain, np.int32(fixed), drafter)
 
 
 def adaptive(floor):
@@ -136,7 +136,7 @@ def counting():
     return table_target(table)
 
 
-def chosen_widths(right, seconds=CHEAP, floor=8, limit=LENGTH, reject_all=False, plain=None):
+def chosen_widths(right, seconds=CHEAP, floor=8, limit=LENGTH, fixed=ANY_WIDTH, plain=None):
     """Returns the width of every step, 0 for a step without drafting; `right` [b T] is a script of
     right drafts."""
     use_one_device()
@@ -147,7 +147,7 @@ def chosen_widths(right, seconds=CHEAP, floor=8, limit=LENGTH, reject_all=False,
     prompts = protocol.Prompts(np.zeros((rows, 1), np.int32), np.ones(rows, np.int32))
     limits = np.broadcast_to(np.array(limit, np.int32), (rows,)) + 1
     arrays = generation.shard_rows((prompts, limits, script))
-    costs = cost_model(seconds, None, reject_all, plain)
+    costs = cost_model(seconds, None, fixed, plain)
 
     def make_context(arrays):
         prompts, limits, script = arrays
@@ -215,9 +215,12 @@ def test_what_costs_too_much_is_not_verified():
     assert 3 not in chosen_widths(np.ones((1, LENGTH)), seconds=(1, 5, 2))
 
 
-def test_infinite_costs_force_a_width_and_reject_all_accepts_nothing():
-    forced = chosen_widths(np.ones((1, LENGTH)), seconds=(np.inf, 1, np.inf), reject_all=True)
-    assert forced == [3] * LENGTH
+@pytest.mark.parametrize("floor", [1, 8])
+@pytest.mark.parametrize("number, width", [(0, 1), (1, 3), (2, 8)])
+def test_a_fixed_width_is_that_of_every_step_whatever_it_costs(floor, number, width):
+    script = np.random.default_rng(1).random((1, LENGTH + 30)) < 0.3
+    widths = chosen_widths(script, (1, 50, 90), floor, fixed=number)
+    assert set(widths) == {width}
 
 
 def test_a_drafter_that_gets_worse_is_given_up_and_one_that_gets_better_is_used():
@@ -286,52 +289,16 @@ def test_widths_that_do_not_rise_from_1_to_the_whole_tree_are_refused(widths):
         Adaptive(lookup.Lookup(chain(8)), widths)
 
 
-@pytest.mark.slow
-def test_latencies_are_measured_once_and_kept(monkeypatch, tmp_path):
-    use_one_device()
-    monkeypatch.setenv(latency.VARIABLE, str(tmp_path / "kept" / "costs.json"))
-    cfg, params = JOINED, decoding.prepare_params(JOINED, trained("decoder_only"))
-    request = decoding.make_request(cfg, EXAMPLES, GREEDY, eos=[NEVER, 3])
-    drafter = Adaptive(lookup.Lookup(chain(3)), (1, 3), 3)
-    arguments = (cfg, params, request, GREEDY, decoding.Drafting(drafter))
-    first = latency.with_cost_model(*arguments)
-    seconds = first.weights.seconds
-    assert seconds.shape == (2,) and 0 < seconds[0] <= seconds[1] < 60
-    monkeypatch.setattr(
-        latency, "measure_latencies", lambda *arguments: pytest.fail("measured again")
-    )
-    again = latency.with_cost_model(*arguments)
-    np.testing.assert_array_equal(again.weights.seconds, seconds)
-    plain = decoding.generate(cfg, params, request, GREEDY)
-    result = decoding.generate(cfg, params, request, GREEDY, again)
-    np.testing.assert_array_equal(result.tokens, plain.tokens)
-
-
-@pytest.mark.parametrize("start, step", [(0.0, 1.0), (0.3, 0.002), (5.0, 0.1)])
-def test_latencies_are_those_of_steps_and_not_of_the_noise_of_the_start(monkeypatch, start, step):
-    """A start that takes up to a tenth more, as those of small models do on busy machines."""
-    use_one_device()
-    length, drafter = 200, Adaptive(lookup.Lookup(chain(4)), (1, 4), 4)
-    prices, draw, clock = np.array([2 * step, 5 * step]), np.random.default_rng(0), [0.0]
-
-    def generate(cfg, params, rows, decode, drafting):
-        width = int(np.argmin(drafting.weights.seconds))
-        clock[0] += start * draw.uniform(1, 1.1) + prices[width] * (max(rows.limit) - 1)
-
-    def run_noop_model(program, rows, weights):
-        drafts = program.drafter is not generation.PLAIN.drafter
-        clock[0] += step * (draw.uniform(1, 1.1) + drafts * np.max(rows.limit))
-
-    monkeypatch.setattr(latency.generation, "generate", generate)
-    monkeypatch.setattr(latency, "run_noop_model", run_noop_model)
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
-    greedy = dataclasses.replace(GREEDY, max_new_tokens=length)
-    request = decoding.make_request(JOINED, EXAMPLES, greedy)
-    plain, *widths = latency.measure_latencies(
-        JOINED, None, request, greedy, decoding.Drafting(drafter)
-    )
-    np.testing.assert_allclose(widths, prices, rtol=0.15)
-    np.testing.assert_allclose(widths[0] - plain, step, rtol=0.15)
+def test_the_shortest_of_a_few_measurements_counts_and_wider_blocks_are_never_cheaper():
+    timer = latency.StepTimer(3)
+    measured = []
+    while (number := timer.next_width()) is not None:
+        measured.append(number)
+        timer.record(number, 1.0, 0)  # every row had ended: no measurement
+        timer.record(number, (8.0, 4.0, 16.0)[number] * len(measured), 4)
+    assert measured == [0, 1, 2] * latency.ROUNDS
+    assert timer.seconds(0.5) == [1.5, 2.0, 2.0, 12.0]
+    assert timer.seconds(9.0)[0] == 0.5  # an overhead cannot be more than most of a step
 
 
 @pytest.mark.slow
@@ -342,20 +309,19 @@ def test_latencies_are_those_of_steps_and_not_of_the_noise_of_the_start(monkeypa
         (Recycling(best_tree(8, CHANCES)), "decoder_only"),
     ],
 )
-def test_the_noop_model_takes_a_step_per_token_with_every_drafter(drafter, kind):
+def test_the_noop_model_takes_a_step_per_token_at_width_1(drafter, kind):
     use_one_device()
     drafting = decoding.Drafting(Adaptive(drafter, (1, 8), 8))
     request = decoding.make_request(KINDS[kind], EXAMPLES, GREEDY)
     rows = generation.shard_rows(request._replace(eos=None))
-    for number in (draft_lengths.DISABLED, 0, 1):
-        weights = latency.attach_costs(
-            drafting, latency.single_width_costs(number, 2), reject_all=True
-        ).weights
+    for number in (0, 1):
+        weights = latency.measuring_costs(drafting, number).weights
         program = generation.DecodeProgram(
             None, GREEDY.max_new_tokens, 1, 1, drafting.drafter, exact.Exact()
         )
         steps = latency.run_noop_model(program, rows, weights)
-        assert steps == np.max(request.limit)
+        assert 0 < steps <= np.max(request.limit)
+        assert number or steps == np.max(request.limit)
     assert 0 <= latency.measure_draft_overhead(request, GREEDY, drafting) < 1
 
 
@@ -367,14 +333,18 @@ def test_another_batch_or_drafter_has_another_key():
         return decoding.make_request(cfg, EXAMPLES[:count], GREEDY)
 
     drafting = decoding.Drafting(adaptive(8))
-    names = {latency.cache_key(cfg, None, rows(count), GREEDY, drafting) for count in (1, 2, 2)}
+    names = {latency.price_key(cfg, None, rows(count), GREEDY, drafting) for count in (1, 2, 2)}
     assert len(names) == 2
     assert (
-        latency.cache_key(cfg, None, rows(1), GREEDY, decoding.Drafting(adaptive(1))) not in names
+        latency.price_key(cfg, None, rows(1), GREEDY, decoding.Drafting(adaptive(1))) not in names
     )
+    long = dataclasses.replace(GREEDY, max_new_tokens=300)
+    near = dataclasses.replace(GREEDY, max_new_tokens=GREEDY.max_new_tokens - 9)
+    assert latency.price_key(cfg, None, rows(1), near, drafting) in names
+    assert latency.price_key(cfg, None, rows(1), long, drafting) not in names
     trees = [drafter(chain(8)) for drafter in (lookup.Lookup, trigram.Trigram)]
     each = [decoding.Drafting(Adaptive(drafter, (1, 8))) for drafter in trees]
-    assert len({latency.cache_key(cfg, None, rows(1), GREEDY, drafting) for drafting in each}) == 2
+    assert len({latency.price_key(cfg, None, rows(1), GREEDY, drafting) for drafting in each}) == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": "b"}', '{"a": [1, "x"]}', "null"])

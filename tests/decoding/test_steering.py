@@ -184,7 +184,7 @@ def test_what_is_cut_off_is_what_transformers_cuts_off(ours, theirs):
     logits = (3 * draw.normal(size=(100, VOCAB))).astype(np.float32)
     logits[::3, 5:15] = -np.inf
     request = decoding.make_request(KINDS["decoder_only"], [[3]] * 100, config.Decode())
-    params = generation.make_sampling_params(request, config.Decode(temperature=1.0, **ours))
+    params = sampling.make_sampling_params(request, config.Decode(temperature=1.0, **ours))
     kept = np.isfinite(sampling.filter_logits(jnp.array(logits)[:, None], params))[:, 0]
     expected = np.isfinite(theirs(torch.zeros(100, 1).long(), torch.tensor(logits)).numpy())
     np.testing.assert_array_equal(kept, expected)

@@ -23,10 +23,10 @@ from t5x_lite.decoding.adaptive.draft_lengths import (
     select_width,
 )
 from t5x_lite.decoding.adaptive.drafter import (
+    ANY_WIDTH,
     Adaptive,
     AdaptiveState,
     inner_context,
-    mask_draft,
 )
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Draft, Drafter, Tree, VerifySpec
 
@@ -39,11 +39,14 @@ def run_adaptive_loop(
     There is a loop for each width, entered while that width is the best. Loops and not a switch:
     what a loop carries is updated in place.
 
+    The width of the first step is chosen already (`begin_adaptive`), so that the state has the same
+    shapes before and after a pause, and one program continues it.
+
     Args:
       context: constants of the request, with the cost model as weights.
       adaptive: the drafter.
       accept: the acceptance rule.
-      state: state to start from.
+      state: state to start from, with the width of its first step.
 
     Returns:
       The last state.
@@ -64,7 +67,11 @@ def run_adaptive_loop(
             state = run_width(number, state)
         return state
 
-    return jax.lax.while_loop(unfinished, run_widths, choose_first_width(context, adaptive, state))
+    # Chosen before the pause, when latencies were perhaps not measured yet.
+    fixed, chosen = context.weights.fixed_width, state.drafter_state.width_index
+    number = jnp.where(fixed == ANY_WIDTH, chosen, fixed).astype(jnp.int32)
+    state = state._replace(drafter_state=state.drafter_state._replace(width_index=number))
+    return jax.lax.while_loop(unfinished, run_widths, state)
 
 
 def run_plain_steps(
@@ -110,21 +117,17 @@ def resume_drafting(context: DecodeContext, adaptive: Adaptive, state: DecodeSta
     return state._replace(drafter_state=adaptive_state)
 
 
-def choose_first_width(
-    context: DecodeContext, adaptive: Adaptive, state: DecodeState
-) -> DecodeState:
-    """Chooses the first width; after a pause the next one is chosen already.
+def begin_adaptive(context: DecodeContext, adaptive: Adaptive, state: DecodeState) -> DecodeState:
+    """Chooses the width of the first step; the steps before it, if any, were plain ones.
 
     Args:
       context: constants of the request.
       adaptive: the drafter.
-      state: state of the loop.
+      state: state of the loop, with the drafter's first state.
     """
-    if adaptive.drafts_ahead:
-        chosen = state.drafter_state.next_draft is not None
-        return state if chosen else choose_next_width(context, adaptive, state)
-    choose = functools.partial(choose_next_width, context, adaptive)
-    return jax.lax.cond(state.steps == 0, choose, lambda state: state, state)
+    spent = state.steps.astype(jnp.float32)
+    state = state._replace(drafter_state=state.drafter_state._replace(spent=spent))
+    return choose_next_width(context, adaptive, state)
 
 
 def adaptive_step(
@@ -233,8 +236,7 @@ def propose_tokens(
     """
     if drafter.tree.width == 1:
         return Draft(state.root[:, None][:, :0]), drafter_state
-    draft, drafter_state = drafter.propose(inner_context(context), drafter_state, state)
-    return mask_draft(context, draft), drafter_state
+    return drafter.propose(inner_context(context), drafter_state, state)
 
 
 def choose_next_width(
@@ -265,6 +267,7 @@ def choose_next_width(
     if adaptive_state.next_draft is None:
         return state._replace(drafter_state=draft_and_select(adaptive_state))
     excess = adaptive_state.spent + jnp.min(relative_costs(context)) - cost_budget(context, state)
+    excess = jnp.where(context.weights.fixed_width == ANY_WIDTH, excess, -1)
     # Each plain step adds SLACK to the budget: after so many of them the next draft is within it.
     count = jnp.ceil(jnp.clip(excess / SLACK, 1, MAX_DISABLED_STEPS)).astype(jnp.int32)
 

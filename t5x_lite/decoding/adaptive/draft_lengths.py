@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from t5x_lite.decoding.adaptive.drafter import Adaptive, AdaptiveState
+from t5x_lite.decoding.adaptive.drafter import ANY_WIDTH, Adaptive, AdaptiveState
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Draft, Tree, VerifyOutput
 
 # Decay of the counts: after a step that adds to them, and after any other. What happened 10 steps
@@ -91,7 +91,8 @@ def select_width(
 ) -> AdaptiveState:
     """Selects the width with the most expected tokens per second within the budget.
 
-    Of equal widths the narrowest; width 1 is always within the budget.
+    Of equal widths the narrowest; width 1 is always within the budget. CostModel.fixed_width
+    decides alone.
 
     Args:
       context: constants of the request, with the cost model.
@@ -107,14 +108,15 @@ def select_width(
     total = adaptive_state.spent + relative_costs(context)
     affordable = (total <= cost_budget(context, state)) | (np.arange(len(adaptive.widths)) == 0)
     per_second = jnp.sum(gain, axis=0) / jnp.asarray(context.weights.seconds)
-    index = jnp.argmax(jnp.where(affordable, per_second, -1)).astype(jnp.int32)
+    best = jnp.argmax(jnp.where(affordable, per_second, -1)).astype(jnp.int32)
+    fixed = jnp.asarray(context.weights.fixed_width, jnp.int32)
+    index = jnp.where(fixed == ANY_WIDTH, best, fixed)
     return adaptive_state._replace(width_index=index, spent=total[index])
 
 
 def relative_costs(context: DecodeContext) -> Float[Array, " n"]:
-    """Cost of a step at each width, in steps of plain decoding; infinity rules a width out."""
-    seconds = jnp.asarray(context.weights.seconds)
-    return jnp.where(jnp.isfinite(seconds), seconds / context.weights.plain_seconds, jnp.inf)
+    """Cost of a step at each width, in steps of plain decoding."""
+    return jnp.asarray(context.weights.seconds) / context.weights.plain_seconds
 
 
 def row_weights(context: DecodeContext, state: DecodeState) -> Float[Array, " b"]:

@@ -20,20 +20,24 @@ from t5x_lite.decoding.protocol import (
     VerifyOutput,
 )
 
+# CostModel.fixed_width of a drafter that chooses its widths.
+ANY_WIDTH = -1
+
 
 class CostModel(NamedTuple):
     """Weights of an Adaptive: measured latencies, and the weights of its drafter.
 
     Attributes:
-      seconds: [n] float32, seconds of a step at each width; infinity rules a width out.
+      seconds: [n] float32, seconds of a step at each width.
       plain_seconds: float32, seconds of a step without drafting.
-      reject_all: bool, reject every draft, which is how latencies are measured.
+      fixed_width: int32, index of the width that every step has, which is how latencies are
+        measured; ANY_WIDTH to choose.
       drafter_weights: the drafter's own weights.
     """
 
     seconds: Any
     plain_seconds: Any
-    reject_all: Any
+    fixed_width: Any
     drafter_weights: Any = None
 
 
@@ -144,7 +148,7 @@ class Adaptive:
         """
         inner = drafter_state.drafter_state
         draft, inner = self.drafter.propose(inner_context(context), inner, state)
-        return mask_draft(context, draft), drafter_state._replace(drafter_state=inner)
+        return draft, drafter_state._replace(drafter_state=inner)
 
     def observe(
         self,
@@ -169,8 +173,3 @@ class Adaptive:
 def inner_context(context: DecodeContext) -> DecodeContext:
     """Returns the context with the weights of the drafter inside."""
     return context._replace(weights=context.weights.drafter_weights)
-
-
-def mask_draft(context: DecodeContext, draft: Draft) -> Draft:
-    """Removes every draft token while latencies are measured."""
-    return draft._replace(tokens=jnp.where(context.weights.reject_all, -1, draft.tokens))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latency of a step at each width: measured once per model, batch and device, and cached.
 
-The program that is measured is the one that will run, drafting included, with every draft rejected:
-each step adds one token, and the time of some of them gives the latency at a width.
+Measured while texts are written (`tiers`): between two pauses every step has the same width, and
+the time from one to the other gives its latency.
 """
 
 import contextlib
@@ -18,58 +18,68 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
 from t5x_lite import config
 from t5x_lite.decoding import generation
 from t5x_lite.decoding.acceptance.exact import Exact
-from t5x_lite.decoding.adaptive.draft_lengths import DISABLED
-from t5x_lite.decoding.adaptive.drafter import Adaptive, CostModel
+from t5x_lite.decoding.adaptive.drafter import ANY_WIDTH, Adaptive, CostModel
 from t5x_lite.decoding.protocol import Target
 from t5x_lite.decoding.request import Request, bucket_length
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import cache_folder, local_path
 
 VARIABLE = "T5X_LITE_COSTS"
-# Least number of steps of a measurement, and how often each width is measured, in turns; the
-# shortest time counts.
-STEPS, ROUNDS = 8, 3
+# How often each width is measured, in turns; the shortest time counts. So often, too, the no-op
+# model is timed.
+ROUNDS = 2
 # Layout of a row of the table, part of its key: rows of another layout are measured anew.
-LAYOUT = "plain call, then widths"
+LAYOUT = "plain step, then widths, by bucket of slots"
+# Texts whose numbers of slots are in one bucket have the same prices: attention over the cache is a
+# small part of a step until it is long. The first bucket's most slots, and how many times more the
+# next one has.
+LEAST_SLOTS, NEXT_SLOTS = 64, 4
 
 
-def with_cost_model(
-    cfg: config.Model,
-    params: Any,
-    request: Request,
-    decode: config.Decode,
-    drafting: generation.Drafting,
-) -> generation.Drafting:
-    """Adds the cost model of an Adaptive drafter, from the table or measured now.
+class StepTimer:
+    """Seconds of a step at each width, measured over steps of texts that are being written.
 
-    The first measurement compiles what `generate` needs anyway. Several processes measure together,
-    and all use the figures of the first one, so that they choose the same widths.
-
-    Args:
-      cfg: config of the model.
-      params: weights from `prepare_params`.
-      request: a request of the shapes that matter.
-      decode: limits and sampling.
-      drafting: an Adaptive drafter, its drafter's weights, and the acceptance rule.
-
-    Returns:
-      drafting with a CostModel as its weights.
+    Attributes:
+      shortest: shortest seconds of a step at each width; infinity before the first measurement.
+      rounds: number of measurements at each width.
     """
-    if jax.process_count() > 1:
-        seconds = np.array(measure_latencies(cfg, params, request, decode, drafting))
-        return attach_costs(drafting, multihost_utils.broadcast_one_to_all(seconds).tolist())
-    name = cache_key(cfg, params, request, decode, drafting)
-    table = read_table(cache_path())
-    if name not in table:
-        seconds = measure_latencies(cfg, params, request, decode, drafting)
-        table = save_row(cache_path(), name, seconds)
-    return attach_costs(drafting, table[name])
+
+    def __init__(self, count: int):
+        self.shortest = np.full(count, np.inf)
+        self.rounds = np.zeros(count, int)
+
+    def next_width(self) -> int | None:
+        """Index of the width to measure next; None if all are measured."""
+        number = int(np.argmin(self.rounds))
+        return number if self.rounds[number] < ROUNDS else None
+
+    def record(self, number: int, seconds: float, steps: int) -> None:
+        """Adds a measurement.
+
+        Args:
+          number: index of the width.
+          seconds: seconds of all the steps.
+          steps: number of steps; 0 where every row had ended.
+        """
+        if steps:
+            self.shortest[number] = min(self.shortest[number], seconds / steps)
+            self.rounds[number] += 1
+
+    def seconds(self, overhead: float) -> list[float]:
+        """Returns the seconds of a plain step, and of one at each width.
+
+        A wider block never gets less than a narrower one: that would be noise.
+
+        Args:
+          overhead: seconds that drafting adds to a step of width 1.
+        """
+        widths = np.maximum.accumulate(self.shortest)
+        return [max(widths[0] - overhead, widths[0] / 4), *widths.tolist()]
 
 
 def adaptive_drafter(drafting: generation.Drafting) -> Adaptive:
@@ -79,14 +89,14 @@ def adaptive_drafter(drafting: generation.Drafting) -> Adaptive:
 
 
 def attach_costs(
-    drafting: generation.Drafting, seconds: list[float], reject_all: bool = False
+    drafting: generation.Drafting, seconds: list[float], fixed_width: int = ANY_WIDTH
 ) -> generation.Drafting:
     """Wraps the weights of a drafter in a CostModel.
 
     Args:
       drafting: an Adaptive drafter, and its drafter's weights.
       seconds: seconds of a plain step, and of one at each width.
-      reject_all: reject every draft.
+      fixed_width: index of the width of every step; ANY_WIDTH to choose.
 
     Returns:
       drafting with a CostModel as its weights.
@@ -94,68 +104,15 @@ def attach_costs(
     costs = CostModel(
         seconds=np.array(seconds[1:], np.float32),
         plain_seconds=np.float32(seconds[0]),
-        reject_all=np.bool_(reject_all),
+        fixed_width=np.int32(fixed_width),
         drafter_weights=drafting.weights,
     )
     return drafting._replace(weights=costs)
 
 
-def measure_latencies(
-    cfg: config.Model,
-    params: Any,
-    request: Request,
-    decode: config.Decode,
-    drafting: generation.Drafting,
-) -> list[float]:
-    """Measures the seconds of a plain step, and of one at each width of the drafter.
-
-    A wider block never gets less than a narrower one: that would be noise.
-
-    Args:
-      cfg: config of the model.
-      params: weights from `prepare_params`.
-      request: a request of the shapes that matter.
-      decode: limits and sampling.
-      drafting: an Adaptive drafter, its drafter's weights, and the acceptance rule.
-    """
-    adaptive = adaptive_drafter(drafting)
-    count = len(adaptive.widths)
-    never = -1 if isinstance(request.eos, int) else np.full_like(request.eos, -1)
-    request = request._replace(eos=never)
-    most = max(min(decode.max_new_tokens, int(np.max(request.limit))) - 1, 1)
-
-    def time_steps(number: int, steps: int) -> float:
-        """Seconds of the start (encoder, prefill, first token) and of so many steps."""
-        fixed = attach_costs(drafting, single_width_costs(number, count), reject_all=True)
-        rows = request._replace(limit=np.minimum(request.limit, steps + 1))
-        begin = time.perf_counter()
-        generation.generate(cfg, params, rows, decode, fixed)
-        return time.perf_counter() - begin
-
-    time_steps(0, 0)
-    start = time_steps(0, 0)
-    steps = np.full(count, min(STEPS, most))
-    for number in range(count):
-        # The start of a small model takes as long as a hundred steps: its noise would be most of
-        # the difference if only a few were measured.
-        while steps[number] < most and time_steps(number, steps[number]) < 1.5 * start:
-            steps[number] = min(2 * steps[number], most)
-    total = np.full(count, np.inf)
-    for _ in range(ROUNDS):
-        start = min(start, time_steps(0, 0))
-        total = np.minimum(total, [time_steps(number, steps[number]) for number in range(count)])
-    # On a busy machine the start alone can take longer than start and steps did.
-    seconds = np.maximum.accumulate(np.maximum(total - start, total / 4) / steps)
-    overhead = 0.0
-    if adaptive_drafter(drafting).drafts_ahead:
-        overhead = measure_draft_overhead(request, decode, drafting)
-    return [max(seconds[0] - overhead, seconds[0] / 4), *seconds.tolist()]
-
-
-def single_width_costs(number: int, count: int) -> list[float]:
-    """Costs that leave no choice but width `number` of `count`, or no drafting (DISABLED)."""
-    place = 0 if number == DISABLED else number + 1
-    return [1.0 if each == place else np.inf for each in range(count + 1)]
+def measuring_costs(drafting: generation.Drafting, number: int) -> generation.Drafting:
+    """Returns drafting with a CostModel that fixes the width of every step to index `number`."""
+    return attach_costs(drafting, [1.0] * (1 + len(adaptive_drafter(drafting).widths)), number)
 
 
 def measure_draft_overhead(
@@ -175,7 +132,7 @@ def measure_draft_overhead(
     """
     wide = adaptive_drafter(drafting)
     narrow = drafting._replace(drafter=dataclasses.replace(wide, widths=(1, wide.tree.width)))
-    narrow = attach_costs(narrow, single_width_costs(0, 2), reject_all=True)
+    narrow = measuring_costs(narrow, 0)
     rows = generation.shard_rows(request._replace(eos=None))
 
     def time_noop(drafting: generation.Drafting) -> float:
@@ -220,17 +177,20 @@ def run_noop_model(
     rules = generation.ChoiceRules()
     context = generation.make_context(program, noop_model, request._replace(eos=-1), rules, weights)
     state = generation.initial_state(context, None, context.slots, drafter.begin(context))
+    state = generation.begin_drafting(context, drafter, state)
     return generation.run_decoding(program, context, state).steps
 
 
-def cache_key(
+def price_key(
     cfg: config.Model,
     params: Any,
     request: Request,
     decode: config.Decode,
     drafting: generation.Drafting,
 ) -> str:
-    """Returns a key of all that a latency depends on: model, shapes, drafter, device, versions.
+    """Returns a key of all that a latency depends on: model, sizes, drafter, device, versions.
+
+    Rows count exactly, lengths by bucket: a step costs about the same within one.
 
     Args:
       cfg: config of the model.
@@ -239,7 +199,9 @@ def cache_key(
       decode: limits and sampling.
       drafting: an Adaptive drafter, its drafter's weights, and the acceptance rule.
     """
-    shapes = [None if x is None else np.shape(x) for x in (request.inputs, request.prompts)]
+    rows, prompt = request.prompts.shape
+    inputs = 0 if request.inputs is None else request.inputs.shape[1]
+    slots = prompt + bucket_length(decode.max_new_tokens)
     device = jax.devices()[0]
     identity = (
         cfg,
@@ -248,8 +210,7 @@ def cache_key(
         drafting.drafter,
         drafting.accept,
         jax.tree.map(np.shape, drafting.weights),
-        shapes,
-        bucket_length(decode.max_new_tokens),
+        (rows, slot_bucket(inputs), slot_bucket(slots)),
         decode.temperature > 0,
         (
             device.platform,
@@ -263,6 +224,14 @@ def cache_key(
         LAYOUT,
     )
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
+
+
+def slot_bucket(slots: int) -> int:
+    """Most slots of the bucket that a number of slots is in; 0 for none."""
+    most = LEAST_SLOTS if slots else 0
+    while most < slots:
+        most *= NEXT_SLOTS
+    return most
 
 
 def cache_path() -> Path:

@@ -89,8 +89,7 @@ class DraftModel:
         encoded, prompts = model.EncoderMemory(), Prompts(source, jnp.maximum(length, 1))
         if cfg.encoder is not None:
             encoded = targets.encode_inputs(cfg, params, source, length)
-            start = jnp.full_like(source[:, :1], cfg.decoder_start_token_id)
-            prompts = Prompts(start, jnp.ones_like(length))
+            prompts = self.decoder_prompts(context)
         elif cfg.add_bos:
             start = jnp.full_like(source[:, :1], cfg.decoder_start_token_id)
             prompts = Prompts(
@@ -106,6 +105,18 @@ class DraftModel:
             last=jnp.sum(jnp.where(here, prompts.tokens, 0), axis=1),
             offset=prompts.length - context.prompts.length,
         )
+
+    def decoder_prompts(self, context: DecodeContext) -> Prompts:
+        """Returns the prompts of a draft model with an encoder: its start token.
+
+        The target's text so far follows it where the target has an encoder too.
+        """
+        tokens, length = context.prompts
+        start = jnp.full_like(tokens[:, :1], self.cfg.decoder_start_token_id)
+        if context.inputs is None:
+            return Prompts(start, jnp.ones_like(length))
+        text = self.clip_ids(tokens[:, 1:])
+        return Prompts(jnp.concatenate(sharding.by_rows([start, text]), axis=1), length)
 
     def source(self, context: DecodeContext) -> tuple[Int[Array, "b s"], Int[Array, " b"]]:
         """Returns the encoder inputs or the prompt without its start token, and the lengths."""

@@ -233,7 +233,7 @@ def make_drafting(
 ) -> Drafting:
     """Returns the drafter, its weights and the acceptance rule of a Decode.
 
-    An `Adaptive` drafter still needs a cost model (`latency.with_cost_model`).
+    An `Adaptive` drafter still needs a cost model: `adaptive.tiers` measures one.
 
     Args:
       cfg: config of the target.
