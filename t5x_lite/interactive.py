@@ -6,7 +6,7 @@
     g2p = interactive.load("runs/g2p")
     g2p.generate("photograph")                              # 'F OW T AH G R AE F'
     g2p.generate(["cat", "hats"], beams=4, n_best=2)        # two texts for each
-    g2p.generate(5 * ["cat"], temperature=1.0, seed=7)      # five draws, the same for a seed
+    g2p.generate("cat", temperature=1.0, n_best=5, seed=7)  # five draws, the same for a seed
     g2p.score("cat", "K AE T")                              # log-probability, in nats
     g2p.embed(["cat", "hats"])                              # a vector for each, numpy [2 d]
     for piece in g2p.stream("photograph"):                  # the same text, streamed
@@ -24,13 +24,39 @@ Importing this module imports neither JAX nor TensorFlow; loading a run never im
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from t5x_lite import config
 from t5x_lite.config import aliases
-from t5x_lite.utils.nearest import suggest
+from t5x_lite.evaluation.arguments import check_messages, list_pairs, list_texts
+
+
+def takes_decode_options(method: Callable) -> Callable:
+    """Makes `help` and completion show the fields of config.Decode in place of **options.
+
+    The default of each is None: what the session has in `decode`.
+    """
+    signature = inspect.signature(method)
+    named = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    for name, hint in get_type_hints(config.Decode).items():
+        named.append(inspect.Parameter(name, keyword, default=None, annotation=hint | None))
+
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return method(*arguments, **options)
+
+    # What inspect, help and editors read.
+    call.__dict__["__signature__"] = signature.replace(parameters=named)
+    described = (inspect.getdoc(config.Decode) or "").partition("Attributes:\n")[2].rstrip()
+    line = re.compile(r"^  \*\*options: .*$", re.MULTILINE)
+    call.__doc__ = line.sub(lambda match: described, inspect.getdoc(method) or "")
+    return call
 
 
 class Session:
@@ -41,24 +67,62 @@ class Session:
       decode: default options of `generate`.
       step: training step of the weights.
       template: its chat template (`tokenizers.chat.ChatTemplate`); None for a model without one.
+      source: what was loaded, as `print` shows it.
     """
 
-    def __init__(self, predictor: Any, decode: config.Decode, step: int = 0, template: Any = None):
+    def __init__(
+        self,
+        predictor: Any,
+        decode: config.Decode,
+        step: int = 0,
+        template: Any = None,
+        source: str = "a model",
+    ):
         self.predictor = predictor
         self.decode = decode
         self.step = step
         self.template = template
+        self.source = source
         self.learner = None
 
+    def __repr__(self) -> str:
+        """Returns what was loaded: source, family and size of the model, dtype, step."""
+        from t5x_lite import model
+        from t5x_lite.checkpoints.formats import huggingface
+
+        cfg, params = self.predictor.cfg, self.predictor.params
+        try:
+            family = [huggingface.family_for_export(cfg).config_json(cfg)["model_type"]]
+        except ValueError:
+            family = []  # one that other libraries do not have
+        stacks = [
+            f"{name} {stack.layers} x {stack.embed}"
+            for name, stack in (("encoder", cfg.encoder), ("decoder", cfg.decoder))
+            if stack is not None
+        ]
+        parts = [
+            *family,
+            cfg.layout.replace("_", "-"),
+            " + ".join(stacks),
+            f"{sum(model.count(cfg).values()) / 1e6:,.1f}M parameters",
+            " and ".join(weight_dtypes(params)),
+            f"step {self.step:,}",
+            *(["chat template"] if self.template is not None else []),
+        ]
+        return f"<Session of {self.source}: {', '.join(parts)}>"
+
+    @takes_decode_options
     def generate(self, texts: str | Sequence[str], **options: Any) -> Any:
         """Generates a text for a text, a list for a list; with n_best, lists of texts.
 
-        options are the fields of `config.Decode`: length, temperature, top_k, top_p, seed, beams,
-        alpha, n_best; drafter="lookup" and others speculate, which changes the speed alone.
         `predictor.tally` counts tokens per forward pass.
 
+        Args:
+          texts: a text or a list of texts.
+          **options: fields of config.Decode; None for that of the session's `decode`.
+
         Raises:
-          ValueError: an unknown option, or options that contradict each other.
+          ValueError: texts are not texts, an unknown option, or options that contradict each other.
         """
         predictions = self.predict(texts, **options)
         several = self.settings(options).n_best > 1
@@ -70,12 +134,21 @@ class Session:
             return result(predictions)
         return [result(each) for each in predictions]
 
+    @takes_decode_options
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Generates texts with scores and ids, as `evaluation.predict.Prediction`."""
-        if isinstance(texts, str):
-            return self.predictor.predict([texts], self.settings(options))[0]
-        return self.predictor.predict(list(texts), self.settings(options))
+        """Generates texts with scores and ids, as `evaluation.predict.Prediction`.
 
+        Args:
+          texts: a text or a list of texts.
+          **options: fields of config.Decode; None for that of the session's `decode`.
+
+        Raises:
+          ValueError: texts are not texts, an unknown option, or options that contradict each other.
+        """
+        predictions = self.predictor.predict(list_texts(texts), self.settings(options))
+        return predictions[0] if isinstance(texts, str) else predictions
+
+    @takes_decode_options
     def stream(self, text: str, *, every: int = 4, **options: Any) -> Iterator[str]:
         """Yields the text of `generate` piece by piece.
 
@@ -84,20 +157,24 @@ class Session:
         Args:
           text: the input.
           every: number of forward passes per piece.
-          **options: those of `generate`.
+          **options: fields of config.Decode; None for that of the session's `decode`.
 
         Raises:
           ValueError: beam search, which has its text only at the end, or an unknown option.
         """
         from t5x_lite.evaluation import streaming
 
+        (text,) = list_texts(text, one=True)
         pieces = streaming.stream_text(self.predictor, text, self.settings(options), every)
         return (piece.text for piece in pieces)
 
-    def chat(self, messages: str | Sequence[dict[str, str]], **options: Any) -> str:
-        """Answers a question, or a conversation: {"role": "user", "content": "..."} ...
+    @takes_decode_options
+    def chat(self, messages: str | Sequence[dict[str, str]], **options: Any) -> Any:
+        """Answers a question, or a conversation; with n_best, returns a list of answers.
 
-        options are those of generate.
+        Args:
+          messages: a question, or a list such as [{"role": "user", "content": "..."}].
+          **options: fields of config.Decode; None for that of the session's `decode`.
 
         Raises:
           ValueError: the model has no chat template, or the template rejects these messages.
@@ -112,16 +189,15 @@ class Session:
             raise ValueError("The model has no chat template: give generate the text to continue")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        check_messages(messages)
         template, tokens = self.template
         return chat.render_chat(template, messages, add_generation_prompt=True, **tokens)
 
     def score(self, inputs: str | Sequence[str], targets: str | Sequence[str]) -> Any:
         """Log-probability in nats of each target given its input; a float for a single pair."""
-        if isinstance(inputs, str) != isinstance(targets, str):
-            raise ValueError("score takes two texts, or two lists of texts")
-        if isinstance(inputs, str):
-            return self.predictor.score([inputs], [targets])[0][0]
-        return [total for total, _ in self.predictor.score(list(inputs), list(targets))]
+        pairs = list_pairs("score", inputs, targets)
+        scores = [total for total, _ in self.predictor.score(*pairs)]
+        return scores[0] if isinstance(inputs, str) else scores
 
     def embed(
         self, texts: str | Sequence[str], pooling: str | None = None, on_progress: Any = None
@@ -136,10 +212,10 @@ class Session:
         """
         from t5x_lite.evaluation import embed
 
-        if isinstance(texts, str):
-            return embed.embed(self.predictor, [texts], pooling)[0]
-        return embed.embed(self.predictor, list(texts), pooling, on_progress)
+        vectors = embed.embed(self.predictor, list_texts(texts), pooling, on_progress)
+        return vectors[0] if isinstance(texts, str) else vectors
 
+    @takes_decode_options
     def explain(
         self,
         input: str,
@@ -163,7 +239,7 @@ class Session:
           input: the input text.
           target: the target text; None to generate it.
           top: number of alternatives of each token.
-          **options: those of `generate`.
+          **options: fields of config.Decode; None for that of the session's `decode`.
 
         Raises:
           ValueError: the model has no decoder, or the text is too long for one forward pass.
@@ -171,6 +247,9 @@ class Session:
         from t5x_lite import analysis
 
         decode = self.settings(options)
+        (input,) = list_texts(input, one=True)
+        if target is not None:
+            (target,) = list_texts(target, one=True)
         return analysis.explain(self.predictor, input, target, decode=decode, top=top)
 
     def train_step(
@@ -195,10 +274,7 @@ class Session:
         from t5x_lite.model import quantization
         from t5x_lite.training import fit_in_memory
 
-        if isinstance(inputs, str) != isinstance(targets, str):
-            raise ValueError("train_step takes two texts, or two lists of texts")
-        pairs = ([texts] if isinstance(texts, str) else list(texts) for texts in (inputs, targets))
-        input_texts, target_texts = pairs
+        input_texts, target_texts = list_pairs("train_step", inputs, targets)
         predictor = self.predictor
         if quantization.has_quantized(predictor.params):
             raise ValueError("Quantized weights cannot be trained: load without quantize")
@@ -206,17 +282,29 @@ class Session:
             self.learner = fit_in_memory.Learner(predictor.cfg, predictor.params)
         ids = predictor.encode_inputs(input_texts), predictor.encode_targets(target_texts)
         loss = self.learner.step(*ids, learning_rate)
-        predictor.params = predictor.drafters.params = self.learner.params
+        predictor.params = self.learner.params
         return loss
 
     def settings(self, options: dict[str, Any]) -> config.Decode:
-        """Returns the default options with some fields replaced."""
+        """Returns the default options with those replaced that are not None."""
         known = [field.name for field in dataclasses.fields(config.Decode)]
         options = aliases.rename_keywords(options, "Decode")
         for name in options:
             if name not in known:
-                raise ValueError(f"Unknown option {name}: {suggest(name, known)}")
-        return dataclasses.replace(self.decode, **options)
+                hint = aliases.suggest_field(name, "Decode", known)
+                raise ValueError(f"Unknown option {name}: {hint}")
+        chosen = {name: value for name, value in options.items() if value is not None}
+        return dataclasses.replace(self.decode, **chosen)
+
+
+def weight_dtypes(params: Any) -> list[str]:
+    """Names of the dtypes of the weights, those of most numbers first."""
+    import jax
+
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params):
+        sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size
+    return sorted(sizes, key=sizes.__getitem__, reverse=True)
 
 
 def load(
@@ -254,4 +342,4 @@ def load(
         ended=predict.has_inputs(run),
         batch_size=run.evaluate.batch_size,
     )
-    return Session(predictor, run.decode, restored.step, restored.chat)
+    return Session(predictor, run.decode, restored.step, restored.chat, str(path))

@@ -59,7 +59,7 @@ NUMBERS_OF_DECODE = {
     "seed": ("N", "seed of sampling: the same text for the same line"),
     "beams": ("N", "beam search with N beams"),
     "alpha": ("A", "length penalty of beam search; 0 is none"),
-    "n_best": ("N", "return the N best beams"),
+    "n_best": ("N", "return the N best beams, or N samples"),
 }
 
 

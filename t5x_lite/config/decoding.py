@@ -33,7 +33,7 @@ class Decode(Checked):
       beams: beams of the search; 1 is none.
       alpha: length penalty: beams are ranked by log-probability / ((5 + length) / 6) ** alpha (Wu
         et al., 2016, eq. 14).
-      n_best: beams returned, best first.
+      n_best: texts returned for an input: the best beams, best first, or so many samples.
       drafter: what drafts tokens ahead, which changes the speed and not the text: auto, plain,
         lookup, early:4, draft:PATH, lookup+recycling, ... (`infer --help` lists them).
       draft_length: tokens of a block, its first included, 2 to 64; 0 takes the fastest by
@@ -90,8 +90,9 @@ class Decode(Checked):
         except ValueError as error:
             raise ValueError(f"Decode.drafter: {error}") from None
         require(
-            self.n_best <= self.beams,
-            f"Decode.n_best must be in 1..Decode.beams ({self.beams}); got {self.n_best}",
+            self.temperature > 0 or self.n_best <= self.beams,
+            f"Decode.n_best {self.n_best} needs as many Decode.beams (now {self.beams}), or "
+            "samples (temperature > 0): a greedy text is one",
         )
         require(
             self.beams == 1 or self.temperature == 0,

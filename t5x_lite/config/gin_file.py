@@ -343,7 +343,7 @@ def explain(error: Exception, lines: list[Line], bindings: list[gin_bindings.Bin
     parameter = re.search(r"'config\.(\w+)' doesn't have a parameter named '(\w+)'", message)
     if parameter:
         fields = [field.name for field in dataclasses.fields(getattr(config, parameter[1]))]
-        hint = suggest(parameter[2], fields)
+        hint = aliases.suggest_field(parameter[2], parameter[1], fields)
         return f"{message}\nconfig.{parameter[1]} has no such field: {hint}"
     attribute = re.search(r"has no attribute '?(\w+)", message)
     if attribute:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prediction of texts: tokenized, sorted into batches of like length, decoded, back in order."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,17 +16,21 @@ from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
+# Seeds of the second, third, ... sample of a text are this far apart (2^32 over the golden ratio):
+# those of two near seeds differ.
+SEED_STEP = 0x9E3779B9
+
 
 class Prediction(NamedTuple):
-    """Texts that the model wrote for one input, best first.
+    """Texts that the model wrote for one input: beams best first, samples in the order drawn.
 
     Attributes:
       texts: the texts.
       scores: log_probabilities over the length penalty, which rank the texts.
       log_probabilities: in nats.
       tokens: ids of each text.
-      calls: of the best text, the forward pass that wrote each token; empty after beam search.
-      drafted_by: of the best text, the drafter that proposed each token ("model" if none); empty
+      calls: of the first text, the forward pass that wrote each token; empty after beam search.
+      drafted_by: of the first text, the drafter that proposed each token ("model" if none); empty
         after beam search.
     """
 
@@ -64,7 +69,7 @@ class Predictor:
         self.cfg = cfg
         self.params = decoding.prepare_params(cfg, params)
         self.inputs, self.targets = vocabularies
-        self.drafters = DrafterCache(cfg, self.params, self.targets)
+        self.drafters = DrafterCache(cfg, self.targets)
         self.tally = AcceptanceStats()
         self.ended = ended
         self.batch_size = batch_size
@@ -109,6 +114,8 @@ class Predictor:
           counted: false to leave `tally` as it is.
         """
         rows = range(len(ids)) if rows is None else rows
+        if decode.temperature > 0 and decode.n_best > 1:
+            return self.sample_several(ids, decode, rows, on_progress, counted)
         predictions: dict[int, Prediction] = {}
         for places in self.batches(ids):
             request = decoding.make_request(
@@ -119,9 +126,8 @@ class Predictor:
                 batch=self.padded_rows(len(places)),
                 eos=self.targets.stops,
             )
-            drafting = self.drafters.prepare(request, decode)
-            result = decoding.generate(self.cfg, self.params, request, decode, drafting)
-            names = drafter_names(drafting)
+            names = drafter_names(self.drafters.get(decode))
+            result = self.drafters.generate(self.params, request, decode)
             if counted:
                 self.tally.add(result, names, len(places))
             for row, place in enumerate(places):
@@ -129,6 +135,32 @@ class Predictor:
             if on_progress:
                 on_progress(len(predictions))
         return [predictions[place] for place in range(len(ids))]
+
+    def sample_several(
+        self,
+        ids: Sequence[Sequence[int]],
+        decode: config.Decode,
+        rows: Sequence[int],
+        on_progress: Callable[[int], None] | None,
+        counted: bool,
+    ) -> list[Prediction]:
+        """Samples n_best texts for each input; the first is that of n_best 1.
+
+        Args:
+          ids: ids of each input, with their end.
+          decode: config of decoding.
+          rows: numbers of the inputs for sampling.
+          on_progress: called with the number of inputs done.
+          counted: false to leave `tally` as it is.
+        """
+        draws: list[list[Prediction]] = []
+        for number in range(decode.n_best):
+            seed = (decode.seed + number * SEED_STEP) % 2**32
+            once = dataclasses.replace(decode, n_best=1, seed=seed)
+            draws.append(self.predict_ids(ids, once, rows=rows, counted=counted))
+            if on_progress:
+                on_progress(len(ids) * (number + 1) // decode.n_best)
+        return [join_samples(samples) for samples in zip(*draws, strict=True)]
 
     def score(
         self, inputs: Sequence[str], targets: Sequence[str]
@@ -164,10 +196,22 @@ class Predictor:
         return [ids.tolist() for ids in encode_texts(self.targets, texts)]
 
     def batches(self, ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Yields indices of inputs that share a batch: those of like length."""
-        order = np.argsort([len(row) for row in ids], kind="stable")
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size].tolist()
+        """Yields indices of inputs that share a batch: those of like length.
+
+        A batch ends at batch_size inputs, or before one that is so long that more than half of the
+        batch would be padding: every input is padded to the longest.
+        """
+        batch: list[int] = []
+        tokens = 0
+        for place in np.argsort([len(row) for row in ids], kind="stable").tolist():
+            padded = decoding.bucket_length(len(ids[place]))
+            tokens += padded
+            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * padded > 2 * tokens):
+                yield batch
+                batch, tokens = [], padded
+            batch.append(place)
+        if batch:
+            yield batch
 
     def padded_rows(self, count: int) -> int:
         """Number of rows to pad `count` to: one that the mesh can split, of few different ones."""
@@ -199,6 +243,17 @@ class Predictor:
             if result.token_node is None
             else [names[node] for node in result.token_node[row, 0, : len(tokens[0])]],
         )
+
+
+def join_samples(samples: Sequence[Prediction]) -> Prediction:
+    """Returns the samples of one input as one Prediction."""
+    first = samples[0]
+    return first._replace(
+        texts=[each.texts[0] for each in samples],
+        scores=[each.scores[0] for each in samples],
+        log_probabilities=[each.log_probabilities[0] for each in samples],
+        tokens=[each.tokens[0] for each in samples],
+    )
 
 
 def drafter_names(drafting: decoding.Drafting) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 """Laws of a session at play: a stream is the text, a step teaches, nothing else moves."""
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from conftest import FAMILIES, toy_model
 
 from t5x_lite import config, decoding, interactive, model, sharding
 from t5x_lite.evaluation import predict, streaming
-from t5x_lite.tokenizers import vocabularies
+from t5x_lite.tokenizers import chat, vocabularies
 from t5x_lite.training import fit_in_memory
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz é"
@@ -162,3 +164,122 @@ def test_explaining_is_a_method_of_the_session(one_device):
     with pytest.raises(ValueError, match="did you mean top_k"):
         session.explain("ab", topk=3)
     assert dataclasses.is_dataclass(explanation.lens)
+
+
+METHODS = ("generate", "predict", "stream", "chat", "explain")
+NAMES = [field.name for field in dataclasses.fields(config.Decode)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_names_types_and_describes_every_option(name):
+    method = getattr(interactive.Session, name)
+    parameters = inspect.signature(method).parameters
+    hints = get_type_hints(config.Decode)
+    for option in NAMES:
+        assert parameters[option].annotation == hints[option] | None
+        assert parameters[option].default is None
+        assert f"\n  {option}: " in method.__doc__
+    assert not any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+    assert method.__doc__.count("Raises:") == 1
+
+
+def test_a_session_prints_what_was_loaded(one_device):
+    session = session_of("t5")
+    session.step, session.source = 1200, "runs/letters"
+    shown = str(session)
+    assert shown.startswith("<Session of runs/letters: t5, encoder-decoder, encoder 1 x 16")
+    count = sum(leaf.size for leaf in jax.tree.leaves(session.predictor.params))
+    assert f"{count / 1e6:,.1f}M parameters, float32, step 1,200>" in shown
+    # With an odd toy no family of another library is named.
+    assert str(session_of("startless")).startswith("<Session of a model: decoder-only, decoder 1 x")
+
+
+@pytest.mark.parametrize(
+    "name, here",
+    [
+        ("num_beams", "beams"),
+        ("num_return_sequences", "n_best"),
+        ("max_length", "max_new_tokens"),
+        ("max_tokens", "max_new_tokens"),
+        ("do_sample", "temperature"),
+        ("length_penalty", "alpha"),
+        ("num_assistant_tokens", "draft_length"),
+    ],
+)
+def test_an_option_of_another_library_is_named_as_it_is_called_here(one_device, name, here):
+    session = session_of("t5")
+    for method in (session.generate, session.predict, session.stream, session.explain):
+        with pytest.raises(ValueError, match=f"Unknown option {name}: it is called {here}"):
+            method("ab", **{name: 4})
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (None, "Expected a text or a list of texts; got None"),
+        (5, "got 5"),
+        (b"cat", "got b'cat'"),
+        ({"text": "cat"}, "got {'text': 'cat'}"),
+        (["cat", 5], "Text 1 of the list must be a text; got 5"),
+        ([["cat"]], r"Text 0 of the list must be a text; got \['cat'\]"),
+        (["cat", None], "Text 1"),
+    ],
+)
+def test_what_is_not_a_text_is_refused_in_one_sentence_by_every_method(one_device, wrong, words):
+    session = session_of("t5")
+    calls = [
+        session.generate,
+        session.predict,
+        session.embed,
+        lambda texts: session.score(texts, "x"),
+        lambda texts: session.score("x", texts),
+        lambda texts: session.train_step(texts, texts),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=words):
+            call(wrong)
+    for call in (session.stream, session.explain, lambda text: session.explain("ab", text or 5)):
+        with pytest.raises(ValueError, match="Expected a text; got"):
+            call(wrong)
+    session.template = chat.ChatTemplate("{{ messages[0].content }}", {})
+    with pytest.raises(ValueError, match="Expected a question, or a list such as"):
+        session.chat(wrong)
+    assert session.generate(np.array(["ab", "b"])) == session.generate(("ab", "b"))
+
+
+def test_several_samples_are_those_of_their_seeds_and_the_first_is_the_only_one(one_device):
+    session = session_of("t5")
+    drawn = {"temperature": 1.0, "seed": 5}
+    four = session.predict("abab", n_best=4, **drawn)
+    assert len(four.texts) == len(four.scores) == len(four.tokens) == 4
+    assert four.texts[0] == session.generate("abab", **drawn)
+    assert len(set(four.texts)) == 4
+    assert session.generate(["abab", "b"], n_best=4, **drawn)[0] == four.texts
+    later = session.predict("abab", n_best=4, temperature=1.0, seed=6)
+    assert not set(four.texts) & set(later.texts)
+    with pytest.raises(ValueError, match="n_best 4 needs as many Decode.beams .now 1., or samples"):
+        session.predict("abab", n_best=4)
+    with pytest.raises(ValueError, match="A stream is one text: leave out n_best"):
+        session.stream("abab", n_best=4, **drawn)
+
+
+def test_a_batch_is_cut_where_more_than_half_of_it_would_be_padding(one_device):
+    predictor = session_of("decoder").predictor
+    short, long = [[5] * 10] * 6, [[5] * 300] * 2
+
+    def lengths(ids):
+        return [[len(ids[place]) for place in batch] for batch in predictor.batches(ids)]
+
+    assert lengths([*long, *short]) == [[10] * 6, [300] * 2]
+    assert lengths(short) == [[10] * 6]
+    draw = np.random.default_rng(0)
+    for most in (20, 200, 2000):
+        ids = [[1] * int(draw.integers(1, most)) for _ in range(200)]
+        places = []
+        for batch in predictor.batches(ids):
+            padded = [decoding.bucket_length(len(ids[place])) for place in batch]
+            assert len(batch) * max(padded) <= 2 * sum(padded)
+            assert len(batch) <= predictor.batch_size
+            places += batch
+        assert sorted(places) == list(range(200))
+    assert list(predictor.batches([])) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from t5x_lite import config
+from t5x_lite import config, infer
 from t5x_lite.config import aliases, gin_file
 
 FOLDER = Path(__file__).parent / "saved_05714b1"
@@ -291,3 +291,15 @@ def test_old_keys_of_settings_are_renamed_and_others_stay():
     assert aliases.rename_keys(new, "Decode", "decode.") == new
     with pytest.raises(ValueError, match="decode.length is the old name"):
         aliases.rename_keys(old | new, "Decode", "decode.")
+
+
+@pytest.mark.parametrize("owner, name", aliases.ELSEWHERE)
+def test_a_name_of_another_library_leads_to_a_field_at_every_door(owner, name, capsys):
+    known = [field.name for field in dataclasses.fields(getattr(config, owner))]
+    here = aliases.ELSEWHERE[owner, name]
+    assert here.partition(" ")[0] in known and name not in known
+    with pytest.raises(ValueError, match=re.escape(f"it is called {here} here")):
+        gin_file.load_run(G2P, [f"config.{owner}.{name}=4"])
+    with pytest.raises(SystemExit):
+        infer.parser().parse(["--checkpoint=x", f"--{name}=4"])
+    assert f"unknown option --{name}: it is called --{here} here" in capsys.readouterr().err
