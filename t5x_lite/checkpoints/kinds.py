@@ -28,12 +28,16 @@ def detect_kind(path: str | Path) -> CheckpointKind:
       SourceError: nothing lies there, or not a checkpoint; the message says what to do.
     """
     path = Path(path)
-    if not path.exists():
+    run = containing_run(path)
+    if run is not None:
+        step = path.name if path.name.isdecimal() else ""
         raise SourceError(
-            f"There is no {path}. Train a run first, for example: python -m t5x_lite.train "
-            f"--gin_file=configs/runs/g2p.gin --gin.MODEL_DIR={path}; or download a model of a "
-            f"hub: hf download {path} --local-dir {path.name}"
+            f"{path} is inside the run {run}: name the run, --checkpoint={run}"
+            + (f" --step={step}" if step else "")
+            + f' (in Python interactive.load("{run}"{f", step={step}" if step else ""}))'
         )
+    if not path.exists():
+        raise SourceError(explain_missing(path))
     if path.is_dir() and is_run_folder(path):
         return CheckpointKind.OURS
     if path.suffix == ".gguf":
@@ -48,6 +52,33 @@ def detect_kind(path: str | Path) -> CheckpointKind:
     if (path / "config.json").exists():
         return CheckpointKind.HUGGING_FACE
     raise SourceError(explain_unknown(path))
+
+
+def containing_run(path: Path) -> Path | None:
+    """The run that has a path in its checkpoints, whether it exists or not; None for others.
+
+    A model of another library is none of the run's, wherever its folder lies.
+    """
+    if path.suffix == ".gguf" or (path / "config.json").exists():
+        return None
+    for folder in (path, *path.parents):
+        if folder.name == "checkpoints" and (folder.parent / "config.gin").exists():
+            return folder.parent
+    return None
+
+
+def explain_missing(path: Path) -> str:
+    """The message for a path where nothing is: a model of a hub by its name, or a run to train."""
+    hub = len(path.parts) == 2 and path.parts[0] != "runs" and not path.parent.exists()
+    if hub:
+        return (
+            f"There is no {path} here. To load that model of the Hugging Face hub, download it "
+            f"first: hf download {path} --local-dir {path.name}; then load {path.name}"
+        )
+    return (
+        f"There is no {path}. Train a run first, for example: python -m t5x_lite.train "
+        f"--gin_file=configs/runs/g2p.gin --gin.MODEL_DIR={path}"
+    )
 
 
 def is_run_folder(path: Path) -> bool:

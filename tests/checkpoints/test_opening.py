@@ -206,6 +206,10 @@ def test_what_is_no_checkpoint_says_what_it_is(tmp_path, makes):
     folder.mkdir()
     with pytest.raises(ValueError, match="There is no google/flan.* hf download"):
         open_checkpoint("google/flan-t5-small")
+    with pytest.raises(ValueError, match="There is no runs/mine. Train a run first"):
+        open_checkpoint("runs/mine")
+    with pytest.raises(ValueError, match="There is no .*/absent. Train a run first"):
+        open_checkpoint(folder / "absent")
     (folder / "notes.txt").write_text("nothing")
     with pytest.raises(ValueError, match="neither a run folder .* nor a .gguf file"):
         open_checkpoint(folder)
@@ -239,3 +243,26 @@ def test_a_run_that_computes_otherwise_with_the_same_weights_is_warned(makes):
     changed = dataclasses.replace(T5, decoder=dataclasses.replace(T5.decoder, max_distance=64))
     with pytest.warns(UserWarning, match=r"decoder's Stack.max_distance = 128; this run"):
         setup.initial_weights(str(makes / "hf"), changed, model.shapes(changed))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_path_inside_a_run_names_the_run_and_its_step(tmp_path, there):
+    run = tmp_path / "quick"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.gin").write_text("")
+    if there:
+        (run / "checkpoints" / "2500" / "state").mkdir(parents=True)
+    inside = rf"--checkpoint={run} --step=2500 .*load\(\"{run}\", step=2500\)"
+    with pytest.raises(ValueError, match=inside):
+        open_checkpoint(run / "checkpoints" / "2500")
+    for path in ("checkpoints", "checkpoints/newest", "checkpoints/2500/state"):
+        with pytest.raises(ValueError, match=rf"--checkpoint={run} \(in Python"):
+            open_checkpoint(run / path)
+
+
+def test_a_model_of_another_library_may_lie_in_a_folder_of_checkpoints(tmp_path, makes):
+    (tmp_path / "config.gin").write_text("")
+    folder = tmp_path / "checkpoints" / "t5"
+    folder.parent.mkdir()
+    folder.symlink_to(makes / "hf")
+    assert open_checkpoint(folder).kind == "Hugging Face"
