@@ -138,10 +138,12 @@ class Sink:
         if self.path == "-":
             return 0
         path = Path(self.path)
-        if path.exists() and not overwrite:
+        # An output without a line is none: it was begun on a full disk, or before a kill.
+        if path.exists() and path.stat().st_size and not overwrite:
             self.compare()
             return complete_lines(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # First the output, without lines, then its settings: lines never stand beside others.
         path.write_bytes(b"")
         write_atomically(self.settings_path, json.dumps(self.settings, indent=1) + "\n")
         return 0
@@ -151,8 +153,9 @@ class Sink:
         remedy = "choose another --output, or --overwrite it"
         if self.settings.get("input_digest") is None:
             raise ValueError(f"{self.path} exists, and a stream cannot be continued: {remedy}")
-        if not self.settings_path.exists():
-            raise ValueError(f"{self.path} exists, but {self.settings_path} does not: {remedy}")
+        if not self.settings_path.exists() or not self.settings_path.stat().st_size:
+            state = "is empty" if self.settings_path.exists() else "does not"
+            raise ValueError(f"{self.path} exists, but {self.settings_path} {state}: {remedy}")
         # As the file has them: a tuple is a list there.
         there, here = self.kept_settings(remedy), json.loads(json.dumps(self.settings))
         for name in sorted(there.keys() | here.keys()):

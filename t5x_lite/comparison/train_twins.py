@@ -8,6 +8,7 @@ from pathlib import Path
 
 from t5x_lite import config
 from t5x_lite.config import gin_file
+from t5x_lite.utils.atomic_files import write_atomically
 
 
 class TrainingFailed(ValueError):
@@ -35,7 +36,7 @@ def train_twin(run: config.Run, modules: list[str]) -> dict:
     if not finished.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         written = folder.parent / f"{folder.name}.gin"
-        written.write_text(gin_file.to_text(run), encoding="utf-8")
+        write_atomically(written, gin_file.to_text(run))
         imports = [f"--import={module}" for module in modules]
         command = [sys.executable, "-m", "t5x_lite.train", f"--gin_file={written}", *imports]
         status = subprocess.run(command, check=False).returncode

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of infer, eval and interactive: order, resumption, reports of mistakes, no TensorFlow."""
 
+import errno
 import io
 import json
 import subprocess
@@ -120,6 +121,38 @@ def test_an_output_of_unknown_origin_is_refused(folder, capsys):
         infer(folder, f"--input={source}", f"--output={out}")
     assert "--overwrite" in capsys.readouterr().err
     assert out.read_text() == "mine\n"
+
+
+def test_an_output_that_a_full_disk_left_empty_is_begun_again(folder, monkeypatch):
+    source, out = write_words(folder), folder / "out.jsonl"
+    settings = folder / "out.jsonl.settings.json"
+
+    def fail(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as full:
+        full.setattr(records, "write_atomically", fail)
+        with pytest.raises(SystemExit) as end:
+            infer(folder, f"--input={source}", f"--output={out}")
+    assert end.value.code == 1 and not settings.exists()
+    infer(folder, f"--input={source}", f"--output={out}")
+    assert [row["input"] for row in rows(out)] == WORDS and json.loads(settings.read_text())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_settings_that_are_empty_or_broken_are_none(folder, capsys, content):
+    """Beside lines they are refused with the remedy; beside no line there is nothing to lose."""
+    source, out = write_words(folder, WORDS[:2]), folder / "out.jsonl"
+    settings = folder / "out.jsonl.settings.json"
+    settings.write_text(content)
+    out.write_text("mine\n")
+    with pytest.raises(SystemExit) as end:
+        infer(folder, f"--input={source}", f"--output={out}")
+    assert end.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert out.read_text() == "mine\n"
+    out.write_text("")
+    infer(folder, f"--input={source}", f"--output={out}")
+    assert len(rows(out)) == 2 and json.loads(settings.read_text())["decode.max_new_tokens"] == 8
 
 
 def test_lines_that_cannot_be_read_are_numbered_and_keep_their_place(folder, capsys):
