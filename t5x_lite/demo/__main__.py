@@ -12,6 +12,7 @@ from t5x_lite.cli.options import add_number, number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, Range
 from t5x_lite.demo.limits import Limits
+from t5x_lite.utils.extras import install_command
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -23,9 +24,12 @@ examples:
   # a Hugging Face folder or a .gguf file; at most 128 new tokens of a text
   python -m t5x_lite.demo --checkpoint=SmolLM2-135M-Instruct.Q4_1.gguf --most_tokens=128
 
+  # for other machines, which open http://lab.example.org:8765 (or the address of this one)
+  python -m t5x_lite.demo --checkpoint=runs/g2p --host=0.0.0.0 --allow_host=lab.example.org
+
 The page is for this machine alone: it listens on 127.0.0.1 and refuses any other host name.
-Models write one text at a time; --waiting limits how many more may wait. It needs
-pip install "t5x_lite[demo]".
+Models write one text at a time; --waiting limits how many more may wait. It needs the extra "demo"
+(docs/install.md).
 """
 
 
@@ -54,6 +58,14 @@ def parser() -> Parser:
         help="address to listen on (default: 127.0.0.1, this machine alone). With another one "
         "everybody who reaches it can use the models, without a password",
     )
+    add(
+        "--allow_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --host: a name under which others open the page; again for another one. This "
+        "machine's own name and its addresses need no naming",
+    )
     most = Limits()
     add(
         "--most_characters",
@@ -68,8 +80,8 @@ def parser() -> Parser:
     return command
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Binds the port, loads the models, and serves until it is stopped.
+def serve(args: argparse.Namespace) -> int:
+    """Binds the port, loads the models, and serves until it is stopped; returns the exit status.
 
     Raises:
       ValueError: a limit is out of range, the port is taken, a checkpoint cannot be loaded, or no
@@ -77,14 +89,12 @@ def serve(args: argparse.Namespace) -> None:
     """
     limits = Limits(args.most_characters, args.most_tokens, args.waiting)
     try:
-        import uvicorn
-
-        from t5x_lite.demo import server
+        from t5x_lite.demo import connections, server
     except ImportError as error:
-        raise ValueError(f'{error}: pip install "t5x_lite[demo]"') from error
+        raise ValueError(f"{error}: {install_command('demo')}") from error
     with bind_socket(args.host, args.port) as bound:
         host, port = bound.getsockname()[:2]
-        if not server.is_loopback(host):
+        if not connections.is_loopback(host):
             print(
                 f"{host} is not this machine alone: everybody who reaches it can use the models",
                 file=sys.stderr,
@@ -93,12 +103,12 @@ def serve(args: argparse.Namespace) -> None:
         for path, name in zip(args.checkpoint, short_names(args.checkpoint), strict=True):
             print(f"loading {name}", file=sys.stderr)
             models.load(name, path)
-        print(f"open http://{host if ':' not in host else f'[{host}]'}:{port}", file=sys.stderr)
-        app = server.application(models, host)
-        settings = uvicorn.Config(
-            app, log_level="warning", server_header=False, timeout_graceful_shutdown=3
-        )
-        uvicorn.Server(settings).run(sockets=[bound])
+        names = [*connections.own_names(host), *map(str.lower, args.allow_host)]
+        shown = host if ":" not in host else f"[{host}]"
+        print(f"open http://{shown}:{port} (Ctrl-C stops)", file=sys.stderr)
+        app = server.application(models, names, not connections.is_loopback(host))
+        running = connections.PageServer(app, models.stop)
+        return running.serve_until_stopped(bound, models.is_busy)
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -129,7 +139,7 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 COMMAND = Command("demo", parser, serve)
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

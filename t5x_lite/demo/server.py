@@ -4,28 +4,34 @@
 import asyncio
 import base64
 import hashlib
-import ipaddress
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from t5x_lite.demo.connections import HostGuard
 from t5x_lite.demo.limits import WIDTH, Limits, Question, parse_question
 
 # Drafters without a number of layers or a file.
 DRAFTERS = ("plain", "blockwise", "lookup", "recycling", "trigram", "jacobi", "lookahead")
 # Forward passes between two pieces of an answer; the first token is sent at once.
 EVERY = 2
+# Most examples of a model, and most characters of one.
+EXAMPLES, LONGEST_EXAMPLE = 4, 80
+# Of models that are not a run with predictions: a question, a beginning, a task of T5's.
+CHAT_EXAMPLES = "What is the capital of France?", "Name three colors."
+BEGINNINGS = "The capital of France is", "def fibonacci(n):"
+T5_TASKS = ("translate English to German: The house is wonderful.",)
 
 
 class Models:
@@ -35,20 +41,36 @@ class Models:
       limits: limits of requests.
       sessions: sessions by name.
       drafters: the allowed drafters by name of the session.
+      examples: inputs to click by name of the session.
       programs: keys of the programs that are compiled.
       thread: the computing thread.
       turn: lock of the request in progress.
       pending: number of requests in progress or waiting.
+      stopping: true once the server stops: every answer ends at its next piece.
     """
 
     def __init__(self, limits: Limits):
         self.limits = limits
         self.sessions: dict[str, Any] = {}
         self.drafters: dict[str, list[str]] = {}
+        self.examples: dict[str, list[str]] = {}
         self.programs: set[tuple] = set()
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self.turn = asyncio.Lock()
         self.pending = 0
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Ends the answers in progress at their next piece, and those that wait."""
+        self.stopping = True
+
+    def is_busy(self) -> bool:
+        """True while the computing thread does not take up work, within half a second."""
+        try:
+            self.thread.submit(int).result(timeout=0.5)
+        except TimeoutError:
+            return True
+        return False
 
     def load(self, name: str, path: str) -> None:
         """Loads a checkpoint and decodes once, so that its programs are compiled.
@@ -58,10 +80,16 @@ class Models:
         """
         from t5x_lite import interactive
 
-        self.add(name, lambda: interactive.load(path))
+        self.add(name, lambda: interactive.load(path), Path(path).expanduser())
 
-    def add(self, name: str, make: Any) -> None:
-        """Adds the session that make() returns; make runs in the computing thread."""
+    def add(self, name: str, make: Any, folder: Path | None = None) -> None:
+        """Adds a session.
+
+        Args:
+          name: its name on the page.
+          make: returns the session; runs in the computing thread.
+          folder: where it was loaded from, whose predictions give examples.
+        """
 
         def warm_up():
             session = make()
@@ -75,6 +103,7 @@ class Models:
 
         self.sessions[name] = self.thread.submit(warm_up).result()
         self.drafters[name] = supported_drafters(self.sessions[name].predictor)
+        self.examples[name] = predicted_inputs(folder) or general_examples(self.sessions[name])
 
     def describe(self) -> list[dict[str, Any]]:
         """Descriptions of the models for the page."""
@@ -90,6 +119,7 @@ class Models:
                     "kind": "decoder" if cfg.encoder is None else "encoder-decoder",
                     "parameters": sum(leaf.size for leaf in leaves),
                     "drafters": self.drafters[name],
+                    "examples": self.examples[name],
                     "chats": session.template is not None,
                 }
             )
@@ -98,7 +128,8 @@ class Models:
     def answer(self, question: Question) -> Iterator[dict[str, Any]]:
         """Yields the answer in pieces, and at the end its times; runs in the computing thread.
 
-        "fresh" is true if the times include compilation.
+        Where programs have to be compiled first, a piece says so, and at the end "compiled" is the
+        seconds that it took; other times do not include it.
         """
         from t5x_lite.analysis.drawing import token_labels
         from t5x_lite.evaluation import streaming
@@ -107,7 +138,11 @@ class Models:
         predictor = session.predictor
         text = session.prompt(question.text) if question.chat else question.text
         program = program_key(predictor, question, text)
-        fresh, self.programs = program not in self.programs, self.programs | {program}
+        compiled = None
+        if program not in self.programs:
+            yield {"compiling": True}
+            compiled = self.compile(predictor, text, question)
+            self.programs.add(program)
         start, first, count = time.perf_counter(), None, 0
         for piece in streaming.stream_text(predictor, text, question.decode, EVERY):
             seconds = time.perf_counter() - start
@@ -118,7 +153,47 @@ class Models:
             yield {"text": piece.text, "tokens": list(tokens), "calls": piece.total}
         seconds = time.perf_counter() - start
         times = {"first": first, "seconds": seconds, "count": count, "rate": count / seconds}
-        yield {"done": True, "fresh": fresh} | times
+        yield {"done": True, "compiled": compiled} | times
+
+    def compile(self, predictor: Any, text: str, question: Question) -> float:
+        """Writes the first piece of an answer, which is dropped; returns the seconds.
+
+        Args:
+          predictor: the model.
+          text: the input, with the chat template applied.
+          question: the request.
+        """
+        from t5x_lite.evaluation import streaming
+
+        began = time.perf_counter()
+        next(streaming.stream_text(predictor, text, question.decode, EVERY))
+        return time.perf_counter() - began
+
+
+def predicted_inputs(folder: Path | None) -> list[str]:
+    """Short inputs of the newest predictions of a run; none for other folders."""
+    files = sorted(
+        folder.glob("predictions/*.jsonl") if folder is not None else [],
+        key=lambda path: path.stat().st_mtime,
+    )
+    inputs: list[str] = []
+    for line in files[-1].read_text(encoding="utf-8").splitlines() if files else []:
+        try:
+            text = json.loads(line)["input"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(text, str) and 0 < len(text) <= LONGEST_EXAMPLE and text not in inputs:
+            inputs.append(text)
+        if len(inputs) == EXAMPLES:
+            break
+    return inputs
+
+
+def general_examples(session: Any) -> list[str]:
+    """Examples of a model of which only the kind is known."""
+    if session.template is not None:
+        return list(CHAT_EXAMPLES)
+    return list(BEGINNINGS if session.predictor.cfg.encoder is None else T5_TASKS)
 
 
 def supported_drafters(predictor: Any) -> list[str]:
@@ -150,19 +225,18 @@ def program_key(predictor: Any, question: Question, text: str) -> tuple:
     return question.model, decode.drafter, decode.temperature > 0, *sizes
 
 
-def application(models: Models, host: str) -> Starlette:
+def application(models: Models, hosts: Collection[str], addresses: bool = False) -> Starlette:
     """The web application: the page, the list of models, and answers.
 
     A request is JSON, so that a page of another site cannot send one (browsers send a preflight
     request first), and requests with another Host are refused (DNS rebinding).
+
+    Args:
+      models: the models.
+      hosts: names of this server.
+      addresses: also answer requests that name an IP address.
     """
-    page, policy = read_page()
-    headers = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-    }
+    page, headers = read_page()
 
     async def send_page(request: Request) -> Response:
         return HTMLResponse(page, headers=headers)
@@ -194,8 +268,7 @@ def application(models: Models, host: str) -> Starlette:
         Route("/models", send_models),
         Route("/write", send_answer, methods=["POST"]),
     ]
-    allowed = ["localhost", "127.0.0.1", "[::1]"] if is_loopback(host) else ["*"]
-    guard = Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)
+    guard = Middleware(HostGuard, names=hosts, addresses=addresses)
     return Starlette(routes=routes, middleware=[guard])
 
 
@@ -243,6 +316,9 @@ async def stream_answer(
                 return
             pieces = models.answer(question)
             while True:
+                if models.stopping:
+                    yield json.dumps({"error": "the server was stopped"}).encode() + b"\n"
+                    return
                 piece = await loop.run_in_executor(models.thread, next_piece, pieces)
                 if piece is None:
                     return
@@ -264,10 +340,11 @@ def refuse(why: str, status: int) -> Response:
     return JSONResponse({"error": why}, status_code=status)
 
 
-def read_page() -> tuple[str, str]:
-    """The page, and its Content-Security-Policy.
+def read_page() -> tuple[str, dict[str, str]]:
+    """The page, and the headers of every answer.
 
-    The policy allows the page's script and style, by their digests, and requests to this server.
+    The Content-Security-Policy allows the page's script and style, by their digests, and requests
+    to this server.
     """
     page = resources.files("t5x_lite.demo").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -283,12 +360,9 @@ def read_page() -> tuple[str, str]:
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-    return page, policy
-
-
-def is_loopback(host: str) -> bool:
-    """True if an address is of this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return page, {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }

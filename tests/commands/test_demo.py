@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,12 +16,11 @@ import time
 import jax
 import numpy as np
 import pytest
-import uvicorn
 from conftest import toy_model
 
 from t5x_lite import config, interactive, model, sharding
 from t5x_lite.demo import __main__ as command
-from t5x_lite.demo import limits, server
+from t5x_lite.demo import connections, limits, server
 from t5x_lite.evaluation import predict
 from t5x_lite.tokenizers import chat, vocabularies
 
@@ -49,8 +49,8 @@ def demo():
     models.add("pair", lambda: toy_session("encoder_decoder"))
     models.add("<b>joined</b>", lambda: toy_session("decoder_only"))
     with command.bind_socket("127.0.0.1", 0) as taken:
-        app = server.application(models, "127.0.0.1")
-        running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        app = server.application(models, connections.own_names("127.0.0.1"))
+        running = connections.PageServer(app, models.stop)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [taken]}, daemon=True)
         thread.start()
         while not running.started:
@@ -79,7 +79,9 @@ def request_body(model="pair", **changes):
 
 
 def lines(text):
-    return [json.loads(line) for line in text.splitlines()]
+    """The pieces of an answer, but the notice that its programs are compiled first."""
+    pieces = [json.loads(line) for line in text.splitlines()]
+    return [piece for piece in pieces if "compiling" not in piece]
 
 
 @pytest.mark.slow
@@ -105,9 +107,24 @@ def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter)
 def test_the_same_question_compiles_once_and_says_so(demo):
     port, _ = demo
     question = request_body(text="x" * 60, max_new_tokens=30, temperature=0.5, seed=7)
-    first, second = (lines(ask(port, question)[2]) for _ in range(2))
-    assert first[-1]["fresh"] and not second[-1]["fresh"]
+    answers = [ask(port, question)[2] for _ in range(2)]
+    notices = [json.loads(answer.splitlines()[0]).get("compiling") for answer in answers]
+    assert notices == [True, None]
+    first, second = map(lines, answers)
+    assert first[-1]["compiled"] > 0 and second[-1]["compiled"] is None
     assert [piece["text"] for piece in first[:-1]] == [piece["text"] for piece in second[:-1]]
+
+
+def test_every_model_has_examples_and_a_run_those_that_it_predicted(demo, tmp_path):
+    shown = json.loads(ask(demo[0], path="/models")[2])["models"]
+    assert all(each["examples"] for each in shown)
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    rows = [{"input": "cat"}, {"input": 5}, {"input": "x" * 500}, {"input": "cat"}, {"input": "ox"}]
+    written = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "validation-7.jsonl").write_text(written + "{half a line")
+    assert server.predicted_inputs(tmp_path) == ["cat", "ox"]
+    assert server.predicted_inputs(None) == server.predicted_inputs(folder) == []
 
 
 REFUSED = [
@@ -173,6 +190,90 @@ def test_pages_of_other_sites_and_other_names_get_nothing(demo):
     assert "http://" not in page and "https://" not in page and "src=" not in page
 
 
+@pytest.mark.parametrize(
+    "host, addresses, answered",
+    [
+        ("lab.example", False, True),
+        ("LAB.example:8765", False, True),
+        ("evil.example", True, False),
+        ("lab.example.evil", True, False),
+        ("192.168.1.4:8765", False, False),
+        ("192.168.1.4:8765", True, True),
+        ("[fe80::1]:80", True, True),
+        ("", True, False),
+    ],
+)
+def test_hosts_that_are_named_and_addresses_are_answered(host, addresses, answered):
+    """A name of another site may lead here (DNS rebinding); an address cannot."""
+    guard = connections.HostGuard(None, ["lab.example"], addresses)
+    scope = {"type": "http", "headers": [(b"host", host.encode())]}
+    assert guard.allows(connections.host_of(scope)) == answered
+    twice = {"type": "http", "headers": [(b"host", b"lab.example"), (b"host", b"evil.example")]}
+    assert not guard.allows(connections.host_of(twice))
+
+
+def test_a_page_for_other_machines_still_refuses_names_that_nobody_gave():
+    names = connections.own_names("0.0.0.0")
+    assert {"localhost", socket.gethostname().lower()} <= set(names)
+    assert connections.own_names("127.0.0.1") == ["localhost", "127.0.0.1", "::1"]
+    assert "--allow_host" in command.parser().format_help()
+
+
+SLOW = {
+    "sends nothing": b"",
+    "sends half of a head": b"GET / HTTP/1.1\r\nHost: loc",
+    "sends half of a body": b"POST /write HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+    b"Content-Type: application/json\r\n\r\n{",
+    "asks again slowly": b"GET /models HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nHo",
+}
+
+
+@pytest.mark.parametrize("sent", SLOW.values(), ids=list(SLOW))
+def test_who_takes_too_long_is_hung_up_on(demo, monkeypatch, sent):
+    monkeypatch.setattr(connections.TimedProtocol, "seconds", 0.2)
+    with socket.create_connection(("127.0.0.1", demo[0]), timeout=30) as slow:
+        slow.sendall(sent)
+        with contextlib.suppress(ConnectionResetError):
+            while slow.recv(65536):
+                pass
+    assert ask(demo[0], path="/")[0] == 200
+
+
+def test_stopping_ends_the_texts_in_progress_and_those_that_wait(capfd):
+    models = server.Models(limits.Limits(waiting=4))
+    models.add("pair", lambda: toy_session("encoder_decoder"))
+    with command.bind_socket("127.0.0.1", 0) as bound:
+        app = server.application(models, connections.own_names("127.0.0.1"))
+        running = connections.PageServer(app, models.stop)
+        status = []
+        thread = threading.Thread(
+            target=lambda: status.append(running.serve_until_stopped(bound, lambda: False))
+        )
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        gate, answers = threading.Event(), []
+        models.thread.submit(gate.wait, 30)
+        port = bound.getsockname()[1]
+
+        def wait_for_answer():
+            answers.append(ask(port, request_body())[2])
+
+        waiting = [threading.Thread(target=wait_for_answer) for _ in range(3)]
+        for each in waiting:
+            each.start()
+        while models.pending < 3:
+            time.sleep(0.01)
+        running.handle_exit(signal.SIGINT, None)
+        gate.set()
+        for each in [*waiting, thread]:
+            each.join(timeout=30)
+    assert status == [128 + signal.SIGINT] and models.pending == 0
+    assert all(lines(answer)[-1] == {"error": "the server was stopped"} for answer in answers)
+    assert len(answers) == 3
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_more_than_may_wait_are_refused_and_the_place_is_free_again(demo):
     port, models = demo
     gate = threading.Event()
@@ -221,8 +322,8 @@ def test_an_encoder_alone_and_empty_limits_are_refused():
 
 
 def test_only_this_machine_is_loopback_and_checkpoints_have_names_of_their_own():
-    assert all(map(server.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
-    assert not any(map(server.is_loopback, ("0.0.0.0", "::", "192.168.1.4", "example.org")))
+    assert all(map(connections.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
+    assert not any(map(connections.is_loopback, ("0.0.0.0", "::", "192.168.1.4", "example.org")))
     assert command.short_names(["runs/a", "b/a", "c", "d/a/"]) == ["a", "a (2)", "c", "a (3)"]
 
 
@@ -260,7 +361,11 @@ def test_a_person_types_and_sees_both_twins_write(demo, tmp_path):
         page.locator("textarea").fill("abab")
         page.get_by_label("new tokens").fill("12")
         page.get_by_label("drafter").select_option("lookup")
-        page.locator("textarea").press("Control+Enter")
+        page.locator("textarea").press("End")
+        page.locator("textarea").press("Shift+Enter")
+        assert page.locator("textarea").input_value() == "abab\n"
+        page.locator("textarea").press("Backspace")
+        page.locator("textarea").press("Enter")
         page.locator(".times b").nth(3).wait_for(timeout=60000)
         page.locator("#write:enabled").wait_for()
         texts = page.locator(".text").all_text_contents()
@@ -276,6 +381,10 @@ def test_a_person_types_and_sees_both_twins_write(demo, tmp_path):
         page.locator("#write:enabled").wait_for()
         again = page.locator(".text").all_text_contents()
         assert again[0] == texts[0] and again[1] != texts[1]
+        # An example is written for at a click.
+        page.locator("#examples button").first.click()
+        page.locator("#write:enabled").wait_for()
+        assert page.locator("textarea").input_value() == server.T5_TASKS[0]
         page.screenshot(path=tmp_path / "demo.png")
         browser.close()
     assert troubles == [] and (tmp_path / "demo.png").stat().st_size > 10000
