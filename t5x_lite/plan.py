@@ -13,7 +13,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import stderr_console
-from t5x_lite.config.checked import Count, NotNegative
+from t5x_lite.config.checked import Count, NotNegative, ShareAboveZero
 from t5x_lite.config.training_run import require_training
 from t5x_lite.utils import exit_status
 from t5x_lite.utils.atomic_files import write_atomically
@@ -22,7 +22,7 @@ from t5x_lite.utils.paths import CACHE, cache_folder, path_argument
 DESCRIPTION = """\
 Compiles the training step of a run, or a step of decoding, for a TPU slice that is not there, and
 reports from the compiler's program whether it fits, what each chip computes, moves and sends, and
-how long that takes at best. Needs no chip; libtpu comes with pip install 't5x_lite[plan]'."""
+how long that takes at best. Needs no chip, but libtpu: the extra "plan" (docs/install.md)."""
 
 EXAMPLES = """\
 examples:
@@ -42,7 +42,8 @@ examples:
 
 FLOPs and bytes are read from the optimized program, loops counted as often as they run. Times are
 rooflines, not measurements: FLOPs over the peak, bytes of HBM over its bandwidth, collectives over
-the links that their chips have. A real step takes longer.
+the links that their chips have. A real step takes longer: the second column is --efficiency times
+the speed at best.
 
 Exit status: 0 it fits, 1 it does not, 2 the request is refused with a reason."""
 
@@ -61,6 +62,13 @@ def parser() -> Parser:
         "--decode_length",
         type=number_parser(Count),
         help="new tokens of a row (Decode.max_new_tokens)",
+    )
+    add(
+        "--efficiency",
+        type=number_parser(ShareAboveZero),
+        default=0.4,
+        help="share of the speed at best that a real step is assumed to reach (0.4; PaLM 540B used "
+        "0.46 of the peak, arXiv 2204.02311, table 3; measure yours)",
     )
     add("--price", type=number_parser(NotNegative), help="price of one chip for an hour")
     add("--parameters", action="store_true", help="list where every parameter is placed")
@@ -137,8 +145,8 @@ def report_plan(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
         waiting = f"compiling for {slice_.count} chips, which can take minutes"
         stderr_console().print(waiting)
         figures = compiled.figures(run, slice_, decoding)
-    report.show(figures, args.price)
-    write_json(args.json, report.record(figures, args.price))
+    report.show(figures, args.price, args.efficiency)
+    write_json(args.json, report.record(figures, args.price, args.efficiency))
     return 0 if figures.memory.fits else exit_status.FAILURE
 
 
@@ -194,7 +202,7 @@ def write_json(file: str | None, record: dict[str, Any]) -> None:
 
 
 COMMAND = Command("plan", parser, run_plan)
-main = COMMAND.main
+main, run = COMMAND.main, COMMAND.run
 
 if __name__ == "__main__":
     COMMAND.start()

@@ -61,6 +61,13 @@ TPUS = tuple(name for name, chip in CHIPS.items() if chip.box is None)
 # 2025), part 3.
 HOP_SECONDS = 1e-6
 
+# Slices that there are: docs.cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e). Flat ones are listed;
+# others are below one cube of 4 x 4 x 4 chips, or whole cubes, up to so many chips along a side.
+# libtpu ends the process for some that there are not (v5e:4x4x4, v5p:0x1).
+FLAT_SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+PARTS_OF_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+CUBE, LONGEST_SIDE = 4, {"v4": 16, "v5p": 28}
+
 TOPOLOGY = re.compile(r"(\w+?):(\d+(?:x\d+){1,2})")
 COUNTED = re.compile(r"(\w+?)x(\d+)")
 
@@ -91,7 +98,7 @@ def parse_topology(name: str) -> Slice:
     """The slice that a name such as "v5e:4x4" means.
 
     Raises:
-      ValueError: it is not the name of a TPU slice.
+      ValueError: it is not the name of a TPU slice, or of one that there is not.
     """
     match = TOPOLOGY.fullmatch(name)
     if not match or match[1] not in TPUS:
@@ -100,7 +107,41 @@ def parse_topology(name: str) -> Slice:
             "slice, such as v5e:4x4, v6e:16x16 or v5p:4x4x8; GPUs are --chips=h100x8"
         )
     sides = tuple(int(side) for side in match[2].split("x"))
+    check_sides(name, match[1], sides)
     return Slice(name, CHIPS[match[1]], math.prod(sides), sides)
+
+
+def check_sides(name: str, generation: str, sides: tuple[int, ...]) -> None:
+    """Checks the shape of a slice before a compiler sees it.
+
+    Args:
+      name: as on the command line.
+      generation: of the TPU, such as "v5e".
+      sides: chips along each side.
+
+    Raises:
+      ValueError: there are no such slices of that generation; lists those that there are.
+    """
+    if generation not in LONGEST_SIDE:
+        if sides not in FLAT_SLICES:
+            raise ValueError(
+                f"--topology={name} does not exist: slices of {generation} are "
+                f"{', '.join(map(sides_text, FLAT_SLICES))}"
+            )
+        return
+    longest = LONGEST_SIDE[generation]
+    cubes = len(sides) == 3 and all(side and side % CUBE == 0 for side in sides)
+    if sides not in PARTS_OF_CUBE and not (cubes and max(sides) <= longest):
+        raise ValueError(
+            f"--topology={name} does not exist: slices of {generation} are "
+            f"{', '.join(map(sides_text, PARTS_OF_CUBE))}, or have three sides that are multiples "
+            f"of {CUBE} up to {longest}, such as 4x4x8"
+        )
+
+
+def sides_text(sides: tuple[int, ...]) -> str:
+    """Sides as they are written in the name of a slice: 4x8."""
+    return "x".join(map(str, sides))
 
 
 def parse_chips(name: str) -> Slice:

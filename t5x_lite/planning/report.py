@@ -34,13 +34,25 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(width=100)
 
 
-def show(figures: Figures, price: float | None) -> None:
-    """Prints the figures of a step; price is of one chip for an hour."""
-    console().print(Group(*tables(figures, price)))
+def show(figures: Figures, price: float | None, efficiency: float) -> None:
+    """Prints the figures of a step.
+
+    Args:
+      figures: the figures.
+      price: of one chip for an hour, if known.
+      efficiency: share of the speed at best that is assumed in the second column.
+    """
+    console().print(Group(*tables(figures, price, efficiency)))
 
 
-def tables(figures: Figures, price: float | None) -> list[Any]:
-    """Headline and tables of a step; price is of one chip for an hour."""
+def tables(figures: Figures, price: float | None, efficiency: float) -> list[Any]:
+    """Headline and tables of a step.
+
+    Args:
+      figures: the figures.
+      price: of one chip for an hour, if known.
+      efficiency: share of the speed at best that is assumed in the second column.
+    """
     parts: list[Any] = [headline(figures), memory_table(figures)]
     if figures.flops is None:
         return parts
@@ -48,6 +60,7 @@ def tables(figures: Figures, price: float | None) -> list[Any]:
     if figures.collectives:
         parts.append(collectives_table(figures.collectives))
     parts.append(time_table(figures, times))
+    parts.append(speed_table(figures, times, efficiency))
     if figures.unknown_loops:
         parts.append(
             "Loops of unknown length, counted once: " + ", ".join(figures.unknown_loops[:5])
@@ -118,10 +131,10 @@ def sum_collectives(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
 
 
 def time_table(figures: Figures, times: StepEstimate) -> Table:
-    """Work and time of a step."""
+    """Work and time of a step at best."""
     chip = figures.slice.chip
     needed = figures.model_flops / figures.slice.count
-    table = plain_table("a step", "", "by roofline, ms")
+    table = plain_table("a step", "", "at best, ms")
 
     def row(name: str, amount: str, seconds: float) -> None:
         table.add_row(name, amount, f"{1e3 * seconds:,.3f}")
@@ -137,12 +150,30 @@ def time_table(figures: Figures, times: StepEstimate) -> Table:
         schedule = "collectives of weights overlap, those of activations do not"
     row("as scheduled", schedule, times.scheduled)
     row("nothing overlapped", "the sum", times.summed)
-    speed = f"{times.tokens_per_second:,.0f} tokens/s"
-    table.add_row("speed as scheduled", f"{speed}, {figures.tokens:,} tokens a step", "")
-    use = f"{100 * times.mfu:.1f} % as scheduled, {100 * times.mfu_bound:.1f} % at most"
-    table.add_row("model FLOP utilization", use, "")
+    return table
+
+
+def speed_table(figures: Figures, times: StepEstimate, efficiency: float) -> Table:
+    """Time, speed, utilization and cost as scheduled: at best, and at a share of that speed.
+
+    Args:
+      figures: the figures.
+      times: times at best.
+      efficiency: the share.
+    """
+    shares = 1.0, efficiency
+    table = plain_table("as scheduled", "", "at best", f"at {100 * efficiency:g} % of it")
+
+    def row(name: str, unit: str, values: list[float], digits: int) -> None:
+        table.add_row(name, unit, *(f"{value:,.{digits}f}" for value in values))
+
+    row("time of a step", "ms", [1e3 * times.scheduled / share for share in shares], 1)
+    speed = f"tokens/s, {figures.tokens:,} tokens a step"
+    row("speed", speed, [times.tokens_per_second * share for share in shares], 0)
+    row("model FLOP utilization", "% of the peak", [100 * times.mfu * share for share in shares], 1)
     if times.cost is not None:
-        table.add_row("cost of 10^9 tokens", f"{times.cost:,.2f} in the price's currency", "")
+        currency = "in the price's currency"
+        row("cost of 10^9 tokens", currency, [times.cost / share for share in shares], 2)
     return table
 
 
@@ -155,7 +186,7 @@ def search_table(plans: list[dict[str, Any]], price: float | None, count: int) -
       count: number of chips.
     """
     table = plain_table(
-        "what fits", "GiB of a chip", "ms a step", "tokens/s", "MFU %", "10^9 tokens"
+        "what fits, at best", "GiB of a chip", "ms a step", "tokens/s", "MFU %", "10^9 tokens"
     )
     for row in plans:
         known = row["estimate"]
@@ -182,9 +213,16 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
-def record(figures: Figures, price: float | None = None) -> dict[str, Any]:
-    """All figures as a JSON object, in bytes, seconds and FLOPs; price is of one chip for an
-    hour."""
+def record(
+    figures: Figures, price: float | None = None, efficiency: float | None = None
+) -> dict[str, Any]:
+    """All figures as a JSON object, in bytes, seconds and FLOPs; `estimate` is at best.
+
+    Args:
+      figures: the figures.
+      price: of one chip for an hour, if known.
+      efficiency: share of the speed at best for `expected`; None to leave it out.
+    """
     memory = figures.memory
     result: dict[str, Any] = {
         "what": figures.what,
@@ -207,7 +245,20 @@ def record(figures: Figures, price: float | None = None) -> dict[str, Any]:
             "unknown_loops": list(figures.unknown_loops),
             "estimate": estimate(figures, price)._asdict(),
         }
+        if efficiency is not None:
+            result["expected"] = expected(result["estimate"], efficiency)
     return result
+
+
+def expected(at_best: dict[str, Any], efficiency: float) -> dict[str, Any]:
+    """Speed, utilization and cost at a share of the speed at best."""
+    cost = at_best["cost"]
+    return {
+        "efficiency": efficiency,
+        "tokens_per_second": at_best["tokens_per_second"] * efficiency,
+        "mfu": at_best["mfu"] * efficiency,
+        "cost": None if cost is None else cost / efficiency,
+    }
 
 
 def placement_text(run: config.Run, slice_: Slice) -> str:

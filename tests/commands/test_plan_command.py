@@ -2,6 +2,7 @@
 """The plan command's doors: what it refuses and with which remedy, and plans by arithmetic."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -27,6 +28,8 @@ SMALL = ["--gin.config.Stack.layers=2", "--gin.BATCH_SIZE=64"]
         (["--chips=h100x8", "--decode"], "--decode is compiled for a --topology"),
         (["--topology=v5e:2x2", "--decode", "--search"], "--decode is compiled"),
         (["--topology=v5e:2x2", "--price=-1"], "--price must be at least 0; got -1.0"),
+        (["--chips=h100x8", "--efficiency=0"], "--efficiency must be in (0, 1]; got 0.0"),
+        (["--chips=h100x8", "--efficiency=40"], "--efficiency must be in (0, 1]; got 40.0"),
         (["--topology=v5e:2x2", "--decode", "--decode_rows=0"], "must be at least 1"),
         (["--topology=v5e:2x2", "--decode_length=-3"], "must be at least 1"),
         (["--chips=h100x8", "--gin.config.Mesh.tensor=3"], "covers 6 devices, but there are 8"),
@@ -52,7 +55,7 @@ def test_a_slice_or_chips_must_be_named(capsys):
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(preparing.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 't5x_lite\[plan\]'"):
+    with pytest.raises(ValueError, match=r"pip install '.*\[plan\]'"):
         preparing.prepare()
 
 
@@ -67,7 +70,16 @@ def test_arithmetic_needs_no_libtpu_and_says_what_it_is(tmp_path):
     assert "by arithmetic alone, not compiled" in done.stdout and "FITS" in done.stdout
     record = json.loads(path.read_text())
     assert record["source"] == "arithmetic" and record["chips"] == 8
-    assert record["estimate"]["cost"] > 0
+    best, assumed = record["estimate"], record["expected"]
+    assert best["cost"] > 0 and assumed["efficiency"] == 0.4
+    assert assumed["cost"] == pytest.approx(best["cost"] / 0.4)
+    assert assumed["tokens_per_second"] == pytest.approx(0.4 * best["tokens_per_second"])
+    # No rate without the words that say what it is.
+    heads = re.search(r"as scheduled +at best +at 40 % of it", done.stdout)
+    row = re.search(r"speed .*tokens a step +([\d,]+) +([\d,]+)", done.stdout)
+    assert heads and row
+    speeds = [int(cell.replace(",", "")) for cell in row.groups()]
+    assert speeds == [round(each["tokens_per_second"]) for each in (best, assumed)]
 
 
 def test_arithmetic_says_by_how_much_a_run_does_not_fit(capsys):

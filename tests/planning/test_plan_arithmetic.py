@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import jax
 import pytest
@@ -52,6 +53,33 @@ def test_bytes_of_every_mesh_are_those_of_the_arrays_themselves(sizes, name):
     assert result["parameters"] == train_state.bytes_per_device(shapes.params)
     assert result["batch"] == train_state.bytes_per_device(aot.abstract_batch(run))
     assert result["optimizer state"] == train_state.bytes_per_device(shapes.optimizer)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("v5e:4x4x4", "v5e:3x3", "v5e:2x9", "v5e:0x1", "v5e:1x0", "v5e:32x32", "v5e:16x8"),
+        *("v6e:2x2x1", "v6e:12x16", "v5p:0x1", "v5p:2x2", "v5p:0x4x4", "v5p:3x4x4"),
+        *("v5p:4x4x32", "v4:1x1x1", "v4:4x4", "v4:4x4x20", "v4:2x2x3"),
+    ],
+)
+def test_a_slice_that_there_is_not_is_refused_by_its_shape_at_every_door(name):
+    """libtpu would end the process; by arithmetic its figures would be those of nothing."""
+    words = f"--topology={name} does not exist: slices of {name.partition(':')[0]} are "
+    for parse in (chips.parse_topology, chips.parse_chips):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            parse(name)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        *(("v5e:1x1", 1), ("v5e:8x16", 128), ("v6e:16x16", 256), ("v4:2x2x1", 4)),
+        *(("v4:16x16x16", 4096), ("v5p:2x4x4", 32), ("v5p:16x20x28", 8960), ("v5p:8x4x4", 128)),
+    ],
+)
+def test_slices_that_there_are_have_their_chips(name, count):
+    assert chips.parse_topology(name).count == count
 
 
 def test_a_mesh_that_cannot_split_a_weight_is_refused_with_its_name():
