@@ -35,15 +35,67 @@ def format_estimate(estimate: quality.MetricEstimate, form: str = "+.3g") -> str
     return f"{value} ± {estimate.half:.2g}" if math.isfinite(estimate.half) else value
 
 
+def verdict(measured: dict[str, list[dict]], metrics: Sequence[str]) -> list[str]:
+    """The result in one or two sentences, by the leading metric; or that nothing was learned."""
+    unlearned = [twin for twin in measured if learned_nothing(measured[twin])]
+    if len(unlearned) == len(measured):
+        return [
+            "Nothing was learned: by every rate and score all twins are at the worst. Train longer "
+            "(TRAIN_STEPS) or on other data; the tables compare noise."
+        ]
+    sentences = [f"The {twin_label(twin)} learned nothing." for twin in unlearned]
+    metric = next((name for name in quality.LEADING if name in metrics), None)
+    if metric is None:
+        return sentences
+    base = quality.estimate_metric(measured[BASE], metric).value
+    for twin in measured:
+        if twin == BASE or twin in unlearned or not has_metric(measured, twin, metric):
+            continue
+        gap = quality.estimate_difference(measured[twin], measured[BASE], metric)
+        word = compare_word(metric, gap)
+        sentences.append(
+            f"By {metric} ({quality.metric_unit(metric)}) the {twin_label(twin)} {word} the "
+            f"encoder-decoder: {base + gap.value:.4g} against {base:.4g}."
+        )
+    if len(measured[BASE]) == 1:
+        sentences.append("One run each: another seed may turn this around.")
+    return sentences
+
+
+def learned_nothing(runs: Sequence[dict]) -> bool:
+    """True if all rates and scores of a twin are at the worst, in every run."""
+    values = [pair for run in runs for pair in run["metrics"].items()]
+    rates = [pair for pair in values if quality.UNITS.get(pair[0], "").startswith(("%", "0"))]
+    written = [pair for pair in rates if pair[0] != "accuracy"] or rates
+    return bool(written) and all(quality.is_worst(*pair) for pair in written)
+
+
+def compare_word(metric: str, gap: quality.MetricEstimate) -> str:
+    """The verb of a comparison with the encoder-decoder: is better than, does not differ from."""
+    if math.isnan(gap.half) or not gap.beyond_noise:
+        return "does not differ beyond noise from"
+    better = (gap.value < 0) == (metric in quality.LESS_IS_BETTER)
+    return "is better than" if better else "is worse than"
+
+
 def describe_differences(measured: dict[str, list[dict]], metrics: Sequence[str]) -> list[str]:
     """A sentence for each metric and each twin other than the encoder-decoder."""
     sentences = []
     for metric in metrics:
+        values = [
+            each["metrics"][metric]
+            for runs in measured.values()
+            for each in runs
+            if metric in each["metrics"]
+        ]
+        if all(quality.is_worst(metric, value) for value in values):
+            sentences.append(f"{metric}: nothing to compare, every twin is at the worst")
+            continue
         for name in measured:
             if name == BASE or not has_metric(measured, name, metric):
                 continue
             gap = quality.estimate_difference(measured[name], measured[BASE], metric)
-            sentences.append(describe_gap(metric, name, gap))
+            sentences.append(describe_gap(metric, name, gap, len(measured[name])))
     return sentences
 
 
@@ -58,17 +110,19 @@ def has_metric(measured: dict[str, list[dict]], name: str, metric: str) -> bool:
     return all(metric in each["metrics"] for each in measured[name] + measured[BASE])
 
 
-def describe_gap(metric: str, name: str, gap: quality.MetricEstimate) -> str:
+def describe_gap(metric: str, name: str, gap: quality.MetricEstimate, seeds: int) -> str:
     """Describes a difference from the encoder-decoder.
 
     Args:
       metric: name of the metric.
       name: name of the twin.
       gap: twin minus encoder-decoder.
+      seeds: number of runs of each twin.
     """
     if math.isnan(gap.half):
         return f"{metric}: {twin_label(name)} {gap.value:+.3g}; one seed gives no interval"
-    interval = f"{gap.value:+.3g} (95 % interval {gap.value - gap.half:+.3g} to "
+    scope = "other test examples, not other runs" if seeds == 1 else "other runs and test examples"
+    interval = f"{gap.value:+.3g} (95 % interval for {scope}: {gap.value - gap.half:+.3g} to "
     interval += f"{gap.value + gap.half:+.3g})"
     if not gap.beyond_noise:
         pair = f"{twin_label(name)} and encoder-decoder"

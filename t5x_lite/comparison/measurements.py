@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 
 from t5x_lite import config, data, decoding
 from t5x_lite.checkpoints.opening import open_checkpoint
+from t5x_lite.cli.progress import format_duration
 from t5x_lite.comparison import costs, quality, speed, taken, train_twins, twins
 from t5x_lite.config import aliases
 from t5x_lite.config.training_run import ComparisonRun, TrainingRun
+from t5x_lite.training.loop import REPORT
 from t5x_lite.training.reporting import metric_writers
 from t5x_lite.utils.atomic_files import write_atomically
 
@@ -60,8 +63,11 @@ def measure_twins(
     }
     trained = train_runs(cfg, runs, modules)
     names = [twin.name for twin in family]
+    stages = Stages("measuring", len(runs))
     qualities = {
-        name: [measure_quality(run, runs[name, seed], name, seed) for seed in range(cfg.seeds)]
+        name: [
+            measure_quality(run, runs[name, seed], name, seed, stages) for seed in range(cfg.seeds)
+        ]
         for name in names
     }
     lengths, most = costs.example_lengths(run.data), run.data.lengths
@@ -98,9 +104,10 @@ def train_runs(cfg: config.Compare, runs: dict, modules: list[str]) -> list[dict
       A row per run with its seconds, None where these are unknown.
     """
     trained = []
-    for number, ((name, seed), each) in enumerate(runs.items(), 1):
-        print(f"{number} of {len(runs)}: {each.model_dir}", flush=True)
+    stages = Stages("training", len(runs))
+    for (name, seed), each in runs.items():
         here = name not in cfg.trained
+        stages.begin(each.model_dir, here and not (Path(each.model_dir) / REPORT).exists())
         report = (
             train_twins.train_twin(each, modules) if here else taken.read_report(each.model_dir)
         )
@@ -108,7 +115,9 @@ def train_runs(cfg: config.Compare, runs: dict, modules: list[str]) -> list[dict
     return trained
 
 
-def measure_quality(run: ComparisonRun, trained: TrainingRun, name: str, seed: int) -> dict:
+def measure_quality(
+    run: ComparisonRun, trained: TrainingRun, name: str, seed: int, stages: "Stages"
+) -> dict:
     """Metrics of a trained twin, kept in measured/; the folder of the twin is only read.
 
     Args:
@@ -116,14 +125,16 @@ def measure_quality(run: ComparisonRun, trained: TrainingRun, name: str, seed: i
       trained: config of the twin's run.
       name: name of the twin.
       seed: its seed.
+      stages: reports what is measured.
     """
     path = Path(run.model_dir) / "measured" / f"{name}-{seed}.json"
     cfg = run.compare
     request = [cfg.split, cfg.examples, list(cfg.drafters), list(cfg.quantized)]
     request += [trained.model_dir] if name in cfg.trained else []
-    if (kept := read_measured(path)).get("asked") == request:
+    kept = read_measured(path)
+    stages.begin(trained.model_dir, kept.get("asked") != request)
+    if kept.get("asked") == request:
         return kept
-    print(f"measuring {trained.model_dir}", flush=True)
     best = trained.checkpoint.metric is not None and name not in cfg.trained
     restored = open_checkpoint(trained.model_dir, best=best).load()
     folder = str(Path(run.model_dir) / f"{name}-{seed}")
@@ -174,11 +185,49 @@ def measure_speed(run: ComparisonRun, trained: list[TrainingRun], names: list[st
             restored = open_checkpoint(each.model_dir).load()
             params = decoding.prepare_params(each.model, restored.params)
             models.append(speed.TwinModel(name, each.model, params))
-        for number, case in enumerate(cases[done:], done + 1):
-            print(f"speed {number} of {len(cases)}: {case}", flush=True)
+        stages = Stages("speed", len(cases), done)
+        for case in cases[done:]:
+            stages.begin(f"{case.rows} x ({case.inputs} ids in, {case.outputs} out)")
             table["rows"] += speed.time_twins(models, case, run.compare.repeats)
             write_measured(path, table)
     return table["rows"]
+
+
+class Stages:
+    """Prints which of several long pieces of work begins, and how long the rest may take.
+
+    Attributes:
+      what: what is done to each: "training".
+      total: number of pieces.
+      number: number of the one in progress, from 1.
+      seconds: seconds of those that were done here.
+      began: when the one in progress began; None where it was done already.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        self.what, self.total, self.number = what, total, done
+        self.seconds: list[float] = []
+        self.began: float | None = None
+
+    def begin(self, name: str, needed: bool = True) -> None:
+        """Ends the piece before, and begins the next; one that is done already prints nothing.
+
+        Args:
+          name: what is printed of it.
+          needed: false for one that is done already.
+        """
+        now = time.monotonic()
+        if self.began is not None:
+            self.seconds.append(now - self.began)
+        self.number += 1
+        self.began = now if needed else None
+        if needed:
+            left = ""
+            if self.seconds:
+                mean = sum(self.seconds) / len(self.seconds)
+                rest = format_duration(mean * (self.total - self.number + 1))
+                left = f"; all of {self.what} ends in about {rest}"
+            print(f"{self.what} {self.number} of {self.total}: {name}{left}", flush=True)
 
 
 def memory_table(family: list[twins.Twin], cfg: config.Compare) -> list[dict]:

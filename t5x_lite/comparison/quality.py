@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_lite import config, data
+from t5x_lite.cli.progress import Progress
 from t5x_lite.config.training_run import ComparisonRun, DataRun
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.evaluation import evaluate, metrics
@@ -25,6 +26,24 @@ GROUPS = 20
 WIDTH = 8  # of a drafted block: long enough for every draft token that could be accepted
 # Of these less is better; of all other metrics more.
 LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "per", "wer", "edit_distance")
+UNITS = {
+    "accuracy": "% of tokens",
+    "bits_per_byte": "bits per byte",
+    "bleu": "0 to 100",
+    "chrf": "0 to 100",
+    "edit_distance": "tokens per text",
+    "exact_match": "% of texts",
+    "loss": "nats per token",
+    "per": "% of phonemes",
+    "rouge1": "0 to 100",
+    "rouge2": "0 to 100",
+    "rougeLsum": "0 to 100",
+    "wer": "% of words",
+}
+# The metric of the verdict is the first of these that was measured.
+LEADING = ("per", "wer", "bleu", "rougeLsum", "chrf", "exact_match", "edit_distance", "loss")
+# Error rates from here on, and scores up to here, are those of a model that learned nothing.
+WORST_ERROR, WORST_SCORE = 99.0, 1.0
 
 
 def evaluate_twin(run: DataRun, params: Any, step: int, compare: config.Compare) -> dict:
@@ -42,7 +61,9 @@ def evaluate_twin(run: DataRun, params: Any, step: int, compare: config.Compare)
     """
     settings = dataclasses.replace(run.evaluate, examples=compare.examples, batches=10**6)
     evaluator = evaluate.Evaluator(dataclasses.replace(run, evaluate=settings), compare.split)
-    numbers = evaluator(params, step)
+    count = min(len(evaluator.dataset), compare.examples)
+    with Progress("texts", count if evaluator.has_predictions() else None) as progress:
+        numbers = evaluator(params, step, progress)
     measured = {"metrics": numbers, "without": {}}
     if evaluator.predictions_path is None:
         return measured
@@ -122,6 +143,19 @@ def measure_quantized(
         rounded = quantization.quantize_params(params, quantization.parse_quantization(name))
         results[name] = evaluate_twin(here, rounded, step, compare)
     return results
+
+
+def metric_unit(metric: str) -> str:
+    """Unit of a metric, and which of its values are better."""
+    better = "lower is better" if metric in LESS_IS_BETTER else "higher is better"
+    return ", ".join([UNITS[metric], better] if metric in UNITS else [better])
+
+
+def is_worst(metric: str, value: float) -> bool:
+    """True for a value of a rate or score that a model has which learned nothing."""
+    if not UNITS.get(metric, "").startswith(("%", "0")):
+        return False
+    return value >= WORST_ERROR if metric in LESS_IS_BETTER else value <= WORST_SCORE
 
 
 def jackknife_metrics(names: Sequence[str], rows: Sequence[dict]) -> dict[str, list[float]]:

@@ -16,9 +16,12 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
 th, td { text-align: right; padding: .25rem .8rem; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left }
-img { max-width: 100% } .note { color: #555; font-size: 14px }
+img { max-width: 100% } .verdict { font-size: 1.15rem; margin: .4rem 0 }
+.note { color: #555; font-size: 14px }
 </style></head><body>
 <h1>{{ title }}</h1>
+{% for line in verdict %}<p class="verdict">{{ line }}</p>
+{% endfor %}
 <p class="note">{{ note }}</p>
 <h2>In words</h2>
 <ul>{% for line in words %}<li>{{ line }}</li>{% endfor %}</ul>
@@ -54,6 +57,7 @@ def write_report(record: dict, folder: Path) -> Path:
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     text = page.render(
         title=f"{record['task']}: twins with equal {record['matched']}",
+        verdict=claims.verdict(record["quality"], record["metrics"]),
         note=report_note(record),
         words=describe_results(record),
         tables=report_tables(record),
@@ -99,7 +103,7 @@ def report_tables(record: dict) -> list[tuple[str, list[list[str]]]]:
     """Headings and tables of the report, without empty ones."""
     tables = [
         ("Twins", twins_table(record)),
-        ("Quality (half of the 95 % interval)", quality_table(record)),
+        (f"Quality ({interval_words(record)})", quality_table(record)),
         ("Quantized: change from the weights as trained", quantization_table(record)),
         (
             "Drafting: tokens per forward pass (share of passes that accept the first draft token)",
@@ -110,6 +114,13 @@ def report_tables(record: dict) -> list[tuple[str, list[list[str]]]]:
         ("Memory", memory_table(record)),
     ]
     return [(head, rows) for head, rows in tables if len(rows) > 1]
+
+
+def interval_words(record: dict) -> str:
+    """The meaning of the intervals in a table: one seed tells nothing of other runs."""
+    if record["seeds"] == 1:
+        return "± half of the 95 % interval for other test examples; other runs are not covered"
+    return "± half of the 95 % interval for other runs and test examples"
 
 
 def twins_table(record: dict) -> list[list[str]]:
@@ -130,7 +141,8 @@ def twins_table(record: dict) -> list[list[str]]:
 
 def quality_table(record: dict) -> list[list[str]]:
     """Metrics of every twin."""
-    rows = [["", *record["metrics"]]]
+    heads = [f"{metric} ({quality.metric_unit(metric)})" for metric in record["metrics"]]
+    rows = [["", *heads]]
     for twin, measured in record["quality"].items():
         estimates = [quality.estimate_metric(measured, metric) for metric in record["metrics"]]
         cells = [claims.format_estimate(each, ".4g") for each in estimates]

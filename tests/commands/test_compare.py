@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the comparison: matched costs match, and intervals cover the truth."""
+"""Laws of the comparison: matched costs match, and one command trains, measures and reports."""
 
 import dataclasses
 import json
-import math
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from conftest import FAMILIES, toy_model
 
 from t5x_lite import compare, config, convert, decoding, model, sharding
-from t5x_lite.comparison import claims, costs, plots, quality, report, speed, twins
+from t5x_lite.comparison import claims, costs, plots, report, speed, twins
 from t5x_lite.training import flops as step_costs
 
 LENGTHS = costs.Lengths(20.0, 12.0)
@@ -83,69 +82,6 @@ def test_padding_is_counted_as_by_hand():
     assert found["to the longest allowed"] == 1 - 40 / 100
     # Pairs (4, 8) and (2, 1), then (1, 2) and (1, 3); the fifth has no partner.
     assert found["to the longest of 2"] == 1 - 22 / (16 + 4 + 4 + 6)
-
-
-def seeds(draw, count, examples, mean, between):
-    """Measured runs whose metric is the mean of `examples` numbers, by the same examples."""
-    measured = []
-    shared = draw.normal(size=examples)
-    for _ in range(count):
-        values = mean + shared + draw.normal(0, between)
-        groups = np.array_split(values, quality.GROUPS)
-        without = [np.concatenate(groups[:i] + groups[i + 1 :]).mean() for i in range(len(groups))]
-        measured.append({"metrics": {"bleu": values.mean()}, "without": {"bleu": without}})
-    return measured
-
-
-def test_the_jackknife_of_a_mean_is_its_standard_error():
-    draw = np.random.default_rng(0)
-    values = draw.normal(size=20)
-    without = [(values.sum() - value) / 19 for value in values]
-    found = quality.combine_estimates([values.mean()], [without])
-    from scipy import stats
-
-    half = stats.t.ppf(0.975, 19) * values.std(ddof=1) / math.sqrt(20)
-    assert found.half == pytest.approx(half)
-
-
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    draw = np.random.default_rng(1)
-    inside = 0
-    for _ in range(400):
-        found = quality.estimate_metric(seeds(draw, 3, 100, 5.0, 0.2), "bleu")
-        inside += abs(found.value - 5.0) <= found.half
-    # Binomial of 400 at 0.95 has a standard deviation of 1.1 %; Welch is a little cautious.
-    assert 0.92 <= inside / 400 <= 0.995
-
-
-def test_a_difference_is_taken_on_the_same_examples():
-    draw = np.random.default_rng(2)
-    some = seeds(draw, 2, 200, 5.0, 0.0)
-    better = [
-        {
-            "metrics": {"bleu": each["metrics"]["bleu"] + 0.01},
-            "without": {"bleu": [value + 0.01 for value in each["without"]["bleu"]]},
-        }
-        for each in some
-    ]
-    assert quality.estimate_metric(some, "bleu").half > 0.05
-    gap = quality.estimate_difference(better, some, "bleu")
-    assert gap.value == pytest.approx(0.01)
-    assert gap.beyond_noise
-    assert not quality.estimate_difference(some, some, "bleu").beyond_noise
-
-
-@pytest.mark.parametrize(
-    "metric, value, word", [("per", -1.0, "better"), ("per", 1.0, "worse"), ("bleu", 1.0, "better")]
-)
-def test_better_and_worse_follow_the_metric(metric, value, word):
-    said = claims.describe_gap(metric, "causal_decoder", quality.MetricEstimate(value, 0.5))
-    assert f"causal decoder is {word}" in said
-    wide = quality.MetricEstimate(value, 2.0)
-    assert "beyond noise" in claims.describe_gap(metric, "causal_decoder", wide)
-    alone = quality.MetricEstimate(value, math.nan)
-    assert "nan" not in claims.describe_gap(metric, "causal_decoder", alone)
-    assert "nan" not in claims.format_estimate(alone)
 
 
 @pytest.mark.slow
@@ -352,42 +288,6 @@ def test_a_run_measured_at_its_end_alone_is_no_curve(tmp_path):
     assert plots.draw_curves({"curves": ends}, path) is None and not path.exists()
     both = ends | {"causal_decoder": [[], [[0, 3.0], [500, 2.0]]]}
     assert plots.draw_curves({"curves": both}, path) == path and path.exists()
-
-
-def test_it_is_said_which_intervals_know_nothing_of_other_examples():
-    draw = np.random.default_rng(5)
-
-    def drawn():
-        return [run | {"quantized": {}} for run in seeds(draw, 2, 200, 50.0, 0.1)]
-
-    found = {"encoder_decoder": drawn(), "causal_decoder": drawn()}
-    record = {"quality": found, "metrics": ["bleu"], "seeds": 2}
-    assert not any("whole split" in line for line in report.describe_results(record))
-    for number, run in enumerate(run for runs in found.values() for run in runs):
-        run["metrics"]["loss"] = 2.0 + number
-    said = report.describe_results(record | {"metrics": ["bleu", "loss"]})
-    assert said[-1].startswith("loss: one number for the whole split")
-
-
-def test_what_rounding_harms_is_said_and_what_it_does_not_is_not():
-    draw = np.random.default_rng(3)
-    whole = seeds(draw, 2, 200, 50.0, 0.1)
-    worse = [
-        {
-            "metrics": {"bleu": each["metrics"]["bleu"] - 1},
-            "without": {"bleu": [value - 1 for value in each["without"]["bleu"]]},
-        }
-        for each in whole
-    ]
-
-    def runs(few):
-        return [
-            each | {"quantized": {"int4": other}} for each, other in zip(whole, few, strict=True)
-        ]
-
-    record = {"encoder_decoder": runs(whole), "causal_decoder": runs(worse)}
-    (said,) = claims.describe_roundings(record, ["bleu"])
-    assert said.startswith("int4 harms the causal decoder: bleu -1")
 
 
 def test_a_config_that_compares_nothing_says_what_to_bind(capsys):
