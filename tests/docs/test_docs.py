@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from t5x_lite import config
+from t5x_lite import config, sharding
 from t5x_lite.config import gin_file
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +85,22 @@ def test_files_that_the_documentation_names_are_there():
             assert list(ROOT.glob(path.rstrip("/"))), f"{page.name} names {path}"
         for link in re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))\)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_pages_that_list_the_axes_of_a_mesh_list_those_that_exist():
+    axes = sharding.mesh_sizes(config.Mesh(data=1, fsdp=1, tensor=1, context=2), 2).keys()
+    lists = 0
+    for page in PAGES:
+        for row in re.findall(r"`\w+`(?:(?:,| and| or)\s+`\w+`)+", page.read_text()):
+            names = set(re.findall(r"\w+(?=`)", row))
+            if len(names & axes) > 2:
+                assert names == axes, f"{page.name}: {row}"
+                lists += 1
+    table = (ROOT / "docs" / "scaling.md").read_text()
+    assert re.findall(r"^\| `config\.Mesh\.(\w+)`", table, re.M) == [
+        axis for axis in config.Mesh.__dataclass_fields__ if axis in axes
+    ]
+    assert lists >= 2
 
 
 def test_configs_in_the_documentation_load(tmp_path):
