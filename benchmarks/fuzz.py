@@ -1,103 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do readers take files that are broken? Thousands of seeded mutations of small whole files.
+"""How do readers take files that are broken? Seeded mutations of small whole files, by format.
 
-Every round breaks one file of a reader's (bits, cuts, splices, huge numbers, wrong types, nesting)
-and reads it. A reader may read it, or refuse it in a ValueError or OSError that names it. Another
-exception, no name, 20 s of the processor, 2 GiB, a file written and a dead process are faults: each
-is printed with its seed and round, which give it again.
+Every round breaks one file of a reader's (`tests/laws/fuzz_formats.py`) and reads it. A reader may
+read it, or refuse it in a ValueError or OSError that names it. Everything else is a fault: a crash
+(another exception, or a dead process), a hang (10 s of the processor), memory (1 GB more than
+before), an error without a name, a file written. A fault is printed with its seed and round, which
+give it again.
 
-  python benchmarks/fuzz.py [--rounds 2000] [--seed 1] [--target gguf ...]
+A target goes on after the rounds that --json already has with this seed, so that 100,000 rounds can
+be run in pieces.
+
+  python benchmarks/fuzz.py [--rounds 2000] [--seed 1] [--target gguf ...] [--seconds 400]
       [--json benchmarks/results/fuzz.json]
   python benchmarks/fuzz.py --target gguf --seed 7 --round 1234   # one round again
 """
 
 import argparse
+import collections
 import json
+import math
 import multiprocessing
+import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import report
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests/laws")]
-PACKAGES = ["gin-config", "tokenizers", "sentencepiece", "gguf", "tensorstore", "pyarrow", "jax"]
+PACKAGES = ["gin-config", "jinja2", "tokenizers", "sentencepiece", "gguf", "tensorstore", "pyarrow"]
+PACKAGES += ["orbax-checkpoint", "msgpack", "uvicorn", "jax"]
+# A reader that waits for something takes no time of the processor.
+SILENCE = 300
+TOTAL = "all readers"
+# Figures of a target, by the kind of a round (`fuzzing.KINDS`).
+FIGURES = {
+    "read": "read all the same",
+    "refused": "refused by name",
+    "crash": "crashes",
+    "hang": "hangs over 10 s",
+    "memory": "memory over 1 GB",
+    "unnamed": "errors without a name",
+    "writes": "files written",
+}
 
 
-def work(name: str, rounds: range, seed: int, sent: Connection) -> None:
-    """Sends (content, fault) of each round; a process of its own, which a reader may kill."""
+def work(jobs: dict[str, range], seed: int, results: Connection) -> None:
+    """Runs rounds by reader, in a process that a reader may end.
+
+    Args:
+      jobs: numbers of the rounds of each reader.
+      seed: seed of the draws.
+      results: receives (name, None) when a reader begins, then (name, (accepted, fault)).
+    """
+    # libtpu has a timer of its own with the signal of `fuzzing.limits`.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     import fuzzing
     import jax
 
     from t5x_lite import sharding
 
     jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1]))
-    with tempfile.TemporaryDirectory() as scratch:
-        for outcome in fuzzing.run(name, Path(scratch), rounds, seed):
-            sent.send(outcome)
-    sent.close()
+    for name, rounds in jobs.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            fuzzing.prepare(name, Path(scratch))
+            results.send((name, None))
+            for outcome in fuzzing.attack(name, Path(scratch), rounds, seed):
+                results.send((name, outcome))
+    results.close()
 
 
-def outcomes(name: str, rounds: range, seed: int):
-    """(content, fault) of every round, those that killed the process too."""
+def outcomes(jobs: dict[str, range], seed: int) -> Iterator:
+    """(name, (accepted, fault)) of every round, those that ended the process too."""
     import fuzzing
 
-    processes = multiprocessing.get_context("spawn")
-    done = rounds.start
-    while done < rounds.stop:
-        received, sent = processes.Pipe(duplex=False)
-        worker = processes.Process(target=work, args=(name, range(done, rounds.stop), seed, sent))
+    processes, jobs = multiprocessing.get_context("spawn"), dict(jobs)
+    while jobs:
+        name, (received, results) = None, processes.Pipe(duplex=False)
+        worker = processes.Process(target=work, args=(jobs, seed, results))
         worker.start()
-        sent.close()
-        begun = done
+        results.close()
         try:
-            while True:
-                yield received.recv()
-                done += 1
+            while received.poll(SILENCE):
+                name, outcome = received.recv()
+                while (first := next(iter(jobs))) != name:
+                    del jobs[first]  # finished
+                if outcome is not None:
+                    jobs[name] = jobs[name][1:]
+                    yield name, outcome
         except EOFError:
             worker.join()
-        if worker.exitcode and done == begun:
-            raise SystemExit(f"{name} cannot begin at round {begun}: see above")
-        if worker.exitcode:
-            what = f"the process ended with {worker.exitcode}"
-            yield False, fuzzing.Fault(name, seed, done, "?", what)
-            done += 1
+        finally:
+            worker.terminate()
+            worker.join()
+        if worker.exitcode == 0:
+            return
+        if not (name and jobs[name]):
+            raise SystemExit(f"The reader after {name} cannot begin: see above")
+        late = worker.exitcode in (-signal.SIGXCPU, -signal.SIGTERM)
+        kind = fuzzing.HANG if late else fuzzing.CRASH
+        what = f"the process ended with {worker.exitcode}"
+        yield name, (False, fuzzing.Fault(name, seed, jobs[name].start, "?", kind, what))
+        jobs[name] = jobs[name][1:]
 
 
-def measured(name: str, rounds: range, seed: int) -> list[report.Row]:
-    """How many rounds of a reader were read, refused and faults, and how fast."""
+def count_rounds(jobs: dict[str, range], seed: int, until: float) -> dict[str, collections.Counter]:
+    """Rounds of each reader by their outcome, as many as there is time for.
+
+    Args:
+      jobs: numbers of the rounds of each reader.
+      seed: seed of the draws.
+      until: time.monotonic() at which to stop.
+    """
     from t5x_lite.cli.progress import Progress
 
-    began, read, faults = time.perf_counter(), 0, 0
-    with Progress(f"rounds of {name}", len(rounds)) as progress:
-        for done, (content, fault) in enumerate(outcomes(name, rounds, seed), 1):
-            read += content
+    counts = collections.defaultdict(collections.Counter)
+    with Progress("rounds", sum(map(len, jobs.values()))) as progress:
+        for done, (name, (accepted, fault)) in enumerate(outcomes(jobs, seed), 1):
+            counts[name][fault.kind if fault else "read" if accepted else "refused"] += 1
             if fault:
-                faults += 1
                 print(f"\n{fault}", flush=True)
             progress(done)
-    seconds = time.perf_counter() - began
+            if time.monotonic() > until:
+                break
+    return counts
+
+
+def read_counts(path: str | None, seed: int) -> dict[str, collections.Counter]:
+    """Rounds by outcome of every reader that an earlier run of this seed tried."""
+    if path is None or not Path(path).exists():
+        return {}
+    kinds = {metric: kind for kind, metric in FIGURES.items()}
+    seeds, counts = {}, collections.defaultdict(collections.Counter)
+    for row in json.loads(Path(path).read_text())["rows"]:
+        if row["metric"] in kinds:
+            counts[row["case"]][kinds[row["metric"]]] = row["value"]
+        elif row["metric"] == "seed":
+            seeds[row["case"]] = row["value"]
+    return {name: each for name, each in counts.items() if seeds.get(name) == seed}
+
+
+def make_rows(name: str, seed: int, counts: collections.Counter) -> list[report.Row]:
+    """The figures of a reader."""
 
     def row(metric, value):
         return report.Row(name, "t5x_lite", metric, value)
 
-    return [
-        row("seed", seed),
-        row("rounds", len(rounds)),
-        row("read all the same", read),
-        row("refused by name", len(rounds) - read - faults),
-        row("faults", faults),
-        row("rounds per second", round(len(rounds) / seconds, 1)),
-    ]
-
-
-def kept(path: str) -> list[report.Row]:
-    """The rows of an earlier run of this."""
-    if not Path(path).exists():
-        return []
-    return [report.Row(**row) for row in json.loads(Path(path).read_text())["rows"]]
+    rows = [row("seed", seed), row("tried", counts.total())]
+    return rows + [row(metric, counts[kind]) for kind, metric in FIGURES.items()]
 
 
 def main() -> None:
@@ -106,23 +160,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=2000, metavar="N")
+    parser.add_argument("--rounds", type=int, default=2000, metavar="N", help="of each target")
     parser.add_argument("--round", type=int, metavar="N", help="this one alone")
     parser.add_argument("--seed", type=int, default=1, metavar="S")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=[*TARGETS])
     parser.add_argument("--json", metavar="FILE")
-    given = parser.parse_args()
-    rounds = range(given.rounds)
-    if given.round is not None:
-        rounds = range(given.round, given.round + 1)
-    rows = []
-    for name in given.target:
-        rows += measured(name, rounds, given.seed)
-        if given.json:
-            others = [row for row in kept(given.json) if row.case not in {row.case for row in rows}]
-            report.write(given.json, others + rows, PACKAGES)
+    args = parser.parse_args()
+    until = time.monotonic() + args.seconds
+    if args.round is not None:
+        one = {name: range(args.round, args.round + 1) for name in args.target}
+        print(dict(count_rounds(one, args.seed, until)))
+        return
+    counts = collections.defaultdict(collections.Counter, read_counts(args.json, args.seed))
+    left = {name: range(counts[name].total(), args.rounds) for name in args.target}
+    jobs = {name: rounds for name, rounds in left.items() if rounds}
+    for name, new in count_rounds(jobs, args.seed, until).items():
+        counts[name] += new
+    counts.pop(TOTAL, None)
+    counts[TOTAL] = sum(counts.values(), collections.Counter())
+    rows = [row for name, each in counts.items() for row in make_rows(name, args.seed, each)]
+    if args.json:
+        report.write(args.json, rows, PACKAGES)
     print(report.table(rows))
-    raise SystemExit(any(row.metric == "faults" and row.value for row in rows))
+    faults = counts[TOTAL].keys() - {"read", "refused"}
+    raise SystemExit(bool(faults))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import cache_folder, local_path
 
@@ -93,13 +95,22 @@ def read_table(path: Path) -> tuple[MeasuredBlocks, ...]:
     if not path.exists():
         return ()
     try:
-        rows = json.loads(path.read_text())
-        return tuple(MeasuredBlocks(AttentionShape(**row.pop("shape")), **row) for row in rows)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        return tuple(map(parse_row, bounded_files.read_json(path)))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a table of tiles ({error}): delete it, or write it anew with "
             "python -m t5x_lite.tune"
         ) from error
+
+
+def parse_row(fields: dict[str, Any]) -> MeasuredBlocks:
+    """A row of the table; raises another error for each way in which it is none."""
+    shape = AttentionShape(**fields.pop("shape"))
+    row = MeasuredBlocks(shape, **fields)
+    sizes = (shape.queries, shape.keys, shape.head_dim, shape.bytes, row.query, row.key)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"sizes must be positive integers; got {sizes}")
+    return row
 
 
 def write_table(path: Path, measured: list[MeasuredBlocks]) -> None:

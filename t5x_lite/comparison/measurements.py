@@ -19,6 +19,7 @@ from t5x_lite.config import aliases
 from t5x_lite.config.training_run import ComparisonRun, TrainingRun
 from t5x_lite.training.loop import REPORT
 from t5x_lite.training.reporting import metric_writers
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 
 
@@ -148,10 +149,16 @@ def measure_quality(
 
 
 def read_measured(path: Path) -> dict:
-    """The content of a file of measured/, names of earlier versions replaced; {} without one."""
+    """The content of a file of measured/, names of earlier versions replaced; {} without one.
+
+    Raises:
+      ValueError: it is another file.
+    """
     if not path.exists():
         return {}
-    kept = aliases.rename_keys(json.loads(path.read_text()), "Compare")
+    kept = aliases.rename_keys(bounded_files.read_json_object(path), "Compare")
+    if "asked" not in kept:
+        raise ValueError(f"{path} is not a file of measurements: remove it to measure again")
     if isinstance(kept["asked"], dict):
         kept["asked"] = aliases.rename_keys(kept["asked"], "Compare")
     return kept

@@ -2,7 +2,6 @@
 """Twins that are trained already: finished runs, or checkpoints of other libraries."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from t5x_lite import config, data
@@ -11,6 +10,7 @@ from t5x_lite.checkpoints.kinds import CheckpointKind
 from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
 from t5x_lite.config.training_run import ComparisonRun
 from t5x_lite.training.loop import REPORT
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.paths import local_path
 
 
@@ -57,6 +57,10 @@ def comparable_model(opened: OpenedCheckpoint, dtype: str) -> config.Model:
 
 
 def read_report(path: str) -> dict:
-    """The report at the end of training; {} if there is none."""
+    """The report at the end of training; {} if there is none.
+
+    Raises:
+      ValueError: the file is not a report.
+    """
     written = local_path(path) / REPORT
-    return json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+    return bounded_files.read_json_object(written) if written.is_file() else {}

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of a twin by the train command, in a process of its own."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 from t5x_lite import config
 from t5x_lite.config import gin_file
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 
 
@@ -42,4 +42,4 @@ def train_twin(run: config.Run, modules: list[str]) -> dict:
         status = subprocess.run(command, check=False).returncode
         if status:
             raise TrainingFailed(folder, status)
-    return json.loads(finished.read_text(encoding="utf-8"))
+    return bounded_files.read_json_object(finished)

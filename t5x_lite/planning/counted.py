@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t5x_lite.planning.hlo import HBM, Array, Computation, Instruction, Module
+from t5x_lite.planning.hlo import (
+    HBM,
+    Array,
+    Computation,
+    HloError,
+    Instruction,
+    Module,
+    hlo_errors,
+)
 from t5x_lite.planning.trips import Executions
 from t5x_lite.utils.not_none import not_none
 
@@ -37,6 +45,9 @@ FREE = {
 FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AsyncCollectiveDone"}
 SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
 KERNEL = re.compile(r'"cost_estimate":\{([^}]*)\}')
+# Places of a convolution's result times those of its kernel along one axis; at a million tokens
+# and a kernel of 64 taps there are as many.
+MOST_PLACES = 2**26
 
 
 class ProgramCost(NamedTuple):
@@ -47,13 +58,18 @@ class ProgramCost(NamedTuple):
 
 
 def program_cost(module: Module, run: Executions) -> ProgramCost:
-    """FLOPs and bytes of the whole program on one chip."""
+    """FLOPs and bytes of the whole program on one chip.
+
+    Raises:
+      HloError: an instruction is not as its operation requires; names it.
+    """
     flops = moved = 0
     for name, times in run.times.items():
         computation = module.computations[name]
         for instruction in computation.instructions.values():
-            flops += times * instruction_flops(module, computation, instruction)
-            moved += times * instruction_bytes(module, computation, instruction)
+            with hlo_errors(instruction.name):
+                flops += times * instruction_flops(module, computation, instruction)
+                moved += times * instruction_bytes(module, computation, instruction)
     return ProgramCost(flops, moved)
 
 
@@ -129,6 +145,8 @@ def valid_places(attributes: str, axis: int, left: int, kernel: int, result: int
     def field(name: str) -> int:
         return int(fields[name].split("x")[axis]) if name in fields else 1
 
+    if result * kernel > MOST_PLACES:
+        raise HloError(f"a convolution of {result:,} places with a kernel of {kernel:,}")
     low = int(fields["pad"].split("x")[axis].split("_")[0]) if "pad" in fields else 0
     dilation = field("lhs_dilate")
     place = np.arange(result)[:, None] * field("stride") - low

@@ -9,8 +9,10 @@ get-tuple-element(%loop), index=0`, or, since XLA's dumps are compact (those of 
 written where it is used, `%loop#0`. Both are read as the same module.
 """
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from t5x_lite.utils.not_none import not_none
@@ -24,6 +26,12 @@ NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 NUMBERED = re.compile(r"(\d+)")
 HBM = 0
+# Attributes that name a computation which is read; the `to_apply` of a reduction is not.
+FOLLOWED = ("calls", "body", "condition", "true_computation", "false_computation")
+
+
+class HloError(ValueError):
+    """A compiler's text is not the program that is expected, or contradicts itself."""
 
 
 class Array(NamedTuple):
@@ -120,8 +128,11 @@ def bits(element: str) -> int:
 def parse_module(text: str) -> Module:
     """Parses the text of `executable.as_text()`.
 
+    A program comes before what uses it: an instruction before its users, a computation before its
+    callers. So neither can be used by itself, and whoever follows operands comes to an end.
+
     Raises:
-      ValueError: the text has no entry computation.
+      HloError: the text has no entry computation, or uses what does not stand before.
     """
     computations, entry, current, root, name = {}, None, None, "", ""
     for line in text.splitlines():
@@ -134,13 +145,49 @@ def parse_module(text: str) -> Module:
             computations[name] = Computation(name, current, root)
             current = None
         elif " = " in line:
-            parsed = parse_instruction(line)
-            add_elements(current, parsed.operands)
+            with hlo_errors(line):
+                parsed = parse_instruction(line)
+                add_elements(current, parsed.operands)
+                check_references(parsed, current, computations)
             current[parsed.name] = parsed
             root = parsed.name if line.lstrip().startswith("ROOT ") else root
     if entry is None:
-        raise ValueError("The compiler's text has no ENTRY computation: it is not an HLO module")
+        raise HloError("The compiler's text has no ENTRY computation: it is not an HLO module")
     return Module(computations, entry)
+
+
+def check_references(
+    instruction: Instruction, before: dict[str, Instruction], computations: dict[str, Computation]
+) -> None:
+    """Checks that an instruction uses only what stands before it.
+
+    Args:
+      instruction: the instruction.
+      before: instructions of its computation so far.
+      computations: computations so far.
+
+    Raises:
+      HloError: it does not, or has the name of another one.
+    """
+    called = filter(None, map(instruction.called, FOLLOWED))
+    missing = [name for name in instruction.operands if name not in before]
+    missing += [name for name in called if name not in computations]
+    if missing:
+        raise HloError(f"HLO instruction {instruction.name} uses {missing[0]} before it is defined")
+    if instruction.name in before:
+        raise HloError(f"HLO instruction {instruction.name} is defined twice")
+
+
+@contextlib.contextmanager
+def hlo_errors(what: str) -> Iterator[None]:
+    """Turns errors of reading `what`, a line or a program, into an HloError that quotes it."""
+    try:
+        yield
+    except HloError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise HloError(f"HLO that cannot be read: {what.strip()[:200]} ({reason:.200})") from error
 
 
 def parse_instruction(line: str) -> Instruction:

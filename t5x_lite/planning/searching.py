@@ -22,6 +22,7 @@ from t5x_lite.planning import arithmetic, report
 from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.figures import Figures, estimate
 from t5x_lite.training import flops
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 
 REMATS = ("none", "minimal", "full")
@@ -168,7 +169,7 @@ def read_results(path: Path) -> dict[str, Any]:
       ValueError: the file is not one of these.
     """
     try:
-        results = json.loads(path.read_text())
+        results = bounded_files.read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ A compiler's own `cost_analysis` counts the body of a loop once, however often i
 import re
 from typing import NamedTuple
 
-from t5x_lite.planning.hlo import Computation, Instruction, Module
+from t5x_lite.planning.hlo import Computation, Instruction, Module, hlo_errors
 
 KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 TRANSPARENT = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
@@ -23,7 +23,11 @@ class Executions(NamedTuple):
 
 def executions(module: Module) -> Executions:
     """Counts from the entry through loops, calls and branches; every branch of a conditional
-    counts."""
+    counts.
+
+    Raises:
+      HloError: a loop or a branch is not as its operation requires.
+    """
     times: dict[str, int] = {}
     unknown: list[str] = []
 
@@ -34,7 +38,8 @@ def executions(module: Module) -> Executions:
             for called, repeats in called_computations(module, computation, instruction, unknown):
                 visit(called, count * repeats)
 
-    visit(module.entry, 1)
+    with hlo_errors(f"the loops of {module.entry}"):
+        visit(module.entry, 1)
     return Executions(times, tuple(dict.fromkeys(unknown)))
 
 
@@ -129,7 +134,10 @@ def inline_fusion(outer: Computation, fusion: Instruction, inner: Computation) -
 
 def skip_copies(computation: Computation, instruction: Instruction) -> Instruction:
     """The instruction, or the one whose value it only copies."""
-    while instruction.operation in TRANSPARENT and instruction.operands:
+    # A fusion put in its place may have names of the computation around it, and so a circle.
+    for _ in computation.instructions:
+        if instruction.operation not in TRANSPARENT or not instruction.operands:
+            break
         instruction = computation.operand(instruction, 0)
     return instruction
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Breaks the files of a reader by seed, one at a time, and watches how the reader takes it.
+"""Attacks a reader with broken files by seed, one at a time, and watches how it takes them.
 
 A reader may succeed, or raise ValueError or OSError with the name of a file or folder in its
 message. Anything else is a `Fault`: another exception, a message without a name, more than
@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import resource
+import shutil
 import signal
 import traceback
 import warnings
@@ -17,23 +18,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fuzz_mutations import of_file
-from fuzz_targets import TARGETS, Target
+from fuzz_formats import mutate_file
+from fuzz_target import Target
+from fuzz_targets import TARGETS
 
-SECONDS = 20
-MEMORY = 2 * 2**30
+SECONDS = 10
+MEMORY = 10**9
+# What is no Exception ends a round late, or, in a library's own code, the process: see `limits`.
+GRACE = 5
+CRASH, HANG, FULL, UNNAMED, WRITES = "crash", "hang", "memory", "unnamed", "writes"
+KINDS = (CRASH, HANG, FULL, UNNAMED, WRITES)
 
 
 class Fault(NamedTuple):
     """Fault of a round; the same target, seed and round reproduce it.
 
-    target names the reader, file the file that was changed; what describes the fault.
+    Attributes:
+      target: name of the reader.
+      seed: seed of the draws.
+      round: number of the round.
+      file: the file that was changed.
+      kind: one of KINDS.
+      what: describes the fault.
     """
 
     target: str
     seed: int
     round: int
     file: str
+    kind: str
     what: str
 
 
@@ -53,31 +66,71 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """SECONDS of the processor (a Hang) and MEMORY more address space than now (MemoryError)."""
+    """SECONDS of the processor (a Hang) and MEMORY more address space than now (MemoryError).
 
-    def alarm(number, frame):
+    A library that does not return to Python is ended by the kernel GRACE seconds later.
+    """
+
+    def stop(number, frame):
         raise Hang
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    cpu_soft, cpu_hard = resource.getrlimit(resource.RLIMIT_CPU)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    spent = int(usage.ru_utime + usage.ru_stime)
     # Processor time, so that a busy machine does not count as a hang; wall-clock time where nothing
     # runs at all.
     timers = {signal.ITIMER_PROF: SECONDS, signal.ITIMER_REAL: 15 * SECONDS}
-    before = [signal.signal(number, alarm) for number in (signal.SIGPROF, signal.SIGALRM)]
+    before = [signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)]
     for timer, seconds in timers.items():
         signal.setitimer(timer, seconds)
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS + GRACE, cpu_hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_soft, cpu_hard))
         for timer in timers:
             signal.setitimer(timer, 0)
         for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
             signal.signal(number, handler)
 
 
-def outcome(target: Target, folder: Path, file: str) -> tuple[bool, str | None]:
+def is_memory_error(error: BaseException | None) -> bool:
+    """True for an error that memory caused, also where a reader wrapped it."""
+    if error is None:
+        return False
+    exhausted = isinstance(error, MemoryError) or "bad_alloc" in str(error)
+    return exhausted or is_memory_error(error.__cause__ or error.__context__)
+
+
+def describe_fault(
+    error: BaseException, names: set[str], above: tuple[str, ...]
+) -> tuple[str, str] | None:
+    """Kind and description of the fault that an error is; None for an error of the right kind.
+
+    Args:
+      error: what the reader raised.
+      names: files and folders that it may name.
+      above: other sources that it may name.
+    """
+    text = str(error)
+    if isinstance(error, Hang):
+        return HANG, f"takes more than {SECONDS} s of the processor"
+    if is_memory_error(error):
+        return FULL, f"takes more than {MEMORY:,} bytes: {type(error).__name__}: {text[:200]}"
+    if isinstance(error, ValueError | OSError):
+        if any(name in text for name in (*names, *above)):
+            return None
+        return UNNAMED, f"{type(error).__name__} names no file: {text[:300]}"
+    where = traceback.extract_tb(error.__traceback__)
+    frames = " ".join([f"{Path(each.filename).name}:{each.lineno}" for each in where][-6:])
+    return CRASH, f"{type(error).__name__}: {text[:200]} ({frames})"
+
+
+def read_folder(target: Target, folder: Path, file: Path) -> tuple[bool, tuple[str, str] | None]:
     """Reads a folder: True if the reader accepts it, and the fault if it fails otherwise.
 
     Args:
@@ -91,58 +144,69 @@ def outcome(target: Target, folder: Path, file: str) -> tuple[bool, str | None]:
             target.read(folder)
     except (KeyboardInterrupt, GeneratorExit):
         raise
-    except (ValueError, OSError) as error:
-        text = str(error)
-        parts = [folder.name, *Path(file).parts, *(path.name for path in folder.iterdir())]
-        if any(part in text for part in parts):
-            return False, None
-        return False, f"{type(error).__name__} names no file: {text[:300]}"
-    except Hang:
-        return False, f"takes more than {SECONDS} s of the processor"
     except BaseException as error:
-        where = traceback.extract_tb(error.__traceback__)
-        ours = [f"{Path(each.filename).name}:{each.lineno}" for each in where][-6:]
-        return False, f"{type(error).__name__}: {str(error)[:200]} ({' '.join(ours)})"
+        parts = {folder.name, *file.relative_to(folder).parts}
+        names = parts | {path.name for path in folder.iterdir()}
+        return False, describe_fault(error, names - {""}, target.names)
     return True, None
 
 
-def broken(folder: Path, seed: int, number: int) -> tuple[Path, bytes]:
+def break_file(folder: Path, seed: int, number: int) -> tuple[Path, bytes]:
     """The file that a round changes, and its new content.
 
     Args:
       folder: folder of the target.
-      seed: seed of the draw.
+      seed: seed of the draws.
       number: number of the round.
     """
     draw = random.Random(f"{seed}:{number}")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    path = draw.choice(paths)
-    return path, of_file(path.name)(path.read_bytes(), draw)
+    # Settings decide more than numbers do.
+    settings = [path for path in paths if path.suffix in (".json", ".gin")]
+    path = draw.choice(draw.choice((paths, settings or paths)))
+    return path, mutate_file(path.relative_to(folder).as_posix(), path.read_bytes(), draw)
 
 
-def run(name: str, scratch: Path, rounds: range, seed: int) -> Iterator[tuple[bool, Fault | None]]:
+def prepare(name: str, scratch: Path) -> None:
+    """Writes the whole files of a target below `scratch`; AssertionError if they are refused."""
+    target, folder = TARGETS[name], toy_folder(name, scratch)
+    folder.mkdir()
+    target.make(folder)
+    if target.repairs:
+        shutil.copytree(folder, scratch / "whole")
+    accepted, fault = read_folder(target, folder, folder / "whole")
+    if not accepted:
+        raise AssertionError(f"{name}: whole files are refused: {fault}")
+
+
+def toy_folder(name: str, scratch: Path) -> Path:
+    """The folder that a target reads."""
+    return scratch / f"toy_{name}"
+
+
+def attack(
+    name: str, scratch: Path, rounds: range, seed: int
+) -> Iterator[tuple[bool, Fault | None]]:
     """Runs rounds; yields whether the reader accepts the folder, and its fault if there is one.
 
     Args:
       name: target in `TARGETS`.
-      scratch: folder to work in.
+      scratch: folder that `prepare` wrote to.
       rounds: numbers of the rounds.
       seed: seed of the draws.
     """
-    target, folder = TARGETS[name], scratch / f"toy_{name}"
-    folder.mkdir()
-    target.make(folder)
-    content, fault = outcome(target, folder, folder.name)
-    if not content:
-        raise AssertionError(f"{name}: whole files are refused: {fault}")
+    target, folder = TARGETS[name], toy_folder(name, scratch)
     for number in rounds:
-        path, changed = broken(folder, seed, number)
-        whole = path.read_bytes()
+        path, changed = break_file(folder, seed, number)
+        content, file = path.read_bytes(), str(path.relative_to(folder))
         path.write_bytes(changed)
-        there = files_below(scratch)
-        content, what = outcome(target, folder, str(path.relative_to(folder)))
-        if what is None and files_below(scratch) != there:
-            what = "a file was written, changed or removed"
-        file = str(path.relative_to(folder))
-        yield content, what and Fault(name, seed, number, file, what)
-        path.write_bytes(whole)
+        before = files_below(scratch)
+        accepted, fault = read_folder(target, folder, path)
+        if target.repairs:
+            shutil.rmtree(folder)
+            shutil.copytree(scratch / "whole", folder)
+        else:
+            if fault is None and files_below(scratch) != before:
+                fault = WRITES, "a file was written, changed or removed"
+            path.write_bytes(content)
+        yield accepted, fault and Fault(name, seed, number, file, *fault)

@@ -6,12 +6,12 @@ modules.json names the chain: the T5 itself, 1_Pooling, 2_Dense (a projection wi
 projection's tensor goes by the name PROJECTION among the T5's own.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from t5x_lite import config
 from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.utils import bounded_files
 
 KEY = "sentence_transformers"
 PROJECTION = "2_Dense.linear.weight"
@@ -67,7 +67,7 @@ def add_modules(folder: Path, config_json: dict) -> dict:
 
 def read_json_file(folder: Path, name: str) -> Any:
     """Content of NAME.json in a folder."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return bounded_files.read_json(folder / f"{name}.json")
 
 
 def pooling_kind(folder: Path, path: str) -> str:
