@@ -17,6 +17,7 @@ from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source
 from t5x_lite.config.checked import Count
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import path_argument
 
@@ -237,9 +238,25 @@ def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict
 
 
 def last_line(path: str) -> int:
-    """The number of the input that the last line of an output belongs to."""
+    """The number of the input that the last line of an output belongs to.
+
+    Raises:
+      ValueError: a line is not a pair of distill's.
+    """
+    last = 0
     with open(path, "rb") as lines:
-        return max((json.loads(line)["line"] for line in lines), default=0)
+        for place, line in enumerate(lines, 1):
+            try:
+                number = bounded_files.parse_json(line)["line"]
+                if type(number) is not int:
+                    raise TypeError(f"field 'line' is {number!r:.80}")
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{place} is not a pair that distill wrote ({error}): choose another "
+                    "--output, or --overwrite it"
+                ) from error
+            last = max(last, number)
+    return last
 
 
 class PairWriter:

@@ -65,7 +65,7 @@ class MappedTensors(NamedTuple):
         def is_allowed(name: str) -> bool:
             return any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
 
-        weights.check_duplicates(self.source, plan, self.duplicates, is_allowed)
+        weights.check_duplicates(self.source, plan, self.duplicates, is_allowed, str(self.path))
         return ConvertedWeights(self.source, self.model, plan, is_allowed, str(self.path))
 
 

@@ -64,7 +64,8 @@ def read_vocabulary_folder(folder: Path) -> TextSettings:
     template = folder / CHAT_FILE
     if not template.is_file():
         return TextSettings(pair)
-    content = template.read_text(encoding="utf-8")
+    with errors.naming_path(template, "the chat template"):
+        content = template.read_text(encoding="utf-8")
     return TextSettings(pair, ChatTemplate(content, role_tokens(pair[1])))
 
 

@@ -166,6 +166,7 @@ def check_duplicates(
     plan: ConversionPlan,
     duplicates: Mapping[str, str],
     is_allowed: Callable[[str], bool],
+    owner: str,
 ) -> None:
     """Compares tensors that should repeat others with these.
 
@@ -174,6 +175,7 @@ def check_duplicates(
       plan: mapping of weights to tensors; those that it skips are compared.
       duplicates: name of a tensor, and name of the one that it repeats.
       is_allowed: True for names of tensors that may differ.
+      owner: path of the checkpoint, for the message.
 
     Raises:
       SourceError: a tensor differs from the one that it should repeat.
@@ -184,9 +186,9 @@ def check_duplicates(
             continue
         if not equal_bits(source.read(name), source.read(twin)):
             raise SourceError(
-                f"{name} should be the same as {twin} in this family, but it is not: one of them "
-                f"would be lost. If that is meant, python -m t5x_lite.convert --allow={name} drops "
-                f"{name}"
+                f"{owner}: {name} should be the same as {twin} in this family, but it is not: one "
+                "of them would be lost. If that is meant, python -m t5x_lite.convert "
+                f"--allow={name} drops {name}"
             )
 
 

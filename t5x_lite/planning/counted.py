@@ -269,12 +269,10 @@ def operand_bytes(module: Module, inner: Computation, index: int) -> int:
       inner: the fused computation.
       index: number of the operand.
     """
-    value = next(
-        each
-        for each in inner.instructions.values()
-        if each.operation == "parameter" and int(each.arguments) == index
-    )
-    return used_bytes(module, inner, value)
+    for each in inner.instructions.values():
+        if each.operation == "parameter" and int(each.arguments) == index:
+            return used_bytes(module, inner, each)
+    raise HloError(f"HLO computation {inner.name} has no parameter {index}")
 
 
 def used_bytes(module: Module, inner: Computation, value: Instruction) -> int:

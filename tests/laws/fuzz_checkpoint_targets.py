@@ -34,7 +34,10 @@ from t5x_lite.checkpoints.weights import layer_numbers, place_arrays
 # Bytes of a shard: most families are written as several, with an index.
 SHARD = 4000
 SENTENCE_T5 = config.Model(
-    vocab=40, encoder=config.Stack(layers=2, **SMALL), pooling=config.Pooling(normalize=True)
+    vocab=40,
+    encoder=config.Stack(layers=2, **SMALL),
+    tied=True,
+    pooling=config.Pooling(normalize=True),
 )
 
 

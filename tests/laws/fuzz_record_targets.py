@@ -2,9 +2,11 @@
 """Readers of what runs and commands leave and take: inputs and outputs of infer, metrics, tables of
 measurements, cached tokens, a teacher's logits, compiled programs, requests to the page."""
 
+import contextlib
 import functools
 import json
 import os
+import select
 import socket
 import threading
 import time
@@ -180,6 +182,8 @@ def read_program(folder: Path) -> None:
     counted.program_cost(module, trips.executions(module))
 
 
+# Seconds after which a request that has no answer is taken for one that is not complete.
+PATIENCE = 0.2
 QUESTION = {"model": "toy", "text": "Hi", "max_new_tokens": 4, "temperature": 0.5, "chat": False}
 
 
@@ -220,16 +224,19 @@ def page_port() -> int:
 
 
 def send_bytes(content: bytes) -> bytes:
-    """The answer of the page to bytes, after which nothing more is sent."""
+    """The answer of the page to bytes, after which it has to close the connection."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", page_port()), timeout=10) as connection:
-        try:
+    with socket.create_connection(("127.0.0.1", page_port())) as connection:
+        with contextlib.suppress(ConnectionError):  # the page refuses to read on
             connection.sendall(content)
+            piece = b"-"
+            while piece and select.select([connection], [], [], PATIENCE)[0]:
+                piece = connection.recv(65536)
+                answer += piece
+            # It may wait for more, or for the next request: there is none.
             connection.shutdown(socket.SHUT_WR)
             while piece := connection.recv(65536):
                 answer += piece
-        except (ConnectionError, BrokenPipeError):
-            pass  # the page refuses to read on
     return answer
 
 
