@@ -37,13 +37,13 @@ PACKAGES += ["orbax-checkpoint", "msgpack", "uvicorn", "jax"]
 # A reader that waits for something takes no time of the processor.
 SILENCE = 300
 TOTAL = "all readers"
-# Figures of a target, by the kind of a round (`fuzzing.KINDS`).
-FIGURES = {
-    "read": "read all the same",
+# Columns of the table, by the kind of a round (`fuzzing.KINDS`).
+COLUMNS = {
+    "read": "read",
     "refused": "refused by name",
     "crash": "crashes",
     "hang": "hangs over 10 s",
-    "memory": "memory over 1 GB",
+    "memory": "over 1 GB",
     "unnamed": "errors without a name",
     "writes": "files written",
 }
@@ -130,28 +130,29 @@ def count_rounds(jobs: dict[str, range], seed: int, until: float) -> dict[str, c
     return counts
 
 
+def make_rows(seed: int, counts: dict[str, collections.Counter]) -> list[report.Row]:
+    """The table of all readers, a line each, with their total."""
+    rows = [report.Row("draws", "all", "seed", seed)]
+    total = sum(counts.values(), collections.Counter())
+    for name, each in (counts | {TOTAL: total}).items():
+        rows.append(report.Row("inputs", "tried", name, each.total()))
+        rows += [report.Row("inputs", column, name, each[k]) for k, column in COLUMNS.items()]
+    return rows
+
+
 def read_counts(path: str | None, seed: int) -> dict[str, collections.Counter]:
-    """Rounds by outcome of every reader that an earlier run of this seed tried."""
+    """Rounds of every reader by outcome, as an earlier run of this seed wrote them."""
     if path is None or not Path(path).exists():
         return {}
-    kinds = {metric: kind for kind, metric in FIGURES.items()}
-    seeds, counts = {}, collections.defaultdict(collections.Counter)
-    for row in json.loads(Path(path).read_text())["rows"]:
-        if row["metric"] in kinds:
-            counts[row["case"]][kinds[row["metric"]]] = row["value"]
-        elif row["metric"] == "seed":
-            seeds[row["case"]] = row["value"]
-    return {name: each for name, each in counts.items() if seeds.get(name) == seed}
-
-
-def make_rows(name: str, seed: int, counts: collections.Counter) -> list[report.Row]:
-    """The figures of a reader."""
-
-    def row(metric, value):
-        return report.Row(name, "t5x_lite", metric, value)
-
-    rows = [row("seed", seed), row("tried", counts.total())]
-    return rows + [row(metric, counts[kind]) for kind, metric in FIGURES.items()]
+    rows = [report.Row(**row) for row in json.loads(Path(path).read_text())["rows"]]
+    if not any(row.case == "draws" and row.value == seed for row in rows):
+        return {}
+    kinds = {column: kind for kind, column in COLUMNS.items()}
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for row in rows:
+        if row.case == "inputs" and row.metric != TOTAL and row.system in kinds:
+            counts[row.metric][kinds[row.system]] = int(row.value)
+    return counts
 
 
 def main() -> None:
@@ -175,15 +176,13 @@ def main() -> None:
     counts = collections.defaultdict(collections.Counter, read_counts(args.json, args.seed))
     left = {name: range(counts[name].total(), args.rounds) for name in args.target}
     jobs = {name: rounds for name, rounds in left.items() if rounds}
-    for name, new in count_rounds(jobs, args.seed, until).items():
-        counts[name] += new
-    counts.pop(TOTAL, None)
-    counts[TOTAL] = sum(counts.values(), collections.Counter())
-    rows = [row for name, each in counts.items() for row in make_rows(name, args.seed, each)]
+    for name, each in count_rounds(jobs, args.seed, until).items():
+        counts[name] += each
+    rows = make_rows(args.seed, {name: each for name, each in counts.items() if each})
     if args.json:
         report.write(args.json, rows, PACKAGES)
-    print(report.table(rows))
-    faults = counts[TOTAL].keys() - {"read", "refused"}
+    print(report.table([row for row in rows if row.metric == TOTAL]))
+    faults = {kind for each in counts.values() for kind in each} - {"read", "refused"}
     raise SystemExit(bool(faults))
 
 
