@@ -5,6 +5,7 @@ Readers of training data and of a command's --input share it: a line that is bro
 broken for the other, in the same words.
 """
 
+import collections
 import json
 from typing import Any
 
@@ -62,8 +63,8 @@ def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of names and values; raises TextError for a name that is there twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise TextError(f"field {twice!r} is there twice")
     return fields
 

@@ -35,6 +35,8 @@ from fuzz_trees import change_tree
 Edit = Callable[[bytes, random.Random], bytes]
 # What a JSON writer cannot write and a JSON reader may meet, in place of a value.
 LITERALS = [*NUMERALS, *(100_000 * each for each in ("[", '{"a":')), 2000 * "[" + 2000 * "]"]
+# A name that stands twice among very many.
+LITERALS += ["{" + "".join(f'"{n}":0,' for n in range(50_000)) + '"49999":1}']
 LITERALS += [
     "",
     '"\\ud800"',
