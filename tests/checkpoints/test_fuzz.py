@@ -38,6 +38,39 @@ def test_broken_files_are_reported_by_name(name, tmp_path):
     assert [fault for fault in faults if fault] == []
 
 
+CIRCLE = b"""\
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} copy(%a)
+  ROOT %b = f32[4]{0} fusion(%a), kind=kLoop, calls=%main
+}
+"""
+# Smallest inputs that once ended in another error, for ever, or in all memory.
+FAILED = [
+    ("jsonl", "data.jsonl", b"{" + b"".join(b'"%d":0,' % n for n in range(10**5)) + b'"99999":0}'),
+    ("pairs", "pairs.jsonl", b"[]"),
+    ("pairs", "pairs.jsonl", b'{"line": "1"}'),
+    ("pairs", "pairs.jsonl", b"\xff"),
+    ("tables", "tiles.json", 100_000 * b"["),
+    ("tables", "tiles.json", b'[{"shape": {}, "query": "a"}]'),
+    ("tables", "plans.json", 100_000 * b"["),
+    ("tables", "speed.json", b"{}"),
+    ("metrics", "report.json", b"[]"),
+    ("vocabulary", "vocabulary/chat_template.jinja", b"\xff"),
+    ("program", "program.hlo", CIRCLE),
+    ("program", "program.hlo", CIRCLE.replace(b"copy(%a)", b"parameter(1)")),
+    ("sentence_t5", "modules.json", b"{}"),
+    ("sentence_t5", "1_Pooling/config.json", b"[]"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "content"), FAILED)
+def test_inputs_that_once_failed_are_refused_by_name(name, file, content, tmp_path):
+    fuzzing.prepare(name, tmp_path)
+    folder = fuzzing.toy_folder(name, tmp_path)
+    (folder / file).write_bytes(content)
+    assert fuzzing.read_folder(TARGETS[name], folder, folder / file) == (False, None)
+
+
 CODED = ["jsonl", "llama", "gguf", "gguf_tokenizer", "sentencepiece", "parquet", "teacher"]
 CODED += ["t5x_inline", "t5x_orbax"]
 

@@ -7,7 +7,6 @@ projection's tensor goes by the name PROJECTION among the T5's own.
 """
 
 from pathlib import Path
-from typing import Any
 
 from t5x_lite import config
 from t5x_lite.checkpoints.transforms import Entry
@@ -44,10 +43,7 @@ def add_modules(folder: Path, config_json: dict) -> dict:
     """
     if not (folder / "modules.json").is_file():
         return config_json
-    chain = [
-        (step["type"].rsplit(".", 1)[-1], step["path"])
-        for step in read_json_file(folder, "modules")
-    ]
+    chain = read_modules(folder)
     kinds = [kind for kind, _ in chain]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds != [
         kind for kind in STEPS if kind in kinds
@@ -65,14 +61,30 @@ def add_modules(folder: Path, config_json: dict) -> dict:
     return config_json | {KEY: pooling}
 
 
-def read_json_file(folder: Path, name: str) -> Any:
-    """Content of NAME.json in a folder."""
-    return bounded_files.read_json(folder / f"{name}.json")
+def read_modules(folder: Path) -> list[tuple[str, str]]:
+    """Class and folder of every step in modules.json.
+
+    Raises:
+      ValueError: it is not a list of them, or one has no folder beside it.
+    """
+    file = folder / "modules.json"
+    try:
+        chain = [
+            (step["type"].rsplit(".", 1)[-1], step["path"])
+            for step in bounded_files.read_json(file)
+        ]
+        outside = [path for _, path in chain if Path(path).name != path or path == ".."]
+    except (LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is not a list of modules with type and path: {reason}") from error
+    if outside:
+        raise ValueError(f"{file} names the folder {outside[0]!r}, which is not one beside it")
+    return chain
 
 
 def pooling_kind(folder: Path, path: str) -> str:
     """The one of KINDS in 1_Pooling/config.json; raises ValueError for another, or several."""
-    values = read_json_file(folder / path, "config")
+    values = bounded_files.read_json_object(folder / path / "config.json")
     modes = [mode for mode, value in values.items() if mode.startswith("pooling_mode_") and value]
     kinds = [kind for kind, mode in KINDS.items() if [mode] == modes]
     if not kinds:
@@ -85,23 +97,24 @@ def pooling_kind(folder: Path, path: str) -> str:
 
 def projection_width(folder: Path, path: str) -> int:
     """Width of the vectors after 2_Dense."""
-    values = read_json_file(folder / path, "config")
+    values = bounded_files.read_json_object(folder / path / "config.json")
     for field, wanted in (("bias", False), ("activation_function", IDENTITY)):
         if values.get(field, wanted) != wanted:
             raise ValueError(
                 f"{folder}/{path}/config.json: {field} = {values[field]!r} is not implemented; "
                 f"only {wanted!r} is"
             )
-    return values["out_features"]
+    width = values.get("out_features")
+    if type(width) is not int or width < 1:
+        raise ValueError(f"{folder}/{path}/config.json: out_features = {width!r} is not a width")
+    return width
 
 
 def dense_file(folder: Path) -> Path | None:
     """The file with the projection, in which it is called linear.weight; None without one."""
     if not (folder / "modules.json").is_file():
         return None
-    paths = {
-        step["type"].rsplit(".", 1)[-1]: step["path"] for step in read_json_file(folder, "modules")
-    }
+    paths = dict(read_modules(folder))
     return folder / paths["Dense"] / "model.safetensors" if "Dense" in paths else None
 
 
