@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from t5x_lite import config, data, processes
 from t5x_lite.checkpoints import manager, text_settings
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.config import gin_file
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
 
@@ -156,8 +156,8 @@ def write_description(run: config.Run, vocabularies: tuple) -> None:
 def read_report(path: Path, done: int) -> dict[str, Any] | None:
     """The report of a run of `done` steps; None if it was not written yet."""
     with contextlib.suppress(OSError, ValueError):
-        report = json.loads(path.read_text())
-        return report if report["steps"] == done else None
+        report = bounded_files.read_json_object(path)
+        return report if report.get("steps") == done else None
     return None
 
 

@@ -27,6 +27,7 @@ from t5x_lite.data.corpora import TextExample
 from t5x_lite.decoding.adaptive import latency
 from t5x_lite.kernels import tile_table
 from t5x_lite.planning import counted, hlo, searching, trips
+from t5x_lite.training import model_dir
 from t5x_lite.training.reporting import metric_writers
 
 SETTINGS = {"input_digest": "x", "n": 1}
@@ -64,7 +65,7 @@ def make_metrics(folder: Path) -> None:
         for step in range(1, 30)
     ]
     write_jsonl(folder / "metrics.jsonl", rows)
-    write_json(folder, report={"step": 30, "loss": 0.1, "seconds": 5.0})
+    write_json(folder, report={"steps": 30, "loss": 0.1, "seconds": 5.0})
 
 
 def read_metrics(folder: Path) -> None:
@@ -72,9 +73,10 @@ def read_metrics(folder: Path) -> None:
     values = metric_writers.read_metrics(folder)
     for points in values.values():
         np.array([*points.values()], np.float64).sum()
-    metric_writers.ends_torn(folder / "metrics.jsonl")
+    metric_writers.has_line(folder, 3, "train")
     measurements.loss_curve(str(folder))
     taken.read_report(str(folder)).get("seconds")
+    model_dir.read_report(folder / "report.json", 30)
 
 
 def make_tables(folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite import processes
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
@@ -262,10 +263,11 @@ def step_of(text: str) -> float:
 def parse_line(text: str) -> dict | None:
     """A line of metrics.jsonl; None if it is not one, as after a kill or a full disk."""
     try:
-        line = json.loads(text)
+        line = bounded_files.parse_json(text)
     except ValueError:
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+    step = line.get("step") if isinstance(line, dict) else None
+    return line if isinstance(step, int) and 0 <= step < 2**63 else None
 
 
 def has_line(model_dir: Path, step: int, prefix: str) -> bool:
@@ -280,6 +282,11 @@ def has_line(model_dir: Path, step: int, prefix: str) -> bool:
     return any(step in recorded[name] for name in recorded if name.startswith(f"{prefix}/"))
 
 
+def is_small(value: Any) -> bool:
+    """True for an integer that is in the range of floats."""
+    return isinstance(value, int) and value.bit_length() < 1000
+
+
 def read_metrics(model_dir: Path) -> dict[str, dict[int, float]]:
     """Reads every number of metrics.jsonl, by name and step; {} without such a file.
 
@@ -292,6 +299,7 @@ def read_metrics(model_dir: Path) -> dict[str, dict[int, float]]:
     for line in filter(None, map(parse_line, text.splitlines())):
         step = line.pop("step")
         for name, value in line.items():
-            if value is None or isinstance(value, (int, float)):
+            # No run has written an integer beyond every float.
+            if value is None or isinstance(value, float) or is_small(value):
                 values.setdefault(name, {})[step] = math.nan if value is None else value
     return {name: dict(sorted(points.items())) for name, points in values.items()}
