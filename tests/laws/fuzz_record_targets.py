@@ -185,7 +185,7 @@ def read_program(folder: Path) -> None:
 
 
 # Seconds after which a request that has no answer is taken for one that is not complete.
-PATIENCE = 0.2
+PATIENCE = 1.0
 QUESTION = {"model": "toy", "text": "Hi", "max_new_tokens": 4, "temperature": 0.5, "chat": False}
 
 
