@@ -352,7 +352,7 @@ def explain(error: Exception, lines: list[Line], bindings: list[gin_bindings.Bin
     if macro:
         return f"The macro {macro[1]} has no value: bind it, or give --gin.{macro[1]}=VALUE"
     missing = re.search(
-        r"(\w+)\.__init__\(\) missing \d+ required .*?arguments?: ([^\n]+)", message
+        r"\b(\w+)\.__init__\(\) missing \d+ required .*?arguments?: ([^\n]+)", message
     )
     if missing:
         return f"config.{missing[1]} is not complete: bind {missing[2]}"

@@ -14,7 +14,7 @@ from fuzz_targets import TARGETS
 from t5x_lite import config, sharding
 from t5x_lite.checkpoints import zarr_arrays
 from t5x_lite.checkpoints.formats import t5x_files
-from t5x_lite.data import files
+from t5x_lite.data import file_formats, files
 from t5x_lite.tokenizers import huggingface_tokenizer
 from t5x_lite.tokenizers.errors import SourceError
 
@@ -53,11 +53,14 @@ FAILED = [
     ("tables", "tiles.json", 100_000 * b"["),
     ("tables", "tiles.json", b'[{"shape": {}, "query": "a"}]'),
     ("tables", "plans.json", 100_000 * b"["),
+    ("tables", "costs.json", 100_000 * b"["),
     ("tables", "speed.json", b"{}"),
     ("metrics", "report.json", b"[]"),
     ("vocabulary", "vocabulary/chat_template.jinja", b"\xff"),
     ("program", "program.hlo", CIRCLE),
     ("program", "program.hlo", CIRCLE.replace(b"copy(%a)", b"parameter(1)")),
+    ("bindings", "bindings.txt", 80_000 * b"a" + b"=1"),
+    ("sentence_t5", "modules.json", b"[1]"),
     ("sentence_t5", "modules.json", b"{}"),
     ("sentence_t5", "1_Pooling/config.json", b"[]"),
 ]
@@ -132,7 +135,7 @@ def test_a_path_in_a_checkpoint_cannot_lead_outside(tmp_path, way):
 
 
 def test_a_line_that_unpacks_without_end_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(file_formats, "MOST_BYTES", 2**20)
     (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(bytes(2**22)))
     for whole in (False, True):
         bytewise = config.Vocabulary("bytes")

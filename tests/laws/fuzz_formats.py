@@ -144,7 +144,7 @@ CODECS = [
     (r"\.gguf$", Codec(parse_gguf, write_gguf)),
     (r"\.model$", Codec(parse_protobuf, write_protobuf)),
     (r"\.parquet$", Codec(parse_parquet, write_parquet)),
-    (r"(^manifest\.ocdbt|/d/\w+)$", Codec(parse_ocdbt, write_ocdbt)),
+    (r"(^|/)manifest\.ocdbt$", Codec(parse_ocdbt, write_ocdbt)),
     (r"^checkpoint$", Codec(parse_msgpack, write_msgpack)),
     (r"", JSON),
 ]

@@ -7,6 +7,7 @@ message. Anything else is a `Fault`: another exception, a message without a name
 """
 
 import contextlib
+import logging
 import os
 import random
 import resource
@@ -100,10 +101,11 @@ def limits() -> Iterator[None]:
 
 def is_memory_error(error: BaseException | None) -> bool:
     """True for an error that memory caused, also where a reader wrapped it."""
-    if error is None:
-        return False
-    exhausted = isinstance(error, MemoryError) or "bad_alloc" in str(error)
-    return exhausted or is_memory_error(error.__cause__ or error.__context__)
+    chain: list[BaseException] = []
+    while error is not None and not any(error is each for each in chain):  # some are circles
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(each, MemoryError) or "bad_alloc" in str(each) for each in chain)
 
 
 def describe_fault(
@@ -138,6 +140,7 @@ def read_folder(target: Target, folder: Path, file: Path) -> tuple[bool, tuple[s
       folder: folder to read.
       file: file that was changed, which an error has to name.
     """
+    logging.disable()  # of lines that are left out
     try:
         with warnings.catch_warnings(), limits():
             warnings.simplefilter("ignore")
@@ -148,6 +151,8 @@ def read_folder(target: Target, folder: Path, file: Path) -> tuple[bool, tuple[s
         parts = {folder.name, *file.relative_to(folder).parts}
         names = parts | {path.name for path in folder.iterdir()}
         return False, describe_fault(error, names - {""}, target.names)
+    finally:
+        logging.disable(logging.NOTSET)
     return True, None
 
 

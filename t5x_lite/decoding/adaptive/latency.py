@@ -26,6 +26,7 @@ from t5x_lite.decoding.acceptance.exact import Exact
 from t5x_lite.decoding.adaptive.drafter import ANY_WIDTH, Adaptive, CostModel
 from t5x_lite.decoding.protocol import Target
 from t5x_lite.decoding.request import Request, bucket_length
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import cache_folder, local_path
 
@@ -243,7 +244,7 @@ def cache_path() -> Path:
 def read_table(path: Path) -> dict[str, list[float]]:
     """Returns the latencies by key; none from a file that is missing or damaged."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = bounded_files.read_json(path)
     except (OSError, ValueError):
         return {}
 
