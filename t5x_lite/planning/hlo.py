@@ -12,7 +12,7 @@ written where it is used, `%loop#0`. Both are read as the same module.
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 from t5x_lite.utils.not_none import not_none
@@ -179,7 +179,7 @@ def check_references(
 
 
 @contextlib.contextmanager
-def hlo_errors(what: str) -> Iterator[None]:
+def hlo_errors(what: str) -> Generator[None]:
     """Turns errors of reading `what`, a line or a program, into an HloError that quotes it."""
     try:
         yield

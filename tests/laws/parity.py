@@ -101,7 +101,9 @@ def ours(source, cfg: config.Model, family: ModuleType) -> dict:
         duplicates=family.duplicates(cfg),
     )
     plan.check("the source")
-    weights.check_duplicates(source, plan, family.duplicates(cfg), lambda name: False)
+    weights.check_duplicates(
+        source, plan, family.duplicates(cfg), lambda name: False, owner="the source"
+    )
     return weights.place_weights(
         weights.ConvertedWeights(source, cfg, plan, lambda name: False), cfg
     )
