@@ -200,9 +200,7 @@ def make_request(folder: Path) -> None:
 @functools.cache
 def page_port() -> int:
     """Port of a page whose model repeats the question."""
-    import uvicorn
-
-    from t5x_lite.demo import limits, server
+    from t5x_lite.demo import connections, limits, server
     from t5x_lite.demo.__main__ import bind_socket
 
     class Parrot(server.Models):
@@ -217,8 +215,8 @@ def page_port() -> int:
     models = Parrot(limits.Limits(characters=100, tokens=8, waiting=1))
     models.sessions, models.drafters = {"toy": None}, {"toy": ["plain", "lookup"]}
     bound = bind_socket("127.0.0.1", 0)
-    settings = uvicorn.Config(server.application(models, "127.0.0.1"), log_level="critical")
-    running = uvicorn.Server(settings)
+    app = server.application(models, connections.own_names("127.0.0.1"))
+    running = connections.PageServer(app, models.stop)
     threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True).start()
     while not running.started:
         time.sleep(0.01)
