@@ -33,6 +33,7 @@ REACHED_BY = {
     "t5x_lite/checkpoints/outputs.py": ["convert"],
     "t5x_lite/checkpoints/text_settings.py": ["adapt", "convert"],
     "t5x_lite/comparison/train_twins.py": ["train"],
+    "t5x_lite/config/training_run.py": ["train"],
     "t5x_lite/demo/limits.py": ["demo"],
     "t5x_lite/evaluation/draft_report.py": ["infer"],
     "t5x_lite/model/quantization.py": ["eval", "infer"],
