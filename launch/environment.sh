@@ -18,20 +18,28 @@ use_environment() {
   fi
 }
 
+# Refuses an interpreter that launch/constraints/VERSIONS.txt is not for.
+#   check_python VERSIONS
+check_python() {
+  local pins="launch/constraints/$1.txt" supported
+  [ "$1" != unpinned ] || return 0
+  supported=$(sed -n 's/^# Python: //p' "$pins")
+  case " $supported " in
+    *" $(python_version "$python") "*) ;;
+    *) refuse "$pins is for Python $supported, and this is $(python_version "$python"): choose" \
+      "one of these with PYTHON=python${supported##* }, or untested versions with --unpinned" ;;
+  esac
+}
+
 # Installs ARGUMENTS of pip in the versions of launch/constraints/VERSIONS.txt; the newest that
 # pyproject.toml allows if VERSIONS is "unpinned".
 #   install VERSIONS ARGUMENTS
 install() {
-  local pins="launch/constraints/$1.txt" supported
+  local pins="launch/constraints/$1.txt"
+  check_python "$1"
   if [ "$1" = unpinned ]; then
     set -- "$1" --upgrade --upgrade-strategy=eager "${@:2}"
   else
-    supported=$(sed -n 's/^# Python: //p' "$pins")
-    case " $supported " in
-      *" $(python_version "$python") "*) ;;
-      *) refuse "$pins is for Python $supported, and this is $(python_version "$python"): choose" \
-        "one of these with PYTHON=python${supported##* }, or untested versions with --unpinned" ;;
-    esac
     # Not as --constraint: pip builds packages that have no wheel by a pip of its own, which reads
     # these variables (the second one from pip 25.3 on).
     export PIP_CONSTRAINT="$pins" PIP_BUILD_CONSTRAINT="$pins"

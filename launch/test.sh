@@ -64,6 +64,7 @@ environment_state() {
 }
 
 install_tests() {
+  check_python "$versions"
   install_cpu_torch
   # Most modules are never imported: those that are get compiled then, in half of the time.
   install "$versions" --no-compile --editable ".[test]"

@@ -5,6 +5,7 @@ import argparse
 import re
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from t5x_lite import config
@@ -20,7 +21,9 @@ from t5x_lite.utils.paths import path_argument
 
 DECODE = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best"),
-    *("drafter", "draft_length", "accept"),
+    *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
+    *("bad_words", "regex", "choices", "json_schema", "drafter", "draft_length", "accept"),
 )
 
 # Names of `decoding.drafters.registry`; A+B is both at once.
@@ -60,6 +63,17 @@ NUMBERS_OF_DECODE = {
     "beams": ("N", "beam search with N beams"),
     "alpha": ("A", "length penalty of beam search; 0 is none"),
     "n_best": ("N", "return the N best beams, or N samples"),
+}
+STEERING_OF_DECODE = {
+    "min_p": ("P", "sample among tokens P times as probable as the best one, or more"),
+    "typical_p": ("P", "sample among the tokens nearest to the entropy, of probability P"),
+    "epsilon_cutoff": ("P", "sample among tokens of probability P or more"),
+    "eta_cutoff": ("P", "the same, with a limit that falls as the entropy rises"),
+    "repetition_penalty": ("R", "divide the logits of tokens in prompt and text; 1 is none"),
+    "presence_penalty": ("A", "subtract A from the logits of tokens that the text has"),
+    "frequency_penalty": ("A", "the same, for each time that it has them"),
+    "no_repeat_ngram_size": ("N", "never write the same N tokens in a row twice"),
+    "min_new_tokens": ("N", "at least N new tokens before the end"),
 }
 
 
@@ -105,6 +119,7 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in NUMBERS_OF_DECODE.items():
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add_number(group, "batch_size", Count, "N", "how many texts are decoded at once")
+    add_steering(parser)
     group = parser.add_argument_group(
         "speculative decoding: faster, with the same text",
         name_table("--drafter", DRAFTERS) + "\n" + name_table("--accept", ACCEPTANCES),
@@ -114,6 +129,20 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     hint = field_types(config.Decode)["draft_length"]
     add_number(group, "draft_length", hint, "N", "tokens of a block; 0 is measured (default)")
     add("--accept", metavar="RULE", help="which draft tokens are kept (default: exact)")
+
+
+def add_steering(parser: argparse.ArgumentParser) -> None:
+    """Adds the fields of config.Decode that say what may follow."""
+    group = parser.add_argument_group("what may follow, whatever drafts")
+    for name, (metavar, text) in STEERING_OF_DECODE.items():
+        add_number(group, name, field_types(config.Decode)[name], metavar, text)
+    add = group.add_argument
+    add("--bad_words", nargs="+", metavar="TEXT", help="texts that are never written")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--regex", metavar="PATTERN", help="every text matches it as a whole")
+    one.add_argument("--choices", nargs="+", metavar="TEXT", help="every text is one of these")
+    schema = "every text is JSON that follows the JSON schema in this file"
+    one.add_argument("--json_schema", type=path_argument, metavar="FILE", help=schema)
 
 
 def name_table(title: str, rows: dict[str, str]) -> str:
@@ -174,8 +203,19 @@ def parse_mesh(text: str) -> config.Mesh:
 
 
 def decode_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Fields of config.Decode that the command line sets."""
-    return {name: value for name in DECODE if (value := getattr(options, name)) is not None}
+    """Fields of config.Decode that the command line sets.
+
+    Raises:
+      ValueError: the file of --json_schema cannot be read.
+    """
+    fields = {name: value for name in DECODE if (value := getattr(options, name)) is not None}
+    if "json_schema" in fields:
+        try:
+            fields["json_schema"] = Path(fields["json_schema"]).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            path = fields["json_schema"]
+            raise ValueError(f"--json_schema: {path} cannot be read: {error}") from error
+    return fields
 
 
 def configure_session(session: Any, options: argparse.Namespace) -> None:

@@ -17,6 +17,16 @@ from t5x_lite.config.checked import (
 )
 from t5x_lite.utils import paths
 
+# Fields that say what a whole text may be, and those that forbid tokens by what stands before them.
+CONSTRAINTS = ("regex", "json_schema", "choices")
+FORBIDDING = (
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "bad_words",
+    "bad_words_ids",
+    "suppress_tokens",
+    "forced_bos_token_id",
+)
 Penalty = Annotated[float, Range(-100, 100)]
 
 
@@ -55,6 +65,9 @@ class Decode(Checked):
       suppress_tokens: ids that are never written.
       logit_bias: {id: added to its logit}, or None.
       forced_bos_token_id: the first new token, such as a language's; None leaves it free.
+      regex: regular expression that every new text matches as a whole.
+      json_schema: JSON schema, as JSON, that every new text follows.
+      choices: texts of which every new text is one.
     """
 
     max_new_tokens: Count = 64
@@ -82,6 +95,9 @@ class Decode(Checked):
     suppress_tokens: tuple[CountOrZero, ...] = ()
     logit_bias: dict[CountOrZero, Penalty] | None = field(default=None, hash=False)
     forced_bos_token_id: CountOrZero | None = None
+    regex: str | None = None
+    json_schema: str | None = None
+    choices: tuple[str, ...] = ()
 
     def check(self):
         try:
@@ -117,8 +133,19 @@ class Decode(Checked):
             f"Decode.min_new_tokens ({self.min_new_tokens}) must be below Decode.max_new_tokens "
             f"({self.max_new_tokens}), whose last token may be the end",
         )
-        for name in ("bad_words", "bad_words_ids"):
-            require(all(getattr(self, name)), f"Decode.{name} has an empty one: all text has that")
+        for name in ("bad_words", "bad_words_ids", "choices"):
+            require(all(getattr(self, name)), f"Decode.{name} has an empty one")
+        constraints = [name for name in CONSTRAINTS if getattr(self, name) not in (None, ())]
+        require(
+            len(constraints) < 2,
+            f"A text can follow one of Decode.{' and Decode.'.join(constraints)}, not both",
+        )
+        others = [name for name in FORBIDDING if getattr(self, name) not in (None, 0, ())]
+        require(
+            not constraints or not others,
+            f"Decode.{others and others[0]} may forbid every text that Decode."
+            f"{constraints and constraints[0]} allows: leave one out",
+        )
         require(
             self.forced_bos_token_id is None
             or self.forced_bos_token_id not in self.suppress_tokens,

@@ -114,7 +114,7 @@ def generate(
       The new tokens, as numpy arrays.
     """
     program = make_program(cfg, decode, drafting)
-    placed = shard_rows(request._replace(eos=None))._replace(eos=request.eos)
+    placed = place_request(request)
     rules = make_rules(request, decode)
     alpha = jnp.float32(decode.alpha)
     result = compiled_generate(program, params, placed, rules, alpha, drafting.weights)
@@ -141,6 +141,11 @@ def make_program(
     )
 
 
+def place_request(request: Request) -> Request:
+    """Splits the rows of a request over the mesh; its constraint is left out (`make_rules`)."""
+    return shard_rows(request._replace(eos=None, constraint=None))._replace(eos=request.eos)
+
+
 def trim_result(result: Result, length: int) -> Result:
     """Cuts the arrays of a result, whose L is a bucket, to `length` tokens."""
     arrays = {
@@ -165,7 +170,7 @@ class ChoiceRules(NamedTuple):
 
 def make_rules(request: Request, decode: config.Decode) -> ChoiceRules:
     """Returns the rules of a config for the rows of a request, on the mesh."""
-    processors = make_processors(decode, len(request.row), request.eos)
+    processors = make_processors(decode, request)
     if decode.temperature == 0:
         return ChoiceRules(processors=processors)
     return ChoiceRules(shard_rows(make_sampling_params(request, decode)), processors)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_lite import config
+from t5x_lite.decoding.steering.constraints import ConstraintTable
 
 
 class Request(NamedTuple):
@@ -25,6 +26,7 @@ class Request(NamedTuple):
       seed: [b], keys the sampling.
       row: [b], keys the sampling too.
       eos: the id that ends a text, or several [e] of which each does.
+      constraint: the language of the new texts; None for any text.
     """
 
     inputs: Any
@@ -35,6 +37,7 @@ class Request(NamedTuple):
     seed: Any
     row: Any
     eos: Any = 1
+    constraint: ConstraintTable | None = None
 
 
 def bucket_length(size: int, least: int = 16) -> int:
@@ -62,6 +65,7 @@ def make_request(
     rows: Sequence[int] | None = None,
     batch: int | None = None,
     eos: int | Sequence[int] = 1,
+    constraint: ConstraintTable | None = None,
 ) -> Request:
     """Returns a Request to continue examples.
 
@@ -73,6 +77,7 @@ def make_request(
         give the same text in any batch.
       batch: number of rows to fill up to.
       eos: the id that ends a text, or several.
+      constraint: the language of the new texts.
 
     Raises:
       ValueError: the model has no decoder, or an example is empty or outside of the vocabulary.
@@ -94,7 +99,9 @@ def make_request(
     prompts, prompts_length = pad_rows(prompts, longest if longest == 1 else bucket_length(longest))
     seed = np.full(len(examples), decode.seed, np.uint32)
     stops = eos if isinstance(eos, int) else np.array(eos, np.int32)
-    return Request(inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops)
+    return Request(
+        inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops, constraint
+    )
 
 
 def decoder_prompt(cfg: config.Model, example: Sequence[int]) -> list[int]:

@@ -106,7 +106,7 @@ class DecodeStream:
     ):
         self.cfg, self.request, self.decode = cfg, request, decode
         self.program = generation.make_program(cfg, decode, drafting)
-        placed = generation.shard_rows(request._replace(eos=None))._replace(eos=request.eos)
+        placed = generation.place_request(request)
         rules = generation.make_rules(request, decode)
         self.arguments = DecodeArguments(params, placed, rules, drafting.weights, decode.alpha)
         self.encoded: Any = None

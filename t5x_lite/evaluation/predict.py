@@ -12,6 +12,7 @@ from t5x_lite.data import built_in
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.union import draft_sources
+from t5x_lite.decoding.steering.constraints import find_constraint
 from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -114,6 +115,8 @@ class Predictor:
           counted: false to leave `tally` as it is.
         """
         rows = range(len(ids)) if rows is None else rows
+        decode = spell_bad_words(decode, self.targets)
+        constraint = find_constraint(decode, self.targets, self.cfg.vocab)
         if decode.temperature > 0 and decode.n_best > 1:
             return self.sample_several(ids, decode, rows, on_progress, counted)
         predictions: dict[int, Prediction] = {}
@@ -125,6 +128,7 @@ class Predictor:
                 rows=[rows[place] for place in places],
                 batch=self.padded_rows(len(places)),
                 eos=self.targets.stops,
+                constraint=constraint,
             )
             names = drafter_names(self.drafters.get(decode))
             result = self.drafters.generate(self.params, request, decode)
@@ -254,6 +258,16 @@ def join_samples(samples: Sequence[Prediction]) -> Prediction:
         log_probabilities=[each.log_probabilities[0] for each in samples],
         tokens=[each.tokens[0] for each in samples],
     )
+
+
+def spell_bad_words(decode: config.Decode, vocabulary: TextVocabulary) -> config.Decode:
+    """Returns the config with Decode.bad_words as ids, each within a text and after a space."""
+    if not decode.bad_words:
+        return decode
+    texts = [text for word in decode.bad_words for text in (word, f" {word.lstrip()}")]
+    spelled = {tuple(map(int, ids)) for ids in vocabulary.encode_all(texts) if len(ids)}
+    ids = (*decode.bad_words_ids, *sorted(spelled))
+    return dataclasses.replace(decode, bad_words=(), bad_words_ids=ids)
 
 
 def drafter_names(drafting: decoding.Drafting) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from t5x_lite import config, decoding
-from t5x_lite.evaluation.predict import Predictor, drafter_names
+from t5x_lite.decoding.steering.constraints import find_constraint
+from t5x_lite.evaluation.predict import Predictor, drafter_names, spell_bad_words
 from t5x_lite.utils.not_none import not_none
 
 
@@ -47,12 +48,14 @@ def stream_text(
     Raises:
       ValueError: beams are above 1, every is below 1, or the model cannot read the text.
     """
+    decode = spell_bad_words(decode, predictor.targets)
     request = decoding.make_request(
         predictor.cfg,
         predictor.encode_inputs([text]),
         decode,
         batch=predictor.padded_rows(1),
         eos=predictor.targets.stops,
+        constraint=find_constraint(decode, predictor.targets, predictor.cfg.vocab),
     )
     results = predictor.drafters.stream(predictor.params, request, decode, every)
     return text_pieces(predictor, results, drafter_names(predictor.drafters.get(decode)))

@@ -94,12 +94,18 @@ class FirstToken(transformers.LogitsProcessor):
         return forced
 
 
+def rules_of(decode):
+    """Processors of a config, for ROWS rows."""
+    request = decoding.make_request(KINDS["decoder_only"], [[3]] * ROWS, decode, eos=EOS)
+    return make_processors(decode, request)
+
+
 @pytest.mark.usefixtures("no_mesh")
 @pytest.mark.parametrize("shape", TREES)
 @pytest.mark.parametrize("name", RULES)
 def test_logits_are_those_of_transformers(name, shape):
     tree, options = TREES[shape], RULES[name]
-    rules = make_processors(config.Decode(**options), ROWS, EOS)
+    rules = rules_of(config.Decode(**options))
     rounded = "repetition_penalty" in options
     for seed in range(10):
         draw = np.random.default_rng(seed)
@@ -151,7 +157,7 @@ def steered(rules, tree, tokens, prompt, added, block, logits):
 def test_penalties_count_the_new_text_alone():
     """vLLM's formula, in float64."""
     decode = config.Decode(presence_penalty=0.75, frequency_penalty=0.5)
-    rules = make_processors(decode, ROWS, EOS)
+    rules = rules_of(decode)
     draw = np.random.default_rng(3)
     tokens = draw.integers(2, 6, size=(ROWS, SLOTS)).astype(np.int32)
     prompt, added = np.array([1, 3, 5], np.int32), np.array([0, 4, 7], np.int32)

@@ -134,7 +134,7 @@ def measure_draft_overhead(
     wide = adaptive_drafter(drafting)
     narrow = drafting._replace(drafter=dataclasses.replace(wide, widths=(1, wide.tree.width)))
     narrow = measuring_costs(narrow, 0)
-    rows = generation.shard_rows(request._replace(eos=None))
+    rows = generation.place_request(request)._replace(eos=None)
 
     def time_noop(drafting: generation.Drafting) -> float:
         program = generation.DecodeProgram(

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits processors of a config."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from t5x_lite import config
+from t5x_lite.decoding.request import Request
+from t5x_lite.decoding.steering.constraints import make_automaton
 from t5x_lite.decoding.steering.penalties import FrequencyPenalty, RepetitionPenalty
 from t5x_lite.decoding.steering.processor import LogitsProcessor, Processors
 from t5x_lite.decoding.steering.sequences import (
@@ -16,18 +18,16 @@ from t5x_lite.decoding.steering.sequences import (
 )
 
 
-def make_processors(
-    decode: config.Decode, rows: int, eos: int | Sequence[int] | np.ndarray
-) -> Processors:
-    """Returns the processors that a config asks for, in the order of transformers.
+def make_processors(decode: config.Decode, request: Request) -> Processors:
+    """Returns the processors of a config, in the order of transformers; a constraint comes last.
 
     Args:
-      decode: the config, its words as ids.
-      rows: number of rows of the request.
-      eos: ids that end a text.
+      decode: the config, its bad words as ids.
+      request: the rows.
     """
+    rows = len(request.row)
 
-    def each(value: float, dtype: type = np.float32) -> np.ndarray:
+    def each(value: float, dtype: type = np.float32) -> Any:
         return np.full(rows, value, dtype)
 
     rules: list[LogitsProcessor] = []
@@ -43,11 +43,13 @@ def make_processors(
     if decode.no_repeat_ngram_size:
         rules.append(NoRepeatNgram(decode.no_repeat_ngram_size))
     if decode.min_new_tokens:
-        stops = np.atleast_1d(np.asarray(eos, np.int32))
+        stops: Any = np.atleast_1d(np.asarray(request.eos, np.int32))
         rules.append(MinNewTokens(each(decode.min_new_tokens, np.int32), stops))
     if decode.forced_bos_token_id is not None:
-        tokens = np.full((rows, 1), decode.forced_bos_token_id, np.int32)
+        tokens: Any = np.full((rows, 1), decode.forced_bos_token_id, np.int32)
         rules.append(ForcedBeginning(tokens, each(1, np.int32)))
+    if request.constraint is not None:
+        rules.append(make_automaton(request.constraint, request.limit))
     return Processors(tuple(rules))
 
 
@@ -62,11 +64,9 @@ def sequence_biases(decode: config.Decode) -> list[tuple[tuple[int, ...], float]
 def make_sequence_bias(biases: list[tuple[tuple[int, ...], float]]) -> SequenceBias:
     """Returns the processor of one or more (sequence of ids, bias)."""
     longest = max(len(ids) for ids, _ in biases)
-    before = np.full((len(biases), longest - 1), -1, np.int32)
+    before: Any = np.full((len(biases), longest - 1), -1, np.int32)
+    last: Any = np.array([ids[-1] for ids, _ in biases], np.int32)
+    added: Any = np.array([bias for _, bias in biases], np.float32)
     for row, (ids, _) in zip(before, biases, strict=True):
         row[len(row) - len(ids) + 1 :] = ids[:-1]
-    return SequenceBias(
-        before=before,
-        last=np.array([ids[-1] for ids, _ in biases], np.int32),
-        bias=np.array([bias for _, bias in biases], np.float32),
-    )
+    return SequenceBias(before, last, added)

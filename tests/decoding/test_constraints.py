@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of constrained decoding: allowed tokens by enumeration of a language, texts by parsers that
+are not ours, and the same tokens by every way of decoding."""
+
+import functools
+import itertools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import jsonschema
+import numpy as np
+import pytest
+from decoding_laws import KINDS
+from test_decoding_loop import lively, use_one_device
+
+from t5x_lite import config, decoding
+from t5x_lite.decoding import generation, streaming
+from t5x_lite.decoding.drafters import lookup, recycling
+from t5x_lite.decoding.protocol import chain
+from t5x_lite.decoding.steering import constraints, processor
+from t5x_lite.tokenizers import token_bytes, vocabularies
+
+EOS, VOCAB = 1, 8
+IDS = {2: b"a", 3: b"b", 4: b"ab", 5: b"ba", 6: b"c"}
+PATTERNS = ("(ab|c)*b?", "a{2,5}", "(a|ba)c", "c?", r"a+(c[ab]+)?")
+
+
+@functools.cache
+def table_of(pattern: str) -> constraints.ConstraintTable:
+    spelled = token_bytes.TokenBytes(IDS)
+    return constraints.compile_table(pattern, spelled, (EOS,), VOCAB, "the pattern")
+
+
+@functools.cache
+def sentences(pattern: str, budget: int) -> set[tuple[int, ...]]:
+    """All sequences of at most `budget` ids, the end included, whose text matches."""
+    found = set()
+    for length in range(budget):
+        for ids in itertools.product(IDS, repeat=length):
+            if re.fullmatch(pattern, b"".join(map(IDS.get, ids)).decode()):
+                found.add((*ids, EOS))
+    return found
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_allowed_tokens_are_those_that_some_text_goes_on_with(pattern):
+    budget = 5
+    language = sentences(pattern, budget)
+    for length in range(budget):
+        prefixes = sorted({ids[:length] for ids in language if len(ids) > length})
+        for prefix in prefixes[:40]:
+            expected = {ids[length] for ids in language if ids[:length] == prefix}
+            for split in {0, length // 2, length}:  # tokens of the text, then drafts
+                assert allowed_after(pattern, prefix, split, budget) == expected
+
+
+def allowed_after(pattern, prefix, split, budget):
+    """Ids that are allowed after `split` tokens of a text and the rest as drafts."""
+    with jax.set_mesh(None):
+        rules = constraints.make_automaton(table_of(pattern), np.array([budget]))
+        one = np.ones(1, np.int32)
+        text = processor.Text(np.zeros((1, 9), np.int32), one, one)
+        state = rules.begin(text, VOCAB)
+        if split:
+            state = rules.observe(state, jnp.array([prefix[:split]]), one * split)
+        drafts = prefix[split:]
+        tree = chain(1 + len(drafts))
+        block = jnp.array([[0, *drafts]])
+        paths = processor.draft_paths(tree.paths, tree.depth, block)
+        logits = rules.process(state, text, paths, jnp.zeros((1, tree.width, VOCAB)))
+        return set(np.flatnonzero(np.isfinite(logits[0, -1])).tolist())
+
+
+def test_unspellable_languages_and_what_is_not_an_expression_are_refused():
+    with pytest.raises(ValueError, match="the pattern cannot be followed: The vocabulary"):
+        table_of("d+")
+    with pytest.raises(ValueError, match="the pattern cannot be followed"):
+        table_of("(a")
+    bytes_ = vocabularies.ByteVocabulary(0)
+
+    def refused(message, **options):
+        with pytest.raises(ValueError, match=message):
+            constraints.find_constraint(config.Decode(**options), bytes_, 384)
+
+    refused("Decode.json_schema is not JSON", json_schema="{")
+    refused("Decode.json_schema cannot be followed", json_schema='{"type": "nothing"}')
+    refused("shortest text of Decode.regex has 9 tokens", regex="a{8}", max_new_tokens=8)
+    with pytest.raises(ValueError, match="can follow one of Decode.regex and Decode.choices"):
+        config.Decode(regex="a", choices=("b",))
+    with pytest.raises(ValueError, match=r"min_new_tokens may forbid .* Decode.regex allows"):
+        config.Decode(regex="a", min_new_tokens=3)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "n": {"type": "integer"},
+        "kind": {"enum": ["x", "y"]},
+    },
+    "required": ["name", "n", "kind"],
+}
+DECODES = {
+    "schema": dict(json_schema=json.dumps(SCHEMA)),
+    "regex": dict(regex="[a-f]+(, [a-f]{2,4})*!"),
+    "choices": dict(choices=("yes", "no", "d'accord", "größer")),
+}
+EXAMPLES = ((5, 9, 33), (7,), (60, 2, 2, 8, 14, 31, 9), (40,) * 5)
+DRAFTERS = {"lookup": lookup.Lookup(chain(4)), "recycling": recycling.Recycling()}
+
+
+@functools.cache
+def toy(kind: str):
+    """A model of bytes with weights that say nothing."""
+    cfg = KINDS[kind].__class__(**{**vars(KINDS[kind]), "vocab": 300})
+    return cfg, decoding.prepare_params(cfg, lively(cfg))
+
+
+def request_of(kind, name, **options):
+    use_one_device()
+    cfg, params = toy(kind)
+    vocabulary = vocabularies.ByteVocabulary(0)
+    decode = config.Decode(max_new_tokens=60, **DECODES[name], **options)
+    constraint = constraints.find_constraint(decode, vocabulary, cfg.vocab)
+    request = decoding.make_request(cfg, EXAMPLES, decode, eos=EOS, constraint=constraint)
+    return cfg, params, request, decode, vocabulary
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"beams": 3}], ids=str)
+@pytest.mark.parametrize("name", DECODES)
+def test_every_text_is_in_the_language(name, options):
+    *given, vocabulary = request_of("encoder_decoder", name, **options)
+    for ids in generation.generate(*given).tokens[:, 0]:
+        assert EOS in ids.tolist()
+        check_text(name, vocabulary.decode(ids.tolist()))
+
+
+def check_text(name: str, text: str) -> None:
+    """Checks a text by a parser that is not ours."""
+    if name == "schema":
+        jsonschema.validate(json.loads(text), SCHEMA)
+    elif name == "regex":
+        assert re.fullmatch(DECODES["regex"]["regex"], text)
+    else:
+        assert text in DECODES["choices"]["choices"]
+
+
+@pytest.mark.parametrize("name, kind", [("schema", "decoder_only"), ("regex", "encoder_decoder")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_and_streams_change_no_token(name, kind, temperature):
+    *given, _ = request_of(kind, name, temperature=temperature)
+    plain = generation.generate(*given).tokens
+    for drafter in DRAFTERS.values():
+        drafted = generation.generate(*given, decoding.Drafting(drafter)).tokens
+        np.testing.assert_array_equal(drafted, plain)
+    *_, last = streaming.stream(*given, decoding.Drafting(DRAFTERS["lookup"]), every=3)
+    np.testing.assert_array_equal(last.tokens, plain)
+
+
+def test_a_table_is_kept_and_one_that_is_damaged_is_made_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(constraints, "FOLDER", str(tmp_path))
+    vocabulary = vocabularies.ByteVocabulary(0)
+    decode = config.Decode(regex="[ab]{3}")
+    first = constraints.find_constraint(decode, vocabulary, 300)
+    (path,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(constraints, "compile_table", None)
+        again = constraints.find_constraint(decode, vocabulary, 300)
+    for content in (b"", path.read_bytes()[:100]):
+        path.write_bytes(content)
+        after = constraints.find_constraint(decode, vocabulary, 300)
+        for one, other, third in zip(first, again, after, strict=True):
+            np.testing.assert_array_equal(one, other)
+            np.testing.assert_array_equal(one, third)
