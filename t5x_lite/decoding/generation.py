@@ -27,8 +27,8 @@ from t5x_lite.decoding.protocol import (
 )
 from t5x_lite.decoding.request import Request, bucket_length
 from t5x_lite.decoding.sampling import SamplingParams, make_sampling_params
-from t5x_lite.decoding.steering.build import make_processors
-from t5x_lite.decoding.steering.processor import Processors, Text
+from t5x_lite.decoding.steering.build import ChoiceRules, make_processors
+from t5x_lite.decoding.steering.processor import Text
 
 
 class Result(NamedTuple):
@@ -154,18 +154,6 @@ def trim_result(result: Result, length: int) -> Result:
         if getattr(result, name) is not None
     }
     return result._replace(steps=int(result.steps), **arrays)
-
-
-class ChoiceRules(NamedTuple):
-    """Rules by which the next token is chosen.
-
-    Attributes:
-      sampling: how rows are sampled; None for greedy decoding.
-      processors: what changes the logits before.
-    """
-
-    sampling: SamplingParams | None = None
-    processors: Processors = Processors()
 
 
 def make_rules(request: Request, decode: config.Decode) -> ChoiceRules:

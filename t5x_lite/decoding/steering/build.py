@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits processors of a config."""
+"""Rules of choice, and the logits processors of a config."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from t5x_lite import config
 from t5x_lite.decoding.request import Request
+from t5x_lite.decoding.sampling import SamplingParams
 from t5x_lite.decoding.steering.constraints import make_automaton
 from t5x_lite.decoding.steering.penalties import FrequencyPenalty, RepetitionPenalty
 from t5x_lite.decoding.steering.processor import LogitsProcessor, Processors
@@ -16,6 +17,18 @@ from t5x_lite.decoding.steering.sequences import (
     NoRepeatNgram,
     SequenceBias,
 )
+
+
+class ChoiceRules(NamedTuple):
+    """Rules by which the next token is chosen.
+
+    Attributes:
+      sampling: how rows are sampled; None for greedy decoding.
+      processors: what changes the logits before.
+    """
+
+    sampling: SamplingParams | None = None
+    processors: Processors = Processors()
 
 
 def make_processors(decode: config.Decode, request: Request) -> Processors:
