@@ -26,7 +26,7 @@ from t5x_lite.decoding.protocol import (
     Target,
 )
 from t5x_lite.decoding.request import Request, bucket_length
-from t5x_lite.decoding.sampling import SamplingParams, make_sampling_params
+from t5x_lite.decoding.sampling import make_sampling_params
 from t5x_lite.decoding.steering.build import ChoiceRules, make_processors
 from t5x_lite.decoding.steering.processor import Text
 
