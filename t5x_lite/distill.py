@@ -215,7 +215,7 @@ def open_inputs(args: argparse.Namespace) -> tuple[Iterator[Record], int | None,
         "and name it with --input",
     )
     records = (input_record(i + 1, not_none(dataset.inputs_text(i))) for i in range(len(dataset)))
-    return records, len(dataset), f"{dataset.name}/{args.split}: {len(dataset)} examples"
+    return records, len(dataset), " ".join(part.digest for part in dataset.parts)
 
 
 def input_record(number: int, text: str) -> Record:

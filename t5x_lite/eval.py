@@ -84,7 +84,7 @@ def parser() -> Parser:
 def measure(args: argparse.Namespace) -> int:
     """Restores, evaluates, prints and writes; returns the exit status."""
     requested = requested_data(args)
-    from t5x_lite import data
+    from t5x_lite.adaptation.vocabulary_compatibility import describe_pair_difference
     from t5x_lite.checkpoints.opening import open_checkpoint
     from t5x_lite.evaluation.evaluate import Evaluator
     from t5x_lite.training import host
@@ -94,7 +94,12 @@ def measure(args: argparse.Namespace) -> int:
     restored = opened.load(args.mesh, args.quantize)
     run = with_options(with_data(restored.run, requested, args.checkpoint), args)
     evaluator = Evaluator(run, args.split)
-    data.check_run_vocabulary(args.checkpoint, evaluator.dataset.vocabularies)
+    difference = describe_pair_difference(restored.vocabularies, evaluator.dataset.vocabularies)
+    config.require(
+        difference is None,
+        f"{args.checkpoint} has another vocabulary than {evaluator.dataset.name}: {difference}. "
+        "It can be measured only on data in its own",
+    )
     total = min(len(evaluator.dataset), run.evaluate.examples)
     with Progress("examples", total) as progress:
         numbers = evaluator(restored.params, restored.step, progress)

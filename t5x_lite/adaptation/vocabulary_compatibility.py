@@ -40,6 +40,39 @@ def describe_difference(smaller: TextVocabulary, larger: TextVocabulary) -> str 
     return None
 
 
+def describe_pair_difference(
+    there: tuple[TextVocabulary, TextVocabulary], here: tuple[TextVocabulary, TextVocabulary]
+) -> str | None:
+    """Describes the first difference of two pairs (inputs, targets), one of which may have more
+    ids; None if there is none."""
+    for pair in zip(there, here, strict=True):
+        difference = describe_difference(*sorted(pair, key=lambda each: each.size))
+        if difference is not None:
+            return difference
+    return None
+
+
+def warn_of_difference(path: str, here: tuple[TextVocabulary, TextVocabulary]) -> None:
+    """Warns if an id stands for another text in Checkpoint.initial than in the data.
+
+    Args:
+      path: value of Checkpoint.initial; one without a vocabulary is not compared.
+      here: vocabularies of the data.
+    """
+    try:
+        there = read_text_settings(path).vocabularies
+    except ValueError:
+        return
+    difference = describe_pair_difference(there, here)
+    if difference is not None:
+        warnings.warn(
+            f"Checkpoint.initial ({path}) has another vocabulary than the data: {difference}. Its "
+            "embeddings are of those ids: bind the vocabulary of the data to one of "
+            f'Vocabulary.kind = "checkpoint", Vocabulary.path = {path!r}',
+            stacklevel=2,
+        )
+
+
 def check_vocabularies(
     adaptation: config.Adaptation, inputs: TextVocabulary, targets: TextVocabulary
 ) -> None:

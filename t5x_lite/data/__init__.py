@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data: tasks, vocabularies, objectives and packed batches. Knows no model and imports no jax."""
 
-from t5x_lite.data.batches import Batches, Statistics, check_examples, open_batches
+from t5x_lite.data.batches import Batches, Statistics, open_batches
+from t5x_lite.data.checks import check_examples
 from t5x_lite.data.datasets import Dataset, open_dataset, open_vocabularies
 from t5x_lite.data.derived import load_run
 from t5x_lite.data.prefetching import prefetch

@@ -13,9 +13,20 @@ from t5x_lite import config
 from t5x_lite.batch import Batch
 from t5x_lite.config.objectives import Objective
 from t5x_lite.config.windows import LengthLimits, length_limits
-from t5x_lite.data import files, layout, mixing, objectives, randomness, rows, streams, tasks
+from t5x_lite.data import (
+    checks,
+    content,
+    layout,
+    mixing,
+    objectives,
+    randomness,
+    rows,
+    streams,
+    tasks,
+)
 from t5x_lite.data.cache import Tokens
-from t5x_lite.data.task import Task, cached_tokens
+from t5x_lite.data.task import SplitFiles, Task, cached_tokens
+from t5x_lite.utils.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -227,16 +238,20 @@ def open_batches(
     shard = HostShard(host, hosts, batch_size)
     lengths = length_limits(cfg.lengths, layout)
     parts, rates = [], []
-    for source, rate in list_sources(cfg, split):
+    sources = list_sources(cfg, split)
+    if split == "train":
+        checks.warn_of_mixed_ends([source.task for source, _ in sources if source.first])
+    for source, rate in sources:
         task = source.task
-        check_inputs(cfg, task, lengths)
+        checks.check_inputs(cfg, task, lengths)
+        if split == "train" and source.first:
+            checks.warn_of_overlap(task)
         part = open_part(cfg, source, split, lengths, randomness.key(seed, "part", source.name))
         epoch = part.rows.epoch_counts()
-        if not epoch.whole:
-            raise ValueError(
-                f"None of {epoch.examples} examples of {task.name} fits Data.lengths "
-                f"{cfg.lengths} whole: raise the lengths, or cut running text up by Data.objective"
-            )
+        if split == "train":
+            checks.check_targets(task.name, epoch, lengths)
+        if source.objective is None:
+            checks.warn_of_ends(task, split, part.rows.first_tokens())
         parts.append(part)
         # Rates are of examples, but rows are drawn.
         rates.append(rate * epoch.rows / epoch.examples)
@@ -282,46 +297,6 @@ def list_sources(cfg: config.Data, split: str) -> list[tuple[PartSource, float]]
     return result
 
 
-def check_inputs(cfg: config.Data, task: Task, lengths: LengthLimits) -> None:
-    """Checks that a task has the inputs that the layout reads.
-
-    Args:
-      cfg: the data.
-      task: one of their tasks.
-      lengths: limits of the rows.
-
-    Raises:
-      ValueError: it lacks them, or has inputs that have no place.
-    """
-    if cfg.objective is not None:
-        return
-    if not task.has_inputs and lengths.layout != "decoder_only":
-        raise ValueError(
-            f"{task.name} is text without inputs: set Data.objective (SpanCorruption or PrefixLM), "
-            "or train a decoder alone"
-        )
-    if task.has_inputs and not lengths.inputs and lengths.layout != "encoder_only":
-        raise ValueError(f'{task.name} has inputs: set Data.lengths["inputs"]')
-
-
-def check_examples(cfg: config.Data, layout: str, split: str) -> None:
-    """Reads the first examples of each task of a split as `open_batches` does; caches nothing.
-
-    Args:
-      cfg: the data.
-      layout: that of the model.
-      split: of the tasks.
-
-    Raises:
-      ValueError: a file, field or feature is missing, or cannot be read.
-    """
-    lengths = length_limits(cfg.lengths, layout)
-    for source, _ in list_sources(cfg, split):
-        check_inputs(cfg, source.task, lengths)
-        if source.first and next(iter(source.task.read(split)), None) is None:
-            raise ValueError(f"{source.task.name} ({split}) has no example")
-
-
 def open_part(
     cfg: config.Data, source: PartSource, split: str, lengths: LengthLimits, key: int
 ) -> MixturePart:
@@ -344,31 +319,31 @@ def open_part(
         streamed = streams.Streamed(task, split, lengths, make_rows)
         counts = task.counts.get(split, {}) if source.first else {}
         return MixturePart(source.name, streamed, key, counts, streamed.state, streamed.restore)
-    tokens, stamps = source.tokens(), task.stamps(split)
+    tokens, digests = source.tokens(), SplitFiles(task, split, cache_folder(cfg.cache_dir)).digests
     return MixturePart(
         name=source.name,
         rows=make_rows(tokens),
         key=key,
         counts=tokens.counts if source.first else {},
-        state=lambda: {"tokens": tokens.digest, "files": stamps},
-        restore=functools.partial(check_digest, source.name, tokens.digest, stamps),
+        state=lambda: {"tokens": tokens.digest, "files": digests},
+        restore=functools.partial(check_digest, source.name, tokens.digest, digests),
     )
 
 
-def check_digest(name: str, digest: str, stamps: dict, state: dict) -> None:
+def check_digest(name: str, digest: str, digests: dict[str, str], state: dict) -> None:
     """Checks that a state is of the same tokens.
 
     Args:
       name: of the part.
       digest: of its tokens.
-      stamps: of its files, from `files.stamps`.
+      digests: of its files, by path.
       state: what a checkpoint kept of the part.
 
     Raises:
       ValueError: they are other tokens; the message names the files that changed.
     """
     if state.get("tokens") != digest:
-        changed = files.describe_changes(state["files"], stamps) if state.get("files") else ""
+        changed = content.describe_changes(state["files"], digests) if state.get("files") else ""
         raise ValueError(
             f"The training data of {name} have changed since the checkpoint was written"
             f"{changed and f' ({changed})'}: the same steps would read other examples. Put the old "

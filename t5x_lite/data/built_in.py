@@ -4,15 +4,16 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from t5x_lite import config
 from t5x_lite.checkpoints.text_settings import read_text_settings
-from t5x_lite.data import corpora, files
+from t5x_lite.data import content, corpora, files
 from t5x_lite.data.corpora import TextExample
-from t5x_lite.data.task import Task, read_text
+from t5x_lite.data.task import Task, TextReader
 from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
@@ -96,60 +97,85 @@ def built_in_task(name: str, vocabulary: config.Vocabulary | None, cache_dir: st
     if vocabulary is None:
         pair = corpus.vocabularies()
     else:
-        source = partial(corpus.source, "train")
-        pair = vocabulary_pair(vocabulary, partial(corpus.rows, "train"), source, cache_dir)
+        text = TrainingText(partial(corpus.rows, "train"), partial(corpus.source, "train"))
+        pair = vocabulary_pair(vocabulary, text, cache_dir)
     return Task(
         name=name,
         splits=corpora.SPLITS,
         vocabularies=pair,
-        read=partial(read_text, corpus.rows, pair),
+        read=TextReader(lambda split, counts: corpus.rows(split), pair),
         source=corpus.source,
         has_inputs=corpus.has_inputs,
         metrics=corpus.metrics,
     )
 
 
-def from_files(cfg: config.Files, cache_dir: str) -> Task:
-    """A user's own files as a task."""
+class TrainingText(NamedTuple):
+    """Text that a vocabulary may be trained on.
+
+    Attributes:
+      rows: returns its examples.
+      source: returns a digest of it.
+    """
+
+    rows: Callable[[], Iterator[TextExample]]
+    source: Callable[[], str]
+
+
+def training_text(every: Sequence[config.Files], cache_dir: str) -> TrainingText:
+    """Training text of one or more Files, one after the other."""
+
+    def rows() -> Iterator[TextExample]:
+        for each in every:
+            # Without counts: what is left out is counted where tokens are read.
+            yield from files.read_rows(each, "train")
+
+    def source() -> str:
+        parts, folder = [], cache_folder(cache_dir)
+        for each in every:
+            digests = content.digest_files(files.list_paths(each, "train"), folder)
+            parts.append([files.source(each, "train"), *digests.values()])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    return TrainingText(rows, source)
+
+
+def from_files(cfg: config.Files, cache_dir: str, trained_on: Sequence[config.Files] = ()) -> Task:
+    """A user's own files as a task.
+
+    Args:
+      cfg: the files.
+      cache_dir: folder of trained vocabularies.
+      trained_on: Files whose text trains a `trained` vocabulary; none means `cfg` alone.
+    """
     splits = files.list_splits(cfg)
     counts: dict[str, dict[str, int]] = {split: {} for split in splits}
-
-    def rows(split: str) -> Iterator[TextExample]:
-        return files.read_rows(cfg, split, counts[split])
-
-    source = partial(files.source, cfg)
-    # Without counts: what is left out is counted where tokens are read.
-    train = partial(files.read_rows, cfg, "train")
-    pair = vocabulary_pair(cfg.vocabulary, train, partial(source, "train"), cache_dir)
+    pair = vocabulary_pair(cfg.vocabulary, training_text(trained_on or [cfg], cache_dir), cache_dir)
     return Task(
         name=cfg.name,
         splits=splits,
         vocabularies=pair,
-        read=partial(read_text, rows, pair, counts=counts),
-        source=source,
+        read=TextReader(partial(files.read_rows, cfg), pair, counts),
+        source=partial(files.source, cfg),
         has_inputs=cfg.inputs is not None,
         metrics=cfg.metrics,
         counts=counts,
-        stamps=partial(files.stamps, cfg),
+        files=partial(files.list_paths, cfg),
     )
 
 
 def vocabulary_pair(
-    cfg: config.Vocabulary,
-    rows: Callable[[], Iterator[TextExample]],
-    source: Callable[[], str],
-    cache_dir: str,
+    cfg: config.Vocabulary, text: TrainingText, cache_dir: str
 ) -> tuple[TextVocabulary, TextVocabulary]:
     """Vocabularies (inputs, targets) that the config names: one for both, or a checkpoint's.
 
     Args:
       cfg: the vocabulary.
-      rows: returns the training examples, for a vocabulary trained on them.
-      source: returns a digest of what they are read from; only a vocabulary trained on it asks.
+      text: for a vocabulary that is trained.
       cache_dir: folder of trained vocabularies.
     """
     if cfg.kind != "checkpoint":
-        vocabulary = build_vocabulary(cfg, rows, source, cache_dir)
+        vocabulary = build_vocabulary(cfg, text, cache_dir)
         return vocabulary, vocabulary
     inputs, targets = read_text_settings(not_none(cfg.path)).vocabularies
     grow = partial(
@@ -158,18 +184,12 @@ def vocabulary_pair(
     return grow(inputs), grow(targets)
 
 
-def build_vocabulary(
-    cfg: config.Vocabulary,
-    rows: Callable[[], Iterator[TextExample]],
-    source: Callable[[], str],
-    cache_dir: str,
-) -> TextVocabulary:
-    """Vocabulary that the config names; `trained` learns it from rows, once per source.
+def build_vocabulary(cfg: config.Vocabulary, text: TrainingText, cache_dir: str) -> TextVocabulary:
+    """Vocabulary that the config names; `trained` learns it from a text, once for its content.
 
     Args:
       cfg: the vocabulary.
-      rows: returns the training examples.
-      source: returns a digest of what they are read from; only a vocabulary trained on it asks.
+      text: for a vocabulary that is trained.
       cache_dir: folder of trained vocabularies.
 
     Raises:
@@ -178,12 +198,12 @@ def build_vocabulary(
     if cfg.names or cfg.sentinels:
         # Names stand below the sentinels, so both are added to a vocabulary without any.
         bare = dataclasses.replace(cfg, extra_ids=0, names=(), sentinels=None)
-        inner = build_vocabulary(bare, rows, source, cache_dir)
+        inner = build_vocabulary(bare, text, cache_dir)
         return extended.extend_vocabulary(inner, cfg.names, cfg.extra_ids, cfg.sentinels)
     if cfg.kind == "bytes":
         return vocabularies.ByteVocabulary(cfg.extra_ids)
     if cfg.kind == "trained":
-        model = train_pieces(not_none(cfg.size), rows, source, cache_dir)
+        model = train_pieces(not_none(cfg.size), text, cache_dir)
         return vocabularies.SentencePieceVocabulary(model, cfg.extra_ids)
     path = local_path(not_none(cfg.path))
     if not path.is_file():
@@ -199,30 +219,24 @@ def build_vocabulary(
     return kind(content, more) if more else bare
 
 
-def train_pieces(
-    size: int,
-    rows: Callable[[], Iterator[TextExample]],
-    source: Callable[[], str],
-    cache_dir: str,
-) -> bytes:
+def train_pieces(size: int, text: TrainingText, cache_dir: str) -> bytes:
     """Trains a SentencePiece model, or reads it from the cache.
 
     Args:
       size: number of pieces.
-      rows: returns the training examples.
-      source: returns a digest of what they are read from; only a vocabulary trained on it asks.
+      text: to train on.
       cache_dir: folder of trained vocabularies.
 
     Returns:
       The bytes of the model's file.
     """
-    identity = json.dumps([sentencepiece_training.FORMAT, size, source()]).encode()
+    identity = json.dumps([sentencepiece_training.FORMAT, size, text.source()]).encode()
     root = cache_folder(cache_dir)
     path = root / f"pieces-{size}-{hashlib.sha256(identity).hexdigest()[:20]}.model"
     if path.exists():
         return path.read_bytes()
     model = sentencepiece_training.train_sentencepiece(
-        (text for row in rows() for text in row[:2] if text), size
+        (side for row in text.rows() for side in row[:2] if side), size
     )
     root.mkdir(parents=True, exist_ok=True)
     write_atomically(path, model)

@@ -2,40 +2,41 @@
 """Tokens kept on disk: for each feature one flat array and the offsets of its examples.
 
 A folder is written once, under a name that depends on the task, its source and its vocabularies,
-and never changed: it is filled under another name and moved into place, so that a reader sees all
-of it or nothing, and two processes may write it at once.
+and never changed. Its digests are checked when it is opened; a damaged folder is replaced.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from t5x_lite.data import content
 from t5x_lite.data.corpora import TextExample
+from t5x_lite.data.token_writer import META, CacheEntry, checksum, write_folder
 from t5x_lite.utils.paths import cache_folder
 
-FORMAT = 3  # raised when the same source gives other ids or another order
+log = logging.getLogger(__name__)
+
+FORMAT = 4  # raised when the same source gives other ids or another order, and for other files
+# Errors of JSON that is not what was written.
+MALFORMED = (ValueError, KeyError, AttributeError, TypeError, RecursionError)
+KEY = 20  # hexadecimal digits of a folder's key
+
+FORMAT = 3  # raised when the same source gives other ids or another order, and for other files
+# Errors of JSON that is not what was written.
+MALFORMED = (ValueError, KeyError, AttributeError, TypeError, RecursionError)
+KEY = 20  # hexadecimal digits of a folder's key
 
 
-class Chunk(NamedTuple):
-    """Consecutive examples.
-
-    Attributes:
-      inputs: token ids of each; None for text alone.
-      targets: token ids of each.
-      rows: their text, if known.
-    """
-
-    inputs: list[np.ndarray] | None
-    targets: list[np.ndarray]
-    rows: list[TextExample] | None = None
+class DamagedTokens(ValueError):
+    """A folder of the cache does not hold what was written to it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Feature:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    def count_ended(self) -> int:
+        """Counts the examples that finish with `eos`."""
+        full = self.lengths > 0
+        return int((self.tokens[self.offsets[1:][full] - 1] == self.eos).sum())
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
@@ -93,182 +99,204 @@ class Rows:
     """Text of examples, one JSON line each, read on access."""
 
     def __init__(self, path: Path, offsets: np.ndarray):
-        self.path, self.offsets = path, offsets
+        self.offsets = offsets
+        # Stays open, so that a folder that is replaced meanwhile is still read.
+        self.file = open(path, "rb")  # noqa: SIM115
 
     def __getitem__(self, i: int) -> TextExample:
-        with open(self.path, "rb") as lines:
-            lines.seek(self.offsets[i])
-            inputs, targets, references = json.loads(lines.readline())
+        begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        inputs, targets, references = json.loads(os.pread(self.file.fileno(), end - begin, begin))
         return TextExample(inputs, targets, tuple(references))
 
     def __iter__(self) -> Iterator[TextExample]:
-        with open(self.path, "rb") as lines:
-            for line in lines:
-                inputs, targets, references = json.loads(line)
-                yield TextExample(inputs, targets, tuple(references))
+        return (self[i] for i in range(len(self.offsets) - 1))
 
-
-class FeatureWriter:
-    """Appends ids to a file and remembers where each example ends."""
-
-    def __init__(self, folder: Path, name: str, dtype: type[np.integer], eos: int):
-        self.folder, self.name, self.dtype, self.eos = folder, name, np.dtype(dtype), eos
-        self.file = open(folder / f"{name}.bin", "wb")
-        self.lengths: list[np.ndarray] = []
-        self.ends, self.digest = True, hashlib.sha256()
-
-    def write(self, examples: list[np.ndarray]) -> None:
-        lengths = np.array([len(example) for example in examples], np.int64)
-        flat = np.concatenate(examples).astype(self.dtype)
-        last = np.cumsum(lengths) - 1
-        self.ends &= bool((lengths > 0).all() and (flat[last] == self.eos).all())
-        self.lengths.append(lengths)
-        self.digest.update(lengths.tobytes() + flat.tobytes())
-        self.file.write(flat.tobytes())
-
-    def close(self) -> dict:
-        self.file.close()
-        lengths = np.concatenate([np.zeros(1, np.int64), *self.lengths])
-        offsets = np.cumsum(lengths)
-        np.save(self.folder / f"{self.name}_offsets.npy", offsets)
-        return {
-            "dtype": self.dtype.name,
-            "tokens": int(offsets[-1]),
-            "eos": self.eos,
-            "ends": self.ends,
-            "digest": self.digest.hexdigest(),
-        }
-
-
-class RowWriter:
-    """Appends rows of text as JSON lines."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.offsets = folder, [0]
-        self.file = open(folder / "rows.jsonl", "wb")
-
-    def write(self, rows: list[TextExample]) -> None:
-        for row in rows:
-            line = json.dumps([row.inputs, row.targets, row.references]).encode() + b"\n"
-            self.file.write(line)
-            self.offsets.append(self.offsets[-1] + len(line))
-
-    def close(self) -> None:
-        self.file.close()
-        np.save(self.folder / "rows_offsets.npy", np.array(self.offsets, np.int64))
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """Identity of a folder of the cache, and the examples that fill it.
-
-    Attributes:
-      name: of task and split.
-      identity: everything that determines the ids, as JSON.
-      chunks: the examples.
-      sizes: of the vocabularies (inputs, targets).
-      eos: their ids of the end.
-      counts: counts of the reader (broken lines), complete after the last chunk.
-      keep_rows: true to keep the text too.
-    """
-
-    name: str
-    identity: dict
-    chunks: Iterable[Chunk]
-    sizes: tuple[int, int]
-    eos: tuple[int, int]
-    counts: dict[str, int]
-    keep_rows: bool
+    def __del__(self):
+        file = getattr(self, "file", None)
+        if file is not None:
+            file.close()
 
 
 def open_tokens(cache_dir: str, entry: CacheEntry) -> Tokens:
-    """Opens the tokens of an entry, written first if they are not in the cache.
+    """Opens the tokens of an entry; they are written first if the cache lacks them, and again if
+    they are damaged.
 
-    Raises ValueError if there are no examples, or if a folder of the cache is damaged.
+    Raises ValueError if there are no examples, or if the folder cannot be read or written.
     """
-    whole = json.dumps({"format": FORMAT, **entry.identity}, sort_keys=True)
-    key = hashlib.sha256(whole.encode()).hexdigest()[:20]
     root = cache_folder(cache_dir)
-    folder = root / f"{entry.name.replace('/', '_')}-{key}"
-    if not folder.exists():
+    folder = root / f"{prefix_of(entry)}{key_of(entry)}"
+    if folder.exists():
+        try:
+            tokens = read_folder(folder, entry.name)
+            log.info(
+                "%s: tokens of %s; what they were read from is the same",
+                entry.name,
+                date_of(folder),
+            )
+            return tokens
+        except DamagedTokens as error:
+            log.warning("The tokens in %s are damaged (%s): they are written again", folder, error)
+            remove_folder(folder)
         write_folder(root, folder, entry)
+    else:
+        write_folder(root, folder, entry)
+        report_older(root, folder, entry)
     return read_folder(folder, entry.name)
 
 
-def write_folder(root: Path, folder: Path, entry: CacheEntry) -> None:
-    """Fills a temporary folder and moves it into place, unless another process was faster.
+def prefix_of(entry: CacheEntry) -> str:
+    """Begin of the names of the folders of an entry's task and split."""
+    return f"{entry.name.replace('/', '_')}-"
+
+
+def key_of(entry: CacheEntry) -> str:
+    """Digest of an entry's identity, the end of its folder's name."""
+    whole = json.dumps({"format": FORMAT, **entry.identity}, sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:KEY]
+
+
+def find_similar(cache_dir: str, entry: CacheEntry, but: str) -> Path | None:
+    """Finds the newest folder whose identity differs from the entry's in one field alone.
+
+    Args:
+      cache_dir: folder of cached tokens.
+      entry: the entry, which has no folder.
+      but: the field.
+
+    Returns:
+      The folder; None if there is none, or the entry has one.
+    """
+    root = cache_folder(cache_dir)
+    if (root / f"{prefix_of(entry)}{key_of(entry)}").exists():
+        return None
+    wanted = entry.identity | {but: None}
+    similar = [
+        folder
+        for folder, identity in list_folders(root, entry)
+        if identity is not None and identity | {but: None} == wanted
+    ]
+    return max(similar, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def list_folders(root: Path, entry: CacheEntry) -> list[tuple[Path, dict | None]]:
+    """Folders of an entry's task and split with their identities; None for one that this version
+    does not read."""
+    prefix, folders = prefix_of(entry), []
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if folder.name.startswith(prefix) and len(folder.name) == len(prefix) + KEY:
+            try:
+                identity = read_meta(folder)["identity"]
+            except (DamagedTokens, OSError):
+                identity = None
+            folders.append((folder, identity))
+    return folders
+
+
+def report_older(root: Path, folder: Path, entry: CacheEntry) -> None:
+    """Lists the folders that hold the same task and split of another source.
+
+    They are not removed: another run may read them, or its data may come back.
 
     Args:
       root: folder of the cache.
-      folder: final folder of the entry.
-      entry: identity and examples.
+      folder: the new folder.
+      entry: its identity.
+    """
+    same = ("task", "split", "vocabularies")
+    older = [
+        each
+        for each, identity in list_folders(root, entry)
+        if each != folder
+        and (identity is None or all(identity.get(k) == entry.identity.get(k) for k in same))
+    ]
+    if older:
+        size = sum(path.stat().st_size for each in older for path in each.iterdir())
+        log.warning(
+            "%s was tokenized again: its data, or the code that reads them, are not those of %s. "
+            "Older copies take %.1f MB; delete those that no run needs: %s",
+            entry.name,
+            date_of(max(older, key=lambda each: each.stat().st_mtime)),
+            size / 1e6,
+            ", ".join(map(str, older)),
+        )
+
+
+def date_of(folder: Path) -> str:
+    """Date and time at which a folder was written."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, at once for all who would open it.
+
+    Raises ValueError if it cannot be removed.
+    """
+    aside = folder.with_name(f".{folder.name}-damaged-{os.getpid()}")
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:  # another process was faster
+        return
+    except OSError as error:
+        raise ValueError(
+            f"The cached tokens in {folder} are damaged and cannot be removed ({error}): delete "
+            "that folder, or bind another Data.cache_dir"
+        ) from error
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_meta(folder: Path) -> dict:
+    """Reads the metadata of a finished folder.
 
     Raises:
-      ValueError: the cache cannot be written.
+      DamagedTokens: they are not those that were written.
+      OSError: they cannot be read.
     """
-    partial = None
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-        partial.chmod(0o755)  # mkdtemp keeps others out, but a cache may be shared
-        write_chunks(partial, entry)
-        os.rename(partial, folder)
-    except OSError as error:
-        if not folder.exists():
-            raise ValueError(
-                f"Cannot keep tokens under Data.cache_dir ({root}): {error}. Free space there, "
-                "name another folder, or set Data.stream = True"
-            ) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        meta = json.loads((folder / META).read_text())
+        expected = meta.pop("checksum")
+    except (FileNotFoundError, *MALFORMED) as error:
+        raise DamagedTokens(f"{META}: {type(error).__name__} {error}") from error
+    if checksum(meta) != expected:
+        raise DamagedTokens(f"{META} has changed")
+    return meta
 
 
-def write_chunks(folder: Path, entry: CacheEntry) -> None:
-    """Writes every chunk and, last, meta.json."""
-    writers: dict[str, FeatureWriter] = {}
-    rows = RowWriter(folder) if entry.keep_rows else None
-    examples = 0
-    for chunk in entry.chunks:
-        for position, name in enumerate(("inputs", "targets")):
-            ids: list[np.ndarray] | None = getattr(chunk, name)
-            if ids is None:
-                continue
-            if name not in writers:
-                dtype: type[np.integer] = np.uint16 if entry.sizes[position] <= 2**16 else np.int32
-                writers[name] = FeatureWriter(folder, name, dtype, entry.eos[position])
-            writers[name].write(ids)
-        if rows is not None and chunk.rows is not None:
-            rows.write(chunk.rows)
-        examples += len(chunk.targets)
-    if rows is not None:
-        rows.close()
-    if examples == 0:
-        raise ValueError(
-            f"{entry.name} has no examples: is the file empty, or every line left out?"
-        )
-    meta = {
-        "examples": examples,
-        "features": {name: writer.close() for name, writer in writers.items()},
-        "counts": entry.counts,
-        "identity": entry.identity,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+def check_files(folder: Path, meta: dict) -> None:
+    """Checks the files of a folder by their digests, once for each state of a file.
+
+    Raises:
+      DamagedTokens: one is missing or has changed.
+      OSError: one cannot be read.
+    """
+    paths = [folder / name for name in meta["files"]]
+    absent = [path.name for path in paths if not path.exists()]
+    if absent:
+        raise DamagedTokens(f"{absent[0]} is missing")
+    digests = content.digest_files(paths, folder.parent)
+    for path in paths:
+        if digests[str(path)] != meta["files"][path.name]:
+            raise DamagedTokens(f"{path.name} has changed")
 
 
 def read_folder(folder: Path, name: str) -> Tokens:
-    """Maps the tokens of a finished folder into memory."""
+    """Maps the tokens of a finished folder into memory.
+
+    Raises:
+      DamagedTokens: the folder does not hold what was written to it.
+      ValueError: it cannot be read.
+    """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_meta(folder)
+        check_files(folder, meta)
         features = {
             side: map_feature(folder, side, feature) for side, feature in meta["features"].items()
         }
         offsets = folder / "rows_offsets.npy"
         rows = Rows(folder / "rows.jsonl", np.load(offsets)) if offsets.exists() else None
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise ValueError(
-            f"The cached tokens in {folder} are damaged ({error}); delete that folder and they "
-            "are written again"
+            f"The cached tokens in {folder} cannot be read now ({error}): run again, or bind "
+            "another Data.cache_dir"
         ) from error
     digests = "".join(feature["digest"] for feature in meta["features"].values())
     return Tokens(
@@ -288,17 +316,9 @@ def map_feature(folder: Path, name: str, meta: dict) -> Feature:
       folder: of the entry.
       name: "inputs" or "targets".
       meta: what `FeatureWriter.close` returned.
-
-    Raises:
-      ValueError: the files have other sizes.
     """
     offsets = np.load(folder / f"{name}_offsets.npy")
     path, dtype = folder / f"{name}.bin", np.dtype(meta["dtype"])
-    if path.stat().st_size != meta["tokens"] * dtype.itemsize or offsets[-1] != meta["tokens"]:
-        raise ValueError(
-            f"{path.name} should hold {meta['tokens']} tokens, but has {path.stat().st_size} bytes "
-            f"and offsets up to {offsets[-1]}"
-        )
     empty = meta["tokens"] == 0
     # A plain array on the mapped memory: numpy's memmap class makes every access slower.
     ids = np.zeros(0, dtype) if empty else np.asarray(np.memmap(path, dtype, mode="r"))

@@ -2,6 +2,7 @@
 """A user's own files as examples: JSONL, TSV, CSV, plain text and Parquet, by globs; .gz files are
 unpacked."""
 
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -10,7 +11,6 @@ import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
@@ -70,26 +70,16 @@ def expand_glob(pattern: Path) -> list[Path]:
 
 
 def source(cfg: config.Files, split: str) -> str:
-    """Digest of the options of reading, and of the split's files by name, size and time of
-    change."""
-    identity: list[Any] = [cfg.format, cfg.inputs, cfg.targets, cfg.whole_files, cfg.broken]
-    identity += [] if cfg.quotes is None else [cfg.quotes]
-    identity += [[path, *stamp] for path, stamp in stamps(cfg, split).items()]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def stamps(cfg: config.Files, split: str) -> dict[str, list[int]]:
-    """Size in bytes and time of change in ns of every file of a split, by its path."""
-    stats = {str(path.resolve()): path.stat() for path in list_paths(cfg, split)}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
-
-
-def describe_changes(before: dict[str, list[int]], now: dict[str, list[int]]) -> str:
-    """Text of the changes of files between two `stamps`; "" where nothing changed."""
-    lines = [f"{path} is gone" for path in before.keys() - now.keys()]
-    lines += [f"{path} is new" for path in now.keys() - before.keys()]
-    lines += [f"{path} has changed" for path in before.keys() & now if before[path] != now[path]]
-    return ", ".join(sorted(lines)[:4])
+    """Digest of the options of reading a split, and of the formats of its files. What the files
+    hold is not in it."""
+    apart = {"name", "train", "validation", "test", "vocabulary", "metrics"}
+    options = {
+        field.name: getattr(cfg, field.name)
+        for field in dataclasses.fields(cfg)
+        if field.name not in apart
+    }
+    formats = [[format_of(cfg, path), path.suffix == ".gz"] for path in list_paths(cfg, split)]
+    return hashlib.sha256(json.dumps([options, formats]).encode()).hexdigest()
 
 
 def format_of(cfg: config.Files, path: Path) -> str:

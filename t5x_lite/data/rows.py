@@ -29,14 +29,12 @@ class EpochCounts:
     Attributes:
       rows: number of rows.
       examples: number of examples.
-      whole: examples that lost no tokens.
       tokens: number of tokens, by feature.
       truncated: examples that lost tokens, by feature.
     """
 
     rows: int
     examples: int
-    whole: int
     tokens: dict[str, int]
     truncated: dict[str, int]
 
@@ -85,6 +83,10 @@ class Examples:
 
     def epoch_counts(self) -> EpochCounts:
         return self.counts
+
+    def first_tokens(self) -> Tokens:
+        """Tokens of all examples; of a stream, those of its first shard."""
+        return self.tokens
 
     def draw_examples(self, draw: int, key: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Returns the examples of a draw's rows, row after row, and the begin of each row in
@@ -135,11 +137,9 @@ def count_epoch(rows: int, sides: dict, cut: dict[str, np.ndarray]) -> EpochCoun
       cut: lengths of the truncated examples [examples], by name.
     """
     lost = {name: feature.lengths > cut[name] for name, (feature, _) in sides.items()}
-    examples = len(cut["targets"])
     return EpochCounts(
         rows=rows,
-        examples=examples,
-        whole=examples - int(np.any(list(lost.values()), axis=0).sum()),
+        examples=len(cut["targets"]),
         tokens={name: int(length.sum()) for name, length in cut.items()},
         truncated={name: int(flags.sum()) for name, flags in lost.items()},
     )
@@ -237,7 +237,8 @@ class Windows:
     """
 
     def __init__(self, tokens: Tokens, preprocessor: WindowPreprocessor):
-        self.preprocessor, self.lengths = preprocessor, preprocessor.lengths
+        self.tokens, self.preprocessor = tokens, preprocessor
+        self.lengths = preprocessor.lengths
         self.stream = Stream(tokens.targets, preprocessor)
         if self.stream.size < preprocessor.min_tokens:
             raise ValueError(
@@ -271,7 +272,11 @@ class Windows:
         tokens = {"targets": count(batch.target_segments)}
         if batch.inputs is not None:
             tokens = {"inputs": count(batch.input_segments)} | tokens
-        return EpochCounts(self.rows, self.rows, self.rows, tokens, {})
+        return EpochCounts(self.rows, self.rows, tokens, {})
+
+    def first_tokens(self) -> Tokens:
+        """Tokens of all examples; of a stream, those of its first shard."""
+        return self.tokens
 
     def draw_windows(self, draw: int, key: int | None) -> tuple[np.ndarray, ...]:
         """Returns the begins of a draw's windows, their lengths, and the keys of their noise."""

@@ -6,11 +6,10 @@ of ours, and a user's own module that calls `register_built_ins`.
 """
 
 import functools
-import hashlib
 import inspect
 import itertools
-import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ import tensorflow as tf
 
 from t5x_lite import config
 from t5x_lite.data import built_in, seqio_metrics
-from t5x_lite.data.cache import Chunk
+from t5x_lite.data.code_identity import code_digest
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.seqio_objectives import preprocessor as preprocessor
-from t5x_lite.data.task import CHUNK, Task, TaskScores
+from t5x_lite.data.task import BEGINNING, CHUNK, Task, TaskScores, check_ids, read_checked
+from t5x_lite.data.token_writer import Chunk
 from t5x_lite.tokenizers.seqio_vocabularies import SeqioVocabulary as SeqioVocabulary
 from t5x_lite.tokenizers.seqio_vocabularies import from_seqio as from_seqio
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -77,8 +77,9 @@ def adapt_task(task: seqio.Task, cfg: config.Data) -> Task:
         name=task.name,
         splits=tuple(task.splits),
         vocabularies=pair,
-        read=functools.partial(read_examples, task, cut_to, pair),
+        read=SeqioReader(task, cut_to, pair),
         source=functools.partial(source, task, cut_to),
+        files=functools.partial(local_files, task),
         has_inputs="inputs" in features,
         metrics=(),
         score=make_score(task, cut_to) if task.predict_metric_fns else None,
@@ -119,41 +120,53 @@ def as_text(value, vocabulary: TextVocabulary, ids: np.ndarray) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else vocabulary.decode(ids)
 
 
-def read_examples(
-    task: seqio.Task,
-    cut_to: dict | None,
-    pair: tuple[TextVocabulary, TextVocabulary],
-    split: str,
-    begin: int = 0,
-    epoch: int = 0,
-) -> Iterator[Chunk]:
-    """Reads the examples of a split.
+@dataclass(frozen=True)
+class SeqioReader:
+    """Reader of a seqio Task.
 
-    Args:
+    Attributes:
       task: of seqio.
       cut_to: lengths for preprocessors that cut text up, or None.
       pair: vocabularies of (inputs, targets).
-      split: of the task.
-      begin: number of the first example.
-      epoch: seed of random preprocessors.
-
-    Raises:
-      ValueError: the preprocessors return no inputs or targets.
     """
-    examples = load_dataset(task, cut_to, split, seed=epoch).skip(begin).as_numpy_iterator()
-    while batch := list(itertools.islice(examples, CHUNK)):
-        absent = {"inputs", "targets"} & set(task.output_features) - set(batch[0])
-        if absent:
-            raise ValueError(
-                f"{task.name}: its preprocessors return no {', '.join(sorted(absent))}, only "
-                f"{', '.join(batch[0])}"
-            )
-        targets = [np.asarray(each["targets"]) for each in batch]
-        inputs = None
-        if "inputs" in task.output_features:
-            inputs = [np.asarray(each["inputs"]) for each in batch]
-        rows = [make_example(each, pair) for each in batch] if split != "train" else None
-        yield Chunk(inputs, targets, rows)
+
+    task: seqio.Task
+    cut_to: dict | None
+    pair: tuple[TextVocabulary, TextVocabulary]
+
+    def __call__(
+        self, split: str, begin: int = 0, epoch: int = 0, probe: bool = False
+    ) -> Iterator[Chunk]:
+        """Reads the examples of a split.
+
+        Args:
+          split: of the task.
+          begin: number of the first example.
+          epoch: seed of random preprocessors.
+          probe: true for chunks of BEGINNING examples.
+
+        Raises:
+          ValueError: the preprocessors return no inputs or targets, or no ids.
+        """
+        name, features = self.task.name, self.task.output_features
+        dataset = load_dataset(self.task, self.cut_to, split, seed=epoch)
+        examples = dataset.skip(begin).as_numpy_iterator()
+        while batch := list(itertools.islice(examples, BEGINNING if probe else CHUNK)):
+            absent = {"inputs", "targets"} & set(features) - set(batch[0])
+            if absent:
+                raise ValueError(
+                    f"{name}: its preprocessors return no {', '.join(sorted(absent))}, only "
+                    f"{', '.join(batch[0])}"
+                )
+            targets = [np.asarray(each["targets"]) for each in batch]
+            inputs = None
+            if "inputs" in features:
+                inputs = [np.asarray(each["inputs"]) for each in batch]
+                check_ids(f"{name} ({split}), inputs", inputs, self.pair[0].size, begin)
+            check_ids(f"{name} ({split}), targets", targets, self.pair[1].size, begin)
+            begin += len(batch)
+            rows = [make_example(each, self.pair) for each in batch] if split != "train" else None
+            yield Chunk(inputs, targets, rows)
 
 
 def make_example(example: dict, pair: tuple[TextVocabulary, TextVocabulary]) -> TextExample:
@@ -171,54 +184,43 @@ def make_score(task: seqio.Task, cut_to: dict | None) -> Callable[[str, list[str
     return functools.partial(seqio_metrics.score_predictions, task, load)
 
 
+def local_files(task: seqio.Task, split: str) -> list[Path]:
+    """Files of this machine that a split is read from, in the order of the source."""
+    return [path for path in map(Path, list_shards(task, split)) if path.is_file()]
+
+
+def list_shards(task: seqio.Task, split: str) -> list[str]:
+    """Files that a source names for a split; [] for one that reads no files, or does not name them.
+
+    Raises ValueError if a source of files has none.
+    """
+    if isinstance(task.source, seqio.FunctionDataSource):
+        return []
+    try:
+        shards = list(task.source.list_shards(split))
+    except NotImplementedError:
+        return []
+    if not shards:
+        raise ValueError(f"{task.name}: the source of its split {split} matches no file")
+    return shards
+
+
 def source(task: seqio.Task, cut_to: dict | None, split: str) -> str:
-    """Digest of a task's source and preprocessors, as far as they can be inspected.
+    """Digest of a task's source and preprocessors by their code, and of files elsewhere by their
+    names and sizes.
 
     Args:
       task: of seqio.
       cut_to: lengths for preprocessors that cut text up, or None.
       split: of the task.
     """
-    parts = [describe(task.source), split, str(cut_to), *map(describe, task.preprocessors)]
-    if isinstance(task.source, seqio.FileDataSource):
-        for name in task.source.list_shards(split):
-            path = Path(name)
-            parts.append(f"{name} {path.stat() if path.exists() else ''}")
+    shards = [name for name in list_shards(task, split) if not Path(name).is_file()]
+    sizes = [[name, tf.io.gfile.stat(name).length] for name in shards if tf.io.gfile.exists(name)]
+    release = []
     if isinstance(task.source, seqio.TfdsDataSource):
         builder = task.source.tfds_dataset.builder
-        parts.append(f"{builder.info.full_name} {builder.info.splits[split].num_examples}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def describe(thing) -> str:
-    """Text of a function by its name and code, of anything else by its repr, without memory
-    addresses."""
-    if isinstance(thing, functools.partial):
-        parts = [thing.func, *thing.args, *thing.keywords.values()]
-        return f"partial({', '.join(map(describe, parts))})"
-    if isinstance(thing, seqio.FunctionDataSource):
-        return f"{thing!r} {describe(thing._dataset_fn)}"
-    code = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__code__", None)
-    if code is not None:
-        closed = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-        inner = [describe(each) for each in closed if callable(each)]
-        return f"{thing.__module__}.{thing.__qualname__} {describe_code(code)} {inner}"
-    if type(thing).__repr__ is object.__repr__:
-        return f"{type(thing).__module__}.{type(thing).__qualname__}"
-    return repr(thing)
-
-
-def describe_code(code: types.CodeType) -> str:
-    """Digest of bytecode, the same in every process."""
-    parts = [code.co_code.hex(), *code.co_names]
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            parts.append(describe_code(constant))
-        elif isinstance(constant, frozenset):
-            parts.append(str(sorted(map(repr, constant))))
-        else:
-            parts.append(repr(constant))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        release = [builder.info.full_name, builder.info.splits[split].num_examples]
+    return code_digest(task.source, split, cut_to, task.preprocessors, sizes, release)
 
 
 def register(task: Task) -> seqio.Task:
@@ -259,7 +261,7 @@ def example_dicts(task: Task, split: str, names: tuple[str, ...]) -> Iterator[di
       split: of the task.
       names: of its features.
     """
-    for chunk in task.read(split):
+    for chunk in read_checked(task, split):
         for i in range(len(chunk.targets)):
             row = not_none(chunk.rows)[i]
             yield {name: getattr(chunk, name)[i] for name in names} | {

@@ -7,6 +7,7 @@ the same on every host, because each reads the whole source and takes its own ro
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,12 +16,15 @@ import numpy as np
 
 from t5x_lite.batch import Batch
 from t5x_lite.config.windows import LengthLimits
-from t5x_lite.data import files, layout, randomness
-from t5x_lite.data.cache import Chunk, Feature, Tokens
+from t5x_lite.data import content, layout, randomness
+from t5x_lite.data.cache import Feature, Tokens
 from t5x_lite.data.rows import EpochCounts, Examples, Windows
-from t5x_lite.data.task import Task, check_unchanged
+from t5x_lite.data.task import SplitFiles, Task, digest_beginning, read_checked
+from t5x_lite.data.token_writer import Chunk
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
+
+log = logging.getLogger(__name__)
 
 SHARD = 32_768  # examples that are shuffled and packed together
 SHARD_TOKENS = 8_000_000  # where examples are long, fewer of them
@@ -62,7 +66,9 @@ class Streamed:
     ):
         self.lengths = lengths
         self.task, self.split, self.make = task, split, make
-        self.source, self.stamps = task.source(split), task.stamps(split)
+        # A sample of each file: a source that is streamed is too large to be read twice.
+        self.files = SplitFiles(task, split, cache_dir=None, sampled=True)
+        self.source, self.beginning = task.source(split), digest_beginning(task, split)
         self.log = [StreamShard(0, 0, 0, 0)]
         self.loaded: dict[int, Loaded] = {}
         self.ahead: dict[int, Future] = {}  # the shard after the last one, being read meanwhile
@@ -76,27 +82,56 @@ class Streamed:
         """Counts of the first shard: the rest is not known before it is read."""
         return self.first
 
+    def first_tokens(self) -> Tokens:
+        """Tokens of the first shard."""
+        return self.load(self.log[0]).part.tokens
+
     def state(self) -> dict:
-        """Begins of the last shards read, as JSON."""
-        shards = [list(shard) for shard in self.log]
-        return {"source": self.source, "files": self.stamps, "shards": shards}
+        """Begins of the last shards read, and digests of the source, as JSON."""
+        return {
+            "source": self.source,
+            "beginning": self.beginning,
+            "files": self.files.digests,
+            "shards": [list(shard) for shard in self.log],
+        }
 
     def restore(self, state: dict) -> None:
         """Continues from a state.
 
-        Raises ValueError if the source has changed.
+        Raises ValueError if the content of the source has changed.
         """
-        if state["source"] != self.source:
-            before = state.get("files", {})
-            changed = files.describe_changes(before, self.stamps) if before else ""
-            raise ValueError(
-                f"The source of {self.task.name} has changed since the checkpoint was written "
-                f"({changed or 'its files by name, size or time of change'}): put it back as it "
-                "was, or begin in a new MODEL_DIR"
-            )
+        self.check_same(state)
         self.log = [StreamShard(*shard) for shard in state["shards"]]
         self.loaded.clear()
         self.ahead.clear()
+
+    def check_same(self, state: dict) -> None:
+        """Raises ValueError if the source of a state had other content; warns where that is not
+        known."""
+        name, files = self.task.name, state.get("files", {})
+        if "beginning" not in state:
+            log.warning("The checkpoint of %s is of an earlier version: not compared", name)
+            return
+        if list(files.values()) != list(self.files.digests.values()):
+            changes = content.describe_changes(files, self.files.digests) or "another order"
+            raise ValueError(
+                f"The source of {name} has changed since the checkpoint was written ({changes}): "
+                "put it back as it was, or begin in a new MODEL_DIR"
+            )
+        if state["beginning"] != self.beginning:
+            if digest_beginning(self.task, self.split) == self.beginning:
+                raise ValueError(
+                    f"The first examples of {name} are not those of the checkpoint, although its "
+                    "files are: put the code that reads them back as it was, or begin in a new "
+                    "MODEL_DIR"
+                )
+            log.warning("The examples of %s differ each time they are read: not compared", name)
+        elif state["source"] != self.source:
+            log.warning(
+                "The code or the options that read %s have changed since the checkpoint was "
+                "written. Its files and first examples are the same, so the run continues",
+                name,
+            )
 
     def batch(self, numbers: np.ndarray, key: int | None) -> Batch:
         """Returns the rows of ascending numbers."""
@@ -141,7 +176,8 @@ class Streamed:
     def read(self, epoch: int, example: int) -> Loaded:
         """Reads the examples of a shard. Runs in the reader's thread."""
         if self.place != (epoch, example):
-            self.chunks, self.leftover = self.task.read(self.split, begin=example, epoch=epoch), []
+            self.chunks = read_checked(self.task, self.split, begin=example, epoch=epoch)
+            self.leftover = []
         taken, count, size = [], 0, 0
         self.place = None
         for chunk in itertools.chain(self.leftover, self.chunks):
@@ -153,7 +189,7 @@ class Streamed:
             size += sum(map(len, chunk.targets)) + sum(map(len, chunk.inputs or ()))
         if not taken:
             raise ValueError(f"{self.task.name} has no examples in {self.split}")
-        check_unchanged(self.task, self.split, self.stamps, self.source)
+        self.files.check_unchanged()
         part = self.make(join_chunks(taken, self.task, self.split))
         return Loaded(part, self.place or (epoch + 1, 0))
 

@@ -4,8 +4,10 @@
 seqio, and with it TensorFlow, is imported only when a name is not one of ours.
 """
 
+import copy
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +31,61 @@ def resolve(cfg: config.Data) -> list[tuple[Task, float]]:
     vocabularies.
     """
     if not isinstance(cfg.task, config.Mixture):
-        return resolve_task(cfg.task, cfg)
+        parts = resolve_task(cfg.task, cfg)
+        check_vocabularies([task for task, _ in parts])
+        return parts
     parts = []
     for each, rate in zip(cfg.task.tasks, cfg.task.rates, strict=True):
-        inner_tasks = resolve_task(each, cfg)
+        inner_tasks = resolve_task(each, cfg, trained_together(cfg.task))
         total = sum(inner for _, inner in inner_tasks)
         parts += [(task, rate * inner / total) for task, inner in inner_tasks]
     if len({task.name for task, _ in parts}) < len(parts):
         names = ", ".join(task.name for task, _ in parts)
         raise ValueError(f"Mixture.tasks names a task twice: {names}. Add up its rates instead")
-    marks = {
-        task.name: [vocabularies.fingerprint(each) for each in task.vocabularies]
-        for task, _ in parts
-    }
-    different = [name for name in marks if marks[name] != marks[parts[0][0].name]]
-    if different:
-        raise ValueError(
-            f"Mixture.tasks must share one vocabulary: {', '.join(different)} have another than "
-            f"{parts[0][0].name}"
-        )
+    check_vocabularies([task for task, _ in parts])
     return parts
 
 
-def resolve_task(task: str | config.Files, cfg: config.Data) -> list[tuple[Task, float]]:
-    """Tasks of one entry of Data.task, which may itself be a Mixture of seqio, with rates."""
+def trained_together(mixture: config.Mixture) -> list[config.Files]:
+    """Files of a mixture if one vocabulary is trained on the text of all; [] if none is."""
+    every = [each for each in mixture.tasks if isinstance(each, config.Files)]
+    first = every[0].vocabulary if every else None
+    alike = first is not None and all(each.vocabulary == first for each in every)
+    return every if alike and first.kind == "trained" else []
+
+
+def check_vocabularies(parts: list[Task]) -> None:
+    """Raises ValueError unless an id is the same text in every task of a mixture."""
+    ids = [[endless_fingerprint(each) for each in task.vocabularies] for task in parts]
+    different = [task.name for task, each in zip(parts, ids, strict=True) if each != ids[0]]
+    if different:
+        raise ValueError(
+            f"Tasks of a mixture must share one vocabulary: {', '.join(different)} have another "
+            f"than {parts[0].name}"
+        )
+
+
+def endless_fingerprint(vocabulary: TextVocabulary) -> str:
+    """Fingerprint of the ids of a vocabulary, whether its sequences end or not."""
+    bare: Any = copy.copy(vocabulary)
+    bare.ends = False
+    return vocabularies.fingerprint(bare)
+
+
+def resolve_task(
+    task: str | config.Files, cfg: config.Data, together: Sequence[config.Files] = ()
+) -> list[tuple[Task, float]]:
+    """Tasks of one entry of Data.task, which may itself be a Mixture of seqio, with rates.
+
+    Args:
+      task: the entry.
+      cfg: the data.
+      together: Files that one vocabulary is trained on.
+    """
     if isinstance(task, config.Files):
         if cfg.vocabulary is not None:
             raise ValueError("Data.vocabulary is for built-in tasks; here it is Files.vocabulary")
-        return [(from_files(task, cfg.cache_dir), 1.0)]
+        return [(from_files(task, cfg.cache_dir, together), 1.0)]
     if task in BUILT_IN:
         return [(built_in_task(task, cfg.vocabulary, cfg.cache_dir), 1.0)]
     if importlib.util.find_spec("seqio"):

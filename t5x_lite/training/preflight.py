@@ -70,6 +70,7 @@ def check_initial_weights(run: TrainingRun, shapes: TrainState, vocabularies: tu
         adaptation.explain(run)
     elif run.checkpoint.initial is not None:
         with setup.initial_errors():
+            vocabulary_compatibility.warn_of_difference(run.checkpoint.initial, vocabularies)
             opened = open_checkpoint(run.checkpoint.initial, options=WEIGHTS_ONLY)
             opened.check_fits(run.model, shapes.params)
 

@@ -172,6 +172,7 @@ def initial_train_state(
     elif run.checkpoint.initial is None:
         params = model.initialize(run.model, jax.random.key(run.seed))
     else:
+        vocabulary_compatibility.warn_of_difference(run.checkpoint.initial, assembled.vocabularies)
         params = initial_weights(
             run.checkpoint.initial, run.model, assembled.shapes.params, run.seed
         )

@@ -60,7 +60,7 @@ def write_teacher_logits(
         on_progress = progress(done, needed)
         top_k = jit_teacher(not_none(run.distillation), teacher)
         builder = distilled_batches.TeacherBatchBuilder(teacher.model, teacher.size)
-        for first in range(folder.first(), steps if done < steps else 0, chunk):
+        for first in folder.missing(steps):
             logits, rows = [], []
             for step in range(first, min(first + chunk, steps)):
                 batch = batches.at(step)

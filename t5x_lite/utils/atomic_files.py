@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Atomic writing of files: a file is complete or unchanged."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -26,3 +27,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder and its files are on the disk.
+
+    A folder that is renamed before that may be there after a power failure without its content.
+
+    Raises:
+      OSError: the disk is full or fails.
+    """
+    for path in sorted(Path(folder).iterdir()):
+        sync_path(path)
+    with contextlib.suppress(OSError):  # some mounted stores do not know this of folders
+        sync_path(folder)
+
+
+def sync_path(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -130,3 +130,16 @@ def test_a_vocabulary_that_means_other_texts_is_refused_with_the_first_differenc
     difference = vocabulary_compatibility.describe_difference(ours, swapped)
     assert "is 'b' there and 'c' here" in difference
     assert "ids there and" in vocabulary_compatibility.describe_difference(larger, ours)
+
+
+def test_weights_of_another_vocabulary_are_begun_with_a_warning(tmp_path, recwarn):
+    ours = vocabularies.SymbolVocabulary(["a", "b", "c"], " ", ends=True)
+    swapped = vocabularies.SymbolVocabulary(["a", "c", "b"], " ", ends=True)
+    larger = extended.extend_vocabulary(ours, ("[NLU]",), 5)
+    vocabularies.save_pair(tmp_path / "run" / "vocabulary", ours, ours)
+    (tmp_path / "run" / "config.gin").touch()
+    for path, pair in (("run", (ours, larger)), ("elsewhere", (swapped, swapped))):
+        vocabulary_compatibility.warn_of_difference(str(tmp_path / path), pair)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"Checkpoint.initial \(.*run\) .* id 4 is 'b'"):
+        vocabulary_compatibility.warn_of_difference(str(tmp_path / "run"), (ours, swapped))

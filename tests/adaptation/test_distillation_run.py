@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from conftest import toy_model
 from test_training_run import make_run, with_train
 
 from t5x_lite import config, data, distill
+from t5x_lite.adaptation import teacher_logits
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import gin_file
 from t5x_lite.training import loop
@@ -133,6 +135,47 @@ def test_answers_written_at_once_are_those_written_in_pieces(school, answered, t
     for path in Path(answered).glob("*/*.npy"):
         whole = np.load(tmp_path / "a" / path.relative_to(answered))
         np.testing.assert_array_equal(np.load(path), whole)
+
+
+def raise_ids(folder: Path) -> None:
+    ids = np.load(folder / "ids.npy")
+    np.save(folder / "ids.npy", np.full_like(ids, 60_000))
+
+
+def zero_rows(folder: Path) -> None:
+    path = folder / "rows.npy"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def lose_probabilities(folder: Path) -> None:
+    (folder / "log_probabilities.npy").unlink()
+
+
+@pytest.mark.parametrize("damage", [raise_ids, zero_rows, lose_probabilities])
+def test_damaged_answers_are_refused_and_written_again(damage, school, answered, tmp_path, caplog):
+    folder = tmp_path / "answers"
+    shutil.copytree(answered, folder)
+    run = with_answers(school, str(folder))
+    batch = data.open_batches(run.data, run.model.layout, run.train.batch_size, run.seed).at(5)
+    wanted = teacher_logits.SavedTeacherLogits(run).teacher_data(batch, 5)
+    damage(folder / "00000004")
+    with pytest.raises(ValueError, match="00000004 is damaged .*distill answers|has answers for 4"):
+        teacher_logits.SavedTeacherLogits(run).teacher_data(batch, 5)
+    file = write_gin(school, tmp_path / "run.gin")
+    distill.main(["answers", f"--gin_file={file}", f"--output={folder}", "--chunk=4"])
+    assert "00000004 is damaged" in caplog.text and "written again" in caplog.text
+    again = teacher_logits.SavedTeacherLogits(run).teacher_data(batch, 5)
+    np.testing.assert_array_equal(again.ids, wanted.ids)
+    np.testing.assert_array_equal(again.log_probabilities, wanted.log_probabilities)
+
+
+def test_answers_have_ids_of_the_model(school, answered, tmp_path):
+    run = with_answers(school, answered)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=2))
+    with pytest.raises(
+        ValueError, match="but Model.vocab is 2: they are of a teacher with another"
+    ):
+        teacher_logits.SavedTeacherLogits(run).open(0)
 
 
 def test_answers_of_another_run_are_refused(school, answered, tmp_path):

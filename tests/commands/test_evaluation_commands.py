@@ -304,6 +304,18 @@ def test_a_vocabulary_of_another_run_is_refused(folder):
         open_checkpoint(folder).load()
 
 
+def test_data_in_another_vocabulary_are_not_measured(folder, capsys, monkeypatch):
+    # As a seqio task does, which keeps its own vocabulary.
+    monkeypatch.setattr(eval_command, "with_data", lambda run, *_: run)
+    inputs, targets = built_in.BUILT_IN["cmudict_g2p"].vocabularies()
+    swapped = vocabularies.SymbolVocabulary(targets.symbols[::-1], separator=" ")
+    save_pair(folder / "vocabulary", inputs, swapped)
+    with pytest.raises(SystemExit) as stopped:
+        eval_command.main([f"--checkpoint={folder}", "--examples=0", "--batches=1"])
+    assert stopped.value.code == 2
+    assert "has another vocabulary than cmudict_g2p: id" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["eval", "infer"])
 def test_help_is_quick_and_shows_examples(command):
     began = time.monotonic()

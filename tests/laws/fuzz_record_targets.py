@@ -22,7 +22,7 @@ from t5x_lite.batch import Batch, TeacherLogits
 from t5x_lite.cli import records
 from t5x_lite.comparison import measurements, taken
 from t5x_lite.config import gin_file
-from t5x_lite.data import cache
+from t5x_lite.data import cache, token_writer
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.decoding.adaptive import latency
 from t5x_lite.kernels import tile_table
@@ -101,14 +101,14 @@ def read_tables(folder: Path) -> None:
     measurements.read_measured(folder / "speed.json").get("asked")
 
 
-def cache_entry() -> cache.CacheEntry:
+def cache_entry() -> token_writer.CacheEntry:
     """Three examples with their texts."""
     ids = [np.arange(size) for size in (3, 1, 5)]
     rows = [TextExample("a", "b", ("b", "c"))] * 3
-    return cache.CacheEntry(
+    return token_writer.CacheEntry(
         name="toy/train",
         identity={"a": 1},
-        chunks=[cache.Chunk(ids, ids, rows)],
+        chunks=[token_writer.Chunk(ids, ids, rows)],
         sizes=(60, 60),
         eos=(1, 1),
         counts={},

@@ -173,8 +173,9 @@ def test_a_config_grows_every_kind_and_a_checkpoints(inner, tmp_path):
             "sentencepiece", path=str(tmp_path / "pieces.model"), extra_ids=8, names=MODES
         ),
     ]
+    text = built_in.TrainingText(rows, lambda: "source")
     for cfg in configs:
-        for each in built_in.vocabulary_pair(cfg, rows, lambda: "source", str(tmp_path)):
+        for each in built_in.vocabulary_pair(cfg, text, str(tmp_path)):
             assert each.sentinels == 8 and each.size == each.inner.size + 11
             assert each.encode("[S2S]") == [each.size - 9]
 

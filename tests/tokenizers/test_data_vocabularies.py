@@ -148,8 +148,9 @@ def test_a_vocabulary_trained_on_the_spot_has_the_size_asked_for_and_is_kept(tmp
         return (TextExample(None, text) for text in SENTENCES)
 
     cfg = config.Vocabulary("trained", size=320, extra_ids=7)
-    first = built_in.build_vocabulary(cfg, rows, lambda: "source", str(tmp_path))
-    second = built_in.build_vocabulary(cfg, rows, lambda: "source", str(tmp_path))
+    text = built_in.TrainingText(rows, lambda: "source")
+    first = built_in.build_vocabulary(cfg, text, str(tmp_path))
+    second = built_in.build_vocabulary(cfg, text, str(tmp_path))
     assert first.size == 327 and first.sentinels == 7
     assert vocabularies.fingerprint(first) == vocabularies.fingerprint(second)
     assert len(calls) == 1
@@ -168,8 +169,9 @@ def rows():
     ],
 )
 def test_a_vocabulary_that_cannot_be_made_names_the_binding(cfg, message, tmp_path):
+    text = built_in.TrainingText(rows, lambda: "source")
     with pytest.raises(ValueError, match=message):
-        built_in.build_vocabulary(cfg, rows, lambda: "source", str(tmp_path))
+        built_in.build_vocabulary(cfg, text, str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer_json"])
@@ -178,7 +180,7 @@ def test_a_file_of_another_kind_is_refused(kind, tmp_path):
     path.write_text("no model at all")
     with pytest.raises(ValueError, match=f"is not a model of kind {kind}"):
         cfg = config.Vocabulary(kind, path=str(path))
-        built_in.build_vocabulary(cfg, list, lambda: "source", str(tmp_path))
+        built_in.build_vocabulary(cfg, built_in.TrainingText(list, str), str(tmp_path))
 
 
 def test_a_folder_without_vocabulary_is_named(tmp_path):

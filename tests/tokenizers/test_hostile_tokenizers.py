@@ -117,7 +117,7 @@ def test_a_panic_while_loading_is_an_error_at_every_door(tmp_path):
     cfg = config.Vocabulary("tokenizer_json", path=str(tmp_path / "tokenizer.json"))
     for load in (
         lambda: vocabularies.TokenizerJsonVocabulary(content),
-        lambda: built_in.build_vocabulary(cfg, list, str, str(tmp_path)),
+        lambda: built_in.build_vocabulary(cfg, built_in.TrainingText(list, str), str(tmp_path)),
         lambda: text_settings.read_named_vocabulary(cfg.path, 0),
         lambda: conversion.read_tokenizer(tmp_path),
     ):

@@ -183,7 +183,9 @@ def test_sentinels_are_found_by_name_below_added_tokens(tmp_path):
     assert expected[0] < len(reference) - 1
     for extra_ids in (0, 100):
         cfg = config.Vocabulary("checkpoint", path=str(folder), extra_ids=extra_ids)
-        inputs, targets = built_in.vocabulary_pair(cfg, list, str, str(tmp_path))
+        inputs, targets = built_in.vocabulary_pair(
+            cfg, built_in.TrainingText(list, str), str(tmp_path)
+        )
         for each in (inputs, targets):
             assert each.sentinel_ids.tolist() == expected
             assert each.size == len(reference)
@@ -235,7 +237,7 @@ def test_a_model_file_that_has_sentinels_gets_no_second_ones(kind, tmp_path):
     path.write_bytes(content)
     for extra_ids in (0, 3, 4):
         cfg = config.Vocabulary(kind, path=str(path), extra_ids=extra_ids)
-        built = built_in.build_vocabulary(cfg, list, str, str(tmp_path))
+        built = built_in.build_vocabulary(cfg, built_in.TrainingText(list, str), str(tmp_path))
         named = text_settings.read_named_vocabulary(str(path), extra_ids).vocabularies[0]
         for vocabulary in (built, named):
             assert vocabulary.sentinel_ids.tolist() == [vocabulary.token(name) for name in NAMES]
@@ -243,7 +245,7 @@ def test_a_model_file_that_has_sentinels_gets_no_second_ones(kind, tmp_path):
         ValueError, match="has 4 sentinels, and new ones would go by the same names"
     ):
         cfg = config.Vocabulary(kind, path=str(path), extra_ids=5)
-        built_in.build_vocabulary(cfg, list, str, str(tmp_path))
+        built_in.build_vocabulary(cfg, built_in.TrainingText(list, str), str(tmp_path))
 
 
 def test_a_vocabulary_without_sentinels_says_what_there_is():

@@ -128,7 +128,7 @@ def test_readers_of_a_config_look_in_the_home_folder(home, capsys):
             read("gs://bucket/run")
     vocabulary = config.Vocabulary("sentencepiece", path="~/a.jsonl")
     with pytest.raises(ValueError, match="not a model of kind sentencepiece"):
-        built_in.build_vocabulary(vocabulary, lambda: iter(()), "", "~/cache")
+        built_in.build_vocabulary(vocabulary, built_in.TrainingText(list, str), "~/cache")
 
 
 def actions(parser: argparse.ArgumentParser) -> typing.Iterator[argparse.Action]:
