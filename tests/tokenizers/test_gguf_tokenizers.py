@@ -76,9 +76,12 @@ def test_composed_and_decomposed_text_is_one_to_qwen(byte_level):
     assert encode("e\u0301te\u0301") == encode("\u00e9t\u00e9")
 
 
-@pytest.fixture(scope="module")
-def pieces():
-    """A SentencePiece BPE model with bytes for other characters, as Llama 2's is."""
+def train_pieces(**options):
+    """A SentencePiece BPE model with bytes for other characters, as Llama 2's is.
+
+    Args:
+      options: more options of SentencePiece's trainer.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TRAINING[::2]),
@@ -89,13 +92,16 @@ def pieces():
         character_coverage=0.98,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        split_digits=True,
         allow_whitespace_only_pieces=True,
         minloglevel=2,
+        **options,
     )
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.load_from_serialized_proto(model.getvalue())
-    return processor
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return train_pieces(split_digits=True)
 
 
 def of_pieces(processor):
@@ -152,22 +158,7 @@ def test_a_tokenizer_that_cannot_be_is_named(byte_level, changes, trouble):
 
 def with_user_pieces(user, **options):
     """A SentencePiece model with user-defined pieces, and the metadata of its file."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TRAINING[::2]),
-        model_writer=model,
-        vocab_size=1200,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        user_defined_symbols=user,
-        minloglevel=2,
-        **options,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    processor = train_pieces(user_defined_symbols=user, **options)
     metadata = of_pieces(processor)
     kinds = metadata["tokenizer.ggml.token_type"]
     for name in user:
