@@ -51,7 +51,7 @@ class Command:
 
     def run(
         self,
-        gin_file: str | Sequence[str] = (),
+        gin_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         bindings: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> int:
@@ -69,7 +69,7 @@ class Command:
         Raises:
           ValueError: a mistake that would end the command with status 2.
         """
-        files = [gin_file] if isinstance(gin_file, str) else gin_file
+        files = [gin_file] if isinstance(gin_file, str | os.PathLike) else gin_file
         words = [f"--gin_file={file}" for file in files]
         words += [f"--gin.{name}={write_value(value)}" for name, value in (bindings or {}).items()]
         for name, value in options.items():

@@ -359,7 +359,9 @@ def test_a_command_runs_by_python_values_as_by_its_words(monkeypatch, tmp_path, 
     seen = []
     doing = Command("train", importlib.import_module("t5x_lite.train").parser, seen.append)
     assert doing.run("a.gin", {"MODEL_DIR": tmp_path, "TRAIN_STEPS": 5}, dry_run=True) == 0
-    assert doing.run(["a.gin", "b.gin"], profile=False, coordinator=None) == 0
+    assert doing.run([Path("a.gin"), "b.gin"], profile=False, coordinator=None) == 0
+    assert doing.run(tmp_path / "a.gin") == 0
+    assert seen.pop().gin_file == [str(tmp_path / "a.gin")]
     first, second = seen
     assert first.gin_file == ["a.gin"] and first.dry_run
     assert first.bindings == [f"MODEL_DIR={str(tmp_path)!r}", "TRAIN_STEPS=5"]

@@ -219,12 +219,18 @@ def test_a_page_for_other_machines_still_refuses_names_that_nobody_gave():
     assert "--allow_host" in command.parser().format_help()
 
 
+# What is sent, each after something was read for the one before.
 SLOW = {
-    "sends nothing": b"",
-    "sends half of a head": b"GET / HTTP/1.1\r\nHost: loc",
-    "sends half of a body": b"POST /write HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
-    b"Content-Type: application/json\r\n\r\n{",
-    "asks again slowly": b"GET /models HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nHo",
+    "sends nothing": [b""],
+    "sends half of a head": [b"GET / HTTP/1.1\r\nHost: loc"],
+    "sends half of a body": [
+        b"POST /write HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+        b"Content-Type: application/json\r\n\r\n{"
+    ],
+    "asks again slowly": [
+        b"GET /models HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHo",
+    ],
 }
 
 
@@ -232,7 +238,9 @@ SLOW = {
 def test_who_takes_too_long_is_hung_up_on(demo, monkeypatch, sent):
     monkeypatch.setattr(connections.TimedProtocol, "seconds", 0.2)
     with socket.create_connection(("127.0.0.1", demo[0]), timeout=30) as slow:
-        slow.sendall(sent)
+        for number, part in enumerate(sent):
+            assert number == 0 or slow.recv(65536)
+            slow.sendall(part)
         with contextlib.suppress(ConnectionResetError):
             while slow.recv(65536):
                 pass

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of tiered decoding: plain steps first, blocks when they repay, and always the same text."""
 
+import dataclasses
 import itertools
 import json
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from t5x_lite.decoding import streaming
 from t5x_lite.decoding.adaptive import latency, tiers
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.lookup import Lookup
+from t5x_lite.decoding.loop import Plain
 from t5x_lite.decoding.protocol import chain
 
 CASES = OTHERS | {
@@ -161,3 +163,26 @@ def test_one_program_goes_on_after_every_pause(floor):
     for _ in range(2):
         text.advance(2)
         assert shapes() == before
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness(Plain):
+    """A drafter whose first state is what it sees as the prompt."""
+
+    def begin(self, context):
+        return context.prompts
+
+
+def test_the_text_so_far_is_the_prompt_of_a_drafter_that_comes_later():
+    use_one_device()
+    kind = "decoder_only"
+    params = prepared_params(kind, jax.sharding.get_mesh())
+    request = request_rows(kind, GREEDY)
+    text = streaming.DecodeStream(KINDS[kind], params, request, GREEDY)
+    result, _ = text.advance(5)
+    text.change_drafter(decoding.Drafting(Witness()))
+    tokens, lengths = jax.device_get(text.state.drafter_state)
+    np.testing.assert_array_equal(lengths, request.prompts_length + 5)
+    for row, length in enumerate(request.prompts_length):
+        prompt, written = request.prompts[row, :length], result.tokens[row, 0, :5]
+        np.testing.assert_array_equal(tokens[row, : length + 5], [*prompt, *written])
