@@ -15,6 +15,7 @@ import functools
 import json
 import logging
 import shutil
+import tokenize
 import zlib
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def chunk_steps(place: Path) -> int:
     """Number of steps of a chunk; 0 where there is none that can be read."""
     try:
         return len(np.load(place / "rows.npy", mmap_mode="r"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, EOFError, tokenize.TokenError):
         return 0
 
 

@@ -116,9 +116,10 @@ def read_msgpack(file: Path) -> dict:
 
 def find_weights(tree: dict, file: Path) -> dict:
     """The weights in a tree, without optimizer and step."""
-    if tree.get("version", VERSION) not in (2, VERSION):
+    version = tree.get("version", VERSION)
+    if not isinstance(version, int) or version not in (2, VERSION):
         raise SourceError(
-            f"{file} is of version {tree['version']} of T5X checkpoints; 2 and 3 are read. T5X "
+            f"{file} is of version {str(version)[:80]} of T5X checkpoints; 2 and 3 are read. T5X "
             "itself does not read older ones any more"
         )
     inner = tree.get("optimizer", tree.get("_optimizer", tree))

@@ -73,12 +73,14 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
             (step["type"].rsplit(".", 1)[-1], step["path"])
             for step in bounded_files.read_json(file)
         ]
-        outside = [path for _, path in chain if Path(path).name != path or path == ".."]
+        paths = [path for _, path in chain]
+        # A NUL or half of a surrogate pair is in no name of a file.
+        bad = [p for p in paths if Path(p).name != p or p == ".." or not p.isprintable()]
     except (LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} is not a list of modules with type and path: {reason}") from error
-    if outside:
-        raise ValueError(f"{file} names the folder {outside[0]!r}, which is not one beside it")
+    if bad:
+        raise ValueError(f"{file} names the folder {bad[0]!r:.80}, which is not one beside it")
     return chain
 
 
