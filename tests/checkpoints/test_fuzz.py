@@ -79,7 +79,7 @@ def test_inputs_that_once_failed_do_so_no_more(name, file, content, tmp_path):
     assert fault is None
 
 
-CODED = ["jsonl", "llama", "gguf", "gguf_tokenizer", "sentencepiece", "parquet", "teacher"]
+CODED = ["jsonl", "llama", "gguf", "gguf_tokenizer", "sentencepiece", "parquet"]
 CODED += ["t5x_inline", "t5x_orbax"]
 
 
