@@ -30,6 +30,11 @@ HBM = 0
 FOLLOWED = ("calls", "body", "condition", "true_computation", "false_computation")
 
 
+# What a broken program raises where a whole one is taken for granted.
+BROKEN = (ArithmeticError, AssertionError, AttributeError, LookupError)
+BROKEN += (RecursionError, TypeError, ValueError)
+
+
 class HloError(ValueError):
     """A compiler's text is not the program that is expected, or contradicts itself."""
 
@@ -185,7 +190,7 @@ def hlo_errors(what: str) -> Generator[None]:
         yield
     except HloError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except BROKEN as error:
         reason = f"{type(error).__name__}: {error}"
         raise HloError(f"HLO that cannot be read: {what.strip()[:200]} ({reason:.200})") from error
 
