@@ -2,7 +2,6 @@
 """Identity of data: content decides, and nothing else does."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -178,7 +177,11 @@ def test_content_that_changes_while_it_is_read_is_refused(stream, tmp_path, monk
     monkeypatch.setattr(task.vocabularies, "encode_texts", meanwhile)
     cfg = described(tmp_path, stream=stream)
     data.open_batches(cfg, "encoder_decoder", 1, 0)
-    change = functools.partial(write_pairs, path, answer="other", count=13)
+
+    def write_again():
+        write_pairs(path, f"other {next(times)}")
+
+    change = write_again
     write_pairs(path, "another")
     with pytest.raises(ValueError, match="changed while they were read"):
         data.open_batches(cfg, "encoder_decoder", 1, 0)

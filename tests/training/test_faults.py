@@ -198,7 +198,7 @@ def test_a_data_file_that_changes_while_a_stream_is_read_ends_the_run(tmp_path):
             appended.append(train.write_text(train.read_text() + "abc\tcba\n"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Training, "evaluate_initial", append)
+        patch.setattr(loop.Training, "evaluate_first", append)
         with pytest.raises(ValueError, match=f"changed while they were read: {train} has changed"):
             loop.train(run)
 
