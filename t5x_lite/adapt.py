@@ -10,7 +10,7 @@ from t5x_lite import config
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
-from t5x_lite.config.checked import CountOrZero, Seed, Share
+from t5x_lite.config.checked import Count, CountOrZero, Seed, Share
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -25,6 +25,8 @@ examples:
       --output=runs/gemma_9b_2b
   # without layers of cross-attention: one softmax over inputs and past (T5Gemma 2)
   python -m t5x_lite.adapt --source=gemma-3-270m --cross=merged --eoi=256000 --output=runs/merged
+  # a pretrained encoder and a new decoder of two layers
+  python -m t5x_lite.adapt --source=flan-t5-small --new_decoder=2 --output=runs/shallow
   # back to a decoder, and an encoder alone
   python -m t5x_lite.adapt --source=runs/smollm2_pair --to=decoder_only --output=runs/back
   python -m t5x_lite.adapt --source=smollm2.gguf --to=encoder_only --sentinels=100 \\
@@ -65,6 +67,8 @@ def parser() -> Parser:
     )
     encoder = "where the encoder comes from (--source)"
     add("--encoder_source", type=path_argument, metavar="PATH", help=encoder)
+    drawn = "draw the decoder anew, with so many layers, beside the encoder of --source"
+    add("--new_decoder", type=number_parser(Count), metavar="LAYERS", help=drawn)
     add(
         "--cross",
         choices=("copy", "random", "merged"),
@@ -157,6 +161,7 @@ def adaptation_config(args: argparse.Namespace) -> config.Adaptation:
     return config.Adaptation(
         source=args.source,
         encoder_source=args.encoder_source,
+        decoder_from="decoder" if args.new_decoder is None else None,
         cross="copy" if args.cross == "merged" else args.cross,
         cross_scale=args.cross_scale,
         rows=args.rows,
@@ -167,7 +172,9 @@ def arrangement(args: argparse.Namespace) -> Any:
     """The architecture to derive, as a derive_config.Arrangement."""
     from t5x_lite.adaptation.derive_config import Arrangement
 
-    return Arrangement(args.to, args.cross == "merged", args.separate_embeddings, args.eoi)
+    return Arrangement(
+        args.to, args.cross == "merged", args.separate_embeddings, args.eoi, args.new_decoder
+    )
 
 
 def vocabulary_extension(args: argparse.Namespace) -> Any:

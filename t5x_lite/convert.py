@@ -148,7 +148,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.format != "ours" and origin.model.draft_heads is not None:
         print(f"Left out: the draft heads; {args.format} has none", file=sys.stderr)
         origin = origin.without_heads()
-    contents = outputs.CheckpointContents(origin.run, origin.text, origin.step)
+    contents = outputs.CheckpointContents(origin.run, origin.text, origin.step, origin.kept)
     settings = outputs.OutputSettings(
         args.format, find_dtype(args.dtype), args.family, args.shard_size
     )

@@ -272,6 +272,7 @@ class PairWriter:
 
     def lines(self, chunk: Sequence[Record], progress: Callable[[int], None]) -> list[str]:
         """A line for each input that can be read and whose target is not empty."""
+        chunk = inference.mark_troubles(chunk, self.find_excess)
         inference.complain(chunk, self.args.input or "task")
         records = [each for each in chunk if not each.trouble]
         prompts = [self.prompt(not_none(each.text)) for each in records]
@@ -283,6 +284,11 @@ class PairWriter:
                 line = {"line": each.number, "inputs": each.text, "targets": text, "score": score}
                 lines.append(json.dumps(line, ensure_ascii=False))
         return lines
+
+    def find_excess(self, records: list[Record]) -> list[str]:
+        """Reasons why the teacher has too few positions for inputs; "" for one that fits."""
+        prompts = [self.prompt(not_none(each.text)) for each in records]
+        return self.session.predictor.find_excess(prompts, self.session.decode.max_new_tokens)
 
     def prompt(self, text: str) -> str:
         """The prompt of an input."""

@@ -175,6 +175,7 @@ class PredictionWriter:
     def lines(self, chunk: Sequence[Record], progress: Callable[[int], None]) -> list[str]:
         """The output line of every record; `progress` is called with how many are done."""
         chunk = [self.checked(record) for record in chunk]
+        chunk = inference.mark_troubles(chunk, self.find_excess)
         self.troubled += inference.complain(chunk, self.args.input, self.args.broken == "stop")
         answers = iter(self.answers([each for each in chunk if not each.trouble], progress))
         lines = []
@@ -198,6 +199,13 @@ class PredictionWriter:
         except ValueError as error:
             return dataclasses.replace(record, trouble=str(error))
         return record
+
+    def find_excess(self, records: list[Record]) -> list[str]:
+        """Reasons why the model has too few positions for records; "" for one that fits."""
+        args, texts = self.args, [record.text for record in records]
+        targets = [record.fields[args.targets] for record in records] if args.targets else None
+        new_tokens = 1 if args.embed else self.session.decode.max_new_tokens
+        return self.session.predictor.find_excess(texts, new_tokens, targets)
 
     def answers(self, records: list[Record], progress: Callable[[int], None]) -> list[dict]:
         """Fields that the model adds to each record: a score, a vector or a text."""

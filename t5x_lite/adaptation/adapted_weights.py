@@ -17,6 +17,8 @@ from t5x_lite.tokenizers.errors import SourceError
 
 # Noise of new rows about the mean of the old ones, in standard deviations of each feature.
 SPREAD = 0.1
+# Distances that are taken one by one when a table of relative positions is resampled.
+NEAR = 2**16
 
 
 class AdaptedWeights:
@@ -135,8 +137,9 @@ class AdaptedWeights:
             bucket_function(wanted, part == "encoder"),
             bucket_function(side.stack, side.both_sides),
         )
-        furthest = wanted.max_distance if part == "encoder" else 0
-        distances = np.arange(-wanted.max_distance, furthest + 1)
+        backward = -distances_up_to(wanted.max_distance)[::-1]
+        forward = -backward[-2::-1] if part == "encoder" else []
+        distances = np.concatenate([backward, forward]).astype(np.int64)
         by_bucket = new_buckets(distances)
         known = table[old_buckets(distances if side.both_sides else -np.abs(distances))]
         means = [
@@ -199,6 +202,14 @@ def draw_weights(cfg: config.Model, paths: list[str], seed: int) -> dict[str, np
 
     with sharding.one_device_mesh():
         return jax.tree.map(np.asarray, new_weights(cfg, seed, select))
+
+
+def distances_up_to(furthest: int) -> np.ndarray:
+    """Distances from 0 to the furthest; beyond NEAR, where buckets are wide, as many once more."""
+    if furthest <= NEAR:
+        return np.arange(furthest + 1)
+    wide = np.geomspace(NEAR, furthest, NEAR).round().astype(np.int64)
+    return np.unique(np.concatenate([np.arange(NEAR), wide]))
 
 
 def mean_and_deviation(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -100,7 +100,7 @@ def match_towers(
         become the other; the message has both values.
     """
     sides: Sides = {}
-    if cfg.decoder is not None:
+    if cfg.decoder is not None and adaptation.decoder_from is not None:
         sides["decoder"] = Side("source", source, adaptation.decoder_from)
     if cfg.encoder is not None:
         name = "source" if other is None else "encoder_source"
@@ -108,6 +108,8 @@ def match_towers(
         tower = adaptation.encoder_from or ("decoder" if model.encoder is None else "encoder")
         sides["encoder"] = Side(name, model, tower)
     check_encoder_options(cfg, adaptation)
+    if cfg.decoder is not None and adaptation.decoder_from is None:
+        check_new_decoder(cfg, adaptation)
     for name, side in sides.items():
         check_tower(name, getattr(cfg, name), side)
     return sides
@@ -124,6 +126,20 @@ def check_encoder_options(cfg: config.Model, adaptation: config.Adaptation) -> N
     config.require(
         cfg.decoder is not None or adaptation.encoder_source is None,
         f"The model is an encoder alone, so that nothing of Adaptation.source "
+        f"({adaptation.source}) would be used: bind Adaptation.source = "
+        f"{adaptation.encoder_source!r} and no encoder_source",
+    )
+
+
+def check_new_decoder(cfg: config.Model, adaptation: config.Adaptation) -> None:
+    """Raises ValueError if nothing of Adaptation.source would be used beside a new decoder."""
+    config.require(
+        cfg.encoder is not None,
+        "Adaptation.decoder_from is None, but the model has no encoder: nothing would be copied",
+    )
+    config.require(
+        adaptation.encoder_source is None,
+        f"Adaptation.decoder_from is None, so that nothing of Adaptation.source "
         f"({adaptation.source}) would be used: bind Adaptation.source = "
         f"{adaptation.encoder_source!r} and no encoder_source",
     )

@@ -19,12 +19,14 @@ class Arrangement(NamedTuple):
       merged: the decoder attends to inputs and past in one softmax (T5Gemma 2).
       separate: the encoder has an embedding of its own.
       eoi: id whose embedding is not scaled (T5Gemma 2); None for that of the source.
+      new_layers: layers of a decoder that is drawn anew; None to take the source's.
     """
 
     to: str
     merged: bool = False
     separate: bool = False
     eoi: int | None = None
+    new_layers: int | None = None
 
 
 def derive_model(
@@ -55,9 +57,12 @@ def derive_model(
         "eoi": source.eoi if arrangement.eoi is None else arrangement.eoi,
     }
     decoder = source.decoder
+    if arrangement.new_layers is not None:
+        decoder, changes["pooling"] = derive_new_decoder(source, arrangement), None
     config.require(
         decoder is not None or arrangement.to == "encoder_only",
-        f"The source is an encoder alone: --to={arrangement.to} needs a decoder",
+        f"The source is an encoder alone: --to={arrangement.to} needs a decoder (or draw one: "
+        "--to=encoder_decoder --new_decoder=LAYERS)",
     )
     if arrangement.to == "decoder_only":
         assert decoder is not None
@@ -77,6 +82,15 @@ def derive_model(
     changes |= {"separate_embeddings": two or source.separate_embeddings, "add_bos": True}
     decoder = dataclasses.replace(decoder, merged=arrangement.merged)
     return dataclasses.replace(source, **changes, encoder=encoder, decoder=decoder)
+
+
+def derive_new_decoder(source: config.Model, arrangement: Arrangement) -> config.Stack:
+    """Config of a decoder that is drawn anew: the source's, or its encoder's, of another depth."""
+    config.require(
+        arrangement.to == "encoder_decoder",
+        f"--new_decoder belongs to --to=encoder_decoder; here it is {arrangement.to}",
+    )
+    return dataclasses.replace(source.last_stack, layers=arrangement.new_layers)
 
 
 def round_vocabulary(vocab: int) -> int:

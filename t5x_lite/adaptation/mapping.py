@@ -8,6 +8,7 @@ from t5x_lite.adaptation import arrangement
 from t5x_lite.adaptation.arrangement import Side, Sides
 from t5x_lite.checkpoints import matching
 from t5x_lite.checkpoints.matching import Leaf
+from t5x_lite.utils.not_none import not_none
 
 SELF, CROSS = "layers/attention/", "layers/cross_attention/"
 HEAD, EOI, PROJECTION = "head", "eoi_embedding", "projection"
@@ -58,6 +59,11 @@ class AdaptationPlan(NamedTuple):
     origins: dict[str, WeightOrigin]
     unread: dict[tuple[str, str], Leaf]
     warnings: list[str]
+
+    @property
+    def has_new_decoder(self) -> bool:
+        """True if the decoder comes from no checkpoint."""
+        return self.model.decoder is not None and "decoder" not in self.sides
 
     def side(self, path: str) -> Side:
         """The checkpoint's tower that a weight belongs to, or that embeds its ids with it."""
@@ -131,6 +137,11 @@ def find_origin(
         same = is_bias and has_equal_buckets(getattr(plan.model, part), part, side)
         kind = "bias" if is_bias and not same else "copied"
         return WeightOrigin(kind, side.source, f"{side.tower}/{inside}")
+    if plan.has_new_decoder:
+        if part == "decoder":
+            return new_decoder_origin(not_none(plan.model.decoder), adaptation, inside)
+        if path == HEAD or (path == "embedding" and plan.model.separate_embeddings):
+            return WeightOrigin("new")
     if path == PROJECTION:
         known = path in there[side.source]
         return WeightOrigin("copied", side.source, path) if known else WeightOrigin("new")
@@ -142,6 +153,22 @@ def find_origin(
     if path == HEAD:
         return table_origin(plan, side, *logits_weight(side))
     return table_origin(plan, side, side.table, False)._replace(tied=tied_weights(plan, path, side))
+
+
+def new_decoder_origin(
+    stack: config.Stack, adaptation: config.Adaptation, inside: str
+) -> WeightOrigin:
+    """Origin of a weight of a decoder that is drawn anew.
+
+    Args:
+      stack: config of the decoder.
+      adaptation: config of the adaptation.
+      inside: path of the weight within the decoder.
+    """
+    origin = WeightOrigin("new")
+    if not inside.startswith(CROSS):
+        return origin
+    return scale_output(origin, stack, adaptation.cross_scale, inside)
 
 
 def has_equal_buckets(wanted: config.Stack, part: str, side: Side) -> bool:
@@ -243,7 +270,7 @@ def tied_weights(plan: AdaptationPlan, path: str, side: Side) -> tuple:
     cfg, others = plan.model, []
     # An encoder's table that computes no logits does not have to equal the head.
     gives_logits = side.table == "embedding"
-    if cfg.tied and not side.model.tied and gives_logits:
+    if cfg.tied and not side.model.tied and gives_logits and not plan.has_new_decoder:
         others.append((side.source, HEAD, True))
     if cfg.layout == "encoder_decoder" and not cfg.separate_embeddings:
         reader = plan.sides["encoder"]

@@ -13,6 +13,7 @@ from t5x_lite.batch import TeacherBatch
 from t5x_lite.checkpoints import weights
 from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
 from t5x_lite.config.training_run import TrainingRun
+from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.sharding import spec
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -67,12 +68,7 @@ def open_teacher(run: TrainingRun, vocabularies: tuple[TextVocabulary, TextVocab
     )
     model.check_mesh(cfg)
     assert cfg.decoder is not None and opened.text is not None
-    longest, most = sum(run.data.lengths.values()), cfg.decoder.max_length
-    config.require(
-        most is None or cfg.decoder.positions != "learned" or longest <= most,
-        f"Distillation.teacher: {path} has {most} positions, but Data.lengths "
-        f"{run.data.lengths} make texts of {longest}",
-    )
+    check_row_lengths(cfg, run.data.lengths, f"Distillation.teacher: {path}")
     teacher_vocabulary = opened.text.vocabularies[1]
     for run_vocabulary in vocabularies:
         check_vocabulary(path, teacher_vocabulary, run_vocabulary)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.decoding import generation, sampling
-from t5x_lite.decoding.request import check_ids, decoder_prompt
+from t5x_lite.decoding.request import check_ids, check_positions, decoder_prompt
 from t5x_lite.utils.not_none import not_none
 
 # The most bytes of attention probabilities, which grow with the square of the text.
@@ -96,12 +96,8 @@ def explained_text(
     before = [cfg.decoder_start_token_id] if cfg.encoder else decoder_prompt(cfg, example)
     inputs = [*example] if cfg.encoder else []
     text = ExplainedText(inputs, [*before, *written], len(before))
-    most = cfg.decoder.max_length
-    if most is not None and len(text.decoder_inputs) > most:
-        raise ValueError(
-            f"The text has {len(text.decoder_inputs)} tokens, but the model {most} positions "
-            "(Stack.max_length): use a shorter text"
-        )
+    # The last token of the output is read too.
+    check_positions(cfg, "Input", [example], [len(written) + 1])
     check_size(cfg, text)
     return text
 

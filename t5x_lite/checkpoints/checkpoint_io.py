@@ -22,9 +22,10 @@ import jax
 import numpy as np
 
 from t5x_lite import processes
-from t5x_lite.checkpoints import digests
+from t5x_lite.checkpoints import digests, zarr_arrays
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.exit_status import FAILURE
 
@@ -149,7 +150,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     """
     path = folder / METADATA
     try:
-        content = json.loads(path.read_text())
+        content = bounded_files.read_json_object(path)
         values = content["note"]
         if content["check"] != metadata_checksum(values):
             raise ValueError("its checksum does not fit")
@@ -259,7 +260,10 @@ def restore_arrays(
         arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected}
     wanted = ocp.args.PyTreeRestore(item=expected, restore_args=arguments)
     arrays, problem = {}, None
+    ocdbt = (folder / item / "manifest.ocdbt").exists()
     try:
+        for name in expected:
+            zarr_arrays.open_array(folder / item, name, ocdbt)
         # The handler alone: a Checkpointer waits for all processes, also for one that has failed.
         handler: Any = ocp.PyTreeCheckpointHandler()
         arrays = handler.restore((folder / item).absolute(), args=wanted)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.tokenizers.errors import SourceError
+from t5x_lite.utils import bounded_files
 
 # T5X's tree of weights: a file of msgpack, or since 2023 orbax's folder.
 T5X_TREE = "checkpoint"
 T5X_STATE = "state"
+# Config of a LoRA or another adapter of the peft library.
+ADAPTER = "adapter_config.json"
 
 
 class CheckpointKind(enum.StrEnum):
@@ -40,6 +43,8 @@ def detect_kind(path: str | Path) -> CheckpointKind:
         raise SourceError(explain_missing(path))
     if path.is_dir() and is_run_folder(path):
         return CheckpointKind.OURS
+    if (path / ADAPTER).exists():
+        raise SourceError(explain_adapter(path))
     if path.suffix == ".gguf":
         return CheckpointKind.GGUF
     if is_t5x(path):
@@ -95,14 +100,57 @@ def is_t5x(path: Path) -> bool:
     return not (path / "config.json").exists() and (tree or any(path.glob("checkpoint_*")))
 
 
+def explain_adapter(folder: Path) -> str:
+    """The reason why a folder with an adapter cannot be opened, and a remedy.
+
+    transformers would load the model that the adapter names, and the adapter on top.
+    """
+    try:
+        base = bounded_files.read_json_object(folder / ADAPTER).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        base = None
+    remedy = (
+        "merge it and save the whole model (peft: model.merge_and_unload().save_pretrained(FOLDER))"
+    )
+    if (folder / "config.json").exists():
+        remedy += f", or move {ADAPTER} away to read the model beside it without the adapter"
+    return f"{folder} has an adapter (LoRA) of {base or 'another model'}: {remedy}"
+
+
 def explain_unknown(folder: Path) -> str:
     """The reason why a folder cannot be opened, and a remedy."""
+    snapshots = sorted(folder.glob("snapshots/*/"))
+    if snapshots:
+        return (
+            f"{folder} is an entry of the hub's cache: the model is in its snapshot, "
+            f"{find_snapshot(folder, snapshots)}"
+        )
+    if (folder / "model_index.json").exists():
+        return f"{folder} is a pipeline of diffusers, which has no text model that is read here"
     files = sorted(folder.glob("*.gguf"))
     if files:
         return f"{folder} is a folder of .gguf files: name the file, such as {files[0]}"
     if any(folder.glob("*.safetensors")):
         return f"{folder} has safetensors but no config.json: put the one that came with them there"
+    inside = sorted(each.parent for each in folder.glob("*/config.json"))
+    if inside:
+        return f"{folder} is not a checkpoint, but has one inside: {inside[0]}"
     return (
         f"{folder} is not a checkpoint: neither a run folder (config.gin), nor a Hugging Face "
         "folder (config.json and safetensors), nor a .gguf file"
     )
+
+
+def find_snapshot(folder: Path, snapshots: list[Path]) -> Path:
+    """The snapshot that the hub's cache calls main, or else the last one to be written.
+
+    Args:
+      folder: entry of the cache.
+      snapshots: its snapshots.
+    """
+    main = folder / "refs" / "main"
+    if main.is_file():
+        named = folder / "snapshots" / main.read_text(encoding="utf-8", errors="replace").strip()
+        if named in snapshots:
+            return named
+    return max(snapshots, key=lambda snapshot: snapshot.stat().st_mtime)

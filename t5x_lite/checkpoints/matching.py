@@ -21,6 +21,9 @@ from t5x_lite.checkpoints.transforms import STACKED, Entry
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 
 SHOWN = 12
+# Sizes of towers up to this one are not questioned before shapes are compared.
+REAL_SIZE = 2**20
+SIZES = ("embed", "heads", "head_dim", "mlp", "max_length")
 
 Names = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -207,7 +210,11 @@ def plan_conversion(
       ignored: patterns of tensors that are not weights.
       duplicates: name of a tensor, and name of the one that it repeats.
       allow: patterns of names, on either side, that may be left out.
+
+    Raises:
+      MatchError: the model has a size that no tensor comes near.
     """
+    check_sizes(names, cfg)
     leaves, duplicates = model_leaves(cfg), duplicates or {}
     all_mappings = map_weights(cfg, entries, leaves)
     mappings, new, problems = [], [], {}
@@ -235,6 +242,32 @@ def plan_conversion(
             skipped[name] = reason
     skipped, problems = dict(sorted(skipped.items())), dict(sorted(problems.items()))
     return ConversionPlan(leaves, mappings, new, skipped, problems)
+
+
+def check_sizes(names: Names, cfg: config.Model, fields: Sequence[str] = SIZES) -> None:
+    """Compares the sizes of a model with those of all tensors.
+
+    A plan makes small arrays of some sizes, such as a rotary frequency for each feature of a head:
+    those of a broken config would fill the memory before its shapes are compared.
+
+    Args:
+      names: shape and dtype of every tensor.
+      cfg: config of the model.
+      fields: fields of Stack that are sizes of tensors.
+
+    Raises:
+      MatchError: a size is larger than any of a tensor, and than any of a real model.
+    """
+    largest = max([REAL_SIZE, *(size for shape, _ in names.values() for size in shape)])
+    for tower in ("encoder", "decoder"):
+        stack = getattr(cfg, tower)
+        for field in () if stack is None else fields:
+            size = getattr(stack, field) or 0
+            if size > largest:
+                raise MatchError(
+                    f"The config has {tower} Stack.{field} = {size:,}, and no tensor has a size "
+                    f"above {largest:,}: the config does not belong to these weights"
+                )
 
 
 def resolve_duplicate(name: str, names: Names, duplicates: Mapping[str, str]) -> str:
@@ -329,3 +362,24 @@ def format_plan(plan: ConversionPlan, names: Names) -> str:
 def count_parameters(leaves: Mapping[str, Leaf]) -> int:
     """Number of parameters of all weights together."""
     return sum(math.prod(leaf.shape) for leaf in leaves.values())
+
+
+def list_differences(theirs: config.Model, ours: config.Model) -> str:
+    """Fields of two models on which logits depend and in which they differ, with `theirs`' values.
+
+    Fields that shapes of weights show are left out: they are compared with the weights.
+    """
+    different = []
+    for name in ("scale_embedding", "scale_logits", "logits_softcap", "prefix_lm"):
+        if getattr(theirs, name) != getattr(ours, name):
+            different.append(f"Model.{name} = {getattr(theirs, name)}")
+    for name in ("encoder", "decoder"):
+        stacks = getattr(theirs, name), getattr(ours, name)
+        if None not in stacks:
+            different += [
+                f"{name}'s Stack.{field.name} = {getattr(stacks[0], field.name)}"
+                for field in dataclasses.fields(config.Stack)
+                if field.name not in ("bias_std", "kv_heads", "pattern")
+                and getattr(stacks[0], field.name) != getattr(stacks[1], field.name)
+            ]
+    return ", ".join(different)

@@ -17,15 +17,19 @@ from t5x_lite.checkpoints import (
     checkpoint_io,
     kinds,
     manager,
+    matching,
     run_folder,
     tensors,
     text_settings,
     weights,
 )
 from t5x_lite.checkpoints.formats import gguf, t5x, t5x_files
+from t5x_lite.checkpoints.formats.huggingface import kept_fields
+from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.kinds import CheckpointKind
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
+from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.checkpoints.weights import HEADS, Weights
 from t5x_lite.config import gin_file
 from t5x_lite.model import quantization
@@ -87,6 +91,7 @@ class OpenedCheckpoint:
       newest: no step was chosen, so an older one may take the place of a damaged one.
       tensors: the tensors of another library's checkpoint; None for ours.
       assumed: facts about the model that the files do not say; "" where they say all.
+      kept: fields of a Hugging Face folder that nothing here reads, for an export.
     """
 
     path: Path
@@ -97,6 +102,7 @@ class OpenedCheckpoint:
     newest: bool = False
     tensors: MappedTensors | None = None
     assumed: str = ""
+    kept: KeptFields = KeptFields()
 
     @property
     def model(self) -> config.Model:
@@ -139,9 +145,17 @@ class OpenedCheckpoint:
         """
         rounding = None if quantize is None else quantization.parse_quantization(quantize)
         check_vocabulary_sizes(self)
+        if ignored := kept_fields.describe_ignored(self.kept.generation):
+            warnings.warn(
+                f"{self.path} has settings of generation that are not followed here: {ignored}. "
+                "Give those that there are as options",
+                stacklevel=2,
+            )
         if self.tensors is None:
             # All files at once, by orbax: faster than layer by layer.
             arrays, step = manager.load_params(self.path, step=None if self.newest else self.step)
+            stored = {name: array.shape for name, array in flatten_tree(arrays).items()}
+            run_folder.check_stored_sizes(stored, self.model, self.path)
             sharding.use_mesh(mesh or config.Mesh())
             params = weights.place_arrays(model.shapes(self.model), arrays, self.path)
         else:
@@ -174,7 +188,7 @@ class OpenedCheckpoint:
             )
         trunk = dataclasses.replace(cfg, draft_heads=None)
         params = weights.place_weights(self.weights_for(trunk), trunk)
-        different = "" if self.assumed else list_differences(self.model, trunk)
+        different = "" if self.assumed else matching.list_differences(self.model, trunk)
         if different:
             warnings.warn(
                 f"{self.path} was made with {different}; this run has others", stacklevel=2
@@ -255,7 +269,8 @@ def open_run_folder(
     folder = path / text_settings.VOCABULARY_FOLDER
     text = choose_text_settings(path, options, lambda: text_settings.read_vocabulary_folder(folder))
     newest = step is None and not best
-    return OpenedCheckpoint(path, CheckpointKind.OURS, run, text, chosen, newest)
+    kept = kept_fields.load_kept(path)
+    return OpenedCheckpoint(path, CheckpointKind.OURS, run, text, chosen, newest, kept=kept)
 
 
 def open_hugging_face(path: Path, options: ConversionOptions | None) -> OpenedCheckpoint:
@@ -320,7 +335,9 @@ def from_tensors(
     if text is not None and text.ends is not None:
         mapped = mapped._replace(model=with_ends(mapped.model, text.ends))
     run = run_folder.model_only_run(path, mapped.model)
-    return OpenedCheckpoint(path, kind, run, text, tensors=mapped, assumed=assumed)
+    return OpenedCheckpoint(
+        path, kind, run, text, tensors=mapped, assumed=assumed, kept=mapped.kept
+    )
 
 
 def choose_text_settings(
@@ -375,24 +392,3 @@ def check_vocabulary_sizes(opened: OpenedCheckpoint) -> None:
                 f"{path} ({name}) has {each.size} ids, more than the {opened.model.vocab} of "
                 "Model.vocab: is it the vocabulary of another model?"
             )
-
-
-def list_differences(theirs: config.Model, ours: config.Model) -> str:
-    """Fields of two models on which logits depend and in which they differ, with `theirs`' values.
-
-    Fields that shapes of weights show are left out: they are compared with the weights.
-    """
-    different = []
-    for name in ("scale_embedding", "scale_logits", "logits_softcap", "prefix_lm"):
-        if getattr(theirs, name) != getattr(ours, name):
-            different.append(f"Model.{name} = {getattr(theirs, name)}")
-    for name in ("encoder", "decoder"):
-        stacks = getattr(theirs, name), getattr(ours, name)
-        if None not in stacks:
-            different += [
-                f"{name}'s Stack.{field.name} = {getattr(stacks[0], field.name)}"
-                for field in dataclasses.fields(config.Stack)
-                if field.name not in ("bias_std", "kv_heads", "pattern")
-                and getattr(stacks[0], field.name) != getattr(stacks[1], field.name)
-            ]
-    return ", ".join(different)

@@ -19,7 +19,8 @@ from t5x_lite.checkpoints import (
     unfinished,
 )
 from t5x_lite.checkpoints.formats import huggingface, t5x
-from t5x_lite.checkpoints.formats.huggingface import sentence_t5
+from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
+from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.matching import ConversionPlan, WeightMapping
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.checkpoints.transfer import ProgressCallback
@@ -56,11 +57,13 @@ class CheckpointContents(NamedTuple):
       run: its config.
       text: vocabularies and chat template; None to write the weights alone.
       step: training step.
+      kept: fields of a Hugging Face folder that nothing here reads.
     """
 
     run: config.Run
     text: TextSettings | None
     step: int = 0
+    kept: KeptFields = KeptFields()
 
     @property
     def model(self) -> config.Model:
@@ -126,6 +129,7 @@ class RunFolderOutput:
           on_progress: called with the number of bytes written so far.
         """
         write_text_settings(self.contents, folder / text_settings.VOCABULARY_FOLDER)
+        kept_fields.save_kept(folder, self.contents.kept)
         run = dataclasses.replace(self.contents.run, model_dir=str(self.to))
         transfer.write_run_folder(weights, run, folder, self.settings.dtype, on_progress)
 
@@ -212,10 +216,10 @@ class HuggingFaceOutput(RenamedOutput):
         config_json = self.family.config_json(model)
         if len(dtypes) == 1:
             config_json |= {"dtype": next(iter(dtypes)).name}
-        ends = text_end_fields(self.contents.text, model)
+        ends, kept = text_end_fields(self.contents.text, model), self.contents.kept
         return {
-            "config.json": config_json | ends,
-            "generation_config.json": {"_from_model_config": False} | ends,
+            "config.json": kept_fields.merge_config(config_json, kept.config) | ends,
+            kept_fields.GENERATION: {"_from_model_config": False} | kept.generation | ends,
         } | sentence_t5.export_files(model)
 
     def write_tokenizer(self, folder: Path) -> None:

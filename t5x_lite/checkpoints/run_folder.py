@@ -19,6 +19,7 @@ from t5x_lite.checkpoints.matching import Leaf
 from t5x_lite.checkpoints.weights import cast_weight, row_blocks
 from t5x_lite.config import gin_file
 from t5x_lite.tokenizers.errors import SourceError
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.not_none import not_none
 
 STEP = 0
@@ -38,6 +39,7 @@ def read_run_config(folder: str | Path) -> config.Run:
             f"--gin.MODEL_DIR={folder}"
         )
     try:
+        bounded_files.check_regular(path, gin_file.MOST_BYTES)
         return gin_file.from_text(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -63,6 +65,8 @@ class SavedWeights:
         self.step = manager.select_steps(folder, step)[0]
         self.folder = Path(folder) / manager.FOLDER / str(self.step)
         metadata = checkpoint_io.read_metadata(self.folder)
+        stored = checkpoint_io.stored_shapes(metadata, "params")
+        check_stored_sizes(stored, self.run.model, self.folder)
         self.leaves = matching.model_leaves(self.run.model)
         shapes = {path: leaf.shape for path, leaf in self.leaves.items()}
         # Metadata of each weight by our path, as `checkpoint_io.describe_arrays` has them.
@@ -130,6 +134,24 @@ class SavedWeights:
             raise DamagedCheckpointError(
                 f"{self.folder}: the bits of {path} are not those that were saved"
             )
+
+
+def check_stored_sizes(stored: dict[str, tuple[int, ...]], cfg: config.Model, folder: Path) -> None:
+    """Compares the sizes of a config with those of a checkpoint, before a model is made of them.
+
+    Args:
+      stored: shape of every weight of the checkpoint.
+      cfg: config of the model.
+      folder: the checkpoint, for the message.
+
+    Raises:
+      SourceError: the config has sizes that are nowhere in the checkpoint.
+    """
+    names = {name: (shape, np.dtype(np.float32)) for name, shape in stored.items()}
+    try:
+        matching.check_sizes(names, cfg, (*matching.SIZES, "layers"))
+    except matching.MatchError as error:
+        raise SourceError(f"{folder}: {error}") from error
 
 
 class RunFolderWriter:

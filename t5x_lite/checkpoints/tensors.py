@@ -2,7 +2,7 @@
 """Tensors of another library's checkpoint, opened: its model as a config, and its table."""
 
 import fnmatch
-import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +13,16 @@ import numpy as np
 from t5x_lite import config
 from t5x_lite.checkpoints import matching, weights
 from t5x_lite.checkpoints.formats import gguf, gguf_config, huggingface, safetensors_files
-from t5x_lite.checkpoints.formats.huggingface import sentence_t5
+from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
+from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.formats.safetensors_files import TensorSource
 from t5x_lite.checkpoints.matching import ConversionPlan
 from t5x_lite.checkpoints.transforms import Entry
 from t5x_lite.checkpoints.weights import ConvertedWeights
 from t5x_lite.tokenizers import errors
 from t5x_lite.tokenizers.errors import SourceError
+from t5x_lite.utils import bounded_files
+from t5x_lite.utils.bounded_files import UnreadableFileError
 
 
 class MappedTensors(NamedTuple):
@@ -32,6 +35,8 @@ class MappedTensors(NamedTuple):
       entries: the family's table.
       ignored: patterns of tensors that are not weights.
       duplicates: name of a tensor, and name of the one that it repeats.
+      head: a head that is not a language model's, in words; "" for none.
+      kept: fields of its config that nothing here reads, for an export.
     """
 
     path: Path
@@ -40,6 +45,8 @@ class MappedTensors(NamedTuple):
     entries: Sequence[Entry]
     ignored: Sequence[str] = ()
     duplicates: Mapping[str, str] = {}
+    head: str = ""
+    kept: KeptFields = KeptFields()
 
     def plan(self, allow: Sequence[str] = ()) -> ConversionPlan:
         """The tensor of every weight; what does not fit is in the plan's problems."""
@@ -60,6 +67,8 @@ class MappedTensors(NamedTuple):
           SourceError: a tensor that repeats another one differs from it.
         """
         plan = self.plan(allow)
+        if plan.problems and self.head:
+            raise SourceError(explain_head(self.path, self.head))
         plan.check(str(self.path))
 
         def is_allowed(name: str) -> bool:
@@ -98,10 +107,13 @@ def open_hugging_face_tensors(folder: str | Path) -> MappedTensors:
     """
     folder = Path(folder)
     source = safetensors_files.open_safetensors(folder)
-    config_json = sentence_t5.add_modules(folder, read_json_object(folder / "config.json"))
-    dense = sentence_t5.dense_file(folder)
+    config_json = read_json_object(folder / "config.json")
+    with errors.naming_path(folder, "modules.json"):
+        config_json = sentence_t5.add_modules(folder, config_json)
+        dense = sentence_t5.dense_file(folder)
     if dense is not None:
         source = ProjectedTensors(source, safetensors_files.open_safetensors(dense))
+    head = huggingface.describe_head(config_json, source.names)
     with errors.naming_path(folder / "config.json", "the model"):
         family = huggingface.family_of_config(config_json)
         source = rename_tensors(source, family)
@@ -109,8 +121,33 @@ def open_hugging_face_tensors(folder: str | Path) -> MappedTensors:
             cfg = family.parse_config(config_json, source.names.keys())
         except KeyError as error:
             raise SourceError(f"{folder / 'config.json'} has no field {error}") from error
+        except ValueError as error:
+            if head:
+                raise SourceError(explain_head(folder, head)) from error
+            raise
+    if sentence_t5.KEY in config_json and cfg.pooling is None:
+        warnings.warn(
+            f"{folder}/modules.json: the pooling of sentence-transformers is read for T5 only; "
+            "embeddings are pooled as --embed says",
+            stacklevel=2,
+        )
     return MappedTensors(
-        folder, cfg, source, family.entries(cfg), family.ignored(cfg), family.duplicates(cfg)
+        folder,
+        cfg,
+        source,
+        family.entries(cfg),
+        family.ignored(cfg),
+        family.duplicates(cfg),
+        head,
+        kept_fields.read_kept(folder, config_json),
+    )
+
+
+def explain_head(path: Path, head: str) -> str:
+    """The reason why a checkpoint with another head is not read, and what can be done."""
+    return (
+        f"{path} is {head}: only language models, encoders and Sentence-T5 are read. Take the "
+        "model that it was fine-tuned from"
     )
 
 
@@ -121,8 +158,15 @@ def map_gguf_tensors(source: gguf.GgufTensors) -> MappedTensors:
         gguf.tensor_name(name, source.architecture): gguf.tensor_name(other, source.architecture)
         for name, other in family.duplicates(cfg).items()
     }
+    fields = gguf_config.hugging_face_config(source)
     return MappedTensors(
-        source.path, cfg, source, source.entries(cfg), source.ignored(), duplicates
+        source.path,
+        cfg,
+        source,
+        source.entries(cfg),
+        source.ignored(),
+        duplicates,
+        kept=KeptFields(kept_fields.pick_config(fields)),
     )
 
 
@@ -133,19 +177,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
       SourceError: there is no such file, or it is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return bounded_files.read_json_object(path)
     except FileNotFoundError:
         raise SourceError(
             f"{path.parent} has no {path.name}, which says what its weights are: copy it from where"
             " they come from"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} cannot be read: {errors.describe_error(error)}") from error
-    if not isinstance(content, dict):
-        raise SourceError(
-            f"{path} should hold an object of JSON; it holds {type(content).__name__}"
-        )
-    return content
+    except (OSError, UnreadableFileError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from error
 
 
 class RenamedTensors:

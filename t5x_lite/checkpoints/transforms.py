@@ -32,6 +32,7 @@ class Entry(NamedTuple):
       part: place of this weight along the "parts" axis; None without one.
       paired: the two halves that rotary positions turn together lie interleaved along head_dim in
         theirs.
+      change: change of the values that the reader of theirs has made already, in words.
     """
 
     ours: str
@@ -39,6 +40,7 @@ class Entry(NamedTuple):
     axes: str
     part: int | None = None
     paired: bool = False
+    change: str = ""
 
 
 def axis_groups(axes: str) -> list[list[str]]:
@@ -161,7 +163,8 @@ def describe_transform(entry: Entry, axes: str) -> str:
     """The steps from theirs to ours in words: "transposed, heads head_dim joined"."""
     stored = axis_groups(entry.axes)
     order = [name for group in stored for name in group if name not in (PARTS, STACKED)]
-    words = [f"part {entry.part}"] if entry.part is not None else []
+    words = [entry.change] if entry.change else []
+    words += [f"part {entry.part}"] if entry.part is not None else []
     words += ["stacked"] if any(STACKED in group for group in stored) else []
     words += ["transposed"] if order != [name for name in axes.split() if name != STACKED] else []
     joined = [" ".join(name for name in group if name != PARTS) for group in stored]

@@ -19,6 +19,8 @@ CHUNK = 64 * 2**20
 # Bytes that may have no file (chunks of zeros), and bytes that a byte of a file unpacks to at most:
 # gzip and blosc reach 1000 times.
 SPARSE, PACKED = 2**28, 2**11
+# Numbers that a chunk may have though the array has fewer.
+SMALL_CHUNK = 2**20
 # Axis of the layers in a stack, and a layer; None for all of an array.
 LayerPosition = tuple[int, int] | None
 # Gets the first row and the values of each block that is written.
@@ -49,19 +51,42 @@ def zarr_spec(folder: Path, name: str, ocdbt: bool) -> dict[str, Any]:
     }
 
 
+def open_array(folder: Path, name: str, ocdbt: bool) -> tensorstore.TensorStore:
+    """Opens an array; nothing of it is decoded.
+
+    Args:
+      folder: folder of the arrays.
+      name: name of the array.
+      ocdbt: the arrays share one OCDBT database.
+
+    Raises:
+      SourceError: it cannot be opened, or has chunks larger than itself, which would be decoded
+        whole.
+    """
+    location = folder / name
+    try:
+        store = tensorstore.open(
+            zarr_spec(folder, name, ocdbt), open=True, read=True, context=CONTEXT
+        ).result()
+    except ValueError as error:
+        raise SourceError(
+            f"{location} is not a readable array: {processes.first_line(error)[:300]}"
+        ) from error
+    chunk = [int(size or 1) for size in store.chunk_layout.read_chunk.shape or ()]
+    if math.prod(chunk) > max(SMALL_CHUNK, math.prod(store.shape)):
+        raise SourceError(
+            f"{location} is broken: its chunks, {chunk}, are larger than the array, "
+            f"{list(store.shape)}"
+        )
+    return store
+
+
 class ArrayReader:
     """One stored array. Chunks over several layers are decoded once and kept until the next."""
 
     def __init__(self, folder: Path, name: str, ocdbt: bool):
         self.location = f"{folder / name}"
-        try:
-            self.store = tensorstore.open(
-                zarr_spec(folder, name, ocdbt), open=True, read=True, context=CONTEXT
-            ).result()
-        except ValueError as error:
-            raise SourceError(
-                f"{self.location} is not a readable array: {processes.first_line(error)[:300]}"
-            ) from error
+        self.store = open_array(folder, name, ocdbt)
         self.shape = tuple(self.store.shape)
         self.check_size(folder if ocdbt else folder / name)
         self.dtype = self.store.dtype.numpy_dtype

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -85,6 +86,7 @@ class Command:
 
     def start(self) -> NoReturn:
         """Runs the command as this process, through absl.app."""
+        vars(warnings)["formatwarning"] = self.format_warning
         app.run(self.execute, flags_parser=self.parse_flags)
 
     def parse_flags(self, words: list[str]) -> argparse.Namespace:
@@ -97,6 +99,18 @@ class Command:
             logging.get_absl_handler().setFormatter(None)
         flags.FLAGS.mark_as_parsed()
         return options
+
+    def format_warning(self, message: Warning | str, category: type, *place: Any) -> str:
+        """A warning as a line of the command: without the place in our code, which is no help.
+
+        Args:
+          message: the warning.
+          category: its class; one of ours is a UserWarning.
+          *place: file, line number and source of the line that warns.
+        """
+        if category is UserWarning:
+            return f"t5x_lite.{self.name}: warning: {message}\n"
+        return f"{place[0]}:{place[1]}: {category.__name__}: {message}\n"
 
     def execute(self, options: argparse.Namespace) -> int:
         """Imports the user's modules, does the work, and returns the exit status.

@@ -77,6 +77,22 @@ def complain(records: Sequence[Record], source: str, stop: bool = False) -> int:
     return count
 
 
+def mark_troubles(
+    records: Sequence[Record], find: Callable[[list[Record]], list[str]]
+) -> list[Record]:
+    """Records, in trouble where the model cannot read one.
+
+    Args:
+      records: good and bad ones.
+      find: the trouble of each good one, "" for none.
+    """
+    troubles = iter(find([record for record in records if not record.trouble]))
+    return [
+        record if record.trouble else dataclasses.replace(record, trouble=next(troubles) or None)
+        for record in records
+    ]
+
+
 def predict(
     session: Any, records: Sequence[Record], texts: Sequence[str], progress: Callable[[int], None]
 ) -> list[Any]:

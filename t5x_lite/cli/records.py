@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from t5x_lite.config import aliases
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.text_lines import TextError, check_unicode, decode_line, parse_object
+
+# Of one line. A model reads a millionth of it; a file that is not text may be one line.
+MOST_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +54,13 @@ class Source:
     def records(self) -> Iterator[Record]:
         """Every line in order, those that cannot be read too."""
         with nullcontext(sys.stdin.buffer) if self.path == "-" else open(self.path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(bounded_lines(lines), 1):
                 yield self.record(number, line)
 
     def record(self, number: int, line: bytes) -> Record:
         """The record of a line, `number` from 1."""
+        if len(line) > MOST_BYTES:
+            return Record(number, None, {}, f"longer than {MOST_BYTES:,} bytes")
         try:
             text = decode_line(line, number).rstrip("\r\n")
             if not text.strip():
@@ -79,8 +85,9 @@ class Source:
         """Number of lines; None of a stream."""
         if self.path == "-":
             return None
+        bounded_files.check_regular(self.path)
         with open(self.path, "rb") as lines:
-            return sum(1 for _ in lines)
+            return sum(1 for _ in bounded_lines(lines))
 
     def digest(self) -> str | None:
         """SHA-256 of the content; None of a stream."""
@@ -178,6 +185,15 @@ class Sink:
     def open(self) -> Any:
         """The stream that lines are appended to."""
         return nullcontext(sys.stdout.buffer) if self.path == "-" else open(self.path, "ab")
+
+
+def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Lines of a stream; of one that is longer than MOST_BYTES only so many bytes and one more."""
+    while line := stream.readline(MOST_BYTES + 1):
+        rest = line
+        while len(rest) > MOST_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(MOST_BYTES + 1)
+        yield line
 
 
 def complete_lines(path: Path) -> int:

@@ -46,7 +46,8 @@ class Adaptation(Checked):
     Attributes:
       source: checkpoint of any format: run folder, Hugging Face folder or .gguf file.
       encoder_source: checkpoint that the encoder comes from; None takes `source`.
-      decoder_from: tower of `source` that becomes the decoder.
+      decoder_from: tower of `source` that becomes the decoder; None draws a decoder anew, of any
+        size, beside the encoder.
       encoder_from: tower of `encoder_source` that becomes the encoder; None takes the decoder of
         a decoder-only source, and the encoder of any other.
       cross: cross-attention of a decoder whose source has none: copied from its self-attention,
@@ -60,7 +61,7 @@ class Adaptation(Checked):
 
     source: LocalPath
     encoder_source: LocalPath | None = None
-    decoder_from: Literal["decoder", "encoder"] = "decoder"
+    decoder_from: Literal["decoder", "encoder"] | None = "decoder"
     encoder_from: Literal["decoder", "encoder"] | None = None
     cross: Literal["copy", "random"] = "copy"
     cross_scale: Share = 1.0

@@ -81,7 +81,7 @@ class Stack(Checked):
       bias_per_layer: a table of relative biases for each layer, not one for all.
       rotary_base: base of the rotary wavelengths.
       rotary_scaling: how rotary positions are stretched; None is not at all.
-      max_length: number of learned positions.
+      max_length: number of learned positions; a text that needs more is refused.
       pattern: full or sliding window, layer by layer, repeated over the layers.
       window: keys that a sliding layer sees: in a causal layer those at distance 0 <= d < window.
       window_form: the window of an encoder's layer: |d| < window (below), |d| <= window (within),
@@ -180,11 +180,13 @@ class Pooling(Checked):
       kind: mean over the tokens, or the first or last of them.
       project: width of a projection without bias after it (Sentence-T5); None has none.
       normalize: divides the vector by its Euclidean norm.
+      max_length: tokens at which a text is cut, its end included (Sentence-T5); None for no cut.
     """
 
     kind: Literal["mean", "first", "last"] = "mean"
     project: Count | None = None
     normalize: bool = False
+    max_length: Count | None = None
 
 
 @dataclass(frozen=True)

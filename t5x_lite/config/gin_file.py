@@ -96,7 +96,7 @@ config.Stack.mlp = 2
 """
 
 
-RUN = re.compile(r"^\s*(?:\w+/)*config\.Run\.", re.MULTILINE)
+RUN = re.compile(r"^[^\S\n]*(?:\w+/)*config\.Run\.", re.MULTILINE)  # \s* would be quadratic
 
 
 def describes_run(paths: list[str]) -> bool:
@@ -337,7 +337,7 @@ def explain(error: Exception, lines: list[Line], bindings: list[gin_bindings.Bin
     message = re.sub(
         r"(?:In bindings string )?\bline (\d+)",
         lambda match: origins.get(f"line {match[1]}", match[0]),
-        str(error).strip(),
+        re.sub(r"(.{500}).+", r"\1...", str(error).strip()),
     )
     message = message.replace("In bindings string", "In")
     parameter = re.search(r"'config\.(\w+)' doesn't have a parameter named '(\w+)'", message)

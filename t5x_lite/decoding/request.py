@@ -80,9 +80,11 @@ def make_request(
       constraint: the language of the new texts.
 
     Raises:
-      ValueError: the model has no decoder, or an example is empty or outside of the vocabulary.
+      ValueError: the model has no decoder, or an example is empty, outside of the vocabulary, or
+        longer than the model's learned positions allow.
     """
     check_examples(cfg, examples)
+    check_positions(cfg, "Input", examples, decode.max_new_tokens)
     count = len(examples)
     filler = [[cfg.decoder_start_token_id]] * ((batch or count) - count)
     examples = [*examples, *filler]
@@ -120,7 +122,7 @@ def check_examples(cfg: config.Model, examples: Sequence[Sequence[int]]) -> None
         raise ValueError("An encoder alone writes no text: the model needs a decoder Stack")
     if not examples:
         raise ValueError("There is nothing to decode: the request has no rows")
-    check_ids(cfg, "Example", examples, empty=cfg.encoder is None)
+    check_ids(cfg, "Input", examples, empty=cfg.encoder is None)
 
 
 def check_ids(
@@ -139,9 +141,94 @@ def check_ids(
     """
     for number, row in enumerate(rows):
         if not len(row) and not empty:
-            raise ValueError(f"{name} {number} is empty: it needs at least one token")
+            raise ValueError(
+                f"{name} {number} is empty, and the tokenizer adds no token to it: the model needs "
+                "at least one"
+            )
         if len(row) and not 0 <= min(row) <= max(row) < cfg.vocab:
             raise ValueError(
                 f"{name} {number} has ids outside of the model's vocabulary 0..{cfg.vocab - 1}: "
                 "was it tokenized with another vocabulary?"
+            )
+
+
+def describe_excess(cfg: config.Model, example: Sequence[int], new_tokens: int = 1) -> str:
+    """The reason why the model has too few learned positions; "" where it has enough.
+
+    Positions beyond a learned table have no meaning. The last token that is written is never read,
+    so it takes none.
+
+    Args:
+      cfg: config of the model.
+      example: ids of the encoder, or the prompt of a decoder-only model.
+      new_tokens: tokens that are written, or scored, after it; 1 where it is only read.
+    """
+    if cfg.encoder is not None and lacks_positions(cfg.encoder, len(example)):
+        return f"takes {len(example)} positions, but the encoder has {count_positions(cfg.encoder)}"
+    if cfg.decoder is None:
+        return ""
+    prompt = 1 if cfg.encoder else len(decoder_prompt(cfg, example))
+    positions = prompt + new_tokens - 1
+    if not lacks_positions(cfg.decoder, positions):
+        return ""
+    after = f" with {new_tokens} tokens after it" if new_tokens > 1 else ""
+    return f"takes {positions} positions{after}, but the model has {count_positions(cfg.decoder)}"
+
+
+def lacks_positions(stack: config.Stack, positions: int) -> bool:
+    """True if a tower has learned fewer positions."""
+    return stack.max_length is not None and positions > stack.max_length
+
+
+def count_positions(stack: config.Stack) -> str:
+    """The learned positions of a tower, for messages."""
+    return f"{stack.max_length} (Stack.max_length)"
+
+
+def check_positions(
+    cfg: config.Model,
+    name: str,
+    examples: Sequence[Sequence[int]],
+    new_tokens: int | Sequence[int] = 1,
+) -> None:
+    """Checks that the model has learned positions for all tokens.
+
+    Args:
+      cfg: config of the model.
+      name: what an example is called in messages.
+      examples: ids of the encoder, or prompts of a decoder-only model.
+      new_tokens: tokens after each example, or after every one.
+
+    Raises:
+      ValueError: an example takes more positions than there are (`describe_excess`).
+    """
+    if all(stack is None or stack.max_length is None for stack in (cfg.encoder, cfg.decoder)):
+        return
+    counts = [new_tokens] * len(examples) if isinstance(new_tokens, int) else new_tokens
+    for number, (example, count) in enumerate(zip(examples, counts, strict=True)):
+        if reason := describe_excess(cfg, example, count):
+            remedy = " or lower max_new_tokens" if isinstance(new_tokens, int) and count > 1 else ""
+            raise ValueError(f"{name} {number} {reason}: shorten it{remedy}")
+
+
+def check_row_lengths(cfg: config.Model, lengths: dict[str, int], owner: str) -> None:
+    """Checks that the model has learned positions for whole rows of data.
+
+    Args:
+      cfg: config of the model.
+      lengths: tokens of a row by feature, as Data.lengths has them.
+      owner: what has the model, for the message: "The model", "Distillation.teacher: PATH".
+
+    Raises:
+      ValueError: rows are longer than a tower's learned positions.
+    """
+    inputs, targets = lengths.get("inputs", 0), lengths.get("targets", 0)
+    alone = cfg.layout == "decoder_only"
+    rows = {"encoder": inputs or targets, "decoder": inputs + targets if alone else targets}
+    for tower, length in rows.items():
+        stack = getattr(cfg, tower)
+        if stack is not None and lacks_positions(stack, length):
+            raise ValueError(
+                f"{owner} has {stack.max_length} positions (Stack.max_length), but Data.lengths "
+                f"{lengths} (TASK_FEATURE_LENGTHS) make rows of {length} tokens: lower them"
             )

@@ -21,6 +21,7 @@ from t5x_lite.decoding.request import (
     bucket_length,
     check_examples,
     check_ids,
+    check_positions,
     decoder_prompt,
     pad_rows,
 )
@@ -59,12 +60,9 @@ def score(
       targets: ids of each target.
 
     Raises:
-      ValueError: lengths differ, something is empty, or ids are outside of the vocabulary.
+      ValueError: as `check_pairs`.
     """
-    check_examples(cfg, inputs)
-    check_ids(cfg, "Target", targets)
-    if len(inputs) != len(targets):
-        raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: they must pair up")
+    check_pairs(cfg, inputs, targets)
     if cfg.encoder is None and not cfg.add_bos:
         inputs = [decoder_prompt(cfg, row) for row in inputs]
         rows = score_as_blocks(cfg, params, inputs, targets)
@@ -80,6 +78,27 @@ def score(
     inside = np.arange(width) < lengths[:, None]
     tokens = np.where(inside, np.take_along_axis(rows, where, axis=1), 0)
     return Scores(tokens.sum(axis=1, dtype=np.float64), tokens, lengths)
+
+
+def check_pairs(
+    cfg: config.Model, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> None:
+    """Checks that the model can read inputs with their targets.
+
+    Args:
+      cfg: config of the model.
+      inputs: ids of encoder inputs, or of prompts of a decoder-only model.
+      targets: ids of each target.
+
+    Raises:
+      ValueError: lengths differ, something is empty, ids are outside of the vocabulary, or the
+        model has too few learned positions.
+    """
+    check_examples(cfg, inputs)
+    check_ids(cfg, "Target", targets)
+    if len(inputs) != len(targets):
+        raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: they must pair up")
+    check_positions(cfg, "Input", inputs, [len(target) for target in targets])
 
 
 def teacher_forced_batch(

@@ -18,6 +18,7 @@ from t5x_lite.decoding import streaming
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.adaptive.tiers import TieredDecoder
 from t5x_lite.decoding.drafters import registry
+from t5x_lite.decoding.request import check_positions
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import local_path
@@ -35,6 +36,7 @@ class DrafterCache:
     def __init__(self, cfg: config.Model, targets: TextVocabulary):
         self.cfg, self.targets = cfg, targets
         self.drafters: dict[tuple, decoding.Drafting] = {}
+        self.draft_models: dict[str, config.Model] = {}
         self.tiered = TieredDecoder(cfg, report_wait)
         self.announced: set[tuple] = set()
 
@@ -62,6 +64,7 @@ class DrafterCache:
           decode: config of decoding.
         """
         drafting = self.get(decode)
+        self.check_draft_models(request, decode)
         self.announce(request, decode)
         if not isinstance(drafting.drafter, Adaptive):
             return decoding.generate(self.cfg, params, request, decode, drafting)
@@ -84,6 +87,7 @@ class DrafterCache:
         """
         streaming.check_stream(decode, every)
         drafting = self.get(decode)
+        self.check_draft_models(request, decode)
         self.announce(request, decode)
         if not isinstance(drafting.drafter, Adaptive):
             return decoding.stream(self.cfg, params, request, decode, drafting, every)
@@ -111,6 +115,18 @@ class DrafterCache:
                 f"{length} out"
             )
 
+    def check_draft_models(self, request: decoding.Request, decode: config.Decode) -> None:
+        """Raises ValueError where a draft model has too few learned positions for a request."""
+        lengths = request.inputs_length
+        if lengths is None:
+            # Without the start, which a draft model adds itself.
+            lengths = request.prompts_length - self.cfg.add_bos
+        for part in decode.drafter.split("+"):
+            cfg = self.draft_models.get(part.removeprefix("draft:"))
+            if cfg is not None and part.startswith("draft:"):
+                source = range(int(max(lengths)))
+                check_positions(cfg, f"--drafter={part}: input", [source], decode.max_new_tokens)
+
     def load_draft_model(self, path: str) -> tuple[config.Model, Any]:
         """Loads a draft model: its config, and its weights on the mesh in force.
 
@@ -127,6 +143,7 @@ class DrafterCache:
                 f"drafter=draft:{path}: it writes another vocabulary than the model it is to "
                 f"draft for: {why}"
             )
+        self.draft_models[path] = restored.run.model
         return restored.run.model, decoding.prepare_params(restored.run.model, restored.params)
 
     def load_texts(self, path: str) -> list[list[int]]:

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config, decoding, model
 from t5x_lite.decoding import generation
-from t5x_lite.decoding.request import check_ids, decoder_prompt
+from t5x_lite.decoding.request import check_ids, check_positions, decoder_prompt
 from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.tokenizers.vocabularies import end_ids
 from t5x_lite.utils.not_none import not_none
 
 KINDS = ("mean", "first", "last")
@@ -54,9 +55,13 @@ def embed(
     """
     cfg = decoding.with_cpu_dtype(with_pooling(predictor.cfg, kind))
     ids = predictor.encode_inputs(texts)
+    longest = not_none(cfg.pooling).max_length
+    if longest is not None:
+        ids = [cut_text(predictor, row, longest) for row in ids]
+    check_positions(cfg, "Text", ids)
     if cfg.encoder is None:
         ids = [decoder_prompt(cfg, row) for row in ids]
-    check_texts(cfg, ids)
+    check_ids(cfg, "Text", ids)
     width = not_none(cfg.pooling).project or cfg.last_stack.embed
     embeddings = np.zeros((len(ids), width), np.float32)
     done = 0
@@ -72,16 +77,18 @@ def embed(
     return embeddings
 
 
-def check_texts(cfg: config.Model, ids: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError for texts that the model cannot read."""
-    check_ids(cfg, "Text", ids)
-    most = (cfg.encoder or cfg.last_stack).max_length
-    for number, row in enumerate(ids):
-        if most is not None and len(row) > most:
-            raise ValueError(
-                f"Text {number} has {len(row)} tokens, but the model has {most} positions "
-                "(Stack.max_length): cut it up"
-            )
+def cut_text(predictor: Predictor, row: list[int], longest: int) -> list[int]:
+    """The first ids of a text and its end, as sentence-transformers cuts one.
+
+    Args:
+      predictor: the model, which may end texts.
+      row: ids of the text.
+      longest: number of ids to keep.
+    """
+    if len(row) <= longest:
+        return row
+    end = end_ids(predictor.inputs)[1] if predictor.ended else []
+    return [*row[: max(longest - len(end), 0)], *end]
 
 
 @functools.partial(jax.jit, static_argnums=0)

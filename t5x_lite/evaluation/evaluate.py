@@ -11,6 +11,7 @@ from t5x_lite.config.training_run import DataRun
 from t5x_lite.data import Dataset, open_batches, open_dataset
 from t5x_lite.data.batches import list_sources
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
+from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.evaluation import losses, metrics
 from t5x_lite.evaluation.predict import Prediction, Predictor
 from t5x_lite.utils.atomic_files import write_atomically
@@ -36,6 +37,7 @@ class Evaluator:
         self.split = split or run.data.eval_split
         self.predictions_path: Path | None = None
         self.tally = AcceptanceStats()
+        check_row_lengths(run.model, run.data.lengths, "The model")
         self.dataset = open_dataset(run.data, self.split)
         check_metrics(run, self.dataset)
         self.failures: dict[str, str] = {}

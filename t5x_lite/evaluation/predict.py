@@ -12,6 +12,8 @@ from t5x_lite.data import built_in
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.union import draft_sources
+from t5x_lite.decoding.request import check_examples, check_positions, describe_excess
+from t5x_lite.decoding.scoring import check_pairs
 from t5x_lite.decoding.steering.constraints import find_constraint
 from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.tokenizers.vocabularies import encode_texts
@@ -114,6 +116,10 @@ class Predictor:
           on_progress: called with the number of inputs done.
           counted: false to leave `tally` as it is.
         """
+        # Before they are sorted: messages number the inputs as the caller does.
+        if len(ids):
+            check_examples(self.cfg, ids)
+            check_positions(self.cfg, "Input", ids, decode.max_new_tokens)
         rows = range(len(ids)) if rows is None else rows
         decode = spell_bad_words(decode, self.targets)
         constraint = find_constraint(decode, self.targets, self.cfg.vocab)
@@ -171,6 +177,8 @@ class Predictor:
     ) -> list[tuple[float, list[float]]]:
         """Log-probability of each target given its input, and of its tokens, in nats."""
         ids, target_ids = self.encode_inputs(inputs), self.encode_targets(targets)
+        if ids:
+            check_pairs(self.cfg, ids, target_ids)
         scored: dict[int, tuple[float, list[float]]] = {}
         for places in self.batches([[*a, *b] for a, b in zip(ids, target_ids, strict=True)]):
             filled = [*places, *[places[0]] * (self.padded_rows(len(places)) - len(places))]
@@ -184,6 +192,25 @@ class Predictor:
                 tokens = scores.tokens[row, : scores.lengths[row]].tolist()
                 scored[place] = float(scores.log_probability[row]), tokens
         return [scored[place] for place in range(len(ids))]
+
+    def find_excess(
+        self, texts: Sequence[str], new_tokens: int = 1, targets: Sequence[str] | None = None
+    ) -> list[str]:
+        """Reasons why texts take more positions than the model has learned; "" for one that fits.
+
+        Args:
+          texts: inputs.
+          new_tokens: tokens that are written after each; 1 where it is only read.
+          targets: texts to be scored after them, in place of `new_tokens`.
+        """
+        stacks = (self.cfg.encoder, self.cfg.decoder)
+        if all(stack is None or stack.max_length is None for stack in stacks):
+            return [""] * len(texts)
+        counts = [new_tokens] * len(texts)
+        if targets is not None:
+            counts = [len(row) for row in self.encode_targets(targets)]
+        rows = zip(self.encode_inputs(texts), counts, strict=True)
+        return [describe_excess(self.cfg, row, count) for row, count in rows]
 
     def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each input."""

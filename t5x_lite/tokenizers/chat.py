@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 
 from t5x_lite.tokenizers import chat_renderer, tokenizer_settings
 from t5x_lite.tokenizers.errors import naming_path
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.not_none import not_none
 
 # Fields that may have the reasoning of a message.
 REASONING = ("reasoning_content", "thinking", "reasoning")
+# Of a template; the longest that are published have 20 kB.
+MOST_BYTES = 2**22
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -65,6 +68,7 @@ def all_templates(settings: tokenizer_settings.TokenizerSettings) -> dict[str, s
     templates = templates_in_settings(settings)
     single = settings.folder / "chat_template.jinja"
     if single.exists():
+        bounded_files.check_regular(single, MOST_BYTES)
         templates["default"] = single.read_text(encoding="utf-8")
     for path in sorted((settings.folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = path.read_text(encoding="utf-8")

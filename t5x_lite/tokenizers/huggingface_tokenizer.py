@@ -35,6 +35,7 @@ from t5x_lite.tokenizers.vocabularies import (
     TokenizerJsonVocabulary,
 )
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.bounded_files import check_regular
 
 # Fields of tokenizer_config.json that a vocabulary or another file holds, or that name files.
 NOT_KEPT = (
@@ -47,6 +48,8 @@ NOT_KEPT = (
     "special_tokens_map_file",
     "tokenizer_file",
 )
+# Of a tokenizer's file; the largest that are published have 35 MB.
+MOST_BYTES = 2**28
 PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 
 
@@ -169,9 +172,11 @@ def open_tokenizer(settings: TokenizerSettings) -> OpenedTokenizer:
     if settings.kind == "ByT5Tokenizer":
         return open_bytes(settings)
     if (folder / "tokenizer.json").exists():
+        check_regular(folder / "tokenizer.json", MOST_BYTES)
         return open_json(settings, (folder / "tokenizer.json").read_bytes())
     for name in PIECES:
         if (folder / name).exists():
+            check_regular(folder / name, MOST_BYTES)
             return open_sentencepiece(settings, folder / name)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return open_json(settings, json_from_merges(settings))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the tokenizer in a Hugging Face folder, from its .json files, every field checked."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5x_lite.tokenizers.special_tokens import MAX_SENTINELS
+from t5x_lite.utils import bounded_files
+from t5x_lite.utils.bounded_files import UnreadableFileError
 
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 ENCODER_DECODERS = ("t5", "mt5", "umt5", "byt5", "t5gemma", "t5gemma2")
@@ -168,9 +169,9 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+        content = bounded_files.read_json(path)
+    except UnreadableFileError as error:
+        raise ValueError(f"{error}: download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object: download it again")
     return content

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.decoding import generation, loop
-from t5x_lite.decoding.request import check_examples, check_ids, decoder_prompt
+from t5x_lite.decoding.request import decoder_prompt
 from t5x_lite.decoding.sampling import gather_vocabulary
+from t5x_lite.decoding.scoring import check_pairs
 
 # Adam without its learning rate, an argument of every step; clipped, since batches are small.
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
@@ -95,10 +96,7 @@ def make_training_examples(
       inputs: input ids of each example.
       targets: target ids of each example.
     """
-    if len(inputs) != len(targets):
-        raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: they must pair up")
-    check_examples(cfg, inputs)
-    check_ids(cfg, "Target", targets)
+    check_pairs(cfg, inputs, targets)
     count = len(inputs)
     missing = -count % sharding.batch_shards()
     inputs, targets = ([*rows, *(rows[0] for _ in range(missing))] for rows in (inputs, targets))

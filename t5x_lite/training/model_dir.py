@@ -13,6 +13,7 @@ from typing import Any
 
 from t5x_lite import config, data, processes
 from t5x_lite.checkpoints import manager, text_settings
+from t5x_lite.checkpoints.formats.huggingface import kept_fields
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.config import gin_file
 from t5x_lite.utils import bounded_files
@@ -143,7 +144,7 @@ def check_config(run: config.Run, report: Callable[[str], None]) -> None:
 
 def write_description(run: config.Run, vocabularies: tuple) -> None:
     """Writes what readers of the weights need: the resolved config, both vocabularies and the chat
-    template of the checkpoint that these are from.
+    template of the checkpoint that these are from, and the fields that an export repeats.
 
     Vocabularies that weights depend on already are left as they are.
     """
@@ -151,6 +152,9 @@ def write_description(run: config.Run, vocabularies: tuple) -> None:
         text = TextSettings(vocabularies, data.find_chat_template(not_none(run.data)))
         text_settings.write_vocabulary_folder(text, Path(run.model_dir) / VOCABULARY)
     write_atomically(Path(run.model_dir) / CONFIG, gin_file.to_text(run))
+    if run.checkpoint.initial is not None:
+        kept = kept_fields.find_kept(Path(run.checkpoint.initial).expanduser())
+        kept_fields.save_kept(Path(run.model_dir), kept)
 
 
 def read_report(path: Path, done: int) -> dict[str, Any] | None:

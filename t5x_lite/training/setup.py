@@ -17,6 +17,7 @@ from t5x_lite.checkpoints.opening import HEADS, WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.decoding.drafters import registry
+from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.evaluation.evaluate import (
     Evaluator,
     check_metrics,
@@ -101,6 +102,7 @@ def make_update(run: TrainingRun) -> tuple[Any, Any]:
     sharding.use_mesh(run.mesh)
     check_batch(run.train)
     check_lengths(run, sharding.context_size())
+    check_row_lengths(run.model, run.data.lengths, "The model")
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     axes = model.axes(run.model)
     return schedule, optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)

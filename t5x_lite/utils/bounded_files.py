@@ -3,6 +3,7 @@
 
 import json
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def parse_json(text: str | bytes, pairs_hook: Callable[[list], Any] | None = Non
         return json.loads(text, object_pairs_hook=pairs_hook)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
+
+
+def repeated_name(pairs: list[tuple[str, Any]]) -> str | None:
+    """The first name that a JSON object has twice; None where all differ. Takes linear time."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) == len(names):
+        return None
+    counts = Counter(names)
+    return next(name for name in names if counts[name] > 1)
 
 
 def read_json(path: str | Path, most: int = MOST_JSON) -> Any:

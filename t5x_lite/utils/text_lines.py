@@ -5,9 +5,10 @@ Readers of training data and of a command's --input share it: a line that is bro
 broken for the other, in the same words.
 """
 
-import collections
 import json
 from typing import Any
+
+from t5x_lite.utils.bounded_files import repeated_name
 
 # Byte order mark: some editors begin a UTF-8 file with it.
 MARK = b"\xef\xbb\xbf"
@@ -61,12 +62,10 @@ def parse_object(line: str) -> dict[str, Any]:
 
 def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of names and values; raises TextError for a name that is there twice."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        twice = next(name for name, count in counts.items() if count > 1)
+    twice = repeated_name(pairs)
+    if twice is not None:
         raise TextError(f"field {twice!r} is there twice")
-    return fields
+    return dict(pairs)
 
 
 def describe_bracket(line: str) -> str:

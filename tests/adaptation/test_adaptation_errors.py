@@ -143,3 +143,22 @@ def test_weights_of_another_vocabulary_are_begun_with_a_warning(tmp_path, recwar
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"Checkpoint.initial \(.*run\) .* id 4 is 'b'"):
         vocabulary_compatibility.warn_of_difference(str(tmp_path / "run"), (ours, swapped))
+
+
+NEW = {"decoder_from": None}
+
+
+@pytest.mark.parametrize(
+    "wanted, adaptation, words",
+    [
+        (LONE, NEW, ["decoder_from is None", "no encoder"]),
+        (PAIR, NEW | {"encoder_source": "x"}, ["Adaptation.source = 'x'"]),
+        (model(encoder=stack(layers=3)), NEW, ["Stack.layers is 2 there and 3 here"]),
+    ],
+)
+def test_a_new_decoder_needs_an_encoder_from_the_source(wanted, adaptation, words):
+    adaptation = config.Adaptation(**{"source": "there"} | adaptation)
+    other = LONE if adaptation.encoder_source else None
+    with pytest.raises(ValueError) as caught:
+        mapping.plan_adaptation(wanted, adaptation, LONE, other)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

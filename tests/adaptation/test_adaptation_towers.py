@@ -5,12 +5,13 @@ import dataclasses
 
 import adaptation_toys as toys
 import conversion_toys
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import toy_model
 
-from t5x_lite import config
+from t5x_lite import config, model
 from t5x_lite.checkpoints.formats.huggingface import llama
 
 IDS = np.random.default_rng(1).integers(2, 64, (8, 11)).astype(np.int32)
@@ -166,3 +167,23 @@ def test_the_scale_multiplies_what_cross_attention_says(name, cross, tmp_path):
     alone = batch._replace(inputs=None, input_segments=None, input_positions=None)
     expected = toys.logits(cfg, toys.nested(drawn.arrays, cfg), alone)
     np.testing.assert_allclose(toys.logits(pair, silent, batch), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["encoder_decoder", "encoder_only"])
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_new_decoder_stands_beside_a_pretrained_encoder(source, separate, tmp_path):
+    there = toy_model(source, positions="relative", layers=3)
+    drawn = toys.written(tmp_path / "there", there)
+    width = 24 if separate else there.encoder.embed
+    decoder = dataclasses.replace(there.encoder, layers=1, embed=width)
+    pair = dataclasses.replace(there, decoder=decoder, tied=False, separate_embeddings=separate)
+    params, report = toys.adapted(pair, source=tmp_path / "there", decoder_from=None)
+    expected = toys.hidden(there, toys.nested(drawn.arrays, there), "encoder", IDS)
+    np.testing.assert_array_equal(toys.hidden(pair, params, "encoder", IDS), expected)
+    flat = toys.flat(params)
+    new = [path for path in flat if path.startswith(("decoder/", "head"))]
+    new += ["embedding"] if separate else []
+    assert report.new == sum(flat[path].size for path in new)
+    fresh = toys.flat(model.initialize(pair, jax.random.key(0)))
+    for path in new:
+        np.testing.assert_array_equal(flat[path], fresh[path], err_msg=path)

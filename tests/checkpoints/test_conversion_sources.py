@@ -5,6 +5,7 @@ import dataclasses
 import json
 import struct
 
+import fuzzing
 import ml_dtypes
 import numpy as np
 import pytest
@@ -312,3 +313,20 @@ def test_any_broken_byte_of_a_file_is_refused_or_harmless(whole, data):
         pass
     finally:
         file.write_bytes(content)
+
+
+def test_a_header_of_many_names_with_one_twice_is_refused_in_linear_time(tmp_path):
+    row = '"n%d": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}'
+    names = [*range(150_000), 149_999]
+    text = "{" + ", ".join(row % number for number in names) + "}"
+    with_header(tmp_path / "model.safetensors", text.encode())
+    with fuzzing.limits(), pytest.raises(SourceError, match="n149999 stands twice"):
+        safetensors_files.open_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "head_dim", "intermediate_size"])
+def test_a_size_that_no_tensor_has_is_refused_before_it_is_used(whole, field):
+    path = whole / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 2 * 10**9}))
+    with fuzzing.limits(), pytest.raises(ValueError, match="2,000,000,000, and no tensor has"):
+        tensors.open_hugging_face_tensors(whole).weights()

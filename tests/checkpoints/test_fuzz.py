@@ -10,14 +10,16 @@ import fuzzing
 import jax
 import numpy as np
 import pytest
+from conversion_toys import T5, Drawn, write_ours
 from flax import serialization
 from fuzz_targets import TARGETS
 
 from t5x_lite import config, sharding
-from t5x_lite.checkpoints import zarr_arrays
+from t5x_lite.checkpoints import manager, run_folder, zarr_arrays
 from t5x_lite.checkpoints.formats import t5x_files
+from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.data import file_formats, files
-from t5x_lite.tokenizers import huggingface_tokenizer
+from t5x_lite.tokenizers import huggingface_tokenizer, vocabularies
 from t5x_lite.tokenizers.errors import SourceError
 
 # A seed not to be tuned: `benchmarks/fuzz.py` tries others, many more times.
@@ -125,6 +127,56 @@ def test_a_shape_that_no_file_can_fill_is_not_believed(tmp_path):
         zarr_arrays.ArrayReader(tmp_path, zarr.parent.name, ocdbt=False)
 
 
+@pytest.mark.parametrize("chunks", [[2**32, 8], [40, 2**40], [2**62, 8], [0, 8], "x"])
+def test_chunks_that_no_array_fills_are_refused_before_they_are_decoded(tmp_path, chunks):
+    TARGETS["t5x"].make(tmp_path)
+    zarr = next(tmp_path.glob("target.*embedding/.zarray"))
+    edited_json(zarr, lambda about: about.update(chunks=chunks))
+    with pytest.raises(SourceError, match=zarr.parent.name):
+        t5x_files.T5XTensors(tmp_path)
+
+
+def test_chunks_of_a_run_folder_are_compared_too(tmp_path):
+    folder = write_ours(tmp_path / "run", T5, Drawn(T5))
+    zarr = folder / "checkpoints/0/params/embedding/.zarray"
+    edited_json(zarr, lambda about: about.update(chunks=[2**32, 8]))
+    with pytest.raises(ValueError, match="its chunks, .* are larger than the array"):
+        manager.load_params(folder, 0)
+
+
+def test_two_weights_in_one_folder_are_refused(tmp_path):
+    TARGETS["t5x"].make(tmp_path)
+    tree = serialization.msgpack_restore((tmp_path / "checkpoint").read_bytes())
+    one, other, *_ = t5x_files.flatten_leaves(tree["optimizer"]["target"]).values()
+    other["kvstore"] = one["kvstore"]
+    other["metadata"] = one["metadata"]
+    (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
+    with pytest.raises(SourceError, match=" and .* both lie in .*target"):
+        t5x_files.T5XTensors(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_paths_and_metadata_that_nest_are_refused_by_name(tmp_path, depth):
+    (tmp_path / "t5x").mkdir()
+    TARGETS["t5x_orbax"].make(tmp_path / "t5x")
+    about = next(tmp_path.rglob("_METADATA"))
+
+    def nest(content):
+        _, value = content["tree_metadata"].popitem()
+        content["tree_metadata"]["(" * depth + ")" * depth] = value
+
+    edited_json(about, nest)
+    with pytest.raises(SourceError, match="t5x"):
+        t5x_files.T5XTensors(tmp_path / "t5x")
+    about.write_text("[" * depth)
+    with pytest.raises(SourceError, match="t5x"):
+        t5x_files.T5XTensors(tmp_path / "t5x")
+    folder = write_ours(tmp_path / "run", T5, Drawn(T5))
+    (folder / "checkpoints/0/note/metadata").write_text('{"note":' * depth)
+    with pytest.raises(ValueError, match="metadata"):
+        manager.load_params(folder, 0)
+
+
 @pytest.mark.parametrize("way", ["../../elsewhere", "/etc"])
 def test_a_path_in_a_checkpoint_cannot_lead_outside(tmp_path, way):
     TARGETS["t5x_orbax"].make(tmp_path)
@@ -161,3 +213,22 @@ def test_an_id_that_no_vocabulary_has_is_reported(tmp_path, name):
     edited_json(tmp_path / name, enlarge)
     with pytest.raises(ValueError, match="4,000,000,000; no vocabulary has"):
         huggingface_tokenizer.read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["head_dim", "layers", "mlp"])
+def test_sizes_in_a_runs_config_are_compared_before_a_model_is_made(tmp_path, field):
+    folder = write_ours(tmp_path / "run", T5, Drawn(T5))
+    symbols = vocabularies.SymbolVocabulary("abc")
+    vocabularies.save_pair(folder / "vocabulary", symbols, symbols)
+    path = folder / "config.gin"
+    lines = path.read_text().splitlines()
+    ours = [
+        f"{line.partition('=')[0]}= 2000000000" if f".{field} =" in line else line for line in lines
+    ]
+    path.write_text("\n".join(ours))
+    for door in (
+        run_folder.SavedWeights,
+        lambda path: open_checkpoint(path).load(),
+    ):
+        with fuzzing.limits(), pytest.raises(ValueError, match="and no tensor has a size"):
+            door(folder)

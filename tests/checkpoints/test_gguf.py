@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_lite import config, sharding
-from t5x_lite.checkpoints import tensors, weights
+from t5x_lite.checkpoints import matching, tensors, weights
 from t5x_lite.checkpoints.formats import gguf as source
 from t5x_lite.checkpoints.formats import gguf_config, gguf_file, huggingface
 from t5x_lite.checkpoints.opening import open_checkpoint
@@ -229,3 +229,156 @@ def test_a_count_of_layers_that_the_file_does_not_have_is_refused_at_once(tmp_pa
     toys.write(path, "llama", drawn, fields=toys.metadata("llama") | {"block_count": 2**31})
     with pytest.raises(GgufError, match="block_count is 2147483648, but .* 6 layers"):
         gguf_config.read_gguf_config(source.GgufTensors(path))
+
+
+def llama_file(path, fields=None, **extra):
+    """A whole toy Llama with further metadata: of its architecture, and by whole names."""
+    drawn = toys.converted("llama", toys.draw("llama"))
+    fields = toys.metadata("llama") | (fields or {})
+    toys.write(path, "llama", drawn, fields=fields, extra=extra)
+    return path
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "fields, scaling",
+    [
+        ({"rope.scale_linear": 4.0}, LINEAR),
+        ({"rope.scaling.factor": 4.0}, LINEAR),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, LINEAR),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, LINEAR),
+        ({"rope.scale_linear": 1.0}, None),
+        ({"rope.scale_linear": 0.0}, None),
+    ],
+)
+def test_positions_are_scaled_as_llama_cpp_scales_them(tmp_path, fields, scaling):
+    read = source.GgufTensors(llama_file(tmp_path / "toy.gguf", fields))
+    assert gguf_config.hugging_face_config(read).get("rope_scaling") == scaling
+    stack = gguf_config.read_gguf_config(read).decoder
+    expected = scaling and config.RotaryScaling("linear", 4.0)
+    assert stack.rotary_scaling == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention.scale": 0.5},
+        {"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_fast": 32.0},
+        {"attention.sliding_window": 64},
+        {"expert_count": 8},
+        {"logit_scale": 0.25},
+        {"attention.causal": False},
+        {"new_in_2030": 1},
+    ],
+)
+def test_metadata_that_may_mean_another_computation_is_refused(tmp_path, fields):
+    read = source.GgufTensors(llama_file(tmp_path / "toy.gguf", fields))
+    with pytest.raises(GgufError, match=f"llama.{list(fields)[-1]} = .*--remove-metadata"):
+        gguf_config.read_gguf_config(read)
+
+
+def test_metadata_that_changes_nothing_is_read(tmp_path):
+    fields = {"expert_count": 0, "attention.causal": True, "vocab_size": 9, "logit_scale": 1.0}
+    read = source.GgufTensors(llama_file(tmp_path / "toy.gguf", fields))
+    plain = source.GgufTensors(llama_file(tmp_path / "plain.gguf"))
+    assert gguf_config.read_gguf_config(read) == gguf_config.read_gguf_config(plain)
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ({"split.count": 3, "split.no": 0}, "part 1 of 3 .*llama-gguf-split --merge"),
+        ({"general.type": "adapter"}, "general.type 'adapter'.*LoRA"),
+        ({"general.type": "mmproj"}, "general.type 'mmproj': it is no model"),
+    ],
+)
+def test_a_part_of_a_model_says_what_it_is(tmp_path, extra, message):
+    with pytest.raises(GgufError, match=message):
+        source.GgufTensors(llama_file(tmp_path / "toy.gguf", **extra))
+
+
+def test_a_t5_says_where_it_is_read_from(tmp_path):
+    toys.write(
+        tmp_path / "toy.gguf", "t5", {"token_embd.weight": np.ones((4, 32), np.float32)}, fields={}
+    )
+    with pytest.raises(GgufError, match="is a T5 .* Hugging Face folder"):
+        source.GgufTensors(tmp_path / "toy.gguf")
+
+
+def table_offsets(path) -> dict[str, int]:
+    """Place in the file of each tensor's offset."""
+    reader = gguf.GGUFReader(path)
+    return {
+        each.name: each.field.offset + sum(part.nbytes for part in each.field.parts[:-1])
+        for each in reader.tensors
+    }
+
+
+@pytest.mark.parametrize("change", ["another tensor's", "misaligned", "overlapping"])
+def test_tensors_lie_one_after_the_other(tmp_path, change):
+    path = llama_file(tmp_path / "toy.gguf")
+    content, places = bytearray(path.read_bytes()), table_offsets(path)
+    one, other = "blk.0.attn_q.weight", "blk.1.attn_q.weight"
+
+    def offset(name):
+        return int.from_bytes(content[places[name] : places[name] + 8], "little")
+
+    moved = {
+        "another tensor's": offset(one),
+        "misaligned": offset(other) - 4,
+        "overlapping": offset(other) - 32,
+    }
+    content[places[other] : places[other] + 8] = moved[change].to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(GgufError, match="should begin at byte .* begins at"):
+        source.GgufTensors(path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"attention.head_count": 0}, "head_count is 0, not a number"),
+        ({"attention.head_count_kv": 0}, "head_count_kv is 0, not a number"),
+        ({"embedding_length": 10**9}, "embedding_length is 1000000000"),
+        ({"attention.key_length": 10**9}, "key_length is 1000000000, not a number"),
+        ({"feed_forward_length": 0}, "feed_forward_length is 0"),
+        ({"attention.head_count": "many"}, "head_count is 'many'"),
+        ({"rope.freq_base": "x"}, "toy.gguf"),
+    ],
+)
+def test_sizes_are_compared_with_the_file_before_anything_is_made_of_them(
+    tmp_path, fields, message
+):
+    path = llama_file(tmp_path / "toy.gguf", fields)
+    with pytest.raises(GgufError, match=message):
+        gguf_config.read_gguf_config(source.GgufTensors(path))
+
+
+def test_too_many_values_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    path = llama_file(tmp_path / "toy.gguf")
+    monkeypatch.setattr(gguf_file, "MAX_VALUES", toys.VOCABULARY - 1)
+    with pytest.raises(GgufError, match="array of 48 values"):
+        gguf_file.open_gguf(path)
+    monkeypatch.setattr(gguf_file, "MAX_ENTRIES", 3)
+    with pytest.raises(GgufError, match=r"should have \d+ tensors"):
+        gguf_file.open_gguf(path)
+
+
+def test_the_plan_names_what_is_done_to_the_values(tmp_path):
+    path = tmp_path / "toy.gguf"
+    toys.write(path, "gemma2", toys.converted("gemma2", toys.draw("gemma2")), KINDS.Q8_0)
+    mapped = tensors.map_gguf_tensors(source.GgufTensors(path))
+    table = matching.format_plan(mapped.plan(), mapped.source.names).splitlines()
+    steps = {line.split()[0]: line for line in table[2:]}
+    assert steps["output_norm.weight"].endswith("minus one")
+    assert steps["blk.{layer}.ffn_norm.weight"].endswith("minus one")
+    assert "dequantized from Q8_0" in steps["blk.{layer}.attn_q.weight"]
+    assert not any("as it is" in line for line in steps.values())
+
+
+def test_the_context_of_a_file_is_kept_for_an_export(tmp_path):
+    mapped = tensors.map_gguf_tensors(source.GgufTensors(llama_file(tmp_path / "toy.gguf")))
+    assert mapped.kept.config == {"max_position_embeddings": toys.LENGTH}

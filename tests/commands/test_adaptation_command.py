@@ -83,6 +83,7 @@ def test_the_command_writes_a_run_folder_that_gives_the_source_back(lone, tmp_pa
         (["--source={lone}", "--encoder_source=nowhere"], "Adaptation.encoder_source"),
         (["--source={lone}", "--to=decoder_only", "--encoder_source={lone}"], "no encoder"),
         (["--source={lone}", "--cross_scale=2"], "cross_scale must be in [0, 1]"),
+        (["--source={lone}", "--to=decoder_only", "--new_decoder=1"], "--new_decoder belongs to"),
     ],
 )
 def test_mistakes_of_the_command_are_reported_in_one_line(lone, arguments, word, tmp_path, capsys):
@@ -92,6 +93,15 @@ def test_mistakes_of_the_command_are_reported_in_one_line(lone, arguments, word,
     error = capsys.readouterr().err
     assert caught.value.code == 2 and word in error and error.count("\n") <= 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_new_shallow_decoder_is_a_flag(lone, tmp_path, capsys):
+    arguments = [f"--source={tmp_path / 'lone'}", f"--output={tmp_path / 'out'}"]
+    adapt.main([*arguments, "--new_decoder=1"])
+    layers = open_checkpoint(tmp_path / "lone").model.decoder.layers
+    made = open_checkpoint(tmp_path / "out").model
+    assert (made.encoder.layers, made.decoder.layers) == (layers, 1) and layers > 1
+    assert "new: drawn as for pretraining" in capsys.readouterr().err
 
 
 def test_a_t5gemma_made_of_a_gemma_gives_transformers_the_same_logits(lone, tmp_path):

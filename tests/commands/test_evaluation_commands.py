@@ -4,6 +4,7 @@
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -339,3 +340,39 @@ def test_sessions_import_no_tensorflow_and_the_module_itself_nothing_heavy():
         "assert not {'tensorflow', 'seqio'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_a_line_without_end_is_one_broken_record_and_never_in_memory(tmp_path, monkeypatch, jsonl):
+    monkeypatch.setattr(records, "MOST_BYTES", 64)
+    good = b'{"input": "cat"}\n'
+    sizes = (63, 64, 65, 128, 129, 130, 10_000)
+    content = good + b"".join(size * b"x" + b"\n" + good for size in sizes) + 300 * b"y"
+    (tmp_path / "in").write_bytes(content)
+    source = records.Source(str(tmp_path / "in"), jsonl, "input")
+    listed = list(source.records())
+    assert len(listed) == source.count() == 2 + 2 * len(sizes)
+    assert all(record.trouble is None for record in listed[0:-1:2])
+    long = [record.trouble for record in listed[1::2]]
+    assert ["longer than 64 bytes" in (trouble or "") for trouble in long] == [False, *7 * [True]]
+
+
+def test_an_input_without_end_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a regular file"):
+        records.Source(str(tmp_path / "pipe"), False, "input").count()
+
+
+@pytest.mark.parametrize("name", ["inputs", "targets"])
+def test_an_empty_text_is_legal_where_the_tokenizer_ends_it(name):
+    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+    cfg = config.Model(vocab=64, encoder=STACK, decoder=STACK, dtype="float32")
+    params = model.initialize(cfg, jax.random.key(0))
+    letters = vocabularies.SymbolVocabulary("abc")
+    texts = {"inputs": ["ab", "a"], "targets": ["ab", "a"]} | {name: ["ab", ""]}
+    assert len(predict.Predictor(cfg, params, (letters, letters)).score(**texts)) == 2
+    bare = predict.Predictor(cfg, params, (letters, letters), ended=False)
+    bare.targets.ends = False
+    word = "Input" if name == "inputs" else "Target"
+    with pytest.raises(ValueError, match=f"{word} 1 is empty, and the tokenizer adds no token"):
+        bare.score(**texts)

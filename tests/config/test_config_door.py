@@ -3,6 +3,7 @@
 
 import time
 
+import fuzzing
 import pytest
 
 from t5x_lite.config import gin_check, gin_file
@@ -57,6 +58,18 @@ def refused(folder, text: str, begin: str = BEGIN) -> str:
 def test_what_is_more_than_data_is_told_with_its_line(tmp_path, text, word):
     message = refused(tmp_path, text)
     assert word in message and "bad.gin:2" in message, message
+
+
+@pytest.mark.parametrize("size", [4_000, 16_000])
+def test_a_text_of_nothing_much_is_read_in_linear_time(tmp_path, size):
+    path = tmp_path / "blank.gin"
+    path.write_text(BEGIN + size * "\n" + "config.Run.seed = 1\n")
+    with fuzzing.limits():
+        assert gin_file.load_run([str(path)]).seed == 1
+        message = refused(tmp_path, "config.Run.seed = " + 20 * size * "9")
+        assert "digits" in message and len(message) < 2000
+        message = refused(tmp_path, 20 * size * "a" + ".b = 3")
+        assert "is not a dataclass" in message and len(message) < 2000
 
 
 def test_code_named_in_a_config_does_not_run(tmp_path):

@@ -293,7 +293,7 @@ def test_a_request_that_no_model_can_answer_says_why():
     cfg = KINDS["encoder_decoder"]
     with pytest.raises(ValueError, match="vocabulary 0..63"):
         decoding.make_request(cfg, [[3], [64]], GREEDY)
-    with pytest.raises(ValueError, match="Example 1 is empty"):
+    with pytest.raises(ValueError, match="Input 1 is empty"):
         decoding.make_request(cfg, [[3], []], GREEDY)
     with pytest.raises(ValueError, match="no rows"):
         decoding.make_request(cfg, [], GREEDY)

@@ -108,6 +108,19 @@ def test_a_models_own_pooling_is_kept(mesh):
     np.testing.assert_array_equal(vectors, same)
 
 
+def test_a_text_is_cut_as_sentence_transformers_cuts_it(mesh):
+    pooling = config.Pooling("mean", max_length=5)
+    cfg = dataclasses.replace(MODELS["encoder"], pooling=pooling)
+    params = params_of(cfg)
+    predictor = predictor_of(cfg, params)
+    # Four letters and the end: the beginning of a longer text has the same vector.
+    cut, whole = embed.embed(predictor, ["helloagain", "hell"])
+    np.testing.assert_allclose(cut, whole, atol=1e-6)
+    uncut = predictor_of(dataclasses.replace(cfg, pooling=config.Pooling("mean")), params)
+    np.testing.assert_allclose(embed.embed(uncut, ["hell"])[0], cut, atol=1e-6)
+    assert np.abs(embed.embed(uncut, ["helloagain"])[0] - cut).max() > 1e-3
+
+
 def test_no_texts_are_no_vectors(mesh):
     assert embed.embed(predictor_of(MODELS["t5"]), []).shape == (0, 16)
 
@@ -115,7 +128,7 @@ def test_no_texts_are_no_vectors(mesh):
 def test_texts_that_cannot_be_read_are_errors(mesh):
     with pytest.raises(ValueError, match="pooled by mean, first, last; got 'max'"):
         embed.embed(predictor_of(MODELS["t5"]), ["a"], "max")
-    with pytest.raises(ValueError, match="Text 1 has 72 tokens, but the model has 64 positions"):
+    with pytest.raises(ValueError, match="Text 1 takes 72 positions, but the model has 64"):
         embed.embed(predictor_of(MODELS["learned"]), ["a", 70 * "a"])
 
 

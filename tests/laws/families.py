@@ -120,6 +120,12 @@ LLAMA_LIKE = {
         dict(num_hidden_layers=3, rope_parameters=STRETCHED, sliding_window=4)
         | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
     ),
+    # transformers has the field in a Gemma 3 and does not compute it.
+    "gemma3, a softcap that is ignored": (
+        "never",
+        GEMMA3,
+        dict(attn_logit_softcapping=0.5, num_hidden_layers=2),
+    ),
     "gemma3, windows only": (
         "never",
         GEMMA3,

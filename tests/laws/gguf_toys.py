@@ -56,7 +56,12 @@ def metadata(architecture: str) -> dict:
 
 
 def write(
-    path: Path, architecture: str, tensors: dict, kind=None, fields: dict | None = None
+    path: Path,
+    architecture: str,
+    tensors: dict,
+    kind=None,
+    fields: dict | None = None,
+    extra: dict | None = None,
 ) -> None:
     """Writes a .gguf file.
 
@@ -66,11 +71,14 @@ def write(
       tensors: arrays under GGUF's names.
       kind: quantization of matrices; None for none.
       fields: metadata; None for that of the toy model.
+      extra: metadata by whole names.
     """
     writer = gguf.GGUFWriter(path, architecture)
-    for name, value in (metadata(architecture) if fields is None else fields).items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{architecture}.{name}", value)
+    fields = metadata(architecture) if fields is None else fields
+    named = {f"{architecture}.{name}": value for name, value in fields.items()} | (extra or {})
+    kinds = {float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
+    for name, value in named.items():
+        kinds.get(type(value), writer.add_uint32)(name, value)
     writer.add_token_list([f"<{n}>" for n in range(VOCABULARY)])
     writer.add_eos_token_id(1)
     writer.add_bos_token_id(2)

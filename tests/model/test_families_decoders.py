@@ -47,6 +47,20 @@ def read(kind: str, names=("lm_head.weight",), **changes) -> config.Model:
     return family_of_config(config_json).parse_config(config_json, names)
 
 
+IGNORED = {
+    "llama": ("layer_types", ["full_attention"] * 2),
+    "gemma3_text": ("attn_logit_softcapping", 50.0),
+}
+
+
+@pytest.mark.parametrize("kind", IGNORED)
+def test_a_field_that_transformers_does_not_compute_is_named_and_changes_nothing(kind):
+    name, value = IGNORED[kind]
+    with pytest.warns(UserWarning, match=f"{name} changes nothing"):
+        cfg = read(kind, **{name: value})
+    assert cfg == read(kind)
+
+
 def test_qwen_uses_windows_only_where_config_json_says_so():
     whole = read("qwen2", sliding_window=4, max_window_layers=0)
     assert whole.decoder.pattern == ("full",) and whole.decoder.window is None
@@ -210,7 +224,6 @@ UNREADABLE = [
     ("yarn", "qwen2", {"rope_scaling": YARN}),
     ("use_bidirectional_attention", "gemma3_text", {"use_bidirectional_attention": True}),
     ("use_bidirectional_attention", "gemma", {"use_bidirectional_attention": True}),
-    ("attn_logit_softcapping", "gemma3_text", {"attn_logit_softcapping": 50.0}),
     ("final_logit_softcapping", "gemma", {"final_logit_softcapping": 30.0}),
     ("hidden_activation", "gemma2", {"hidden_activation": "gelu"}),
     ("query_pre_attn_scalar", "gemma2", {"query_pre_attn_scalar": 0}),

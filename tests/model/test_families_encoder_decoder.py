@@ -41,7 +41,6 @@ UNKNOWN = {
     "layer_types": changed("t5gemma_s_s", "decoder", layer_types=8 * ["chunked_attention"]),
     "vocab_size": changed("t5gemma_s_s", "decoder", vocab_size=256128),
     "rope_type ": changed("t5gemma2_270m", "decoder", rope_parameters=STRETCHED),
-    "attn_logit_softcapping": changed("t5gemma2_270m", "encoder", attn_logit_softcapping=50.0),
     "use_bidirectional_attention": changed(
         "t5gemma2_270m", "encoder", use_bidirectional_attention=True
     ),
@@ -52,6 +51,13 @@ UNKNOWN = {
 def test_what_is_not_implemented_is_refused_by_name(field, described):
     with pytest.raises(ValueError, match=f"config.json: .*{field.strip()}"):
         family_of_config(described).parse_config(described, ["decoder.x"])
+
+
+def test_a_softcap_that_transformers_does_not_compute_is_named_and_changes_nothing():
+    described = changed("t5gemma2_270m", "encoder", attn_logit_softcapping=50.0)
+    with pytest.warns(UserWarning, match="attn_logit_softcapping changes nothing"):
+        cfg = t5gemma2.parse_config(described, [])
+    assert cfg == t5gemma2.parse_config(RELEASED_ENCODER_DECODERS["t5gemma2_270m"][0], [])
 
 
 def test_an_older_t5gemma2_config_is_read_alike():

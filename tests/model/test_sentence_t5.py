@@ -102,10 +102,46 @@ def test_written_pooling_is_read_again(pooling, tmp_path):
     assert (sentence_t5.dense_file(tmp_path) is None) == (pooling.project is None)
 
 
+@pytest.mark.parametrize(
+    "mode, kind", [("mean", "mean"), ("cls", "first"), (["lasttoken"], "last")]
+)
+def test_a_pooling_mode_by_name_is_read(sentence_folder, mode, kind):
+    file = sentence_folder[0] / "1_Pooling/config.json"
+    file.write_text(json.dumps({"embedding_dimension": 16, "pooling_mode": mode}))
+    assert tensors.open_hugging_face_tensors(sentence_folder[0]).model.pooling.kind == kind
+
+
+LENGTHS = {
+    "its own": ({"sentence_bert_config": {"max_seq_length": 6, "do_lower_case": False}}, 6),
+    "the tokenizer's": (
+        {
+            "sentence_bert_config": {"max_seq_length": None},
+            "tokenizer_config": {"model_max_length": 9},
+        },
+        9,
+    ),
+    "no file": ({"tokenizer_config": {"model_max_length": 9}}, 9),
+    "none": ({"tokenizer_config": {"model_max_length": int(1e30)}}, None),
+}
+
+
+@pytest.mark.parametrize("files, longest", LENGTHS.values(), ids=LENGTHS)
+def test_the_length_of_texts_is_read_and_written_back(sentence_folder, files, longest):
+    folder = sentence_folder[0]
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    cfg = tensors.open_hugging_face_tensors(folder).model
+    assert cfg.pooling.max_length == longest
+    back = sentence_t5.export_files(cfg).get("sentence_bert_config.json", {})
+    assert back.get("max_seq_length") == longest
+
+
 BROKEN = {
     "a max": ("1_Pooling", {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}),
     "two modes": ("1_Pooling", {"pooling_mode_cls_token": True}),
     "a bias": ("2_Dense", {"bias": True}),
+    "a max by name": ("1_Pooling", {"pooling_mode": "max"}),
+    "two by name": ("1_Pooling", {"pooling_mode": ["mean", "cls"]}),
     "a tanh": ("2_Dense", {"activation_function": "torch.nn.modules.activation.Tanh"}),
 }
 
@@ -114,7 +150,9 @@ BROKEN = {
 def test_another_pooling_than_sentence_t5s_is_refused(sentence_folder, place, change):
     file = sentence_folder[0] / place / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=f"{place}/config.json: .*{list(change)[-1]}"):
+    value = change[list(change)[-1]]
+    word = value if value == "max" else "mean, cls" if isinstance(value, list) else list(change)[-1]
+    with pytest.raises(ValueError, match=f"{place}/config.json: .*{word}"):
         tensors.open_hugging_face_tensors(sentence_folder[0])
 
 
@@ -123,4 +161,22 @@ def test_another_module_is_refused(sentence_folder):
     extra = {"idx": 4, "name": "4", "path": "4_CNN", "type": "sentence_transformers.models.CNN"}
     file.write_text(json.dumps([*json.loads(file.read_text()), extra]))
     with pytest.raises(ValueError, match="CNN"):
+        tensors.open_hugging_face_tensors(sentence_folder[0])
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("modules.json", "[1]"),
+        ("modules.json", "[" * 100_000),
+        ("modules.json", '[{"type": "a.Transformer", "path": "../.."}]'),
+        ("1_Pooling/config.json", "[]"),
+        ("2_Dense/config.json", "{}"),
+        ("sentence_bert_config.json", '{"max_seq_length": -1}'),
+        ("sentence_bert_config.json", '{"max_seq_length": 6, "do_lower_case": true}'),
+    ],
+)
+def test_broken_files_of_sentence_transformers_are_refused_by_name(sentence_folder, name, content):
+    (sentence_folder[0] / name).write_text(content)
+    with pytest.raises(ValueError, match=sentence_folder[0].name):
         tensors.open_hugging_face_tensors(sentence_folder[0])

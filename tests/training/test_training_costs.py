@@ -83,7 +83,9 @@ def test_steps_done_again_after_a_restart_count_once(tmp_path):
         kept.write(number, {"loss": loss})
     kept.close()
     with open(tmp_path / metric_writers.METRICS, "a") as file:
-        file.write('{"step": 3, "train/lo')
+        # Lines of something else are no values, and the last one may be half written.
+        file.write('[]\n{}\n3\n{"step": "x", "train/loss": 1}\n{"step": 2, "train/loss": []}\n')
+        file.write("[" * 100_000 + '\n{"step": 3, "train/lo')
     assert metric_writers.read_metrics(tmp_path) == {"train/loss": {1: 3.5, 2: 2.0}}
 
 

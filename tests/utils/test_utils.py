@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of near names and of files that appear whole."""
+"""Laws of near names, of files that appear whole, and of files that somebody else wrote."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from t5x_lite.utils import atomic_files, extras, nearest
+from t5x_lite.utils import atomic_files, bounded_files, extras, nearest
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,3 +59,30 @@ def test_messages_name_extras_that_exist_and_never_the_name_that_is_on_no_index(
         used |= set(re.findall(r"install_command\([\"'](\w+)", text))
     assert len(used) >= 4 and used <= known["optional-dependencies"].keys()
     assert known["authors"] and known["keywords"] and len(known["classifiers"]) > 8
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[" * 100_000, "nests too deep"),
+        (b'{"a":' * 100_000, "nests too deep"),
+        (b"[" + b"1," * 2**19 + b"1]", "at most 1,048,576 are read"),
+        (b"[1]", "holds list"),
+    ],
+)
+def test_json_that_cannot_be_read_names_the_file_and_the_reason(tmp_path, content, reason):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(bounded_files.UnreadableFileError, match=f"x.json.*{reason}"):
+        bounded_files.read_json_object(path, most=2**20)
+
+
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", "/dev/zero", tmp_path):
+        with pytest.raises(bounded_files.UnreadableFileError, match="is not a regular file"):
+            bounded_files.read_json(path)
+    with pytest.raises(FileNotFoundError):
+        bounded_files.read_json(tmp_path / "absent.json")

@@ -5,9 +5,11 @@ Changes of llama.cpp's converter are undone here: other names, rotary halves int
 queries and keys, Gemma's norms with one added, GPT-2's matrices transposed.
 """
 
+import fnmatch
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,8 @@ ARCHITECTURES = {
     "gemma3": "gemma3_text",
     "gpt2": "gpt2",
 }
+
+ENCODER_DECODERS = ("t5", "t5encoder")
 
 # Hugging Face's names, without "model." or "transformer.", and GGUF's.
 NAMES = {
@@ -82,13 +86,8 @@ class GgufTensors:
     def __init__(self, path: str | Path):
         self.file = gguf_file.open_gguf(path)
         self.path, self.metadata = self.file.path, self.file.metadata
-        architecture = self.metadata.get("general.architecture")
-        if architecture not in ARCHITECTURES:
-            raise GgufError(
-                f"{path}: general.architecture is {architecture!r}; those that can be read "
-                f"are {', '.join(ARCHITECTURES)}"
-            )
-        self.architecture: str = architecture
+        check_whole_model(self.path, self.metadata)
+        self.architecture: str = self.metadata["general.architecture"]
         self.kinds = {name: tensor.kind for name, tensor in self.file.tensors.items()}
         self.names = {
             name: (tensor.shape, self.dtype(name)) for name, tensor in self.file.tensors.items()
@@ -129,11 +128,48 @@ class GgufTensors:
 
     def entries(self, cfg: config.Model) -> list[Entry]:
         """The family's table with the names and the layout of the file."""
-        return [rename_entry(entry, self.architecture) for entry in self.family().entries(cfg)]
+        renamed = [rename_entry(entry, self.architecture) for entry in self.family().entries(cfg)]
+        return [entry._replace(change=self.describe_change(entry.theirs)) for entry in renamed]
+
+    def describe_change(self, theirs: str) -> str:
+        """The change of a tensor's values when it is read, in words; {layer} stands for any."""
+        pattern = theirs.replace("{layer}", "*")
+        kinds = {kind for name, kind in self.kinds.items() if fnmatch.fnmatchcase(name, pattern)}
+        quantized = sorted(kinds - FLOATS.keys() - {"BF16"})
+        words = [f"dequantized from {' and '.join(quantized)}"] if quantized else []
+        return ", ".join([*words, *(["minus one"] if self.adds_one(theirs) else [])])
 
     def ignored(self) -> tuple[str, ...]:
         """Tensors that are not weights: they were read into the config."""
         return ("rope_freqs.weight",)
+
+
+def check_whole_model(path: Path, metadata: dict[str, Any]) -> None:
+    """Raises GgufError unless a file holds a whole model of an architecture that is known here."""
+    architecture = metadata.get("general.architecture")
+    if metadata.get("split.count", 0) not in (0, 1):
+        number = metadata.get("split.no")
+        part = f"{number + 1} of {metadata['split.count']}" if isinstance(number, int) else "one"
+        raise GgufError(
+            f"{path} is part {part} of a model that gguf-split cut up: join them with llama.cpp's "
+            "llama-gguf-split --merge FIRST.gguf WHOLE.gguf"
+        )
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise GgufError(
+            f"{path} has general.type {kind!r}: it is no model by itself. Take the file of the "
+            "model; a LoRA adapter is merged into it with llama.cpp's llama-export-lora"
+        )
+    if architecture in ENCODER_DECODERS:
+        raise GgufError(
+            f"{path} is a T5 (general.architecture {architecture!r}), which is read only from its "
+            "Hugging Face folder (config.json and safetensors)"
+        )
+    if architecture not in ARCHITECTURES:
+        raise GgufError(
+            f"{path}: general.architecture is {architecture!r}; those that can be read are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
 
 
 def gguf_names(architecture: str) -> dict[str, str]:

@@ -13,6 +13,39 @@ from t5x_lite.checkpoints.formats.gguf import ARCHITECTURES, GgufTensors, gguf_n
 from t5x_lite.checkpoints.formats.huggingface.fields import alternate_layer_types
 from t5x_lite.tokenizers.errors import GgufError
 
+# Metadata of an architecture, without its name: what is read, what no logit depends on, and what
+# changes the computation, with the only values that are computed here.
+READ = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+)
+READ_OF_GEMMA = ("attention.sliding_window", "attention.sliding_window_pattern")
+READ_OF_GEMMA += ("attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa")
+UNUSED = ("context_length", "vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
+UNUSED += ("expert_used_count", "pooling_type")
+VALUES = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "use_parallel_residual": (False,),
+    "rope.scaling.attn_factor": (1.0,),
+    "logit_scale": (1.0,),
+}
+
 
 def read_gguf_config(source: GgufTensors) -> config.Model:
     """The config of the model in a file.
@@ -48,11 +81,15 @@ def hugging_face_config(source: GgufTensors) -> dict[str, Any]:
       GgufError: a field is missing, or the file has an attention that is not known here.
     """
     architecture, metadata = source.architecture, source.metadata
+    check_metadata(source)
     field = GgufFields(source)
     check_layers(source, field("block_count"))
-    if metadata.get(f"{architecture}.expert_count"):
-        raise GgufError(f"{source.path}: {architecture}.expert_count: mixtures are not known here")
     embedding = source.names.get("token_embd.weight", ((0, 0), None))[0]
+    if embedding[1:] != (field.count("embedding_length"),):
+        raise GgufError(
+            f"{source.path}: {architecture}.embedding_length is {field('embedding_length')}, but "
+            f"token_embd.weight is {list(embedding)}"
+        )
     shared: dict[str, Any] = {"model_type": ARCHITECTURES[architecture], "vocab_size": embedding[0]}
     shared |= {
         name: metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -61,11 +98,11 @@ def hugging_face_config(source: GgufTensors) -> dict[str, Any]:
     shared["tie_word_embeddings"] = "output.weight" not in source.names
     if architecture == "gpt2":
         return shared | {
-            "n_embd": field("embedding_length"),
-            "n_layer": field("block_count"),
-            "n_head": field("attention.head_count"),
+            "n_embd": field.count("embedding_length"),
+            "n_layer": field.count("block_count"),
+            "n_head": field.count("attention.head_count"),
             "n_positions": source.names.get("position_embd.weight", ((0,), None))[0][0],
-            "n_inner": field("feed_forward_length"),
+            "n_inner": field.count("feed_forward_length"),
             "layer_norm_epsilon": field("attention.layer_norm_epsilon"),
             "activation_function": "gelu_new",
         }
@@ -74,6 +111,23 @@ def hugging_face_config(source: GgufTensors) -> dict[str, Any]:
         | decoder_fields(source, field)
         | GEMMA.get(architecture, llama_fields)(source, field)
     )
+
+
+def check_metadata(source: GgufTensors) -> None:
+    """Raises GgufError, naming the field, for metadata that may mean another computation."""
+    prefix = f"{source.architecture}."
+    read = READ + (READ_OF_GEMMA if source.architecture in ("gemma2", "gemma3") else ())
+    for key, value in source.metadata.items():
+        name = key.removeprefix(prefix)
+        if name == key or name in read or name in UNUSED or value in VALUES.get(name, ()):
+            continue
+        values = " or ".join(map(repr, VALUES.get(name, ())))
+        known = f"only {values} is computed here" if values else "it may change what is computed"
+        raise GgufError(
+            f"{source.path}: metadata field {key} = {value!r:.80} is not implemented: {known}. "
+            "Where it changes nothing, remove it: gguf-new-metadata --remove-metadata "
+            f"{key} IN.gguf OUT.gguf"
+        )
 
 
 def check_layers(source: GgufTensors, count: Any) -> None:
@@ -110,6 +164,20 @@ class GgufFields:
             raise GgufError(f"{self.source.path}: {key} differs from layer to layer: {value}")
         return shortest_decimal(value[0])
 
+    def count(self, name: str, *default: Any) -> Any:
+        """A field that counts something, no more than there are bytes in the file.
+
+        Raises:
+          GgufError: it is missing and has no default, or is not such a number.
+        """
+        value, most = self(name, *default), len(self.source.file.content)
+        if value is not None and not (type(value) is int and 0 < value <= most):
+            key = f"{self.source.architecture}.{name}"
+            raise GgufError(
+                f"{self.source.path}: {key} is {value!r}, not a number from 1 to {most:,}"
+            )
+        return value
+
 
 def shortest_decimal(value: Any) -> Any:
     """A float32 read as the decimal number that was written: 1e-05, not 9.999999747378752e-06."""
@@ -118,19 +186,21 @@ def shortest_decimal(value: Any) -> Any:
 
 def decoder_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
     """Fields of config.json that Llama, Qwen and Gemma share."""
-    heads, embed = field("attention.head_count"), field("embedding_length")
-    head_dim = field("attention.key_length", field("rope.dimension_count", embed // heads))
-    if field("rope.dimension_count", head_dim) != head_dim:
+    heads, embed = field.count("attention.head_count"), field.count("embedding_length")
+    head_dim = field.count(
+        "attention.key_length", field.count("rope.dimension_count", embed // heads)
+    )
+    if field.count("rope.dimension_count", head_dim) != head_dim:
         raise GgufError(f"{source.path}: rotary positions on a part of each head are not known")
-    if field("attention.value_length", head_dim) != head_dim:
+    if field.count("attention.value_length", head_dim) != head_dim:
         raise GgufError(f"{source.path}: values of another width than keys are not known here")
     fields = {
         "hidden_size": embed,
-        "num_hidden_layers": field("block_count"),
+        "num_hidden_layers": field.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "num_key_value_heads": field.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "intermediate_size": field("feed_forward_length"),
+        "intermediate_size": field.count("feed_forward_length"),
         "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": field("context_length"),
         "rope_theta": field("rope.freq_base", 10000.0),
@@ -152,10 +222,12 @@ def rope_scaling(
     """
     if "rope_freqs.weight" in source.names:
         return llama3_scaling(source, field, fields)
-    kind = field("rope.scaling.type", "none")
-    if kind == "none":
+    # As llama.cpp reads it: linear where no type is written, and the factor under two names.
+    kind = field("rope.scaling.type", "linear")
+    factor = float(field("rope.scaling.factor", field("rope.scale_linear", 0.0)) or 1.0)
+    if kind == "none" or (kind == "linear" and factor == 1):
         return None
-    return {"rope_type": kind, "factor": float(field("rope.scaling.factor", 1.0))}
+    return {"rope_type": kind, "factor": factor}
 
 
 def llama3_scaling(
@@ -219,30 +291,35 @@ def gemma_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
 def gemma2_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
     """Fields of config.json that Gemma 2 adds."""
     # llama.cpp knows the 27B by its 46 layers: its queries are scaled by width / heads.
-    width = field("embedding_length") // field("attention.head_count")
-    layers = field("block_count")
+    width = field.count("embedding_length") // field.count("attention.head_count")
+    layers = field.count("block_count")
     return gemma_fields(source, field) | {
-        "query_pre_attn_scalar": width if layers == 46 else field("attention.key_length"),
+        "query_pre_attn_scalar": width if layers == 46 else field.count("attention.key_length"),
         "attn_logit_softcapping": field("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": field("final_logit_softcapping", 30.0),
-        "sliding_window": field("attention.sliding_window", 4096),
-        "layer_types": alternate_layer_types(layers, 2),
+        "sliding_window": field.count("attention.sliding_window", 4096),
+        "layer_types": alternate_layer_types(layers, window_cycle(field, 2)),
     }
 
 
 def gemma3_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
     """Fields of config.json that Gemma 3 adds."""
     # Likewise, the 27B by its 62 layers. Sliding layers turn by the base of Gemma 2.
-    width = field("embedding_length") // field("attention.head_count")
-    layers = field("block_count")
+    width = field.count("embedding_length") // field.count("attention.head_count")
+    layers = field.count("block_count")
     return gemma_fields(source, field) | {
-        "query_pre_attn_scalar": width if layers == 62 else field("attention.key_length"),
+        "query_pre_attn_scalar": width if layers == 62 else field.count("attention.key_length"),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": field("final_logit_softcapping", None),
-        "sliding_window": field("attention.sliding_window"),
-        "layer_types": alternate_layer_types(layers, 6),
+        "sliding_window": field.count("attention.sliding_window"),
+        "layer_types": alternate_layer_types(layers, window_cycle(field, 6)),
         "rope_local_base_freq": field("rope.freq_base_swa", 10000.0),
     }
+
+
+def window_cycle(field: GgufFields, cycle: int) -> int:
+    """Layers from one without a window to the next, by default `cycle`."""
+    return field.count("attention.sliding_window_pattern", cycle)
 
 
 GEMMA = {"gemma": gemma_fields, "gemma2": gemma2_fields, "gemma3": gemma3_fields}

@@ -23,8 +23,9 @@ VERSIONS = (2, 3)
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 TEXT, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
-# No vocabulary has as many; a broken count in a large file would otherwise fill the memory.
-MAX_VALUES = 2**24
+# No file has as many; a broken count in a large file would otherwise fill the memory. The largest
+# vocabularies have 262,144 tokens and 514,906 merges.
+MAX_VALUES, MAX_ENTRIES = 2**22, 2**18
 
 
 class GgufTensor(NamedTuple):
@@ -74,6 +75,11 @@ def open_gguf(path: str | Path) -> GgufFile:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = GgufCursor(path, content)
     tensors, entries = read_counts(cursor)
+    if max(tensors, entries) > MAX_ENTRIES:
+        raise GgufError(
+            f"{path} is cut off or broken: it should have {tensors:,} tensors and "
+            f"{entries:,} fields"
+        )
     metadata = {}
     for _ in range(entries):
         name = cursor.text("the name of a metadata field")
@@ -89,6 +95,7 @@ class GgufCursor:
 
     def __init__(self, path: Path, content: mmap.mmap):
         self.path, self.content, self.position = path, content, 0
+        self.values = 0
 
     def need(self, size: int, what: str) -> None:
         """Raises GgufError unless `size` bytes are left, for `what`."""
@@ -159,7 +166,8 @@ def read_value(cursor: GgufCursor, name: str, kind: int) -> Any:
         return cursor.text(name)
     if kind == ARRAY:
         inner, count = cursor.number("I", name), cursor.number("Q", name)
-        if count > MAX_VALUES:
+        cursor.values += count
+        if cursor.values > MAX_VALUES:
             raise GgufError(f"{cursor.path} is broken: {name} is an array of {count:,} values")
         if inner in SCALARS:
             return list(cursor.numbers(SCALARS[inner], count, name))
@@ -189,8 +197,38 @@ def read_tensor_table(cursor: GgufCursor, count: int, alignment: Any) -> dict[st
         if name in described:
             raise GgufError(f"{cursor.path} has tensor {name} twice")
         described[name] = read_tensor_entry(cursor, name)
-    data = -(-cursor.position // alignment) * alignment
-    return {name: locate_tensor(cursor, name, data, *entry) for name, entry in described.items()}
+    data = round_up(cursor.position, alignment)
+    tensors = {name: locate_tensor(cursor, name, data, *entry) for name, entry in described.items()}
+    check_places(cursor.path, tensors, data, alignment)
+    return tensors
+
+
+def round_up(position: int, alignment: int) -> int:
+    """The next multiple of the alignment."""
+    return -(-position // alignment) * alignment
+
+
+def check_places(path: Path, tensors: dict[str, GgufTensor], data: int, alignment: int) -> None:
+    """Checks that tensors lie one after the other, with padding only, as ggml requires.
+
+    Args:
+      path: the file, for messages.
+      tensors: tensors by name.
+      data: first byte of all tensors.
+      alignment: tensors begin at multiples of it.
+
+    Raises:
+      GgufError: two share bytes, there is a gap, or one is not aligned.
+    """
+    reached = data
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].size)):
+        if tensor.begin != reached:
+            raise GgufError(
+                f"{path}: tensor {name} should begin at byte {reached:,}, where the one before it "
+                f"ends, and begins at {tensor.begin:,}. The file is broken or was put together "
+                "wrongly: copy it again"
+            )
+        reached = round_up(tensor.begin + tensor.size, alignment)
 
 
 def read_tensor_entry(cursor: GgufCursor, name: str) -> tuple[tuple[int, ...], int, int]:

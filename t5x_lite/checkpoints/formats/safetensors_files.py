@@ -5,9 +5,10 @@ The format: eight bytes with the length of a JSON header, the header (name -> dt
 offsets), then the numbers. Nothing here runs code of a checkpoint, as unpickling would.
 """
 
-import json
 import math
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from t5x_lite.tokenizers.errors import SourceError, describe_error
+from t5x_lite.utils import bounded_files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# The format's own limit.
-HEADER_LIMIT = 100_000_000
+# 300,000 tensors in one file; the format's own limit, 100 MB, would take gigabytes to parse.
+HEADER_LIMIT = 2**25
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -39,6 +41,8 @@ DTYPES = {
 }
 # Formats that run code when they are read, or that are not a checkpoint of weights alone.
 REFUSED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5", ".npz", ".ot")
+# A variant of the weights, as save_pretrained(..., variant="fp16") names it.
+VARIANT = re.compile(r"model\.\w+\.safetensors")
 REMEDY = (
     "Only safetensors, GGUF and TensorStore are read: a pickle can run any code. Save it again "
     "where it comes from, with model.save_pretrained(folder, safe_serialization=True)."
@@ -99,10 +103,17 @@ def open_safetensors(path: str | Path) -> SafetensorsFiles:
         raise SourceError(f"There is no {path}")
     if path.is_file():
         return SafetensorsFiles([check_suffix(path)])
+    if (path / SINGLE).exists():
+        # In this order transformers reads a folder that has both.
+        if (path / INDEX).exists():
+            warnings.warn(
+                f"{path} has {SINGLE} and {INDEX} too: {SINGLE} is read and the shards are not, as "
+                "transformers does. Remove the one that is old",
+                stacklevel=2,
+            )
+        return SafetensorsFiles([path / SINGLE])
     if (path / INDEX).exists():
         return open_shards(path)
-    if (path / SINGLE).exists():
-        return SafetensorsFiles([path / SINGLE])
     raise SourceError(explain_missing(path))
 
 
@@ -119,6 +130,12 @@ def explain_missing(folder: Path) -> str:
     """The reason why a folder without an index or model.safetensors cannot be read."""
     names = sorted(file.name for file in folder.iterdir())
     parts = [name for name in names if name.endswith(".safetensors")]
+    variant = next((name for name in names if VARIANT.fullmatch(name)), None)
+    if variant is not None:
+        return (
+            f"{folder} has its weights in {variant}, a variant that is read only under the usual "
+            f"name: rename it to {SINGLE}"
+        )
     if parts:
         return (
             f"{folder} has {parts[0]}{' and others' if parts[1:] else ''} but no {INDEX}: without "
@@ -150,10 +167,10 @@ def open_shards(folder: Path) -> SafetensorsFiles:
 def read_weight_map(index: Path) -> dict[str, str]:
     """The shard of every tensor, by the index; raises SourceError where it is broken."""
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = bounded_files.read_json_object(index)["weight_map"]
         if not shards or not all(isinstance(file, str) for file in shards.values()):
             raise ValueError("weight_map names no files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
             f"{index} is not an index of safetensors: {describe_error(error)}"
         ) from error
@@ -169,6 +186,10 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
     Raises:
       SourceError: it is cut off or not safetensors.
     """
+    try:
+        bounded_files.check_regular(file)
+    except bounded_files.UnreadableFileError as error:
+        raise SourceError(str(error)) from error
     size = os.path.getsize(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -179,10 +200,10 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
             )
         text = stream.read(length)
     try:
-        listed = json.loads(text, object_pairs_hook=refuse_repeats)
+        listed = bounded_files.parse_json(text, refuse_repeats)
         listed.pop("__metadata__", None)
         tensors = {name: parse_tensor(fields) for name, fields in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{file} has no readable header: {describe_error(error)}") from error
     check_extent(file, tensors, size - 8 - length)
     return {
@@ -193,11 +214,10 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
 
 def refuse_repeats(pairs: list[tuple]) -> dict:
     """The pairs as a dict; raises ValueError where a name stands twice."""
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands twice")
-    return unique
+    twice = bounded_files.repeated_name(pairs)
+    if twice is not None:
+        raise ValueError(f"{twice} stands twice")
+    return dict(pairs)
 
 
 def parse_tensor(fields: dict) -> tuple[tuple[int, ...], np.dtype, int, int]:

@@ -7,7 +7,6 @@ newest T5X has no such file but orbax's tree in state/.
 """
 
 import ast
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from t5x_lite.checkpoints import zarr_arrays
 from t5x_lite.checkpoints.kinds import T5X_STATE, T5X_TREE
 from t5x_lite.checkpoints.weight_paths import nest_tree
 from t5x_lite.tokenizers.errors import SourceError, describe_error
+from t5x_lite.utils import bounded_files
 
 PLACEHOLDER = "PLACEHOLDER://"
 # As T5X writes them.
@@ -27,6 +27,8 @@ GZIP = {"id": "gzip", "level": 1}
 VERSION = 3
 # Larger ones have all arrays inside; T5X writes those of a model beside the tree.
 TREE_LIMIT = 2**33
+# Characters of the path of an array; Python's parser takes deeply nested brackets badly.
+MOST_KEY = 500
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -57,6 +59,7 @@ class T5XTensors:
         self.path = find_checkpoint(path)
         has_tree = self.path.is_file() or self.has_tree()
         leaves = open_tree(self.path) if has_tree else open_orbax(self.path)
+        check_places(self.path, leaves)
         self.inline: dict[str, np.ndarray] = {}
         self.stored: dict[str, zarr_arrays.ArrayReader] = {}
         for name, leaf in leaves.items():
@@ -77,13 +80,27 @@ class T5XTensors:
         return self.stored[name].read(position)
 
 
+def check_places(path: Path, leaves: Mapping[str, Any]) -> None:
+    """Raises SourceError where two weights lie in one folder: each has its own."""
+    names: dict[str, str] = {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf, zarr_arrays.ArrayReader):
+            first = names.setdefault(leaf.location, name)
+            if first != name:
+                raise SourceError(f"{path}: {first} and {name} both lie in {leaf.location}")
+
+
 def open_tree(path: Path) -> dict[str, Any]:
     """Every weight of a msgpack tree: an array, or the reader of one beside it."""
     file = path if path.is_file() else path / T5X_TREE
     file = file if file.is_file() else path / T5X_STATE / T5X_TREE
     tree = read_msgpack(file)
     arrays = {}
-    for name, leaf in flatten_leaves(find_weights(tree, file)).items():
+    try:
+        leaves = flatten_leaves(find_weights(tree, file))
+    except RecursionError as error:
+        raise SourceError(f"{file} is not a T5X checkpoint: it nests too deep") from error
+    for name, leaf in leaves.items():
         try:
             arrays[name] = open_leaf(leaf, name, file.parent)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -193,8 +210,8 @@ def open_orbax(path: Path) -> dict[str, Any]:
     """The reader of every weight in the newest layout: orbax's tree in state/."""
     folder = path / T5X_STATE if (path / T5X_STATE).is_dir() else path
     try:
-        metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
-        keys = [ast.literal_eval(key) for key in metadata["tree_metadata"]]
+        metadata = bounded_files.read_json_object(folder / "_METADATA")
+        keys = [parse_key(key) for key in metadata["tree_metadata"]]
         ocdbt = bool(metadata.get("use_ocdbt", (folder / "manifest.ocdbt").exists()))
         named = {tuple(map(str, key)): key for key in keys if key[0] in ("target", "params")}
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, IndexError) as error:
@@ -206,6 +223,20 @@ def open_orbax(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise SourceError(f"{folder}: {error}") from error
     return {name: zarr_arrays.ArrayReader(folder, array, ocdbt) for name, array in arrays.items()}
+
+
+def parse_key(text: str) -> tuple:
+    """The path of an array, of orbax's text of a tuple: "('target', 'decoder', ...)".
+
+    Raises:
+      ValueError: it is another text, or longer than any path.
+    """
+    if len(text) > MOST_KEY:
+        raise ValueError(f"a path of {len(text):,} characters")
+    key = ast.literal_eval(text)
+    if not isinstance(key, tuple) or not all(isinstance(part, str | int) for part in key):
+        raise ValueError(f"{text[:80]!r} is not a path")
+    return key
 
 
 class T5XWriter:

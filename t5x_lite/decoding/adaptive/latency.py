@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -244,15 +245,15 @@ def cache_path() -> Path:
 def read_table(path: Path) -> dict[str, list[float]]:
     """Returns the latencies by key; none from a file that is missing or damaged."""
     try:
-        table = bounded_files.read_json(path)
+        table = bounded_files.read_json_object(path)
     except (OSError, ValueError):
         return {}
 
     def is_valid(row):
-        return isinstance(row, list) and all(isinstance(x, float) for x in row)
+        return isinstance(row, list) and all(
+            isinstance(x, float) and math.isfinite(x) and x > 0 for x in row
+        )
 
-    if not isinstance(table, dict):
-        return {}
     return {name: row for name, row in table.items() if is_valid(row)}
 
 

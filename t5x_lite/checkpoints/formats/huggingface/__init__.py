@@ -7,6 +7,7 @@ model have several names for a tensor, canonical_name(name) is the one that entr
 """
 
 import importlib
+from collections.abc import Collection
 from types import ModuleType
 
 from t5x_lite import config
@@ -54,6 +55,36 @@ def family_of_config(config_json: dict) -> ModuleType:
         raise ValueError("config.json has no model_type: it does not say which family it is of")
     check_layer_counts(config_json)
     return family_module(config_json["model_type"])
+
+
+# Ends of transformers' class names of models that have another head than a language model's.
+HEADS = {
+    "ForSequenceClassification": "a classifier of texts",
+    "ForTokenClassification": "a classifier of tokens",
+    "ForQuestionAnswering": "a model that marks answers in a text",
+    "ForMultipleChoice": "a model that chooses among answers",
+    "DoubleHeadsModel": "a language model with a second head, which chooses among answers",
+    "ForRewardModel": "a reward model",
+    "ForImageClassification": "a classifier of images",
+}
+# Beginnings of the names of such heads' tensors.
+HEAD_TENSORS = ("classification_head.", "classifier.", "score.", "qa_outputs.", "v_head.")
+
+
+def describe_head(config_json: dict, names: Collection[str]) -> str:
+    """The head that a checkpoint has in place of a language model's, in words; "" for none.
+
+    Args:
+      config_json: config.json of the checkpoint.
+      names: names of its tensors.
+    """
+    classes = config_json.get("architectures")
+    for name in classes if isinstance(classes, list) else []:
+        for end, words in HEADS.items():
+            if str(name).endswith(end):
+                return f"{words} ({name})"
+    heads = sorted(name for name in names if name.startswith(HEAD_TENSORS))
+    return f"a model with a head of its own ({heads[0]})" if heads else ""
 
 
 def is_layer_count(value: object) -> bool:

@@ -2,6 +2,7 @@
 """Reading and writing single fields of config.json, with a refusal where one side lacks them."""
 
 import math
+import warnings
 from typing import Any
 
 from t5x_lite import config
@@ -24,6 +25,22 @@ def choose_value(values: dict, name: str, allowed: dict[Any, Any], default: Any 
         known = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"config.json: {name} = {value!r} is not implemented; known: {known}")
     return allowed[value]
+
+
+def warn_ignored(name: str, reason: str) -> None:
+    """Warns that a field of config.json is not computed, here as in transformers."""
+    warnings.warn(f"config.json: {name} changes nothing: {reason}", stacklevel=3)
+
+
+def warn_softcap(values: dict, family: str) -> None:
+    """Warns of an attn_logit_softcapping, which transformers has in a family and does not compute.
+
+    Args:
+      values: the file, or the part of it for one tower.
+      family: name of the family.
+    """
+    if values.get("attn_logit_softcapping") is not None:
+        warn_ignored("attn_logit_softcapping", f"transformers computes none in a {family}")
 
 
 def require_values(owner: config.Stack | config.Model, family: str, **wanted: Any) -> None:

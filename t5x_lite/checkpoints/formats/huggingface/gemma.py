@@ -24,7 +24,6 @@ GEMMA2_DEFAULTS = {
     "final_logit_softcapping": 30.0,
     "sliding_window_pattern": 2,
 }
-# transformers has Gemma 3's attn_logit_softcapping too and does not compute it.
 GEMMA3_DEFAULTS = GEMMA2_DEFAULTS | {
     "vocab_size": 262208,
     "attn_logit_softcapping": None,
@@ -108,7 +107,7 @@ def gemma2_fields(config_json: dict) -> dict:
 
 def gemma3_fields(config_json: dict) -> dict:
     """The fields of Stack of a Gemma 3."""
-    decoders.refuse_unknown(config_json, {"attn_logit_softcapping": (None,)})
+    fields.warn_softcap(config_json, "Gemma 3")
     stack: dict[str, Any] = later_fields(config_json) | {"qk_norm": True}
     full, sliding = rotary_by_kind(config_json)
     stack |= decoders.rotary_fields(full)

@@ -17,7 +17,12 @@ def parse_config(config_json: dict, names: Collection[str]) -> config.Model:
     Raises:
       ValueError: a field is missing, or its value is not implemented.
     """
-    decoders.refuse_unknown(config_json, {"layer_types": (None,)})
+    kinds = config_json.get("layer_types")
+    if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+        fields.warn_ignored("layer_types", "all layers are full, as in any Llama")
+    else:
+        decoders.refuse_unknown(config_json, {"layer_types": (None,)})
+    decoders.refuse_unknown(config_json)
     head_dim = decoders.head_dim(config_json)
     biased = bool(config_json.get("attention_bias", False))
     stack = decoders.stack_fields(

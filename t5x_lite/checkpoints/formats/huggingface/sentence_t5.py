@@ -19,6 +19,12 @@ KINDS = {
     "first": "pooling_mode_cls_token",
     "last": "pooling_mode_lasttoken",
 }
+# The same as values of pooling_mode, which sentence-transformers writes since version 5.4.
+MODES = {"mean": "mean", "cls": "first", "lasttoken": "last"}
+# Files with the length at which sentence-transformers cuts texts, the newest name first.
+LENGTH_FILES = ("sentence_bert_config", "sentence_roberta_config", "sentence_xlm-roberta_config")
+# model_max_length of a tokenizer that cuts no text is 1e30.
+LONGEST = 10**7
 STEPS = ("Transformer", "Pooling", "Dense", "Normalize")
 IDENTITY = "torch.nn.modules.linear.Identity"
 
@@ -58,7 +64,7 @@ def add_modules(folder: Path, config_json: dict) -> dict:
     pooling = {"kind": pooling_kind(folder, paths["Pooling"]), "normalize": "Normalize" in paths}
     if "Dense" in paths:
         pooling["project"] = projection_width(folder, paths["Dense"])
-    return config_json | {KEY: pooling}
+    return config_json | {KEY: pooling | {"max_length": longest_text(folder)}}
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]]:
@@ -84,15 +90,48 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
     return chain
 
 
+def read_json_file(folder: Path, name: str) -> dict:
+    """The object in NAME.json of a folder."""
+    return bounded_files.read_json_object(folder / f"{name}.json")
+
+
+def longest_text(folder: Path) -> int | None:
+    """Tokens at which sentence-transformers cuts a text, its end included; None for no cut.
+
+    They are max_seq_length, or else model_max_length of the tokenizer.
+
+    Raises:
+      ValueError: it is not such a number, or texts are lowercased first.
+    """
+    names = [name for name in LENGTH_FILES if (folder / f"{name}.json").is_file()]
+    values = read_json_file(folder, names[0]) if names else {}
+    if values.get("do_lower_case"):
+        raise ValueError(f"{folder}/{names[0]}.json: do_lower_case = true is not implemented")
+    longest, place = values.get("max_seq_length"), names[0] if names else ""
+    if longest is None and (folder / "tokenizer_config.json").is_file():
+        place = "tokenizer_config"
+        longest = read_json_file(folder, place).get("model_max_length")
+    if longest is None or (isinstance(longest, int | float) and longest > LONGEST):
+        return None
+    if type(longest) is not int or longest < 1:
+        raise ValueError(f"{folder}/{place}.json: {longest!r} is no length of a text in tokens")
+    return longest
+
+
 def pooling_kind(folder: Path, path: str) -> str:
     """The one of KINDS in 1_Pooling/config.json; raises ValueError for another, or several."""
     values = bounded_files.read_json_object(folder / path / "config.json")
-    modes = [mode for mode, value in values.items() if mode.startswith("pooling_mode_") and value]
-    kinds = [kind for kind, mode in KINDS.items() if [mode] == modes]
+    mode = values.get("pooling_mode")
+    modes = mode if isinstance(mode, list) else [] if mode is None else [mode]
+    kinds = [kind for name, kind in MODES.items() if modes == [name]]
+    if not modes:
+        modes = [each for each in values if each.startswith("pooling_mode_") and values[each]]
+        kinds = [kind for kind, name in KINDS.items() if modes == [name]]
     if not kinds:
+        listed = ", ".join(map(str, modes)) or "no pooling"
         raise ValueError(
-            f"{folder}/{path}/config.json: {', '.join(modes) or 'no pooling'} is not implemented; "
-            f"one of {', '.join(KINDS.values())} is"
+            f"{folder}/{path}/config.json: {listed} is not implemented; one of "
+            f"{', '.join([*MODES, *KINDS.values()])} is"
         )
     return kinds[0]
 
@@ -141,6 +180,9 @@ def export_files(cfg: config.Model) -> dict[str, dict | list]:
         "modules.json": modules,
         "1_Pooling/config.json": {"word_embedding_dimension": embed} | modes,
     }
+    if pooled.max_length is not None:
+        lengths = {"max_seq_length": pooled.max_length, "do_lower_case": False}
+        files["sentence_bert_config.json"] = lengths
     if pooled.project:
         dense = {"in_features": embed, "out_features": pooled.project, "bias": False}
         files["2_Dense/config.json"] = dense | {"activation_function": IDENTITY}

@@ -50,8 +50,8 @@ def parse_config(config_json: dict, names: Collection[str]) -> config.Model:
 
 def tower_fields(tower: dict) -> dict:
     """Fields of the Stack that one of config.json's two towers describes."""
-    # transformers 5.23 has these two fields and does not use them.
-    fields.choose_value(tower, "attn_logit_softcapping", {None: None})
+    fields.warn_softcap(tower, "T5Gemma 2")
+    # transformers 5.23 has this field and does not use it.
     fields.choose_value(tower, "use_bidirectional_attention", {False: None}, default=False)
     cycle = tower.get("sliding_window_pattern", tower.get("_sliding_window_pattern", 6))
     kinds = tower["layer_types"] or fields.alternate_layer_types(tower["num_hidden_layers"], cycle)
