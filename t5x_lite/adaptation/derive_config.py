@@ -56,13 +56,10 @@ def derive_model(
         "separate_embeddings": False,
         "eoi": source.eoi if arrangement.eoi is None else arrangement.eoi,
     }
-    decoder = source.decoder
-    if arrangement.new_layers is not None:
-        decoder, changes["pooling"] = derive_new_decoder(source, arrangement), None
+    decoder = derive_new_decoder(source, arrangement) if arrangement.new_layers else source.decoder
     config.require(
         decoder is not None or arrangement.to == "encoder_only",
-        f"The source is an encoder alone: --to={arrangement.to} needs a decoder (or draw one: "
-        "--to=encoder_decoder --new_decoder=LAYERS)",
+        f"The source is an encoder alone: --to={arrangement.to} needs a decoder, or --new_decoder",
     )
     if arrangement.to == "decoder_only":
         assert decoder is not None
@@ -81,7 +78,7 @@ def derive_model(
     two = encoder_source is not None or encoder.embed != decoder.embed or arrangement.separate
     changes |= {"separate_embeddings": two or source.separate_embeddings, "add_bos": True}
     decoder = dataclasses.replace(decoder, merged=arrangement.merged)
-    return dataclasses.replace(source, **changes, encoder=encoder, decoder=decoder)
+    return dataclasses.replace(source, **changes, encoder=encoder, decoder=decoder, pooling=None)
 
 
 def derive_new_decoder(source: config.Model, arrangement: Arrangement) -> config.Stack:

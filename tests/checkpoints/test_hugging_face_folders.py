@@ -241,6 +241,7 @@ def test_a_run_that_begins_with_a_folder_keeps_its_fields_when_that_is_gone(run,
     begun = config.Run(
         model_dir=str(tmp_path / "tuned"),
         model=T5,
+        data=config.Data("cmudict_g2p", {"inputs": 8, "targets": 8}),
         checkpoint=config.Checkpoint(initial=str(tmp_path / "hf")),
     )
     (tmp_path / "tuned").mkdir()
