@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -31,6 +32,13 @@ FORMAT = 1  # raised when the same expression gives another table
 # to one where it may not (0.2.14): "3" of \d+(\.\d+)? would never go on with a point.
 END = "\U0010ffff"
 FOLDER = "~/.cache/t5x_lite/constraints"
+
+
+# What numpy raises for bytes that are not its files.
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 
 class ConstraintTable(NamedTuple):
@@ -161,12 +169,24 @@ def read_table(path: Path) -> ConstraintTable | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             table = ConstraintTable(*(arrays[name] for name in ConstraintTable._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        check_table(table)
+    except UNREADABLE:
         return None
-    states, classes = table.following.shape if table.following.ndim == 2 else (0, 0)
-    whole = table.tokens_left.shape == (states, classes) and table.classes.ndim == 1
-    inside = whole and states > table.start >= 0 and table.following.max(initial=-1) < states
-    return table if inside and 0 <= table.classes.min() <= table.classes.max() < classes else None
+    return table
+
+
+def check_table(table: ConstraintTable) -> None:
+    """Raises ValueError if the arrays of a table do not belong together."""
+    states, classes = table.following.shape
+    config.require(
+        all(array.dtype == np.int32 for array in table)
+        and table.tokens_left.shape == (states, classes)
+        and table.start.shape == ()
+        and 0 <= table.start < states
+        and -1 <= table.following.min() <= table.following.max() < states
+        and 0 <= table.classes.min() <= table.classes.max() < classes,
+        "not the table of a constraint",
+    )
 
 
 def write_table(path: Path, table: ConstraintTable) -> None:
