@@ -176,23 +176,22 @@ def test_penalties_count_the_new_text_alone():
 
 @pytest.mark.usefixtures("no_mesh")
 @pytest.mark.parametrize(
-    "ours, theirs",
+    "name, value, theirs",
     [
-        (dict(min_p=0.1), transformers.MinPLogitsWarper(0.1)),
-        (dict(typical_p=0.6), transformers.TypicalLogitsWarper(0.6)),
-        (dict(epsilon_cutoff=0.03), transformers.EpsilonLogitsWarper(0.03)),
-        (dict(eta_cutoff=0.05), transformers.EtaLogitsWarper(0.05)),
+        ("min_p", 0.1, transformers.MinPLogitsWarper),
+        ("typical_p", 0.6, transformers.TypicalLogitsWarper),
+        ("epsilon_cutoff", 0.03, transformers.EpsilonLogitsWarper),
+        ("eta_cutoff", 0.05, transformers.EtaLogitsWarper),
     ],
-    ids=str,
 )
-def test_what_is_cut_off_is_what_transformers_cuts_off(ours, theirs):
+def test_what_is_cut_off_is_what_transformers_cuts_off(name, value, theirs):
     draw = np.random.default_rng(5)
     logits = (3 * draw.normal(size=(100, VOCAB))).astype(np.float32)
     logits[::3, 5:15] = -np.inf
     request = decoding.make_request(KINDS["decoder_only"], [[3]] * 100, config.Decode())
-    params = sampling.make_sampling_params(request, config.Decode(temperature=1.0, **ours))
+    params = sampling.make_sampling_params(request, config.Decode(temperature=1.0, **{name: value}))
     kept = np.isfinite(sampling.filter_logits(jnp.array(logits)[:, None], params))[:, 0]
-    expected = np.isfinite(theirs(torch.zeros(100, 1).long(), torch.tensor(logits)).numpy())
+    expected = np.isfinite(theirs(value)(torch.zeros(100, 1).long(), torch.tensor(logits)).numpy())
     np.testing.assert_array_equal(kept, expected)
 
 

@@ -25,6 +25,7 @@ from t5x_lite.decoding.steering.automaton import NEVER, TokenAutomaton
 from t5x_lite.tokenizers.token_bytes import TokenBytes, token_bytes
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.extras import install_command
 from t5x_lite.utils.paths import cache_folder
 
 FORMAT = 1  # raised when the same expression gives another table
@@ -123,10 +124,7 @@ def import_outlines():
       ValueError: it is not installed.
     """
     if importlib.util.find_spec("outlines_core") is None:
-        raise ValueError(
-            "Constraints need outlines-core: pip install 't5x_lite[constraints]', or from a clone "
-            "pip install '.[constraints]'"
-        )
+        raise ValueError(f"Constraints need outlines-core: {install_command('constraints')}")
     import outlines_core
 
     return outlines_core
