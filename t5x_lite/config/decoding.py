@@ -146,9 +146,12 @@ class Decode(Checked):
             f"Decode.{others and others[0]} may forbid every text that Decode."
             f"{constraints and constraints[0]} allows: leave one out",
         )
+        forbidden = {
+            *self.suppress_tokens,
+            *(ids[0] for ids in self.bad_words_ids if len(ids) == 1),
+        }
         require(
-            self.forced_bos_token_id is None
-            or self.forced_bos_token_id not in self.suppress_tokens,
+            self.forced_bos_token_id not in forbidden,
             f"Decode.forced_bos_token_id ({self.forced_bos_token_id}) is also among "
-            "Decode.suppress_tokens",
+            "Decode.suppress_tokens or Decode.bad_words_ids",
         )

@@ -84,6 +84,7 @@ def make_request(
         longer than the model's learned positions allow.
     """
     check_examples(cfg, examples)
+    check_steering_ids(cfg, decode)
     check_positions(cfg, "Input", examples, decode.max_new_tokens)
     count = len(examples)
     filler = [[cfg.decoder_start_token_id]] * ((batch or count) - count)
@@ -104,6 +105,22 @@ def make_request(
     return Request(
         inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops, constraint
     )
+
+
+def check_steering_ids(cfg: config.Model, decode: config.Decode) -> None:
+    """Raises ValueError if Decode names an id that the model's vocabulary lacks."""
+    ids = {
+        "forced_bos_token_id": [decode.forced_bos_token_id or 0],
+        "suppress_tokens": decode.suppress_tokens,
+        "bad_words_ids": [token for each in decode.bad_words_ids for token in each],
+        "logit_bias": decode.logit_bias or {},
+    }
+    for name, tokens in ids.items():
+        largest = max(tokens, default=0)
+        config.require(
+            largest < cfg.vocab,
+            f"Decode.{name} has id {largest}, and the ids of the model are 0..{cfg.vocab - 1}",
+        )
 
 
 def decoder_prompt(cfg: config.Model, example: Sequence[int]) -> list[int]:

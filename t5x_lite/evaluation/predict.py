@@ -258,14 +258,18 @@ class Predictor:
           row: number of the row.
           names: the drafter that proposes each node of a block.
         """
+        # Beams that found no text have a score of minus infinity.
+        count = max(int(np.isfinite(result.scores[row]).sum()), 1)
         tokens = [
             ids[:length].tolist()
-            for ids, length in zip(result.tokens[row], result.lengths[row], strict=True)
+            for ids, length in zip(
+                result.tokens[row, :count], result.lengths[row, :count], strict=True
+            )
         ]
         return Prediction(
             texts=[self.targets.decode(ids) for ids in tokens],
-            scores=result.scores[row].tolist(),
-            log_probabilities=result.log_probability[row].tolist(),
+            scores=result.scores[row, :count].tolist(),
+            log_probabilities=result.log_probability[row, :count].tolist(),
             tokens=tokens,
             calls=[]
             if result.token_step is None

@@ -290,7 +290,7 @@ def test_metadata_that_changes_nothing_is_read(tmp_path):
 @pytest.mark.parametrize(
     "extra, message",
     [
-        ({"split.count": 3, "split.no": 0}, "part 1 of 3 .*llama-gguf-split --merge"),
+        ({"split.count": 3, "split.no": 0}, "part 1 of 3 .*llama-gguf-split"),
         ({"general.type": "adapter"}, "general.type 'adapter'.*LoRA"),
         ({"general.type": "mmproj"}, "general.type 'mmproj': it is no model"),
     ],

@@ -30,7 +30,7 @@ COMPLETE = {
     "infer": ("--checkpoint=nowhere",),
     "convert": ("--from=nowhere", "--to=made"),
     "adapt": ("--source=nowhere", "--output=made"),
-    "distill": ("generate", "--teacher=nowhere", "--output=made", "--input=/dev/null"),
+    "distill": ("generate", "--teacher=nowhere", "--output=made", f"--input={__file__}"),
     "data": GIN,
     "plan": (*GIN, "--chips=h100x8"),
     "compare": GIN,

@@ -20,7 +20,7 @@ from t5x_lite import config, decoding
 from t5x_lite.decoding import generation, streaming
 from t5x_lite.decoding.drafters import lookup, recycling
 from t5x_lite.decoding.protocol import chain
-from t5x_lite.decoding.steering import constraints, processor
+from t5x_lite.decoding.steering import constraints, patterns, processor
 from t5x_lite.tokenizers import token_bytes, vocabularies
 
 EOS, VOCAB = 1, 8
@@ -87,6 +87,12 @@ def test_unspellable_languages_and_what_is_not_an_expression_are_refused():
 
     refused("Decode.json_schema is not JSON", json_schema="{")
     refused("Decode.json_schema cannot be followed", json_schema='{"type": "nothing"}')
+    refused("# allows anything", json_schema="{}")
+    refused("is not JSON", json_schema=100_000 * "[")
+    refused("#/properties/n has 'minimum'", json_schema=json.dumps(MINIMUM))
+    refused("repeats something 2000 times", regex="a{2000}")
+    for pattern in ("a)|(b", "[a", "a{2,1}"):
+        refused("Decode.regex is not a regular expression", regex=pattern)
     refused("shortest text of Decode.regex has 9 tokens", regex="a{8}", max_new_tokens=8)
     with pytest.raises(ValueError, match="can follow one of Decode.regex and Decode.choices"):
         config.Decode(regex="a", choices=("b",))
@@ -94,6 +100,28 @@ def test_unspellable_languages_and_what_is_not_an_expression_are_refused():
         config.Decode(regex="a", min_new_tokens=3)
 
 
+def test_anchors_around_an_expression_say_nothing_new():
+    assert patterns.whole_match("^ab$") == "ab"
+    assert patterns.whole_match(r"ab\$") == r"ab\$"
+    assert patterns.whole_match(r"ab\\$") == r"ab\\"
+
+
+def test_ids_that_the_model_lacks_are_refused():
+    use_one_device()
+    cfg, _ = toy("decoder_only")
+    for options in (
+        {"forced_bos_token_id": 300},
+        {"suppress_tokens": (5, 300)},
+        {"bad_words_ids": ((1, 300),)},
+        {"logit_bias": {300: 1.0}},
+    ):
+        with pytest.raises(ValueError, match=rf"Decode.{[*options][0]} has id 300"):
+            decoding.make_request(cfg, [[3]], config.Decode(**options))
+    with pytest.raises(ValueError, match="forced_bos_token_id .5. is also among"):
+        config.Decode(forced_bos_token_id=5, bad_words_ids=((5,),))
+
+
+MINIMUM = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}}
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -66,10 +66,14 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def limits() -> Iterator[None]:
+def limits(memory: bool = True) -> Iterator[None]:
     """SECONDS of the processor (a Hang) and MEMORY more address space than now (MemoryError).
 
     A library that does not return to Python is ended by the kernel GRACE seconds later.
+
+    Args:
+      memory: false leaves memory alone, whose limit holds for every thread of the process: a test's
+        worker dies when the thread that reports to its controller meets it.
     """
 
     def stop(number, frame):
@@ -86,7 +90,8 @@ def limits() -> Iterator[None]:
     before = [signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)]
     for timer, seconds in timers.items():
         signal.setitimer(timer, seconds)
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
+    if memory:
+        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
     resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS + GRACE, cpu_hard))
     try:
         yield

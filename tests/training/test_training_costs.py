@@ -36,7 +36,7 @@ def test_the_formula_counts_what_the_compiler_counts(layout):
         )
     # Unrolled: the compiler counts the body of a loop once.
     unrolled = model.Transformer(cfg, scan=False, remat="none")
-    run = config.Run("", cfg, train=config.Train(steps=1, batch_size=8))
+    run = config.Run("run", cfg, train=config.Train(steps=1, batch_size=8))
 
     def sums(params):
         return step.token_sums(unrolled, run, params, batch, step.StepContext(), None)
@@ -78,7 +78,7 @@ def test_a_line_of_progress_has_everything_in_words():
 
 
 def test_steps_done_again_after_a_restart_count_once(tmp_path):
-    kept = metric_writers.MetricWriter(tmp_path, tensorboard=False, new_run=True)
+    kept = metric_writers.MetricWriter(tmp_path, tensorboard=False, start=None)
     for number, loss in ((1, 3.0), (2, 2.0), (1, 3.5)):
         kept.write(number, {"loss": loss})
     kept.close()
@@ -90,8 +90,8 @@ def test_steps_done_again_after_a_restart_count_once(tmp_path):
 
 
 def test_a_new_run_keeps_the_lines_of_one_that_never_saved(tmp_path):
-    for new_run in (True, False, True):
-        kept = metric_writers.MetricWriter(tmp_path, tensorboard=False, new_run=new_run)
+    for start in (None, 1, None):
+        kept = metric_writers.MetricWriter(tmp_path, tensorboard=False, start=start)
         kept.write(1, {"loss": 1.0})
         kept.close()
 
@@ -102,7 +102,7 @@ def test_a_new_run_keeps_the_lines_of_one_that_never_saved(tmp_path):
 
 
 def test_values_that_are_not_finite_are_still_json(tmp_path):
-    kept = metric_writers.MetricWriter(tmp_path, tensorboard=True, new_run=True)
+    kept = metric_writers.MetricWriter(tmp_path, tensorboard=True, start=None)
     kept.write(1, {"loss": float("nan")})
     kept.close()
 
@@ -115,7 +115,7 @@ def test_values_that_are_not_finite_are_still_json(tmp_path):
 
 def test_the_learning_curve_is_drawn(tmp_path):
     assert curves.draw_learning_curve(tmp_path) is None
-    kept = metric_writers.MetricWriter(tmp_path, tensorboard=False, new_run=True)
+    kept = metric_writers.MetricWriter(tmp_path, tensorboard=False, start=None)
     for number in range(1, 200):
         kept.write(number, {"loss": 5 / number if number != 50 else float("nan")})
         if number % 50 == 0:

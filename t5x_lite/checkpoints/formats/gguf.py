@@ -152,7 +152,7 @@ def check_whole_model(path: Path, metadata: dict[str, Any]) -> None:
         part = f"{number + 1} of {metadata['split.count']}" if isinstance(number, int) else "one"
         raise GgufError(
             f"{path} is part {part} of a model that gguf-split cut up: join them with llama.cpp's "
-            "llama-gguf-split --merge FIRST.gguf WHOLE.gguf"
+            "llama-gguf-split"
         )
     kind = metadata.get("general.type", "model")
     if kind != "model":

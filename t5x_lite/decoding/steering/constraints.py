@@ -7,7 +7,6 @@ tables of a TokenAutomaton, which are kept on disk.
 
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import re
@@ -22,10 +21,10 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.decoding.steering.automaton import NEVER, TokenAutomaton
+from t5x_lite.decoding.steering.patterns import constraint_pattern, import_outlines
 from t5x_lite.tokenizers.token_bytes import TokenBytes, token_bytes
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
-from t5x_lite.utils.extras import install_command
 from t5x_lite.utils.paths import cache_folder
 
 FORMAT = 1  # raised when the same expression gives another table
@@ -87,47 +86,6 @@ def find_constraint(
             f"Decode.max_new_tokens is {decode.max_new_tokens}"
         )
     return table
-
-
-def constraint_pattern(decode: config.Decode) -> tuple[str | None, str]:
-    """Returns the regular expression of a config's constraint, or None, and the field's name."""
-    if decode.regex is not None:
-        return decode.regex, "Decode.regex"
-    if decode.choices:
-        return "|".join(f"({re.escape(choice)})" for choice in decode.choices), "Decode.choices"
-    if decode.json_schema is not None:
-        return schema_pattern(decode.json_schema), "Decode.json_schema"
-    return None, ""
-
-
-def schema_pattern(schema: str) -> str:
-    """Returns a regular expression for the JSON texts of a schema.
-
-    Raises:
-      ValueError: the text is not a schema, or has what cannot be bounded.
-    """
-    core = import_outlines()
-    try:
-        json.loads(schema)
-    except ValueError as error:
-        raise ValueError(f"Decode.json_schema is not JSON: {error}") from None
-    try:
-        return core.json_schema.build_regex_from_schema(schema)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Decode.json_schema cannot be followed: {error}") from None
-
-
-def import_outlines():
-    """Returns the module outlines_core.
-
-    Raises:
-      ValueError: it is not installed.
-    """
-    if importlib.util.find_spec("outlines_core") is None:
-        raise ValueError(f"Constraints need outlines-core: {install_command('constraints')}")
-    import outlines_core
-
-    return outlines_core
 
 
 @functools.lru_cache(maxsize=8)
