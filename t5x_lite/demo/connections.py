@@ -141,7 +141,13 @@ class HostGuard:
         self.app, self.names, self.addresses = app, set(names), addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or refuses it with status 400."""
+        """Passes a request on, or refuses it with status 400.
+
+        Args:
+          scope: the request's headers and address, as ASGI has them.
+          receive: returns the next part of the request.
+          send: sends a part of the answer.
+        """
         if scope["type"] == "http" and not self.allows(host_of(scope)):
             why = f"Unknown host: start the page with --allow_host={host_of(scope)[:100]}"
             await JSONResponse({"error": why}, status_code=400)(scope, receive, send)
