@@ -11,6 +11,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, CountOrZero, Seed, Share
+from t5x_lite.utils.hub import source_argument
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -49,10 +50,10 @@ def parser() -> Parser:
         epilog=EXAMPLES,
     )
     add = command.add_argument
-    kinds = "a run folder, a Hugging Face folder or a .gguf file"
+    kinds = "a run folder, a Hugging Face folder, a .gguf file or a model of the hub, owner/name"
     add(
         "--source",
-        type=path_argument,
+        type=source_argument,
         required=True,
         metavar="PATH",
         help=f"where the decoder comes from: {kinds}",
@@ -66,7 +67,7 @@ def parser() -> Parser:
         help="architecture of the output (default: encoder_decoder)",
     )
     encoder = "where the encoder comes from (--source)"
-    add("--encoder_source", type=path_argument, metavar="PATH", help=encoder)
+    add("--encoder_source", type=source_argument, metavar="PATH", help=encoder)
     drawn = "draw the decoder anew, with so many layers, beside the encoder of --source"
     add("--new_decoder", type=number_parser(Count), metavar="LAYERS", help=drawn)
     add(
@@ -120,7 +121,7 @@ def add_vocabulary(group) -> None:
     )
     add(
         "--vocabulary",
-        type=path_argument,
+        type=source_argument,
         metavar="PATH",
         help="if the source has none: a SentencePiece .model, a tokenizer.json, a folder with "
         "one, bytes; or none, to adapt the weights alone",

@@ -11,6 +11,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import CountOrZero
+from t5x_lite.utils.hub import source_argument
 from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
@@ -47,10 +48,11 @@ def parser() -> Parser:
     add(
         "--from",
         dest="origin",
-        type=path_argument,
+        type=source_argument,
         required=True,
         metavar="PATH",
-        help="a run folder, a Hugging Face folder, a .gguf file or a T5X checkpoint",
+        help="a run folder, a Hugging Face folder, a .gguf file, a T5X checkpoint, or a model of "
+        "the hub: owner/name, owner/name@revision, owner/name:file.gguf",
     )
     add("--to", type=path_argument, required=True, metavar="PATH", help="the folder to write")
     add(
@@ -106,7 +108,7 @@ def add_special(group) -> None:
     )
     add(
         "--vocabulary",
-        type=path_argument,
+        type=source_argument,
         metavar="PATH",
         help="if the origin has none: a SentencePiece .model, a tokenizer.json, a folder with "
         "one, bytes; or none, to convert the weights alone",
@@ -188,7 +190,7 @@ def dry_run(args: argparse.Namespace, origin: Any, output: Any, settings: Any) -
         print(matching.format_plan(plan, origin.tensors.source.names))
         if plan.problems:
             raise ValueError(f"{len(plan.problems)} problems, marked with !")
-    weights = origin.weights(args.allow)
+    weights = origin.weights(args.allow, read=False)
     table = output.table(weights)
     if table:
         print(f"\nours -> {args.format}\n{table}")

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from t5x_lite.cli import gin_arguments, inference, options
@@ -18,6 +17,7 @@ from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source
 from t5x_lite.config.checked import Count
 from t5x_lite.utils import bounded_files
+from t5x_lite.utils.hub import source_argument, source_identity
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import path_argument
 
@@ -111,10 +111,10 @@ def add_generate(command: Parser) -> None:
     add = command.add_argument
     add(
         "--teacher",
-        type=path_argument,
+        type=source_argument,
         required=True,
         metavar="PATH",
-        help="a run folder, HF folder or .gguf file",
+        help="a run folder, HF folder, .gguf file or model of the hub, owner/name",
     )
     add(
         "--output",
@@ -233,7 +233,7 @@ def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict
     """
     names = ("field", "template", "chat")
     options = {name: getattr(args, name) for name in names} | {"input_digest": digest}
-    teacher = str(Path(args.teacher).resolve())
+    teacher = source_identity(args.teacher)
     return {"teacher": teacher} | options | inference.decode_settings(session)
 
 

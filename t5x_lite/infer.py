@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from t5x_lite.cli import inference, options
@@ -14,6 +13,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source, describe_text, json_line
+from t5x_lite.utils.hub import source_identity
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import path_argument
 
@@ -145,7 +145,7 @@ def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict
     """
     names = ("quantize", "input", "field", "text", "targets", "embed")
     options = {name: getattr(args, name) for name in names} | {"input_digest": digest}
-    checkpoint = str(Path(args.checkpoint).resolve())
+    checkpoint = source_identity(args.checkpoint)
     return {"checkpoint": checkpoint} | options | inference.decode_settings(session)
 
 

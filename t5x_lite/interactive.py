@@ -14,8 +14,9 @@
     g2p.explain("photograph").lens                          # logit lens: predictions of each layer
     g2p.train_step(["jaxon"], ["JH AE K S AH N"])           # one step of Adam: the loss before it
 
-A Hugging Face folder or a .gguf file is loaded without conversion:
+A Hugging Face folder, a .gguf file or a model of the hub is loaded without conversion:
 
+    flan = interactive.load("google/flan-t5-small")
     smol = interactive.load("SmolLM2-135M-Instruct.Q4_1.gguf")
     smol.generate("The capital of France is", max_new_tokens=32)
     smol.chat("What is the capital of France?")             # with the model's own chat template
@@ -315,10 +316,11 @@ def load(
     mesh: config.Mesh | None = None,
     quantize: str | None = None,
 ) -> Session:
-    """Loads a run, a Hugging Face folder or a .gguf file.
+    """Loads a run, a Hugging Face folder, a .gguf file, or a model of the hub.
 
     Args:
-      path: a MODEL_DIR, a Hugging Face folder or a .gguf file.
+      path: a MODEL_DIR, a Hugging Face folder, a .gguf file, or a model of the Hugging Face hub by
+        name: "owner/name", "owner/name@revision", "owner/name:file.gguf".
       step: checkpoint of a run; None for the newest.
       best: loads the best checkpoint of a run by the run's metric.
       mesh: sets the mesh of the process; None shards the batch over all devices.

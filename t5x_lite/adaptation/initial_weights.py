@@ -2,6 +2,7 @@
 """The first weights of a run that is adapted from other models."""
 
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5x_lite import config
@@ -11,7 +12,7 @@ from t5x_lite.adaptation.mapping import AdaptationPlan
 from t5x_lite.adaptation.report import Report
 from t5x_lite.checkpoints import weights
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, OpenedCheckpoint, open_checkpoint
-from t5x_lite.utils.paths import local_path
+from t5x_lite.utils import hub
 
 
 class MissingSource(ValueError):
@@ -46,7 +47,8 @@ def open_sources(adaptation: config.Adaptation) -> Sources:
 
 def open_source(field: str, path: str) -> OpenedCheckpoint:
     """Opens the checkpoint that a field of Adaptation names; errors name the field."""
-    if not local_path(path).exists():
+    source = hub.parse_source(path)
+    if isinstance(source, Path) and not source.exists():
         raise MissingSource(f"Adaptation.{field}: there is no {path}")
     try:
         # Weights alone: a checkpoint without a tokenizer can be adapted too.

@@ -5,14 +5,13 @@ import enum
 from pathlib import Path
 
 from t5x_lite.checkpoints.formats import safetensors_files
+from t5x_lite.checkpoints.sources import ADAPTER
 from t5x_lite.tokenizers.errors import SourceError
-from t5x_lite.utils import bounded_files
+from t5x_lite.utils import bounded_files, hub
 
 # T5X's tree of weights: a file of msgpack, or since 2023 orbax's folder.
 T5X_TREE = "checkpoint"
 T5X_STATE = "state"
-# Config of a LoRA or another adapter of the peft library.
-ADAPTER = "adapter_config.json"
 
 
 class CheckpointKind(enum.StrEnum):
@@ -73,16 +72,12 @@ def containing_run(path: Path) -> Path | None:
 
 
 def explain_missing(path: Path) -> str:
-    """The message for a path where nothing is: a model of a hub by its name, or a run to train."""
-    hub = len(path.parts) == 2 and path.parts[0] != "runs" and not path.parent.exists()
-    if hub:
-        return (
-            f"There is no {path} here. To load that model of the Hugging Face hub, download it "
-            f"first: hf download {path} --local-dir {path.name}; then load {path.name}"
-        )
+    """The message for a path where nothing is: a run to train, or a model of the hub."""
+    named = hub.NAME.fullmatch(str(path))
+    other = f". A model of the hub is named {hub.SCHEME}{path}" if named else ""
     return (
         f"There is no {path}. Train a run first, for example: python -m t5x_lite.train "
-        f"--gin_file=configs/runs/g2p.gin --gin.MODEL_DIR={path}"
+        f"--gin_file=configs/runs/g2p.gin --gin.MODEL_DIR={path}{other}"
     )
 
 

@@ -19,6 +19,7 @@ from t5x_lite.checkpoints import (
     manager,
     matching,
     run_folder,
+    sources,
     tensors,
     text_settings,
     weights,
@@ -27,11 +28,11 @@ from t5x_lite.checkpoints.formats import gguf, t5x, t5x_files
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
 from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.kinds import CheckpointKind
+from t5x_lite.checkpoints.sources import LocatedSource
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.checkpoints.weights import HEADS, Weights
-from t5x_lite.config import gin_file
 from t5x_lite.model import quantization
 from t5x_lite.tokenizers import errors
 from t5x_lite.tokenizers.chat import ChatTemplate
@@ -39,7 +40,6 @@ from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
-from t5x_lite.utils.paths import local_path
 
 
 class ConversionOptions(NamedTuple):
@@ -108,17 +108,19 @@ class OpenedCheckpoint:
     def model(self) -> config.Model:
         return self.run.model
 
-    def weights(self, allow: Sequence[str] = ()) -> Weights:
+    def weights(self, allow: Sequence[str] = (), read: bool = True) -> Weights:
         """Weights to read one layer at a time.
 
         Args:
           allow: patterns of names that may be missing, left over or not finite.
+          read: values will be read, and not names and shapes alone; weights of the hub are
+            downloaded then.
 
         Raises:
           ValueError: they do not fit the model, or are damaged.
         """
         if self.tensors is not None:
-            return self.tensors.weights(allow)
+            return self.tensors.weights(allow, read)
         saved = run_folder.SavedWeights(self.path, self.step)
         if self.model.draft_heads is None and saved.run.model.draft_heads is not None:
             saved.leave_out(HEADS)
@@ -198,20 +200,25 @@ class OpenedCheckpoint:
     def check_fits(self, cfg: config.Model, shapes: dict[str, Any]) -> None:
         """Raises ValueError where `params_for` would by the shapes alone; reads no weight."""
         if self.tensors is not None:
-            self.weights_for(dataclasses.replace(cfg, draft_heads=None))
+            self.weights_for(dataclasses.replace(cfg, draft_heads=None), read=False)
             return
         folder = self.path / manager.FOLDER / str(self.step)
         stored = checkpoint_io.stored_shapes(checkpoint_io.read_metadata(folder), "params")
         shapes = weights.with_heads(shapes, {name.split(".")[0] for name in stored})
         weights.check_arrays(stored, shapes, self.path)
 
-    def weights_for(self, trunk: config.Model) -> Weights:
-        """Another library's tensors as weights of a run's model without draft heads."""
+    def weights_for(self, trunk: config.Model, read: bool = True) -> Weights:
+        """Another library's tensors as weights of a run's model without draft heads.
+
+        Args:
+          trunk: config of the run's model.
+          read: as of `weights`.
+        """
         mapped = not_none(self.tensors)._replace(model=trunk)
         if self.kind == CheckpointKind.T5X:
             names = mapped.source.names
             mapped = mapped._replace(entries=t5x.entries_to_read(trunk, names))
-        return mapped.weights()
+        return mapped.weights(read=read)
 
 
 def open_checkpoint(
@@ -223,8 +230,8 @@ def open_checkpoint(
     """Opens the checkpoint at a path, by what lies there.
 
     Args:
-      path: a run folder, a Hugging Face folder, a .gguf file, or with `options` a T5X checkpoint,
-        which does not say what model it is of.
+      path: a run folder, a Hugging Face folder, a .gguf file, a model of the hub by name, or with
+        `options` a T5X checkpoint, which does not say what model it is of.
       step: which checkpoint of a run folder; None for the newest.
       best: the best checkpoint of a run folder by the run's metric.
       options: model and vocabulary, where the caller names them; errors name the command's flags.
@@ -232,10 +239,11 @@ def open_checkpoint(
     Raises:
       ValueError: nothing lies there that can be read, or it is broken.
     """
-    path = local_path(path)
+    source = sources.locate_source(path)
+    path = source.path
     kind = kinds.detect_kind(path)
     if kind == CheckpointKind.OURS:
-        return open_run_folder(path, step, best, options)
+        return open_run_folder(source, step, best, options)
     if best or step is not None:
         raise SourceError(
             f"{path} has one set of weights; --step and --best choose among those of a run folder"
@@ -247,35 +255,40 @@ def open_checkpoint(
     return (
         open_gguf_checkpoint(path, options)
         if kind == CheckpointKind.GGUF
-        else open_hugging_face(path, options)
+        else open_hugging_face(source, options)
     )
 
 
 def open_run_folder(
-    path: Path, step: int | None, best: bool, options: ConversionOptions | None
+    source: LocatedSource, step: int | None, best: bool, options: ConversionOptions | None
 ) -> OpenedCheckpoint:
     """Opens a folder that a training run or a conversion wrote.
 
     Args:
-      path: the folder.
+      source: the folder.
       step: which checkpoint; None for the newest.
       best: the best checkpoint by the run's metric.
       options: options of a conversion.
     """
+    path = source.path
     if options is not None and options.model is not None:
         raise SourceError(f"--model is for T5X checkpoints; {path} has a config.gin")
     run = run_folder.read_run_config(path)
     chosen = manager.select_steps(path, step, best)[0]
+    if source.repository is not None:
+        sources.fetch_step(source.repository, chosen)
     folder = path / text_settings.VOCABULARY_FOLDER
     text = choose_text_settings(path, options, lambda: text_settings.read_vocabulary_folder(folder))
-    newest = step is None and not best
+    # Of a model of the hub, the weights of one step are there.
+    newest = step is None and not best and source.repository is None
     kept = kept_fields.load_kept(path)
     return OpenedCheckpoint(path, CheckpointKind.OURS, run, text, chosen, newest, kept=kept)
 
 
-def open_hugging_face(path: Path, options: ConversionOptions | None) -> OpenedCheckpoint:
+def open_hugging_face(source: LocatedSource, options: ConversionOptions | None) -> OpenedCheckpoint:
     """Opens a Hugging Face folder."""
-    mapped = tensors.open_hugging_face_tensors(path)
+    path = source.path
+    mapped = tensors.open_hugging_face_tensors(path, source.repository)
     text = choose_text_settings(path, options, lambda: text_settings.read_hugging_face(path))
     return from_tensors(path, CheckpointKind.HUGGING_FACE, mapped, text)
 
@@ -303,7 +316,7 @@ def open_t5x(path: Path, options: ConversionOptions | None) -> OpenedCheckpoint:
         with errors.naming_path(path, "the model"):
             cfg, assumed = t5x.infer_model(source.names)
     else:
-        cfg = read_gin_model(options.model)
+        cfg = t5x.read_gin_model(options.model)
     if options.vocabulary is None:
         raise SourceError(
             f"{path} does not say what its vocabulary is, no T5X checkpoint does: name it with "
@@ -371,15 +384,6 @@ def with_ends(cfg: config.Model, ends: SequenceEnds) -> config.Model:
     start = cfg.decoder_start_token_id if ends.start is None else ends.start
     add_bos = ends.add_bos or cfg.encoder is not None
     return dataclasses.replace(cfg, decoder_start_token_id=start, add_bos=add_bos)
-
-
-def read_gin_model(path: str) -> config.Model:
-    """The Model that a .gin file describes: a preset, or the config of a run."""
-    lines = gin_file.read_lines(path)
-    if not any("config.Run." in line.text for line in lines):
-        bindings = ("config.Run.model_dir = 'none'", "config.Run.model = @config.Model()")
-        lines += [gin_file.Line(binding, path) for binding in bindings]
-    return gin_file.parse_lines(lines, []).model
 
 
 def check_vocabulary_sizes(opened: OpenedCheckpoint) -> None:

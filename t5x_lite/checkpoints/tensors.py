@@ -15,7 +15,7 @@ from t5x_lite.checkpoints import matching, weights
 from t5x_lite.checkpoints.formats import gguf, gguf_config, huggingface, safetensors_files
 from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
 from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
-from t5x_lite.checkpoints.formats.safetensors_files import TensorSource
+from t5x_lite.checkpoints.formats.safetensors_files import SafetensorsFiles, TensorSource
 from t5x_lite.checkpoints.matching import ConversionPlan
 from t5x_lite.checkpoints.transforms import Entry
 from t5x_lite.checkpoints.weights import ConvertedWeights
@@ -23,6 +23,7 @@ from t5x_lite.tokenizers import errors
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.bounded_files import UnreadableFileError
+from t5x_lite.utils.hub import HubRepository
 
 
 class MappedTensors(NamedTuple):
@@ -59,8 +60,12 @@ class MappedTensors(NamedTuple):
             allow=allow,
         )
 
-    def weights(self, allow: Sequence[str] = ()) -> ConvertedWeights:
+    def weights(self, allow: Sequence[str] = (), read: bool = True) -> ConvertedWeights:
         """The tensors as weights of ours.
+
+        Args:
+          allow: patterns of names that may be missing, left over or not finite.
+          read: values will be read; without that, no weight of the hub is downloaded.
 
         Raises:
           MatchError: tensors are missing, left over or of another shape.
@@ -74,7 +79,12 @@ class MappedTensors(NamedTuple):
         def is_allowed(name: str) -> bool:
             return any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
 
-        weights.check_duplicates(self.source, plan, self.duplicates, is_allowed, str(self.path))
+        files = innermost(self.source)
+        remote = isinstance(files, SafetensorsFiles) and files.remote
+        if read and remote:
+            files.download()
+        if read or not remote:
+            weights.check_duplicates(self.source, plan, self.duplicates, is_allowed, str(self.path))
         return ConvertedWeights(self.source, self.model, plan, is_allowed, str(self.path))
 
 
@@ -99,14 +109,20 @@ class ProjectedTensors:
         return self.source.read(name, position)
 
 
-def open_hugging_face_tensors(folder: str | Path) -> MappedTensors:
+def open_hugging_face_tensors(
+    folder: str | Path, repository: HubRepository | None = None
+) -> MappedTensors:
     """The tensors of a Hugging Face folder: config.json and safetensors.
+
+    Args:
+      folder: the folder.
+      repository: the model of the hub whose folder it is; None for a folder of this machine.
 
     Raises:
       ValueError: a file is missing or broken, or the model is none that can be expressed.
     """
     folder = Path(folder)
-    source = safetensors_files.open_safetensors(folder)
+    source = safetensors_files.open_safetensors(folder, repository)
     config_json = read_json_object(folder / "config.json")
     with errors.naming_path(folder, "modules.json"):
         config_json = sentence_t5.add_modules(folder, config_json)
@@ -141,6 +157,11 @@ def open_hugging_face_tensors(folder: str | Path) -> MappedTensors:
         head,
         kept_fields.read_kept(folder, config_json),
     )
+
+
+def innermost(source: Any) -> Any:
+    """The source that a renamed or a projected one reads from."""
+    return innermost(source.source) if hasattr(source, "source") else source
 
 
 def explain_head(path: Path, head: str) -> str:

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from t5x_lite.checkpoints import sources
 from t5x_lite.checkpoints.formats import gguf
 from t5x_lite.checkpoints.kinds import CheckpointKind, detect_kind
 from t5x_lite.tokenizers import (
@@ -19,7 +20,6 @@ from t5x_lite.tokenizers.extended import ExtendedVocabulary, missing_sentinels
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.vocabularies import TokenizerJsonVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
-from t5x_lite.utils.paths import local_path
 
 # The vocabularies of a run folder, and among them its chat template.
 VOCABULARY_FOLDER = "vocabulary"
@@ -42,12 +42,13 @@ class TextSettings(NamedTuple):
 
 
 def read_text_settings(path: str | Path) -> TextSettings:
-    """Text settings of the checkpoint at a path: a run folder, a Hugging Face folder or .gguf file.
+    """Text settings of a checkpoint: a run folder, a Hugging Face folder, a .gguf file, or a model
+    of the hub by name.
 
     Raises:
       ValueError: nothing lies there, or it has no tokenizer that can be read.
     """
-    path = local_path(path)
+    path = sources.locate_source(path, weights=False).path
     kind = detect_kind(path)
     if kind == CheckpointKind.GGUF:
         return read_gguf(gguf.GgufTensors(path))
@@ -121,16 +122,16 @@ def read_named_vocabulary(name: str, extra_ids: int) -> TextSettings | None:
     """Text settings that a conversion's --vocabulary names; None for "none".
 
     Args:
-      name: "bytes", "none", a SentencePiece .model, a tokenizer.json, a Hugging Face folder or a
-        run folder.
+      name: "bytes", "none", a SentencePiece .model, a tokenizer.json, a Hugging Face folder, a
+        run folder, or one of the hub by name.
       extra_ids: number of sentinels on top of bytes, a .model or a tokenizer.json.
 
     Raises:
       ValueError: it is none of these, or cannot be read.
     """
-    path = local_path(name)
     if name == "none":
         return None
+    path = Path(name) if name == "bytes" else sources.locate_source(name, weights=False).path
     if name == "bytes":
         vocabulary = vocabularies.ByteVocabulary(extra_ids)
     elif path.suffix in (".model", ".json") and path.is_file():

@@ -17,6 +17,7 @@ from t5x_lite.config.checked import (
     field_types,
     type_in_words,
 )
+from t5x_lite.utils.hub import source_argument
 from t5x_lite.utils.paths import path_argument
 
 DECODE = (
@@ -83,10 +84,11 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--checkpoint",
-        type=path_argument,
+        type=source_argument,
         required=True,
         metavar="PATH",
-        help="the MODEL_DIR of a training run, a Hugging Face folder or a .gguf file",
+        help="the MODEL_DIR of a training run, a Hugging Face folder, a .gguf file, or a model of "
+        "the hub: owner/name, owner/name@revision, owner/name:file.gguf",
     )
     one = group.add_mutually_exclusive_group()
     step = "the checkpoint of this step (default: the newest)"

@@ -13,6 +13,7 @@ from t5x_lite.config.checked import (
     Positive,
     Share,
     ShareAboveZero,
+    SourcePath,
     require,
 )
 
@@ -44,7 +45,8 @@ class Adaptation(Checked):
     """Initial weights of a run taken from other models, tower by tower.
 
     Attributes:
-      source: checkpoint of any format: run folder, Hugging Face folder or .gguf file.
+      source: checkpoint of any format: run folder, Hugging Face folder, .gguf file, or a model of
+        the hub by name, owner/name[@revision][:file.gguf].
       encoder_source: checkpoint that the encoder comes from; None takes `source`.
       decoder_from: tower of `source` that becomes the decoder; None draws a decoder anew, of any
         size, beside the encoder.
@@ -59,8 +61,8 @@ class Adaptation(Checked):
         tenth of their standard deviation, or new ones drawn as for pretraining.
     """
 
-    source: LocalPath
-    encoder_source: LocalPath | None = None
+    source: SourcePath
+    encoder_source: SourcePath | None = None
     decoder_from: Literal["decoder", "encoder"] | None = "decoder"
     encoder_from: Literal["decoder", "encoder"] | None = None
     cross: Literal["copy", "random"] = "copy"
@@ -76,7 +78,7 @@ class Distillation(Checked):
     distributions at that temperature (Hinton et al., 2015).
 
     Attributes:
-      teacher: checkpoint of any format.
+      teacher: checkpoint of any format, or a model of the hub by name.
       weight: share of the divergence in the loss, in (0, 1].
       temperature: that of both distributions.
       top_k: the k most probable ids of the teacher, and the probability of all others together;
@@ -84,7 +86,7 @@ class Distillation(Checked):
       answers: folder that `python -m t5x_lite.distill` wrote; the teacher is then not loaded.
     """
 
-    teacher: LocalPath
+    teacher: SourcePath
     weight: ShareAboveZero = 0.5
     temperature: Positive = 1.0
     top_k: Count | None = None

@@ -8,6 +8,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal, NamedTuple
 
+from t5x_lite.utils.hub import check_source
 from t5x_lite.utils.paths import check_local, expand_home
 
 # Numbers end up in int32 and float32 arrays: a larger one would wrap around or be infinite there,
@@ -83,6 +84,8 @@ Finite = Annotated[float, Range()]
 # A path keeps its ~ in the text of a config, which another machine may read; MODEL_DIR may change.
 LocalPath = Annotated[str, check_local]
 ExpandedPath = Annotated[str, expand_home]
+# A checkpoint: a path, or a model of the hub by name.
+SourcePath = Annotated[str, check_source]
 # Bits of a random key.
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from t5x_lite.config.checked import LARGEST_INT, Checked, Count, LocalPath, Range, require
+from t5x_lite.config.checked import LARGEST_INT, Checked, Count, Range, SourcePath, require
 
 TWINS = ("encoder_decoder", "causal_decoder", "prefix_decoder", "shallow_decoder")
 
@@ -52,7 +52,7 @@ class Compare(Checked):
     repeats: Count = 5
     drafters: tuple[str, ...] = ("lookup", "trigram")
     quantized: tuple[str, ...] = ("int8", "int4", "int4_activations")
-    trained: dict[str, tuple[LocalPath, ...]] = field(default_factory=dict)
+    trained: dict[str, tuple[SourcePath, ...]] = field(default_factory=dict)
 
     def check(self):
         require(len(self.twins) > 1, "Compare.twins names fewer than two: nothing to compare")

@@ -12,6 +12,7 @@ from t5x_lite.config.checked import (
     LocalPath,
     Positive,
     Range,
+    SourcePath,
     require,
 )
 from t5x_lite.config.objectives import (
@@ -35,7 +36,7 @@ class Vocabulary(Checked):
       kind: bytes; a sentencepiece model or a tokenizer_json at `path`; a SentencePiece model
         trained on the task's text; or that of the checkpoint at `path`, of any format, as a run
         needs that begins with its weights.
-      path: file or checkpoint.
+      path: file or checkpoint; of a model of the hub, owner/name:FILE or owner/name.
       size: number of pieces of a trained model.
       extra_ids: sentinels added at the top of the vocabulary; span corruption needs them.
       names: texts that are one id each, added below the sentinels (UL2's mode tokens); those that
@@ -45,7 +46,7 @@ class Vocabulary(Checked):
     """
 
     kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
-    path: LocalPath | None = None
+    path: SourcePath | None = None
     size: Count | None = None
     extra_ids: CountOrZero = 0
     names: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from t5x_lite.config.checked import (
     ShareBelowOne,
     require,
 )
-from t5x_lite.utils import paths
+from t5x_lite.utils import hub, paths
 
 # Fields that say what a whole text may be, and those that forbid tokens by what stands before them.
 CONSTRAINTS = ("regex", "json_schema", "choices")
@@ -101,8 +101,9 @@ class Decode(Checked):
 
     def check(self):
         try:
-            for part in self.drafter.split("+"):  # draft:PATH, recycling:PATH
-                paths.check_local(part.partition(":")[2])
+            for part in self.drafter.split("+"):  # draft:SOURCE, recycling:PATH
+                kind, _, source = part.partition(":")
+                hub.check_source(source) if kind == "draft" else paths.check_local(source)
         except ValueError as error:
             raise ValueError(f"Decode.drafter: {error}") from None
         require(

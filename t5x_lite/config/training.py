@@ -12,13 +12,13 @@ from t5x_lite.config.checked import (
     Count,
     CountOrZero,
     Finite,
-    LocalPath,
     NotNegative,
     Positive,
     Range,
     Share,
     ShareAboveZero,
     ShareBelowOne,
+    SourcePath,
     require,
 )
 from t5x_lite.config.draft_heads import DraftHeadLoss
@@ -153,14 +153,15 @@ class Checkpoint(Checked):
       metric: name of a metric whose best checkpoint is kept too; None keeps none.
       higher_is_better: the best is the largest value of `metric`.
       initial: checkpoint whose weights the run begins with: a run folder, a Hugging Face folder, a
-        .gguf file or a T5X checkpoint.
+        .gguf file, a T5X checkpoint, or a model of the hub by name,
+        owner/name[@revision][:file.gguf].
     """
 
     every: Count = 1000
     keep: Count = 3
     metric: str | None = None
     higher_is_better: bool = False
-    initial: LocalPath | None = None
+    initial: SourcePath | None = None
 
 
 @dataclass(frozen=True)

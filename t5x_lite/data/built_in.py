@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from t5x_lite import config
+from t5x_lite.checkpoints.sources import locate_file
 from t5x_lite.checkpoints.text_settings import read_text_settings
 from t5x_lite.data import content, corpora, files
 from t5x_lite.data.corpora import TextExample
@@ -18,7 +19,7 @@ from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
-from t5x_lite.utils.paths import cache_folder, local_path
+from t5x_lite.utils.paths import cache_folder
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def build_vocabulary(cfg: config.Vocabulary, text: TrainingText, cache_dir: str)
     if cfg.kind == "trained":
         model = train_pieces(not_none(cfg.size), text, cache_dir)
         return vocabularies.SentencePieceVocabulary(model, cfg.extra_ids)
-    path = local_path(not_none(cfg.path))
+    path = locate_file(not_none(cfg.path))
     if not path.is_file():
         raise ValueError(f"Vocabulary.path {cfg.path} is not a file")
     kind, content = vocabularies.KINDS[cfg.kind], path.read_bytes()

@@ -13,7 +13,7 @@ from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, Range
 from t5x_lite.demo.limits import Limits
 from t5x_lite.utils.extras import install_command
-from t5x_lite.utils.paths import path_argument
+from t5x_lite.utils.hub import source_argument
 
 EXAMPLES = """\
 examples:
@@ -43,11 +43,12 @@ def parser() -> Parser:
     add = command.add_argument
     add(
         "--checkpoint",
-        type=path_argument,
+        type=source_argument,
         action="append",
         required=True,
         metavar="PATH",
-        help="the MODEL_DIR of a run, a Hugging Face folder or a .gguf file; again for another one",
+        help="the MODEL_DIR of a run, a Hugging Face folder, a .gguf file or a model of the hub, "
+        "owner/name; again for another one",
     )
     port = "0 takes any free one (default: 8765)"
     add_number(command, "port", Annotated[int, Range(0, 65535)], "N", port, default=8765)

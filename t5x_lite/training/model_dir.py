@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite import config, data, processes
-from t5x_lite.checkpoints import manager, text_settings
+from t5x_lite.checkpoints import manager, sources, text_settings
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.config import gin_file
@@ -153,7 +153,8 @@ def write_description(run: config.Run, vocabularies: tuple) -> None:
         text_settings.write_vocabulary_folder(text, Path(run.model_dir) / VOCABULARY)
     write_atomically(Path(run.model_dir) / CONFIG, gin_file.to_text(run))
     if run.checkpoint.initial is not None:
-        kept = kept_fields.find_kept(Path(run.checkpoint.initial).expanduser())
+        source = sources.locate_source(run.checkpoint.initial, weights=False)
+        kept = kept_fields.find_kept(source.path)
         kept_fields.save_kept(Path(run.model_dir), kept)
 
 

@@ -13,7 +13,7 @@ CACHE = "~/.cache/t5x_lite"
 BUCKET = "mount the bucket first (docs/first_pod_run.md) and name the folder"
 REMEDIES = {
     "file": "leave out file://",
-    "hf": "download it first: hf download NAME --local-dir FOLDER",
+    "hf": "a model of the hub can be read, as --checkpoint, and not written",
     "http": "download it first",
     "https": "download it first",
 }

@@ -201,10 +201,12 @@ def test_a_vocabulary_of_the_config_may_be_that_of_a_checkpoint(makes, llama):
             assert vocabularies.fingerprint(vocabulary_opened) == vocabularies.fingerprint(wanted)
 
 
-def test_what_is_no_checkpoint_says_what_it_is(tmp_path, makes):
+def test_what_is_no_checkpoint_says_what_it_is(tmp_path, makes, monkeypatch):
     folder = tmp_path / "weights"
     folder.mkdir()
-    with pytest.raises(ValueError, match="There is no google/flan.* hf download"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="There is no google/flan.* here or in the cache"):
         open_checkpoint("google/flan-t5-small")
     with pytest.raises(ValueError, match="There is no runs/mine. Train a run first"):
         open_checkpoint("runs/mine")

@@ -22,7 +22,7 @@ from t5x_lite import config, convert
 from t5x_lite.checkpoints import matching, unfinished, zarr_arrays
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.formats.huggingface import llama, t5
-from t5x_lite.checkpoints.opening import read_gin_model
+from t5x_lite.checkpoints.formats.t5x import read_gin_model
 from t5x_lite.checkpoints.run_folder import SavedWeights
 from t5x_lite.checkpoints.unfinished import OutputError
 from t5x_lite.tokenizers import vocabularies

@@ -28,6 +28,14 @@ def content_size(content: Content) -> int:
     return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
+def read_part(content: Content, begin: int, size: int) -> bytes:
+    if isinstance(content, bytes):
+        return content[begin : begin + size]
+    with content.open("rb") as stream:
+        stream.seek(begin)
+        return stream.read(size)
+
+
 def content_hash(content: Content) -> str:
     """SHA-256; of a file too large to read, such as a sparse one, of its beginning and size."""
     if isinstance(content, bytes):

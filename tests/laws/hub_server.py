@@ -17,6 +17,7 @@ import http.server
 import json
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from hub_repositories import (
     describe,
     describe_repository,
     list_tree,
+    read_part,
 )
 
 BLOCK = 2**16
@@ -66,6 +68,7 @@ class HubServer:
       token: the one that opens gated and private repositories and may write.
       served: every request so far.
       cut_after: bytes after which a download of a path is cut, once for each number in the list.
+      delay: seconds before each block of a download.
       down: every request is answered with status 503.
     """
 
@@ -76,7 +79,7 @@ class HubServer:
         self.objects: dict[str, Content] = {}
         self.served: list[Served] = []
         self.cut_after: dict[str, list[int]] = collections.defaultdict(list)
-        self.down = False
+        self.delay, self.down = 0.0, False
 
     def __enter__(self) -> "HubServer":
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -187,12 +190,12 @@ def send_json(value: Any) -> Answer:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers of the hub to one connection."""
+    """Answers of the hub to one connection; `HubServer.served` is their log."""
 
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Writes nothing: `HubServer.served` has every request."""
+        pass
 
     @property
     def hub(self) -> HubServer:
@@ -233,7 +236,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return send_json({"errors": [], "warnings": []})
         if self.route == "/api/whoami-v2":
             return send_json({"name": "tester", "type": "user", "auth": {"accessToken": {}}})
-        if match := re.fullmatch(r"/(datasets/)?(.+)\.git/info/lfs/objects/batch", self.route):
+        if self.route.endswith(".git/info/lfs/objects/batch"):
             return self.answer_batch()
         if match := re.fullmatch(r"/upload/(\w+)", self.route):
             self.hub.objects[match[1]] = self.body
@@ -338,7 +341,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def commit(self, repository: Repository, name: str, place: str) -> Answer:
         """A commit on top of a branch."""
-        files = dict(repository.commits[str(repository.commit_of(place))])
+        files = dict(repository.commits[repository.refs[place]])
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -381,13 +384,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         stop = min(end, begin + cuts.pop(0)) if cuts and download else end
         sent = 0
         while begin + sent < stop:
-            take = min(BLOCK, stop - begin - sent)
-            if isinstance(body, Path):
-                with body.open("rb") as stream:
-                    stream.seek(begin + sent)
-                    part = stream.read(take)
-            else:
-                part = body[begin + sent : begin + sent + take]
+            time.sleep(self.hub.delay if download else 0)
+            part = read_part(body, begin + sent, min(BLOCK, stop - begin - sent))
             try:
                 self.wfile.write(part)
             except OSError:  # the reader has gone

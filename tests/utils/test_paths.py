@@ -19,7 +19,7 @@ from t5x_lite.config import gin_check, gin_file
 from t5x_lite.config.checked import field_types
 from t5x_lite.data import built_in, files
 from t5x_lite.kernels import tile_table
-from t5x_lite.utils import paths
+from t5x_lite.utils import hub, paths
 
 G2P = ["configs/runs/g2p.gin"]
 FILES = config.Files("mine", "~/train.jsonl", config.Vocabulary("bytes"))
@@ -44,7 +44,7 @@ def texts(hint: Any) -> typing.Iterator[tuple[Any, ...]]:
 
 
 def path_fields() -> list[tuple[type, str]]:
-    checks = ((paths.check_local,), (paths.expand_home,))
+    checks = ((paths.check_local,), (paths.expand_home,), (hub.check_source,))
     return [
         (owner, name)
         for owner in map(vars(config).get, gin_check.dataclass_names())
@@ -75,7 +75,7 @@ def test_a_field_that_describes_a_file_is_a_path():
         ("config.Decode.drafter=lookup+draft:gs://bucket/run", "gs://bucket/run is an address"),
         ("MODEL_DIR=HTTPS://host/run", "download it first"),
         ("MODEL_DIR=file:///tmp/run", "leave out file://"),
-        ("MODEL_DIR=hf://google/t5", "hf download"),
+        ("MODEL_DIR=hf://google/t5", "can be read"),
         ("MODEL_DIR=", "Run.model_dir: the path is empty"),
     ],
 )

@@ -5,6 +5,7 @@ The format: eight bytes with the length of a JSON header, the header (name -> dt
 offsets), then the numbers. Nothing here runs code of a checkpoint, as unpickling would.
 """
 
+import concurrent.futures
 import math
 import os
 import re
@@ -16,12 +17,18 @@ import ml_dtypes
 import numpy as np
 
 from t5x_lite.tokenizers.errors import SourceError, describe_error
-from t5x_lite.utils import bounded_files
+from t5x_lite.utils import bounded_files, hub
+from t5x_lite.utils.hub import HubRepository
+from t5x_lite.utils.not_none import not_none
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # 300,000 tensors in one file; the format's own limit, 100 MB, would take gigabytes to parse.
 HEADER_LIMIT = 2**25
+# Headers that are read from a hub at once.
+REQUESTS = 8
+# Name -> shape, dtype and first byte, of the tensors of a file.
+Header = dict[str, tuple[tuple[int, ...], np.dtype, int]]
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -65,21 +72,56 @@ class TensorSource(Protocol):
 class SafetensorsFiles:
     """Tensors of some safetensors files. A tensor is mapped, not loaded, when it is read.
 
+    Files of a model of the hub that are not in its cache yet are downloaded when the first tensor
+    is read; before, only their headers are.
+
+    Args:
+      files: the files.
+      repository: the model of the hub that they are of; None for files of this machine.
+
     Raises:
       SourceError: a file is cut off or not safetensors, or two of them have the same tensor.
     """
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], repository: HubRepository | None = None):
         self.places: dict[str, tuple[Path, int]] = {}
         self.names: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        for file in files:
-            for name, (shape, dtype, begin) in read_header(file).items():
+        self.repository = repository
+        self.remote = [] if repository is None else [each for each in files if not each.is_file()]
+        for file, header in zip(files, self.read_headers(files), strict=True):
+            for name, (shape, dtype, begin) in header.items():
                 if name in self.places:
                     raise SourceError(f"{name} is in {self.places[name][0]} and in {file} too")
                 self.places[name] = file, begin
                 self.names[name] = shape, dtype
 
+    def read_headers(self, files: list[Path]) -> list[Header]:
+        """Headers of files: from the disk, or of remote ones by requests for their first bytes."""
+        if self.repository is None or not self.remote:
+            return [read_header(file) for file in files]
+
+        def read(file: Path) -> Header:
+            remote = file in self.remote
+            return (
+                read_remote_header(not_none(self.repository), file) if remote else read_header(file)
+            )
+
+        with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
+            return list(pool.map(read, files))
+
+    def download(self) -> None:
+        """Downloads the files that are not on the disk yet.
+
+        Raises:
+          HubError: they cannot be downloaded.
+        """
+        if self.repository is not None and self.remote:
+            root = self.repository.folder
+            self.repository.fetch([file.relative_to(root).as_posix() for file in self.remote])
+            self.remote = []
+
     def read(self, name: str, position: tuple[int, int] | None = None) -> np.ndarray:
+        self.download()
         file, begin = self.places[name]
         shape, dtype = self.names[name]
         if 0 in shape:
@@ -92,29 +134,39 @@ class SafetensorsFiles:
         return array[(slice(None),) * axis + (layer,)]
 
 
-def open_safetensors(path: str | Path) -> SafetensorsFiles:
+def open_safetensors(path: str | Path, repository: HubRepository | None = None) -> SafetensorsFiles:
     """Opens a folder with model.safetensors or its shards, or one file.
+
+    Args:
+      path: the folder or file.
+      repository: the model of the hub whose folder it is, where files may be missing that can be
+        downloaded; None for a folder of this machine.
 
     Raises:
       SourceError: there is none, or it is not as its index or its header says.
     """
     path = Path(path)
+
+    def exists(name: str) -> bool:
+        return (path / name).exists() or (repository is not None and name in repository.files)
+
     if not path.exists():
         raise SourceError(f"There is no {path}")
     if path.is_file():
         return SafetensorsFiles([check_suffix(path)])
-    if (path / SINGLE).exists():
+    if exists(SINGLE):
         # In this order transformers reads a folder that has both.
-        if (path / INDEX).exists():
+        if exists(INDEX) and repository is None:
             warnings.warn(
                 f"{path} has {SINGLE} and {INDEX} too: {SINGLE} is read and the shards are not, as "
                 "transformers does. Remove the one that is old",
                 stacklevel=2,
             )
-        return SafetensorsFiles([path / SINGLE])
-    if (path / INDEX).exists():
-        return open_shards(path)
-    raise SourceError(explain_missing(path))
+        return SafetensorsFiles([path / SINGLE], repository)
+    if exists(INDEX):
+        return open_shards(path, repository)
+    names = repository.files if repository else (file.name for file in path.iterdir())
+    raise SourceError(explain_missing(str(repository.name if repository else path), sorted(names)))
 
 
 def check_suffix(file: Path) -> Path:
@@ -126,9 +178,8 @@ def check_suffix(file: Path) -> Path:
     return file
 
 
-def explain_missing(folder: Path) -> str:
+def explain_missing(folder: str, names: list[str]) -> str:
     """The reason why a folder without an index or model.safetensors cannot be read."""
-    names = sorted(file.name for file in folder.iterdir())
     parts = [name for name in names if name.endswith(".safetensors")]
     variant = next((name for name in names if VARIANT.fullmatch(name)), None)
     if variant is not None:
@@ -147,13 +198,14 @@ def explain_missing(folder: Path) -> str:
     return f"{folder} has no {SINGLE} and no {INDEX}"
 
 
-def open_shards(folder: Path) -> SafetensorsFiles:
+def open_shards(folder: Path, repository: HubRepository | None = None) -> SafetensorsFiles:
     """Opens the shards that the index names; every tensor has to be in the one that it says."""
     shards = read_weight_map(folder / INDEX)
     for file in sorted(set(shards.values())):
-        if not (folder / file).is_file():
+        listed = repository is not None and file in repository.files
+        if not listed and not (folder / file).is_file():
             raise SourceError(f"{folder / INDEX} names the shard {file}, which is not there")
-    source = SafetensorsFiles([folder / file for file in sorted(set(shards.values()))])
+    source = SafetensorsFiles([folder / file for file in sorted(set(shards.values()))], repository)
     for name, file in shards.items():
         if name not in source.places or source.places[name][0].name != file:
             raise SourceError(f"{folder / INDEX}: {name} is not in {file}, where it should be")
@@ -180,7 +232,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return shards
 
 
-def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
+def read_header(file: Path) -> Header:
     """Shape, dtype and first byte of every tensor of a file.
 
     Raises:
@@ -192,23 +244,70 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
         raise SourceError(str(error)) from error
     size = os.path.getsize(file)
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise SourceError(
-                f"{file} is not a complete safetensors file: its header should be {length:,} bytes "
-                f"long, the file is {size:,}. Copy it again."
-            )
-        text = stream.read(length)
+        length = header_length(file, stream.read(8), size)
+        return parse_header(file, stream.read(length), size)
+
+
+def read_remote_header(repository: HubRepository, file: Path) -> Header:
+    """`read_header` of a file of the hub, of which no more than the header is downloaded.
+
+    Args:
+      repository: the model of the hub.
+      file: the name that the file will have in the cache.
+
+    Raises:
+      SourceError: it is not safetensors.
+      HubError: it cannot be read.
+    """
+    name = file.relative_to(repository.folder).as_posix()
+    first, size = repository.read_range(name, 0, hub.FIRST_BYTES)
+    length = header_length(file, first[:8], size)
+    if len(first) < 8 + length:
+        first += repository.read_range(name, len(first), 8 + length)[0]
+    return parse_header(file, first[8 : 8 + length], size)
+
+
+def header_length(file: Path, first: bytes, size: int) -> int:
+    """Bytes of a header by the first eight of its file.
+
+    Args:
+      file: the file, for messages.
+      first: its first eight bytes, fewer if it is shorter.
+      size: bytes of the file.
+
+    Raises:
+      SourceError: the file is shorter, or no header is so long.
+    """
+    length = int.from_bytes(first, "little")
+    if size < 8 or length > min(size - 8, HEADER_LIMIT):
+        raise SourceError(
+            f"{file} is not a complete safetensors file: its header should be {length:,} bytes "
+            f"long, the file is {size:,}. Copy it again."
+        )
+    return length
+
+
+def parse_header(file: Path, text: bytes, size: int) -> Header:
+    """Shape, dtype and first byte of every tensor by the text of a header.
+
+    Args:
+      file: the file, for messages.
+      text: the header without its length.
+      size: bytes of the file.
+
+    Raises:
+      SourceError: the header is not readable, or does not fit the file.
+    """
     try:
         listed = bounded_files.parse_json(text, refuse_repeats)
         listed.pop("__metadata__", None)
         tensors = {name: parse_tensor(fields) for name, fields in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{file} has no readable header: {describe_error(error)}") from error
-    check_extent(file, tensors, size - 8 - length)
+    first = 8 + len(text)
+    check_extent(file, tensors, size - first)
     return {
-        name: (shape, dtype, 8 + length + begin)
-        for name, (shape, dtype, begin, _) in tensors.items()
+        name: (shape, dtype, first + begin) for name, (shape, dtype, begin, _) in tensors.items()
     }
 
 

@@ -18,6 +18,7 @@ from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import t5
 from t5x_lite.checkpoints.formats.huggingface.fields import require_values
 from t5x_lite.checkpoints.transforms import Entry
+from t5x_lite.config import gin_file
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.utils.not_none import not_none
 
@@ -222,3 +223,12 @@ def entries_to_write(cfg: config.Model, scan: bool) -> list[Entry]:
     towers = filter(None, (cfg.encoder, cfg.decoder))
     # Biases in every layer are scalable_t5's, which keeps heads apart.
     return t5x_entries(cfg, scan, scan or any(stack.bias_per_layer for stack in towers))
+
+
+def read_gin_model(path: str) -> config.Model:
+    """The Model that a .gin file describes: a preset, or the config of a run."""
+    lines = gin_file.read_lines(path)
+    if not any("config.Run." in line.text for line in lines):
+        bindings = ("config.Run.model_dir = 'none'", "config.Run.model = @config.Model()")
+        lines += [gin_file.Line(binding, path) for binding in bindings]
+    return gin_file.parse_lines(lines, []).model
