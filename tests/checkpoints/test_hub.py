@@ -180,10 +180,9 @@ def test_a_killed_command_resumes(served, tmp_path, folders):
 
 
 def test_without_the_hub_the_cache_is_read_and_says_so(served, monkeypatch, capsys):
-    with pytest.raises(
-        ValueError, match=f"There is no {NAME} here or in the cache .*_OFFLINE is set"
-    ):
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    absent = f"There is no {NAME} here or in the cache .*_OFFLINE is set"
+    with pytest.raises(ValueError, match=absent):
         interactive.load(NAME)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     expected = interactive.load(NAME).predict(WORDS)

@@ -144,10 +144,13 @@ def test_every_option_that_is_a_path_is_read_as_one(command, home):
     parser = importlib.import_module(front.COMMANDS[command][0]).parser()
     for action in actions(parser):
         if action.metavar in ("PATH", "FILE", "DIR"):
-            assert action.type is paths.path_argument, action.option_strings
+            readers = paths.path_argument, hub.source_argument
+            assert action.type in readers, action.option_strings
     assert paths.path_argument("~/x") == str(home / "x") and paths.path_argument("-") == "-"
-    with pytest.raises(argparse.ArgumentTypeError, match="mount the bucket first"):
-        paths.path_argument("gs://bucket/x")
+    assert hub.source_argument("~/x") == str(home / "x")
+    for read in (paths.path_argument, hub.source_argument):
+        with pytest.raises(argparse.ArgumentTypeError, match="mount the bucket first"):
+            read("gs://bucket/x")
 
 
 def test_a_home_folder_that_cannot_be_written_has_a_temporary_cache(tmp_path, monkeypatch, capsys):
