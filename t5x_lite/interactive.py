@@ -319,8 +319,9 @@ def load(
     """Loads a run, a Hugging Face folder, a .gguf file, or a model of the hub.
 
     Args:
-      path: a MODEL_DIR, a Hugging Face folder, a .gguf file, or a model of the Hugging Face hub by
-        name: "owner/name", "owner/name@revision", "owner/name:file.gguf".
+      path: a MODEL_DIR, a Hugging Face folder, a .gguf file, a checkpoint that is packaged with
+        t5x_lite by its name, or a model of the Hugging Face hub: "owner/name",
+        "owner/name@revision", "owner/name:file.gguf".
       step: checkpoint of a run; None for the newest.
       best: loads the best checkpoint of a run by the run's metric.
       mesh: sets the mesh of the process; None shards the batch over all devices.

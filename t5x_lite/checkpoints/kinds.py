@@ -7,7 +7,7 @@ from pathlib import Path
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.sources import ADAPTER
 from t5x_lite.tokenizers.errors import SourceError
-from t5x_lite.utils import bounded_files, hub
+from t5x_lite.utils import bounded_files, hub, nearest, packaged
 
 # T5X's tree of weights: a file of msgpack, or since 2023 orbax's folder.
 T5X_TREE = "checkpoint"
@@ -75,6 +75,8 @@ def explain_missing(path: Path) -> str:
     """The message for a path where nothing is: a run to train, or a model of the hub."""
     named = hub.NAME.fullmatch(str(path))
     other = f". A model of the hub is named {hub.SCHEME}{path}" if named else ""
+    if near := nearest.near_names(str(path), packaged.packaged_names()):
+        other = f". The checkpoint that is packaged with t5x_lite is named {near[0]}"
     return (
         f"There is no {path}. Train a run first, for example: python -m t5x_lite.train "
         f"--gin_file=configs/runs/g2p.gin --gin.MODEL_DIR={path}{other}"

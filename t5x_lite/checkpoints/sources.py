@@ -13,6 +13,7 @@ from t5x_lite.checkpoints import step_folders
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
 from t5x_lite.tokenizers.errors import SourceError
+from t5x_lite.tokenizers.tokenizer_files import TARGETS
 from t5x_lite.utils import hub
 from t5x_lite.utils.hub import HubRepository
 
@@ -110,9 +111,11 @@ def folder_files(files: Collection[str]) -> list[str]:
 
 
 def tokenizer_files(files: Collection[str]) -> list[str]:
-    """The files of the tokenizer: tokenizer.json has all that the others say."""
+    """The files of the tokenizers: tokenizer.json has all that the others say."""
     if "tokenizer.json" in files:
-        return ["tokenizer.json"]
+        names = ("tokenizer.json", *sorted(TOKENIZER_SETTINGS))
+        targets = {f"{TARGETS}/{name}" for name in names} & set(files)
+        return ["tokenizer.json", *sorted(targets)]
     pieces = [each for each in files if "/" not in each and each.endswith((".model", ".spm"))]
     return [*pieces, *({"vocab.json", "merges.txt"} & set(files))]
 

@@ -18,6 +18,7 @@ from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.extended import ExtendedVocabulary, missing_sentinels
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
+from t5x_lite.tokenizers.tokenizer_files import TARGETS
 from t5x_lite.tokenizers.vocabularies import TokenizerJsonVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
@@ -78,9 +79,12 @@ def write_vocabulary_folder(text: TextSettings, folder: Path) -> None:
 
 
 def read_hugging_face(folder: Path) -> TextSettings:
-    """Text settings of a Hugging Face folder."""
+    """Text settings of a Hugging Face folder; one that we wrote may have a tokenizer of targets."""
     vocabulary, ends = huggingface_tokenizer.read_tokenizer(folder)
     pair = huggingface_tokenizer.vocabulary_pair(vocabulary)
+    if (folder / TARGETS / "tokenizer.json").is_file():
+        targets, _ = huggingface_tokenizer.read_tokenizer(folder / TARGETS)
+        pair = pair[0], huggingface_tokenizer.vocabulary_pair(targets)[1]
     return TextSettings(pair, chat.read_chat_template(folder), ends)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the Hugging Face hub by name: owner/name, owner/name@revision, owner/name:file.gguf.
 
-`parse_source` is the one answer to what a source names, a path or such a model. Files come through
-huggingface_hub: its cache, its progress bars, HF_HUB_OFFLINE, HF_ENDPOINT and its tokens.
+`parse_source` is the one answer to what a source names: a path, such a model, or a checkpoint that
+travels with the package. Files come through huggingface_hub: its cache, its progress bars,
+HF_HUB_OFFLINE, HF_ENDPOINT and its tokens.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t5x_lite.utils import exit_status
+from t5x_lite.utils import exit_status, packaged
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import check_local, local_path, path_argument
 
@@ -79,7 +80,7 @@ class HubName(NamedTuple):
 
 
 def parse_source(text: str | os.PathLike) -> HubName | Path:
-    """The model of the hub or the path that a source names.
+    """The model of the hub or the path that a source names; the path of a packaged checkpoint.
 
     A local file or folder of that name wins, which one line on stderr says of a folder that looks
     like the hub's; hf://owner/name is the hub's in any case.
@@ -91,7 +92,7 @@ def parse_source(text: str | os.PathLike) -> HubName | Path:
     match = NAME.fullmatch(text)
     if match is None:
         check_page(text)
-        return local_path(text)
+        return packaged.find_packaged(text) or local_path(text)
     name = HubName(match["repo"], match["revision"], match["file"])
     if match["scheme"]:
         return name
