@@ -62,21 +62,19 @@ def load_run(
         raise ConfigError(f"{error}\nThat is of {' and '.join(paths)}") from error
 
 
-def is_bound(paths: str | Sequence[str], bindings: Sequence[str], owner: str, field: str) -> bool:
-    """True if files or command line bind a field; both can be read by `load_run`.
-
-    Args:
-      paths: .gin file, or several.
-      bindings: bindings on top.
-      owner: name of a dataclass.
-      field: name of its field.
-    """
+def bound_fields(
+    paths: str | Sequence[str], bindings: Sequence[str]
+) -> dict[tuple[str, str, str], str]:
+    """Origins of the fields that files (`paths`) or command line (`bindings`) bind, by scope,
+    dataclass and name."""
     paths = [paths] if isinstance(paths, str) else paths
     lines = [line for path in paths for line in read_lines(path)]
     every = rename_lines([*lines, *flag_lines(bindings)])
-    source = HEADER + "\n".join(line.text for line in every)
-    bound = gin_bindings.read_bindings(check_source(source))
-    return any((each.owner, each.name) == (owner, field) for each in bound)
+    header = len(HEADER.splitlines())
+    with config_errors(every, []):
+        text = HEADER + "\n".join(line.text for line in every)
+        bound = gin_bindings.read_bindings(check_source(text))
+    return {(e.scope, e.owner, e.name): every[e.row - header - 1].origin for e in bound if e.owner}
 
 
 # What eval needs of a config: a file of configs/data says no more than this leaves open.

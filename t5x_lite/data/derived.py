@@ -1,37 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run whose files leave out Model.vocab: it follows from the vocabulary of the data."""
+"""Parts of a run that its files leave out: commits of models of the hub, Model.vocab, the model."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from t5x_lite import config
-from t5x_lite.config import gin_file
+from t5x_lite.config import gin_file, run_sources
 from t5x_lite.config.checked import LARGEST_INT
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data.datasets import open_vocabularies
+from t5x_lite.utils import hub
+from t5x_lite.utils.hub import HubName
 from t5x_lite.utils.not_none import not_none
 
 # In place of Model.vocab where nothing binds it.
 UNBOUND = LARGEST_INT
 # A size that TPUs compute well, and that a mesh can split.
 MULTIPLE = 128
+# In place of a model that the checkpoint decides. Many heads, so that any kv_heads divide them.
+PLACEHOLDER = """\
+config.Model.encoder = @encoder/config.Stack()
+config.Model.decoder = @decoder/config.Stack()
+config.Stack.layers = 1000
+config.Stack.embed = 2
+config.Stack.heads = 720720
+config.Stack.head_dim = 2
+config.Stack.mlp = 2
+""".splitlines()
+# Fields that decide how a model trains or where it computes, and not what its weights are.
+FREE = {
+    *("dropout", "dtype", "attention", "embedding_std", "bias_std", "draft_heads", "pooling"),
+}
 
 
 def load_run(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config.Run:
-    """Reads a run as `gin_file.load_run` does; Model.vocab need not be bound.
+    """Reads a run as `gin_file.load_run` does, with what follows from other files.
 
-    It is then the size of the vocabulary, rounded up to a multiple of 128. A run that goes on keeps
-    that of its MODEL_DIR.
+    A model of the hub is named with its commit. Model.vocab need not be bound: it is then the size
+    of the vocabulary, rounded up to a multiple of 128. Of a run that begins with a checkpoint
+    (Checkpoint.initial), the whole model need not be: it is the checkpoint's. A run that goes on
+    keeps what its MODEL_DIR has.
 
     Args:
       paths: .gin file, or several that are read one after the other.
       bindings: bindings on top, such as "TRAIN_STEPS=100".
 
     Raises:
-      ValueError: the config cannot be used, or its vocabulary cannot be opened.
+      ValueError: the config cannot be used, or a checkpoint or vocabulary cannot be opened.
     """
-    run = gin_file.load_run(paths, bindings, defaults=[f"config.Model.vocab = {UNBOUND}"])
+    try:
+        bound = gin_file.bound_fields(paths, bindings)
+    except gin_file.ConfigError:
+        bound = {}  # below, the message names the files
+    fields = {(owner, name) for _, owner, name in bound}
+    defaults = [f"config.Model.vocab = {UNBOUND}"]
+    whole = bool({("Model", "encoder"), ("Model", "decoder")} & fields)
+    has_initial = ("Checkpoint", "initial") in fields
+    if not whole and has_initial:
+        run = gin_file.load_run(paths, bindings, defaults=[*defaults, *PLACEHOLDER])
+        if run.checkpoint.initial is not None:
+            return derive_model(pin_sources(run), bound)
+    run = pin_sources(gin_file.load_run(paths, bindings, defaults=defaults))
     if run.model.vocab != UNBOUND:
         return run
     saved = saved_model(run)
@@ -50,12 +83,165 @@ def with_model(run: RunT, **fields) -> RunT:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
 
 
-def saved_model(run: config.Run) -> config.Model | None:
-    """The model of the checkpoints in MODEL_DIR; None without any."""
+def saved_run(run: config.Run) -> config.Run | None:
+    """The config of the checkpoints in MODEL_DIR; None without any."""
     folder = Path(run.model_dir)
     if not (folder / "config.gin").is_file() or not any(folder.glob("checkpoints/[0-9]*")):
         return None
     try:
-        return gin_file.from_text((folder / "config.gin").read_text(encoding="utf-8")).model
+        return gin_file.from_text((folder / "config.gin").read_text(encoding="utf-8"))
     except ValueError:  # `model_dir.check_config` reports it
         return None
+
+
+def saved_model(run: config.Run) -> config.Model | None:
+    """The model of the checkpoints in MODEL_DIR; None without any."""
+    saved = saved_run(run)
+    return None if saved is None else saved.model
+
+
+def pin_sources(run: config.Run) -> config.Run:
+    """The run with a commit in the name of every model of the hub, so that its text reads the same
+    weights on any day. A run that goes on keeps the commits of its MODEL_DIR.
+
+    Raises:
+      HubError: there is no such model, or neither the hub nor its cache can be read.
+    """
+    saved: dict[str, str] | None = None
+    pinned: dict[str, str] = {}
+
+    def pin(place: str, text: str) -> str:
+        nonlocal saved
+        name = hub.parse_source(text)
+        if isinstance(name, Path) or name.is_pinned:
+            return text
+        if saved is None:
+            before = saved_run(run)
+            saved = {} if before is None else run_sources.list_sources(before)
+        former = saved.get(place)
+        if former is not None and is_commit_of(former, name):
+            if name.revision is not None:
+                print(f"{text}: MODEL_DIR has {former}, which is read", file=sys.stderr)
+            return former
+        if text not in pinned:
+            pinned[text] = agree_on_commit(text)
+        return pinned[text]
+
+    return run_sources.map_sources(run, pin)
+
+
+def is_commit_of(source: str, name: HubName) -> bool:
+    """True if a source is a commit of the model that a name without a commit names."""
+    other = hub.parse_source(source)
+    same = not isinstance(other, Path) and (other.repo, other.file) == (name.repo, name.file)
+    return same and not isinstance(other, Path) and other.is_pinned
+
+
+def agree_on_commit(text: str) -> str:
+    """`hub.pin_source`, with the answer that the first process of a run gets: a branch may move
+    between two requests."""
+    from t5x_lite import processes
+
+    answer, problem = {}, None
+    if processes.is_first():
+        try:
+            answer = {"source": hub.pin_source(text)}
+        except hub.HubError as error:
+            answer, problem = {"error": str(error)}, error
+    answer = json.loads(processes.broadcast_text(json.dumps(answer)))
+    if problem is not None or "error" in answer:
+        raise problem or hub.HubError(answer["error"])
+    return answer["source"]
+
+
+def derive_model(run: config.Run, bound: Mapping[tuple[str, str, str], str]) -> config.Run:
+    """The run with the model of its MODEL_DIR, or else of Checkpoint.initial.
+
+    Args:
+      run: a run with a placeholder for its model.
+      bound: fields that the config binds, as `gin_file.bound_fields` lists them.
+
+    Raises:
+      ValueError: the checkpoint cannot be opened, or a bound field contradicts it.
+    """
+    saved, initial = saved_model(run), not_none(run.checkpoint.initial)
+    model = open_model(initial) if saved is None else saved
+    changes = bound_values(run.model, model, "Model", "", bound)
+    for name in ("encoder", "decoder"):
+        stack, placeholder = getattr(model, name), getattr(run.model, name)
+        if stack is not None:
+            fields = bound_values(placeholder, stack, "Stack", name, bound)
+            changes[name] = dataclasses.replace(stack, **fields)
+    if saved is None:
+        check_bound(model, changes, initial, bound)
+    return dataclasses.replace(run, model=dataclasses.replace(model, **changes))
+
+
+def open_model(source: str) -> config.Model:
+    """The model of a checkpoint, of which no weight is read."""
+    from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
+
+    try:
+        opened = open_checkpoint(source)
+    except ValueError:
+        try:  # without a tokenizer: the data have a vocabulary of their own
+            opened = open_checkpoint(source, options=WEIGHTS_ONLY)
+        except ValueError as error:
+            raise ValueError(f"Checkpoint.initial: {error}") from error
+    config.require(
+        not opened.assumed,
+        f"Checkpoint.initial: {source} does not say what model it is of: include the file of "
+        "configs/models that describes it",
+    )
+    return opened.model
+
+
+def bound_values(
+    bound_part: Any,
+    part: Any,
+    owner: str,
+    scope: str,
+    bound: Mapping[tuple[str, str, str], str],
+) -> dict[str, Any]:
+    """Values of the fields that a config binds, of a model or of a stack.
+
+    Args:
+      bound_part: the model or stack as the config has it.
+      part: the one that it is to change.
+      owner: its class.
+      scope: the scope in which the config makes it.
+      bound: as of `derive_model`.
+    """
+    names = {field for each, cls, field in bound if cls == owner and each in ("", scope)}
+    fields = {field.name for field in dataclasses.fields(part)} & names
+    return {name: getattr(bound_part, name) for name in sorted(fields)}
+
+
+def check_bound(
+    model: config.Model,
+    changes: Mapping[str, Any],
+    source: str,
+    bound: Mapping[tuple[str, str, str], str],
+) -> None:
+    """Raises ValueError where a bound field contradicts a checkpoint.
+
+    Args:
+      model: model of the checkpoint.
+      changes: fields of the model, and its changed stacks.
+      source: the checkpoint.
+      bound: as of `derive_model`.
+    """
+    for scope, part in (("", model), ("encoder", model.encoder), ("decoder", model.decoder)):
+        changed = changes.get(scope, part) if scope else dataclasses.replace(model, **changes)
+        owner = type(part).__name__
+        for field in dataclasses.fields(part) if part is not None else ():
+            values = getattr(part, field.name), getattr(changed, field.name)
+            if field.name in (*FREE, "encoder", "decoder") or values[0] == values[1]:
+                continue
+            places = [bound.get((each, owner, field.name)) for each in (scope, "")]
+            place = next(filter(None, places), "the config")
+            whose = f"the {scope} of {source}" if scope else source
+            raise ValueError(
+                f"{place}: config.{owner}.{field.name} is {values[1]!r}, but {whose} has "
+                f"{values[0]!r}: leave the binding out"
+            )

@@ -66,7 +66,7 @@ def with_device_dtype(run: RunT, paths: Sequence[str], bindings: Sequence[str]) 
       paths: its .gin files.
       bindings: its bindings of the command line.
     """
-    if gin_file.is_bound(paths, bindings, "Model", "dtype"):
+    if any(field[1:] == ("Model", "dtype") for field in gin_file.bound_fields(paths, bindings)):
         return run
     saved = derived.saved_model(run)
     if saved is not None:

@@ -146,13 +146,15 @@ def write_description(run: config.Run, vocabularies: tuple) -> None:
     """Writes what readers of the weights need: the resolved config, both vocabularies and the chat
     template of the checkpoint that these are from, and the fields that an export repeats.
 
-    Vocabularies that weights depend on already are left as they are.
+    Once there are weights, what they depend on is left as it is, and the checkpoint that the run
+    began with may be gone.
     """
-    if data.run_vocabulary(run.model_dir) is None:
+    begins = data.run_vocabulary(run.model_dir) is None
+    if begins:
         text = TextSettings(vocabularies, data.find_chat_template(not_none(run.data)))
         text_settings.write_vocabulary_folder(text, Path(run.model_dir) / VOCABULARY)
     write_atomically(Path(run.model_dir) / CONFIG, gin_file.to_text(run))
-    if run.checkpoint.initial is not None:
+    if begins and run.checkpoint.initial is not None:
         source = sources.locate_source(run.checkpoint.initial, weights=False)
         kept = kept_fields.find_kept(source.path)
         kept_fields.save_kept(Path(run.model_dir), kept)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conversion_toys import T5, Drawn, write_ours
+from conversion_toys import T5, Drawn
 from hub_server import HubServer
+from hub_toys import list_cached, read_contents, write_folders
 
 from t5x_lite import adapt, config, convert, infer, interactive
 from t5x_lite.checkpoints import sources
@@ -19,7 +20,6 @@ from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.text_settings import read_named_vocabulary, read_text_settings
 from t5x_lite.data import open_vocabularies
-from t5x_lite.tokenizers import vocabularies
 from t5x_lite.utils import hub
 
 WORDS = ["abba", "cab", "d"]
@@ -30,20 +30,7 @@ OTHERS = {"README.md": b"# toy", "pytorch_model.bin": b"\x80", "onnx/model.onnx"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """The same T5 as a run folder of ours, a Hugging Face folder, and one in shards."""
-    folder = tmp_path_factory.mktemp("folders")
-    ours = write_ours(folder / "ours", T5, Drawn(T5))
-    symbols = vocabularies.SymbolVocabulary([chr(97 + i) for i in range(26)])
-    vocabularies.save_pair(ours / "vocabulary", symbols, symbols)
-    whole = [f"--from={ours}", f"--to={folder / 'hf'}", "--format=huggingface"]
-    convert.main(whole)
-    convert.main([*whole[:1], f"--to={folder / 'shards'}", whole[2], "--shard_size=8KB"])
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    return write_folders(tmp_path_factory.mktemp("folders"))
 
 
 @pytest.fixture
@@ -52,16 +39,10 @@ def served(tmp_path, monkeypatch, folders):
     monkeypatch.chdir(tmp_path)
     with HubServer() as server:
         server.use_here(monkeypatch, tmp_path / "cache")
-        server.add(NAME, contents(folders / "hf") | OTHERS)
-        server.add("owner/shards", contents(folders / "shards") | OTHERS)
-        server.add("owner/run", contents(folders / "ours") | {"README.md": b"# a run"})
+        server.add(NAME, read_contents(folders / "hf") | OTHERS)
+        server.add("owner/shards", read_contents(folders / "shards") | OTHERS)
+        server.add("owner/run", read_contents(folders / "ours") | {"README.md": b"# a run"})
         yield server
-
-
-def cached_files(cache: Path) -> set[str]:
-    """Files of all snapshots, without the folders above."""
-    every = (path for path in cache.glob("hub/models--*/snapshots/*/**/*") if path.is_file())
-    return {"/".join(path.parts[path.parts.index("snapshots") + 2 :]) for path in every}
 
 
 @pytest.mark.parametrize("name", [NAME, "owner/shards", "owner/run", f"hf://{NAME}@main"])
@@ -81,9 +62,9 @@ def test_only_files_that_are_read_are_downloaded(served, tmp_path, name):
 
     sys.addaudithook(audit)  # until the process ends
     interactive.load(name)
-    downloaded = {Path(file).name for file in cached_files(tmp_path / "cache")}
+    downloaded = {Path(file).name for file in list_cached(tmp_path / "cache")}
     # TensorStore opens the arrays of a run folder without Python.
-    arrays = {Path(file).name for file in cached_files(tmp_path / "cache") if "params" in file}
+    arrays = {Path(file).name for file in list_cached(tmp_path / "cache") if "params" in file}
     assert downloaded - arrays <= opened and "README.md" not in downloaded
     assert not downloaded & {Path(other).name for other in OTHERS}
 
@@ -109,14 +90,14 @@ def test_headers_are_read_by_ranges_and_a_shard_of_gigabytes_is_not(served, tmp_
     assert {name: shape for name, (shape, _) in source.names.items()} == sizes
     assert sum(int(np.prod(shape)) * 4 for shape in sizes.values()) > 20e9
     assert served.bytes_sent("safetensors") <= 2 * hub.FIRST_BYTES
-    assert not any("safetensors" in name and "json" not in name for name in cached_files(tmp_path))
+    assert not any("safetensors" in name and "json" not in name for name in list_cached(tmp_path))
 
 
 def test_a_header_longer_than_the_first_request_is_read_in_two(served, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "FIRST_BYTES", 100)
     opened = open_checkpoint("owner/shards", options=WEIGHTS_ONLY)
     names = opened.weights(read=False).names
-    assert not any(name.endswith(".safetensors") for name in cached_files(tmp_path / "cache"))
+    assert not any(name.endswith(".safetensors") for name in list_cached(tmp_path / "cache"))
     weights = opened.weights()
     assert weights.names == names
     np.testing.assert_array_equal(
@@ -137,7 +118,7 @@ def test_a_dry_run_downloads_no_weight(served, tmp_path, capsys, command):
     module.main([word.format("owner/shards") for word in words])
     out = capsys.readouterr().out
     assert "Nothing was written" in out and "decoder" in out
-    assert not any(name.endswith(".safetensors") for name in cached_files(tmp_path / "cache"))
+    assert not any(name.endswith(".safetensors") for name in list_cached(tmp_path / "cache"))
     with pytest.raises(SystemExit) as ended:
         module.main([word.format("owner/absent") for word in words])
     error = capsys.readouterr().err
@@ -160,8 +141,9 @@ def test_a_cut_download_goes_on_and_a_killed_one_keeps_what_is_complete(served, 
     assert {each.path.rpartition("/")[2] for each in served.downloads()[-1:]} == {shards[-1]}
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes(served, tmp_path, folders):
-    files = contents(folders / "shards")
+    files = read_contents(folders / "shards")
     shards = sorted(name for name in files if name.endswith(".safetensors"))
     command = [sys.executable, "-c", "from t5x_lite.checkpoints import sources, opening; "]
     command[-1] += "opening.open_checkpoint('owner/shards', options=opening.WEIGHTS_ONLY).weights()"
@@ -206,8 +188,8 @@ def test_a_cached_model_costs_one_request(served):
 
 
 def test_a_revision_is_what_it_was(served, folders):
-    first = served.add(NAME, contents(folders / "hf"), revision="v1")
-    changed = contents(folders / "hf") | {"config.json": b"{}"}
+    first = served.add(NAME, read_contents(folders / "hf"), revision="v1")
+    changed = read_contents(folders / "hf") | {"config.json": b"{}"}
     served.add(NAME, changed)
     assert interactive.load(f"{NAME}@v1").predict(WORDS) == interactive.load(
         f"{NAME}@{first}"
@@ -221,8 +203,8 @@ def test_a_revision_is_what_it_was(served, folders):
 
 @pytest.mark.parametrize("token", [None, "hf_wrong", HubServer.token])
 def test_gated_and_private_models_name_the_remedy(served, monkeypatch, folders, token, capsys):
-    served.add("owner/gated", contents(folders / "hf"), gated=True)
-    served.add("owner/private", contents(folders / "hf"), private=True)
+    served.add("owner/gated", read_contents(folders / "hf"), gated=True)
+    served.add("owner/private", read_contents(folders / "hf"), private=True)
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
     if token == served.token:
@@ -312,6 +294,7 @@ def test_vocabularies_by_name(served, folders):
         )
 
 
+@pytest.mark.slow
 def test_a_draft_model_by_name(served, folders):
     session = interactive.load(folders / "hf")
     drafted = session.predict(WORDS, drafter=f"draft:{NAME}", draft_length=3)
@@ -323,6 +306,6 @@ def test_an_output_belongs_to_a_commit(served, folders, tmp_path):
     words = ["--input=words.txt", "--output=out.jsonl"]
     infer.main([f"--checkpoint={NAME}", *words])
     infer.main([f"--checkpoint={NAME}@main", *words])
-    served.add(NAME, contents(folders / "hf") | {"new.txt": b""})
+    served.add(NAME, read_contents(folders / "hf") | {"new.txt": b""})
     with pytest.raises(SystemExit):
         infer.main([f"--checkpoint={NAME}", *words])
