@@ -16,12 +16,15 @@ SHAPE = (
     "activation",
     "gated",
     "norm",
+    "norm_order",
+    "embedding_norm",
     "post_norms",
     "qk_norm",
     "qkv_bias",
     "out_bias",
     "mlp_bias",
     "positions",
+    "position_offset",
     "bias_per_layer",
 )
 # Fields that change what the same weights compute, which training can compensate: a warning names
@@ -34,6 +37,7 @@ VALUES = {
         "softcap",
         "rotary_base",
         "rotary_scaling",
+        "sinusoids",
         "window",
         "sliding_rotary_base",
     )

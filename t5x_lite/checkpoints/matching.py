@@ -72,7 +72,7 @@ class WeightMapping(NamedTuple):
     def layer_entry(self) -> Entry:
         """The entry as one layer of the tensor is stored."""
         names = " ".join(
-            f"({' '.join(group)})" if len(group) > 1 else group[0]
+            group[0] if len(group) == 1 else f"({' '.join(group)})"
             for group in transforms.axis_groups(self.entry.axes)
             if group != [STACKED]
         )
@@ -370,7 +370,7 @@ def list_differences(theirs: config.Model, ours: config.Model) -> str:
     Fields that shapes of weights show are left out: they are compared with the weights.
     """
     different = []
-    for name in ("scale_embedding", "scale_logits", "logits_softcap", "prefix_lm"):
+    for name in ("scale_embedding", "scale_logits", "logits_softcap", "logits_bias", "prefix_lm"):
         if getattr(theirs, name) != getattr(ours, name):
             different.append(f"Model.{name} = {getattr(theirs, name)}")
     for name in ("encoder", "decoder"):

@@ -59,11 +59,14 @@ class Stack(Checked):
       head_dim: width of a head.
       mlp: hidden units of the MLP.
       kv_heads: heads of keys and values (grouped-query attention); None is as many as `heads`.
-      activation: nonlinearity of the MLP; gelu is the tanh approximation.
+      activation: nonlinearity of the MLP; gelu is the tanh approximation, gelu_exact is not.
       gated: a gated MLP (GLU) with two input projections.
       norm: T5's and Llama's (rms), Gemma's, whose scale is one plus the weight (rms_plus_one), or
         GPT-2's with mean and bias (layer).
       norm_epsilon: epsilon of the norms.
+      norm_order: norms of what a sublayer reads and of the stack's output (pre), or of the sum of a
+        sublayer and its residual (post), as in the first transformer and in BART.
+      embedding_norm: a norm of the embeddings, positions included.
       post_norms: a norm after each sublayer too, before the residual is added.
       qk_norm: a norm over head_dim of queries and keys, before rotation.
       qkv_bias: biases of the query, key and value projections.
@@ -74,7 +77,7 @@ class Stack(Checked):
       softcap: c, which turns scores x into c * tanh(x / c).
       merged: cross-attention without a layer of its own: one softmax over the past and the
         inputs, with the weights of self-attention (T5Gemma 2).
-      positions: relative (T5's bias), rotary, or learned embeddings.
+      positions: relative (T5's bias), rotary, learned embeddings, or sinusoidal ones.
       buckets: buckets of the relative bias.
       max_distance: distance from which the relative bias has one bucket.
       bias_std: standard deviation of the initial relative bias.
@@ -82,6 +85,10 @@ class Stack(Checked):
       rotary_base: base of the rotary wavelengths.
       rotary_scaling: how rotary positions are stretched; None is not at all.
       max_length: number of learned positions; a text that needs more is refused.
+      position_offset: the first token's learned or sinusoidal position; 2 in models of fairseq.
+      sinusoids: the j-th wavelength of sinusoidal positions, over 2 pi: 10000 ** (2 * j / embed),
+        as in the paper (vaswani), or 10000 ** (j / (embed / 2 - 1)), as in its code
+        (tensor2tensor).
       pattern: full or sliding window, layer by layer, repeated over the layers.
       window: keys that a sliding layer sees: in a causal layer those at distance 0 <= d < window.
       window_form: the window of an encoder's layer: |d| < window (below), |d| <= window (within),
@@ -95,10 +102,12 @@ class Stack(Checked):
     head_dim: Count
     mlp: Count
     kv_heads: Count | None = None
-    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    activation: Literal["gelu", "gelu_exact", "relu", "silu"] = "gelu"
     gated: bool = True
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     norm_epsilon: NotNegative = 1e-6
+    norm_order: Literal["pre", "post"] = "pre"
+    embedding_norm: bool = False
     post_norms: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
@@ -107,7 +116,7 @@ class Stack(Checked):
     query_scale: Positive = 1.0
     softcap: Positive | None = None
     merged: bool = False
-    positions: Literal["relative", "rotary", "learned"] = "relative"
+    positions: Literal["relative", "rotary", "learned", "sinusoidal"] = "relative"
     buckets: AtLeastTwo = 32
     max_distance: Count = 128
     bias_std: NotNegative = 0.2
@@ -115,6 +124,8 @@ class Stack(Checked):
     rotary_base: Positive = 10000.0
     rotary_scaling: RotaryScaling | None = None
     max_length: Count | None = None
+    position_offset: CountOrZero = 0
+    sinusoids: Literal["vaswani", "tensor2tensor"] = "vaswani"
     pattern: tuple[Literal["full", "sliding"], ...] = ("full",)
     window: Count | None = None
     window_form: Literal["below", "within", "halved"] = "below"
@@ -132,6 +143,19 @@ class Stack(Checked):
         require(
             (self.positions == "learned") == (self.max_length is not None),
             "Stack.max_length belongs to learned positions: bind it there, and nowhere else",
+        )
+        require(
+            self.position_offset == 0 or self.positions in ("learned", "sinusoidal"),
+            f"Stack.position_offset is for learned or sinusoidal positions, not {self.positions}",
+        )
+        require(
+            self.positions != "sinusoidal" or self.embed >= 4,
+            f"Stack.embed must be at least 4 for sinusoidal positions; got {self.embed}",
+        )
+        require(
+            self.norm_order == "pre" or not (self.post_norms or self.merged),
+            'Stack.norm_order = "post" has one norm for each sublayer: it goes with neither '
+            "Stack.post_norms nor Stack.merged",
         )
         require(len(self.pattern) > 0, 'Stack.pattern is empty: ("full",) is every layer alike')
         require(
@@ -201,6 +225,7 @@ class Model(Checked):
       tied: reads the logits through the (decoder's) embedding table.
       scale_logits: multiplies the state that logits are read from by embed ** -0.5, as T5 1.0.
       logits_softcap: c, which turns logits x into c * tanh(x / c).
+      logits_bias: a bias of each id, added to its logit.
       scale_embedding: multiplies embeddings by sqrt(embed).
       separate_embeddings: an embedding table of the encoder's own.
       eoi: id whose embedding is a weight of its own, not scaled (end of image, T5Gemma 2).
@@ -223,6 +248,7 @@ class Model(Checked):
     tied: bool = False
     scale_logits: bool = False
     logits_softcap: Positive | None = None
+    logits_bias: bool = False
     scale_embedding: bool = False
     separate_embeddings: bool = False
     eoi: CountOrZero | None = None

@@ -13,7 +13,7 @@ from t5x_lite import config
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import positions
 from t5x_lite.model.cache import Cache, write_rows
-from t5x_lite.model.layers import normalizer, param, project, weight
+from t5x_lite.model.layers import input_normalizer, normalizer, param, project, weight
 from t5x_lite.sharding import spec
 from t5x_lite.utils.not_none import not_none
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         # T5 leaves scores unscaled and initializes queries smaller by sqrt(head_dim) instead.
         init_scale = stack.head_dim**-0.5 / stack.query_scale
         source = "encoder_embed" if self.cross else "embed"
-        self.norm = normalizer(self, "norm")
+        self.norm = input_normalizer(self)
         self.query = param(self, "query", "embed -> heads head_dim", stack.embed**-0.5 * init_scale)
         self.key = param(self, "key", f"{source} -> kv_heads head_dim")
         self.value = param(self, "value", f"{source} -> kv_heads head_dim")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters with named axes, FSDP's all-gather, projections, norms, dropout, the Mlp."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,15 @@ from t5x_lite.model.mixed_precision import GradientSlot
 from t5x_lite.model.quantization import Quantized
 from t5x_lite.sharding import spec
 
-ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+ACTIVATIONS = {
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+# Folded into a layer's key for the draw of the rows that skip the layer; dropout splits that key.
+LAYER_SKIP = 1 << 31
 
 
 class FlaxModule(nn.Module):
@@ -204,6 +213,16 @@ def normalizer(module: nn.Module, name: str, axis: str = "norm") -> Callable:
     return lambda x: layer_norm(x, epsilon).astype(x.dtype) * scale + bias
 
 
+def input_normalizer(module: nn.Module) -> Callable:
+    """Norm of what a sublayer reads; the identity in a post-norm stack, whose layers own norms."""
+    return normalizer(module, "norm") if module.stack.norm_order == "pre" else identity
+
+
+def identity(x: jax.Array) -> jax.Array:
+    """Returns x."""
+    return x
+
+
 def rms(x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... d"]:
     """x over its root mean square (Zhang and Sennrich, 2019), in float32."""
     wide = x.astype(jnp.float32)
@@ -235,6 +254,19 @@ def dropout(x: Float[Array, "b t d"], rate: float, key: jax.Array | None) -> jax
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
+def draw_skips(x, rate, key):
+    """Draws the rows [b 1 1] of x that skip a layer.
+
+    Args:
+      x: [b t d] hidden states, for their number of rows and their placement.
+      rate: probability of a skip.
+      key: the layer's key; the draw is independent of the dropout in the layer.
+    """
+    key = jax.random.fold_in(key, LAYER_SKIP)
+    placed = jax.typeof(x).sharding
+    return jax.random.bernoulli(key, rate, (x.shape[0], 1, 1), out_sharding=placed)
+
+
 def split(key: jax.Array | None, count: int) -> list:
     """Splits key into count keys; None into as many None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
@@ -256,7 +288,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], key=None) -> Float[Array, "b t d"]:
         activation = ACTIVATIONS[self.stack.activation]
-        x = normalizer(self, "norm")(x)
+        x = input_normalizer(self)(x)
         y = activation(self.inward(x, "gate"))
         if self.stack.gated:
             y = y * self.inward(x, "up")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position encodings: T5's relative bias, rotary positions (RoPE), and window sizes."""
+"""Positions: T5's relative bias, rotary (RoPE) and sinusoidal ones, and window sizes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +57,24 @@ def rotate(
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = jnp.concatenate([x1 * cosine - x2 * sine, x2 * cosine + x1 * sine], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def sinusoids(where: Int[Array, "b t"], stack: config.Stack) -> Float[Array, "b t d"]:
+    """Sinusoidal position embeddings (Vaswani et al., 2017, section 3.5), in float32.
+
+    All sines, then all cosines, not interleaved. An odd width has one more sine (vaswani), or ends
+    with a zero (tensor2tensor).
+    """
+    half = stack.embed // 2
+    if stack.sinusoids == "vaswani":
+        exponent, sines = np.arange(stack.embed - half) * 2 / stack.embed, stack.embed - half
+    else:
+        exponent, sines = np.arange(half) / (half - 1), half
+    frequency = (10000.0**-exponent).astype(np.float32)
+    place = (where + stack.position_offset).astype(jnp.float32)
+    angle = place[:, :, None] * frequency
+    table = jnp.concatenate([jnp.sin(angle), jnp.cos(angle[:, :, :half])], axis=-1)
+    return jnp.pad(table, ((0, 0), (0, 0), (0, stack.embed - half - sines)))
 
 
 def window_size(window: int, form: str) -> tuple[int, int]:

@@ -13,7 +13,9 @@ from t5x_lite.model.cache import Cache
 from t5x_lite.model.layers import (
     FlaxModule,
     Mlp,
+    draw_skips,
     dropout,
+    identity,
     is_partitioned,
     normalizer,
     split,
@@ -21,9 +23,6 @@ from t5x_lite.model.layers import (
 )
 from t5x_lite.sharding import batch_shards, spec
 from t5x_lite.utils.not_none import not_none
-
-# Folded into a layer's key for the draw of the rows that skip the layer; dropout splits that key.
-LAYER_SKIP = 1 << 31
 
 
 class Layer(FlaxModule):
@@ -41,12 +40,32 @@ class Layer(FlaxModule):
     both_sides: bool = False
     source: int | None = None
 
+    @property
+    def sizes(self):
+        return {"norm": self.stack.embed}
+
     def setup(self):
         self.attention = Attention(self.model, self.stack, self.both_sides)
         self.cross = self.source is not None and not self.stack.merged
         if self.cross:
             self.cross_attention = Attention(self.model, self.stack, cross=True, source=self.source)
         self.mlp = Mlp(self.model, self.stack)
+        if self.stack.norm_order == "post":
+            self.attention_norm = normalizer(self, "attention_norm")
+            self.mlp_norm = normalizer(self, "mlp_norm")
+            if self.cross:
+                self.cross_attention_norm = normalizer(self, "cross_attention_norm")
+
+    def add_residual(self, x, y, sublayer: str):
+        """Adds the output of a sublayer to the residual stream, and normalizes it in post-norm.
+
+        Args:
+          x: [b t d] hidden states.
+          y: [b t d] output of the sublayer.
+          sublayer: its name, which the norm is named after.
+        """
+        x = x + y
+        return x if self.stack.norm_order == "pre" else getattr(self, f"{sublayer}_norm")(x)
 
     def __call__(self, x, context: AttentionContext, layer_config: LayerConfig, key=None):
         """Applies the layer to whole rows.
@@ -60,11 +79,12 @@ class Layer(FlaxModule):
         rate, keys = self.model.dropout, split(key, 4)
         cross_kv = None if self.source is None else self.cross_kv(context.encoded)
         merged = cross_kv if self.stack.merged else None
-        x = x + dropout(self.attention(x, context, layer_config, merged), rate, keys[0])
+        y = dropout(self.attention(x, context, layer_config, merged), rate, keys[0])
+        x = self.add_residual(x, y, "attention")
         if self.cross:
             y = self.cross_attention.attend_encoded(x, not_none(cross_kv), context)
-            x = x + dropout(y, rate, keys[1])
-        return x + dropout(self.mlp(x, keys[2]), rate, keys[3])
+            x = self.add_residual(x, dropout(y, rate, keys[1]), "cross_attention")
+        return self.add_residual(x, dropout(self.mlp(x, keys[2]), rate, keys[3]), "mlp")
 
     def inspect(self, x, context: AttentionContext, layer_config: LayerConfig) -> tuple:
         """Applies the layer as `__call__` does and also returns its attention probabilities.
@@ -81,12 +101,14 @@ class Layer(FlaxModule):
         cross_kv = None if self.source is None else self.cross_kv(context.encoded)
         merged = cross_kv if self.stack.merged else None
         probs, cross_probs = self.attention.attention_probs(x, context, layer_config, merged), None
-        x = x + self.attention(x, context, layer_config, merged)
+        y = self.attention(x, context, layer_config, merged)
+        x = self.add_residual(x, y, "attention")
         if self.cross:
             assert cross_kv is not None
             cross_probs = self.cross_attention.cross_attention_probs(x, cross_kv, context)
-            x = x + self.cross_attention.attend_encoded(x, cross_kv, context)
-        return x + self.mlp(x), (probs, cross_probs)
+            y = self.cross_attention.attend_encoded(x, cross_kv, context)
+            x = self.add_residual(x, y, "cross_attention")
+        return self.add_residual(x, self.mlp(x), "mlp"), (probs, cross_probs)
 
     def decode(
         self,
@@ -110,10 +132,11 @@ class Layer(FlaxModule):
         """
         merged = cross_kv if self.stack.merged else None
         y, cache = self.attention.attend_cache(x, context, layer_config, cache, merged)
-        x = x + y
+        x = self.add_residual(x, y, "attention")
         if self.cross:
-            x = x + self.cross_attention.attend_encoded(x, not_none(cross_kv), context)
-        return x + self.mlp(x), cache
+            y = self.cross_attention.attend_encoded(x, not_none(cross_kv), context)
+            x = self.add_residual(x, y, "cross_attention")
+        return self.add_residual(x, self.mlp(x), "mlp"), cache
 
     def cross_kv(self, encoded) -> Cache:
         """Returns this layer's keys and values [b k s h] of the encoder's output [b s d]."""
@@ -123,6 +146,8 @@ class Layer(FlaxModule):
 
 class LayerStack(nn.Module):
     """Encoder or decoder: position embeddings, the layers of a `config.Stack`, the final norm.
+
+    In a post-norm stack `norm` is the identity.
 
     Attributes:
       model: architecture of the whole model.
@@ -147,7 +172,8 @@ class LayerStack(nn.Module):
     @property
     def sizes(self):
         stack = self.stack
-        widths = {"embed": stack.embed, "norm": stack.embed, "positions": stack.max_length}
+        rows = (stack.max_length or 0) + stack.position_offset
+        widths = {"embed": stack.embed, "norm": stack.embed, "positions": rows}
         return widths | {"buckets": stack.buckets, "heads": stack.heads}
 
     @property
@@ -160,7 +186,10 @@ class LayerStack(nn.Module):
         if self.is_initializing():
             self.param("layers", self.init_layers)
         self.layers = self.get_variable("params", "layers")
-        self.norm = normalizer(self, "norm")
+        # In a post-norm stack the last layer's own norm is the last.
+        self.norm = normalizer(self, "norm") if stack.norm_order == "pre" else identity
+        if stack.embedding_norm:
+            self.embedding_norm = normalizer(self, "embedding_norm")
         self.relative = stack.positions == "relative" and not stack.bias_per_layer
         if self.relative:
             self.bias = weight(self, "bias", "buckets -> heads", stack.bias_std)
@@ -266,10 +295,15 @@ class LayerStack(nn.Module):
         return context._replace(relative=kernels.prepare_bias(shared, context.mask))
 
     def add_position_embeddings(self, x, where):
-        """Adds learned position embeddings at positions where [b t], if the stack has them."""
-        if self.stack.positions != "learned":
-            return x
-        return x + self.positions.at[where].get(out_sharding=spec("batch length width"))
+        """Adds position embeddings at positions where [b t], and applies the norm after them, as
+        far as the stack has them."""
+        stack = self.stack
+        if stack.positions == "learned":
+            rows = where + stack.position_offset
+            x = x + self.positions.at[rows].get(out_sharding=spec("batch length width"))
+        elif stack.positions == "sinusoidal":
+            x = x + positions.sinusoids(where, stack).astype(x.dtype)
+        return self.embedding_norm(x) if stack.embedding_norm else x
 
     def decode(self, x, context: AttentionContext, cache: Cache, cross_kv: Cache | None):
         """Applies every layer over the cache, and the final norm.
@@ -340,19 +374,6 @@ class LayerStack(nn.Module):
         if not isinstance(outputs[0], Cache):
             return x, None
         return x, Cache(*(tuple(parts) for parts in zip(*outputs, strict=True)))
-
-
-def draw_skips(x, rate, key):
-    """Draws the rows [b 1 1] of x that skip a layer.
-
-    Args:
-      x: [b t d] hidden states, for their number of rows and their placement.
-      rate: probability of a skip.
-      key: the layer's key; the draw is independent of the dropout in the layer.
-    """
-    key = jax.random.fold_in(key, LAYER_SKIP)
-    placed = jax.typeof(x).sharding
-    return jax.random.bernoulli(key, rate, (x.shape[0], 1, 1), out_sharding=placed)
 
 
 def remat_layer(apply_layer, remat: str):

@@ -61,16 +61,16 @@ class Transformer(FlaxModule):
     def setup(self):
         cfg = self.cfg
         options: dict[str, Any] = dict(scan=self.scan, remat=self.remat, unroll=self.unroll)
-        table = {"std": cfg.embedding_std}
-        self.embedding = param(self, "embedding", "-> vocab embed", **table)
+        self.embedding = param(self, "embedding", "-> vocab embed", cfg.embedding_std)
         if cfg.separate_embeddings:
-            self.encoder_embedding = weight(
-                self, "encoder_embedding", "-> vocab encoder_embed", **table
-            )
+            axes = "-> vocab encoder_embed"
+            self.encoder_embedding = weight(self, "encoder_embedding", axes, cfg.embedding_std)
         if cfg.eoi is not None:
             self.eoi_embedding = weight(self, "eoi_embedding", "norm", 0.0)
         if not cfg.tied:
             self.head = param(self, "head", "embed -> vocab")
+        if cfg.logits_bias:
+            self.logits_bias = weight(self, "logits_bias", "vocab", 0.0)
         if cfg.pooling and cfg.pooling.project:
             self.projection = weight(self, "projection", "embed -> projected")
         if cfg.encoder:
@@ -273,6 +273,8 @@ class Transformer(FlaxModule):
         else:
             logits = jnp.einsum("btd,dv->btv", hidden, table)
         logits = logits.astype(jnp.float32)
+        if self.cfg.logits_bias:
+            logits = logits + self.logits_bias.astype(jnp.float32)
         cap = self.cfg.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

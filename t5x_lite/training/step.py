@@ -269,6 +269,8 @@ def split_along_rows(x: jax.Array) -> jax.Array:
 def use_chunked_loss(run: TrainingRun, batch: Batch) -> bool:
     """True if the loss is to be computed without the logits of all targets at once."""
     choice = run.train.cross_entropy
+    if run.model.logits_bias:
+        return False  # config.Run refuses chunked
     if choice != "auto":
         return choice == "chunked"
     logit_bytes = 4 * batch.targets.size * run.model.vocab / batch_shards()

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 import decoder_parity
 import encoder_decoder_parity
 import encoder_parity
+import numpy as np
 import torch
 import transformers
-from family_models import EOI, gpt2, llama_like, lone_encoder, t5, t5gemma, t5gemma2_text
+from family_models import EOI, bart_like, gpt2, llama_like, lone_encoder, t5, t5gemma, t5gemma2_text
 
 from t5x_lite import config
 
@@ -25,6 +26,7 @@ class Family(NamedTuple):
       gradients: comparison of gradients, for the first seed.
       seeds: seeds that every run of the tests compares.
       slow_seeds: further seeds.
+      exhaustive_seeds: seeds beyond those.
       start: first id of the decoder; None takes the architecture's.
       adjust: turns our architecture into the one that transformers computes.
       ids: changes the random ids.
@@ -37,6 +39,7 @@ class Family(NamedTuple):
     gradients: Literal["never", "slow", "always"] = "never"
     seeds: tuple[int, ...] = (0,)
     slow_seeds: tuple[int, ...] = (1, 2, 3)
+    exhaustive_seeds: tuple[int, ...] = ()
     start: int | None = None
     adjust: Callable[[config.Model], config.Model] = lambda cfg: cfg
     ids: Callable[[Any], Any] = lambda ids: ids
@@ -158,7 +161,35 @@ T5_LIKE = {
     "mt5": Family(t5(MT5, **GATED), encoder_decoder_parity, loads=T5),
     "umt5": Family(t5(UMT5, **GATED), encoder_decoder_parity, "slow"),
 }
-SEVERAL = dict(gradients="always", seeds=(0, 1), slow_seeds=(2, 3, 4, 5, 6, 7), start=2)
+BART, MARIAN = transformers.BartForConditionalGeneration, transformers.MarianMTModel
+MBART, PEGASUS = (
+    transformers.MBartForConditionalGeneration,
+    transformers.PegasusForConditionalGeneration,
+)
+M2M100 = transformers.M2M100ForConditionalGeneration
+
+
+def padded_right(ids: encoder_decoder_parity.Ids) -> encoder_decoder_parity.Ids:
+    """ids with padding of id 1, after the tokens alone: M2M100's positions skip that id."""
+    exists = np.sort(ids.exists, axis=1)[:, ::-1]
+    ids.inputs[:] = np.where(exists, np.where(ids.exists, ids.inputs, ids.inputs[:, ::-1]), 1)
+    return ids._replace(exists=exists.copy())
+
+
+SEVERAL = dict(gradients="always", seeds=(0, 1), slow_seeds=(2, 3, 4, 5, 6, 7))
+FIFTY = SEVERAL | dict(laws=encoder_decoder_parity, exhaustive_seeds=tuple(range(8, 50)))
+# transformers gives the embedding of padding no gradient, which Marian and Pegasus begin with.
+FROM_PADDING = FIFTY | dict(start=5, lacks=r"model\.(en|de)coder\.embed_positions")
+BART_LIKE = {
+    "bart": Family(bart_like(BART), **FIFTY),
+    "mbart": Family(bart_like(MBART), **FIFTY),
+    "m2m100": Family(bart_like(M2M100), ids=padded_right, **FIFTY),
+    "marian": Family(bart_like(MARIAN, pad_token_id=2, eos_token_id=0), **FROM_PADDING),
+    "pegasus": Family(
+        bart_like(PEGASUS, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0),
+        **FROM_PADDING,
+    ),
+}
 FAMILIES = {
     **{
         name: Family(llama_like(name, kind, **fields), decoder_parity, gradients)
@@ -169,12 +200,14 @@ FAMILIES = {
         for name, (gradients, fields) in GPT2.items()
     },
     **T5_LIKE,
-    "t5gemma": Family(t5gemma, encoder_decoder_parity, adjust=window_within, **SEVERAL),
+    **BART_LIKE,
+    "t5gemma": Family(t5gemma, encoder_decoder_parity, adjust=window_within, start=2, **SEVERAL),
     "t5gemma2": Family(
         t5gemma2_text,
         encoder_decoder_parity,
         ids=with_eoi,
         lacks=r"model\.encoder\.(vision_tower|multi_modal_projector)\.",
+        start=2,
         **SEVERAL,
     ),
     "t5 encoder": Family(

@@ -219,3 +219,40 @@ def lone_encoder(kind: type) -> Callable[[int], torch.nn.Module]:
         return shaken(kind._from_config(described, attn_implementation="eager"), seed)
 
     return draw
+
+
+def bart_like(kind: type, **changes) -> Callable[[int], torch.nn.Module]:
+    """Draws models of the families around BART.
+
+    Args:
+      kind: class of the model in transformers.
+      **changes: fields of the config.
+    """
+
+    def draw(seed):
+        draw = np.random.default_rng(seed)
+        heads = [int(each) for each in draw.choice([1, 2, 3], 2)]
+        layers = [int(each) for each in draw.integers(1, 4, 2)]
+        sizes = {"vocab_size": int(draw.integers(20, 40)), "d_model": 6 * int(draw.integers(1, 4))}
+        for name, count, depth in zip(("encoder", "decoder"), heads, layers, strict=True):
+            sizes |= {f"{name}_attention_heads": count, f"{name}_layers": depth}
+            sizes |= {f"{name}_ffn_dim": int(draw.integers(9, 30)), f"{name}_layerdrop": 0.0}
+        fields = sizes | dict(
+            max_position_embeddings=16,
+            scale_embedding=bool(draw.integers(2)),
+            activation_function=str(draw.choice(["gelu", "relu", "swish", "gelu_new"])),
+            dropout=0.0,
+            attention_dropout=0.0,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        )
+        described = kind.config_class(**fields | changes)
+        theirs = kind._from_config(described, attn_implementation="eager")
+        if hasattr(theirs, "final_logits_bias"):
+            # A buffer there; as a parameter it is drawn, and has a gradient to compare.
+            bias = theirs.final_logits_bias.detach().clone()
+            del theirs.final_logits_bias
+            theirs.final_logits_bias = torch.nn.Parameter(bias)
+        return shaken(theirs, seed)
+
+    return draw

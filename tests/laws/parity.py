@@ -52,7 +52,7 @@ class State:
 
 
 def shaken(theirs: torch.nn.Module, seed: int, scale: float | None = None) -> torch.nn.Module:
-    """Draws every weight of a model; norms and biases move away from where they begin.
+    """Draws every weight of a model that trains; norms and biases move away from where they begin.
 
     Args:
       theirs: a model of transformers.
@@ -63,6 +63,8 @@ def shaken(theirs: torch.nn.Module, seed: int, scale: float | None = None) -> to
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
+            if not weight.requires_grad:
+                continue  # sinusoidal positions
             noise = torch.randn(weight.shape, generator=draw)
             if weight.ndim == 1:
                 weight.add_(0.3 * noise)

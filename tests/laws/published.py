@@ -101,7 +101,9 @@ GEMMA = {
     "t5gemma2_1b": "1.7e3",
     "t5gemma2_4b": "7e3",
 }
-COUNTS = DECODERS | T5X | BY_HAND | T5 | MULTILINGUAL | GEMMA
+# Millions that the Hub counts in facebook/bart-*, and Pegasus's paper (Zhang et al., 2020).
+BART = {"bart_base": "139", "bart_large": "406", "pegasus_large": "5.7e2"}
+COUNTS = BART | DECODERS | T5X | BY_HAND | T5 | MULTILINGUAL | GEMMA
 # Millions: Gemma 2 (Gemma Team, 2024), table 2, of which T5Gemma's encoders are made: without
 # embeddings, and the embeddings.
 PARTS = {

@@ -205,8 +205,83 @@ T5GEMMA2_270M = dict(
     use_bidirectional_attention=False,
     vocab_size=262144,
 )
+BART = dict(decoder_start_token_id=2, dropout=0.1, max_position_embeddings=1024)
+
+
+def bart_like(model_type: str, sizes: tuple[int, int, int, int], **fields) -> dict:
+    """A config.json of the families around BART, whose stacks are alike.
+
+    Args:
+      model_type: the family.
+      sizes: layers, width, heads and hidden units of the MLP.
+      **fields: further fields.
+    """
+    layers, width, heads, mlp = sizes
+    stacks = {}
+    for name in ("encoder", "decoder"):
+        stacks |= {f"{name}_layers": layers, f"{name}_attention_heads": heads}
+        stacks |= {f"{name}_ffn_dim": mlp}
+    return BART | {"model_type": model_type, "d_model": width} | stacks | fields
+
+
+BART_LIKE = {
+    "bart_base": bart_like(
+        "bart",
+        (6, 768, 12, 3072),
+        activation_function="gelu",
+        vocab_size=50265,
+        scale_embedding=False,
+    ),
+    "bart_large": bart_like(
+        "bart",
+        (12, 1024, 16, 4096),
+        activation_function="gelu",
+        vocab_size=50265,
+        scale_embedding=False,
+    ),
+    "mbart50_large": bart_like(
+        "mbart",
+        (12, 1024, 16, 4096),
+        activation_function="gelu",
+        vocab_size=250054,
+        scale_embedding=True,
+    ),
+    "m2m100_418m": bart_like(
+        "m2m_100",
+        (12, 1024, 16, 4096),
+        activation_function="relu",
+        vocab_size=128112,
+        scale_embedding=True,
+    ),
+    "nllb_600m": bart_like(
+        "m2m_100",
+        (12, 1024, 16, 4096),
+        activation_function="relu",
+        vocab_size=256206,
+        scale_embedding=True,
+    ),
+    "marian_base": bart_like(
+        "marian",
+        (6, 512, 8, 2048),
+        activation_function="swish",
+        decoder_start_token_id=58100,
+        max_position_embeddings=512,
+        pad_token_id=58100,
+        vocab_size=58101,
+        scale_embedding=True,
+    ),
+    "pegasus_large": bart_like(
+        "pegasus",
+        (16, 1024, 16, 4096),
+        activation_function="relu",
+        decoder_start_token_id=0,
+        vocab_size=96103,
+        scale_embedding=True,
+    ),
+}
 # With: whether the file has a head of its own.
 RELEASED_ENCODER_DECODERS = {
+    **{name: (fields, False) for name, fields in BART_LIKE.items()},
     "t5_1_0_small": (T5 | T5_SMALL, False),
     "t5_1_1_base": (T5 | T5_BASE | GATED, True),
     "flan_t5_base": (T5 | T5_BASE | GATED | {"dense_act_fn": "gelu_new"}, True),

@@ -17,6 +17,11 @@ CASES = [
         for name, family in FAMILIES.items()
         for seed in family.slow_seeds
     ),
+    *(
+        pytest.param(name, seed, marks=pytest.mark.exhaustive)
+        for name, family in FAMILIES.items()
+        for seed in family.exhaustive_seeds
+    ),
 ]
 GRADIENTS = [
     pytest.param(name, marks=pytest.mark.slow if family.gradients == "slow" else ())

@@ -21,8 +21,9 @@ from t5x_lite.checkpoints.formats.huggingface import (
 )
 from t5x_lite.config import gin_file
 
-FAMILIES = ("byt5", "mt5", "t5_1_0", "t5_1_1", "t5gemma", "t5gemma2")
+FAMILIES = ("bart", "byt5", "mt5", "t5_1_0", "t5_1_1", "t5gemma", "t5gemma2")
 STARTS = ("flan_t5_", "mt5_", "t5_1_", "umt5_", "byt5_", "ul2_", "t5gemma_", "t5gemma2_")
+STARTS += ("bart_", "mbart50_", "m2m100_", "nllb_", "marian_", "pegasus_")
 # Gemma 2's softcaps with T5Gemma 2's merged attention: a study of ours that no family has.
 STUDIES = ("t5gemma_tiny_merged",)
 ENCODER_DECODERS = sorted(
@@ -110,7 +111,7 @@ def logit_fields(cfg: config.Model):
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_configs_give_the_presets(name):
     config_json, headed = RELEASED[name]
-    names = ["decoder.final_layer_norm.weight", *(HEADS if headed else ())]
+    names = ["decoder.final_layer_norm.weight", "final_logits_bias", *(HEADS if headed else ())]
     read = family_of_config(config_json).parse_config(config_json, names)
     assert logit_fields(read) == logit_fields(preset(name))
 
@@ -118,7 +119,7 @@ def test_released_configs_give_the_presets(name):
 @pytest.mark.parametrize("name", RELEASED)
 def test_an_exported_config_is_read_as_the_same_model(name):
     cfg = preset(name)
-    names = ["decoder.final_layer_norm.weight", *(() if cfg.tied else HEADS)]
+    names = ["decoder.final_layer_norm.weight", "final_logits_bias", *(() if cfg.tied else HEADS)]
     written = family_for_export(cfg).config_json(cfg)
     read = family_of_config(written).parse_config(written, names)
     assert logit_fields(read) == logit_fields(cfg)

@@ -43,7 +43,8 @@ def check_expressible(cfg: config.Model) -> None:
     require_values(
         cfg, "T5X", logits_softcap=None, scale_embedding=False, separate_embeddings=False
     )
-    require_values(cfg, "T5X", eoi=None, scale_logits=cfg.tied and cfg.decoder is not None)
+    require_values(cfg, "T5X", eoi=None, logits_bias=False)
+    require_values(cfg, "T5X", scale_logits=cfg.tied and cfg.decoder is not None)
     if cfg.decoder is None:
         raise ValueError("T5X's T5 has a decoder; this Model lacks one: export to Hugging Face")
     for stack in filter(None, (cfg.encoder, cfg.decoder)):

@@ -19,6 +19,11 @@ FAMILIES = {
     "umt5": "t5",
     "t5gemma": "t5gemma",
     "t5gemma2": "t5gemma2",
+    "bart": "bart",
+    "mbart": "bart",
+    "m2m_100": "bart",
+    "marian": "bart",
+    "pegasus": "bart",
     "gpt2": "gpt2",
     "llama": "llama",
     "qwen2": "qwen",
@@ -32,6 +37,7 @@ FAMILIES = {
 
 # Fields that count layers, and more layers than any model has.
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
+DEPTHS += ("encoder_layers", "decoder_layers")
 DEEPEST = 1000
 
 

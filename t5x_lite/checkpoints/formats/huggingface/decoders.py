@@ -44,6 +44,7 @@ POSITION_FIELDS = {
     "relative": ("buckets", "max_distance", "bias_per_layer"),
     "rotary": ("rotary_base", "rotary_scaling", "sliding_rotary_base"),
     "learned": ("max_length",),
+    "sinusoidal": ("sinusoids",),
 }
 
 
@@ -236,7 +237,11 @@ def start_token(config_json: dict, vocab: int) -> int:
 
 def activation_name(activation: str) -> str:
     """Hugging Face's name of an activation."""
-    return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
+    names = [name for name, ours in ACTIVATIONS.items() if ours == activation]
+    if not names:
+        known = ", ".join(dict.fromkeys(ACTIVATIONS.values()))
+        raise ValueError(f"cannot express Stack.activation = {activation!r}; only {known}")
+    return names[0]
 
 
 def export_fields(cfg: config.Model, **more: Any) -> dict:

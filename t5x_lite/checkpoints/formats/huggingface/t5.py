@@ -21,7 +21,10 @@ from t5x_lite.checkpoints.transforms import Entry
 ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 # Fields of every T5, and fields that its config.json has once for both towers.
 T5_STACK = dict(
+    activation=("gelu", "relu", "silu"),
     norm="rms",
+    norm_order="pre",
+    embedding_norm=False,
     post_norms=False,
     qk_norm=False,
     qkv_bias=False,
@@ -223,7 +226,7 @@ def check_expressible(cfg: config.Model) -> None:
     """Raises ValueError, naming the first field of cfg that no T5 has."""
     stacks = [stack for stack in (cfg.encoder, cfg.decoder) if stack is not None]
     plain = dict(logits_softcap=None, scale_embedding=False, separate_embeddings=False, eoi=None)
-    require_values(cfg, "T5", **plain)
+    require_values(cfg, "T5", logits_bias=False, **plain)
     for stack in stacks:
         require_values(stack, "T5", kv_heads=(None, stack.heads))
         require_values(stack, "T5", **T5_STACK)

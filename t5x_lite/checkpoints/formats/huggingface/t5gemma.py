@@ -34,6 +34,8 @@ DEFAULTS = dict(
 # Fields of every layer of the Gemma 2 and Gemma 3 kind.
 GEMMA_STACK = dict(
     norm="rms_plus_one",
+    norm_order="pre",
+    embedding_norm=False,
     post_norms=True,
     gated=True,
     activation="gelu",
@@ -199,7 +201,7 @@ def config_json(cfg: config.Model) -> dict:
         raise ValueError("T5Gemma cannot express a Model without an encoder")
     pair = cfg.decoder is not None
     wanted = dict(scale_logits=False, scale_embedding=True, separate_embeddings=pair, eoi=None)
-    fields.require_values(cfg, "T5Gemma", **wanted)
+    fields.require_values(cfg, "T5Gemma", logits_bias=False, **wanted)
     towers = {"encoder": tower_config(cfg, cfg.encoder) | {"is_decoder": False}}
     if pair:
         crossed = {"cross_attention_hidden_size": cfg.encoder.embed, "is_decoder": True}

@@ -130,7 +130,7 @@ def config_json(cfg: config.Model) -> dict:
     if cfg.eoi is None:
         raise ValueError("T5Gemma 2 always has an end of an image: bind Model.eoi to its id")
     wanted = dict(scale_logits=False, scale_embedding=True, separate_embeddings=False)
-    fields.require_values(cfg, "T5Gemma 2", **wanted)
+    fields.require_values(cfg, "T5Gemma 2", logits_bias=False, **wanted)
     fields.require_values(decoder, "T5Gemma 2", merged=True)
     if encoder.window is not None:
         fields.require_values(encoder, "T5Gemma 2", window_form="halved")
