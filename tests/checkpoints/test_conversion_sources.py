@@ -320,7 +320,7 @@ def test_a_header_of_many_names_with_one_twice_is_refused_in_linear_time(tmp_pat
     names = [*range(150_000), 149_999]
     text = "{" + ", ".join(row % number for number in names) + "}"
     with_header(tmp_path / "model.safetensors", text.encode())
-    with fuzzing.limits(memory=False), pytest.raises(SourceError, match="n149999 stands twice"):
+    with fuzzing.limits(), pytest.raises(SourceError, match="n149999 stands twice"):
         safetensors_files.open_safetensors(tmp_path)
 
 
@@ -329,7 +329,7 @@ def test_a_size_that_no_tensor_has_is_refused_before_it_is_used(whole, field):
     path = whole / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: 2 * 10**9}))
     with (
-        fuzzing.limits(memory=False),
+        fuzzing.limits(),
         pytest.raises(ValueError, match="2,000,000,000, and no tensor has"),
     ):
         tensors.open_hugging_face_tensors(whole).weights()

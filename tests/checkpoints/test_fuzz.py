@@ -231,7 +231,7 @@ def test_sizes_in_a_runs_config_are_compared_before_a_model_is_made(tmp_path, fi
         lambda path: open_checkpoint(path).load(),
     ):
         with (
-            fuzzing.limits(memory=False),
+            fuzzing.limits(),
             pytest.raises(ValueError, match="and no tensor has a size"),
         ):
             door(folder)

@@ -64,7 +64,7 @@ def test_what_is_more_than_data_is_told_with_its_line(tmp_path, text, word):
 def test_a_text_of_nothing_much_is_read_in_linear_time(tmp_path, size):
     path = tmp_path / "blank.gin"
     path.write_text(BEGIN + size * "\n" + "config.Run.seed = 1\n")
-    with fuzzing.limits(memory=False):
+    with fuzzing.limits():
         assert gin_file.load_run([str(path)]).seed == 1
         message = refused(tmp_path, "config.Run.seed = " + 20 * size * "9")
         assert "digits" in message and len(message) < 2000

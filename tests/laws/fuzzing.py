@@ -25,6 +25,7 @@ from fuzz_targets import TARGETS
 
 SECONDS = 10
 MEMORY = 10**9
+TEST_SECONDS = 600
 # What is no Exception ends a round late, or, in a library's own code, the process: see `limits`.
 GRACE = 5
 CRASH, HANG, FULL, UNNAMED, WRITES = "crash", "hang", "memory", "unnamed", "writes"
@@ -66,42 +67,52 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def limits(memory: bool = True) -> Iterator[None]:
+def limits() -> Iterator[None]:
     """SECONDS of the processor (a Hang) and MEMORY more address space than now (MemoryError).
 
     A library that does not return to Python is ended by the kernel GRACE seconds later.
 
-    Args:
-      memory: false leaves memory alone, whose limit holds for every thread of the process: a test's
-        worker dies when the thread that reports to its controller meets it.
+    A worker of the tests has other threads, which such a lack of memory would end, and garbage of a
+    thousand tests, whose collection is counted: there a Hang is one of TEST_SECONDS on the clock.
     """
 
     def stop(number, frame):
         raise Hang
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    cpu_soft, cpu_hard = resource.getrlimit(resource.RLIMIT_CPU)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    spent = int(usage.ru_utime + usage.ru_stime)
+    alone = "PYTEST_CURRENT_TEST" not in os.environ
     # Processor time, so that a busy machine does not count as a hang; wall-clock time where nothing
     # runs at all.
-    timers = {signal.ITIMER_PROF: SECONDS, signal.ITIMER_REAL: 15 * SECONDS}
-    before = [signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)]
-    for timer, seconds in timers.items():
+    clocks = {signal.SIGALRM: (signal.ITIMER_REAL, 15 * SECONDS if alone else TEST_SECONDS)}
+    if alone:
+        clocks[signal.SIGPROF] = (signal.ITIMER_PROF, SECONDS)
+    before = {number: signal.signal(number, stop) for number in clocks}
+    for timer, seconds in clocks.values():
         signal.setitimer(timer, seconds)
-    if memory:
-        resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
+    try:
+        with resource_limits() if alone else contextlib.nullcontext():
+            yield
+    finally:
+        for timer, _ in clocks.values():
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def resource_limits() -> Iterator[None]:
+    """The kernel's limits of `limits`: address space, and processor time with GRACE."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    cpu_soft, cpu_hard = resource.getrlimit(resource.RLIMIT_CPU)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    spent = int(usage.ru_utime + usage.ru_stime)
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
     resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS + GRACE, cpu_hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_soft, cpu_hard))
-        for timer in timers:
-            signal.setitimer(timer, 0)
-        for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
-            signal.signal(number, handler)
 
 
 def is_memory_error(error: BaseException | None) -> bool:
