@@ -22,7 +22,7 @@ from t5x_lite.utils.paths import CACHE, cache_folder, path_argument
 DESCRIPTION = """\
 Compiles the training step of a run, or a step of decoding, for a TPU slice that is not there, and
 reports from the compiler's program whether it fits, what each chip computes, moves and sends, and
-how long that takes at best. Needs no chip, but libtpu: the extra "plan" (docs/install.md)."""
+how long that takes at best. Needs no chip, but libtpu: the extra "plan"."""
 
 EXAMPLES = """\
 examples:

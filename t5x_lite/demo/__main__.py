@@ -28,8 +28,7 @@ examples:
   python -m t5x_lite.demo --checkpoint=runs/g2p --host=0.0.0.0 --allow_host=lab.example.org
 
 The page is for this machine alone: it listens on 127.0.0.1 and refuses any other host name.
-Models write one text at a time; --waiting limits how many more may wait. It needs the extra "demo"
-(docs/install.md).
+Models write one text at a time; --waiting limits how many more may wait. It needs the extra "demo".
 """
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 CACHE = "~/.cache/t5x_lite"
-BUCKET = "mount the bucket first (docs/first_pod_run.md) and name the folder"
+BUCKET = "mount the bucket first and name the folder"
 REMEDIES = {
     "file": "leave out file://",
     "hf": "a model of the hub can be read, as --checkpoint, and not written",

@@ -48,6 +48,9 @@ REACHED_BY = {
 }
 GENERAL = {"gin", "help", "import", "verbosity", "version"}
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z]\w*)(?![\w{-])")
+# Folders of the clone, which an installed package does not have; its configs it has.
+CLONE = re.compile(r"(?<![\w.-])(?:docs|launch|benchmarks|tests)/\w")
+SHIPPED = re.compile(r"(?<![\w/])configs/[\w/]+\.gin\b")
 COMMAND = re.compile(r"\bt5x_lite[. ](\w+)")
 
 
@@ -100,6 +103,15 @@ def test_every_flag_in_a_message_is_one_of_the_command_that_prints_it():
                 if not commands or not any(flag in flags_of(each) for each in commands):
                     wrong.append(f"{name}:{line} --{flag} of {' '.join(commands) or 'no command'}")
     assert wrong == []
+
+
+def test_every_file_that_a_message_names_is_in_an_installed_package():
+    shipped = set(gin_file.shipped_configs())
+    for path in FILES:
+        for line, text in texts(path):
+            assert not CLONE.search(text), f"{path}:{line}: {text[:80]}"
+            missing = set(SHIPPED.findall(text)) - shipped
+            assert not missing, f"{path}:{line}: {missing}"
 
 
 def test_every_field_that_the_product_names_exists():
