@@ -13,7 +13,7 @@ CACHE = "~/.cache/t5x_lite"
 BUCKET = "mount the bucket first and name the folder"
 REMEDIES = {
     "file": "leave out file://",
-    "hf": "a model of the hub can be read, as --checkpoint, and not written",
+    "hf": "a model of the hub can be read as a checkpoint, and not written",
     "http": "download it first",
     "https": "download it first",
 }
