@@ -27,6 +27,7 @@ Importing this module imports neither JAX nor TensorFlow; loading a run never im
 import dataclasses
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,15 @@ from typing import Any, get_type_hints
 
 from t5x_lite import config
 from t5x_lite.config import aliases
-from t5x_lite.evaluation.arguments import check_messages, list_pairs, list_texts
+from t5x_lite.config.checked import Count, CountOrZero, Positive
+from t5x_lite.config.decoding import FILTERS
+from t5x_lite.evaluation.arguments import (
+    check_argument,
+    check_callback,
+    check_messages,
+    list_pairs,
+    list_texts,
+)
 
 
 def takes_decode_options(method: Callable) -> Callable:
@@ -166,6 +175,7 @@ class Session:
         from t5x_lite.evaluation import streaming
 
         (text,) = list_texts(text, one=True)
+        every = check_argument("every", every, Count)
         pieces = streaming.stream_text(self.predictor, text, self.settings(options), every)
         return (piece.text for piece in pieces)
 
@@ -210,9 +220,14 @@ class Session:
           pooling: "mean", "first" or "last" token; None for the model's own pooling, or else the
             mean.
           on_progress: callback with the number of texts that are done; None for no reports.
+
+        Raises:
+          ValueError: texts are not texts, or an unknown pooling.
         """
         from t5x_lite.evaluation import embed
 
+        check_argument("pooling", pooling, str | None)
+        check_callback("on_progress", on_progress)
         vectors = embed.embed(self.predictor, list_texts(texts), pooling, on_progress)
         return vectors[0] if isinstance(texts, str) else vectors
 
@@ -248,6 +263,7 @@ class Session:
         from t5x_lite import analysis
 
         decode = self.settings(options)
+        top = check_argument("top", top, Count)
         (input,) = list_texts(input, one=True)
         if target is not None:
             (target,) = list_texts(target, one=True)
@@ -270,12 +286,16 @@ class Session:
           The loss before the step, in nats per target token.
 
         Raises:
-          ValueError: inputs and targets do not pair up, or the loss is not finite.
+          ValueError: inputs and targets do not pair up or are empty, learning_rate is not
+            positive, or the loss is not finite.
         """
         from t5x_lite.model import quantization
         from t5x_lite.training import fit_in_memory
 
+        learning_rate = check_argument("learning_rate", learning_rate, Positive)
         input_texts, target_texts = list_pairs("train_step", inputs, targets)
+        if not input_texts:
+            raise ValueError("train_step needs at least one pair of texts; inputs is empty")
         predictor = self.predictor
         if quantization.has_quantized(predictor.params):
             raise ValueError("Quantized weights cannot be trained: load without quantize")
@@ -287,7 +307,16 @@ class Session:
         return loss
 
     def settings(self, options: dict[str, Any]) -> config.Decode:
-        """Returns the default options with those replaced that are not None."""
+        """Returns the default options with those replaced that are not None.
+
+        An option temperature 0 is greedy, and puts the defaults that narrow a sample out of use.
+
+        Raises:
+          ValueError: an option is unknown, of another type or out of range, or two contradict each
+            other.
+        """
+        if not isinstance(options, dict):
+            raise ValueError(f"options must be a dict of fields of config.Decode; got {options!r}")
         known = [field.name for field in dataclasses.fields(config.Decode)]
         options = aliases.rename_keywords(options, "Decode")
         for name in options:
@@ -295,7 +324,9 @@ class Session:
                 hint = aliases.suggest_field(name, "Decode", known)
                 raise ValueError(f"Unknown option {name}: {hint}")
         chosen = {name: value for name, value in options.items() if value is not None}
-        return dataclasses.replace(self.decode, **chosen)
+        greedy = chosen.get("temperature") == 0
+        unused = {name: getattr(config.Decode, name) for name in FILTERS} if greedy else {}
+        return dataclasses.replace(self.decode, **(unused | chosen))
 
 
 def weight_dtypes(params: Any) -> list[str]:
@@ -329,12 +360,20 @@ def load(
         with :32 in groups of 32. None for no quantization.
 
     Raises:
-      ValueError: path is not a checkpoint, or a run without the requested one.
+      ValueError: path is not a checkpoint, or a run without the requested one; or an argument is of
+        another type.
     """
     from t5x_lite.checkpoints.opening import open_checkpoint
     from t5x_lite.evaluation import predict
     from t5x_lite.training import host
 
+    check_argument("path", path, str | os.PathLike)
+    check_argument("step", step, CountOrZero | None)
+    check_argument("best", best, bool)
+    check_argument("mesh", mesh, config.Mesh | None)
+    check_argument("quantize", quantize, str | None)
+    if best and step is not None:
+        raise ValueError("step and best both choose a checkpoint: leave one out")
     host.prepare_jax()
     restored = open_checkpoint(path, step, best).load(mesh, quantize)
     run = restored.run

@@ -48,6 +48,8 @@ def detect_kind(path: str | Path) -> CheckpointKind:
         return CheckpointKind.GGUF
     if is_t5x(path):
         return CheckpointKind.T5X
+    if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        raise SourceError(explain_file(path))
     if path.is_file():
         source = safetensors_files.open_safetensors(path)
         raise SourceError(
@@ -71,8 +73,20 @@ def containing_run(path: Path) -> Path | None:
     return None
 
 
+def explain_file(path: Path) -> str:
+    """The message for a file that is not a checkpoint, such as the config of a run."""
+    if path.suffix == ".gin":
+        return (
+            f"{path} is a config, not a checkpoint: name the folder of the trained run, the "
+            "MODEL_DIR of its config"
+        )
+    return f"{path} is not a checkpoint: name a run folder, a Hugging Face folder or a .gguf file"
+
+
 def explain_missing(path: Path) -> str:
     """The message for a path where nothing is: a run to train, or a model of the hub."""
+    if path.suffix == ".gin":
+        return f"There is no {path}; and a checkpoint is the folder of a run, not its config"
     named = hub.NAME.fullmatch(str(path))
     other = f". A model of the hub is named {hub.SCHEME}{path}" if named else ""
     if near := nearest.near_names(str(path), packaged.packaged_names()):

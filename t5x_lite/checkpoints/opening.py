@@ -147,7 +147,7 @@ class OpenedCheckpoint:
         """
         rounding = None if quantize is None else quantization.parse_quantization(quantize)
         check_vocabulary_sizes(self)
-        if ignored := kept_fields.describe_ignored(self.kept.generation):
+        if ignored := kept_fields.describe_ignored(self.kept.generation, self.model.vocab):
             warnings.warn(
                 f"{self.path} has settings of generation that are not followed here: {ignored}. "
                 "Give those that there are as options",
@@ -246,7 +246,7 @@ def open_checkpoint(
         return open_run_folder(source, step, best, options)
     if best or step is not None:
         raise SourceError(
-            f"{path} has one set of weights; --step and --best choose among those of a run folder"
+            f"{path} has one set of weights; step and best choose among those of a run folder"
         )
     if kind == CheckpointKind.T5X:
         return open_t5x(path, options)
@@ -347,7 +347,8 @@ def from_tensors(
     """
     if text is not None and text.ends is not None:
         mapped = mapped._replace(model=with_ends(mapped.model, text.ends))
-    run = run_folder.model_only_run(path, mapped.model)
+    decode = kept_fields.follow_generation(mapped.kept.generation, mapped.model.vocab)
+    run = dataclasses.replace(run_folder.model_only_run(path, mapped.model), decode=decode)
     return OpenedCheckpoint(
         path, kind, run, text, tensors=mapped, assumed=assumed, kept=mapped.kept
     )

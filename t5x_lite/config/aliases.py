@@ -81,6 +81,16 @@ ELSEWHERE = {
     ("Decode", "sampling_topk"): "top_k",
     ("Decode", "sampling_topp"): "top_p",
 }
+# Options that have no counterpart, with the reason.
+ABSENT = {
+    ("Decode", "eos_token_id"): "the checkpoint's tokenizer says which tokens end a text",
+    ("Decode", "pad_token_id"): "rows are padded without one",
+    ("Decode", "bos_token_id"): "the checkpoint's tokenizer says how a text begins",
+    ("Decode", "use_cache"): "keys and values are always cached",
+    ("Decode", "generator"): "bind seed: the same seed gives the same text",
+    ("Decode", "stopping_criteria"): "max_new_tokens, regex and choices bound a text",
+    ("Decode", "logits_processor"): "logit_bias, bad_words and regex steer a text",
+}
 
 
 class Renamed(NamedTuple):
@@ -134,6 +144,8 @@ def suggest_field(name: str, owner: str, known: Collection[str], dashes: str = "
       known: the names that exist.
       dashes: what stands before a name where it was written: "--" on a command line.
     """
+    if reason := ABSENT.get((owner, name)):
+        return reason
     here = ELSEWHERE.get((owner, name))
     return f"it is called {dashes}{here} here" if here else suggest(name, known)
 

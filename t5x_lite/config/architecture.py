@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from t5x_lite.config.checked import (
-    LARGEST_INT,
+    MOST_TOKENS,
     Checked,
     Count,
     CountOrZero,
+    Few,
+    Length,
+    LengthOrZero,
     NotNegative,
     Positive,
     Range,
     ShareBelowOne,
+    Width,
     require,
 )
 from t5x_lite.config.draft_heads import DraftHeads
 
 # Two is the fewest that a softmax, or a distance, can tell apart.
-AtLeastTwo = Annotated[int, Range(2, LARGEST_INT)]
+AtLeastTwo = Annotated[int, Range(2, MOST_TOKENS)]
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,12 @@ class Stack(Checked):
       sliding_rotary_base: rotary base of sliding layers, never scaled; None takes `rotary_base`.
     """
 
-    layers: Count
-    embed: Count
-    heads: Count
-    head_dim: Count
-    mlp: Count
-    kv_heads: Count | None = None
+    layers: Few
+    embed: Width
+    heads: Width
+    head_dim: Width
+    mlp: Width
+    kv_heads: Width | None = None
     activation: Literal["gelu", "gelu_exact", "relu", "silu"] = "gelu"
     gated: bool = True
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
@@ -123,8 +127,8 @@ class Stack(Checked):
     bias_per_layer: bool = False
     rotary_base: Positive = 10000.0
     rotary_scaling: RotaryScaling | None = None
-    max_length: Count | None = None
-    position_offset: CountOrZero = 0
+    max_length: Length | None = None
+    position_offset: LengthOrZero = 0
     sinusoids: Literal["vaswani", "tensor2tensor"] = "vaswani"
     pattern: tuple[Literal["full", "sliding"], ...] = ("full",)
     window: Count | None = None
@@ -208,9 +212,9 @@ class Pooling(Checked):
     """
 
     kind: Literal["mean", "first", "last"] = "mean"
-    project: Count | None = None
+    project: Width | None = None
     normalize: bool = False
-    max_length: Count | None = None
+    max_length: Length | None = None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dataclasses whose fields hold what their annotations say: types, and ranges of numbers."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
+import re
 import types
 import typing
 from typing import Annotated, Any, Literal, NamedTuple
@@ -14,6 +17,12 @@ from t5x_lite.utils.paths import check_local, expand_home
 # Numbers end up in int32 and float32 arrays: a larger one would wrap around or be infinite there,
 # and a nearer to 0 would be 0.
 LARGEST_INT = 2**31 - 1
+# The smallest of the upper limits that are there for arithmetic alone.
+FAR = 2**12
+# Ids of a vocabulary, tokens or rows of a batch: sums of a few of them are int32 still.
+MOST_TOKENS = 2**24
+# Begins the remedy of a message: a value that would do.
+WRITE = ": write "
 SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
@@ -72,6 +81,11 @@ def number_text(value: float) -> str:
     return f"{int(value):,}" if float(value).is_integer() else f"{value:g}"
 
 
+# Sizes of which arrays and lists are made are far from the largest int: products of them are not.
+Few = Annotated[int, Range(1, FAR)]
+Width = Annotated[int, Range(1, 2**20)]
+Length = Annotated[int, Range(1, MOST_TOKENS)]
+LengthOrZero = Annotated[int, Range(0, MOST_TOKENS)]
 Count = Annotated[int, Range(1, LARGEST_INT)]
 CountOrZero = Annotated[int, Range(0, LARGEST_INT)]
 Positive = Annotated[float, Range(0, open="least")]
@@ -99,8 +113,7 @@ class Checked:
             try:
                 object.__setattr__(self, field, coerce(value, hint))
             except WrongType:
-                wanted = f"{name} must be {type_in_words(hint)}"
-                raise ValueError(f"{wanted}; got {value!r:.200}") from None
+                raise ValueError(f"{name} {wrong_type_in_words(value, hint)}") from None
             except OutOfRange as error:
                 raise ValueError(f"{name}{error.place} {error}") from None
             except ValueError as error:
@@ -170,12 +183,19 @@ def check_range(value: float, limits: Range) -> float:
     if isinstance(value, float) and not math.isfinite(value):
         raise OutOfRange(value, "a finite number")
     if value not in limits:
-        above = limits.most == LARGEST_INT and value > limits.most
-        raise OutOfRange(value, f"at most {LARGEST_INT:,}" if above else str(limits))
+        raise OutOfRange(value, describe_limits(value, limits))
     if isinstance(value, float) and value and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
         size = f"{SMALLEST_FLOAT:.3g} to {LARGEST_FLOAT:.3g}"
         raise OutOfRange(value, f"a number of float32, of size {size}")
     return value
+
+
+def describe_limits(value: float, limits: Range) -> str:
+    """The limits in words; of sizes that are far apart, the one that a value is beyond."""
+    far = isinstance(value, int) and FAR <= limits.most <= LARGEST_INT
+    if far and value > limits.most:
+        return f"at most {limits.most:,}"
+    return f"at least {limits.least:g}" if far and not limits.also else str(limits)
 
 
 def coerce_any(value: Any, hints: tuple) -> Any:
@@ -186,6 +206,63 @@ def coerce_any(value: Any, hints: tuple) -> Any:
         except WrongType:
             continue
     raise WrongType
+
+
+def wrong_type_in_words(value: Any, hint: Any) -> str:
+    """Ends a message about a value of another type: "must be True or False; got 'true'...".
+
+    Args:
+      value: the value.
+      hint: annotation that it does not fit.
+    """
+    likely = likely_value(value, hint)
+    remedy = "" if likely is None else f"{WRITE}{likely}"
+    return f"must be {type_in_words(hint)}; got {value!r:.200}{remedy}"
+
+
+def likely_value(value: Any, hint: Any) -> str | None:
+    """The value of the annotated type that was probably meant, as .gin text; None if unknown.
+
+    Args:
+      value: a value of another type, such as 'true', 'none', 1000.0 or a name alone.
+      hint: the annotation.
+    """
+    for each in likely_values(value):
+        try:
+            coerce(each, hint)
+        except (WrongType, ValueError):
+            continue
+        quoted = [f'"{item}"' for item in each] if isinstance(each, tuple) else []
+        return f"({', '.join(quoted)}{',' if len(quoted) == 1 else ''})" if quoted else repr(each)
+    name = value.strip("@()").rpartition(".")[2] if isinstance(value, str) else ""
+    if name not in class_names(hint):
+        return None
+    listed = typing.get_origin(hint) is tuple
+    return f"(@config.{name}(),)" if listed else f"@config.{name}()"
+
+
+def likely_values(value: Any) -> list[Any]:
+    """Values of other types that a value may stand for."""
+    if isinstance(value, float) and value.is_integer():
+        return [int(value)]
+    if not isinstance(value, str):
+        return []
+    words = {"true": True, "yes": True, "false": False, "no": False, "none": None, "null": None}
+    text = value.strip()
+    likely: list[Any] = [words[text.lower()]] if text.lower() in words else []
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            likely.append(kind(text))
+    names = tuple(name.strip(" '\"") for name in text.strip("[]()").split(","))
+    plain = all(re.fullmatch(r"[\w./:* +-]+", name) for name in names)
+    return [*likely, names] if plain else likely
+
+
+def class_names(hint: Any) -> set[str]:
+    """Names of the dataclasses that an annotation allows."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return {hint.__name__}
+    return {name for each in typing.get_args(hint) for name in class_names(each)}
 
 
 def type_in_words(hint: Any) -> str:
@@ -204,4 +281,6 @@ def type_in_words(hint: Any) -> str:
         return f"a dict from {type_in_words(args[0])} to {type_in_words(args[1])}"
     if hint is types.NoneType:
         return "None"
+    if hint is os.PathLike:
+        return "a path"
     return words.get(hint, f"a config.{hint.__name__}")

@@ -4,7 +4,17 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from t5x_lite.config.checked import LARGEST_INT, Checked, Count, Range, SourcePath, require
+from t5x_lite.config.checked import (
+    MOST_TOKENS,
+    Checked,
+    Count,
+    Few,
+    Length,
+    Range,
+    SourcePath,
+    Width,
+    require,
+)
 
 TWINS = ("encoder_decoder", "causal_decoder", "prefix_decoder", "shallow_decoder")
 
@@ -42,14 +52,14 @@ class Compare(Checked):
         Literal["encoder_decoder", "causal_decoder", "prefix_decoder", "shallow_decoder"], ...
     ] = TWINS
     matched: Literal["parameters", "training", "inference"] = "parameters"
-    seeds: Count = 3
-    shallow_layers: Count = 1
+    seeds: Few = 3
+    shallow_layers: Few = 1
     split: str = "test"
     examples: Count = 1000
-    rows: tuple[Count, ...] = (1, 8)
-    input_lengths: tuple[Count, ...] = (16, 128)
-    output_lengths: tuple[Annotated[int, Range(2, LARGEST_INT)], ...] = (16, 64)
-    repeats: Count = 5
+    rows: tuple[Width, ...] = (1, 8)
+    input_lengths: tuple[Length, ...] = (16, 128)
+    output_lengths: tuple[Annotated[int, Range(2, MOST_TOKENS)], ...] = (16, 64)
+    repeats: Few = 5
     drafters: tuple[str, ...] = ("lookup", "trigram")
     quantized: tuple[str, ...] = ("int8", "int4", "int4_activations")
     trained: dict[str, tuple[SourcePath, ...]] = field(default_factory=dict)

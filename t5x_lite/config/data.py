@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from t5x_lite.config.checked import (
-    LARGEST_INT,
+    MOST_TOKENS,
     Checked,
-    Count,
-    CountOrZero,
+    Length,
     LocalPath,
     Positive,
     Range,
@@ -25,7 +24,7 @@ from t5x_lite.config.objectives import (
 from t5x_lite.utils.paths import CACHE
 
 # A token and its end.
-RowLength = Annotated[int, Range(2, LARGEST_INT)]
+RowLength = Annotated[int, Range(2, MOST_TOKENS)]
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Vocabulary(Checked):
 
     kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
     path: SourcePath | None = None
-    size: Count | None = None
-    extra_ids: CountOrZero = 0
+    size: Length | None = None
+    extra_ids: Annotated[int, Range(0, 2**20)] = 0
     names: tuple[str, ...] = ()
     sentinels: str | None = None
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config of decoding."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from t5x_lite.config.checked import (
     Checked,
-    Count,
     CountOrZero,
+    Few,
+    Length,
+    LengthOrZero,
     Positive,
     Range,
     Seed,
@@ -27,6 +29,8 @@ FORBIDDING = (
     "suppress_tokens",
     "forced_bos_token_id",
 )
+# Fields that narrow what is sampled: a greedy text has the most probable token, which all keep.
+FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 Penalty = Annotated[float, Range(-100, 100)]
 
 
@@ -70,14 +74,14 @@ class Decode(Checked):
       choices: texts of which every new text is one.
     """
 
-    max_new_tokens: Count = 64
+    max_new_tokens: Length = 64
     temperature: Annotated[float, Range(1e-6, also=(0.0,))] = 0.0
     top_k: CountOrZero = 0
     top_p: ShareAboveZero = 1.0
     seed: Seed = 0
-    beams: Count = 1
+    beams: Few = 1
     alpha: Annotated[float, Range(-10, 10)] = 0.6
-    n_best: Count = 1
+    n_best: Few = 1
     drafter: str = "auto"
     draft_length: Annotated[int, Range(2, 64, also=(0,))] = 0
     accept: str = "exact"
@@ -88,8 +92,8 @@ class Decode(Checked):
     repetition_penalty: Positive = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    no_repeat_ngram_size: CountOrZero = 0
-    min_new_tokens: CountOrZero = 0
+    no_repeat_ngram_size: LengthOrZero = 0
+    min_new_tokens: LengthOrZero = 0
     bad_words: tuple[str, ...] = ()
     bad_words_ids: tuple[tuple[CountOrZero, ...], ...] = ()
     suppress_tokens: tuple[CountOrZero, ...] = ()
@@ -121,7 +125,21 @@ class Decode(Checked):
             f"Decode.drafter {self.drafter} drafts for one text per row; beam search (beams > 1) "
             "takes plain or auto",
         )
+        idle = self.idle_filters()
+        require(
+            not idle,
+            f"Decode.{idle and idle[0]} narrows what is sampled, and Decode.temperature 0 is "
+            f"greedy: set Decode.temperature (1 samples from the model's distribution), or leave "
+            f"out Decode.{idle and idle[0]}",
+        )
         self.check_tokens()
+
+    def idle_filters(self) -> list[str]:
+        """Fields of FILTERS that are set and change nothing, as nothing is sampled."""
+        if self.temperature > 0:
+            return []
+        defaults = {each.name: each.default for each in fields(self)}
+        return [name for name in FILTERS if getattr(self, name) != defaults[name]]
 
     def check_tokens(self):
         """Checks what may and must be written.

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from t5x_lite.config.checked import (
-    LARGEST_INT,
     Checked,
-    Count,
     NotNegative,
     Range,
     ShareAboveZero,
+    Width,
     require,
 )
 
@@ -33,9 +32,9 @@ class DraftHeads(Checked):
       mlp: hidden units per head of stern and block_diagonal; None takes the decoder's.
     """
 
-    block: Annotated[int, Range(2, LARGEST_INT)]
+    block: Annotated[int, Range(2, 64)]
     shape: Literal["stern", "block_diagonal", "medusa", "hydra"] = "block_diagonal"
-    mlp: Count | None = None
+    mlp: Width | None = None
 
     def check(self):
         require(

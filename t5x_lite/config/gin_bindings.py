@@ -8,12 +8,13 @@ enters, a field of a dataclass that the run does not hold. Here the text is foll
 
 import collections
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from t5x_lite import config
-from t5x_lite.config import gin_check
-from t5x_lite.config.checked import field_types
+from t5x_lite.config import decoding, gin_check
+from t5x_lite.config.checked import WRITE, field_types
 from t5x_lite.utils.nearest import suggest
 
 # Macros of T5X's gin files that are fields here.
@@ -181,6 +182,22 @@ def rows_of(bindings: list[Binding], message: str) -> list[int]:
     return list(dict.fromkeys(rows))
 
 
+def rows_that_name(bindings: list[Binding], macro: str) -> list[int]:
+    """Rows of the bindings whose value has the macro (%NAME) in it."""
+
+    def names(value: Any) -> bool:
+        match value:
+            case gin_check.Macro(name):
+                return name == macro
+            case dict():
+                return any(names(each) for pair in value.items() for each in pair)
+            case list() | tuple():
+                return any(map(names, value))
+        return False
+
+    return [each.row for each in bindings if names(each.value)]
+
+
 def value_rows(bindings: list[Binding], binding: Binding) -> list[int]:
     """Row of the binding that holds the value: its own, or that of the macro that it names."""
     for _ in bindings:
@@ -194,6 +211,19 @@ def value_rows(bindings: list[Binding], binding: Binding) -> list[int]:
     return [binding.row]
 
 
+def drop_idle_filters(saved: str) -> list[str]:
+    """Bindings on top of a saved config that take out the filters of a greedy config.Decode.
+
+    They never had an effect, and are refused since.
+
+    Args:
+      saved: the text of a resolved config.
+    """
+    greedy = re.findall(r"^(.*config\.Decode)\.temperature = 0(?:\.0)?$", saved, re.MULTILINE)
+    unused = {name: getattr(config.Decode, name) for name in decoding.FILTERS}
+    return [f"{owner}.{name} = {value}" for owner in greedy for name, value in unused.items()]
+
+
 def blame(message: str, places: list[str]) -> str:
     """A message about a value, with where it was bound: on the command line, else in files.
 
@@ -203,10 +233,13 @@ def blame(message: str, places: list[str]) -> str:
     """
     flags = [place for place in places if place.startswith("--gin.")]
     shown = ", ".join(list(dict.fromkeys(flags or places))[:MOST_PLACES])
-    if flags and "must be a string; got " in message:
+    message, wrong, remedy = message.partition(WRITE)
+    if flags:
         name, _, value = flags[0].partition("=")
-        shown += f": write {name}='\"{value}\"'"
-    return f"{message} ({shown})" if shown else message
+        if re.search(r"must be a string( or None)?; got [-+\d.]", message):
+            wrong, remedy = WRITE, f'"{value}"'  # a number that is meant as text
+        remedy = remedy and f"{name}={shlex.quote(remedy)}"
+    return f"{message} ({shown}{wrong}{remedy})" if shown else f"{message}{wrong}{remedy}"
 
 
 def quote_value(binding: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from t5x_lite import config
+from t5x_lite.utils.nearest import near_names
 
 HEADER = "from __gin__ import dynamic_registration\nfrom t5x_lite import config\n"
 # gin parses a string again with every piece that follows it: 60,000 pieces took it two minutes.
@@ -24,6 +25,8 @@ MOST_PIECES = 1000
 MOST_DIGITS = 100
 # A mixture of hundreds of tasks has some thousand values.
 MOST_VALUES = 100_000
+# Least similarity of a class that is suggested: a name that means another thing is named alone.
+LEAST_SIMILAR = 0.7
 
 
 class Forbidden(ValueError):
@@ -116,11 +119,10 @@ def check_selector(selector: str) -> None:
     """Raises Forbidden unless selector is a dataclass of the config."""
     owner, _, name = selector.rpartition(".")
     if (owner, name in dataclass_names()) != ("config", True):
-        missing = f"; config has no attribute {name!r}" if owner == "config" else ""
-        raise Forbidden(
-            f"{selector} is not a dataclass of t5x_lite.config: a config can name nothing else"
-            f"{missing}"
-        )
+        # train.steps is config.Train.steps, Files.train lacks the module.
+        near = [f"config.{each}" for each in near_names(name, dataclass_names(), LEAST_SIMILAR)]
+        hint = f"did you mean {' or '.join(near)}?" if near else "a config can name nothing else"
+        raise Forbidden(f"{selector} is not a dataclass of t5x_lite.config: {hint}")
 
 
 def check_field(statement: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from t5x_lite import config
 from t5x_lite.config import aliases, gin_aliases, gin_bindings
-from t5x_lite.config.gin_check import HEADER, check_source, dataclass_names
+from t5x_lite.config.gin_check import HEADER, check_source
 from t5x_lite.utils.nearest import suggest
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import local_path
@@ -118,6 +118,7 @@ def from_text(text: str) -> config.Run:
     """Reads a resolved config of `to_text`; one of an earlier version means what it meant then."""
     lines = [Line(line, "the saved config") for line in aliases.former_bindings(text)]
     lines += [Line(line, f"line {i}") for i, line in enumerate(text.splitlines(), 1)]
+    lines += [Line(line, "the saved config") for line in gin_bindings.drop_idle_filters(text)]
     return parse_lines(lines, [])
 
 
@@ -343,12 +344,11 @@ def explain(error: Exception, lines: list[Line], bindings: list[gin_bindings.Bin
         fields = [field.name for field in dataclasses.fields(getattr(config, parameter[1]))]
         hint = aliases.suggest_field(parameter[2], parameter[1], fields)
         return f"{message}\nconfig.{parameter[1]} has no such field: {hint}"
-    attribute = re.search(r"has no attribute '?(\w+)", message)
-    if attribute:
-        return f"{message}\nNo config.{attribute[1]}: {suggest(attribute[1], dataclass_names())}"
     macro = re.search(r"'macro'.*in scope '([\w/]+)'", message)
     if macro:
-        return f"The macro {macro[1]} has no value: bind it, or give --gin.{macro[1]}=VALUE"
+        message = f"The macro {macro[1]} has no value: bind it, or give --gin.{macro[1]}=VALUE"
+        rows = gin_bindings.rows_that_name(bindings, macro[1])
+        return gin_bindings.blame(message, [lines[row - header - 1].origin for row in rows])
     missing = re.search(
         r"\b(\w+)\.__init__\(\) missing \d+ required .*?arguments?: ([^\n]+)", message
     )

@@ -11,7 +11,9 @@ from t5x_lite.config.checked import (
     Checked,
     Count,
     CountOrZero,
+    Few,
     Finite,
+    Length,
     NotNegative,
     Positive,
     Range,
@@ -19,6 +21,7 @@ from t5x_lite.config.checked import (
     ShareAboveZero,
     ShareBelowOne,
     SourcePath,
+    Width,
     require,
 )
 from t5x_lite.config.draft_heads import DraftHeadLoss
@@ -96,12 +99,12 @@ class Train(Checked):
     """
 
     steps: Count
-    batch_size: Count
-    microbatches: Count = 1
+    batch_size: Length
+    microbatches: Length = 1
     label_smoothing: ShareBelowOne = 0.0
     z_loss: NotNegative = 0.0001
     remat: Literal["none", "minimal", "full"] = "minimal"
-    unroll: Count = 1
+    unroll: Few = 1
     max_consecutive_skips: Count = 10
     log_every: Count = 10
     tensorboard: bool = True
@@ -139,7 +142,7 @@ class Evaluate(Checked):
     every: CountOrZero = 0
     examples: CountOrZero = 500
     batches: CountOrZero = 50
-    batch_size: Count = 64
+    batch_size: Width = 64
     metrics: tuple[str, ...] = ()
 
 

@@ -10,6 +10,8 @@ from t5x_lite.data import tasks
 from t5x_lite.data.cache import Tokens
 from t5x_lite.data.rows import EpochCounts
 from t5x_lite.data.task import Task, read_checked
+from t5x_lite.data.token_writer import check_root
+from t5x_lite.utils.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +25,12 @@ def check_examples(cfg: config.Data, layout: str, split: str) -> None:
       split: of the tasks.
 
     Raises:
-      ValueError: a task is unknown or lacks the split; a file, field or feature is missing or
-        cannot be read; ids are not those of the vocabulary, or the task does not suit the layout.
+      ValueError: Data.cache_dir cannot be made; a task is unknown or lacks the split; a file, field
+        or feature is missing or cannot be read; ids are not those of the
+        vocabulary, or the task does not suit the layout.
     """
+    if not (cfg.stream and split == "train"):
+        check_root(cache_folder(cfg.cache_dir))
     lengths = length_limits(cfg.lengths, layout)
     for task, _ in tasks.tasks_with_split(cfg, split):
         check_inputs(cfg, task, lengths)

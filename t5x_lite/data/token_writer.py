@@ -20,6 +20,7 @@ import numpy as np
 from t5x_lite.data import content
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.utils.atomic_files import sync_folder
+from t5x_lite.utils.paths import explain_unwritable
 
 META = "meta.json"
 
@@ -111,6 +112,16 @@ class RowWriter:
         np.save(self.folder / "rows_offsets.npy", np.array(self.offsets, np.int64))
 
 
+def check_root(root: Path) -> None:
+    """Raises ValueError if the folder of the cache cannot be made; makes nothing itself."""
+    reason = "" if root.is_dir() else explain_unwritable(root)
+    if reason:
+        raise ValueError(
+            f"Cannot keep tokens under Data.cache_dir ({root}): {reason}. Name another folder, or "
+            "set Data.stream = True"
+        )
+
+
 def write_folder(root: Path, folder: Path, entry: CacheEntry) -> None:
     """Fills a temporary folder and moves it into place, unless another process was faster.
 
@@ -122,6 +133,7 @@ def write_folder(root: Path, folder: Path, entry: CacheEntry) -> None:
     Raises:
       ValueError: the cache cannot be written.
     """
+    check_root(root)
     partial = None
     try:
         root.mkdir(parents=True, exist_ok=True)

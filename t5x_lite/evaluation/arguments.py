@@ -1,8 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of texts, pairs of texts and messages that a caller passes; loads no library of arrays."""
+"""Checks of what a caller passes in Python; loads no library of arrays."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from t5x_lite.config.checked import OutOfRange, WrongType, coerce, wrong_type_in_words
+
+
+def check_argument(name: str, value: Any, hint: Any) -> Any:
+    """Returns an argument as the type of an annotation.
+
+    Args:
+      name: of the argument, for messages.
+      value: what was passed.
+      hint: annotation with its range, as of a config's field.
+
+    Raises:
+      ValueError: it is of another type, or out of range.
+    """
+    try:
+        return coerce(value, hint)
+    except WrongType:
+        raise ValueError(f"{name} {wrong_type_in_words(value, hint)}") from None
+    except OutOfRange as error:
+        raise ValueError(f"{name} {error}") from None
+
+
+def check_callback(name: str, value: Callable | None) -> None:
+    """Raises ValueError unless an argument can be called, or is None."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} must be a function or None; got {shorten(value)}")
 
 
 def list_texts(texts: Any, one: bool = False) -> list[str]:

@@ -49,7 +49,7 @@ def parse_quantization(name: str) -> QuantizationConfig:
     match = re.fullmatch(r"int([48])(?:(?:_int([48]))?(_activations))?(?::(\d{1,6}))?", name)
     if match is None or match[4] == "0" or (match[2] and int(match[2]) < int(match[1])):
         raise ValueError(
-            f"--quantize={name} is not one of {', '.join(NAMES)}; with :32 at its end, each 32 "
+            f"quantize {name!r} is not one of {', '.join(NAMES)}; with :32 at its end, each 32 "
             "values of a channel have a scale of their own"
         )
     bits = int(match[1])

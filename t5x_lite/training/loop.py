@@ -118,7 +118,7 @@ class Training:
         with waiting(self.console, "Opening the data"):
             self.assembled = setup.assemble_run(run)
             if not try_memory:
-                preflight.check_memory(run, self.assembled.shapes)
+                preflight.check_memory(run, self.assembled.shapes, self.assembled.teacher)
             self.evaluator = setup.make_evaluator(run)
         self.cost = step_cost(run)
         statistics = str(self.assembled.batches.statistics)

@@ -19,6 +19,7 @@ from t5x_lite.config import gin_file
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.paths import explain_unwritable
 
 CONFIG = "config.gin"
 VOCABULARY = text_settings.VOCABULARY_FOLDER
@@ -45,6 +46,7 @@ def lock_folder(model_dir: Path):
     Raises:
       ModelDirError: another process trains there, or the folder cannot be written.
     """
+    check_writable(model_dir)
     try:
         model_dir.mkdir(parents=True, exist_ok=True)
         file = open(model_dir / ".lock", "a+")
@@ -63,6 +65,12 @@ def lock_folder(model_dir: Path):
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def check_writable(model_dir: Path) -> None:
+    """Raises ModelDirError if nothing can be written to MODEL_DIR; makes nothing itself."""
+    if reason := explain_unwritable(model_dir):
+        raise ModelDirError(f"MODEL_DIR {model_dir} cannot be written: {reason}")
 
 
 @contextlib.contextmanager

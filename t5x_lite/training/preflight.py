@@ -13,6 +13,7 @@ import jax
 
 from t5x_lite import adaptation, data, model
 from t5x_lite.adaptation import distilled_batches, vocabulary_compatibility
+from t5x_lite.adaptation.teacher import Teacher
 from t5x_lite.checkpoints import manager, train_state
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
@@ -40,14 +41,15 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
     model_dir.check_config(run, report)
     _, update = setup.make_update(run)
     shapes = train_state.state_shapes(model.shapes(run.model), update)
-    if not try_memory:
-        check_memory(run, shapes)
+    model_dir.check_writable(Path(run.model_dir))
     source = data.with_run_vocabulary(run)
     data.check_examples(source.data, run.model.layout, "train")
     vocabularies = data.open_vocabularies(source.data)
     data.check_run_vocabulary(run.model_dir, vocabularies)
     setup.check_vocabulary_sizes(run, vocabularies)
-    distilled_batches.check_teacher(run, vocabularies)
+    teacher = distilled_batches.check_teacher(run, vocabularies)
+    if not try_memory:
+        check_memory(run, shapes, teacher if isinstance(teacher, Teacher) else None)
     if setup.check_evaluation(source) is not None:
         with setup.evaluation_errors(run):
             data.check_examples(source.data, run.model.layout, run.data.eval_split)
@@ -75,14 +77,25 @@ def check_initial_weights(run: TrainingRun, shapes: TrainState, vocabularies: tu
             opened.check_fits(run.model, shapes.params)
 
 
-def check_memory(run: TrainingRun, shapes: TrainState) -> None:
-    """Raises ValueError if weights, optimizer and gradient alone exceed a device's memory.
+def check_memory(run: TrainingRun, shapes: TrainState, teacher: Teacher | None = None) -> None:
+    """Raises ValueError if weights, optimizer, gradient and teacher exceed a device's memory.
+
+    Activations come on top: only the compiled step knows them (`python -m t5x_lite.plan`).
 
     Args:
       run: config of the run.
       shapes: shapes and placements of its state.
+      teacher: of a distillation that computes its logits in each step.
     """
     parts = overview.state_bytes(run, shapes)
+    if teacher is not None:
+        weights = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, teacher.model.dtype, sharding=leaf.sharding
+            ),
+            model.shapes(teacher.model),
+        )
+        parts["teacher"] = train_state.bytes_per_device(weights)
     needed, limit = sum(parts.values()), device_memory()
     if limit is None or needed <= limit:
         return

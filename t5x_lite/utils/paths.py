@@ -84,6 +84,20 @@ def cache_folder(text: str = CACHE) -> Path:
     return folder if os.access(folder, os.W_OK | os.X_OK) else temporary_cache(text, "read-only")
 
 
+def explain_unwritable(folder: Path) -> str:
+    """The reason why files cannot be written below a folder, which may not exist yet; "" if none.
+
+    It makes nothing: what is there already, the nearest folder above, decides.
+    """
+    try:
+        nearest = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    except (OSError, ValueError, StopIteration) as error:
+        return getattr(error, "strerror", None) or str(error)
+    if not nearest.is_dir():
+        return f"{nearest} is not a folder"
+    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is read-only"
+
+
 @functools.cache
 def temporary_cache(text: str, reason: str) -> Path:
     """A temporary folder in place of a cache, which one line on stderr reports."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of a session at play: a stream is the text, a step teaches, nothing else moves."""
 
+import contextlib
 import dataclasses
 import inspect
 from types import SimpleNamespace
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from conftest import FAMILIES, toy_model
 
 from t5x_lite import config, decoding, interactive, model, sharding
+from t5x_lite.config.checked import WrongType, coerce
 from t5x_lite.evaluation import predict, streaming
 from t5x_lite.tokenizers import chat, vocabularies
 from t5x_lite.training import fit_in_memory
@@ -245,6 +247,86 @@ def test_what_is_not_a_text_is_refused_in_one_sentence_by_every_method(one_devic
     with pytest.raises(ValueError, match="Expected a question, or a list such as"):
         session.chat(wrong)
     assert session.generate(np.array(["ab", "b"])) == session.generate(("ab", "b"))
+
+
+WRONG = [None, "4", "x", "", 3.5, -1, 2**31, 10**400, True, [1], {}, b"x", {"a"}, float("inf")]
+TEXTS = {"texts", "text", "inputs", "targets", "input", "target", "messages"}
+
+
+def wrong_arguments():
+    """(owner, method, parameter, value) for every parameter and value that its annotation bars."""
+    methods = [(interactive.Session, name) for name in (*METHODS, "score", "embed", "train_step")]
+    for owner, name in (*methods, (interactive, "load")):
+        for parameter in inspect.signature(getattr(owner, name)).parameters.values():
+            hint = parameter.annotation
+            named = parameter.name in TEXTS or hint is Any  # a callback
+            for value in WRONG if parameter.name != "self" else ():
+                # A text may be "x", and an on_progress None.
+                if named and (isinstance(value, str) or value is None):
+                    continue
+                with contextlib.suppress(ValueError, WrongType):
+                    if not named:
+                        coerce(value, hint)
+                        continue
+                yield owner, name, parameter.name, value
+
+
+def test_every_argument_of_another_type_or_range_is_refused_by_its_name(one_device, tmp_path):
+    session = session_of("t5")
+    session.template = chat.ChatTemplate("{{ messages[0].content }}", {})
+    needed = {"texts", "text", "inputs", "targets", "input", "messages"}
+    count = 0
+    for owner, name, parameter, value in wrong_arguments():
+        call = interactive.load if owner is interactive else getattr(session, name)
+        others = {each: "ab" for each in needed & set(inspect.signature(call).parameters)}
+        others |= {"path": tmp_path} if owner is interactive else {}
+        with pytest.raises(ValueError) as raised:
+            call(**others | {parameter: value})
+        message = str(raised.value)
+        words = ("ext", "takes", "question") if parameter in TEXTS else (parameter,)
+        assert any(word in message for word in words) and "\n" not in message, (name, parameter)
+        assert "--" not in message
+        count += 1
+    assert count > 500
+
+
+def test_train_step_needs_a_pair_and_options_are_a_dict(one_device):
+    session = session_of("t5")
+    with pytest.raises(ValueError, match="train_step needs at least one pair"):
+        session.train_step([], [])
+    with pytest.raises(ValueError, match="options must be a dict"):
+        session.settings(None)
+
+
+def test_greedy_texts_of_a_session_that_samples_need_no_filter_reset(one_device):
+    session = session_of("t5")
+    session.decode = config.Decode(temperature=0.7, top_k=5, top_p=0.9, max_new_tokens=4)
+    assert session.settings({"temperature": 0}) == config.Decode(max_new_tokens=4)
+    assert session.settings({}).top_k == 5
+    with pytest.raises(ValueError, match="Decode.top_k narrows what is sampled"):
+        session.settings({"temperature": 0, "top_k": 3})
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "use_cache", "stopping_criteria", "pad_token_id"])
+def test_an_option_without_a_counterpart_is_explained(one_device, name):
+    with pytest.raises(ValueError, match=f"Unknown option {name}: ") as raised:
+        session_of("t5").generate("ab", **{name: 1})
+    assert "did you mean" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("run.gin", "is a config, not a checkpoint: name the folder of the trained run"),
+        ("none.gin", "a checkpoint is the folder of a run, not its config"),
+        ("data.jsonl", "is not a checkpoint: name a run folder, a Hugging Face folder"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(tmp_path, path, words):
+    for name in ("run.gin", "data.jsonl"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=words):
+        interactive.load(tmp_path / path)
 
 
 def test_several_samples_are_those_of_their_seeds_and_the_first_is_the_only_one(one_device):

@@ -129,8 +129,9 @@ def test_layer_types_of_full_layers_change_nothing_in_a_llama(folder):
 
 
 GENERATION = {
-    "repetition_penalty": 1.1,
-    "suppress_tokens": [3],
+    "encoder_repetition_penalty": 1.1,
+    "repetition_penalty": 1.2,
+    "begin_suppress_tokens": [3],
     "do_sample": False,
     "temperature": 0.7,
     "no_repeat_ngram_size": 0,
@@ -196,22 +197,46 @@ def test_settings_of_generation_that_are_not_followed_are_named(run, tmp_path):
         with pytest.warns(UserWarning) as caught:
             open_checkpoint(path).load()
         (message,) = [str(each.message) for each in caught if each.category is UserWarning]
-        assert "repetition_penalty = 1.1, suppress_tokens = [3]. Give" in message
+        assert "encoder_repetition_penalty = 1.1, begin_suppress_tokens = [3]. Give" in message
+        assert open_checkpoint(path).run.decode == config.Decode(repetition_penalty=1.2)
         assert "temperature" not in message and "no_repeat" not in message
 
 
 @pytest.mark.parametrize(
-    "fields, ignored",
+    "fields, followed, ignored",
     [
-        ({}, ""),
-        ({"temperature": 0.6, "top_k": 20}, ""),
-        ({"do_sample": True, "temperature": 0.6}, "do_sample = True, temperature = 0.6"),
-        ({"forced_bos_token_id": 0, "num_beams": 1}, "forced_bos_token_id = 0"),
-        ({"use_cache": True, "length_penalty": None, "max_length": 20}, "max_length = 20"),
+        ({}, {}, ""),
+        ({"temperature": 0.6, "top_k": 20}, {}, ""),
+        ({"do_sample": True}, {"temperature": 1.0}, ""),
+        (
+            {"top_k": 20, "top_p": 0.9, "do_sample": True, "temperature": 0.6, "top_h": 0.4},
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.9},
+            "top_h = 0.4",
+        ),
+        ({"do_sample": True, "temperature": 1e-9}, {}, "temperature = 1e-09"),
+        ({"forced_bos_token_id": 0, "num_beams": 1}, {"forced_bos_token_id": 0}, ""),
+        ({"forced_bos_token_id": 99}, {}, "forced_bos_token_id = 99"),
+        ({"bad_words_ids": [[3], [4, 5]]}, {"bad_words_ids": ((3,), (4, 5))}, ""),
+        ({"bad_words_ids": [[3], [99]]}, {}, "bad_words_ids = [[3], [99]]"),
+        ({"suppress_tokens": [3, 9]}, {"suppress_tokens": (3, 9)}, ""),
+        ({"suppress_tokens": "x"}, {}, "suppress_tokens = 'x'"),
+        ({"suppress_tokens": [[3]]}, {}, "suppress_tokens = [[3]]"),
+        (
+            {"min_new_tokens": 3, "max_new_tokens": 8, "no_repeat_ngram_size": 2},
+            {"max_new_tokens": 8, "min_new_tokens": 3, "no_repeat_ngram_size": 2},
+            "",
+        ),
+        ({"min_new_tokens": 300}, {}, "min_new_tokens = 300"),
+        ({"repetition_penalty": 0.0}, {}, "repetition_penalty = 0.0"),
+        ({"num_beams": 4, "length_penalty": 2.0}, {}, "num_beams = 4, length_penalty = 2.0"),
+        ({"use_cache": True, "length_penalty": None, "max_length": 20}, {}, "max_length = 20"),
     ],
 )
-def test_only_what_would_change_a_text_is_named(fields, ignored):
-    assert kept_fields.describe_ignored(fields) == ignored
+def test_what_decoding_knows_is_followed_and_what_else_would_change_a_text_named(
+    fields, followed, ignored
+):
+    assert kept_fields.follow_generation(fields, 10) == config.Decode(**followed)
+    assert kept_fields.describe_ignored(fields, 10) == ignored
 
 
 @pytest.mark.parametrize(

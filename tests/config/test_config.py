@@ -47,7 +47,7 @@ def test_the_twins_have_the_same_number_of_parameters_within_a_percent():
     "binding, words",
     [
         ("TRAIN_STEP=5", ["--gin.TRAIN_STEP", "did you mean TRAIN_STEPS?"]),
-        ("config.Trian.steps=5", ["did you mean Train?"]),
+        ("config.Trian.steps=5", ["did you mean config.Train?"]),
         ("config.Train.stepz=5", ["config.Train has no such field", "did you mean steps?"]),
         ("config.Train.steps=many", ["Train.steps must be an integer", "'many'"]),
         ("config.Train.steps=True", ["Train.steps must be an integer", "True"]),

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: every number of every config dataclass has a range, and what is just outside is refused."""
 
+import ast
 import dataclasses
 import math
 import re
+import shlex
 import typing
 from typing import Annotated, Any, NamedTuple
 
@@ -12,7 +14,7 @@ import pytest
 
 from t5x_lite import config
 from t5x_lite.config import gin_check, gin_file
-from t5x_lite.config.checked import LARGEST_FLOAT, LARGEST_INT, Range, field_types
+from t5x_lite.config.checked import LARGEST_FLOAT, LARGEST_INT, WRITE, Range, coerce, field_types
 
 G2P = ["configs/runs/g2p.gin"]
 STACK = config.Stack(layers=1, embed=8, heads=1, head_dim=8, mlp=8)
@@ -146,6 +148,67 @@ def test_a_number_is_checked_when_a_config_loads(binding, words):
     with pytest.raises(gin_file.ConfigError) as raised:
         gin_file.load_run(G2P, [binding])
     assert words in str(raised.value)
+
+
+CLASSES = {type(each).__name__: each for each in SAMPLES}
+WRONG = ["true", "No", "none", "NULL", "12", "0.5", 2.0, "SpanCorruption", "@PrefixLM()", "full"]
+WRONG += ["bleu,chrf", "[a, b]", None, [1], {}, 3, True, "a'b", 'say "hi"']
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
+def test_a_value_that_a_message_suggests_is_accepted(sample):
+    for name, hint in field_types(type(sample)).items():
+        for value in WRONG:
+            try:
+                dataclasses.replace(sample, **{name: value})
+            except ValueError as error:
+                _, _, suggested = str(error).partition(WRITE)
+                if not suggested:
+                    continue
+                if "@" in suggested:
+                    meant = CLASSES[re.findall(r"@config\.(\w+)", suggested)[0]]
+                    meant = (meant,) if suggested.endswith(",)") else meant
+                else:
+                    meant = ast.literal_eval(suggested)
+                coerce(meant, hint)
+
+
+@pytest.mark.parametrize(
+    "binding, words",
+    [
+        ("config.Train.tensorboard=true", "write --gin.config.Train.tensorboard=True)"),
+        ("config.Stack.kv_heads=none", "write --gin.config.Stack.kv_heads=None)"),
+        ("TRAIN_STEPS=1e3", "write --gin.TRAIN_STEPS=1000)"),
+        ("config.Evaluate.metrics=bleu", """write --gin.config.Evaluate.metrics='("bleu",)')"""),
+        ("config.Evaluate.metrics=[bleu, chrf]", """metrics='("bleu", "chrf")')"""),
+        ("config.Data.objective=PrefixLM", "objective='@config.PrefixLM()')"),
+        ("MODEL_DIR=[1]", "must be a string; got [1] (--gin.MODEL_DIR=[1])"),
+        ("MODEL_DIR=None", "must be a string; got None (--gin.MODEL_DIR=None)"),
+        ("MODEL_DIR=%RUN", "give --gin.RUN=VALUE (--gin.MODEL_DIR=%RUN)"),
+        ("Files.train=x", "did you mean config.Files?"),
+        ("train.steps=3", "did you mean config.Train?"),
+        ("config.Data.objective=@PrefixLM()", "did you mean config.PrefixLM?"),
+    ],
+)
+def test_a_value_that_was_probably_meant_is_written_out(binding, words):
+    with pytest.raises(gin_file.ConfigError) as raised:
+        gin_file.load_run(G2P, [binding])
+    assert words in str(raised.value)
+    shown = re.search(r"write --gin\.(.+)\)$", str(raised.value))
+    if shown:  # as a shell reads it
+        gin_file.load_run(G2P, shlex.split(shown[1]))
+
+
+def test_a_filter_without_a_temperature_is_refused_and_out_of_an_old_config_left_out():
+    for name, value in (("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("typical_p", 0.5)):
+        with pytest.raises(ValueError, match=rf"Decode\.{name} narrows .* set Decode.temperature"):
+            config.Decode(**{name: value})
+        assert getattr(config.Decode(temperature=0.5, **{name: value}), name) == value
+    saved = gin_file.to_text(gin_file.load_run(G2P))
+    old = saved.replace("config.Decode.top_k = 0", "config.Decode.top_k = 40")
+    assert old != saved and gin_file.from_text(old) == gin_file.from_text(saved)
+    sampled = old.replace("config.Decode.temperature = 0.0", "config.Decode.temperature = 0.7")
+    assert gin_file.from_text(sampled).decode.top_k == 40
 
 
 def test_two_seeds_are_two_runs():

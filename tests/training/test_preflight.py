@@ -58,6 +58,7 @@ def folder(tmp_path_factory) -> Path:
         f'config.Files.{name} = "{folder}/{name}.jsonl"\n' for name in ("train", "validation")
     )
     (folder / "run.gin").write_text(text)
+    (folder / "dangling").symlink_to(folder / "nowhere")
     loop.train(load(folder, f"MODEL_DIR={folder}/trained"))
     return folder
 
@@ -101,6 +102,11 @@ def refusal_of(action) -> str:
         ('config.Decode.drafter = "lokup"', "Unknown drafter 'lokup': did you mean lookup?"),
         ('config.Decode.drafter = "early:9"', "drafter=early is 9, but the decoder has 1 layers"),
         ('config.Decode.accept = "exakt"', "did you mean exact?"),
+        ('MODEL_DIR = "{folder}/run.gin"', "run.gin is not a folder"),
+        ('MODEL_DIR = "{folder}/run.gin/below/it"', "run.gin is not a folder"),
+        ('MODEL_DIR = "{folder}/dangling"', "dangling is not a folder"),
+        ('config.Data.cache_dir = "{folder}/run.gin"', "run.gin is not a folder. Name another"),
+        ('config.Data.cache_dir = "{folder}/run.gin/c"', "run.gin is not a folder. Name another"),
         ('MODEL_DIR = "{folder}/trained"\nconfig.Schedule.peak = 0.5', "run of another config"),
     ],
 )

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of a Hugging Face folder on which no logit depends, kept for those who read the export.
+"""Fields of a Hugging Face folder on which no logit depends: how it generates, and what readers of
+an export want.
 
 They stand in a run folder as FILE, from a conversion until the next one. What a conversion writes
 itself is never replaced by them.
 """
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t5x_lite import config
+from t5x_lite.config.checked import field_types
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.bounded_files import UnreadableFileError
@@ -42,6 +47,9 @@ NEUTRAL = {
 }
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h")
 SAMPLING += ("epsilon_cutoff", "eta_cutoff")
+# Fields of ids, and all that config.Decode has in the same meaning, whether it samples or not.
+IDS = ("bad_words_ids", "suppress_tokens", "forced_bos_token_id")
+FOLLOWED = ("max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", *IDS)
 
 
 class KeptFields(NamedTuple):
@@ -123,16 +131,63 @@ def save_kept(folder: Path, kept: KeptFields) -> None:
         write_atomically(folder / FILE, text + "\n")
 
 
-def describe_ignored(generation: dict[str, Any]) -> str:
+def follow_generation(generation: dict[str, Any], vocab: int) -> config.Decode:
+    """config.Decode as a generation_config.json has it, in the fields that mean the same in both.
+
+    A value that Decode refuses is left out: `describe_ignored` names it. Beams are not followed,
+    for the penalties of their length are other formulas.
+
+    Args:
+      generation: the fields of the file.
+      vocab: number of ids of the model.
+    """
+    decode = config.Decode()
+    for name, value in generation_fields(generation).items():
+        if name not in IDS or largest_id(value) < vocab:
+            with contextlib.suppress(ValueError):
+                decode = dataclasses.replace(decode, **{name: value})
+    return decode
+
+
+def generation_fields(generation: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a generation_config.json that config.Decode has too; temperature before filters."""
+    sampled = generation.get("do_sample") is True
+    fields = {"temperature": 1.0} if sampled else {}
+    for name in (*(SAMPLING if sampled else ()), *FOLLOWED):
+        if generation.get(name) is not None and name in field_types(config.Decode):
+            fields[name] = generation[name]
+    return fields
+
+
+def largest_id(ids: Any) -> int:
+    """The largest id in lists of any depth; -1 where there is none."""
+    if isinstance(ids, list):
+        return max(map(largest_id, ids), default=-1)
+    return ids if isinstance(ids, int) else -1
+
+
+def describe_ignored(generation: dict[str, Any], vocab: int) -> str:
     """Fields of a generation_config.json that would change texts and are not followed here.
 
+    Args:
+      generation: the fields of the file.
+      vocab: number of ids of the model.
+
     Returns:
-      "repetition_penalty = 1.1, suppress_tokens = [3]"; "" where there are none.
+      "num_beams = 4, begin_suppress_tokens = [3]"; "" where there are none.
     """
+    sampled = generation.get("do_sample") is True
+    decode, fields = follow_generation(generation, vocab), generation_fields(generation)
     ignored = []
     for name, value in generation.items():
-        idle = name in SAMPLING and not generation.get("do_sample")
-        if value is None or idle or name in SILENT or value == NEUTRAL.get(name):
+        idle = name in SAMPLING and not sampled or name == "do_sample" and sampled
+        followed = name in fields and listed(getattr(decode, name)) == value
+        if value is None or idle or followed or name in SILENT or value == NEUTRAL.get(name):
             continue
         ignored.append(f"{name} = {value!r:.60}")
     return ", ".join(ignored)
+
+
+def listed(value: Any) -> Any:
+    """A value with lists for tuples, as JSON has it."""
+    return [listed(each) for each in value] if isinstance(value, tuple) else value
