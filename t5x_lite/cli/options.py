@@ -24,7 +24,8 @@ DECODE = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best"),
     *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
-    *("bad_words", "regex", "choices", "json_schema", "drafter", "draft_length", "accept"),
+    *("bad_words", "regex", "choices", "json_schema", "force_words"),
+    *("drafter", "draft_length", "accept"),
 )
 
 # Names of `decoding.drafters.registry`; A+B is both at once.
@@ -140,6 +141,7 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add = group.add_argument
     add("--bad_words", nargs="+", metavar="TEXT", help="texts that are never written")
+    add("--force_words", nargs="+", metavar="TEXT", help="every text contains all of these")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--regex", metavar="PATTERN", help="every text matches it as a whole")
     one.add_argument("--choices", nargs="+", metavar="TEXT", help="every text is one of these")

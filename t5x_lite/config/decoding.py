@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config of decoding."""
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from t5x_lite.config.checked import (
 from t5x_lite.utils import hub, paths
 
 # Fields that say what a whole text may be, and those that forbid tokens by what stands before them.
-CONSTRAINTS = ("regex", "json_schema", "choices")
+CONSTRAINTS = ("regex", "json_schema", "choices", "force_words")
 FORBIDDING = (
     "no_repeat_ngram_size",
     "min_new_tokens",
@@ -32,6 +33,21 @@ FORBIDDING = (
 # Fields that narrow what is sampled: a greedy text has the most probable token, which all keep.
 FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 Penalty = Annotated[float, Range(-100, 100)]
+
+
+def schema_text(schema: object) -> str:
+    """Returns a JSON schema as text.
+
+    Raises:
+      ValueError: it is neither text nor a dict of JSON values.
+    """
+    if isinstance(schema, dict):
+        try:
+            return json.dumps(schema, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"it is not JSON: {error}") from None
+    require(isinstance(schema, str), f"must be a JSON schema, as text or as a dict; got {schema!r}")
+    return str(schema)
 
 
 @dataclass(frozen=True)
@@ -70,8 +86,9 @@ class Decode(Checked):
       logit_bias: {id: added to its logit}, or None.
       forced_bos_token_id: the first new token, such as a language's; None leaves it free.
       regex: regular expression that every new text matches as a whole.
-      json_schema: JSON schema, as JSON, that every new text follows.
+      json_schema: JSON schema that every new text follows: as text, or in Python as a dict.
       choices: texts of which every new text is one.
+      force_words: texts that every new text contains.
     """
 
     max_new_tokens: Length = 64
@@ -100,8 +117,9 @@ class Decode(Checked):
     logit_bias: dict[CountOrZero, Penalty] | None = field(default=None, hash=False)
     forced_bos_token_id: CountOrZero | None = None
     regex: str | None = None
-    json_schema: str | None = None
+    json_schema: None | Annotated[object, schema_text] = None
     choices: tuple[str, ...] = ()
+    force_words: tuple[str, ...] = ()
 
     def check(self):
         try:
@@ -152,12 +170,13 @@ class Decode(Checked):
             f"Decode.min_new_tokens ({self.min_new_tokens}) must be below Decode.max_new_tokens "
             f"({self.max_new_tokens}), whose last token may be the end",
         )
-        for name in ("bad_words", "bad_words_ids", "choices"):
+        for name in ("bad_words", "bad_words_ids", "choices", "force_words"):
             require(all(getattr(self, name)), f"Decode.{name} has an empty one")
         constraints = [name for name in CONSTRAINTS if getattr(self, name) not in (None, ())]
+        whole = [name for name in constraints if name != "force_words"]
         require(
-            len(constraints) < 2,
-            f"A text can follow one of Decode.{' and Decode.'.join(constraints)}, not both",
+            len(whole) < 2,
+            f"A text can follow one of Decode.{' and Decode.'.join(whole)}, not both",
         )
         others = [name for name in FORBIDDING if getattr(self, name) not in (None, 0, ())]
         require(

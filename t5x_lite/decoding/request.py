@@ -84,7 +84,7 @@ def make_request(
         longer than the model's learned positions allow.
     """
     check_examples(cfg, examples)
-    check_steering_ids(cfg, decode)
+    check_steering_ids(cfg, decode, eos)
     check_positions(cfg, "Input", examples, decode.max_new_tokens)
     count = len(examples)
     filler = [[cfg.decoder_start_token_id]] * ((batch or count) - count)
@@ -107,8 +107,18 @@ def make_request(
     )
 
 
-def check_steering_ids(cfg: config.Model, decode: config.Decode) -> None:
-    """Raises ValueError if Decode names an id that the model's vocabulary lacks."""
+def check_steering_ids(cfg: config.Model, decode: config.Decode, eos: int | Sequence[int]) -> None:
+    """Checks the ids that Decode names.
+
+    Args:
+      cfg: config of the model.
+      decode: the config.
+      eos: the id that ends a text, or several.
+
+    Raises:
+      ValueError: the model's vocabulary lacks one, every id is forbidden, or a text must both end
+        and go on.
+    """
     ids = {
         "forced_bos_token_id": [decode.forced_bos_token_id or 0],
         "suppress_tokens": decode.suppress_tokens,
@@ -121,6 +131,17 @@ def check_steering_ids(cfg: config.Model, decode: config.Decode) -> None:
             largest < cfg.vocab,
             f"Decode.{name} has id {largest}, and the ids of the model are 0..{cfg.vocab - 1}",
         )
+    single = {each[0] for each in decode.bad_words_ids if len(each) == 1}
+    config.require(
+        len(single.union(decode.suppress_tokens)) < cfg.vocab,
+        "Decode.suppress_tokens with Decode.bad_words_ids forbids every id of the model",
+    )
+    stops = (eos,) if isinstance(eos, int) else eos
+    config.require(
+        not decode.min_new_tokens or decode.forced_bos_token_id not in stops,
+        f"Decode.forced_bos_token_id {decode.forced_bos_token_id} ends a text, and "
+        f"Decode.min_new_tokens ({decode.min_new_tokens}) wants it longer: leave one out",
+    )
 
 
 def decoder_prompt(cfg: config.Model, example: Sequence[int]) -> list[int]:

@@ -3,7 +3,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
@@ -20,13 +21,14 @@ class TokenBytes(NamedTuple):
 
     Attributes:
       by_id: bytes of each id that writes text; ids that end, pad or hide are left out.
-      lead: bytes that decoding drops from the beginning of a text, such as a space.
-      always: every token begins with `lead`, as symbols with a separator do.
+      first: bytes of ids that write something else at the beginning of a text, where many
+        tokenizers drop a space.
+      drops_again: the beginning lasts until a token has written something.
     """
 
     by_id: dict[int, bytes]
-    lead: bytes = b""
-    always: bool = False
+    first: Mapping[int, bytes] = MappingProxyType({})
+    drops_again: bool = False
 
 
 def token_bytes(vocabulary: TextVocabulary) -> TokenBytes:
@@ -38,15 +40,14 @@ def token_bytes(vocabulary: TextVocabulary) -> TokenBytes:
     if isinstance(vocabulary, ExtendedVocabulary):
         inner = token_bytes(vocabulary.inner)
         names = {token: name.encode() for token, name in vocabulary.named.names.items()}
-        return inner._replace(by_id=inner.by_id | names)
+        first = {token: text for token, text in inner.first.items() if token not in names}
+        return inner._replace(by_id=inner.by_id | names, first=first)
     if isinstance(vocabulary, ByteVocabulary):
         spelled = TokenBytes({SPECIAL + byte: bytes([byte]) for byte in range(256)})
     elif isinstance(vocabulary, SymbolVocabulary):
+        symbols = {token: each.encode() for token, each in enumerate(vocabulary.symbols, SPECIAL)}
         lead = vocabulary.separator.encode()
-        symbols = enumerate(vocabulary.symbols, SPECIAL)
-        spelled = TokenBytes(
-            {token: lead + symbol.encode() for token, symbol in symbols}, lead, bool(lead)
-        )
+        spelled = TokenBytes({token: lead + each for token, each in symbols.items()}, symbols)
     elif isinstance(vocabulary, SentencePieceVocabulary):
         spelled = sentencepiece_bytes(vocabulary)
     elif isinstance(vocabulary, TokenizerJsonVocabulary):
@@ -58,24 +59,26 @@ def token_bytes(vocabulary: TextVocabulary) -> TokenBytes:
         )
     silent = {*vocabulary.stops, vocabulary.eos, vocabulary.pad, vocabulary.bos}
     kept = {token: text for token, text in spelled.by_id.items() if token not in silent and text}
-    return spelled._replace(by_id=kept)
+    first = {token: text for token, text in spelled.first.items() if kept.get(token, text) != text}
+    return spelled._replace(by_id=kept, first=first)
 
 
 def sentencepiece_bytes(vocabulary: SentencePieceVocabulary) -> TokenBytes:
     """Bytes of the pieces of a SentencePiece model."""
-    processor, by_id = vocabulary.processor, {}
+    processor, by_id, spaced = vocabulary.processor, {}, {}
     for token in range(vocabulary.base):
         if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
             continue
-        by_id[token] = piece_bytes(processor.id_to_piece(token), processor.is_byte(token))
-    # The model drops one space where it puts one before a text.
-    dropped = processor.decode(processor.encode("a")) == "a" and starts_with_space(processor)
-    return TokenBytes(by_id, b" " if dropped else b"")
-
-
-def starts_with_space(processor: Any) -> bool:
-    """True if a SentencePiece model puts a space before a text."""
-    return processor.encode("a", out_type=str)[0].startswith(SPACE)
+        piece, is_byte = processor.id_to_piece(token), processor.is_byte(token)
+        by_id[token] = piece_bytes(piece, is_byte)
+        if piece.startswith(SPACE) and not is_byte:
+            spaced[token] = by_id[token].removeprefix(b" ")
+    sample = next((token for token, text in spaced.items() if text), None)
+    if sample is None or processor.decode([sample]) != spaced[sample].decode():
+        return TokenBytes(by_id)
+    alone = next((token for token, text in spaced.items() if not text), None)
+    again = alone is not None and processor.decode([alone, sample]) == spaced[sample].decode()
+    return TokenBytes(by_id, spaced, again)
 
 
 def piece_bytes(piece: str, is_byte: bool) -> bytes:
@@ -93,40 +96,65 @@ def tokenizer_json_bytes(vocabulary: TokenizerJsonVocabulary) -> TokenBytes:
     decoder = json.loads(vocabulary.json).get("decoder") or {}
     steps = decoder.get("decoders", [decoder])
     kinds = [step.get("type") for step in steps]
-    tokenizer, added = vocabulary.tokenizer, vocabulary.tokenizer.get_added_tokens_decoder()
-    names = tokenizer.get_vocab(with_added_tokens=True)
-    pieces = {token: name for name, token in names.items() if token not in vocabulary.hidden}
-    literal = {token: added[token].content.encode() for token in pieces if token in added}
-    if "ByteLevel" in kinds:
+    names = vocabulary.tokenizer.get_vocab(with_added_tokens=True)
+    pieces = {
+        token: name
+        for name, token in names.items()
+        if token not in vocabulary.hidden and token < vocabulary.base
+    }
+    if {*kinds} - {"Fuse"} == {"ByteLevel"}:
         table = byte_of_character()
         by_id = {
-            token: bytes(table[character] for character in name)
+            token: bytes(table[each] for each in name) if {*name} <= {*table} else name.encode()
             for token, name in pieces.items()
-            if token not in literal and all(character in table for character in name)
         }
-        return TokenBytes(by_id | literal)
-    if not {"Metaspace", "Replace", "ByteFallback"} & {*kinds}:
+        return TokenBytes(by_id)
+    check_decoder(steps)
+    spelled = {token: replace_pieces(name, steps) for token, name in pieces.items()}
+    byte_piece = BYTE_PIECE if "ByteFallback" in kinds else re.compile(r"(?!)")
+    matches = {token: byte_piece.fullmatch(name) for token, name in pieces.items()}
+    by_id = {
+        token: bytes([int(match[1], 16)]) if match else spelled[token].encode()
+        for token, match in matches.items()
+    }
+    if "Strip" in kinds:
+        return TokenBytes(by_id, {token: text.removeprefix(b" ") for token, text in by_id.items()})
+    for step in steps:
+        if step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+            sign = step.get("replacement", SPACE)
+            first = {
+                token: by_id[token] if matches[token] else name.replace(sign, "").encode()
+                for token, name in pieces.items()
+            }
+            return TokenBytes(by_id, first)
+    return TokenBytes(by_id)
+
+
+def check_decoder(steps: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError if the steps of a decoder do not write each token by itself."""
+    kinds = [step.get("type") for step in steps]
+    plain = {*kinds} & {"Metaspace", "Replace", "ByteFallback"}
+    known = {*kinds} <= {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
+    strips = [step for step in steps if step.get("type") == "Strip"]
+    one_space = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    last = not strips or (kinds[-2:] == ["Fuse", "Strip"] and strips == [one_space])
+    texts = all("String" in each["pattern"] for each in steps if each.get("type") == "Replace")
+    if not (plain and known and last and texts):
         raise ValueError(
             f"tokenizer.json decodes by {kinds}: decoding cannot be constrained with it, for only "
-            "ByteLevel, Metaspace, Replace and ByteFallback say what each token writes"
+            "ByteLevel, Metaspace, ByteFallback, Replace of a text, and Strip of one space from "
+            "the beginning say what each token writes"
         )
-    fallback = "ByteFallback" in kinds
-    by_id = {
-        token: piece_bytes(name, fallback) for token, name in pieces.items() if token not in literal
-    }
-    return TokenBytes(by_id | literal, b" " if drops_space(steps) else b"")
 
 
-def drops_space(steps: Iterable[dict[str, Any]]) -> bool:
-    """True if the steps of a decoder drop the space before a text."""
+def replace_pieces(piece: str, steps: Iterable[dict[str, Any]]) -> str:
+    """Text of a piece after the Replace and Metaspace steps of a decoder."""
     for step in steps:
-        strips = step.get("type") == "Strip" and step.get("start", 0) > 0
-        prepends = step.get("type") == "Metaspace" and (
-            step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True)
-        )
-        if strips or prepends:
-            return True
-    return False
+        if step.get("type") == "Replace":
+            piece = piece.replace(step["pattern"]["String"], step["content"])
+        elif step.get("type") == "Metaspace":
+            piece = piece.replace(step.get("replacement", SPACE), " ")
+    return piece
 
 
 def byte_of_character() -> dict[str, int]:

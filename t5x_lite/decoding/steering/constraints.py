@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions, JSON schemas and lists of choices as automata over the ids of a vocabulary.
-
-outlines-core turns an expression into transitions between states by ids; here they become the
-tables of a TokenAutomaton, which are kept on disk.
-"""
+"""Constraints of a config as tables of a TokenAutomaton, which are kept on disk."""
 
 import functools
 import hashlib
 import io
 import json
-import re
 import tokenize
 import zipfile
 import zlib
@@ -21,16 +16,14 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.decoding.steering.automaton import NEVER, TokenAutomaton
-from t5x_lite.decoding.steering.patterns import constraint_pattern, import_outlines
+from t5x_lite.decoding.steering.patterns import Constraint, make_constraint
+from t5x_lite.decoding.steering.token_table import token_transitions
 from t5x_lite.tokenizers.token_bytes import TokenBytes, token_bytes
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import cache_folder
 
-FORMAT = 1  # raised when the same expression gives another table
-# Ends a text for outlines-core, which from a state where a text may end drops the tokens that lead
-# to one where it may not (0.2.14): "3" of \d+(\.\d+)? would never go on with a point.
-END = "\U0010ffff"
+FORMAT = 2  # raised when the same constraint gives another table
 FOLDER = "~/.cache/t5x_lite/constraints"
 
 
@@ -76,13 +69,13 @@ def find_constraint(
       ValueError: it is not an expression or schema, cannot be bounded, or has no text that the
         vocabulary can spell within Decode.max_new_tokens.
     """
-    pattern, name = constraint_pattern(decode)
-    if pattern is None:
+    constraint = make_constraint(decode)
+    if constraint is None:
         return None
-    table = load_table(pattern, vocabulary_bytes(vocabulary), tuple(vocabulary.stops), vocab, name)
+    table = load_table(constraint, vocabulary_bytes(vocabulary), tuple(vocabulary.stops), vocab)
     if table.shortest > decode.max_new_tokens:
         raise ValueError(
-            f"The shortest text of {name} has {table.shortest} tokens with its end, and "
+            f"The shortest text of {constraint.name} has {table.shortest} tokens with its end, and "
             f"Decode.max_new_tokens is {decode.max_new_tokens}"
         )
     return table
@@ -95,27 +88,26 @@ def vocabulary_bytes(vocabulary: TextVocabulary) -> TokenBytes:
 
 
 def load_table(
-    pattern: str, vocabulary: TokenBytes, stops: tuple[int, ...], vocab: int, name: str
+    constraint: Constraint, vocabulary: TokenBytes, stops: tuple[int, ...], vocab: int
 ) -> ConstraintTable:
-    """Returns the table of an expression, from the cache if it has been compiled before.
+    """Returns the table of a constraint, from the cache if it has been compiled before.
 
     Args:
-      pattern: the regular expression.
+      constraint: the constraint.
       vocabulary: bytes of the ids.
       stops: ids that end a text.
       vocab: size of the model's vocabulary.
-      name: what the expression is called in messages.
     """
-    identity = json.dumps(
-        [FORMAT, pattern, stops, vocab, vocabulary.lead.hex(), vocabulary.always]
-    ).encode()
-    digest = hashlib.sha256(identity)
-    for token, text in sorted(vocabulary.by_id.items()):
-        digest.update(b"%d:%d:%b" % (token, len(text), text))
+    identity = json.dumps([FORMAT, constraint, stops, vocab, vocabulary.drops_again])
+    digest = hashlib.sha256(identity.encode())
+    for table in (vocabulary.by_id, vocabulary.first):
+        for token, text in sorted(table.items()):
+            digest.update(b"%d:%d:%b" % (token, len(text), text))
+        digest.update(b"end")
     path = cache_folder(FOLDER) / f"{digest.hexdigest()[:32]}.npz"
     cached = read_table(path)
     if cached is None:
-        cached = compile_table(pattern, vocabulary, stops, vocab, name)
+        cached = compile_table(constraint, vocabulary, stops, vocab)
         write_table(path, cached)
     return cached
 
@@ -157,93 +149,40 @@ def write_table(path: Path, table: ConstraintTable) -> None:
 
 
 def compile_table(
-    pattern: str, vocabulary: TokenBytes, stops: Sequence[int], vocab: int, name: str
+    constraint: Constraint, vocabulary: TokenBytes, stops: Sequence[int], vocab: int
 ) -> ConstraintTable:
-    """Compiles an expression to a table.
+    """Compiles a constraint to a table.
 
     Args:
-      pattern: the regular expression.
+      constraint: the constraint.
       vocabulary: bytes of the ids.
       stops: ids that end a text.
       vocab: size of the model's vocabulary.
-      name: what the expression is called in messages.
 
     Raises:
       ValueError: it is not an expression, or the ids can spell no text of it.
     """
-    core = import_outlines()
-    ids: dict[bytes, list[int]] = {}
-    for token, text in vocabulary.by_id.items():
-        if token < vocab:
-            ids.setdefault(text, []).append(token)
-    lead = re.escape(vocabulary.lead.decode())
-    lead = lead if vocabulary.always or not lead else f"({lead})?"
-    end, eos = vocab, vocab + 1
-    ids[END.encode()] = [end]
-    try:
-        index = core.Index(f"{lead}({pattern}){END}", core.Vocabulary(eos, ids))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be followed: {error}") from None
-    transitions, ended = index.get_transitions(), index.get_final_states()
-    finals = {state for state, row in transitions.items() if row.get(end) in ended}
-    edges = {
-        state: {token: after for token, after in row.items() if token < vocab}
-        for state, row in transitions.items()
-    }
-    states = {
-        state: number
-        for number, state in enumerate(sorted({index.get_initial_state(), *ended, *edges}))
-    }
-    table = make_table([edges.get(state, {}) for state in states], states, finals, stops, vocab)
-    start = states[index.get_initial_state()]
-    if table.tokens_left[start].min() == NEVER:
-        raise ValueError(f"No text of {name} can be spelled with the tokens of the vocabulary")
-    return table._replace(start=np.array(start, np.int32))
-
-
-def make_table(
-    edges: list[dict[int, int]],
-    states: dict[int, int],
-    finals: set[int],
-    stops: Sequence[int],
-    vocab: int,
-) -> ConstraintTable:
-    """Returns the table of transitions, with a class for tokens that behave alike.
-
-    Args:
-      edges: for each state the states after each token.
-      states: number of each state.
-      finals: states in which a text may end.
-      stops: ids that end a text.
-      vocab: size of the model's vocabulary.
-    """
-    renumber = np.full(max(states) + 1, -1, np.int32)
-    renumber[[*states]] = [*states.values()]
-    tokens = [np.fromiter(row.keys(), np.int64, len(row)) for row in edges]
-    after = [renumber[np.fromiter(row.values(), np.int64, len(row))] for row in edges]
-    # Tokens whose hashes of (state, state after it) have equal sums have equal columns.
-    sums = np.zeros(vocab, np.uint64)
-    for state, (row, to) in enumerate(zip(tokens, after, strict=True)):
-        sums[row] += hash_integers(state * len(edges) + to)
-    sums[[*stops]] = 0
-    _, first, classes = np.unique(sums, return_index=True, return_inverse=True)
-    ends = len(first)  # class of the ids that end a text
-    following = np.full((len(edges), ends + 1), -1, np.int32)
-    for state, (row, to) in enumerate(zip(tokens, after, strict=True)):
-        following[state, classes[row]] = to
+    automaton = constraint.compile()
+    moves = token_transitions(automaton, vocabulary, vocab, constraint.name)
+    ends = moves.following.shape[1]  # class of the ids that end a text
+    following = np.pad(moves.following, ((0, 0), (0, 1)), constant_values=-1)
+    following[moves.final, ends] = np.flatnonzero(moves.final)
+    classes = moves.classes.copy()
     classes[[*stops]] = ends
-    final = np.array([state in finals for state in states])
-    following[final, ends] = np.flatnonzero(final)
-    left = count_tokens_left(following[:, :ends], final)
+    left = count_tokens_left(moves.following, moves.final)
     tokens_left = np.where(
         following >= 0, np.minimum(left[np.maximum(following, 0)] + 1, NEVER), NEVER
     )
-    tokens_left[final, ends] = 1
+    tokens_left[moves.final, ends] = 1
+    if tokens_left[moves.start].min() == NEVER:
+        raise ValueError(
+            f"No text of {constraint.name} can be spelled with the tokens of the vocabulary"
+        )
     return ConstraintTable(
         pad_table(following, -1),
         pad_table(tokens_left, NEVER),
-        classes.astype(np.int32),
-        np.array(0, np.int32),
+        classes,
+        np.array(moves.start, np.int32),
     )
 
 
@@ -258,14 +197,6 @@ def pad_table(table: np.ndarray, value: int) -> np.ndarray:
     padded = np.full((states, classes), value, np.int32)
     padded[: table.shape[0], : table.shape[1]] = table
     return padded
-
-
-def hash_integers(values: np.ndarray) -> np.ndarray:
-    """Hashes integers to 64 bits (SplitMix64; Steele, Lea and Flood, 2014)."""
-    mixed = (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
 
 
 def count_tokens_left(following: np.ndarray, final: np.ndarray) -> np.ndarray:

@@ -1,133 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions of a config's constraint: its own, of its choices, or of a JSON schema."""
+"""The constraint of a config: an expression that every new text matches, words that it contains."""
 
-import importlib.util
-import json
-import re
-from typing import Any
+import functools
+from typing import NamedTuple
 
 from t5x_lite import config
-from t5x_lite.utils.extras import install_command
-
-MOST_REPEATS = 1000
-# Keywords of JSON schemas that texts follow, and those that say nothing about a text. outlines-core
-# ignores the others, or writes texts for them that are not JSON (pattern, format).
-FOLLOWED = frozenset(
-    ["type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems"]
-    + ["maxItems", "minLength", "maxLength", "enum", "const", "anyOf", "oneOf", "$ref", "$defs"]
-    + ["definitions"]
+from t5x_lite.decoding.steering.byte_automaton import (
+    ByteAutomaton,
+    find_texts,
+    intersect,
+    valid_text,
 )
-IGNORED = frozenset(["title", "description", "default", "examples", "$schema", "$id", "$comment"])
-STATING = frozenset(["type", "properties", "enum", "const", "anyOf", "oneOf", "$ref"])
+from t5x_lite.decoding.steering.expressions import (
+    MOST_STATES,
+    Expression,
+    compile_expression,
+    either,
+    text,
+)
+from t5x_lite.decoding.steering.json_schema import parse_schema
+from t5x_lite.decoding.steering.regex_syntax import parse_regex
 
 
-def constraint_pattern(decode: config.Decode) -> tuple[str | None, str]:
-    """Returns the regular expression of a config's constraint, or None, and the field's name."""
-    if decode.regex is not None:
-        return whole_match(decode.regex), "Decode.regex"
-    if decode.choices:
-        return "|".join(f"({re.escape(choice)})" for choice in decode.choices), "Decode.choices"
-    if decode.json_schema is not None:
-        return schema_pattern(decode.json_schema), "Decode.json_schema"
-    return None, ""
+class Constraint(NamedTuple):
+    """Language of the new texts: values of the fields of Decode that state it.
 
-
-def whole_match(pattern: str) -> str:
-    """Returns an expression that a whole text matches, without the anchors around it.
-
-    Raises:
-      ValueError: it is not an expression, or repeats something too often.
+    Attributes:
+      regex: see Decode.
+      json_schema: see Decode.
+      choices: see Decode.
+      force_words: see Decode.
     """
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"Decode.regex is not a regular expression: {error}") from None
-    check_size(pattern, "Decode.regex")
-    pattern = pattern.removeprefix("^")
-    ends = re.search(r"(\\*)\$$", pattern)
-    return pattern[:-1] if ends and len(ends[1]) % 2 == 0 else pattern
+
+    regex: str | None = None
+    json_schema: str | None = None
+    choices: tuple[str, ...] = ()
+    force_words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The fields that state it, for messages."""
+        stated = [name for name in self._fields if getattr(self, name) not in (None, ())]
+        return " with ".join(f"Decode.{name}" for name in stated)
+
+    def expression(self) -> Expression | None:
+        """Returns the expression that a whole text matches; None for any text.
+
+        Raises:
+          ValueError: an expression or schema is none, or cannot be followed.
+        """
+        if self.regex is not None:
+            return parse_regex(self.regex, "Decode.regex")
+        if self.json_schema is not None:
+            return parse_schema(self.json_schema)
+        return either(map(text, self.choices)) if self.choices else None
+
+    def compile(self) -> ByteAutomaton:
+        """Returns its automaton.
+
+        Raises:
+          ValueError: an expression or schema is none, cannot be followed, or is too large.
+        """
+        expression = self.expression()
+        whole = valid_text() if expression is None else compile_expression(expression, self.name)
+        words = [find_texts([word.encode()]) for word in self.force_words]
+        both = functools.partial(intersect, most=MOST_STATES, name=self.name)
+        return functools.reduce(both, words, whole)
 
 
-def check_size(pattern: str, name: str) -> None:
-    """Raises ValueError for an expression whose table would take minutes and gigabytes.
-
-    Args:
-      pattern: the expression.
-      name: what it is called in messages.
-    """
-    counts = [
-        int(number)
-        for each in re.findall(r"\{(\d*),?(\d*)\}", pattern)
-        for number in each
-        if number
-    ]
-    largest = max(counts, default=0)
-    config.require(
-        largest <= MOST_REPEATS,
-        f"{name} repeats something {largest} times; at most {MOST_REPEATS} can be followed",
-    )
-
-
-def check_schema(schema: Any, place: str = "#") -> None:
-    """Checks that every keyword of a schema is followed.
-
-    Args:
-      schema: the schema, or a part of it.
-      place: where it stands in the whole.
-
-    Raises:
-      ValueError: a keyword would be ignored, or followed by texts that are not JSON.
-    """
-    if not isinstance(schema, dict) or not {*schema} & STATING:
-        raise ValueError(
-            f"Decode.json_schema: {place} allows anything; say its type, properties, enum, const, "
-            "anyOf, oneOf or $ref"
-        )
-    unknown = sorted({*schema} - FOLLOWED - IGNORED)
-    if unknown:
-        raise ValueError(
-            f"Decode.json_schema: {place} has {unknown[0]!r}, which cannot be followed; these can: "
-            f"{', '.join(sorted(FOLLOWED))}"
-        )
-    for name in ("properties", "$defs", "definitions"):
-        for key, part in schema.get(name, {}).items():
-            check_schema(part, f"{place}/{name}/{key}")
-    for name in ("anyOf", "oneOf", "prefixItems"):
-        for number, part in enumerate(schema.get(name, ())):
-            check_schema(part, f"{place}/{name}/{number}")
-    if "items" in schema:
-        check_schema(schema["items"], f"{place}/items")
-
-
-def schema_pattern(schema: str) -> str:
-    """Returns a regular expression for the JSON texts of a schema.
-
-    Raises:
-      ValueError: the text is not a schema, or has what cannot be bounded.
-    """
-    core = import_outlines()
-    try:
-        check_schema(json.loads(schema))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"Decode.json_schema is not JSON: {error}") from None
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"Decode.json_schema is not a schema: {error}") from None
-    try:
-        pattern = core.json_schema.build_regex_from_schema(schema)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Decode.json_schema cannot be followed: {error}") from None
-    check_size(pattern, "Decode.json_schema")
-    return pattern
-
-
-def import_outlines():
-    """Returns the module outlines_core.
-
-    Raises:
-      ValueError: it is not installed.
-    """
-    if importlib.util.find_spec("outlines_core") is None:
-        raise ValueError(f"Constraints need outlines-core: {install_command('constraints')}")
-    import outlines_core
-
-    return outlines_core
+def make_constraint(decode: config.Decode) -> Constraint | None:
+    """Returns the constraint of a config; None if it names none."""
+    constraint = Constraint(*(getattr(decode, name) for name in Constraint._fields))
+    return constraint if constraint.name else None

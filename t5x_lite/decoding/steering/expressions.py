@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regular expressions as values, and their automata over bytes."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from t5x_lite.decoding.steering.byte_automaton import (
+    END,
+    ByteAutomaton,
+    automaton_of_edges,
+    minimize,
+)
+
+MOST_STATES = 100_000
+Ranges = tuple[tuple[int, int], ...]  # first and last code point of each, in order
+SURROGATES = 0xD800, 0xDFFF
+# Last code point that UTF-8 writes in 1, 2, 3 and 4 bytes.
+LAST_OF_LENGTH = 0x7F, 0x7FF, 0xFFFF, 0x10FFFF
+
+
+@dataclass(frozen=True)
+class Literal:
+    """One text."""
+
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Characters:
+    """One character of some ranges."""
+
+    ranges: Ranges
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several expressions, one after the other."""
+
+    parts: tuple["Expression", ...]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of several expressions; of none, no text at all."""
+
+    parts: tuple["Expression", ...]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """An expression several times, with another one between.
+
+    Attributes:
+      part: what is repeated.
+      least: fewest times.
+      most: most times; None for any number.
+      between: what stands between two of them.
+    """
+
+    part: "Expression"
+    least: int = 0
+    most: int | None = None
+    between: "Expression" = Literal(b"")
+
+
+Expression = Literal | Characters | Chain | OneOf | Repeat
+
+
+def chain(*parts: Expression | str) -> Chain:
+    """Returns expressions, or texts, one after the other."""
+    return Chain(tuple(text(part) if isinstance(part, str) else part for part in parts))
+
+
+def text(content: str) -> Literal:
+    """Returns the expression of one text."""
+    return Literal(content.encode())
+
+
+def either(parts: Iterable[Expression]) -> Expression:
+    """Returns an expression for one of several, each of which counts once."""
+    distinct = tuple(dict.fromkeys(parts))
+    return distinct[0] if len(distinct) == 1 else OneOf(distinct)
+
+
+def optional(part: Expression) -> Repeat:
+    """Returns an expression for a part that may be missing."""
+    return Repeat(part, 0, 1)
+
+
+def count_states(expression: Expression) -> int:
+    """Number of states that an expression takes before it is made deterministic."""
+    if isinstance(expression, Literal):
+        return len(expression.text)
+    if isinstance(expression, Characters):
+        return len(characters_automaton(expression.ranges).following)
+    if isinstance(expression, Repeat):
+        once = count_states(expression.part)
+        between = count_states(expression.between)
+        return (once + between) * max(expression.least, expression.most or 1)
+    return sum(map(count_states, expression.parts))
+
+
+def compile_expression(expression: Expression, name: str) -> ByteAutomaton:
+    """Returns the automaton of an expression.
+
+    Args:
+      expression: the expression.
+      name: what it is called in messages.
+
+    Raises:
+      ValueError: it needs too many states.
+    """
+    size = count_states(expression)
+    if size > 2 * MOST_STATES:
+        raise ValueError(f"{name} repeats parts to {size:,} states: make it smaller")
+    machine = Machine()
+    start, end = machine.add_state(), machine.add_state()
+    machine.connect(expression, start, end)
+    return minimize(determinize(machine, start, end, name))
+
+
+class Machine:
+    """Automaton over bytes that is in several states at once (Thompson, 1968,
+    doi 10.1145/363347.363387).
+
+    Attributes:
+      moves: (first byte, last byte, state after them) of each state.
+      jumps: states that each state is in at the same time.
+    """
+
+    def __init__(self):
+        self.moves: list[list[tuple[int, int, int]]] = []
+        self.jumps: list[list[int]] = []
+        self.closures: dict[int, frozenset[int]] = {}
+
+    def add_state(self) -> int:
+        """Returns a new state."""
+        self.moves.append([])
+        self.jumps.append([])
+        return len(self.moves) - 1
+
+    def connect(self, expression: Expression, start: int, end: int) -> None:
+        """Leads from one state to another by the texts of an expression.
+
+        Args:
+          expression: the expression.
+          start: the one state.
+          end: the other one.
+        """
+        if isinstance(expression, Literal):
+            for byte in expression.text[:-1]:
+                after = self.add_state()
+                self.moves[start].append((byte, byte, after))
+                start = after
+            if expression.text:
+                self.moves[start].append((expression.text[-1], expression.text[-1], end))
+            else:
+                self.jumps[start].append(end)
+        elif isinstance(expression, Characters) and expression.ranges:
+            self.connect_characters(characters_automaton(expression.ranges), start, end)
+        elif isinstance(expression, Chain):
+            for part in expression.parts[:-1]:
+                after = self.add_state()
+                self.connect(part, start, after)
+                start = after
+            self.connect(expression.parts[-1] if expression.parts else Literal(b""), start, end)
+        elif isinstance(expression, OneOf):
+            for part in expression.parts:
+                before = self.add_state()
+                self.jumps[start].append(before)
+                self.connect(part, before, end)
+        elif isinstance(expression, Repeat):
+            self.connect_repeat(expression, start, end)
+
+    def connect_characters(self, automaton: ByteAutomaton, start: int, end: int) -> None:
+        """Leads from one state to another by the characters of a set.
+
+        Args:
+          automaton: automaton of the set.
+          start: the one state.
+          end: the other one.
+        """
+        states = [self.add_state() for _ in automaton.following]
+        self.jumps[start].append(states[automaton.start])
+        self.jumps[states[int(np.argmax(automaton.final))]].append(end)
+        for state, row in zip(states, automaton.following.tolist(), strict=True):
+            for after, bytes_ in itertools.groupby(range(256), row.__getitem__):
+                if after >= 0:
+                    run = [*bytes_]
+                    self.moves[state].append((run[0], run[-1], states[after]))
+
+    def connect_repeat(self, repeat: Repeat, start: int, end: int) -> None:
+        """Leads from one state to another by the texts of a Repeat.
+
+        Args:
+          repeat: the Repeat.
+          start: the one state.
+          end: the other one.
+        """
+        if repeat.most == 0:
+            self.jumps[start].append(end)
+            return
+        before = self.add_state()
+        self.jumps[start].append(before)
+        if not repeat.least:
+            self.jumps[start].append(end)
+        for count in range(1, max(repeat.least, repeat.most or 1) + 1):
+            after = self.add_state()
+            self.connect(repeat.part, before, after)
+            if count >= repeat.least:
+                self.jumps[after].append(end)
+            last = count == repeat.most or (repeat.most is None and count >= repeat.least)
+            if last and repeat.most is None:
+                self.connect(repeat.between, after, before)
+            elif not last:
+                before = self.add_state()
+                self.connect(repeat.between, after, before)
+
+    def closure(self, states: Iterable[int]) -> frozenset[int]:
+        """Returns the states with moves that the machine is in with these, and END states."""
+        return frozenset().union(*map(self.closure_of, states))
+
+    def closure_of(self, state: int) -> frozenset[int]:
+        """Returns `closure` of one state."""
+        if state not in self.closures:
+            reached, stack = {state}, [state]
+            while stack:
+                for each in self.jumps[stack.pop()]:
+                    if each not in reached:
+                        reached.add(each)
+                        stack.append(each)
+            self.closures[state] = frozenset(
+                each for each in reached if self.moves[each] or not self.jumps[each]
+            )
+        return self.closures[state]
+
+
+def determinize(machine: Machine, start: int, end: int, name: str) -> ByteAutomaton:
+    """Returns the automaton whose states are sets of a machine's (Rabin and Scott, 1959).
+
+    Args:
+      machine: the machine.
+      start: its first state.
+      end: its state in which a text may end.
+      name: what it is called in messages.
+
+    Raises:
+      ValueError: it needs too many states.
+    """
+    first = machine.closure([start])
+    numbers, queue = {first: 0}, [first]
+    edges: list[tuple[int, int, int]] = []
+    for number, states in enumerate(queue):
+        if end in states:
+            edges.append((number, END, 0))
+        moves = [move for state in states for move in machine.moves[state]]
+        for lowest, highest, targets in split_moves(moves):
+            after = machine.closure(targets)
+            if after not in numbers:
+                numbers[after] = len(queue)
+                queue.append(after)
+                if len(queue) > MOST_STATES:
+                    raise ValueError(
+                        f"{name} needs more than {MOST_STATES:,} states: make it smaller"
+                    )
+            edges += [(number, byte, numbers[after]) for byte in range(lowest, highest + 1)]
+    return automaton_of_edges(0, np.array(edges, np.int32).reshape(-1, 3))
+
+
+def split_moves(
+    moves: Sequence[tuple[int, int, int]],
+) -> Iterator[tuple[int, int, frozenset[int]]]:
+    """Yields ranges of bytes with the same states after them."""
+    if len(moves) == 1:
+        yield moves[0][0], moves[0][1], frozenset(moves[0][2:])
+        return
+    points = sorted({lowest for lowest, _, _ in moves} | {highest + 1 for _, highest, _ in moves})
+    for lowest, beyond in itertools.pairwise(points):
+        targets = frozenset(to for first, last, to in moves if first <= lowest <= last)
+        if targets:
+            yield lowest, beyond - 1, targets
+
+
+@functools.lru_cache(maxsize=256)
+def characters_automaton(ranges: Ranges) -> ByteAutomaton:
+    """Returns the automaton of one character of some ranges, in UTF-8."""
+    machine = Machine()
+    start, end = machine.add_state(), machine.add_state()
+    for first, last in ranges:
+        for sequence in utf8_sequences(first, last):
+            here = start
+            for place, (lowest, highest) in enumerate(sequence):
+                after = end if place == len(sequence) - 1 else machine.add_state()
+                machine.moves[here].append((lowest, highest, after))
+                here = after
+    return minimize(determinize(machine, start, end, "a set of characters"))
+
+
+def utf8_sequences(first: int, last: int) -> Iterator[list[tuple[int, int]]]:
+    """Yields sequences of byte ranges that together write a range of code points.
+
+    Args:
+      first: first code point.
+      last: last one.
+    """
+    if first > last:
+        return
+    if first <= SURROGATES[1] and last >= SURROGATES[0]:
+        yield from utf8_sequences(first, SURROGATES[0] - 1)
+        yield from utf8_sequences(SURROGATES[1] + 1, last)
+        return
+    for limit in LAST_OF_LENGTH[:3]:
+        if first <= limit < last:
+            yield from utf8_sequences(first, limit)
+            yield from utf8_sequences(limit + 1, last)
+            return
+    # Ranges whose bytes after the first differ must fill these: cut what does not.
+    for bits in (6, 12, 18):
+        mask = (1 << bits) - 1
+        if first & ~mask != last & ~mask:
+            if first & mask:
+                yield from utf8_sequences(first, first | mask)
+                yield from utf8_sequences((first | mask) + 1, last)
+                return
+            if last & mask != mask:
+                yield from utf8_sequences(first, (last & ~mask) - 1)
+                yield from utf8_sequences(last & ~mask, last)
+                return
+    lowest, highest = chr(first).encode(), chr(last).encode()
+    yield [*zip(lowest, highest, strict=True)]
