@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from t5x_lite import config
 from t5x_lite.cli import inference, options
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
@@ -31,6 +32,9 @@ examples:
       --beams=8 --n_best=3
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=s.jsonl \\
       --temperature=0.8 --top_p=0.95 --seed=7
+  # 16 samples, the one nearest to the others first; or as pairs for preference tuning
+  python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=m.jsonl \\
+      --temperature=1 --n_best=16 --choose=mbr:edit_distance
   # a vector for every line, for search or clustering: adds "embedding"
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=v.jsonl --embed=mean
   # drafts copied from the text or its input: faster where text repeats, and the same text;
@@ -83,6 +87,8 @@ def add_streams(group) -> None:
     add("--targets", metavar="NAME", help="score the texts in this field instead of predicting")
     embed = "write a vector for each text instead: mean, first or last of its tokens"
     add("--embed", choices=("mean", "first", "last"), help=embed)
+    pairs = "write the best and the worst of the n_best texts: prompt, chosen, rejected"
+    add("--pairs", action="store_true", help=pairs)
     handling = "a line that cannot be read: skip it, numbered and counted (default), or stop"
     add("--broken", choices=("skip", "stop"), default="skip", help=handling)
     add("--overwrite", action="store_true", help="begin anew an output that exists")
@@ -101,6 +107,10 @@ def infer(args: argparse.Namespace) -> None:
     selection = {name: getattr(args, name) for name in ("step", "best", "mesh", "quantize")}
     session = interactive.load(args.checkpoint, **selection)
     options.configure_session(session, args)
+    config.require(
+        not args.pairs or session.decode.n_best > 1,
+        "--pairs compares several texts of a line: pass --n_best=2 or more",
+    )
     session.predictor.drafters.tiered.at_once = args.verify or args.draw is not None
     if args.draw and session.decode.beams > 1:
         raise ValueError("--draw shows the drafter of each token, and beam search has none")
@@ -126,6 +136,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--targets names a field of JSONL input, and its scores are JSON")
     if args.embed and (args.targets or args.text):
         raise ValueError("--embed writes vectors as JSON: leave out --targets and --text")
+    if args.pairs and (args.text or args.targets or args.embed):
+        raise ValueError("--pairs writes two texts of each line as JSON: leave out the rest")
     if (args.verify or args.draw) and (args.embed or args.targets):
         raise ValueError("--verify and --draw are about predicted texts: leave out the rest")
 
@@ -143,7 +155,7 @@ def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict
       session: the model that is loaded.
       digest: of the input's content; None of a stream.
     """
-    names = ("quantize", "input", "field", "text", "targets", "embed")
+    names = ("quantize", "input", "field", "text", "targets", "embed", "pairs")
     options = {name: getattr(args, name) for name in names} | {"input_digest": digest}
     checkpoint = source_identity(args.checkpoint)
     return {"checkpoint": checkpoint} | options | inference.decode_settings(session)
@@ -220,6 +232,8 @@ class PredictionWriter:
         predictions = inference.predict(session, records, texts, progress)
         rows = [record.number - 1 for record in records]
         self.watch(session.predictor, texts, rows, session.decode, predictions)
+        if args.pairs:
+            return [pair_fields(*each) for each in zip(predictions, texts, strict=True)]
         return [prediction_fields(each) for each in predictions]
 
 
@@ -230,9 +244,40 @@ def plain(row: dict[str, Any]) -> str:
 
 def prediction_fields(prediction: Any) -> dict[str, Any]:
     """A prediction as fields of a line; with several texts, all of them too."""
+    several = len(prediction.texts) > 1
     scores = [round(score, 4) for score in prediction.scores]
     row = {"prediction": prediction.texts[0], "score": scores[0]}
-    return row if len(scores) == 1 else row | {"predictions": prediction.texts, "scores": scores}
+    if several:
+        row |= {"predictions": prediction.texts, "scores": scores}
+    if prediction.utilities:
+        row["utilities"] = [round(each, 4) for each in prediction.utilities]
+    if prediction.details:
+        tokens = [[token_fields(token) for token in text] for text in prediction.details]
+        row |= {"logprobs": tokens[0]} | ({"all_logprobs": tokens} if several else {})
+    return row
+
+
+def token_fields(token: Any) -> dict[str, Any]:
+    """A `predict.TokenScore` as fields."""
+    return {
+        "token": token.text,
+        "id": token.token,
+        "logprob": round(token.log_probability, 4),
+        "truncated": float(f"{token.truncated:.4g}"),
+        "top_logprobs": [
+            {"token": text, "id": other, "logprob": round(log_probability, 4)}
+            for other, text, log_probability in token.top
+        ],
+    }
+
+
+def pair_fields(prediction: Any, text: str) -> dict[str, Any]:
+    """The best and the worst text of an input; None for both where all are alike."""
+    from t5x_lite.evaluation import choosing
+
+    utilities = prediction.utilities or prediction.scores
+    pair = choosing.preference_pair(text, prediction.texts, utilities)
+    return pair or {"prompt": text, "chosen": None, "rejected": None}
 
 
 COMMAND = Command("infer", parser, infer, afterwards="the same command goes on from here")

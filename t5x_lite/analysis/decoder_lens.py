@@ -14,6 +14,7 @@ from t5x_lite.analysis import reading
 from t5x_lite.decoding import generation, loop, target
 from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.protocol import DecodeContext, Prompts, StoppingCriteria
+from t5x_lite.decoding.result import Result, loop_result
 
 
 class LensShape(NamedTuple):
@@ -66,7 +67,7 @@ def decode_layers(
 @functools.partial(jax.jit, static_argnums=0)
 def jit_decode_layers(
     shape: LensShape, params: Any, placed: model.InspectionInputs, limit, stops
-) -> generation.Result:
+) -> Result:
     """Decodes a batch whose rows are the encoder's layers.
 
     Args:
@@ -94,7 +95,7 @@ def jit_decode_layers(
     plain = loop.Plain()
     state = generation.initial_state(context, cache, slots, plain.begin(context))
     state = loop.run_loop(context, plain, exact.Exact(), state)
-    result = generation.loop_result(state, prompts, shape.length, jnp.float32(0))
+    result = loop_result(state, prompts, shape.length, jnp.float32(0))
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
 
 

@@ -26,6 +26,7 @@ DECODE = (
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
     *("bad_words", "regex", "choices", "json_schema", "force_words"),
     *("drafter", "draft_length", "accept"),
+    *("logprobs", "choose"),
 )
 
 # Names of `decoding.drafters.registry`; A+B is both at once.
@@ -54,6 +55,12 @@ ACCEPTANCES = {
     "lenient": "lenient:0.5 CHANGES THE TEXT: keeps a token half as probable as the best",
     "minimum": "minimum:N CHANGES THE TEXT: keeps at least N tokens per forward pass",
     "always": "CHANGES THE TEXT: keeps every draft token",
+}
+CHOICES = {
+    "score": "by the log-probability over the length penalty",
+    "mbr": "mbr:METRIC, by the mean of a metric against the other texts (minimum Bayes risk)",
+    "rerank": "rerank:PATH, by the log-probability of another checkpoint",
+    "function": "function:MODULE.NAME, by a function (input, texts) -> a number for each",
 }
 # Fields of config.Decode that are numbers: metavar and help of the option.
 NUMBERS_OF_DECODE = {
@@ -122,6 +129,12 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in NUMBERS_OF_DECODE.items():
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add_number(group, "batch_size", Count, "N", "how many texts are decoded at once")
+    group = parser.add_argument_group(
+        "several texts for an input (--n_best)", name_table("--choose", CHOICES)
+    )
+    group.add_argument("--choose", metavar="HOW", help="order them, best first (default: as drawn)")
+    text = "add the log-probabilities of each token and of its K best alternatives"
+    add_number(group, "logprobs", CountOrZero, "K", text)
     add_steering(parser)
     group = parser.add_argument_group(
         "speculative decoding: faster, with the same text",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from t5x_lite.comparison import quality
+from t5x_lite.evaluation.metrics import LESS_IS_BETTER
 
 BASE = "encoder_decoder"
 
@@ -74,7 +75,7 @@ def compare_word(metric: str, gap: quality.MetricEstimate) -> str:
     """The verb of a comparison with the encoder-decoder: is better than, does not differ from."""
     if math.isnan(gap.half) or not gap.beyond_noise:
         return "does not differ beyond noise from"
-    better = (gap.value < 0) == (metric in quality.LESS_IS_BETTER)
+    better = (gap.value < 0) == (metric in LESS_IS_BETTER)
     return "is better than" if better else "is worse than"
 
 
@@ -127,7 +128,7 @@ def describe_gap(metric: str, name: str, gap: quality.MetricEstimate, seeds: int
     if not gap.beyond_noise:
         pair = f"{twin_label(name)} and encoder-decoder"
         return f"{metric}: {pair} do not differ beyond noise, {interval}"
-    better = (gap.value < 0) == (metric in quality.LESS_IS_BETTER)
+    better = (gap.value < 0) == (metric in LESS_IS_BETTER)
     word = "better" if better else "worse"
     return f"{metric}: {twin_label(name)} is {word} than the encoder-decoder, {interval}"
 
@@ -152,7 +153,7 @@ def describe_roundings(measured: dict[str, list[dict]], metrics: Sequence[str]) 
             harmed = [
                 f"{metric} {format_estimate(gap)}"
                 for metric, gap in gaps.items()
-                if gap.beyond_noise and (gap.value > 0) == (metric in quality.LESS_IS_BETTER)
+                if gap.beyond_noise and (gap.value > 0) == (metric in LESS_IS_BETTER)
             ]
             if harmed:
                 sentences.append(f"{name} harms the {twin_label(twin)}: " + ", ".join(harmed))

@@ -24,8 +24,6 @@ from t5x_lite.model import quantization
 
 GROUPS = 20
 WIDTH = 8  # of a drafted block: long enough for every draft token that could be accepted
-# Of these less is better; of all other metrics more.
-LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "per", "wer", "edit_distance")
 UNITS = {
     "accuracy": "% of tokens",
     "bits_per_byte": "bits per byte",
@@ -147,7 +145,7 @@ def measure_quantized(
 
 def metric_unit(metric: str) -> str:
     """Unit of a metric, and which of its values are better."""
-    better = "lower is better" if metric in LESS_IS_BETTER else "higher is better"
+    better = "lower is better" if metric in metrics.LESS_IS_BETTER else "higher is better"
     return ", ".join([UNITS[metric], better] if metric in UNITS else [better])
 
 
@@ -155,7 +153,7 @@ def is_worst(metric: str, value: float) -> bool:
     """True for a value of a rate or score that a model has which learned nothing."""
     if not UNITS.get(metric, "").startswith(("%", "0")):
         return False
-    return value >= WORST_ERROR if metric in LESS_IS_BETTER else value <= WORST_SCORE
+    return value >= WORST_ERROR if metric in metrics.LESS_IS_BETTER else value <= WORST_SCORE
 
 
 def jackknife_metrics(names: Sequence[str], rows: Sequence[dict]) -> dict[str, list[float]]:

@@ -61,6 +61,8 @@ OPTION_VALUES = {"--layout": LAYOUTS}
 # are named in messages and not taken, for what they count is not always the same.
 ELSEWHERE = {
     ("Decode", "assistant_model"): "drafter (draft:PATH)",
+    ("Decode", "best_of"): "n_best (with choose=score)",
+    ("Decode", "output_scores"): "logprobs (so many alternatives of each token)",
     ("Decode", "beam_size"): "beams",
     ("Decode", "decode_length"): "max_new_tokens",
     ("Decode", "do_sample"): "temperature (0 is greedy, 1 samples)",

@@ -32,6 +32,13 @@ FORBIDDING = (
 )
 # Fields that narrow what is sampled: a greedy text has the most probable token, which all keep.
 FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Ways to order several texts, with the form of each.
+CHOOSERS = {
+    "score": "score",
+    "mbr": "mbr:METRIC",
+    "rerank": "rerank:PATH",
+    "function": "function:MODULE.NAME",
+}
 Penalty = Annotated[float, Range(-100, 100)]
 
 
@@ -89,6 +96,10 @@ class Decode(Checked):
       json_schema: JSON schema that every new text follows: as text, or in Python as a dict.
       choices: texts of which every new text is one.
       force_words: texts that every new text contains.
+      logprobs: also returns the log-probability of each token and of so many alternatives, and the
+        probability that top-k, top-p and their kin kept from being drawn; None returns none.
+      choose: puts the n_best texts in an order, best first: by score, by mbr:METRIC, by
+        rerank:PATH or by function:MODULE.NAME (`infer --help` lists them); "" leaves it.
     """
 
     max_new_tokens: Length = 64
@@ -120,6 +131,8 @@ class Decode(Checked):
     json_schema: None | Annotated[object, schema_text] = None
     choices: tuple[str, ...] = ()
     force_words: tuple[str, ...] = ()
+    logprobs: Annotated[int, Range(0, 1000)] | None = None
+    choose: str = ""
 
     def check(self):
         try:
@@ -150,6 +163,11 @@ class Decode(Checked):
             f"greedy: set Decode.temperature (1 samples from the model's distribution), or leave "
             f"out Decode.{idle and idle[0]}",
         )
+        require(
+            self.beams == 1 or self.logprobs is None,
+            "Decode.logprobs are those of a text written token by token: leave out beams",
+        )
+        self.check_choice()
         self.check_tokens()
 
     def idle_filters(self) -> list[str]:
@@ -158,6 +176,29 @@ class Decode(Checked):
             return []
         defaults = {each.name: each.default for each in fields(self)}
         return [name for name in FILTERS if getattr(self, name) != defaults[name]]
+
+    def check_choice(self):
+        """Checks how one of several texts is chosen.
+
+        Raises:
+          ValueError: it names no way, or there is one text only.
+        """
+        kind, _, argument = self.choose.partition(":")
+        if not self.choose:
+            return
+        require(
+            kind in CHOOSERS and bool(argument) == (kind != "score"),
+            f"Decode.choose {self.choose!r} is not one of {', '.join(CHOOSERS.values())}",
+        )
+        require(
+            self.n_best > 1,
+            f"Decode.choose {self.choose} orders several texts: set Decode.n_best to 2 or more",
+        )
+        if kind == "rerank":
+            try:
+                hub.check_source(argument)
+            except ValueError as error:
+                raise ValueError(f"Decode.choose: {error}") from None
 
     def check_tokens(self):
         """Checks what may and must be written.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a request to ids: encode the inputs, fill the cache, run the loop, return the new tokens.
 
-b rows    n texts per row    T slots of a row    L new tokens, at most
+b rows    T slots of a row    L new tokens, at most
 """
 
 import functools
@@ -24,34 +24,13 @@ from t5x_lite.decoding.protocol import (
     Prompts,
     StoppingCriteria,
     Target,
+    TokenDetails,
 )
-from t5x_lite.decoding.request import Request, bucket_length
+from t5x_lite.decoding.request import Request, bucket_length, count_samples
+from t5x_lite.decoding.result import Result, beam_result, loop_result, trim_result
 from t5x_lite.decoding.sampling import make_sampling_params
 from t5x_lite.decoding.steering.build import ChoiceRules, make_processors
 from t5x_lite.decoding.steering.processor import Text
-
-
-class Result(NamedTuple):
-    """Decoded texts, the best one first: jax arrays of a program, numpy arrays once fetched.
-
-    Attributes:
-      tokens: [b n L], padded with 0.
-      lengths: [b n], EOS counted.
-      scores: [b n], log_probability over the length penalty; ranks beams.
-      log_probability: [b n], summed over the tokens.
-      steps: number of forward passes.
-      token_step: [b n L], the forward pass that wrote each token; None after beam search.
-      token_node: [b n L], the node of the block whose draft a token was, 0 for the model's own
-        choice; None after beam search.
-    """
-
-    tokens: Any
-    lengths: Any
-    scores: Any
-    log_probability: Any
-    steps: Any
-    token_step: Any = None
-    token_node: Any = None
 
 
 class DecodeProgram(NamedTuple):
@@ -64,6 +43,8 @@ class DecodeProgram(NamedTuple):
       n_best: texts to return per row.
       drafter: the drafter.
       accept: the acceptance rule.
+      samples: rows in a row that continue the same inputs and prompt.
+      logprobs: how many alternatives of each token to return; None for no TokenDetails.
     """
 
     cfg: config.Model
@@ -72,6 +53,8 @@ class DecodeProgram(NamedTuple):
     n_best: int
     drafter: Drafter
     accept: exact.Acceptance
+    samples: int = 1
+    logprobs: int | None = None
 
 
 class Drafting(NamedTuple):
@@ -118,7 +101,7 @@ def generate(
     rules = make_rules(request, decode)
     alpha = jnp.float32(decode.alpha)
     result = compiled_generate(program, params, placed, rules, alpha, drafting.weights)
-    return trim_result(jax.device_get(result), max(decode.max_new_tokens, 1))
+    return trim_result(jax.device_get(result), decode)
 
 
 def make_program(
@@ -138,22 +121,14 @@ def make_program(
         n_best=decode.n_best,
         drafter=drafting.drafter,
         accept=drafting.accept,
+        samples=count_samples(decode),
+        logprobs=decode.logprobs,
     )
 
 
 def place_request(request: Request) -> Request:
     """Splits the rows of a request over the mesh; its constraint is left out (`make_rules`)."""
     return shard_rows(request._replace(eos=None, constraint=None))._replace(eos=request.eos)
-
-
-def trim_result(result: Result, length: int) -> Result:
-    """Cuts the arrays of a result, whose L is a bucket, to `length` tokens."""
-    arrays = {
-        name: getattr(result, name)[:, :, :length]
-        for name in ("tokens", "token_step", "token_node")
-        if getattr(result, name) is not None
-    }
-    return result._replace(steps=int(result.steps), **arrays)
 
 
 def make_rules(request: Request, decode: config.Decode) -> ChoiceRules:
@@ -206,19 +181,12 @@ def compiled_generate(
     Returns:
       The result, replicated, its arrays `program.length` long.
     """
-    cfg = program.cfg
-    encoded = model.EncoderMemory()
-    if request.inputs is not None:
-        encoded = target.encode_inputs(cfg, params, request.inputs, request.inputs_length)
-    decoded = target.make_target(cfg, params, encoded)
+    encoded, cache = read_request(program, params, request)
+    decoded = target.make_target(program.cfg, params, encoded)
     context = make_context(program, decoded, request, rules, weights)
     prompts, slots = context.prompts, context.slots
-    cache = target.prefill(cfg, params, encoded, prompts, slots)
     if program.beams > 1:
-        repeat = functools.partial(beam.repeat_rows, beams=program.beams)
-        encoded, cache = jax.tree.map(repeat, (encoded, cache))
         search = beam.BeamSearch(program.beams, program.n_best, alpha)
-        context = context._replace(target=target.make_target(cfg, params, encoded))
         state = beam.initial_beams(context, search, cache, slots)
         state = beam.run_beam_search(context, search, state)
         result = beam_result(state, search, program.length)
@@ -227,6 +195,50 @@ def compiled_generate(
         state = begin_drafting(context, program.drafter, state)
         result = loop_result(run_decoding(program, context, state), prompts, program.length, alpha)
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
+
+
+def read_request(
+    program: DecodeProgram, params: Any, request: Request
+) -> tuple[model.EncoderMemory, Any]:
+    """Encodes the inputs and fills a cache with the prompts, once for all texts that share them.
+
+    Args:
+      program: static arguments.
+      params: weights of the model.
+      request: the rows, on the mesh.
+
+    Returns:
+      The encoded inputs and the cache, a row for each sample or beam.
+    """
+    slots = count_slots(program, request)
+    if program.samples > 1:
+        request = jax.tree.map(
+            functools.partial(take_first_samples, samples=program.samples),
+            request._replace(eos=None),
+        )
+    encoded = model.EncoderMemory()
+    if request.inputs is not None:
+        encoded = target.encode_inputs(program.cfg, params, request.inputs, request.inputs_length)
+    prompts = Prompts(request.prompts, request.prompts_length)
+    cache = target.prefill(program.cfg, params, encoded, prompts, slots)
+    texts = program.samples * program.beams
+    if texts == 1:
+        return encoded, cache
+    repeat = functools.partial(beam.repeat_rows, beams=texts)
+    return jax.tree.map(repeat, (encoded, cache))
+
+
+def take_first_samples(x: Array, samples: int) -> Array:
+    """Takes the first of each `samples` rows of x [b * samples ...]: [b ...]."""
+    place = jax.typeof(x).sharding.spec
+    shape = (x.shape[0] // samples, samples, *x.shape[1:])
+    split = jnp.reshape(x, shape, out_sharding=jax.P(place[0], None, *place[1:]))
+    return sharding.by_rows(split[:, 0])
+
+
+def count_slots(program: DecodeProgram, request: Request) -> int:
+    """Slots of a row, T: its prompt, its new tokens, and a block after them."""
+    return request.prompts.shape[1] + program.length + program.drafter.tree.width
 
 
 def make_context(
@@ -255,9 +267,10 @@ def make_context(
         inputs=request.inputs,
         inputs_length=request.inputs_length,
         weights=weights,
-        slots=request.prompts.shape[1] + program.length + program.drafter.tree.width,
+        slots=count_slots(program, request),
         sampling=rules.sampling,
         processors=rules.processors,
+        logprobs=program.logprobs,
     )
 
 
@@ -304,6 +317,7 @@ def initial_state(
     last = jnp.arange(tokens.shape[1]) == prompts.length[:, None] - 1
     tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
     text = Text(tokens, prompts.length, prompts.length)
+    details = None if context.logprobs is None else empty_details(tokens, context.logprobs)
     return DecodeState(
         tokens=tokens,
         length=prompts.length - 1,
@@ -316,74 +330,12 @@ def initial_state(
         cache=cache,
         drafter_state=drafter_state,
         processor_states=context.processors.begin(text, context.target.vocab),
+        details=details,
     )
 
 
-def loop_result(state: DecodeState, prompts: Prompts, length: int, alpha: Array) -> Result:
-    """Returns the text that each row has after its prompt.
-
-    Args:
-      state: state of the loop.
-      prompts: the prompts.
-      length: L.
-      alpha: exponent of the length penalty.
-    """
-    lengths = state.length + 1 - prompts.length
-
-    def new(slots):
-        return slice_new_tokens(slots, prompts.length, lengths, length)[:, None]
-
-    scores = state.log_probability / beam.length_penalty(lengths, alpha)
-    return Result(
-        tokens=new(state.tokens),
-        lengths=lengths[:, None],
-        scores=scores[:, None],
-        log_probability=state.log_probability[:, None],
-        steps=state.steps,
-        token_step=new(state.token_step),
-        token_node=new(state.token_node),
-    )
-
-
-def beam_result(state: beam.BeamState, search: beam.BeamSearch, length: int) -> Result:
-    """Returns the n best finished texts of each row.
-
-    Args:
-      state: last state of the search.
-      search: its settings.
-      length: L.
-    """
-    finished = jax.tree.map(lambda x: x[:, : search.n_best], state.finished)
-
-    def new(tokens, lengths):
-        return slice_new_tokens(tokens, state.prompt, lengths, length)
-
-    return Result(
-        tokens=jax.vmap(new, in_axes=1, out_axes=1)(finished.tokens, finished.lengths),
-        lengths=finished.lengths,
-        scores=finished.score,
-        log_probability=finished.log_probability,
-        steps=state.steps,
-    )
-
-
-def slice_new_tokens(
-    tokens: Int[Array, "b T"], start: Int[Array, " b"], lengths: Int[Array, " b"], size: int
-) -> Int[Array, "b L"]:
-    """Takes the slots after the prompts.
-
-    Args:
-      tokens: the rows, of tokens or of any other numbers per slot.
-      start: first slot after each prompt.
-      lengths: how many slots of each row to keep; those after them are set to 0.
-      size: L.
-
-    Returns:
-      The slots start[b], start[b] + 1, ...
-    """
-
-    def take(row, start):
-        return jax.lax.dynamic_slice_in_dim(row, start, size)
-
-    tokens = jax.vmap(take)(tokens, start)
-    return jnp.where(jnp.arange(size) < lengths[:, None], tokens, 0)
+def empty_details(tokens: Int[Array, "b T"], count: int) -> TokenDetails:
+    """Returns details of no token, with room for `count` alternatives at every slot."""
+    zeros = jnp.zeros_like(tokens, jnp.float32)
+    several = sharding.by_rows(jnp.repeat(zeros[..., None], count, axis=2))
+    return TokenDetails(zeros, several.astype(jnp.int32), several, zeros)

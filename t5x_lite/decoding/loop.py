@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from t5x_lite import sharding
 from t5x_lite.decoding import sampling
@@ -32,6 +32,7 @@ from t5x_lite.decoding.protocol import (
     Drafter,
     StoppingCriteria,
     Target,
+    TokenDetails,
     Tree,
     VerifyOutput,
     VerifySpec,
@@ -146,7 +147,7 @@ def verify(
     path, tokens, count = accept(
         exact.VerifyInput(block, steered, chosen, draft, positions, tree, context.sampling)
     )
-    along = logits if tree.is_chain else jax.vmap(lambda row, nodes: row[nodes])(logits, path)
+    along = take_path(tree, logits, path)
     return VerifyOutput(
         block=block,
         chosen=chosen,
@@ -157,7 +158,47 @@ def verify(
         log_probability=token_log_probability(along, tokens),
         count=count_committed(tokens, count, context.stopping, state),
         middle=middle,
+        details=describe_tokens(context, along, take_path(tree, steered, path), tokens),
     ), cache
+
+
+def take_path(
+    tree: Tree, logits: Float[Array, "b w v"], path: Int[Array, "b D"]
+) -> Float[Array, "b D v"]:
+    """Takes the logits after the nodes of a path.
+
+    Args:
+      tree: shape of the block; the path of a chain is its nodes.
+      logits: scores after each node.
+      path: the nodes.
+    """
+    return logits if tree.is_chain else jax.vmap(lambda row, nodes: row[nodes])(logits, path)
+
+
+def describe_tokens(
+    context: DecodeContext,
+    logits: Float[Array, "b D v"],
+    steered: Float[Array, "b D v"],
+    tokens: Int[Array, "b D"],
+) -> TokenDetails | None:
+    """Returns the probabilities of tokens and of their alternatives, if the request asks for them.
+
+    Args:
+      context: constants of the request.
+      logits: the model's logits at each token.
+      steered: the same after the logits processors.
+      tokens: the tokens.
+    """
+    if context.logprobs is None:
+        return None
+    best, ids = jax.lax.top_k(logits, context.logprobs)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    return TokenDetails(
+        log_probability=token_log_probability(logits, tokens),
+        top_tokens=ids,
+        top_log_probability=best - total[..., None],
+        truncated=sampling.truncated_mass(steered, context.sampling),
+    )
 
 
 def process_logits(
@@ -273,6 +314,9 @@ def commit(
     following = sharding.by_rows(output.path[:, np.minimum(depths + 1, depths[-1])])
     node = jnp.where(place < count[:, None] - 1, following, 0)
     first = state.length + 1
+    details = jax.tree.map(
+        lambda slots, new: write_block(slots, new, first), state.details, output.details
+    )
     cache = state.cache
     if not tree.is_chain:
         cache = compact_cache(cache, state.length, output.path)
@@ -287,6 +331,7 @@ def commit(
         steps=state.steps + 1,
         cache=cache,
         processor_states=context.processors.observe(state.processor_states, tokens, count),
+        details=details,
     )
 
 
@@ -315,8 +360,8 @@ def ends_text(tokens: Int[Array, "..."], stopping: StoppingCriteria) -> Bool[Arr
 
 
 def write_block(
-    tokens: Int[Array, "b T"], block: Int[Array, "b w"], index: Int[Array, " b"]
-) -> Int[Array, "b T"]:
+    tokens: Shaped[Array, "b T ..."], block: Shaped[Array, "b w ..."], index: Int[Array, " b"]
+) -> Shaped[Array, "b T ..."]:
     """Writes a block into each row.
 
     Args:

@@ -96,6 +96,23 @@ class Prompts(NamedTuple):
     length: Int[Array, " b"]
 
 
+class TokenDetails(NamedTuple):
+    """Probabilities of tokens that were written; the model's own, without temperature and rules.
+
+    Attributes:
+      log_probability: of the token.
+      top_tokens: the k most probable tokens of the place.
+      top_log_probability: their log-probabilities.
+      truncated: probability, at the temperature, of the tokens that top-k, top-p, min-p and their
+        kin kept from being drawn; 0 if greedy.
+    """
+
+    log_probability: Float[Array, "b T"]
+    top_tokens: Int[Array, "b T k"]
+    top_log_probability: Float[Array, "b T k"]
+    truncated: Float[Array, "b T"]
+
+
 class DecodeContext(NamedTuple):
     """Everything that stays constant while a request is decoded.
 
@@ -110,6 +127,7 @@ class DecodeContext(NamedTuple):
       slots: T.
       sampling: how rows are sampled; None for greedy decoding.
       processors: what changes the logits before a token is chosen.
+      logprobs: how many alternatives of each token to return; None for no TokenDetails.
     """
 
     target: Target
@@ -121,6 +139,7 @@ class DecodeContext(NamedTuple):
     slots: int = 0
     sampling: SamplingParams | None = None
     processors: Processors = Processors()
+    logprobs: int | None = None
 
 
 class DecodeState(NamedTuple):
@@ -139,6 +158,7 @@ class DecodeState(NamedTuple):
       cache: keys and values of the target.
       drafter_state: state of the drafter, any tree of arrays.
       processor_states: state of each logits processor after the root.
+      details: of the token of each slot, if the request asks for them.
     """
 
     tokens: Int[Array, "b T"]
@@ -152,6 +172,7 @@ class DecodeState(NamedTuple):
     cache: Any
     drafter_state: Any
     processor_states: tuple = ()
+    details: TokenDetails | None = None
 
 
 class Draft(NamedTuple):
@@ -185,6 +206,7 @@ class VerifyOutput(NamedTuple):
       log_probability: log-probability of `tokens` under the model.
       count: how many of `tokens` the row takes; 0 for a row that is done.
       middle: input of layer `drafter.middle` at every node, for drafters that have a `middle`.
+      details: of `tokens`, if the request asks for them.
     """
 
     block: Int[Array, "b w"]
@@ -196,6 +218,7 @@ class VerifyOutput(NamedTuple):
     log_probability: Float[Array, "b D"]
     count: Int[Array, " b"]
     middle: Float[Array, "b w d"] | None = None
+    details: TokenDetails | None = None
 
 
 @dataclass(frozen=True)

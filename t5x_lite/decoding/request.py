@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests: rows to be continued, as padded arrays of few shapes, each of which is compiled once.
 
-b rows    s encoder inputs    p prompt tokens
+b rows, several of them samples for one example    s encoder inputs    p prompt tokens
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from t5x_lite import config
 from t5x_lite.decoding.steering.constraints import ConstraintTable
+
+# Seeds of the second, third, ... sample of a text are this far apart (2^32 over the golden ratio):
+# those of two near seeds differ.
+SEED_STEP = 0x9E3779B9
 
 
 class Request(NamedTuple):
@@ -67,15 +72,15 @@ def make_request(
     eos: int | Sequence[int] = 1,
     constraint: ConstraintTable | None = None,
 ) -> Request:
-    """Returns a Request to continue examples.
+    """Returns a Request to continue examples: a row for each, or `count_samples` in a row.
 
     Args:
       cfg: config of the model.
       examples: ids of each example: encoder inputs, or prompts of a decoder-only model.
-      decode: limit and seed.
+      decode: limit, seed and number of samples.
       rows: numbers of the examples for sampling, 0, 1, ... by default: the same number and seed
         give the same text in any batch.
-      batch: number of rows to fill up to.
+      batch: number of examples to fill up to.
       eos: the id that ends a text, or several.
       constraint: the language of the new texts.
 
@@ -102,9 +107,26 @@ def make_request(
     prompts, prompts_length = pad_rows(prompts, longest if longest == 1 else bucket_length(longest))
     seed = np.full(len(examples), decode.seed, np.uint32)
     stops = eos if isinstance(eos, int) else np.array(eos, np.int32)
-    return Request(
+    request = Request(
         inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops, constraint
     )
+    return repeat_samples(request, count_samples(decode))
+
+
+def count_samples(decode: config.Decode) -> int:
+    """Number of texts that are sampled for each example, each in a row of its own."""
+    return decode.n_best if decode.temperature > 0 else 1
+
+
+def repeat_samples(request: Request, samples: int) -> Request:
+    """Returns each row so many times, one after the other, with seeds SEED_STEP apart."""
+    if samples == 1:
+        return request
+    kept = request._replace(eos=None, constraint=None)
+    repeated = jax.tree.map(lambda array: np.repeat(array, samples, axis=0), kept)
+    steps = np.tile(np.arange(samples, dtype=np.uint32), len(request.seed))
+    seed = repeated.seed + steps * np.uint32(SEED_STEP)
+    return repeated._replace(seed=seed, eos=request.eos, constraint=request.constraint)
 
 
 def check_steering_ids(cfg: config.Model, decode: config.Decode, eos: int | Sequence[int]) -> None:
@@ -116,9 +138,13 @@ def check_steering_ids(cfg: config.Model, decode: config.Decode, eos: int | Sequ
       eos: the id that ends a text, or several.
 
     Raises:
-      ValueError: the model's vocabulary lacks one, every id is forbidden, or a text must both end
+      ValueError: the model's vocabulary lacks one, or has fewer than Decode.logprobs, every id is forbidden, or a text must both end
         and go on.
     """
+    config.require(
+        (decode.logprobs or 0) <= cfg.vocab,
+        f"Decode.logprobs {decode.logprobs} is more than the {cfg.vocab} ids of the model",
+    )
     ids = {
         "forced_bos_token_id": [decode.forced_bos_token_id or 0],
         "suppress_tokens": decode.suppress_tokens,

@@ -131,6 +131,20 @@ def warp_logits(logits: Float[Array, "b w v"], sampling: SamplingParams) -> Floa
     return filter_logits(logits / jnp.where(temperature > 0, temperature, 1.0), sampling)
 
 
+def truncated_mass(
+    logits: Float[Array, "b w v"], sampling: SamplingParams | None
+) -> Float[Array, "b w"]:
+    """Probability at the temperature of the tokens that `filter_logits` drops; 0 if greedy."""
+    zero = jnp.zeros_like(logits[..., 0])
+    if sampling is None:
+        return zero
+    temperature = sampling.temperature[:, None]
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[..., None]
+    dropped = jnp.isneginf(filter_logits(scaled, sampling))
+    mass = jnp.sum(jnp.where(dropped, jax.nn.softmax(scaled), 0), axis=-1)
+    return jnp.where(temperature > 0, mass, zero)
+
+
 def log_distribution(
     logits: Float[Array, "b w v"], sampling: SamplingParams | None
 ) -> Float[Array, "b w v"]:

@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Int
 
 from t5x_lite import config, model
 from t5x_lite.decoding import generation, target
-from t5x_lite.decoding.generation import PLAIN, ChoiceRules, DecodeProgram, Drafting, Result
+from t5x_lite.decoding.generation import PLAIN, ChoiceRules, DecodeProgram, Drafting
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Prompts
 from t5x_lite.decoding.request import Request
+from t5x_lite.decoding.result import Result, loop_result, trim_result
 
 
 class DecodeArguments(NamedTuple):
@@ -128,7 +129,7 @@ class DecodeStream:
             advance_stream(self.program, self.arguments, self.encoded, self.state, every)
         )
         result, done = jax.device_get((result, done))
-        return generation.trim_result(result, self.decode.max_new_tokens), bool(done)
+        return trim_result(result, self.decode), bool(done)
 
     def change_drafter(self, drafting: Drafting) -> None:
         """Goes on with another drafter of the same acceptance rule, after the text so far."""
@@ -143,13 +144,8 @@ def start_stream(
     program: DecodeProgram, arguments: DecodeArguments
 ) -> tuple[model.EncoderMemory, DecodeState]:
     """Encodes the inputs, and returns them with the loop's first state."""
-    encoded, request = model.EncoderMemory(), arguments.request
-    if request.inputs is not None:
-        encoded = target.encode_inputs(
-            program.cfg, arguments.params, request.inputs, request.inputs_length
-        )
+    encoded, cache = generation.read_request(program, arguments.params, arguments.request)
     context = stream_context(program, arguments, encoded)
-    cache = target.prefill(program.cfg, arguments.params, encoded, context.prompts, context.slots)
     drafter_state = program.drafter.begin(context)
     state = generation.initial_state(context, cache, context.slots, drafter_state)
     return encoded, generation.begin_drafting(context, program.drafter, state)
@@ -179,7 +175,7 @@ def advance_stream(
     paused = context.stopping._replace(pause=state.steps + every)
     state = generation.run_decoding(program, context._replace(stopping=paused), state)
     alpha = jnp.float32(arguments.alpha)
-    result = generation.loop_result(state, context.prompts, program.length, alpha)
+    result = loop_result(state, context.prompts, program.length, alpha)
     result, done = jax.tree.map(lambda x: jax.reshard(x, P()), (result, jnp.all(state.done)))
     return state, result, done
 
@@ -208,8 +204,9 @@ def change_state(
     def widen(array, axis):
         return jnp.pad(array, [(0, added if axis == each else 0) for each in range(array.ndim)])
 
-    names = "tokens", "token_step", "token_node"
-    state = state._replace(**{name: widen(getattr(state, name), 1) for name in names})
+    by_slot = {name: getattr(state, name) for name in ("tokens", "token_step", "token_node")}
+    by_slot["details"] = state.details
+    state = state._replace(**jax.tree.map(functools.partial(widen, axis=1), by_slot))
     state = state._replace(cache=jax.tree.map(functools.partial(widen, axis=2), state.cache))
     text = context._replace(prompts=Prompts(state.tokens, state.length + 1))
     state = state._replace(drafter_state=program.drafter.begin(text))

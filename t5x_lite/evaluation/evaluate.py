@@ -12,7 +12,7 @@ from t5x_lite.data import Dataset, open_batches, open_dataset
 from t5x_lite.data.batches import list_sources
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.request import check_row_lengths
-from t5x_lite.evaluation import losses, metrics
+from t5x_lite.evaluation import choosing, losses, metrics
 from t5x_lite.evaluation.predict import Prediction, Predictor
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
@@ -101,13 +101,18 @@ class Evaluator:
             self.dataset.vocabularies,
             batch_size=self.run.evaluate.batch_size,
         )
+        predictor.find_chooser(self.run.decode)
         ids, cut = self.inputs(count)
         predictions = predictor.predict_ids(ids, self.run.decode, on_progress=on_progress)
+        texts = [not_none(self.dataset.inputs_text(i)) for i in range(count)]
+        predictions = predictor.order_texts(texts, predictions, self.run.decode)
         self.tally = predictor.tally
         written = [each.texts[0] for each in predictions]
         references = [self.dataset.references(i) for i in range(count)]
         values = self.measure(names, written, references)
-        texts = [not_none(self.dataset.inputs_text(i)) for i in range(count)]
+        if self.run.decode.n_best > 1:
+            for name in set(names) - self.failures.keys():
+                values |= choosing.measure_choice(name, predictions, references)
         try:
             self.predictions_path = self.write_predictions(
                 step, prediction_rows(texts, predictions, references)

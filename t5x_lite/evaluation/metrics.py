@@ -13,6 +13,8 @@ from t5x_lite.utils.nearest import suggest
 Predictions = Sequence[str]
 References = Sequence[Sequence[str]]
 Metric = Callable[[Predictions, References], dict[str, float]]
+# Of these less is better, losses included; of all other values more.
+LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "per", "wer", "edit_distance")
 
 
 def edit_distance(one: Sequence, other: Sequence) -> int:

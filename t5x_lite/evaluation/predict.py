@@ -2,9 +2,11 @@
 """Prediction of texts: tokenized, sorted into batches of like length, decoded, back in order."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from t5x_lite import config, decoding, sharding
@@ -12,20 +14,42 @@ from t5x_lite.data import built_in
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.union import draft_sources
-from t5x_lite.decoding.request import check_examples, check_positions, describe_excess
+from t5x_lite.decoding.request import (
+    check_examples,
+    check_positions,
+    count_samples,
+    describe_excess,
+)
 from t5x_lite.decoding.scoring import check_pairs
 from t5x_lite.decoding.steering.constraints import find_constraint
+from t5x_lite.evaluation import choosing
 from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 
-# Seeds of the second, third, ... sample of a text are this far apart (2^32 over the golden ratio):
-# those of two near seeds differ.
-SEED_STEP = 0x9E3779B9
+
+class TokenScore(NamedTuple):
+    """A token of a text with its probability under the model.
+
+    Attributes:
+      token: id.
+      text: its text, alone.
+      log_probability: in nats, without temperature and rules.
+      top: the most probable tokens of its place, best first: id, text, log-probability.
+      truncated: probability, at the temperature, that truncation kept from being drawn.
+    """
+
+    token: int
+    text: str
+    log_probability: float
+    top: list[tuple[int, str, float]]
+    truncated: float
 
 
 class Prediction(NamedTuple):
-    """Texts that the model wrote for one input: beams best first, samples in the order drawn.
+    """Texts that the model wrote for one input: beams best first, samples in the order drawn; with
+    Decode.choose the chosen one first.
 
     Attributes:
       texts: the texts.
@@ -35,6 +59,8 @@ class Prediction(NamedTuple):
       calls: of the first text, the forward pass that wrote each token; empty after beam search.
       drafted_by: of the first text, the drafter that proposed each token ("model" if none); empty
         after beam search.
+      details: the tokens of each text with their probabilities; empty without Decode.logprobs.
+      utilities: by which Decode.choose ordered the texts; empty without it.
     """
 
     texts: list[str]
@@ -43,6 +69,8 @@ class Prediction(NamedTuple):
     tokens: list[list[int]]
     calls: list[int]
     drafted_by: list[str]
+    details: list[list[TokenScore]] = []
+    utilities: list[float] = []
 
 
 class Predictor:
@@ -76,6 +104,7 @@ class Predictor:
         self.tally = AcceptanceStats()
         self.ended = ended
         self.batch_size = batch_size
+        self.choosers: dict[str, choosing.Chooser] = {}
 
     def predict(
         self,
@@ -93,9 +122,50 @@ class Predictor:
           rows: numbers of the inputs, see `predict_ids`.
           on_progress: called with the number of texts done.
         """
-        return self.predict_ids(
-            self.encode_inputs(texts), decode, rows=rows, on_progress=on_progress
+        self.find_chooser(decode)  # whatever is wrong with it is said before the work
+        ids = self.encode_inputs(texts)
+        predictions = self.predict_ids(ids, decode, rows=rows, on_progress=on_progress)
+        return self.order_texts(texts, predictions, decode)
+
+    def order_texts(
+        self, inputs: Sequence[str], predictions: list[Prediction], decode: config.Decode
+    ) -> list[Prediction]:
+        """Puts the texts of each prediction in the order of Decode.choose.
+
+        Args:
+          inputs: text of each input.
+          predictions: one for each input.
+          decode: config of decoding.
+        """
+        chooser = self.find_chooser(decode)
+        if chooser is None or not predictions:
+            return predictions
+        return choosing.order_predictions(chooser, inputs, predictions)
+
+    def find_chooser(self, decode: config.Decode) -> choosing.Chooser | None:
+        """The chooser that decode names, made once; None for the order of the texts.
+
+        Raises:
+          ValueError: there is no such metric, checkpoint or function.
+        """
+        if decode.choose and decode.choose not in self.choosers:
+            self.choosers[decode.choose] = choosing.make_chooser(decode.choose, self.load_scorer)
+        return self.choosers.get(decode.choose)
+
+    def load_scorer(self, path: str) -> Callable[[list[str], list[str]], list[float]]:
+        """Loads another checkpoint: its log-probabilities of targets after inputs."""
+        from t5x_lite.checkpoints.opening import open_checkpoint
+
+        shape = dict(jax.sharding.get_abstract_mesh().shape)
+        restored = open_checkpoint(path).load(config.Mesh(**shape) if shape else None)
+        other = Predictor(
+            restored.run.model,
+            restored.params,
+            restored.vocabularies,
+            ended=has_inputs(restored.run),
+            batch_size=self.batch_size,
         )
+        return lambda inputs, targets: [total for total, _ in other.score(inputs, targets)]
 
     def predict_ids(
         self,
@@ -123,10 +193,9 @@ class Predictor:
         rows = range(len(ids)) if rows is None else rows
         decode = spell_bad_words(decode, self.targets)
         constraint = find_constraint(decode, self.targets, self.cfg.vocab)
-        if decode.temperature > 0 and decode.n_best > 1:
-            return self.sample_several(ids, decode, rows, on_progress, counted)
+        samples = count_samples(decode)
         predictions: dict[int, Prediction] = {}
-        for places in self.batches(ids):
+        for places in self.batches(ids, max(self.batch_size // samples, 1)):
             request = decoding.make_request(
                 self.cfg,
                 [ids[place] for place in places],
@@ -145,32 +214,6 @@ class Predictor:
             if on_progress:
                 on_progress(len(predictions))
         return [predictions[place] for place in range(len(ids))]
-
-    def sample_several(
-        self,
-        ids: Sequence[Sequence[int]],
-        decode: config.Decode,
-        rows: Sequence[int],
-        on_progress: Callable[[int], None] | None,
-        counted: bool,
-    ) -> list[Prediction]:
-        """Samples n_best texts for each input; the first is that of n_best 1.
-
-        Args:
-          ids: ids of each input, with their end.
-          decode: config of decoding.
-          rows: numbers of the inputs for sampling.
-          on_progress: called with the number of inputs done.
-          counted: false to leave `tally` as it is.
-        """
-        draws: list[list[Prediction]] = []
-        for number in range(decode.n_best):
-            seed = (decode.seed + number * SEED_STEP) % 2**32
-            once = dataclasses.replace(decode, n_best=1, seed=seed)
-            draws.append(self.predict_ids(ids, once, rows=rows, counted=counted))
-            if on_progress:
-                on_progress(len(ids) * (number + 1) // decode.n_best)
-        return [join_samples(samples) for samples in zip(*draws, strict=True)]
 
     def score(
         self, inputs: Sequence[str], targets: Sequence[str]
@@ -226,18 +269,19 @@ class Predictor:
         """The ids of each target."""
         return [ids.tolist() for ids in encode_texts(self.targets, texts)]
 
-    def batches(self, ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    def batches(self, ids: Sequence[Sequence[int]], most: int | None = None) -> Iterator[list[int]]:
         """Yields indices of inputs that share a batch: those of like length.
 
-        A batch ends at batch_size inputs, or before one that is so long that more than half of the
-        batch would be padding: every input is padded to the longest.
+        A batch ends at `most` inputs (batch_size if None), or before one that is so long that more
+        than half of the batch would be padding: every input is padded to the longest.
         """
+        most = self.batch_size if most is None else most
         batch: list[int] = []
         tokens = 0
         for place in np.argsort([len(row) for row in ids], kind="stable").tolist():
             padded = decoding.bucket_length(len(ids[place]))
             tokens += padded
-            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * padded > 2 * tokens):
+            if batch and (len(batch) == most or (len(batch) + 1) * padded > 2 * tokens):
                 yield batch
                 batch, tokens = [], padded
             batch.append(place)
@@ -277,18 +321,40 @@ class Predictor:
             drafted_by=[]
             if result.token_node is None
             else [names[node] for node in result.token_node[row, 0, : len(tokens[0])]],
+            details=[
+                self.describe_text(result, (row, text), ids) for text, ids in enumerate(tokens)
+            ]
+            if result.details is not None
+            else [],
         )
 
+    def describe_text(
+        self, result: decoding.Result, place: tuple[int, int], ids: Sequence[int]
+    ) -> list[TokenScore]:
+        """Tokens of a text with their probabilities.
 
-def join_samples(samples: Sequence[Prediction]) -> Prediction:
-    """Returns the samples of one input as one Prediction."""
-    first = samples[0]
-    return first._replace(
-        texts=[each.texts[0] for each in samples],
-        scores=[each.scores[0] for each in samples],
-        log_probabilities=[each.log_probabilities[0] for each in samples],
-        tokens=[each.tokens[0] for each in samples],
-    )
+        Args:
+          result: tokens of a batch, with details.
+          place: row and number of the text.
+          ids: ids of the text.
+        """
+        details = jax.tree.map(lambda array: array[place].tolist(), not_none(result.details))
+        text_of = functools.cache(lambda token: self.targets.decode([token]))
+        return [
+            TokenScore(
+                token=token,
+                text=text_of(token),
+                log_probability=details.log_probability[i],
+                top=[
+                    (other, text_of(other), log_probability)
+                    for other, log_probability in zip(
+                        details.top_tokens[i], details.top_log_probability[i], strict=True
+                    )
+                ],
+                truncated=details.truncated[i],
+            )
+            for i, token in enumerate(ids)
+        ]
 
 
 def spell_bad_words(decode: config.Decode, vocabulary: TextVocabulary) -> config.Decode:

@@ -12,6 +12,7 @@ from conftest import toy_model
 
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.decoding import beam, generation, protocol, target
+from t5x_lite.decoding.result import beam_result
 
 VOCABULARY, LENGTH, EOS = 4, 4, 1
 
@@ -146,7 +147,7 @@ def one_beam(cfg, params, request, length):
         context = protocol.DecodeContext(decoded, stopping, prompts)
         state = beam.initial_beams(context, search, cache, cache.keys[0].shape[2])
         state = beam.run_beam_search(context, search, state)
-        return generation.beam_result(state, search, length)
+        return beam_result(state, search, length)
 
     return jax.jit(run)(params, placed)
 

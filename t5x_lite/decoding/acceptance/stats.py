@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from t5x_lite.decoding.generation import Result
+from t5x_lite.decoding.result import Result
 
 
 @dataclass
@@ -30,10 +30,12 @@ class AcceptanceStats:
           names: names[i] is the drafter of node i of a block (`union.draft_sources`).
           rows: how many of the first rows to count.
         """
-        for row in range(rows if result.token_step is not None else 0):
-            length = int(result.lengths[row, 0])
-            self.blocks.update(step_sizes(result.token_step[row, 0, :length]).tolist())
-            nodes = np.bincount(result.token_node[row, 0, :length], minlength=len(names))
+        if result.token_step is None:
+            return
+        for text in np.ndindex(rows, result.lengths.shape[1]):
+            length = int(result.lengths[text])
+            self.blocks.update(step_sizes(result.token_step[text][:length]).tolist())
+            nodes = np.bincount(result.token_node[text][:length], minlength=len(names))
             for name, count in zip(names, nodes.tolist(), strict=True):
                 self.drafted[name] += count
 

@@ -20,8 +20,9 @@ from jax.experimental import multihost_utils
 
 from t5x_lite import config
 from t5x_lite.decoding.adaptive import latency
-from t5x_lite.decoding.generation import Drafting, Result, make_program
+from t5x_lite.decoding.generation import Drafting, make_program
 from t5x_lite.decoding.request import Request
+from t5x_lite.decoding.result import Result
 from t5x_lite.decoding.streaming import DecodeStream
 from t5x_lite.utils.not_none import not_none
 
