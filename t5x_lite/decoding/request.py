@@ -138,8 +138,8 @@ def check_steering_ids(cfg: config.Model, decode: config.Decode, eos: int | Sequ
       eos: the id that ends a text, or several.
 
     Raises:
-      ValueError: the model's vocabulary lacks one, or has fewer than Decode.logprobs, every id is forbidden, or a text must both end
-        and go on.
+      ValueError: the model's vocabulary lacks one, or has fewer than Decode.logprobs, every id is
+        forbidden, or a text must both end and go on.
     """
     config.require(
         (decode.logprobs or 0) <= cfg.vocab,
