@@ -2,8 +2,10 @@
 """python -m t5x_lite.convert: converts a checkpoint from one format to another."""
 
 import argparse
+import contextlib
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import CountOrZero
-from t5x_lite.utils.hub import source_argument
-from t5x_lite.utils.paths import path_argument
+from t5x_lite.utils import bounded_files, hub_upload
+from t5x_lite.utils.hub import HubName, source_argument, source_identity
+from t5x_lite.utils.paths import cache_folder, path_argument
 
 EXAMPLES = """\
 examples:
@@ -28,6 +31,8 @@ examples:
   python -m t5x_lite.convert --from=t5_1_1_small/checkpoint_1000000 --to=runs/t5_small \\
       --model=models/t5_1_1_small.gin --vocabulary=sentencepiece.model --extra_ids=100
   python -m t5x_lite.convert --from=runs/t5_small --to=t5x_small/checkpoint_0 --format=t5x
+  # a trained run as a model of the hub
+  python -m t5x_lite.convert --from=runs/g2p --to=owner/name --push --format=huggingface
 
 A tensor that is missing, left over, misshapen, NaN or infinite is an error that names it;
 --allow=PATTERN lets it pass: one left over is left out, one missing is initialized as for training.
@@ -54,7 +59,15 @@ def parser() -> Parser:
         help="a run folder, a Hugging Face folder, a .gguf file, a T5X checkpoint, or a model of "
         "the hub: owner/name, owner/name@revision, owner/name:file.gguf",
     )
-    add("--to", type=path_argument, required=True, metavar="PATH", help="the folder to write")
+    add(
+        "--to",
+        type=path_argument,
+        required=True,
+        metavar="PATH",
+        help="the folder to write; with --push, the model of the hub: owner/name[@branch]",
+    )
+    add("--push", action="store_true", help="upload to the hub, with a model card, as one commit")
+    add("--private", action="store_true", help="a model that --push creates is private")
     add(
         "--format",
         choices=("ours", "huggingface", "t5x", "t5x_scanned"),
@@ -140,8 +153,14 @@ def convert(args: argparse.Namespace) -> None:
     from t5x_lite.checkpoints import outputs, unfinished
     from t5x_lite.checkpoints.opening import ConversionOptions, open_checkpoint
 
-    to = Path(args.to)
-    if not args.dry_run:
+    to, destination = Path(args.to), None
+    if args.private and not args.push:
+        raise ValueError("--private is for a model that --push creates")
+    if args.push:
+        destination = hub_upload.parse_destination(args.to)
+        to = Path(destination.repo.partition("/")[2])
+        hub_upload.check_login(destination)
+    elif not args.dry_run:
         unfinished.check_output_folder(to)
     options = ConversionOptions(args.model, args.vocabulary, args.extra_ids)
     origin = open_checkpoint(args.origin, args.step, options=options)
@@ -150,7 +169,14 @@ def convert(args: argparse.Namespace) -> None:
     if args.format != "ours" and origin.model.draft_heads is not None:
         print(f"Left out: the draft heads; {args.format} has none", file=sys.stderr)
         origin = origin.without_heads()
-    contents = outputs.CheckpointContents(origin.run, origin.text, origin.step, origin.kept)
+    contents = outputs.CheckpointContents(
+        origin.run,
+        origin.text,
+        origin.step,
+        origin.kept,
+        origin=source_identity(args.origin),
+        report=read_report(origin),
+    )
     settings = outputs.OutputSettings(
         args.format, find_dtype(args.dtype), args.family, args.shard_size
     )
@@ -159,8 +185,36 @@ def convert(args: argparse.Namespace) -> None:
         return dry_run(args, origin, output, settings)
     weights = origin.weights(args.allow)
     print(f"Weights: {outputs.describe_dtypes(weights, settings.dtype)}", file=sys.stderr)
-    outputs.write_output(output, weights, to)
+    if destination is None:
+        outputs.write_output(output, weights, to)
+    else:
+        to = push(output, weights, destination, args.private)
     print(f"{origin.kind} to {args.format}: {to}", file=sys.stderr)
+
+
+def push(output: Any, weights: Any, destination: HubName, private: bool) -> str:
+    """Writes a folder, uploads it and removes it; returns the address of the model.
+
+    Args:
+      output: the format.
+      weights: the weights.
+      destination: the model of the hub.
+      private: a model that is created is private.
+    """
+    from t5x_lite.checkpoints import outputs
+
+    with tempfile.TemporaryDirectory(prefix="push-", dir=cache_folder()) as work:
+        folder = Path(work, "model")
+        outputs.write_output(output, weights, folder, destination.repo)
+        message = f"Upload by t5x_lite.convert --format={output.settings.format}"
+        return hub_upload.upload_folder(folder, destination, private, message)
+
+
+def read_report(origin: Any) -> dict[str, Any]:
+    """The report at the end of a run's training; {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return bounded_files.read_json_object(origin.path / "report.json")
+    return {}
 
 
 def find_dtype(name: str | None) -> Any:

@@ -46,7 +46,9 @@ class AdaptedModel(NamedTuple):
     def contents(self) -> CheckpointContents:
         """The checkpoint without its weights, as conversion's writers take it."""
         # Without Run.adaptation: the weights are those of an adapted model already.
-        return CheckpointContents(run_folder.model_only_run("none", self.run.model), self.text)
+        run = run_folder.model_only_run("none", self.run.model)
+        assert self.run.adaptation is not None
+        return CheckpointContents(run, self.text, origin=self.run.adaptation.source)
 
     def weights(self, plan: AdaptationPlan) -> AdaptedWeights:
         """The weights of the adapted model, read one at a time."""

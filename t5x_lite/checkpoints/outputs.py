@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 from t5x_lite import config
 from t5x_lite.checkpoints import (
     matching,
+    model_card,
     safetensors_writer,
     text_settings,
     transfer,
@@ -22,6 +24,7 @@ from t5x_lite.checkpoints.formats import huggingface, t5x
 from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
 from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.matching import ConversionPlan, WeightMapping
+from t5x_lite.checkpoints.model_card import CardFacts
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.checkpoints.transfer import ProgressCallback
 from t5x_lite.checkpoints.transforms import Entry
@@ -58,12 +61,16 @@ class CheckpointContents(NamedTuple):
       text: vocabularies and chat template; None to write the weights alone.
       step: training step.
       kept: fields of a Hugging Face folder that nothing here reads.
+      origin: the checkpoint that it comes from, as its model card says it.
+      report: report.json of the run; {} without one.
     """
 
     run: config.Run
     text: TextSettings | None
     step: int = 0
     kept: KeptFields = KeptFields()
+    origin: str = ""
+    report: Mapping[str, Any] = {}
 
     @property
     def model(self) -> config.Model:
@@ -71,7 +78,15 @@ class CheckpointContents(NamedTuple):
 
 
 class OutputFormat(Protocol):
-    """One format for one model."""
+    """One format for one model.
+
+    Attributes:
+      contents: the checkpoint.
+      settings: settings of the format.
+    """
+
+    contents: CheckpointContents
+    settings: OutputSettings
 
     def size(self, weights: Weights) -> int:
         """Bytes of the weights in the output."""
@@ -267,13 +282,14 @@ class T5XOutput(RenamedOutput):
         transfer.write_t5x(weights, mappings, folder, names, self.contents.step, on_progress)
 
 
-def write_output(output: OutputFormat, weights: Weights, to: Path) -> None:
+def write_output(output: OutputFormat, weights: Weights, to: Path, name: str = "") -> None:
     """Writes a folder, with progress on stderr: all of it, or after an error none.
 
     Args:
       output: the format.
       weights: the weights.
       to: the folder.
+      name: name of the model in its model card; that of the folder by default.
 
     Raises:
       OutputError: the disk has too little room, or `to` cannot be written.
@@ -291,7 +307,33 @@ def write_output(output: OutputFormat, weights: Weights, to: Path) -> None:
             progress(done // 10**6)
 
         output.write(weights, folder, on_progress)
+        card = describe_output(output, weights, name or to.name)
+        (folder / model_card.FILE).write_text(model_card.format_card(card), encoding="utf-8")
         progress.advance(needed // 10**6)
+
+
+def describe_output(output: OutputFormat, weights: Weights, name: str) -> CardFacts:
+    """Facts for the model card of an output.
+
+    Args:
+      output: the format.
+      weights: the weights.
+      name: name of the model.
+    """
+    contents, settings = output.contents, output.settings
+    tensors = transfer.output_dtypes(weights, settings.dtype).values()
+    dtypes = {np.dtype(dtype).name for _, dtype in tensors}
+    return CardFacts(
+        run=contents.run,
+        name=name,
+        format=settings.format,
+        origin=contents.origin,
+        report=contents.report,
+        step=contents.step,
+        parameters=matching.count_parameters(weights.leaves),
+        dtypes=" and ".join(sorted(dtypes)),
+        has_tokenizer=contents.text is not None,
+    )
 
 
 def check_disk_space(folder: Path, needed: int) -> None:

@@ -360,6 +360,8 @@ def describe_hub_error(name: HubName, error: Exception) -> HubError | None:
             return HubError(f"{name} has no such file on the hub")
         case errors.HfHubHTTPError():
             return describe_status(name, error.response.status_code)
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return describe_hub_error(name, error.__cause__)  # of an upload
     library = type(error).__module__.partition(".")[0]
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError | TimeoutError) or (
         library in HTTP_LIBRARIES

@@ -235,6 +235,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.route == "/api/validate-yaml":
             return send_json({"errors": [], "warnings": []})
         if self.route == "/api/whoami-v2":
+            if not self.authorized:
+                return refuse(401, "", "Invalid credentials in Authorization header")
             return send_json({"name": "tester", "type": "user", "auth": {"accessToken": {}}})
         if self.route.endswith(".git/info/lfs/objects/batch"):
             return self.answer_batch()
@@ -268,8 +270,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = rest[len(revision) + 1 :]
         content = repository.commits[commit].get(path)
         if content is None:
-            answer = refuse(404, "EntryNotFound", "Entry not found")
-            return answer._replace(headers={**answer.headers, "X-Repo-Commit": commit})
+            return refuse(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not path.endswith(LARGE):
             return Answer(200, content, headers | {"ETag": f'"{blob_id(content)}"'})
@@ -285,6 +286,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(repository, Answer):
             return repository
         action, _, place = rest.partition("/")
+        if action == "branch" and self.authorized:
+            repository.refs.setdefault(place, repository.refs["main"])
+            return send_json({})
         if action in ("commit", "preupload"):
             if not self.authorized:
                 return refuse(401, "", "Invalid username or password.")
@@ -309,22 +313,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.authorized:
             return refuse(401, "", "Invalid username or password.")
         wanted = json.loads(self.body)
-        name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
-        kind = wanted.get("type") or "model"
+        kind, owner = wanted.get("type") or "model", wanted.get("organization") or "tester"
+        name = f"{owner}/{wanted['name']}"
+        created = send_json({"url": f"{self.hub.url}/{name}", "name": name})
         if (kind, name) in self.hub.repositories:
-            return Answer(409, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
-        self.hub.add(name, {".gitattributes": b""}, kind, private=bool(wanted.get("private")))
-        return send_json({"url": f"{self.hub.url}/{name}", "name": name})
+            return created._replace(status=409)
+        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+        self.hub.add(name, {".gitattributes": b""}, kind, private=private)
+        return created
 
     def choose_uploads(self, repository: Repository, name: str, place: str) -> Answer:
-        listed = [
-            {
-                "path": each["path"],
-                "uploadMode": "lfs" if each["path"].endswith(LARGE) else "regular",
-                "shouldIgnore": False,
-            }
-            for each in json.loads(self.body)["files"]
-        ]
+        paths = [each["path"] for each in json.loads(self.body)["files"]]
+        modes = ["lfs" if path.endswith(LARGE) else "regular" for path in paths]
+        both = zip(paths, modes, strict=True)
+        listed = [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in both]
         return send_json({"files": listed})
 
     def answer_batch(self) -> Answer:

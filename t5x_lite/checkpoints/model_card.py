@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md of an exported model: family, data, metrics, config, and code that loads it."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from t5x_lite import config
+from t5x_lite.checkpoints.formats import huggingface
+from t5x_lite.config import gin_file, run_sources
+from t5x_lite.utils import hub
+
+FILE = "README.md"
+TASKS = {
+    "encoder_decoder": "text2text-generation",
+    "decoder_only": "text-generation",
+    "encoder_only": "feature-extraction",
+}
+CLASSES = {
+    "encoder_decoder": "AutoModelForSeq2SeqLM",
+    "decoder_only": "AutoModelForCausalLM",
+    "encoder_only": "AutoModel",
+}
+# Values of report.json that say how it went, not how good the model is.
+NOT_METRICS = re.compile(r"seconds|_per_|^(steps|split|device|parameters|not_computed|skipped)|mfu")
+# Paths of one machine: of them the last part is kept.
+LOCAL = re.compile(r"(?<=')(?:/|~/|[A-Za-z][\w+.-]*://)[^']*/(?=[^'/]+')")
+
+
+class CardFacts(NamedTuple):
+    """Facts about an exported model.
+
+    Attributes:
+      run: its config.
+      name: its name: "owner/name" on the hub, or that of its folder.
+      format: format of the export.
+      origin: the checkpoint that it was converted from; "" for an unknown one.
+      report: report.json of the run; {} without one.
+      step: training step.
+      parameters: number of its parameters.
+      dtypes: dtypes of the weights, in words.
+      has_tokenizer: the export has a tokenizer.
+    """
+
+    run: config.Run
+    name: str
+    format: str
+    origin: str
+    report: Mapping[str, Any]
+    step: int
+    parameters: int
+    dtypes: str
+    has_tokenizer: bool
+
+
+def format_card(facts: CardFacts) -> str:
+    """The text of a model card, with the metadata that the hub reads at its top."""
+    lines = [
+        *metadata(facts),
+        "",
+        f"# {facts.name.rpartition('/')[2]}",
+        "",
+        *describe_model(facts),
+        *describe_data(facts.run),
+        *describe_metrics(facts),
+        "",
+        "## Use",
+        "",
+        *loading_code(facts),
+        "",
+        "## Config",
+        "",
+        "```gin",
+        without_local_paths(facts.run),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def family_name(cfg: config.Model) -> str | None:
+    """Hugging Face's model_type of a model; None for one that no family of it can express."""
+    try:
+        return huggingface.family_for_export(cfg).config_json(cfg)["model_type"]
+    except ValueError:
+        return None
+
+
+def metadata(facts: CardFacts) -> Iterator[str]:
+    """Lines of YAML."""
+    family = family_name(facts.run.model)
+    yield "---"
+    yield f"library_name: {'transformers' if facts.format == 'huggingface' else 't5x_lite'}"
+    yield f"pipeline_tag: {TASKS[facts.run.model.layout]}"
+    if base := base_model(facts):
+        yield f"base_model: {base}"
+    yield "tags:"
+    yield "- t5x_lite"
+    if family is not None:
+        yield f"- {family}"
+    yield "---"
+
+
+def base_model(facts: CardFacts) -> str | None:
+    """The model of the hub that a run began with, or that was converted; None for none."""
+    first = facts.run.checkpoint.initial or facts.origin
+    match = hub.NAME.fullmatch(first)
+    named = match is not None and (match["revision"] or match["scheme"])
+    return match["repo"] if match is not None and named else None
+
+
+def describe_model(facts: CardFacts) -> Iterator[str]:
+    """Lines about architecture and origin."""
+    cfg = facts.run.model
+    family = family_name(cfg)
+    towers = " and ".join(
+        f"{name} of {stack.layers} layers of width {stack.embed}"
+        for name, stack in (("an encoder", cfg.encoder), ("a decoder", cfg.decoder))
+        if stack is not None
+    )
+    kind = f"{family}, " if family else ""
+    yield f"{kind}{cfg.layout.replace('_', '-')}: {towers}, {cfg.vocab:,} ids."
+    yield f"{facts.parameters:,} parameters, {facts.dtypes}."
+    if facts.step:
+        yield f"Trained for {facts.step:,} steps with t5x_lite."
+    initial = facts.run.checkpoint.initial
+    if initial is not None:
+        yield f"It began with the weights of {shorten(initial)}."
+    elif facts.origin and not facts.step:
+        yield f"Converted from {shorten(facts.origin)} with t5x_lite."
+
+
+def describe_data(run: config.Run) -> Iterator[str]:
+    """Lines about the training data; none for a model that was not trained here."""
+    if run.data is None:
+        return
+    tasks = run.data.task.tasks if isinstance(run.data.task, config.Mixture) else (run.data.task,)
+    named = ", ".join(task if isinstance(task, str) else task.name for task in tasks)
+    lengths = ", ".join(f"{name} {length}" for name, length in run.data.lengths.items())
+    yield ""
+    yield "## Data"
+    yield ""
+    yield f"Task: {named}. Tokens per row: {lengths}."
+    if run.data.objective is not None:
+        yield f"Objective: {type(run.data.objective).__name__}."
+
+
+def describe_metrics(facts: CardFacts) -> Iterator[str]:
+    """Lines with the metrics of report.json; none without any."""
+    metrics = {
+        name: value
+        for name, value in facts.report.items()
+        if isinstance(value, int | float) and not NOT_METRICS.search(name)
+    }
+    if not metrics:
+        return
+    yield ""
+    yield "## Metrics"
+    yield ""
+    if split := facts.report.get("split"):
+        yield f"On the split {split}, after {facts.report.get('steps', facts.step):,} steps:"
+        yield ""
+    yield "| Metric | Value |"
+    yield "| --- | --- |"
+    for name, value in metrics.items():
+        yield f"| {name} | {value:.6g} |"
+
+
+def loading_code(facts: CardFacts) -> Iterator[str]:
+    """Lines of Python that load the model."""
+    yield "```python"
+    if facts.format.startswith("t5x"):
+        yield "# python -m t5x_lite.convert --from=CHECKPOINT --to=FOLDER, or T5X itself"
+    else:
+        yield "from t5x_lite import interactive"
+        yield ""
+        yield f'model = interactive.load("{facts.name}")'
+        method = "embed" if facts.run.model.decoder is None else "generate"
+        yield f'model.{method}("...")'
+    if facts.format == "huggingface":
+        kind = CLASSES[facts.run.model.layout]
+        tokenizer = "AutoTokenizer, " if facts.has_tokenizer else ""
+        yield ""
+        yield f"from transformers import {tokenizer}{kind}"
+        yield ""
+        if facts.has_tokenizer:
+            yield f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")'
+        yield f'model = {kind}.from_pretrained("{facts.name}")'
+    yield "```"
+
+
+def shorten(source: str) -> str:
+    """A source as others may read it: the name of a model of the hub, the last part of a path."""
+    return source if hub.NAME.fullmatch(source) else source.rstrip("/").rpartition("/")[2]
+
+
+def without_local_paths(run: config.Run) -> str:
+    """The config as text, with the last part of each path of the machine that trained."""
+    shared = run_sources.map_sources(run, lambda place, source: shorten(source))
+    return LOCAL.sub("", gin_file.to_text(shared).strip())
