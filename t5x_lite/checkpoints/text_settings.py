@@ -82,6 +82,9 @@ def read_hugging_face(folder: Path) -> TextSettings:
     """Text settings of a Hugging Face folder; one that we wrote may have a tokenizer of targets."""
     vocabulary, ends = huggingface_tokenizer.read_tokenizer(folder)
     pair = huggingface_tokenizer.vocabulary_pair(vocabulary)
+    if (folder / "target.spm").is_file():
+        targets, _ = huggingface_tokenizer.read_tokenizer(folder, targets=True)
+        pair = pair[0], huggingface_tokenizer.vocabulary_pair(targets)[1]
     if (folder / TARGETS / "tokenizer.json").is_file():
         targets, _ = huggingface_tokenizer.read_tokenizer(folder / TARGETS)
         pair = pair[0], huggingface_tokenizer.vocabulary_pair(targets)[1]

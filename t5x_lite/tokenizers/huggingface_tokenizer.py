@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.errors import naming_path
 from t5x_lite.tokenizers.fast_tokenizers import load_fast_tokenizer, tokenizer_size
+from t5x_lite.tokenizers.renumbered import ROLES, open_renumbered, tokenizer_class
 from t5x_lite.tokenizers.special_tokens import (
     find_piece,
     find_sentinels,
@@ -50,6 +51,8 @@ NOT_KEPT = (
 )
 # Of a tokenizer's file; the largest that are published have 35 MB.
 MOST_BYTES = 2**28
+BARTS = ("BartTokenizer", "RobertaTokenizer")
+BYTE_LEVEL = ("", "GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizer")
 PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 
 
@@ -69,16 +72,20 @@ class SequenceEnds(NamedTuple):
     pad: int | None
 
 
-def read_tokenizer(folder: str | Path) -> tuple[TextVocabulary, SequenceEnds]:
+def read_tokenizer(
+    folder: str | Path, targets: bool = False
+) -> tuple[TextVocabulary, SequenceEnds]:
     """Reads the vocabulary of a Hugging Face folder, and the ends of its model's sequences.
 
-    tokenizer.json is preferred, then a SentencePiece model, then vocab.json with merges.txt; ByT5
-    has no file. The vocabulary `ends` where the tokenizer itself puts eos after a text.
+    `targets` takes that of the targets where there are two in the folder (Marian).
+
+    tokenizer.json is preferred, then SentencePiece, then vocab.json with merges.txt; ByT5 has no
+    file. The vocabulary `ends` where the tokenizer itself puts eos after a text.
 
     Raises:
       ValueError: the folder has no tokenizer, or one that is not understood.
     """
-    settings = read_tokenizer_settings(Path(folder))
+    settings = read_tokenizer_settings(Path(folder))._replace(targets=targets)
     with naming_path(settings.folder, "its tokenizer"):
         return interpret_settings(settings)
 
@@ -103,13 +110,13 @@ def interpret_settings(settings: TokenizerSettings) -> tuple[TextVocabulary, Seq
     pad = first_known(ids["pad_token"], settings.token("pad_token_id"))
     vocabulary.pad = vocabulary.eos if pad is None else pad
     bos = first_known(ids["bos_token"], settings.token("bos_token_id"))
-    starts, vocabulary.ends = added_ends(bos, vocabulary.eos)
+    before, vocabulary.ends = added_ends(bos, vocabulary.eos)
     if isinstance(vocabulary, TokenizerJsonVocabulary):
         kept = {k: v for k, v in settings.tokenizer.items() if k not in NOT_KEPT}
         vocabulary.origin = kept
     if not settings.encodes:
-        return vocabulary, SequenceEnds(bos, starts, stops, pad)
-    vocabulary.bos = bos if starts else None
+        return vocabulary, SequenceEnds(bos, before is not None, stops, pad)
+    vocabulary.bos = before
     start = first_known(settings.token("decoder_start_token_id"), bos, pad)
     return vocabulary, SequenceEnds(start, True, stops, pad)
 
@@ -160,8 +167,8 @@ def check_special_ids(
                 )
 
 
-# Given ids of bos and eos: True if bos goes before a text, and True if eos goes after it.
-AddedEnds = Callable[[int | None, int], tuple[bool, bool]]
+# Given ids of bos and eos: the id that goes before a text, and True if eos goes after it.
+AddedEnds = Callable[[int | None, int], tuple[int | None, bool]]
 # The special ids of the vocabulary are set afterwards.
 OpenedTokenizer = tuple[Any, Callable[[str], int | None], AddedEnds]
 
@@ -171,9 +178,12 @@ def open_tokenizer(settings: TokenizerSettings) -> OpenedTokenizer:
     folder = settings.folder
     if settings.kind == "ByT5Tokenizer":
         return open_bytes(settings)
-    if (folder / "tokenizer.json").exists():
-        check_regular(folder / "tokenizer.json", MOST_BYTES)
-        return open_json(settings, (folder / "tokenizer.json").read_bytes())
+    path = folder / "tokenizer.json"
+    if path.exists():
+        check_regular(path, MOST_BYTES)
+        return open_json(settings, path.read_bytes())
+    if tokenizer_class(settings):
+        return open_renumbered(settings)
     for name in PIECES:
         if (folder / name).exists():
             check_regular(folder / name, MOST_BYTES)
@@ -211,7 +221,7 @@ def open_bytes(settings: TokenizerSettings) -> OpenedTokenizer:
     named |= {name: token for token, name in enumerate(names, after)}
     settings.tokenizer.setdefault("eos_token", "</s>")
     settings.tokenizer.setdefault("pad_token", "<pad>")
-    return ByteVocabulary(named=named), named.get, lambda bos, eos: (False, True)
+    return ByteVocabulary(named=named), named.get, lambda bos, eos: (None, True)
 
 
 def open_json(settings: TokenizerSettings, text: bytes) -> OpenedTokenizer:
@@ -263,7 +273,7 @@ def missing_tokens(
 
 def ends_around_text(
     settings: TokenizerSettings, tokenizer: Any, bos: int | None, eos: int
-) -> tuple[bool, bool]:
+) -> tuple[int | None, bool]:
     """Tokens around a text, as transformers puts them there.
 
     The post-processor of a tokenizer.json decides; the flags add_bos_token and add_eos_token, only
@@ -276,26 +286,27 @@ def ends_around_text(
       eos: id of eos.
 
     Returns:
-      True if bos goes before a text, and True if eos goes after it.
+      The id before a text, bos or in an encoder-decoder a language's; True if eos goes after it.
 
     Raises:
       ValueError: other ids are put around it.
     """
     if settings.kind == "GPTNeoXTokenizer":
-        return False, False  # this class of transformers writes a post-processor of its own
+        return None, False  # this class of transformers writes a post-processor of its own
     if not (settings.folder / "tokenizer.json").exists():
-        before, after = end_flags(settings, False, False)
-        return before and bos is not None, after
+        before, after = end_flags(settings, settings.kind in BARTS, settings.kind in BARTS)
+        return bos if before else None, after
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     ids = tokenizer.encode("a", add_special_tokens=True).ids
     begin = next(k for k in range(len(ids) + 1) if ids[k : k + len(plain)] == plain)
     before, after = ids[:begin], ids[begin + len(plain) :]
-    if before not in ([], [bos]) or after not in ([], [eos]):
+    language = settings.encodes and len(before) == 1
+    if (before not in ([], [bos]) and not language) or after not in ([], [eos]):
         raise ValueError(
             f"{settings.folder}: the tokenizer puts ids {before} before a text and {after} after "
             f"it, but bos is {bos} and eos {eos}; anything else is not supported"
         )
-    return bool(before), bool(after)
+    return before[0] if before else None, bool(after)
 
 
 def open_sentencepiece(settings: TokenizerSettings, path: Path) -> OpenedTokenizer:
@@ -328,7 +339,7 @@ def open_sentencepiece(settings: TokenizerSettings, path: Path) -> OpenedTokeniz
         prefix_once=kind == "LlamaTokenizer" and not settings.tokenizer.get("legacy", False),
     )
     before, after = end_flags(settings, bos=not t5, eos=t5)
-    return vocabulary, named.get, lambda bos, eos: (before and bos is not None, after)
+    return vocabulary, named.get, lambda bos, eos: (bos if before else None, after)
 
 
 def named_tokens(settings: TokenizerSettings, processor: Any, extra: int) -> dict[str, int]:
@@ -356,7 +367,7 @@ def json_from_merges(settings: TokenizerSettings) -> bytes:
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     folder = settings.folder
-    if settings.kind not in ("", "GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizer"):
+    if settings.kind not in (*BYTE_LEVEL, *BARTS):
         raise ValueError(
             f"{folder}: vocab.json with merges.txt says too little about a {settings.kind}; get "
             "its tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
@@ -381,11 +392,10 @@ def json_from_merges(settings: TokenizerSettings) -> bytes:
         )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    for role in ("bos_token", "eos_token", "unk_token"):
-        settings.tokenizer.setdefault(role, "<|endoftext|>")
-    names = [*map(settings.name, NAMES), *settings.extra_tokens()]
-    known = [
-        name for name in dict.fromkeys(names) if name and tokenizer.token_to_id(name) is not None
-    ]
+    gpt2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    for role, name in (ROLES if settings.kind in BARTS else gpt2).items():
+        settings.tokenizer.setdefault(role, name)
+    names = dict.fromkeys([*map(settings.name, NAMES), *settings.extra_tokens()])
+    known = [name for name in names if name and tokenizer.token_to_id(name) is not None]
     tokenizer.add_special_tokens(known)
     return tokenizer.to_str().encode()

@@ -88,10 +88,12 @@ class SentencePieceIds(SpecialIds):
     Attributes:
       named: ids by their names in a text; the text between names is encoded run by run.
       prefix_once: only the first run begins with the model's own space.
+      known: number of ids, which belong to the pieces by name; None for those of the model itself.
     """
 
     named: Mapping[str, int] = field(default_factory=dict)
     prefix_once: bool = False
+    known: int | None = None
 
 
 class NamedTokens:

@@ -46,7 +46,11 @@ class SentencePieceVocabulary:
         self.prefix_once, self.described = ids.prefix_once, dict(ids.named)
         extended = with_sentinels(model, extra_ids) if extra_ids else model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=extended)
-        self.base = self.processor.get_piece_size()
+        self.known = ids.known
+        pieces = self.processor.get_piece_size()
+        self.base = pieces if ids.known is None else min(ids.known, pieces)
+        names = map(self.processor.id_to_piece, range(self.base if ids.known else 0))
+        self.pieces = {name: token for token, name in enumerate(names)}
         self.size = max([self.base, *(token + 1 for token in self.described.values())])
         self.sentinel_ids = (
             top_ids(self.base, extra_ids) if extra_ids else find_sentinels(self.token)
@@ -83,6 +87,11 @@ class SentencePieceVocabulary:
     def begins_with_space(self, token: int) -> bool:
         return self.processor.id_to_piece(token).startswith("▁")
 
+    @property
+    def special(self) -> dict[str, int]:
+        """Ids by name of special tokens that a text may contain."""
+        return self.named.ids
+
     def token(self, name: str) -> int | None:
         token = self.described.get(name)
         return find_piece(self.processor, name) if token is None else token
@@ -94,15 +103,30 @@ class SentencePieceVocabulary:
             if token is not None:
                 ids.append(token)
             else:
-                ids += (self.inner if number else self.processor).encode(piece)
+                ids += self.encode_run(self.inner if number else self.processor, piece)
         return ids
+
+    def encode_run(self, processor: Any, text: str) -> list[int]:
+        """The ids of a text without names."""
+        if self.known is None:
+            return processor.encode(text)
+        return self.look_up(processor.encode(text, out_type=str))
+
+    def look_up(self, pieces: Sequence[str]) -> list[int]:
+        """The ids of pieces, as a vocab.json has them: one that the model does not know may be
+        among them, as a piece of the other side's model."""
+        unknown = self.processor.unk_id()
+        return [self.pieces.get(piece, unknown) for piece in pieces]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             check_unicode(text)
         named = [self.named.occurs_in(text) for text in texts]
         plain = [text for text, has_name in zip(texts, named, strict=True) if not has_name]
-        coded = iter(self.processor.encode(plain, num_threads=2))
+        if self.known is None:
+            coded = iter(self.processor.encode(plain, num_threads=2))
+        else:
+            coded = map(self.look_up, self.processor.encode(plain, out_type=str, num_threads=2))
         return [
             np.array(self.encode(text) if has_name else next(coded), np.int32)
             for text, has_name in zip(texts, named, strict=True)
@@ -122,6 +146,7 @@ class SentencePieceVocabulary:
         described = {"kind": "sentencepiece", "extra_ids": self.extra_ids, "ends": self.ends}
         # Left out where they are the model's own: a run's vocabulary stays what it was.
         defaults = {"eos": self.processor.eos_id(), "pad": 0, "bos": None, "prefix_once": False}
+        defaults["known"] = None
         values = {name: getattr(self, name) for name in defaults}
         described |= {name: value for name, value in values.items() if value != defaults[name]}
         described |= describe_stops(self)
@@ -228,6 +253,7 @@ class TokenizerJsonVocabulary:
                 )
         added, sentinels = self.tokenizer.get_added_tokens_decoder(), set(self.sentinel_ids)
         self.hidden = {token for token, each in added.items() if each.special} - sentinels
+        self.special = {added[token].content: token for token in sorted(self.hidden)}
         if extra_ids:
             self.add_sentinels()
 

@@ -10,6 +10,7 @@ from t5x_lite.utils.bounded_files import UnreadableFileError
 
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 ENCODER_DECODERS = ("t5", "mt5", "umt5", "byt5", "t5gemma", "t5gemma2")
+BART_LIKE = ("bart", "mbart", "m2m_100", "marian", "pegasus")
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
@@ -23,12 +24,14 @@ class TokenizerSettings(NamedTuple):
       tokenizer: tokenizer_config.json, and what special_tokens_map.json adds to it.
       model: config.json.
       generation: generation_config.json.
+      targets: the tokenizer of targets is meant, where it is another one.
     """
 
     folder: Path
     tokenizer: dict[str, Any]
     model: dict[str, Any]
     generation: dict[str, Any]
+    targets: bool = False
 
     def wrong(self, name: str, value: Any, wanted: str) -> ValueError:
         """The error for a field.
@@ -52,7 +55,11 @@ class TokenizerSettings(NamedTuple):
     def encodes(self) -> bool:
         """True if the model is an encoder-decoder."""
         value = self.model.get("is_encoder_decoder")
-        return self.model.get("model_type") in ENCODER_DECODERS if value is None else bool(value)
+        return (
+            self.model.get("model_type") in (*ENCODER_DECODERS, *BART_LIKE)
+            if value is None
+            else bool(value)
+        )
 
     @property
     def ids(self) -> int | None:

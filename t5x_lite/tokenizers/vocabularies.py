@@ -117,6 +117,7 @@ OPTIONS = {
     "bos": int | None,
     "stops": tuple[int, ...],
     "prefix_once": bool,
+    "known": int | None,
     "inner": dict,
     "names": tuple[str, ...],
     "pattern": str | None,
