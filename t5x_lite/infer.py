@@ -41,6 +41,9 @@ examples:
   # --verify decodes plainly as well and compares, --draw shows which draft tokens were kept
   python -m t5x_lite.infer --checkpoint=smollm2.gguf --input=code.txt --output=c.jsonl \\
       --drafter=lookup --verify --draw=blocks.html
+  # a translation by M2M100, NLLB, mBART-50 or Marian
+  python -m t5x_lite.infer --checkpoint=nllb-200-distilled-600M --input=english.txt --text \\
+      --source_language=eng_Latn --target_language=deu_Latn
   # log-probability of targets: adds "log_probability" (nats) to every line
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=pairs.jsonl \\
       --targets=phonemes --output=p.jsonl
@@ -60,6 +63,7 @@ def parser() -> Parser:
     )
     options.add_checkpoint(command)
     add_streams(command.add_argument_group("input and output"))
+    options.add_languages(command)
     options.add_decode(command)
     add = command.add_argument_group("reports on speculative decoding").add_argument
     verify = "decode every text plainly as well, and count those that differ"
@@ -156,6 +160,7 @@ def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict
       digest: of the input's content; None of a stream.
     """
     names = ("quantize", "input", "field", "text", "targets", "embed", "pairs")
+    names += ("source_language", "target_language")
     options = {name: getattr(args, name) for name in names} | {"input_digest": digest}
     checkpoint = source_identity(args.checkpoint)
     return {"checkpoint": checkpoint} | options | inference.decode_settings(session)

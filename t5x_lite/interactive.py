@@ -144,6 +144,17 @@ class Session:
             return result(predictions)
         return [result(each) for each in predictions]
 
+    def set_languages(self, source: str | None = None, target: str | None = None) -> None:
+        """Sets the languages of a translation by their codes in the tokenizer: fr, fr_XX, fra_Latn.
+
+        Raises:
+          ValueError: a code is none of them.
+        """
+        from t5x_lite.evaluation import languages
+
+        token = languages.set_languages(self.predictor, source, target)
+        self.decode = dataclasses.replace(self.decode, forced_bos_token_id=token)
+
     @takes_decode_options
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
         """Generates texts with scores and ids, as `evaluation.predict.Prediction`.

@@ -147,6 +147,14 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     add("--accept", metavar="RULE", help="which draft tokens are kept (default: exact)")
 
 
+def add_languages(parser: argparse.ArgumentParser) -> None:
+    """Adds the languages of a translation."""
+    add = parser.add_argument_group("translation (M2M100, NLLB, mBART-50, Marian)").add_argument
+    source = "language of the inputs, as the tokenizer names it: en, en_XX, eng_Latn"
+    add("--source_language", metavar="CODE", help=source)
+    add("--target_language", metavar="CODE", help="language of the texts that are written")
+
+
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """Adds the fields of config.Decode that say what may follow."""
     group = parser.add_argument_group("what may follow, whatever drafts")
@@ -249,3 +257,6 @@ def configure_session(session: Any, options: argparse.Namespace) -> None:
         raise ValueError(named) from error
     if options.batch_size:
         session.predictor.batch_size = options.batch_size
+    source, target = (getattr(options, f"{side}_language", None) for side in ("source", "target"))
+    if source or target:
+        session.set_languages(source, target)

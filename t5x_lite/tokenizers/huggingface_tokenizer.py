@@ -52,7 +52,7 @@ NOT_KEPT = (
 # Of a tokenizer's file; the largest that are published have 35 MB.
 MOST_BYTES = 2**28
 BARTS = ("BartTokenizer", "RobertaTokenizer")
-BYTE_LEVEL = ("", "GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizer")
+BYTE_LEVEL = ("", "GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizer", *BARTS)
 PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 
 
@@ -77,8 +77,7 @@ def read_tokenizer(
 ) -> tuple[TextVocabulary, SequenceEnds]:
     """Reads the vocabulary of a Hugging Face folder, and the ends of its model's sequences.
 
-    `targets` takes that of the targets where there are two in the folder (Marian).
-
+    `targets` takes that of the targets where the folder has two (Marian).
     tokenizer.json is preferred, then SentencePiece, then vocab.json with merges.txt; ByT5 has no
     file. The vocabulary `ends` where the tokenizer itself puts eos after a text.
 
@@ -97,9 +96,8 @@ def interpret_settings(settings: TokenizerSettings) -> tuple[TextVocabulary, Seq
     named = {role: settings.name(role) for role in NAMES}
     ids = {role: None if name is None else lookup(name) for role, name in named.items()}
     stops = all_stop_tokens(settings, ids["eos_token"])
-    roles = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+    roles = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "eos_token_id")
     check_special_ids(settings, vocabulary, {role: settings.tokens(role) for role in roles})
-    check_special_ids(settings, vocabulary, {"eos_token_id": stops})
     if ids["eos_token"] is None and not stops:
         raise ValueError(
             f"{settings.folder} does not say what ends a text: put eos_token into "
@@ -367,7 +365,7 @@ def json_from_merges(settings: TokenizerSettings) -> bytes:
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     folder = settings.folder
-    if settings.kind not in (*BYTE_LEVEL, *BARTS):
+    if settings.kind not in BYTE_LEVEL:
         raise ValueError(
             f"{folder}: vocab.json with merges.txt says too little about a {settings.kind}; get "
             "its tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(...)"

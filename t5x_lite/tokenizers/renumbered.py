@@ -6,7 +6,7 @@ texts are cut as before.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def open_renumbered(settings: TokenizerSettings) -> tuple[Any, Callable, Callabl
         known=len(names) if kind in LISTED else None,
     )
     language = settings.tokenizer.get("src_lang") or SOURCE_LANGUAGES[kind]
-    before = None if language is None else language_token(vocabulary, language)
+    before = None if language is None else language_token(vocabulary.special, language)
     return vocabulary, ids.get, lambda bos, eos: (before, True)
 
 
@@ -178,22 +178,20 @@ def read_pieces(path: Path) -> list[str]:
     return sorted(content, key=functools.partial(dict.__getitem__, content))
 
 
-def language_token(vocabulary: Any, language: str) -> int:
+def language_token(special: Mapping[str, int], language: str) -> int:
     """The id of a language, by its code as the checkpoint has it: fr, fr_XX, fra_Latn.
 
     Args:
-      vocabulary: the vocabulary.
-      language: the code, also between __ (M2M100) or between >> and << (Marian).
+      special: ids by name of the special tokens of a vocabulary.
+      language: the code, which may stand between __ (M2M100) or between >> and << (Marian).
 
     Raises:
       ValueError: it is none of the vocabulary's languages; lists some.
     """
     for name in (language, f"__{language}__", f">>{language}<<"):
-        token = vocabulary.named.ids.get(name)
-        token = vocabulary.special.get(name) if token is None else token
-        if token is not None:
-            return token
-    known = sorted({*vocabulary.named.ids, *vocabulary.special})
+        if name in special:
+            return special[name]
+    known = sorted(special)
     raise ValueError(
         f"{language} is no language of the tokenizer; its special tokens are: "
         f"{', '.join(known[:60]) or 'none'}"

@@ -169,7 +169,57 @@ def test_a_language_may_stand_before_a_text_of_marian(folders):
     vocabulary, _ = huggingface_tokenizer.read_tokenizer(folders["marian"])
     text = ">>fra<< the quick fox"
     assert vocabularies.encode_with_ends(vocabulary, text) == theirs(text)["input_ids"]
-    token = renumbered.language_token(vocabulary, "fra")
+    token = renumbered.language_token(vocabulary.special, "fra")
     assert vocabularies.encode_with_ends(vocabulary, text)[0] == token
     with pytest.raises(ValueError, match="xyz is no language .*>>fra<<"):
-        renumbered.language_token(vocabulary, "xyz")
+        renumbered.language_token(vocabulary.special, "xyz")
+
+
+@pytest.fixture(scope="module")
+def translators(folders):
+    """Folders of tiny models with these tokenizers."""
+    import torch
+    import transformers
+    from parity import shaken
+
+    def build(name, kind, **fields):
+        size = len(transformers.AutoTokenizer.from_pretrained(folders[name])) + 8
+        shared = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8)
+        shared |= dict(encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=8)
+        described = kind.config_class(**shared | dict(vocab_size=size, dropout=0.0) | fields)
+        described.forced_eos_token_id = None
+        theirs = shaken(kind._from_config(described, dtype=torch.float32), 3)
+        theirs.save_pretrained(folders[name])
+        return theirs
+
+    return {
+        "m2m100": build("m2m100", transformers.M2M100ForConditionalGeneration),
+        "mbart50": build(
+            "mbart50", transformers.MBartForConditionalGeneration, decoder_start_token_id=2
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "name, source, target, token",
+    [("m2m100", "de", "ro", "__ro__"), ("mbart50", "en_XX", "de_DE", "de_DE")],
+)
+def test_a_translation_writes_what_transformers_writes(
+    name, source, target, token, translators, folders
+):
+    import torch
+    from transformers import AutoTokenizer
+
+    from t5x_lite import interactive
+
+    theirs = AutoTokenizer.from_pretrained(folders[name], src_lang=source)
+    session = interactive.load(folders[name])
+    session.set_languages(source, target)
+    for line in LINES[:3]:
+        ids = torch.tensor([theirs(line)["input_ids"]])
+        first = theirs.convert_tokens_to_ids(token)
+        options = dict(max_new_tokens=8, num_beams=1, do_sample=False, forced_bos_token_id=first)
+        expected = translators[name].generate(ids, **options)[0].tolist()[1:]
+        written = session.predict(line, max_new_tokens=8).tokens[0]
+        assert list(map(int, written))[: len(expected)] == expected
+        assert expected[0] == first
