@@ -13,7 +13,7 @@ from t5x_lite.planning import preparing
 
 FILE = "--gin_file=configs/runs/pretrain.gin"
 TAUGHT = "--gin.config.Run.distillation=@config.Distillation()"
-TEACHER = "--gin.config.Distillation.teacher=some/folder"
+TEACHER = "--gin.config.Distillation.teacher=./some/folder"
 PREFIX = "--gin.config.Data.objective=@config.PrefixLM()"
 SMALL = ["--gin.config.Stack.layers=2", "--gin.BATCH_SIZE=64"]
 

@@ -179,7 +179,10 @@ def test_content_that_changes_while_it_is_read_is_refused(stream, tmp_path, monk
     data.open_batches(cfg, "encoder_decoder", 1, 0)
 
     def write_again():
-        write_pairs(path, f"other {next(times)}")
+        # At once: the stream that was opened first may read on, and write too.
+        number = next(times)
+        write_pairs(tmp_path / f"{number}", f"other {number}")
+        os.replace(tmp_path / f"{number}", path)
 
     change = write_again
     write_pairs(path, "another")
