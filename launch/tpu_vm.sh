@@ -27,7 +27,7 @@ flags
   --type=TYPE        v5litepod-16, v6e-64, v5p-128, v4-32
   --runtime=VERSION  software of the machines (default: the one for TYPE)
   --project=PROJECT  default: that of gcloud
-  --bucket=BUCKET    mounted as ~/shared on every host: put MODEL_DIR there
+  --bucket=BUCKET    mounted as ~/shared on every host, for data; MODEL_DIR may be gs://BUCKET/NAME
   --spot             cheaper, and may be taken away at any time
   --poll=SECONDS     between looks (default 60)
   --starts=N         starts in a row without a new checkpoint until watch gives up (default 5)
@@ -35,7 +35,7 @@ flags
 
 examples
   launch/tpu_vm.sh run --name=pod --zone=us-west4-a --type=v5litepod-16 --spot --bucket=mine -- \
-      --gin_file=configs/runs/pretrain.gin --gin.MODEL_DIR=shared/pretrain --gin.config.Mesh.fsdp=-1
+      --gin_file=configs/runs/pretrain.gin --gin.MODEL_DIR=gs://mine/pretrain --gin.config.Mesh.fsdp=-1
   launch/tpu_vm.sh logs --name=pod --zone=us-west4-a --type=v5litepod-16
   launch/tpu_vm.sh delete --name=pod --zone=us-west4-a --type=v5litepod-16
 EOF
@@ -148,7 +148,7 @@ up() {
   copy_clone || return
   on all "mkdir -p t5x_lite && tar -xzf t5x_lite.tar.gz -C t5x_lite" || return
   # The machines' own Python may be older than 3.11, and 3.11 has no newer JAX than 0.10.2.
-  on all "python3 -m pip install --quiet --user uv && cd t5x_lite && ~/.local/bin/uv venv --quiet --allow-existing --python 3.13 && ~/.local/bin/uv pip install --quiet '.[tpu]'" || return
+  on all "python3 -m pip install --quiet --user uv && cd t5x_lite && ~/.local/bin/uv venv --quiet --allow-existing --python 3.13 && ~/.local/bin/uv pip install --quiet '.[tpu,buckets]'" || return
   if [ -n "$bucket" ]; then
     on all "mkdir -p shared && (mountpoint -q shared || gcsfuse --implicit-dirs ${bucket@Q} shared)"
   fi

@@ -90,7 +90,7 @@ train() {
   local command="python -m t5x_lite.train ${training[*]@Q}" source=(--docker-image="$image")
   if [ -z "$image" ]; then
     source=(--base-docker-image="$base" --script-dir=.)
-    command="pip install --quiet '.[tpu]' && $command"
+    command="pip install --quiet '.[tpu,buckets]' && $command"
   fi
   # A pod has two minutes to save after SIGTERM; 75 says that another host was lost.
   step xpk workload create "${place[@]}" --workload="$name" --tpu-type="$type" \

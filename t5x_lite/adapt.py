@@ -3,7 +3,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from t5x_lite import config
@@ -12,7 +11,7 @@ from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, CountOrZero, Seed, Share
 from t5x_lite.utils.hub import source_argument
-from t5x_lite.utils.paths import path_argument
+from t5x_lite.utils.paths import parse_output_path, path_argument
 
 EXAMPLES = """\
 examples:
@@ -139,7 +138,7 @@ def adapt(args: argparse.Namespace) -> None:
     from t5x_lite.adaptation import adapt_checkpoint, initial_weights, report
     from t5x_lite.checkpoints import outputs, unfinished
 
-    to = Path(args.output)
+    to = parse_output_path(args.output)
     if not args.dry_run:
         unfinished.check_output_folder(to)
     adaptation = adaptation_config(args)

@@ -2,11 +2,11 @@
 """python -m t5x_lite.compare: trains and measures encoder-decoder and decoder-only twins."""
 
 import argparse
-from pathlib import Path
 
 from t5x_lite.cli import gin_arguments
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
+from t5x_lite.utils.paths import local_path
 
 DESCRIPTION = """\
 Trains twins that differ in architecture alone, measures them, and writes one page about it. The
@@ -49,6 +49,7 @@ def compare(args: argparse.Namespace) -> None:
     from t5x_lite.comparison import measurements, quality, report, twins
     from t5x_lite.training import host
 
+    folder = local_path(run.model_dir)  # refuses a bucket: its many small files are edited in place
     quality.check_measurements(run)
     host.prepare_jax()
     run = host.with_device_dtype(run, args.gin_file, args.bindings)
@@ -59,7 +60,7 @@ def compare(args: argparse.Namespace) -> None:
     print_twins(report.twins_table(record))
     if not args.dry_run:
         record = measurements.measure_twins(run, family, record, args.modules)
-        page = report.write_report(record, Path(run.model_dir))
+        page = report.write_report(record, folder)
         print(f"The comparison: {page}")
 
 

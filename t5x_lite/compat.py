@@ -5,6 +5,7 @@ Supported: jax 0.10.2 to 0.12. What a release changes is met here and nowhere el
 rest of the package to public names.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -19,3 +20,28 @@ def distributed_state() -> Any:
     from jax._src import distributed
 
     return distributed.global_state
+
+
+def set_orbax_stores(
+    is_address: Callable[[str], bool],
+    normalize: Callable[[str], str],
+    describe: Callable[[str], dict[str, Any]],
+) -> None:
+    """Lets orbax read and write arrays in s3:// by TensorStore, as it does in gs://.
+
+    Orbax 0.12 takes any other address for a path of this machine. etils, which it lists stores by,
+    has decided by the first path of the process whether TensorFlow does that.
+
+    Args:
+      is_address: true for the address of a store.
+      normalize: a path or an address in its usual form.
+      describe: TensorStore's description of the place of an address.
+    """
+    from etils.epath import gpath
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    vars(tensorstore_utils)["_use_gcs_driver"] = is_address
+    vars(tensorstore_utils)["_normalize_path"] = normalize
+    vars(gcs_utils)["get_kvstore_for_gcs"] = describe
+    vars(gpath)["_is_tf_installed"] = bool  # false

@@ -15,7 +15,7 @@ from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import CountOrZero
 from t5x_lite.utils import bounded_files, hub_upload
 from t5x_lite.utils.hub import HubName, source_argument, source_identity
-from t5x_lite.utils.paths import cache_folder, path_argument
+from t5x_lite.utils.paths import cache_folder, parse_output_path, path_argument
 
 EXAMPLES = """\
 examples:
@@ -153,14 +153,16 @@ def convert(args: argparse.Namespace) -> None:
     from t5x_lite.checkpoints import outputs, unfinished
     from t5x_lite.checkpoints.opening import ConversionOptions, open_checkpoint
 
-    to, destination = Path(args.to), None
+    destination = None
     if args.private and not args.push:
         raise ValueError("--private is for a model that --push creates")
     if args.push:
         destination = hub_upload.parse_destination(args.to)
         to = Path(destination.repo.partition("/")[2])
         hub_upload.check_login(destination)
-    elif not args.dry_run:
+    else:
+        to = parse_output_path(args.to)
+    if not args.push and not args.dry_run:
         unfinished.check_output_folder(to)
     options = ConversionOptions(args.model, args.vocabulary, args.extra_ids)
     origin = open_checkpoint(args.origin, args.step, options=options)

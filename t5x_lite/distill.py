@@ -19,7 +19,7 @@ from t5x_lite.config.checked import Count
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.hub import source_argument, source_identity
 from t5x_lite.utils.not_none import not_none
-from t5x_lite.utils.paths import path_argument
+from t5x_lite.utils.paths import parse_path, path_argument
 
 DESCRIPTION = """\
 A teacher is a trained decoder-only model: a run folder, a Hugging Face folder or a .gguf file. A
@@ -244,7 +244,7 @@ def last_line(path: str) -> int:
       ValueError: a line is not a pair of distill's.
     """
     last = 0
-    with open(path, "rb") as lines:
+    with parse_path(path).open("rb") as lines:
         for place, line in enumerate(lines, 1):
             try:
                 number = bounded_files.parse_json(line)["line"]

@@ -17,7 +17,7 @@ from t5x_lite.config.checked import CountOrZero
 from t5x_lite.config.training_run import DataRun
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.exit_status import FAILURE
-from t5x_lite.utils.paths import path_argument
+from t5x_lite.utils.paths import parse_output_path, parse_path, path_argument
 
 EXAMPLES = """\
 examples:
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> int:
             "not_computed": evaluator.failures,
             "drafting": evaluator.tally.report(),
         }
-        write_atomically(Path(args.json), json.dumps(report, indent=1) + "\n")
+        write_atomically(parse_output_path(args.json), json.dumps(report, indent=1) + "\n")
     failed = evaluator.failures.keys() - evaluator.dataset.unsupported_metrics.keys()
     return FAILURE if failed else 0
 
@@ -150,7 +150,7 @@ def with_data(run: config.Run, requested: config.Data | None, checkpoint: str) -
     """
     from t5x_lite import data
 
-    path = Path(checkpoint)
+    path = parse_path(checkpoint)
     if requested is not None:
         vocabulary = config.Vocabulary(kind="checkpoint", path=checkpoint)
         run = dataclasses.replace(run, data=data.in_vocabulary(requested, vocabulary))

@@ -4,7 +4,6 @@
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from t5x_lite import config
@@ -17,7 +16,7 @@ from t5x_lite.config.checked import Count, NotNegative, ShareAboveZero
 from t5x_lite.config.training_run import require_training
 from t5x_lite.utils import exit_status
 from t5x_lite.utils.atomic_files import write_atomically
-from t5x_lite.utils.paths import CACHE, cache_folder, path_argument
+from t5x_lite.utils.paths import CACHE, cache_folder, local_path, parse_output_path, path_argument
 
 DESCRIPTION = """\
 Compiles the training step of a run, or a step of decoding, for a TPU slice that is not there, and
@@ -181,7 +180,7 @@ def rank_plans(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
         ways,
         args.compiles,
         lambda way: compiled.figures(way, slice_),
-        Path(args.cache) if args.cache else cache_folder() / "plans.json",
+        local_path(args.cache) if args.cache else cache_folder() / "plans.json",
         console,
     )
     if not results:
@@ -196,7 +195,7 @@ def rank_plans(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
 def write_json(file: str | None, record: dict[str, Any]) -> None:
     """Writes a record if there is a file for it."""
     if file is not None:
-        path = Path(file)
+        path = parse_output_path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, indent=1) + "\n")
 

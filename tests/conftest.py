@@ -177,3 +177,19 @@ def toy_batch(layout: str, rows: int = 8, length: int = 12, seed: int = 0) -> Ba
         return Batch(*targets, weights, ids() * used, segments, where)
     prefix = used & (where < 2)
     return Batch(*targets, weights * ~prefix, prefix=prefix)
+
+
+@pytest.fixture(scope="session", params=["s3", "gs"])
+def store(request):
+    """A server that stands in for a store of objects, with the variables that lead to it."""
+    pytest.importorskip({"s3": "s3fs", "gs": "gcsfs"}[request.param])
+    from stores import open_store
+
+    from t5x_lite.utils import remote_paths
+
+    with pytest.MonkeyPatch.context() as patch, open_store(request.param) as each:
+        for name, value in each.environment().items():
+            patch.setenv(name, value)
+        remote_paths.prepare_stores.cache_clear()
+        yield each
+        patch.delenv("TENSORSTORE_GCS_HTTP_URL", raising=False)

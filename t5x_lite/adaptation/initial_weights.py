@@ -2,7 +2,6 @@
 """The first weights of a run that is adapted from other models."""
 
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5x_lite import config
@@ -48,7 +47,7 @@ def open_sources(adaptation: config.Adaptation) -> Sources:
 def open_source(field: str, path: str) -> OpenedCheckpoint:
     """Opens the checkpoint that a field of Adaptation names; errors name the field."""
     source = hub.parse_source(path)
-    if isinstance(source, Path) and not source.exists():
+    if not isinstance(source, hub.HubName) and not source.exists():
         raise MissingSource(f"Adaptation.{field}: there is no {path}")
     try:
         # Weights alone: a checkpoint without a tokenizer can be adapted too.

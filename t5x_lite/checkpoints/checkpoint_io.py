@@ -11,7 +11,9 @@ happens to it afterwards (a failing disk, a truncated copy) shows in the digests
 
 import dataclasses
 import errno
+import functools
 import json
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -21,13 +23,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5x_lite import processes
+from t5x_lite import compat, processes
 from t5x_lite.checkpoints import digests, zarr_arrays
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weight_paths import flatten_tree
-from t5x_lite.utils import bounded_files
+from t5x_lite.utils import bounded_files, remote_paths
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.exit_status import FAILURE
+from t5x_lite.utils.paths import is_address, parse_path
 
 # File of the metadata in a checkpoint's folder.
 METADATA = Path("note", "metadata")
@@ -35,6 +38,10 @@ METADATA = Path("note", "metadata")
 SHOWN = 8
 # What is missing or is not a file is damage; any other error of the system may pass.
 WRONG_FILES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# Of a store that TensorStore asked: nothing is known about its objects.
+NO_ANSWER = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED|CURL"
+)
 OS_ERROR = re.compile(r"(?:os_error_code='|OS error )(\d+)")  # of tensorstore
 
 
@@ -171,7 +178,8 @@ def reading_error(folder: Path, path: Path, error: Exception) -> CheckpointError
     """
     reason = processes.first_line(error.__cause__ or error)[:300]
     number = os_error_number(error)
-    if number in WRONG_FILES or number is None:
+    unanswered = is_address(path) and NO_ANSWER.search(str(error))
+    if not unanswered and (number in WRONG_FILES or number is None):
         if not folder.exists():
             return RemovedCheckpointError(
                 f"{folder} was removed while it was read, as a run that trains does with older "
@@ -260,13 +268,13 @@ def restore_arrays(
         arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected}
     wanted = ocp.args.PyTreeRestore(item=expected, restore_args=arguments)
     arrays, problem = {}, None
-    ocdbt = (folder / item / "manifest.ocdbt").exists()
     try:
+        ocdbt = (folder / item / "manifest.ocdbt").exists()
         for name in expected:
             zarr_arrays.open_array(folder / item, name, ocdbt)
         # The handler alone: a Checkpointer waits for all processes, also for one that has failed.
         handler: Any = ocp.PyTreeCheckpointHandler()
-        arrays = handler.restore((folder / item).absolute(), args=wanted)
+        arrays = handler.restore(orbax_path(folder / item), args=wanted)
     except (jax.errors.JaxRuntimeError, MemoryError):
         # The device or the host is too small: that says nothing about the files.
         raise
@@ -275,6 +283,49 @@ def restore_arrays(
     check_all_processes(problem)
     check_digests(folder / item, metadata.arrays[item], arrays)
     return arrays
+
+
+def open_writer(folder: Path, timeout: int) -> Any:
+    """Orbax's writer of checkpoints, which writes in threads of its own.
+
+    Args:
+      folder: folder of the checkpoints.
+      timeout: seconds for one checkpoint.
+    """
+    import orbax.checkpoint as ocp
+
+    if not is_address(folder):
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=timeout)
+    prepare_orbax()
+    atomicity = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(atomicity_options=atomicity)
+        ),
+        timeout_secs=timeout,
+        atomicity_options=atomicity,
+    )
+
+
+@functools.cache
+def prepare_orbax() -> None:
+    """Lets orbax write to stores, for this process."""
+    remote_paths.prepare_stores()
+    compat.set_orbax_stores(
+        is_address,
+        lambda path: str(parse_path(path)) if is_address(path) else os.path.normpath(path),
+        lambda path: remote_paths.key_value_store(parse_path(path)),
+    )
+
+
+def orbax_path(path: Path) -> Any:
+    """A path as orbax takes it: absolute, an address in the class of paths that it uses itself."""
+    if not is_address(path):
+        return path.absolute()
+    prepare_orbax()
+    from etils import epath
+
+    return epath.Path(str(path))
 
 
 def check_all_processes(problem: CheckpointError | None) -> None:

@@ -8,6 +8,7 @@ from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.sources import ADAPTER
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.utils import bounded_files, hub, nearest, packaged
+from t5x_lite.utils.paths import parse_path
 
 # T5X's tree of weights: a file of msgpack, or since 2023 orbax's folder.
 T5X_TREE = "checkpoint"
@@ -29,7 +30,7 @@ def detect_kind(path: str | Path) -> CheckpointKind:
     Raises:
       SourceError: nothing lies there, or not a checkpoint; the message says what to do.
     """
-    path = Path(path)
+    path = parse_path(path)
     run = containing_run(path)
     if run is not None:
         step = path.name if path.name.isdecimal() else ""

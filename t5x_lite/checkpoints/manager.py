@@ -31,6 +31,7 @@ from t5x_lite.checkpoints.step_folders import (
 )
 from t5x_lite.checkpoints.train_state import TrainState, tree_bytes
 from t5x_lite.checkpoints.weight_paths import nest_tree
+from t5x_lite.utils.paths import is_address, parse_path
 
 # Seconds for writing one: orbax measures them by the time of day, which may be set meanwhile.
 PATIENCE = 7 * 24 * 3600
@@ -58,9 +59,7 @@ class CheckpointManager:
     """Writes and restores the checkpoints of one run folder; one process at a time."""
 
     def __init__(self, model_dir: str | Path, cfg: config.Checkpoint):
-        import orbax.checkpoint as ocp
-
-        self.folder = Path(model_dir).resolve() / FOLDER
+        self.folder = parse_path(model_dir).resolve() / FOLDER
         self.cfg = cfg
         if processes.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +68,7 @@ class CheckpointManager:
         self.had_files = self.has_files()
         self.metadata = readable_metadata(self.folder)
         self.pending: CheckpointMetadata | None = None
-        self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=PATIENCE)
+        self.writer = checkpoint_io.open_writer(self.folder, PATIENCE)
 
     def save(self, state: TrainState, metadata: CheckpointMetadata) -> None:
         """Begins to write a checkpoint of `state`, after the one before is done.
@@ -107,14 +106,14 @@ class CheckpointManager:
         import orbax.checkpoint as ocp
 
         self.recreate_folder()
-        free = shutil.disk_usage(self.folder).free
-        if free < size:
+        free = None if is_address(self.folder) else shutil.disk_usage(self.folder).free
+        if free is not None and free < size:
             # Noticed here, a full disk is one sentence; noticed in the threads, it is many
             # tracebacks.
             raise OSError(
                 f"{NO_SPACE}: it takes {format_mebibytes(size)}, {format_mebibytes(free)} are free"
             )
-        path = self.folder / str(step)
+        path = checkpoint_io.orbax_path(self.folder / str(step))
         self.writer.save(path, args=ocp.args.Composite(**items), force=False)
 
     def recreate_folder(self) -> None:
@@ -124,6 +123,8 @@ class CheckpointManager:
           OSError: all of MODEL_DIR is gone; below the mount point of an unmounted disk, checkpoints
             would not be found again.
         """
+        if is_address(self.folder):  # a store has no folders
+            return
         if self.is_gone():
             raise OSError(self.gone_message())
         if self.folder.exists():
@@ -134,11 +135,13 @@ class CheckpointManager:
 
     def has_files(self) -> bool:
         """True if anything but checkpoints is in MODEL_DIR: its lock, its config, its metrics."""
-        return any(self.folder.parent.glob("*.*"))
+        return not is_address(self.folder) and any(self.folder.parent.glob("*.*"))
 
     def is_gone(self) -> bool:
         """True if MODEL_DIR was moved or unmounted; there may be another folder of that name, since
         orbax's threads create every folder that they write to."""
+        if is_address(self.folder):
+            return False
         exists = self.folder.parent.exists()
         return not exists or (self.had_files and not self.has_files())
 
@@ -318,7 +321,7 @@ def select_steps(folder: str | Path, step: int | None = None, best: bool = False
       CheckpointError: there is no such checkpoint.
     """
     steps = list_steps(folder)
-    root = Path(folder).resolve() / FOLDER
+    root = parse_path(folder).resolve() / FOLDER
     if not steps:
         raise CheckpointError(f"{root} holds no checkpoint: is {folder} the MODEL_DIR of a run?")
     if best:
@@ -364,7 +367,7 @@ def read_selected(folder: str | Path, step: int | None, best: bool) -> tuple[dic
       step: which checkpoint; None for the newest.
       best: the best checkpoint by the run's metric.
     """
-    root = Path(folder).resolve() / FOLDER
+    root = parse_path(folder).resolve() / FOLDER
     steps = select_steps(folder, step, best)
     if best or step is not None:
         return read_params(root / str(steps[0])), steps[0]

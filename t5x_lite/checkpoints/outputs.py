@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,7 @@ from t5x_lite.checkpoints.weights import Weights
 from t5x_lite.cli.progress import Progress
 from t5x_lite.tokenizers import huggingface_tokenizer
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.paths import is_address
 
 FORMATS = ("ours", "huggingface", "t5x", "t5x_scanned")
 
@@ -338,6 +340,8 @@ def describe_output(output: OutputFormat, weights: Weights, name: str) -> CardFa
 
 def check_disk_space(folder: Path, needed: int) -> None:
     """Raises OutputError where the disk has no room for `needed` bytes."""
+    if is_address(folder):
+        folder = Path(tempfile.gettempdir())  # where it waits for being uploaded
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

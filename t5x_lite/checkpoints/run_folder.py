@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite import config
-from t5x_lite.checkpoints import checkpoint_io, manager, matching, zarr_arrays
+from t5x_lite.checkpoints import checkpoint_io, manager, matching, step_folders, zarr_arrays
 from t5x_lite.checkpoints.checkpoint_io import CheckpointMetadata, DamagedCheckpointError
 from t5x_lite.checkpoints.digests import MIXED, combine_digests, row_digests, stored_digest
 from t5x_lite.checkpoints.matching import Leaf
@@ -21,6 +21,7 @@ from t5x_lite.config import gin_file
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.paths import parse_path
 
 STEP = 0
 
@@ -31,7 +32,7 @@ def read_run_config(folder: str | Path) -> config.Run:
     Raises:
       ValueError: the folder has none, or it cannot be read.
     """
-    path = Path(folder) / "config.gin"
+    path = parse_path(folder) / "config.gin"
     if not path.exists():
         raise ValueError(
             f"{folder} is not the MODEL_DIR of a run: it has no {path.name}. Train one first, for "
@@ -63,7 +64,7 @@ class SavedWeights:
     def __init__(self, folder: str | Path, step: int | None = None):
         self.run = read_run_config(folder)
         self.step = manager.select_steps(folder, step)[0]
-        self.folder = Path(folder) / manager.FOLDER / str(self.step)
+        self.folder = parse_path(folder) / manager.FOLDER / str(self.step)
         metadata = checkpoint_io.read_metadata(self.folder)
         stored = checkpoint_io.stored_shapes(metadata, "params")
         check_stored_sizes(stored, self.run.model, self.folder)
@@ -219,6 +220,7 @@ class RunFolderWriter:
         folder.mkdir()
         content = json.dumps(checkpoint_io.metadata_json(metadata))
         (folder / "metadata").write_text(content)
+        (folder.parent / step_folders.COMMITTED).write_text("")
         (self.folder / "config.gin").write_text(metadata.config, encoding="utf-8")
 
 

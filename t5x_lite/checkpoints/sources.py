@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t5x_lite.checkpoints import step_folders
+from t5x_lite.checkpoints.downloads import fetch_checkpoint
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.tokenizer_files import TARGETS
 from t5x_lite.utils import hub
-from t5x_lite.utils.hub import HubRepository
+from t5x_lite.utils.hub import HubName, HubRepository
 
 RUN_CONFIG = "config.gin"
 # Config of a LoRA or another adapter of the peft library.
@@ -62,8 +63,8 @@ def locate_source(source: str | Path, weights: bool = True) -> LocatedSource:
       ValueError: there is no such model, it cannot be downloaded, or it is not a checkpoint.
     """
     name = hub.parse_source(source)
-    if isinstance(name, Path):
-        return LocatedSource(name)
+    if not isinstance(name, HubName):
+        return LocatedSource(fetch_checkpoint(name, weights))
     repository = hub.open_repository(name)
     if name.file is not None:
         if name.file not in repository.files and not repository.offline:
@@ -86,8 +87,8 @@ def locate_file(source: str | Path) -> Path:
       ValueError: a model is named without a file, or cannot be downloaded.
     """
     name = hub.parse_source(source)
-    if isinstance(name, Path):
-        return name
+    if not isinstance(name, HubName):
+        return fetch_checkpoint(name)
     if name.file is None:
         path = Path(name.repo)
         if name.revision is None and path.suffix:  # a misspelled path, for its reader to report

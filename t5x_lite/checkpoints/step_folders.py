@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of the checkpoints of a run: their names, and what may be done to them."""
+"""Folders of the checkpoints of a run: their names, and what may be done to them.
+
+On a disk a checkpoint has its name when it is complete. A store has no renaming, so a complete one
+has a file that says so, which is written last and removed first.
+"""
 
 import contextlib
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
+
+from t5x_lite.utils.paths import is_address, parse_path
 
 FOLDER = "checkpoints"
 DAMAGED = ".damaged"
 # Renamed before deletion: a run killed while deleting leaves no half checkpoint under its number.
 DELETING = ".deleting"
 UNFINISHED = ".orbax-checkpoint-tmp"
+# Orbax's last file of a checkpoint, on disks too: a run may be copied to a store.
+COMMITTED = "commit_success.txt"
 
 
 def list_steps(model_dir: str | Path) -> list[int]:
@@ -18,7 +28,14 @@ def list_steps(model_dir: str | Path) -> list[int]:
     Raises:
       OSError: the folder is there and cannot be read; that is not the same as no checkpoint.
     """
-    return sorted(int(name) for name in list_names(model_dir) if name.isdecimal())
+    folder = parse_path(model_dir) / FOLDER
+    names = [name for name in list_names(model_dir) if name.isdecimal()]
+    return sorted(int(name) for name in names if is_complete(folder / name))
+
+
+def is_complete(path: Path) -> bool:
+    """True for the folder of a checkpoint that was written to its end."""
+    return not is_address(path) or (path / COMMITTED).exists()
 
 
 def list_damaged(model_dir: str | Path) -> list[str]:
@@ -29,25 +46,46 @@ def list_damaged(model_dir: str | Path) -> list[str]:
 def list_names(model_dir: str | Path) -> list[str]:
     """Names in the folder of checkpoints; [] if there is none."""
     try:
-        return [path.name for path in (Path(model_dir) / FOLDER).iterdir()]
+        return [path.name for path in (parse_path(model_dir) / FOLDER).iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes the folder of a checkpoint, its name first."""
+    """Removes the folder of a checkpoint: first what makes it one, its name or its last file."""
+    if is_address(path):
+        # A thread that the end of the process waits for: training does not.
+        threading.Thread(target=remove_from_store, args=(path,)).start()
+        return
     doomed = path.with_name(path.name + DELETING)
     # Somebody who made room by hand may have been faster.
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_tree(doomed)
+
+
+def remove_from_store(path: Path) -> None:
+    """Removes a checkpoint in a store, or leaves it for the next start of the run where the store
+    does not answer."""
+    with contextlib.suppress(OSError):
+        (path / COMMITTED).unlink(missing_ok=True)
+        remove_tree(path)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a killed run had half written or half deleted."""
-    for path in folder.iterdir():
-        if UNFINISHED in path.name or path.name.endswith(DELETING):
-            shutil.rmtree(path)
+    for name in list_names(folder.parent):
+        begun = name.isdecimal() and not is_complete(folder / name)
+        if begun or UNFINISHED in name or name.endswith(DELETING):
+            remove_tree(folder / name)
+
+
+def remove_tree(path: Any) -> None:
+    """Removes a folder, of a disk or of a store."""
+    if is_address(path):
+        path.remove_tree()
+    else:
+        shutil.rmtree(path)
 
 
 def set_aside(path: Path) -> Path:

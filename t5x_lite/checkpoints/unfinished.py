@@ -6,12 +6,18 @@ import fcntl
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+from t5x_lite.utils.paths import is_address, parse_output_path
+from t5x_lite.utils.remote_lock import LockedError, RemoteLock
+
 SUFFIX = ".unfinished"
 LOCK = ".converting"
+# Files by which a checkpoint of each format is known.
+MARKS = ("config.gin", "config.json", "checkpoint")
 
 
 class OutputError(ValueError):
@@ -25,7 +31,7 @@ def check_output_folder(to: str | Path) -> Path:
       OutputError: something is there already.
     """
     # Absolute, for the folder's own name where it is ".".
-    to = Path(to).absolute()
+    to = parse_output_path(to).absolute()
     if to.is_dir() and not to.is_symlink() and not any(to.iterdir()):
         return to
     if to.exists() or to.is_symlink():
@@ -37,12 +43,17 @@ def check_output_folder(to: str | Path) -> Path:
 def unfinished_folder(to: str | Path) -> Generator[Path]:
     """A folder beside `to` to write into, that gets its name when all of it is written.
 
-    An error removes it; the leftovers of a killed process are removed by the next.
+    An error removes it; the leftovers of a killed process are removed by the next. What goes to a
+    store is written to a temporary folder first, and uploaded, the files of MARKS last.
 
     Raises:
       OutputError: `to` is there already, another process writes it, or it cannot be written.
     """
     to = check_output_folder(to)
+    if is_address(to):
+        with uploaded_folder(to) as work:
+            yield work
+        return
     work = to.with_name(to.name + SUFFIX)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -68,6 +79,27 @@ def unfinished_folder(to: str | Path) -> Generator[Path]:
             sync_path(to.parent)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def uploaded_folder(to: Any) -> Generator[Path]:
+    """`unfinished_folder` of a `RemotePath`."""
+    lock = RemoteLock(to.with_name(to.name + SUFFIX))
+    try:
+        lock.acquire()
+    except LockedError as error:
+        raise OutputError(f"Another process ({error}) is writing {to}: wait for it") from error
+    except OSError as error:
+        raise OutputError(f"{to} cannot be written: {error.strerror}") from error
+    with contextlib.closing(lock), tempfile.TemporaryDirectory(prefix="t5x_lite-") as work:
+        yield Path(work)
+        check_output_folder(to)
+        try:
+            to.upload(Path(work), MARKS)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                to.remove_tree()
             raise
 
 

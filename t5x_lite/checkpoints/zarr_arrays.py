@@ -13,6 +13,7 @@ from t5x_lite import processes
 from t5x_lite.checkpoints import transforms
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.remote_paths import key_value_store, stored_bytes
 
 # Bytes of one chunk in one file; small enough that some of them in memory do not matter.
 CHUNK = 64 * 2**20
@@ -43,12 +44,11 @@ def zarr_spec(folder: Path, name: str, ocdbt: bool) -> dict[str, Any]:
       ocdbt: the arrays share one OCDBT database; otherwise each has a folder of its own.
     """
     if ocdbt:
-        store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
+        base = key_value_store(folder)
+        store = {"driver": "ocdbt", "base": base | {"path": f"{base['path']}/"}}
         return {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}
-    return {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{(folder / name).resolve()}/"},
-    }
+    store = key_value_store(folder / name)
+    return {"driver": "zarr", "kvstore": store | {"path": f"{store['path']}/"}}
 
 
 def open_array(folder: Path, name: str, ocdbt: bool) -> tensorstore.TensorStore:
@@ -94,7 +94,7 @@ class ArrayReader:
 
     def check_size(self, folder: Path) -> None:
         """SourceError for a shape that its files cannot fill: it would be zeros, or the memory."""
-        stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        stored = stored_bytes(folder)
         needed = math.prod(self.shape) * self.store.dtype.numpy_dtype.itemsize
         if needed > SPARSE + PACKED * stored:
             raise SourceError(

@@ -5,7 +5,6 @@ import argparse
 import re
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from t5x_lite import config
@@ -18,7 +17,7 @@ from t5x_lite.config.checked import (
     type_in_words,
 )
 from t5x_lite.utils.hub import source_argument
-from t5x_lite.utils.paths import path_argument
+from t5x_lite.utils.paths import parse_path, path_argument
 
 DECODE = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best"),
@@ -236,7 +235,7 @@ def decode_fields(options: argparse.Namespace) -> dict[str, Any]:
     fields = {name: value for name in DECODE if (value := getattr(options, name)) is not None}
     if "json_schema" in fields:
         try:
-            fields["json_schema"] = Path(fields["json_schema"]).read_text(encoding="utf-8")
+            fields["json_schema"] = parse_path(fields["json_schema"]).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             path = fields["json_schema"]
             raise ValueError(f"--json_schema: {path} cannot be read: {error}") from error

@@ -14,6 +14,7 @@ from typing import IO, Any
 from t5x_lite.config import aliases
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import is_address, parse_output_path, parse_path
 from t5x_lite.utils.text_lines import TextError, check_unicode, decode_line, parse_object
 
 # Of one line. A model reads a millionth of it; a file that is not text may be one line.
@@ -53,9 +54,13 @@ class Source:
 
     def records(self) -> Iterator[Record]:
         """Every line in order, those that cannot be read too."""
-        with nullcontext(sys.stdin.buffer) if self.path == "-" else open(self.path, "rb") as lines:
+        with nullcontext(sys.stdin.buffer) if self.path == "-" else self.open() as lines:
             for number, line in enumerate(bounded_lines(lines), 1):
                 yield self.record(number, line)
+
+    def open(self) -> Any:
+        """The bytes of the file."""
+        return parse_path(self.path).open("rb")
 
     def record(self, number: int, line: bytes) -> Record:
         """The record of a line, `number` from 1."""
@@ -86,14 +91,14 @@ class Source:
         if self.path == "-":
             return None
         bounded_files.check_regular(self.path)
-        with open(self.path, "rb") as lines:
+        with self.open() as lines:
             return sum(1 for _ in bounded_lines(lines))
 
     def digest(self) -> str | None:
         """SHA-256 of the content; None of a stream."""
         if self.path == "-":
             return None
-        with open(self.path, "rb") as content:
+        with self.open() as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
 
@@ -134,7 +139,7 @@ class Sink:
     @property
     def settings_path(self) -> Path:
         """The file of the settings."""
-        return Path(f"{self.path}.settings.json")
+        return parse_output_path(f"{self.path}.settings.json")
 
     def begin(self, overwrite: bool) -> int:
         """Number of lines that exist already, by the same settings; 0 for a new output.
@@ -144,7 +149,7 @@ class Sink:
         """
         if self.path == "-":
             return 0
-        path = Path(self.path)
+        path = parse_output_path(self.path)
         # An output without a line is none: it was begun on a full disk, or before a kill.
         if path.exists() and path.stat().st_size and not overwrite:
             self.compare()
@@ -184,7 +189,9 @@ class Sink:
 
     def open(self) -> Any:
         """The stream that lines are appended to."""
-        return nullcontext(sys.stdout.buffer) if self.path == "-" else open(self.path, "ab")
+        if self.path == "-":
+            return nullcontext(sys.stdout.buffer)
+        return parse_output_path(self.path).open("ab")
 
 
 def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
@@ -198,6 +205,12 @@ def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 def complete_lines(path: Path) -> int:
     """Cuts off a last line that a killed process left half written, and counts the rest."""
+    if is_address(path):
+        content = path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1]
+        if lines != content:
+            path.write_bytes(lines)
+        return lines.count(b"\n")
     with path.open("r+b") as output:
         content = output.read()
         end = content.rfind(b"\n") + 1
@@ -206,7 +219,7 @@ def complete_lines(path: Path) -> int:
 
 
 def append(output: IO[bytes], lines: list[str]) -> None:
-    """Writes lines together; they are on disk when it returns."""
+    """Writes lines together; they are on disk when it returns, and in a store before long."""
     output.write("".join(line + "\n" for line in lines).encode())
     output.flush()
     if output is not sys.stdout.buffer:

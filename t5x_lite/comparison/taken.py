@@ -11,7 +11,7 @@ from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
 from t5x_lite.config.training_run import ComparisonRun
 from t5x_lite.training.loop import REPORT
 from t5x_lite.utils import bounded_files
-from t5x_lite.utils.paths import local_path
+from t5x_lite.utils.paths import parse_path
 
 
 def trained_model(run: ComparisonRun, name: str, paths: Sequence[str]) -> config.Model:
@@ -62,5 +62,5 @@ def read_report(path: str) -> dict:
     Raises:
       ValueError: the file is not a report.
     """
-    written = local_path(path) / REPORT
+    written = parse_path(path) / REPORT
     return bounded_files.read_json_object(written) if written.is_file() else {}

@@ -16,7 +16,7 @@ from t5x_lite.config.architecture import Model as Model
 from t5x_lite.config.architecture import Pooling as Pooling
 from t5x_lite.config.architecture import RotaryScaling as RotaryScaling
 from t5x_lite.config.architecture import Stack as Stack
-from t5x_lite.config.checked import Checked, ExpandedPath, Seed, require
+from t5x_lite.config.checked import Checked, OutputPath, Seed, require
 from t5x_lite.config.comparison import Compare as Compare
 from t5x_lite.config.data import Data as Data
 from t5x_lite.config.data import Files as Files
@@ -63,7 +63,7 @@ class Run(Checked):
       seed: seed of weights, data order and dropout.
     """
 
-    model_dir: ExpandedPath
+    model_dir: OutputPath
     model: Model
     data: Data | None = None
     train: Train | None = None

@@ -12,7 +12,7 @@ import typing
 from typing import Annotated, Any, Literal, NamedTuple
 
 from t5x_lite.utils.hub import check_source
-from t5x_lite.utils.paths import check_local, expand_home
+from t5x_lite.utils.paths import check_local, check_path, expand_output_path
 
 # Numbers end up in int32 and float32 arrays: a larger one would wrap around or be infinite there,
 # and a nearer to 0 would be 0.
@@ -97,7 +97,9 @@ ShareBetween = Annotated[float, Range(0, 1, open="both")]
 Finite = Annotated[float, Range()]
 # A path keeps its ~ in the text of a config, which another machine may read; MODEL_DIR may change.
 LocalPath = Annotated[str, check_local]
-ExpandedPath = Annotated[str, expand_home]
+# It may be the address of something in a bucket.
+AnyPath = Annotated[str, check_path]
+OutputPath = Annotated[str, expand_output_path]
 # A checkpoint: a path, or a model of the hub by name.
 SourcePath = Annotated[str, check_source]
 # Bits of a random key.

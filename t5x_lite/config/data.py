@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from t5x_lite.config.checked import (
     MOST_TOKENS,
+    AnyPath,
     Checked,
     Length,
     LocalPath,
@@ -102,10 +103,10 @@ class Files(Checked):
     """
 
     name: str
-    train: LocalPath
+    train: AnyPath
     vocabulary: Vocabulary
-    validation: LocalPath | None = None
-    test: LocalPath | None = None
+    validation: AnyPath | None = None
+    test: AnyPath | None = None
     format: Literal["jsonl", "tsv", "csv", "text", "parquet"] | None = None
     inputs: str | None = None
     targets: str = "targets"

@@ -138,7 +138,7 @@ class Decode(Checked):
         try:
             for part in self.drafter.split("+"):  # draft:SOURCE, recycling:PATH
                 kind, _, source = part.partition(":")
-                hub.check_source(source) if kind == "draft" else paths.check_local(source)
+                hub.check_source(source) if kind == "draft" else paths.check_path(source)
         except ValueError as error:
             raise ValueError(f"Decode.drafter: {error}") from None
         require(

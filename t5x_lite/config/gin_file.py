@@ -21,7 +21,7 @@ from t5x_lite.config import aliases, gin_aliases, gin_bindings
 from t5x_lite.config.gin_check import HEADER, check_source
 from t5x_lite.utils.nearest import suggest
 from t5x_lite.utils.not_none import not_none
-from t5x_lite.utils.paths import local_path
+from t5x_lite.utils.paths import parse_path
 
 # A resolved config has some hundred lines; ours include three files deep.
 MOST_LINES = 20_000
@@ -206,7 +206,7 @@ def find_config(path: str) -> Path | None:
     """The file at path, or the shipped one; a folder of configs/ may have its old name."""
     for name in dict.fromkeys((path, aliases.rename_folder(path))):
         inside = re.sub(r"^(\./)?configs/", "", name)
-        for candidate in (local_path(name), configs_folder() / inside):
+        for candidate in (parse_path(name), configs_folder() / inside):
             if candidate.is_file():
                 if name != path:
                     aliases.notify([aliases.Renamed(path, name)])

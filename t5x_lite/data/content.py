@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import is_address, parse_path
 
 REMEMBERED = "file_digests.json"
 SMALL = 2**20
@@ -36,19 +37,21 @@ def file_stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 def file_state(path: str | Path) -> list[int]:
     """Everything that the file system records of a change: equal states are equal content."""
-    stat = Path(path).stat()
+    stat = parse_path(path).stat()
+    if is_address(path):
+        return [stat.st_size, stat.st_mtime_ns]
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
 def whole_digest(path: str) -> str:
     """Digest of all bytes of a file."""
-    with open(path, "rb") as content:
+    with parse_path(path).open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def sampled_digest(path: str, blocks: int = BLOCKS) -> str:
     """Digest of the size of a file and of blocks of it, all of a file that is not larger."""
-    with open(path, "rb") as content:
+    with parse_path(path).open("rb") as content:
         size = content.seek(0, 2)
         digest = hashlib.sha256(str(size).encode())
         for number in range(blocks):

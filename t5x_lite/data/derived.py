@@ -16,6 +16,7 @@ from t5x_lite.data.datasets import open_vocabularies
 from t5x_lite.utils import hub
 from t5x_lite.utils.hub import HubName
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.paths import parse_path
 
 # In place of Model.vocab where nothing binds it.
 UNBOUND = LARGEST_INT
@@ -85,7 +86,7 @@ def with_model(run: RunT, **fields) -> RunT:
 
 def saved_run(run: config.Run) -> config.Run | None:
     """The config of the checkpoints in MODEL_DIR; None without any."""
-    folder = Path(run.model_dir)
+    folder = parse_path(run.model_dir)
     if not (folder / "config.gin").is_file() or not any(folder.glob("checkpoints/[0-9]*")):
         return None
     try:

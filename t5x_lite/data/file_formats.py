@@ -27,7 +27,8 @@ def fields_read(cfg: config.Files) -> list[str]:
 
 def open_binary(path: Path) -> gzip.GzipFile | io.BufferedReader:
     """Opens a file for reading bytes, unpacked if it is a .gz file."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    content = path.open("rb")
+    return gzip.open(content, "rb") if path.suffix == ".gz" else content
 
 
 def check_size(path: Path, place: str, content: bytes) -> None:
@@ -214,7 +215,7 @@ def read_parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | st
         raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     number = 0
     try:
-        table = pyarrow.parquet.ParquetFile(path)
+        table = pyarrow.parquet.ParquetFile(path.open("rb"))
         there = table.schema_arrow.names
         names = [name for name in fields_read(cfg) if name in there]
         if twice := [name for name in names if there.count(name) > 1]:

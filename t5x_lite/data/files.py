@@ -15,7 +15,8 @@ from pathlib import Path
 from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.file_formats import READERS, fields_read
-from t5x_lite.utils.paths import local_path
+from t5x_lite.utils import remote_paths
+from t5x_lite.utils.paths import is_address, parse_path
 from t5x_lite.utils.text_lines import TextError, check_unicode
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def list_paths(cfg: config.Files, split: str) -> list[Path]:
 
     Raises ValueError if the glob matches none.
     """
-    pattern = local_path(getattr(cfg, split))
+    pattern = parse_path(getattr(cfg, split))
     matches = expand_glob(pattern)
     if not matches:
         hint = f" but a folder: {pattern}/* names its files" if pattern.is_dir() else ""
@@ -63,6 +64,8 @@ def expand_glob(pattern: Path) -> list[Path]:
     """
     if pattern.is_file():
         return [pattern]
+    if is_address(pattern):
+        return sorted(remote_paths.expand_glob(pattern))
     folder = next((each for each in pattern.parents if each.is_dir()), Path())
     rest = str(pattern.relative_to(folder))
     matches = sorted(folder / name for name in glob.glob(rest, root_dir=folder, recursive=True))

@@ -22,6 +22,7 @@ from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.extras import install_command
 from t5x_lite.utils.nearest import suggest
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.paths import parse_path
 
 
 def resolve(cfg: config.Data) -> list[tuple[Task, float]]:
@@ -158,7 +159,7 @@ def find_chat_template(data: config.Data) -> ChatTemplate | None:
 
 def run_vocabulary(model_dir: str | Path) -> Path | None:
     """The folder of a run's vocabularies; None before its first checkpoint."""
-    folder = Path(model_dir) / text_settings.VOCABULARY_FOLDER
+    folder = parse_path(model_dir) / text_settings.VOCABULARY_FOLDER
     return folder if step_folders.list_steps(model_dir) and folder.is_dir() else None
 
 

@@ -4,7 +4,6 @@
 import argparse
 import socket
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from t5x_lite.cli.command import Command
@@ -14,6 +13,7 @@ from t5x_lite.config.checked import Count, Range
 from t5x_lite.demo.limits import Limits
 from t5x_lite.utils.extras import install_command
 from t5x_lite.utils.hub import source_argument
+from t5x_lite.utils.paths import parse_path
 
 EXAMPLES = """\
 examples:
@@ -132,7 +132,7 @@ def short_names(paths: list[str]) -> list[str]:
     """Short, distinct names of checkpoints."""
     names: list[str] = []
     for path in paths:
-        name = Path(path).resolve().name
+        name = parse_path(path).resolve().name
         alike = sum(each == name or each.startswith(f"{name} (") for each in names)
         names.append(f"{name} ({alike + 1})" if alike else name)
     return names

@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from t5x_lite.demo.connections import HostGuard
 from t5x_lite.demo.limits import WIDTH, Limits, Question, parse_question
+from t5x_lite.utils.paths import parse_path
 
 # Drafters without a number of layers or a file.
 DRAFTERS = ("plain", "blockwise", "lookup", "recycling", "trigram", "jacobi", "lookahead")
@@ -80,7 +81,7 @@ class Models:
         """
         from t5x_lite import interactive
 
-        self.add(name, lambda: interactive.load(path), Path(path).expanduser())
+        self.add(name, lambda: interactive.load(path), parse_path(path))
 
     def add(self, name: str, make: Any, folder: Path | None = None) -> None:
         """Adds a session.

@@ -11,11 +11,12 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from t5x_lite import config
 from t5x_lite.evaluation.predict import Prediction
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.paths import parse_output_path
 
 # Okabe and Ito's colors, made for color-blind readers, light enough for black text.
 COLORS = ("#9ad0f5", "#f7d36b", "#8fdcc0", "#f2b6d2", "#f0a873", "#c7c2ee", "#d9d9d9")
@@ -78,9 +79,10 @@ def write_picture(path: str, texts: Sequence[DraftedText]) -> None:
     """
     kind = Path(path).suffix
     if kind == ".html":
-        Path(path).write_text(html_page(texts), encoding="utf-8")
+        parse_output_path(path).write_text(html_page(texts), encoding="utf-8")
     elif kind == ".png":
-        write_png(path, texts)
+        with parse_output_path(path).open("wb") as picture:
+            write_png(picture, texts)
     else:
         raise ValueError(f"--draw={path}: it must end in .html or .png, or be - for the terminal")
 
@@ -168,8 +170,8 @@ def lay_out(pieces: Sequence[str]) -> list[PlacedPiece]:
     return placed
 
 
-def write_png(path: str, texts: Sequence[DraftedText]) -> None:
-    """Writes the texts to path as an image, in a monospaced font."""
+def write_png(picture: IO[bytes], texts: Sequence[DraftedText]) -> None:
+    """Writes the texts to a stream as an image, in a monospaced font."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
@@ -204,7 +206,7 @@ def write_png(path: str, texts: Sequence[DraftedText]) -> None:
     handles = [Patch(color=shade, label=name) for name, shade in color.items()]
     if handles:
         axes.legend(handles=handles, loc="lower right", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(picture, dpi=110, format="png")
 
 
 class DraftReport:

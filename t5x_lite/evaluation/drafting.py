@@ -21,7 +21,7 @@ from t5x_lite.decoding.drafters import registry
 from t5x_lite.decoding.request import check_positions
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
-from t5x_lite.utils.paths import local_path
+from t5x_lite.utils.paths import parse_path
 
 
 class DrafterCache:
@@ -155,7 +155,7 @@ class DrafterCache:
         """
         option = f"drafter=recycling:{path}"
         try:
-            file = str(local_path(path))
+            file = str(parse_path(path))
             every = records.Source(file, path.endswith(".jsonl"), "prediction").records()
             known = [not_none(record.text) for record in every if record.trouble is None]
         except OSError as error:

@@ -16,6 +16,7 @@ from t5x_lite.evaluation import choosing, losses, metrics
 from t5x_lite.evaluation.predict import Prediction, Predictor
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.paths import parse_path
 
 
 class Evaluator:
@@ -166,7 +167,7 @@ class Evaluator:
         """Writes predictions/<split>-<step>.jsonl, on the first process."""
         if not processes.is_first():
             return None
-        folder = Path(self.run.model_dir) / "predictions"
+        folder = parse_path(self.run.model_dir) / "predictions"
         return write_anew(folder / f"{self.split}-{step}.jsonl", rows)
 
 

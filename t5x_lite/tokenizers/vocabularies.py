@@ -24,6 +24,7 @@ from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonV
 from t5x_lite.tokenizers.symbols import ByteVocabulary, IntegerVocabulary, SymbolVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import parse_path
 
 
 def encode_with_ends(vocabulary: TextVocabulary, text: str) -> list[int]:
@@ -139,7 +140,7 @@ def without_origin(described: dict[str, Any]) -> dict[str, Any]:
 
 def save_vocabulary(vocabulary: TextVocabulary, folder: str | Path) -> None:
     """Writes vocabulary.json, and the model beside it where there is one."""
-    folder = Path(folder)
+    folder = parse_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = vocabulary.model_bytes()
     if model is not None:
@@ -154,7 +155,7 @@ def load_vocabulary(folder: str | Path) -> TextVocabulary:
     Raises:
       ValueError: there is none, or it is of a kind that this version does not know.
     """
-    folder = Path(folder)
+    folder = parse_path(folder)
     path = folder / "vocabulary.json"
     if not path.exists():
         raise ValueError(f"No vocabulary in {folder}: {path.name} is missing")
@@ -206,10 +207,12 @@ def save_pair(folder: str | Path, inputs: TextVocabulary, targets: TextVocabular
       inputs: vocabulary of the inputs.
       targets: vocabulary of the targets.
     """
-    save_vocabulary(inputs, Path(folder) / "inputs")
-    save_vocabulary(targets, Path(folder) / "targets")
+    folder = parse_path(folder)
+    save_vocabulary(inputs, folder / "inputs")
+    save_vocabulary(targets, folder / "targets")
 
 
 def load_pair(folder: str | Path) -> tuple[TextVocabulary, TextVocabulary]:
     """The vocabularies (inputs, targets) that `save_pair` wrote."""
-    return load_vocabulary(Path(folder) / "inputs"), load_vocabulary(Path(folder) / "targets")
+    folder = parse_path(folder)
+    return load_vocabulary(folder / "inputs"), load_vocabulary(folder / "targets")

@@ -19,7 +19,6 @@ import contextlib
 import json
 import time
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ from t5x_lite.training.reporting import curves, metric_writers, overview, progre
 from t5x_lite.training.reporting.metrics import Meter, RunTotals, step_cost
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.paths import is_address, parse_path
 
 REPORT = "report.json"
 
@@ -66,8 +66,8 @@ def train(
       Interrupted: SIGTERM or Ctrl-C, after saving.
     """
     began = time.perf_counter()
-    with model_dir.lock_shared(Path(run.model_dir)), PreemptionHandler() as handler:
-        training = Training(run, handler, profile)
+    with model_dir.lock_shared(run.model_dir) as check_lock, PreemptionHandler() as handler:
+        training = Training(run, handler, profile, check_lock)
         try:
             with handler.anytime():
                 training.prepare(try_memory, ignore_damaged)
@@ -99,9 +99,9 @@ class Training:
 
     # ---- Life of a run: preparation ----
 
-    def __init__(self, run: TrainingRun, handler: PreemptionHandler, profile: bool):
-        self.run, self.handler = run, handler
-        self.path = Path(run.model_dir)
+    def __init__(self, run: TrainingRun, handler: PreemptionHandler, profile: bool, lock: Any):
+        self.run, self.handler, self.check_lock = run, handler, lock
+        self.path = parse_path(run.model_dir)
         self.console = stderr_console(quiet=not processes.is_first())
         # The newest evaluation: its step and its metrics.
         self.held_out: tuple[int, dict[str, float]] = (-1, {})
@@ -320,14 +320,14 @@ class Training:
         """Saves a checkpoint of `done` steps, unless it is saved already."""
         if self.saved_step == done:
             return
-        # What a kill leaves are all lines up to its newest checkpoint.
-        self.writer.flush()
-        step, values = self.held_out
+        self.check_lock()  # raises once another process has MODEL_DIR
+        # What a kill leaves are all lines up to its newest checkpoint. A bucket is not waited for.
+        self.writer.flush(wait=not is_address(self.path))
         note = checkpoint_io.CheckpointMetadata(
             step=done,
             config=gin_file.to_text(self.run),
             data=self.assembled.batches.state(),
-            metrics=values if step == done else {},
+            metrics=self.held_out[1] if self.held_out[0] == done else {},
             totals=vars(self.totals).copy(),
         )
         self.checkpoints.save(self.state, note)

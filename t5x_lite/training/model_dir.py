@@ -19,7 +19,7 @@ from t5x_lite.config import gin_file
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
-from t5x_lite.utils.paths import explain_unwritable
+from t5x_lite.utils.paths import explain_unwritable, is_address, parse_path
 
 CONFIG = "config.gin"
 VOCABULARY = text_settings.VOCABULARY_FOLDER
@@ -43,9 +43,16 @@ class ModelDirError(ValueError):
 def lock_folder(model_dir: Path):
     """Locks MODEL_DIR for this process; the lock goes with the process, however it ends.
 
+    Yields:
+      A function that raises ModelDirError once another process has taken a bucket's lock over.
+
     Raises:
       ModelDirError: another process trains there, or the folder cannot be written.
     """
+    if is_address(model_dir):
+        with lock_address(model_dir) as check:
+            yield check
+        return
     check_writable(model_dir)
     try:
         model_dir.mkdir(parents=True, exist_ok=True)
@@ -57,40 +64,73 @@ def lock_folder(model_dir: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise ModelDirError(
-                f"Another process ({file.read().strip() or 'unknown'}) trains in {model_dir}. "
-                "Wait for it, stop it, or choose another MODEL_DIR."
-            ) from error
+            holder = file.read().strip() or "unknown"
+            raise ModelDirError(busy_message(model_dir, holder)) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
-        yield
+        yield lambda: None
 
 
 def check_writable(model_dir: Path) -> None:
     """Raises ModelDirError if nothing can be written to MODEL_DIR; makes nothing itself."""
-    if reason := explain_unwritable(model_dir):
+    if not is_address(model_dir) and (reason := explain_unwritable(model_dir)):
         raise ModelDirError(f"MODEL_DIR {model_dir} cannot be written: {reason}")
 
 
 @contextlib.contextmanager
-def lock_shared(model_dir: Path):
+def lock_address(model_dir: Any):
+    """`lock_folder` of a `RemotePath`."""
+    from t5x_lite.utils.remote_lock import LockedError, RemoteLock
+
+    def check() -> None:
+        try:
+            lock.check()
+        except LockedError as error:
+            raise ModelDirError(
+                f"Another process ({error}) trains in {model_dir} now: this one, or the bucket, "
+                "did not answer for a while. Nothing more is written here"
+            ) from error
+
+    lock = RemoteLock(model_dir)
+    try:
+        lock.acquire()
+    except LockedError as error:
+        raise ModelDirError(busy_message(model_dir, str(error))) from error
+    except OSError as error:
+        raise ModelDirError(f"MODEL_DIR {model_dir} cannot be written: {error.strerror}") from error
+    with contextlib.closing(lock):
+        yield check
+
+
+def busy_message(model_dir: Path, holder: str) -> str:
+    return (
+        f"Another process ({holder}) trains in {model_dir}. Wait for it, stop it, or choose "
+        "another MODEL_DIR."
+    )
+
+
+@contextlib.contextmanager
+def lock_shared(model_dir: str | Path):
     """Locks MODEL_DIR for all processes of a run: the first one holds the lock.
+
+    Yields:
+      The function of `lock_folder`.
 
     Raises:
       ModelDirError: as `lock_folder`, or the processes do not see the same folder.
     """
-    with lock_folder(model_dir) if processes.is_first() else contextlib.nullcontext():
+    model_dir, first = parse_path(model_dir), processes.is_first()
+    with lock_folder(model_dir) if first else contextlib.nullcontext(lambda: None) as check:
         check_shared(model_dir)
-        yield
+        yield check
 
 
 def check_shared(model_dir: Path) -> None:
     """Raises ModelDirError unless every process sees what the first one wrote there."""
-    lock = model_dir / ".lock"
-    content = processes.broadcast_text(lock.read_text() if processes.is_first() else "")
+    content = processes.broadcast_text(read_holder(model_dir) if processes.is_first() else "")
     until = time.monotonic() + VISIBLE_SECONDS
-    while not (visible := lock.exists() and lock.read_text() == content):
+    while not (visible := read_holder(model_dir) == content):
         if time.monotonic() > until:
             break
         time.sleep(0.2)
@@ -99,8 +139,18 @@ def check_shared(model_dir: Path) -> None:
     if apart:
         raise ModelDirError(
             f"MODEL_DIR {model_dir} of process {', '.join(apart)} is not that of process 0: give a "
-            "folder that all machines share (NFS, Filestore, a mounted bucket)"
+            "folder that all machines share (NFS, Filestore, gs://BUCKET/NAME)"
         )
+
+
+def read_holder(model_dir: Any) -> str:
+    """Text that names the process holding the lock of MODEL_DIR; "" where nobody has held it."""
+    if is_address(model_dir):
+        from t5x_lite.utils.remote_lock import read_owner
+
+        return read_owner(model_dir)
+    lock = model_dir / ".lock"
+    return lock.read_text() if lock.exists() else ""
 
 
 def agree_on_config(run: config.Run, report: Callable[[str], None]) -> None:
@@ -131,7 +181,7 @@ def check_config(run: config.Run, report: Callable[[str], None]) -> None:
     Raises:
       ModelDirError: the folder holds a run of another config; the difference is in the message.
     """
-    path = Path(run.model_dir) / CONFIG
+    path = parse_path(run.model_dir) / CONFIG
     text = gin_file.to_text(run)
     if not path.exists() or not manager.list_steps(run.model_dir) or path.read_text() == text:
         return
@@ -160,12 +210,12 @@ def write_description(run: config.Run, vocabularies: tuple) -> None:
     begins = data.run_vocabulary(run.model_dir) is None
     if begins:
         text = TextSettings(vocabularies, data.find_chat_template(not_none(run.data)))
-        text_settings.write_vocabulary_folder(text, Path(run.model_dir) / VOCABULARY)
-    write_atomically(Path(run.model_dir) / CONFIG, gin_file.to_text(run))
+        text_settings.write_vocabulary_folder(text, parse_path(run.model_dir) / VOCABULARY)
+    write_atomically(parse_path(run.model_dir) / CONFIG, gin_file.to_text(run))
     if begins and run.checkpoint.initial is not None:
         source = sources.locate_source(run.checkpoint.initial, weights=False)
         kept = kept_fields.find_kept(source.path)
-        kept_fields.save_kept(Path(run.model_dir), kept)
+        kept_fields.save_kept(parse_path(run.model_dir), kept)
 
 
 def read_report(path: Path, done: int) -> dict[str, Any] | None:

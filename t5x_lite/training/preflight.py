@@ -20,6 +20,7 @@ from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import model_dir, schedules, setup
 from t5x_lite.training.reporting import overview
+from t5x_lite.utils.paths import parse_path
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -41,7 +42,7 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
     model_dir.check_config(run, report)
     _, update = setup.make_update(run)
     shapes = train_state.state_shapes(model.shapes(run.model), update)
-    model_dir.check_writable(Path(run.model_dir))
+    model_dir.check_writable(parse_path(run.model_dir))
     source = data.with_run_vocabulary(run)
     data.check_examples(source.data, run.model.layout, "train")
     vocabularies = data.open_vocabularies(source.data)

@@ -5,11 +5,14 @@ import contextlib
 import os
 from pathlib import Path
 
+from t5x_lite.utils.paths import is_address, parse_path
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a temporary file and renames it to `path`.
 
-    If the process is killed or the disk is full, `path` keeps its former content.
+    If the process is killed or the disk is full, `path` keeps its former content. A store replaces
+    an object as a whole by itself.
 
     Args:
       path: the file to write or to replace.
@@ -18,12 +21,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
       OSError: the file cannot be written, or its folder does not exist.
     """
+    content = content.encode() if isinstance(content, str) else content
+    if is_address(path):
+        parse_path(path).write_bytes(content)
+        return
     path = Path(path)
     # In the same folder, as renaming is atomic only within a file system. The process id in the
     # name separates two processes that write the same file.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from t5x_lite.utils.paths import parse_path
+
 # The largest index of safetensors shards that is published has 9 MB. Parsed, JSON takes up to 20
 # times its bytes.
 MOST_JSON = 2**25
@@ -28,7 +30,7 @@ def check_regular(path: str | Path, most: int | None = None) -> None:
       UnreadableFileError: it is another kind of file, or larger.
       OSError: it is missing.
     """
-    status = Path(path).stat()
+    status = parse_path(path).stat()
     if not stat.S_ISREG(status.st_mode):
         raise UnreadableFileError(f"{path} is not a regular file")
     if most is not None and status.st_size > most:
@@ -75,7 +77,7 @@ def read_json(path: str | Path, most: int = MOST_JSON) -> Any:
     """
     check_regular(path, most)
     try:
-        return parse_json(Path(path).read_bytes().decode("utf-8"))
+        return parse_json(parse_path(path).read_bytes().decode("utf-8"))
     except ValueError as error:
         raise UnreadableFileError(f"{path} is not JSON: {error}") from error
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from t5x_lite.utils import exit_status, packaged
 from t5x_lite.utils.atomic_files import write_atomically
-from t5x_lite.utils.paths import check_local, local_path, path_argument
+from t5x_lite.utils.paths import check_path, parse_path, path_argument
 
 # Says that a name is the hub's even where a local folder has it.
 SCHEME = "hf://"
@@ -92,7 +92,7 @@ def parse_source(text: str | os.PathLike) -> HubName | Path:
     match = NAME.fullmatch(text)
     if match is None:
         check_page(text)
-        return packaged.find_packaged(text) or local_path(text)
+        return packaged.find_packaged(text) or parse_path(text)
     name = HubName(match["repo"], match["revision"], match["file"])
     if match["scheme"]:
         return name
@@ -130,7 +130,7 @@ def check_source(text: str) -> str:
     if NAME.fullmatch(text):
         return text
     check_page(text)
-    return check_local(text)
+    return check_path(text)
 
 
 def source_argument(text: str) -> str:
@@ -155,7 +155,7 @@ def pin_source(text: str) -> str:
       HubError: there is no such model.
     """
     name = parse_source(text)
-    if isinstance(name, Path) or name.is_pinned:
+    if not isinstance(name, HubName) or name.is_pinned:
         return text
     return str(name._replace(revision=open_repository(name).commit))
 
@@ -163,7 +163,7 @@ def pin_source(text: str) -> str:
 def source_identity(text: str | os.PathLike) -> str:
     """A text that differs where sources do: a whole path, or a name with its commit."""
     name = parse_source(text)
-    return str(name.resolve()) if isinstance(name, Path) else pin_source(os.fspath(text))
+    return pin_source(os.fspath(text)) if isinstance(name, HubName) else str(name.resolve())
 
 
 @dataclasses.dataclass(frozen=True)

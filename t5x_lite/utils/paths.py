@@ -8,32 +8,45 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, cast
+
+from t5x_lite.utils import remote_paths
+from t5x_lite.utils.extras import install_command
 
 CACHE = "~/.cache/t5x_lite"
-BUCKET = "mount the bucket first and name the folder"
+# Stores that fsspec's list has and that are reached in a better way.
 REMEDIES = {
     "file": "leave out file://",
     "hf": "a model of the hub can be read as a checkpoint, and not written",
-    "http": "download it first",
-    "https": "download it first",
 }
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-def check_local(text: str) -> str:
-    """Returns the text of a path; raises ValueError for an address.
+def is_address(text: str | os.PathLike) -> bool:
+    """True for an address such as gs://bucket/run, false for a path of this machine."""
+    return ADDRESS.match(os.fspath(text)) is not None
 
-    Only mounted file systems are read and written: gs://bucket/run would be the folder `gs:` of
-    the working folder.
-    """
-    if address := ADDRESS.match(text):
-        remedy = REMEDIES.get(address[1].lower(), BUCKET)
-        raise ValueError(f"{text} is an address, not a path of this machine: {remedy}")
+
+def check_local(text: str) -> str:
+    """Returns the text of a path of this machine; raises ValueError for an address."""
+    if is_address(text):
+        raise ValueError(
+            f"{text} is an address, and this has to be on a disk of this machine: name a folder or "
+            "file here"
+        )
+    return text
+
+
+def check_path(text: str) -> str:
+    """Returns the text of a path or of an address that can be read; raises ValueError for others,
+    with the remedy."""
+    if is_address(text):
+        parse_path(text)
     return text
 
 
 def local_path(text: str | os.PathLike) -> Path:
-    """The path that a person typed, with ~ as the home folder.
+    """The path of this machine that a person typed, with ~ as the home folder.
 
     Raises:
       ValueError: it is an address such as gs://bucket/run, or empty.
@@ -47,19 +60,74 @@ def local_path(text: str | os.PathLike) -> Path:
         raise ValueError(f"{text}: {error}") from error
 
 
-def expand_home(text: str) -> str:
-    """The text of `local_path`."""
-    return str(local_path(text))
+def parse_path(text: str | os.PathLike) -> Path:
+    """The path that a person typed: of this machine, or the address of something in a bucket.
+
+    Returns:
+      A Path, or for an address a `remote_paths.RemotePath`, which has the same methods.
+
+    Raises:
+      ValueError: it is empty, or an address of a store that cannot be read here.
+    """
+    text = os.fspath(text)
+    address = ADDRESS.match(text)
+    if not address:
+        return local_path(text)
+    scheme, rest = address[1].lower(), text[address.end() :]
+    check_store(text, scheme)
+    if not rest.strip("/"):
+        raise ValueError(f"{text} names no bucket: {scheme}://BUCKET/NAME")
+    return cast(Path, remote_paths.RemotePath(f"{scheme}://{rest}"))
+
+
+@functools.cache
+def check_store(text: str, scheme: str) -> None:
+    """Raises ValueError where no installed library reads a store, with the remedy.
+
+    Args:
+      text: the address.
+      scheme: its beginning, in lower case: "gs".
+    """
+    if scheme in REMEDIES:
+        raise ValueError(f"{text} is an address that is not read: {REMEDIES[scheme]}")
+    try:
+        import fsspec
+
+        remote_paths.prepare_stores()
+        fsspec.get_filesystem_class(scheme)
+    except ValueError:
+        raise ValueError(
+            f"{text} is of no known store: name a path of this machine, gs://BUCKET/NAME or "
+            "s3://BUCKET/NAME"
+        ) from None
+    except ImportError as error:
+        extra = f"the extra buckets ({install_command('buckets')})"
+        needed = extra if scheme in ("gs", "s3", "http", "https") else f"a library ({error})"
+        raise ValueError(f"{text} is in a store: reading it needs {needed}") from error
+
+
+def parse_output_path(text: str | os.PathLike) -> Path:
+    """`parse_path` of something that is written; raises ValueError too for a store that is only
+    read."""
+    path: Any = parse_path(text)
+    if is_address(text):
+        path.check_writable()
+    return path
+
+
+def expand_output_path(text: str) -> str:
+    """The text of `parse_output_path`."""
+    return str(parse_output_path(text))
 
 
 def path_argument(text: str) -> str:
-    """The path of an option, for `type=` of argparse; "-" is a stream.
+    """The path or address of an option, for `type=` of argparse; "-" is a stream.
 
     Raises:
-      argparse.ArgumentTypeError: as ValueError of `local_path`.
+      argparse.ArgumentTypeError: as ValueError of `parse_path`.
     """
     try:
-        return text if text == "-" else str(local_path(text))
+        return text if text == "-" else str(parse_path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

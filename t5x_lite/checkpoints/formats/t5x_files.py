@@ -20,6 +20,7 @@ from t5x_lite.checkpoints.kinds import T5X_STATE, T5X_TREE
 from t5x_lite.checkpoints.weight_paths import nest_tree
 from t5x_lite.tokenizers.errors import SourceError, describe_error
 from t5x_lite.utils import bounded_files
+from t5x_lite.utils.paths import parse_path
 
 PLACEHOLDER = "PLACEHOLDER://"
 # As T5X writes them.
@@ -37,7 +38,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
       SourceError: there is none.
     """
-    path = Path(path)
+    path = parse_path(path)
     if path.is_file() or (path / T5X_TREE).is_file() or (path / T5X_STATE).is_dir():
         return path
     folders = [p for p in path.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+", p.name)]

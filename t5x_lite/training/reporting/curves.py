@@ -45,7 +45,8 @@ def draw_learning_curve(model_dir: Path) -> Path | None:
     if others:
         draw_metrics(axes[1], others)
     figure.suptitle(model_dir.resolve().name)
-    figure.savefig(model_dir / PICTURE, dpi=130)
+    with (model_dir / PICTURE).open("wb") as picture:
+        figure.savefig(picture, dpi=130, format="png")
     return model_dir / PICTURE
 
 

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import queue
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from typing import Any
 from t5x_lite import processes
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
+from t5x_lite.utils.paths import is_address
+from t5x_lite.utils.remote_streams import upload_stream
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 # Lines that wait for a slow disk at most, and seconds to wait for it before a checkpoint.
@@ -69,10 +73,11 @@ class MetricWriter:
         for file in self.files:
             file.put((step, named, reasons))
 
-    def flush(self) -> None:
-        """Waits until all is on disk, FLUSH_SECONDS at most for a file."""
+    def flush(self, wait: bool = True) -> None:
+        """Writes all lines so far; waits until they are on disk, FLUSH_SECONDS at most for a file,
+        unless `wait` is false."""
         for file in self.files:
-            file.flush()
+            file.flush(wait)
 
     def close(self) -> None:
         """Closes the files."""
@@ -105,6 +110,8 @@ class WriterThread(threading.Thread):
         try:
             while (item := self.waiting.get()) is not None:
                 if isinstance(item, threading.Event):
+                    if file is not None:
+                        file.flush()
                     item.set()
                     continue
                 file = file or self.make()
@@ -129,11 +136,12 @@ class WriterThread(threading.Thread):
         except queue.Full:
             self.drop(f"{QUEUED} lines wait for its disk")
 
-    def flush(self) -> None:
-        """Waits until the lines so far are written; drops a file that takes too long."""
+    def flush(self, wait: bool = True) -> None:
+        """Writes the lines so far; waits until that is done, and drops a file that takes too long,
+        unless `wait` is false."""
         written, deadline = threading.Event(), time.monotonic() + FLUSH_SECONDS
         self.put(written)
-        while not self.dropped and not written.wait(0.02):
+        while wait and not self.dropped and not written.wait(0.02):
             if time.monotonic() > deadline:
                 self.drop(f"its disk has not answered for {FLUSH_SECONDS:.0f} s")
 
@@ -156,7 +164,7 @@ class JsonLines:
             kept = [line for line in lines if line.endswith("\n") and step_of(line) <= start]
             if kept != lines:
                 write_atomically(path, "".join(kept))
-        self.lines = open(path, "a", buffering=1, encoding="utf-8")
+        self.lines = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float], failures: dict[str, str]) -> None:
         """Appends a line.
@@ -170,6 +178,10 @@ class JsonLines:
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = {"step": step} | plain | ({"not_computed": failures} if failures else {})
         self.lines.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Uploads the lines so far to a bucket; on a disk they are already."""
+        upload_stream(self.lines)
 
     def close(self) -> None:
         """Closes the file."""
@@ -190,10 +202,13 @@ class EventFile:
         folder = model_dir / BOARD
         if start is None:
             set_aside(folder)
-        folder.mkdir(exist_ok=True)
+        # tensorboardX writes to a disk; the file of a bucket is uploaded from there.
+        self.folder, self.remote = folder, is_address(folder)
+        self.local = Path(tempfile.mkdtemp(prefix="t5x_lite-events-")) if self.remote else folder
+        self.local.mkdir(exist_ok=True)
         # tensorboardX's names have the second of their start, and there may be two in one.
-        number = sum(1 for _ in folder.iterdir())
-        self.events = EventsWriter(str(folder / "events"), f".{os.getpid()}.{number}")
+        number = len(list_names(folder))
+        self.events = EventsWriter(str(self.local / "events"), f".{os.getpid()}.{number}")
         if start is not None:
             begin = SessionLog(status=SessionLog.START)
             self.events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=begin))
@@ -214,9 +229,17 @@ class EventFile:
         self.events.write_event(Event(wall_time=time.time(), step=step, summary=merged))
         self.events.flush()
 
+    def flush(self) -> None:
+        """Uploads the events so far to a bucket; on a disk they are already."""
+        for path in self.local.iterdir() if self.remote else ():
+            (self.folder / path.name).write_bytes(path.read_bytes())
+
     def close(self) -> None:
         """Closes the file."""
         self.events.close()
+        if self.remote:
+            self.flush()
+            shutil.rmtree(self.local)
 
 
 class NullMetricWriter:
@@ -238,11 +261,19 @@ class NullMetricWriter:
           failures: metrics that were not computed, with reasons.
         """
 
-    def flush(self) -> None:
+    def flush(self, wait: bool = True) -> None:
         """Does nothing."""
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def list_names(folder: Path) -> list[str]:
+    """Names in a folder; [] where there is none, as a bucket has no empty ones."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
 
 
 def set_aside(path: Path) -> None:
