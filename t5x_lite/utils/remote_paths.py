@@ -289,8 +289,8 @@ class RemotePath(PurePosixPath):
         """Raises ValueError for an address that is only read."""
         if self.scheme not in WRITABLE:
             raise ValueError(
-                f"{self} is only read: write to a folder of this machine, gs://BUCKET/NAME or "
-                "s3://BUCKET/NAME"
+                f"{self} is only read; folders of this machine, gs://BUCKET/NAME and "
+                "s3://BUCKET/NAME are written to"
             )
 
 
