@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the files of metrics: no step twice, and no file that is dead or slow holds a run."""
 
-import io
 import importlib
+import io
 import json
 import threading
 import time

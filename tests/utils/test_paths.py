@@ -73,7 +73,10 @@ def test_a_field_that_describes_a_file_is_a_path():
         ("INITIAL_CHECKPOINT_PATH=gsx://b/run", "Checkpoint.initial: gsx://b/run is of no known"),
         ("config.Data.cache_dir=gs://bucket/cache", "Data.cache_dir: gs://bucket/cache is an add"),
         ("config.Decode.drafter=lookup+draft:file:///run", "leave out file://"),
-        ("MODEL_DIR=memory://run", "memory://run is only read; folders of this machine, gs://BUCKET"),
+        (
+            "MODEL_DIR=memory://run",
+            "memory://run is only read; folders of this machine, gs://BUCKET",
+        ),
         ("MODEL_DIR=file:///tmp/run", "leave out file://"),
         ("MODEL_DIR=hf://google/t5", "can be read"),
         ("MODEL_DIR=memory://", "names no bucket: memory://BUCKET/NAME"),
