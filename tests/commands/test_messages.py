@@ -46,6 +46,7 @@ REACHED_BY = {
     "t5x_lite/training/optimizer/param_groups.py": ["train"],
     "t5x_lite/training/preflight.py": ["train"],
     "t5x_lite/training/write_teacher_logits.py": ["distill"],
+    "t5x_lite/utils/hub_upload.py": ["convert"],
     "t5x_lite/utils/paths.py": ["infer"],
 }
 GENERAL = {"gin", "help", "import", "verbosity", "version"}
