@@ -272,7 +272,7 @@ class PairWriter:
 
     def lines(self, chunk: Sequence[Record], progress: Callable[[int], None]) -> list[str]:
         """A line for each input that can be read and whose target is not empty."""
-        chunk = inference.mark_troubles(chunk, self.find_excess)
+        chunk = inference.mark_troubles(chunk, self.describe_trouble)
         inference.complain(chunk, self.args.input or "task")
         records = [each for each in chunk if not each.trouble]
         prompts = [self.prompt(not_none(each.text)) for each in records]
@@ -285,10 +285,10 @@ class PairWriter:
                 lines.append(json.dumps(line, ensure_ascii=False))
         return lines
 
-    def find_excess(self, records: list[Record]) -> list[str]:
-        """Reasons why the teacher has too few positions for inputs; "" for one that fits."""
-        prompts = [self.prompt(not_none(each.text)) for each in records]
-        return self.session.predictor.find_excess(prompts, self.session.decode.max_new_tokens)
+    def describe_trouble(self, record: Record) -> str:
+        """The reason why the teacher cannot read an input; "" where it can."""
+        prompt = self.prompt(not_none(record.text))
+        return self.session.predictor.describe_trouble(prompt, self.session.decode.max_new_tokens)
 
     def prompt(self, text: str) -> str:
         """The prompt of an input."""

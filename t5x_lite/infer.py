@@ -191,8 +191,7 @@ class PredictionWriter:
 
     def lines(self, chunk: Sequence[Record], progress: Callable[[int], None]) -> list[str]:
         """The output line of every record; `progress` is called with how many are done."""
-        chunk = [self.checked(record) for record in chunk]
-        chunk = inference.mark_troubles(chunk, self.find_excess)
+        chunk = inference.mark_troubles(chunk, self.describe_trouble)
         self.troubled += inference.complain(chunk, self.args.input, self.args.broken == "stop")
         answers = iter(self.answers([each for each in chunk if not each.trouble], progress))
         lines = []
@@ -204,25 +203,11 @@ class PredictionWriter:
             lines.append(plain(row) if self.args.text else json_line(row))
         return lines
 
-    def checked(self, record: Record) -> Record:
-        """The record, in trouble where the model's vocabularies cannot read its texts."""
-        if record.trouble:
-            return record
-        predictor = self.session.predictor
-        try:
-            predictor.encode_inputs([record.text])
-            if self.args.targets:
-                predictor.encode_targets([record.fields[self.args.targets]])
-        except ValueError as error:
-            return dataclasses.replace(record, trouble=str(error))
-        return record
-
-    def find_excess(self, records: list[Record]) -> list[str]:
-        """Reasons why the model has too few positions for records; "" for one that fits."""
-        args, texts = self.args, [record.text for record in records]
-        targets = [record.fields[args.targets] for record in records] if args.targets else None
-        new_tokens = 1 if args.embed else self.session.decode.max_new_tokens
-        return self.session.predictor.find_excess(texts, new_tokens, targets)
+    def describe_trouble(self, record: Record) -> str:
+        """The reason why the model cannot read a record; "" where it can."""
+        target = record.fields[self.args.targets] if self.args.targets else None
+        new_tokens = 1 if self.args.embed else self.session.decode.max_new_tokens
+        return self.session.predictor.describe_trouble(not_none(record.text), new_tokens, target)
 
     def answers(self, records: list[Record], progress: Callable[[int], None]) -> list[dict]:
         """Fields that the model adds to each record: a score, a vector or a text."""

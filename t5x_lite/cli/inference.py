@@ -77,18 +77,15 @@ def complain(records: Sequence[Record], source: str, stop: bool = False) -> int:
     return count
 
 
-def mark_troubles(
-    records: Sequence[Record], find: Callable[[list[Record]], list[str]]
-) -> list[Record]:
+def mark_troubles(records: Sequence[Record], describe: Callable[[Record], str]) -> list[Record]:
     """Records, in trouble where the model cannot read one.
 
     Args:
       records: good and bad ones.
-      find: the trouble of each good one, "" for none.
+      describe: returns the trouble of a good one, "" for none.
     """
-    troubles = iter(find([record for record in records if not record.trouble]))
     return [
-        record if record.trouble else dataclasses.replace(record, trouble=next(troubles) or None)
+        record if record.trouble else dataclasses.replace(record, trouble=describe(record) or None)
         for record in records
     ]
 

@@ -156,13 +156,33 @@ def from_files(cfg: config.Files, cache_dir: str, trained_on: Sequence[config.Fi
         name=cfg.name,
         splits=splits,
         vocabularies=pair,
-        read=TextReader(partial(files.read_rows, cfg), pair, counts),
+        read=TextReader(partial(files.read_rows, cfg, describe=describe_words(pair)), pair, counts),
         source=partial(files.source, cfg),
         has_inputs=cfg.inputs is not None,
         metrics=cfg.metrics,
         counts=counts,
         files=partial(files.list_paths, cfg),
     )
+
+
+def describe_words(
+    pair: tuple[TextVocabulary, TextVocabulary],
+) -> Callable[[TextExample], str] | None:
+    """Function that returns the reason why an example is not numbers of the vocabularies, "" if it
+    is; None for vocabularies that read any text."""
+    checked = [isinstance(each, vocabularies.IntegerVocabulary) for each in pair]
+
+    def describe(row: TextExample) -> str:
+        sides = ([row.inputs or ""], row.references or (row.targets,))
+        try:
+            for vocabulary, numbers, texts in zip(pair, checked, sides, strict=True):
+                if numbers:
+                    vocabulary.encode_all(texts)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return describe if any(checked) else None
 
 
 def vocabulary_pair(

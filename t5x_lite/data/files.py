@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from t5x_lite import config
@@ -100,7 +100,10 @@ def format_of(cfg: config.Files, path: Path) -> str:
 
 
 def read_rows(
-    cfg: config.Files, split: str, counts: dict[str, int] | None = None
+    cfg: config.Files,
+    split: str,
+    counts: dict[str, int] | None = None,
+    describe: Callable[[TextExample], str] | None = None,
 ) -> Iterator[TextExample]:
     """Yields the examples of a split, file after file.
 
@@ -109,6 +112,7 @@ def read_rows(
       split: train, validation or test.
       counts: receives the number of lines left out by this pass, if Files.broken is "skip", and the
         first of them are logged; None for a pass that reports nothing.
+      describe: returns the reason why the vocabularies cannot read an example, "" if they can.
 
     Raises:
       ValueError: a line cannot be read and Files.broken is not "skip"; with its file and number.
@@ -121,6 +125,8 @@ def read_rows(
             else:
                 row, problem = row_of(cfg, fields)
             if row is not None:
+                problem = describe(row) if describe else ""
+            if row is not None and not problem:
                 yield row
                 continue
             if cfg.broken != "skip":

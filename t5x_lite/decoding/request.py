@@ -204,16 +204,26 @@ def check_ids(
       ValueError: an id is outside of the vocabulary, or a row is empty and may not be.
     """
     for number, row in enumerate(rows):
-        if not len(row) and not empty:
-            raise ValueError(
-                f"{name} {number} is empty, and the tokenizer adds no token to it: the model needs "
-                "at least one"
-            )
-        if len(row) and not 0 <= min(row) <= max(row) < cfg.vocab:
-            raise ValueError(
-                f"{name} {number} has ids outside of the model's vocabulary 0..{cfg.vocab - 1}: "
-                "was it tokenized with another vocabulary?"
-            )
+        if reason := describe_ids(cfg, row, empty):
+            raise ValueError(f"{name} {number} {reason}")
+
+
+def describe_ids(cfg: config.Model, row: Sequence[int], empty: bool = False) -> str:
+    """The reason why a model cannot read a row of ids; "" where it can.
+
+    Args:
+      cfg: config of the model.
+      row: the ids.
+      empty: the row may be empty.
+    """
+    if not len(row) and not empty:
+        return "is empty, and the tokenizer adds no token to it: the model needs at least one"
+    if len(row) and not 0 <= min(row) <= max(row) < cfg.vocab:
+        return (
+            f"has ids outside of the model's vocabulary 0..{cfg.vocab - 1}: was it tokenized with "
+            "another vocabulary?"
+        )
+    return ""
 
 
 def describe_excess(cfg: config.Model, example: Sequence[int], new_tokens: int = 1) -> str:

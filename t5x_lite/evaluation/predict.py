@@ -19,6 +19,7 @@ from t5x_lite.decoding.request import (
     check_positions,
     count_samples,
     describe_excess,
+    describe_ids,
 )
 from t5x_lite.decoding.scoring import check_pairs
 from t5x_lite.decoding.steering.constraints import find_constraint
@@ -236,24 +237,29 @@ class Predictor:
                 scored[place] = float(scores.log_probability[row]), tokens
         return [scored[place] for place in range(len(ids))]
 
-    def find_excess(
-        self, texts: Sequence[str], new_tokens: int = 1, targets: Sequence[str] | None = None
-    ) -> list[str]:
-        """Reasons why texts take more positions than the model has learned; "" for one that fits.
+    def describe_trouble(self, text: str, new_tokens: int = 1, target: str | None = None) -> str:
+        """The reason why the model cannot read a text; "" where it can.
+
+        Its vocabulary lacks something in it, an id is outside of the model's, there is no token, or
+        it takes more positions than the model has learned.
 
         Args:
-          texts: inputs.
-          new_tokens: tokens that are written after each; 1 where it is only read.
-          targets: texts to be scored after them, in place of `new_tokens`.
+          text: an input.
+          new_tokens: tokens that are written after it; 1 where it is only read.
+          target: text to be scored after it, in place of `new_tokens`.
         """
-        stacks = (self.cfg.encoder, self.cfg.decoder)
-        if all(stack is None or stack.max_length is None for stack in stacks):
-            return [""] * len(texts)
-        counts = [new_tokens] * len(texts)
-        if targets is not None:
-            counts = [len(row) for row in self.encode_targets(targets)]
-        rows = zip(self.encode_inputs(texts), counts, strict=True)
-        return [describe_excess(self.cfg, row, count) for row, count in rows]
+        try:
+            ids = self.encode_inputs([text])[0]
+            if target is not None:
+                target_ids = self.encode_targets([target])[0]
+                new_tokens = len(target_ids)
+                if reason := describe_ids(self.cfg, target_ids):
+                    return f"the target {reason}"
+        except ValueError as error:
+            return str(error)
+        return describe_ids(self.cfg, ids, empty=self.cfg.encoder is None) or describe_excess(
+            self.cfg, ids, new_tokens
+        )
 
     def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each input."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vocabularies that need no model: bytes, listed symbols, and ids that are ids already."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from t5x_lite.tokenizers.special_tokens import (
 from t5x_lite.utils.text_lines import check_unicode
 
 SPECIAL = 3  # padding, end, unknown
+# A text of an id, shorter than what Python refuses to read as a number.
+DECIMAL = re.compile("[0-9]{1,20}")
 
 
 class ByteVocabulary:
@@ -166,7 +169,17 @@ class IntegerVocabulary:
         return None
 
     def encode(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
+        """The ids; raises ValueError for a word that is not one of them."""
+        return [self.parse_id(word) for word in text.split()]
+
+    def parse_id(self, word: str) -> int:
+        token = int(word) if DECIMAL.fullmatch(word) else -1
+        if not 0 <= token < self.size:
+            raise ValueError(
+                f"{word[:40]!r} is no id of this vocabulary: a text is numbers from 0 to "
+                f"{self.size - 1} between spaces"
+            )
+        return token
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(self.encode(text), np.int32) for text in texts]

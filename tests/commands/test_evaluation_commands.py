@@ -186,6 +186,32 @@ def test_jsonl_keeps_its_fields_and_names_what_is_missing(folder, capsys):
         assert reason in row["error"]
 
 
+def test_a_line_with_ids_outside_of_the_vocabulary_is_one_bad_line(folder, capsys):
+    numbers = vocabularies.IntegerVocabulary(50)
+    save_pair(folder / "vocabulary", numbers, numbers)
+    source, out = folder / "ids.txt", folder / "out.jsonl"
+    source.write_text("3 4\n5 99\nhello\n7 2147483648\n6\n")
+    infer(folder, f"--input={source}", f"--output={out}")
+    assert ["error" in row for row in rows(out)] == [False, True, True, True, False]
+    assert "line 4: '2147483648' is no id of this vocabulary" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        infer(folder, f"--input={source}", "--output=-", "--broken=stop")
+    assert "line 2: '99' is no id of this vocabulary" in capsys.readouterr().err
+    pairs = [{"input": "3", "said": "4"}, {"input": "3", "said": "99"}, {"input": "5", "said": "6"}]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    infer(folder, f"--input={folder}/pairs.jsonl", "--targets=said", "--output=" + str(out) + "2")
+    assert ["error" in row for row in rows(folder / "out.jsonl2")] == [False, True, False]
+
+
+def test_a_line_with_ids_that_the_model_lacks_is_one_bad_line(folder):
+    predictor = interactive.load(folder).predictor
+    predictor.inputs = vocabularies.ByteVocabulary()
+    assert predictor.describe_trouble("cat") == ""
+    assert "has ids outside of the model's vocabulary 0..127" in predictor.describe_trouble("é")
+    predictor.inputs = vocabularies.SymbolVocabulary(["AA"], separator=" ", ends=False)
+    assert predictor.describe_trouble(" ").startswith("is empty, and the tokenizer adds no token")
+
+
 def test_given_targets_are_scored(folder):
     source, out = folder / "pairs.jsonl", folder / "out.jsonl"
     pairs = [{"input": "cat", "said": "K AE T"}, {"input": "ox"}, {"input": "a", "said": "\ud83d"}]

@@ -227,3 +227,18 @@ def test_an_end_typed_after_an_input_is_read_once_wherever_it_is_read():
     assert vocabularies.encode_texts(vocabulary, ["a</s>"], ended=False)[0].tolist() == plain
     unnamed = vocabularies.ByteVocabulary()
     assert vocabularies.encode_with_ends(unnamed, "a</s>") == [*unnamed.encode("a</s>"), 1]
+
+
+def test_numbers_that_are_no_ids_are_broken_lines(tmp_path, caplog):
+    numbers = vocabularies.IntegerVocabulary(50)
+    vocabularies.save_pair(tmp_path / "vocabulary", numbers, numbers)
+    path = tmp_path / "a.tsv"
+    path.write_text("de\ten\n1 2\t3\n1 50\t3\n1 2\thello\n4\t5\n")
+    (tmp_path / "config.gin").touch()
+    vocabulary = config.Vocabulary("checkpoint", path=str(tmp_path))
+    with pytest.raises(ValueError, match="a.tsv, line 3: '50' is no id .*Fix it, or set"):
+        statistics(described(path, vocabulary=vocabulary), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        cfg = described(path, vocabulary=vocabulary, broken="skip")
+        assert statistics(cfg, tmp_path).counts == {"broken lines left out": 2}
+    assert "line 4 is left out: 'hello' is no id" in caplog.text

@@ -117,6 +117,16 @@ def test_trained_pieces_give_back_text_they_never_saw(every, text):
     assert vocabulary.decode(vocabulary.encode(text)) == text
 
 
+@pytest.mark.parametrize(
+    "word", ["50", "2147483648", "9" * 5000, "-1", "+1", "1_0", "hello", "1.0", "\u0661", "0x1"]
+)
+def test_a_word_that_is_no_id_is_named(every, word):
+    assert every["numbers"].encode("0 007\t49\n1") == [0, 7, 49, 1]
+    with pytest.raises(ValueError, match="is no id of this vocabulary.* 0 to 49") as caught:
+        every["numbers"].encode_all(["3", f"4 {word}"])
+    assert repr(word[:40]) in str(caught.value)
+
+
 def test_symbols_that_are_not_listed_are_unknown():
     assert vocabularies.SymbolVocabulary(list("ab")).encode("axb") == [3, 2, 4]
 
