@@ -14,7 +14,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
-from t5x_lite.cli.records import Record, Sink, Source
+from t5x_lite.cli.records import Record, Sink, Source, is_json_lines
 from t5x_lite.config.checked import Count
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.hub import source_argument, source_identity
@@ -202,7 +202,7 @@ def generate(args: argparse.Namespace) -> None:
 def open_inputs(args: argparse.Namespace) -> tuple[Iterator[Record], int | None, str | None]:
     """The records to write targets for, their number, and a digest of their content."""
     if args.input:
-        source = Source(args.input, args.input.endswith(".jsonl"), args.field)
+        source = Source(args.input, is_json_lines(args.input), args.field)
         return source.records(), source.count(), source.digest()
     from t5x_lite import config, data
 

@@ -13,7 +13,14 @@ from t5x_lite.cli import inference, options
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import Progress
-from t5x_lite.cli.records import Record, Sink, Source, describe_text, json_line
+from t5x_lite.cli.records import (
+    Record,
+    Sink,
+    Source,
+    describe_text,
+    is_json_lines,
+    json_line,
+)
 from t5x_lite.utils.hub import source_identity
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import path_argument
@@ -148,7 +155,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def is_jsonl(args: argparse.Namespace) -> bool:
     """True if the input is JSONL."""
-    return args.jsonl or args.input.endswith(".jsonl")
+    return args.jsonl or is_json_lines(args.input)
 
 
 def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict[str, Any]:

@@ -102,6 +102,11 @@ class Source:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def is_json_lines(path: str) -> bool:
+    """True for a name that ends as files of JSON lines do."""
+    return path.lower().endswith((".jsonl", ".ndjson"))
+
+
 def describe_text(fields: dict[str, Any], name: str) -> str | None:
     """The reason why a field is not a text; None for a text."""
     text = fields.get(name)

@@ -90,16 +90,23 @@ class Files(Checked):
       vocabulary: how the text becomes ids.
       validation: files of the validation split.
       test: files of the test split.
-      format: format of the files; None reads it from their ending. A `text` file has one example
-        per line: its targets. `tsv` and `csv` name their columns in the first line.
-      inputs: field of the inputs; None means text without a source (language modeling).
-      targets: field of the targets.
+      format: format of the files; None reads it from their ending, before .gz, .bz2, .xz or .zst.
+        A `text` file has one example per line: its targets. `tsv` and `csv` name their columns in
+        the first line. `json` is an array of objects, or one object per line as `jsonl`.
+      inputs: field of the inputs, or a template with fields in braces, "translate English to
+        German: {translation.en}"; a dot leads into a field of a field. None means text without a
+        source (language modeling).
+      targets: field of the targets, or a template. A list of texts is a list of right answers, of
+        which the first is trained on.
       metrics: metrics of the task.
       whole_files: a `text` file is one example.
       broken: what a line that cannot be read does: stop, or skip, which is counted.
       quotes: cells of a tsv file are quoted as csv writers, pandas and spreadsheets do where they
         hold a tab, a quote or the end of a line; False keeps every quote; None refuses a cell that
         looks quoted. A csv file always has such quotes.
+      delimiter: character between the cells of a csv file; None is a comma.
+      numbers: fields that are numbers are read as text, as Python writes them.
+      labels: names of the labels in `targets` by number, from 0; () for targets that are text.
     """
 
     name: str
@@ -107,13 +114,27 @@ class Files(Checked):
     vocabulary: Vocabulary
     validation: AnyPath | None = None
     test: AnyPath | None = None
-    format: Literal["jsonl", "tsv", "csv", "text", "parquet"] | None = None
+    format: Literal["jsonl", "json", "tsv", "csv", "text", "parquet"] | None = None
     inputs: str | None = None
     targets: str = "targets"
     metrics: tuple[str, ...] = ("exact_match",)
     whole_files: bool = False
     broken: Literal["stop", "skip"] = "stop"
     quotes: bool | None = None
+    delimiter: str | None = None
+    numbers: bool = False
+    labels: tuple[str, ...] = ()
+
+    def check(self):
+        require(
+            self.delimiter is None
+            or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n\0'),
+            f"Files.delimiter must be one character, and no quote; got {self.delimiter!r}",
+        )
+        require(
+            self.delimiter is None or self.format in (None, "csv"),
+            'Files.delimiter is for csv files: set Files.format = "csv"',
+        )
 
 
 @dataclass(frozen=True)

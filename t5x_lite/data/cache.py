@@ -29,11 +29,6 @@ FORMAT = 4  # raised when the same source gives other ids or another order, and 
 MALFORMED = (ValueError, KeyError, AttributeError, TypeError, RecursionError)
 KEY = 20  # hexadecimal digits of a folder's key
 
-FORMAT = 3  # raised when the same source gives other ids or another order, and for other files
-# Errors of JSON that is not what was written.
-MALFORMED = (ValueError, KeyError, AttributeError, TypeError, RecursionError)
-KEY = 20  # hexadecimal digits of a folder's key
-
 
 class DamagedTokens(ValueError):
     """A folder of the cache does not hold what was written to it."""

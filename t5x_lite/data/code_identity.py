@@ -212,8 +212,10 @@ def imported_modules(function: types.FunctionType) -> Iterator[types.ModuleType]
                 users = not is_library(top)
             else:  # nothing of a library is imported for this
                 spec = importlib.util.find_spec(top)
-                places = spec and [spec.origin, *(spec.submodule_search_locations or ())]
-                users = bool(places) and not any(map(is_installed, filter(None, places)))
+                if spec is None:
+                    continue
+                places = (spec.origin, *(spec.submodule_search_locations or ()))
+                users = not any(is_installed(place) for place in places if place)
             if users:
                 yield importlib.import_module(name)
 

@@ -1,75 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of one file, by its format: records with their places, or what is wrong with one."""
 
-import csv
-import gzip
+import codecs
 import io
+import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from t5x_lite import config
-from t5x_lite.utils.text_lines import (
-    TextError,
-    check_unicode,
-    decode_line,
-    describe_bracket,
-    parse_object,
-)
+from t5x_lite.data.examples import column_of, fields_of, fields_read
+from t5x_lite.data.tables import read_csv, read_tsv
+from t5x_lite.data.text_files import MOST_BYTES, check_size, decoded_lines, open_binary
+from t5x_lite.utils.bounded_files import repeated_name
+from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.text_lines import TextError, decode_line, describe_bracket, parse_object
 
-# Of one example. A gzip file unpacks to a thousand times its size, and may be one line.
-MOST_BYTES = 2**28
-
-
-def fields_read(cfg: config.Files) -> list[str]:
-    """Names of the fields that are read."""
-    return [cfg.targets] if cfg.inputs is None else [cfg.inputs, cfg.targets]
+Records = Iterator[tuple[str, dict | str]]
+BLOCK = 2**20
+HEAD = 2**16  # bytes that show whether a file is an array
+SPACES = re.compile(r"[ \t\r\n]*")
+# Characters of the longest literal of JSON and some more: an error before them is not of the end.
+SLACK = 32
 
 
-def open_binary(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """Opens a file for reading bytes, unpacked if it is a .gz file."""
-    content = path.open("rb")
-    return gzip.open(content, "rb") if path.suffix == ".gz" else content
-
-
-def check_size(path: Path, place: str, content: bytes) -> None:
-    """Checks the size of one example.
-
-    Args:
-      path: file of the example.
-      place: line or row, for the message.
-      content: bytes of the example.
-
-    Raises:
-      ValueError: it is larger than MOST_BYTES.
-    """
-    if len(content) > MOST_BYTES:
-        raise ValueError(
-            f"{path}, {place} has more than {MOST_BYTES:,} bytes: no example is so long. Is it "
-            "text, one example to a line?"
-        )
-
-
-def decoded_lines(path: Path, errors: str = "strict") -> Iterator[tuple[str, str | TextError]]:
-    """Yields numbered lines, or the error of a line that is not UTF-8.
-
-    Raises ValueError for a file whose lines end in CR alone: it would be one line.
-    """
-    with open_binary(path) as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
-            place = f"line {number}"
-            check_size(path, place, line)
-            if number == 1 and b"\r" in line.rstrip(b"\r\n") and not lines.peek(1):
-                raise ValueError(
-                    f"{path}: its lines end in CR alone, as those of old Macs; end them in LF: "
-                    "tr '\\r' '\\n' < OLD > NEW"
-                )
-            try:
-                yield place, decode_line(line, number, errors)
-            except TextError as error:
-                yield place, error
-
-
-def read_jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+def read_jsonl(cfg: config.Files, path: Path) -> Records:
     """Records of a file with one JSON object per line.
 
     Raises ValueError for a file that begins as a single JSON value: no line of it is an example.
@@ -80,7 +36,9 @@ def read_jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]
             yield place, str(line)
         elif line.strip():
             if first and (reason := describe_bracket(line)):
-                raise ValueError(f"{path}, {place}: {reason}")
+                array = line.strip().startswith("[")
+                remedy = '. Files.format = "json" reads an array' if array else ""
+                raise ValueError(f"{path}, {place}: {reason}{remedy}")
             first = False
             try:
                 record: dict | str = parse_object(line)
@@ -89,113 +47,117 @@ def read_jsonl(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]
             yield place, record
 
 
-def read_tsv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
-    """Records under the names in the first line, between tabs; quotes as Files.quotes says."""
-    rows = quoted_rows(path, "\t") if cfg.quotes else tabbed_rows(path, cfg.quotes is None)
-    return read_table(cfg, path, rows)
+def read_json(cfg: config.Files, path: Path) -> Records:
+    """Records of a JSON array of objects, or of a file with one object per line."""
+    with open_binary(path) as content:
+        begin = content.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
+    return read_array(path) if begin.startswith(b"[") else read_jsonl(cfg, path)
 
 
-def read_csv(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
-    """Records under the names in the first line, between commas, quoted where they need it."""
-    return read_table(cfg, path, quoted_rows(path, ","))
+def read_array(path: Path) -> Records:
+    """Records of a JSON array, read as they are needed.
 
-
-def read_table(
-    cfg: config.Files, path: Path, rows: Iterator[tuple[str, list[str] | str]]
-) -> Iterator[tuple[str, dict | str]]:
-    """Records of a table.
-
-    Args:
-      cfg: the files.
-      path: of the table.
-      rows: place and cells of every row, or a message; the first has the names of the columns.
-
-    Raises:
-      ValueError: the names cannot be read, so that nothing can; or two columns share one.
+    Raises ValueError where it is not JSON: what comes after that cannot be read.
     """
-    place, head = next(rows, ("line 1", "the file is empty"))
-    if isinstance(head, str):
-        raise ValueError(f"{path}, {place} should hold the names of the columns: {head}")
-    for name in fields_read(cfg):
-        if head.count(name) > 1:
-            raise ValueError(f"{path}, {place}: {head.count(name)} columns are named {name!r}")
-    for place, cells in rows:
-        if isinstance(cells, str):
-            yield place, cells
-        elif len(cells) == len(head):
-            yield place, dict(zip(head, cells, strict=True))
-        else:
-            hint = " (quoted cells? Files.quotes = True)" if any_quoted(cells) else ""
-            yield place, f"{len(cells)} columns where the first line has {len(head)}{hint}"
-
-
-def tabbed_rows(path: Path, refuse_quotes: bool) -> Iterator[tuple[str, list[str] | str]]:
-    """Place and cells of every row of a file without quotes, or a message.
-
-    Args:
-      path: of the file.
-      refuse_quotes: a cell that a csv writer has quoted is an error.
-    """
-    for place, line in decoded_lines(path):
-        if isinstance(line, TextError):
-            yield place, str(line)
-        elif line.strip("\r\n"):
-            cells = line.rstrip("\r\n").split("\t")
-            if refuse_quotes and (cell := next(filter(is_quoted, cells), None)):
-                yield (
-                    place,
-                    (
-                        f"{cell[:40]!r} is quoted as csv writers do: set Files.quotes = True to "
-                        "read it so, or False to keep every quote"
-                    ),
-                )
-            else:
-                yield place, cells
-
-
-def is_quoted(cell: str) -> bool:
-    """True for a cell in quotes with quotes doubled inside: no text is written so."""
-    return cell[:1] == '"' == cell[-1:] and '""' in cell[1:-1]
-
-
-def any_quoted(cells: list[str]) -> bool:
-    """True if a cell begins or ends in a quote, as the parts of a quoted cell do."""
-    return any('"' in (cell[:1], cell[-1:]) for cell in cells)
-
-
-def quoted_rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str] | str]]:
-    """Place and cells of every row of a file with quoted cells, or a message.
-
-    A row may take several lines; its place is the first.
-    """
-    csv.field_size_limit(MOST_BYTES)
-    # Bytes that are not UTF-8 must not hide the quote that ends a cell: they are looked for later.
-    lines = (line for _, line in decoded_lines(path, "surrogateescape") if isinstance(line, str))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        place = f"line {reader.line_num + 1}"
+    with open_binary(path) as content:
+        items = JsonItems(path, io.TextIOWrapper(content, "utf-8-sig", newline=""))
         try:
-            cells = next(reader, None)
-            if cells is None:
-                return
-            check_unicode("".join(cells))
-        except csv.Error as error:
-            yield place, f"broken quotes ({error})"
-        except TextError:
-            yield place, "not UTF-8"
-        else:
-            if cells:
-                yield place, cells
+            yield from items
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, after item {items.number}: not UTF-8") from error
 
 
-def read_text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+class JsonItems:
+    """Items of a JSON array in a stream of text.
+
+    Attributes:
+      number: of items read so far.
+    """
+
+    def __init__(self, path: Path, stream: io.TextIOBase):
+        self.path, self.stream = path, stream
+        self.text, self.begin, self.number = "", 0, 0  # what comes now is text[begin:]
+        self.repeated: list[str] = []  # names that an object of this item has twice
+        self.decoder = json.JSONDecoder(object_pairs_hook=self.collect)
+
+    def __iter__(self) -> Records:
+        self.expect("[")
+        while self.next_character() != "]":
+            if self.number:
+                self.expect(",")
+            value, place = self.parse(), f"item {self.number}"
+            if self.repeated:
+                yield place, f"field {self.repeated[0]!r} is there twice"
+            elif isinstance(value, dict):
+                yield place, value
+            else:
+                yield place, "not a JSON object"
+        self.expect("]")
+        if after := self.next_character():
+            raise self.broken(f"{after!r} after the end of the array")
+
+    def collect(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """The object of these names and values; keeps a name that is there twice."""
+        twice = repeated_name(pairs)
+        if twice is not None:
+            self.repeated.append(twice)
+        return dict(pairs)
+
+    def parse(self) -> Any:
+        """The next item."""
+        self.number += 1
+        self.next_character()
+        while True:
+            self.repeated.clear()
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.begin)
+            except RecursionError as error:
+                raise self.broken("nested too deeply") from error
+            except ValueError as error:
+                text = not getattr(error, "msg", "").startswith("Unterminated string")
+                early = text and getattr(error, "pos", 0) < len(self.text) - SLACK
+                if early or not self.read():
+                    raise self.broken(f"not JSON ({error})") from error
+            else:
+                if end < len(self.text) or not self.read():  # 12 may be the begin of 123
+                    self.begin = end
+                    return value
+
+    def next_character(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            self.begin = not_none(SPACES.match(self.text, self.begin)).end()
+            if self.begin < len(self.text) or not self.read():
+                return self.text[self.begin : self.begin + 1]
+
+    def expect(self, character: str) -> None:
+        """Reads a character; raises ValueError for another one."""
+        if self.next_character() != character:
+            raise self.broken(f"{character!r} is missing")
+        self.begin += 1
+
+    def read(self) -> bool:
+        """Reads on, as much again as is there; False at the end."""
+        rest = self.text[self.begin :]
+        check_size(self.path, f"item {self.number}", rest)
+        more = self.stream.read(max(BLOCK, len(rest)))
+        self.text, self.begin = rest + more, 0
+        return bool(more)
+
+    def broken(self, reason: str) -> ValueError:
+        """Error for what comes now."""
+        return ValueError(f"{self.path}, item {max(1, self.number)} of the array: {reason}")
+
+
+def read_text(cfg: config.Files, path: Path) -> Records:
     """Records of plain text: one per line, or the whole file."""
+    names = fields_of(cfg.targets)
     if cfg.whole_files:
         try:
             with open_binary(path) as whole:
                 content = whole.read(MOST_BYTES + 1)
             check_size(path, "the file", content)
-            yield "the file", {cfg.targets: decode_line(content, 1)}
+            yield "the file", dict.fromkeys(names, decode_line(content, 1))
         except TextError as error:
             yield "the file", str(error)
         return
@@ -203,21 +165,20 @@ def read_text(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]
         if isinstance(line, TextError):
             yield place, str(line)
         elif line.strip():
-            yield place, {cfg.targets: line.rstrip("\r\n")}
+            yield place, dict.fromkeys(names, line.rstrip("\r\n"))
 
 
-def read_parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
+def read_parquet(cfg: config.Files, path: Path) -> Records:
     """Records of a Parquet file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    import pyarrow
+    import pyarrow.parquet
+
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(path.open("rb"))
         there = table.schema_arrow.names
-        names = [name for name in fields_read(cfg) if name in there]
+        names = list(dict.fromkeys(column_of(name, there) for name in fields_read(cfg)))
+        names = [name for name in names if name in there]
         if twice := [name for name in names if there.count(name) > 1]:
             raise ValueError(f"several columns are named {twice[0]!r}")
         for batch in table.iter_batches(columns=names or None):
@@ -229,8 +190,9 @@ def read_parquet(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | st
         raise ValueError(f"{path}: not a Parquet file, or a broken one{after} ({error})") from error
 
 
-READERS: dict[str, Callable] = {
+READERS: dict[str, Callable[[config.Files, Path], Records]] = {
     "jsonl": read_jsonl,
+    "json": read_json,
     "tsv": read_tsv,
     "csv": read_csv,
     "text": read_text,

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own files as examples: JSONL, TSV, CSV, plain text and Parquet, by globs; .gz files are
-unpacked."""
+"""A user's own files as examples: JSONL, JSON, TSV, CSV, plain text and Parquet, by globs; packed
+files are unpacked."""
 
 import dataclasses
 import glob
-import gzip
 import hashlib
 import json
 import logging
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
-from t5x_lite.data.file_formats import READERS, fields_read
+from t5x_lite.data.examples import ExampleBuilder, FieldError
+from t5x_lite.data.file_formats import READERS
+from t5x_lite.data.text_files import packed_ending, unpacking_errors
 from t5x_lite.utils import remote_paths
 from t5x_lite.utils.paths import is_address, parse_path
-from t5x_lite.utils.text_lines import TextError, check_unicode
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ MOST_NAMED = 3
 ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",
+    ".json": "json",
     ".tsv": "tsv",
     ".csv": "csv",
     ".txt": "text",
@@ -81,7 +80,7 @@ def source(cfg: config.Files, split: str) -> str:
         for field in dataclasses.fields(cfg)
         if field.name not in apart
     }
-    formats = [[format_of(cfg, path), path.suffix == ".gz"] for path in list_paths(cfg, split)]
+    formats = [[format_of(cfg, path), packed_ending(path)] for path in list_paths(cfg, split)]
     return hashlib.sha256(json.dumps([options, formats]).encode()).hexdigest()
 
 
@@ -90,12 +89,10 @@ def format_of(cfg: config.Files, path: Path) -> str:
 
     Raises ValueError if neither determines it.
     """
-    named = path.with_suffix("") if path.suffix == ".gz" else path
-    kind = cfg.format or ENDINGS.get(named.suffix)
+    named = path.with_suffix("") if packed_ending(path) else path
+    kind = cfg.format or ENDINGS.get(named.suffix.lower())
     if kind is None:
-        raise ValueError(
-            f"{path}: unknown ending; set Files.format to jsonl, tsv, csv, text or parquet"
-        )
+        raise ValueError(f"{path}: unknown ending; set Files.format to {', '.join(READERS)}")
     return kind
 
 
@@ -117,16 +114,11 @@ def read_rows(
     Raises:
       ValueError: a line cannot be read and Files.broken is not "skip"; with its file and number.
     """
-    left_out = 0
+    builder, left_out = ExampleBuilder(cfg), 0
     for path in list_paths(cfg, split):
-        for place, fields in read_records(cfg, path):
-            if isinstance(fields, str):
-                row, problem = None, fields
-            else:
-                row, problem = row_of(cfg, fields)
+        for place, record in read_records(cfg, path):
+            row, problem = build_example(builder, record, describe)
             if row is not None:
-                problem = describe(row) if describe else ""
-            if row is not None and not problem:
                 yield row
                 continue
             if cfg.broken != "skip":
@@ -141,35 +133,30 @@ def read_rows(
                     log.warning("%s, %s is left out: %s", path, place, problem)
 
 
+def build_example(
+    builder: ExampleBuilder, record: dict | str, describe: Callable[[TextExample], str] | None
+) -> tuple[TextExample | None, str]:
+    """Example of a record, or None and the reason why it has none.
+
+    Args:
+      builder: of examples.
+      record: fields, or a message.
+      describe: returns the reason why the vocabularies cannot read an example, "" if they can.
+    """
+    if isinstance(record, str):
+        return None, record
+    try:
+        row = builder.build(record)
+    except FieldError as error:
+        return None, str(error)
+    problem = describe(row) if describe else ""
+    return (None, problem) if problem else (row, "")
+
+
 def read_records(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:
     """Yields the records of a file with their places, or a message instead of a broken record.
 
     Raises ValueError where the rest of the file cannot be read.
     """
-    try:
+    with unpacking_errors(path):
         yield from READERS[format_of(cfg, path)](cfg, path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not a complete gzip file ({error}): copy it again") from error
-
-
-def row_of(cfg: config.Files, fields: dict) -> tuple[TextExample | None, str]:
-    """Example of a record, or None and a message."""
-    for name in fields_read(cfg):
-        if name not in fields:
-            return None, f"no field {name!r}; there are {', '.join(map(repr, fields))}"
-    targets = fields[cfg.targets]
-    # A list of strings as targets is a list of right answers; the first is trained on.
-    several = isinstance(targets, list) and targets
-    answers = tuple(targets) if several else (targets,)
-    texts = [] if cfg.inputs is None else [(f"field {cfg.inputs!r}", fields[cfg.inputs])]
-    for number, answer in enumerate(answers, 1):
-        item = f"item {number} of " if len(answers) > 1 else ""
-        texts.append((f"{item}field {cfg.targets!r}", answer))
-    for name, text in texts:
-        if not isinstance(text, str):
-            return None, f"{name} is {type(text).__name__}, not text"
-        try:
-            check_unicode(text)
-        except TextError as error:
-            return None, f"{name} is {error}"
-    return TextExample(None if cfg.inputs is None else texts[0][1], answers[0], answers), ""

@@ -156,7 +156,7 @@ class DrafterCache:
         option = f"drafter=recycling:{path}"
         try:
             file = str(parse_path(path))
-            every = records.Source(file, path.endswith(".jsonl"), "prediction").records()
+            every = records.Source(file, records.is_json_lines(path), "prediction").records()
             known = [not_none(record.text) for record in every if record.trouble is None]
         except OSError as error:
             raise ValueError(f"{option} cannot be read: {error.strerror}") from None

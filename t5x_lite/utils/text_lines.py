@@ -6,6 +6,7 @@ broken for the other, in the same words.
 """
 
 import json
+import re
 from typing import Any
 
 from t5x_lite.utils.bounded_files import repeated_name
@@ -13,6 +14,8 @@ from t5x_lite.utils.bounded_files import repeated_name
 # Byte order mark: some editors begin a UTF-8 file with it.
 MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# A comma that ends a list of fields or items.
+LAST_COMMA = re.compile(r",(\s*[}\]])")
 
 
 class TextError(ValueError):
@@ -28,17 +31,31 @@ def decode_line(line: bytes, number: int, errors: str = "strict") -> str:
       errors: handling of other bytes, as bytes.decode has it.
 
     Raises:
-      TextError: it is not UTF-8, and `errors` is "strict".
+      TextError: it is not UTF-8 or has a NUL, and `errors` is "strict".
     """
     if number == 1:
         line = line.removeprefix(MARK)
     try:
-        return line.decode("utf-8", errors)
+        text = line.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})"
         if number == 1 and line.startswith(UTF_16):
             reason = "not UTF-8 but UTF-16 (iconv -f UTF-16 -t UTF-8 converts the file)"
         raise TextError(reason) from error
+    if errors == "strict":
+        check_nul(text)
+    return text
+
+
+def check_nul(text: str) -> None:
+    """Raises TextError for a NUL: UTF-16 without a byte order mark has one in each letter."""
+    place = text.find("\0")
+    if place < 0:
+        return
+    if 3 * text.count("\0") > len(text):
+        order = "BE" if place == 0 else "LE"
+        raise TextError(f"not UTF-8 but UTF-16 (iconv -f UTF-16{order} -t UTF-8 converts the file)")
+    raise TextError(f"not text: character {place + 1} is a NUL (tr -d '\\0' takes them out)")
 
 
 def parse_object(line: str) -> dict[str, Any]:
@@ -52,7 +69,8 @@ def parse_object(line: str) -> dict[str, Any]:
     except TextError:
         raise
     except (ValueError, RecursionError) as error:
-        raise TextError(describe_bracket(line) or f"not JSON ({error})") from error
+        reason = describe_bracket(line) or describe_comma(line) or f"not JSON ({error})"
+        raise TextError(reason) from error
     if isinstance(content, dict):
         return content
     if isinstance(content, list):
@@ -77,6 +95,25 @@ def describe_bracket(line: str) -> str:
     if line.strip() == "{":
         return "an object over several lines, where each should be one object (jq -c . FILE)"
     return ""
+
+
+def describe_comma(line: str) -> str:
+    """Message for a line that would be JSON without a last comma; "" for others."""
+    text = line.strip()
+    if text.endswith(",") and is_json(text[:-1]):
+        return "a comma after the object (sed 's/,[[:space:]]*$//' FILE takes it out)"
+    if is_json(LAST_COMMA.sub(r"\1", text)):
+        return "a comma before } or ], where JSON has none: take it out"
+    return ""
+
+
+def is_json(text: str) -> bool:
+    """True for a text that is JSON."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def check_unicode(text: str) -> None:

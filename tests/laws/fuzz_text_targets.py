@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of texts: configs, data files, tokenizers, vocabularies and chat templates."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,14 +65,33 @@ def write_examples(path: Path) -> None:
     write_jsonl(path, [{"inputs": word, "targets": [word, "b"], "n": 1} for word in WORDS])
 
 
+def write_array(path: Path) -> None:
+    """Writes examples as a JSON array."""
+    rows = [{"inputs": word, "targets": [word, "b"], "n": 1} for word in WORDS]
+    path.write_text(json.dumps(rows, indent=1))
+
+
+def write_nested(path: Path) -> None:
+    """Writes examples with fields in fields."""
+    write_jsonl(path, [{"a": {"b": word, "c": 0}, "n": 1.5} for word in WORDS])
+
+
 def write_table(path: Path) -> None:
     """Writes examples as a table."""
     path.write_text('a\ttargets\n1\tx y\n2\té\n"3"\t"quoted"\n')
 
 
-def write_gzip(path: Path) -> None:
-    """Writes lines of text, compressed."""
-    path.write_bytes(gzip.compress("".join(f"{word}\n" for word in 50 * WORDS).encode()))
+def packed_writer(pack: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    """Function that writes lines of text, packed."""
+    content = "".join(f"{word}\n" for word in 50 * WORDS).encode()
+    return lambda path: path.write_bytes(pack(content))
+
+
+def compress_zstd(content: bytes) -> bytes:
+    """Content as a .zst file."""
+    import pyarrow
+
+    return pyarrow.compress(content, "zstd", asbytes=True)
 
 
 def write_parquet(path: Path) -> None:
@@ -135,6 +156,7 @@ CHAT = """\
 {{ m['role'] }}: {{ m.content | tojson | trim }}
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}
 """
+TABLE = '1,"x\ny"\n2,é\n"3, a","quo""ted"\n'
 CONVERSATION = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\n"}]
 
 
@@ -243,9 +265,18 @@ TARGETS = {
         ("--gin.", ".gin"),
     ),
     "jsonl": of_files(".jsonl", write_examples, inputs="inputs"),
-    "tsv": of_files(".tsv", write_table),
+    "nested": of_files(
+        ".jsonl", write_nested, inputs="to {n}: {a.b}", targets="a.c", numbers=True, labels=("x",)
+    ),
+    "json": of_files(".json", write_array, inputs="inputs"),
+    "tsv": of_files(".tsv", write_table, quotes=False),
+    "csv": of_files(".csv", lambda path: path.write_text(f"a,targets\n{TABLE}")),
+    "quoted_tsv": of_files(".tsv", write_table, quotes=True),
     "text": of_files(".txt", lambda path: path.write_text("\n".join(WORDS))),
-    "gzip": of_files(".txt.gz", write_gzip),
+    "gzip": of_files(".txt.gz", packed_writer(gzip.compress)),
+    "bz2": of_files(".txt.bz2", packed_writer(bz2.compress)),
+    "xz": of_files(".txt.xz", packed_writer(lzma.compress)),
+    "zstd": of_files(".txt.zst", packed_writer(compress_zstd)),
     "parquet": of_files(".parquet", write_parquet, inputs="inputs"),
     "tokenizer_json": Target(make_tokenizer, read_tokenizer),
     "merges": Target(make_merges, read_tokenizer),

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files as lines of text, unpacked where their ending says that they are packed."""
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from t5x_lite.utils.text_lines import TextError, decode_line
+
+# Of one example. A packed file unpacks to a thousand times its size, and may be one line.
+MOST_BYTES = 2**28
+
+
+def open_zstd(content: Any, mode: str) -> io.BufferedReader:
+    """The content of an open .zst file; `mode` is "rb"."""
+    import pyarrow
+
+    packed: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(content, mode[0]), "zstd")
+    return io.BufferedReader(packed)
+
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd}
+
+
+def packed_ending(path: Path) -> str:
+    """Ending of a packed file, such as ".gz"; "" for one that is not packed."""
+    ending = path.suffix.lower()
+    return ending if ending in PACKED else ""
+
+
+def open_binary(path: Path) -> io.BufferedReader:
+    """Opens a file for reading bytes, unpacked."""
+    content, ending = path.open("rb"), packed_ending(path)
+    return cast(io.BufferedReader, PACKED[ending](content, "rb") if ending else content)
+
+
+@contextlib.contextmanager
+def unpacking_errors(path: Path) -> Generator[None]:
+    """Raises ValueError for a packed file that is broken."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
+        ending = packed_ending(path)
+        # A file system's errors have a number; those of the libraries have none.
+        if not ending or getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(
+            f"{path} is not a complete {ending} file ({error}): copy it again"
+        ) from error
+
+
+def check_size(path: Path, place: str, content: bytes | str) -> None:
+    """Checks the size of one example.
+
+    Args:
+      path: file of the example.
+      place: line or row, for the message.
+      content: the example.
+
+    Raises:
+      ValueError: it is larger than MOST_BYTES.
+    """
+    if len(content) > MOST_BYTES:
+        raise ValueError(
+            f"{path}, {place} has more than {MOST_BYTES:,} bytes: no example is so long. Is it "
+            "text, one example to a line?"
+        )
+
+
+def decoded_lines(path: Path, errors: str = "strict") -> Iterator[tuple[str, str | TextError]]:
+    """Yields numbered lines, or the error of a line that is not UTF-8.
+
+    Raises ValueError for a file whose lines end in CR alone: it would be one line.
+    """
+    with open_binary(path) as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(MOST_BYTES + 1), b""), 1):
+            place = f"line {number}"
+            check_size(path, place, line)
+            if number == 1 and b"\r" in line.rstrip(b"\r\n") and not lines.peek(1):
+                raise ValueError(
+                    f"{path}: its lines end in CR alone, as those of old Macs; end them in LF: "
+                    "tr '\\r' '\\n' < OLD > NEW"
+                )
+            try:
+                yield place, decode_line(line, number, errors)
+            except TextError as error:
+                yield place, error
