@@ -71,6 +71,8 @@ def range_text(kind: type, limits: object) -> str:
     """A number's type and its range: "int (at least 1)"; "path" for text that is one."""
     if kind is str:
         return "path"
+    if callable(limits):
+        return "text or dict"
     return kind.__name__ if limits == Range() else f"{kind.__name__} ({limits})"
 
 

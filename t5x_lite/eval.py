@@ -4,8 +4,9 @@
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from t5x_lite import config
 from t5x_lite.cli import gin_arguments, options
@@ -31,6 +32,9 @@ examples:
   # a checkpoint of another format has no data: name those to measure on
   python -m t5x_lite.eval --checkpoint=smollm2.q8_0.gguf --gin_file=configs/data/jsonl_pairs.gin \\
       --gin.config.Files.validation=pairs.jsonl
+  # how much do settings matter? Quality and tokens per second of each of six combinations
+  python -m t5x_lite.eval --checkpoint=runs/g2p --examples=200 --sweep temperature=0.5,1 \\
+      top_p=0.8,0.95,1 --plot=sweep.png
   # a seqio task of your own: import the module that registers it
   python -m t5x_lite.eval --checkpoint=runs/mine --import=my_tasks
 
@@ -72,6 +76,10 @@ def parser() -> Parser:
         metavar="N",
         help="print N predictions (default 5)",
     )
+    grid = "measure each combination of these settings of decoding: quality, speed, sensitivity"
+    add("--sweep", nargs="+", metavar="NAME=A,B", help=grid)
+    plot = "draw quality over speed of --sweep: .png, .svg or .pdf"
+    add("--plot", type=path_argument, metavar="FILE", help=plot)
     data = (
         "measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "
         "--gin.NAME=VALUE sets a macro or a field of it"
@@ -83,6 +91,7 @@ def parser() -> Parser:
 
 def measure(args: argparse.Namespace) -> int:
     """Restores, evaluates, prints and writes; returns the exit status."""
+    check_options(args)
     requested = requested_data(args)
     from t5x_lite.adaptation.vocabulary_compatibility import describe_pair_difference
     from t5x_lite.checkpoints.opening import open_checkpoint
@@ -100,6 +109,8 @@ def measure(args: argparse.Namespace) -> int:
         f"{args.checkpoint} has another vocabulary than {evaluator.dataset.name}: {difference}. "
         "It can be measured only on data in its own",
     )
+    if args.sweep:
+        return sweep_settings(args, run, restored)
     total = min(len(evaluator.dataset), run.evaluate.examples)
     with Progress("examples", total) as progress:
         numbers = evaluator(restored.params, restored.step, progress)
@@ -126,6 +137,42 @@ def measure(args: argparse.Namespace) -> int:
         write_atomically(parse_output_path(args.json), json.dumps(report, indent=1) + "\n")
     failed = evaluator.failures.keys() - evaluator.dataset.unsupported_metrics.keys()
     return FAILURE if failed else 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that contradict each other, before anything is loaded."""
+    from t5x_lite.evaluation import sweep
+
+    config.require(args.sweep or not args.plot, "--plot draws a --sweep: name settings to try")
+    endings = (".png", ".svg", ".pdf")
+    config.require(
+        not args.plot or args.plot.endswith(endings),
+        f"--plot {args.plot}: the name must end in one of {', '.join(endings)}",
+    )
+    sweep.parse_grid(args.sweep or [])
+
+
+def sweep_settings(args: argparse.Namespace, run: DataRun, restored: Any) -> int:
+    """Measures the combinations of --sweep, prints and writes them; returns the exit status.
+
+    Args:
+      args: options of the command.
+      run: config of the run, with the options.
+      restored: the checkpoint.
+    """
+    from t5x_lite.evaluation import sweep
+
+    grid = sweep.parse_grid(args.sweep)
+    total = math.prod(map(len, grid.values()))
+    with Progress("settings", total) as progress:
+        points = sweep.run_sweep(run, restored.params, args.split, grid, progress)
+    print(sweep.format_table(points))
+    if args.json:
+        rows = [point._asdict() for point in points]
+        write_atomically(Path(args.json), json.dumps(rows, indent=1) + "\n")
+    if args.plot:
+        sweep.draw_plot(points, Path(args.plot))
+    return 0
 
 
 def requested_data(args: argparse.Namespace) -> config.Data | None:
