@@ -35,11 +35,13 @@ class Scores(NamedTuple):
       log_probability: [b], of each target.
       tokens: [b t], of each of its tokens, 0 after the last.
       lengths: [b], lengths of the targets.
+      ends: [b t], that the text ends before each of the tokens; None unless asked for.
     """
 
     log_probability: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
+    ends: np.ndarray | None = None
 
 
 def score(
@@ -47,6 +49,7 @@ def score(
     params: Any,
     inputs: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
+    stops: Sequence[int] | None = None,
 ) -> Scores:
     """Computes the log-probability of each target after its inputs, in nats.
 
@@ -58,6 +61,7 @@ def score(
       inputs: ids that `generation.generate` would continue: encoder inputs, or prompts of a
         decoder-only model.
       targets: ids of each target.
+      stops: ids of which each ends a text, for Scores.ends; None without.
 
     Raises:
       ValueError: as `check_pairs`.
@@ -65,19 +69,39 @@ def score(
     check_pairs(cfg, inputs, targets)
     if cfg.encoder is None and not cfg.add_bos:
         inputs = [decoder_prompt(cfg, row) for row in inputs]
-        rows = score_as_blocks(cfg, params, inputs, targets)
+        rows, ends = score_as_blocks(cfg, params, inputs, targets, stops)
     else:
-        batch = teacher_forced_batch(cfg, inputs, targets)
-        rows = jax.device_get(
-            compiled_scores(target.with_cpu_dtype(cfg), params, generation.shard_rows(batch))
-        )
+        batch = generation.shard_rows(teacher_forced_batch(cfg, inputs, targets))
+        scored = compiled_scores(target.with_cpu_dtype(cfg), params, batch, stop_ids(stops))
+        rows, ends = jax.device_get(scored)
     begins = np.zeros(len(targets), int) if cfg.encoder else np.array([len(x) for x in inputs])
     lengths = np.array([len(row) for row in targets])
     width = max(lengths)
     where = np.minimum(begins[:, None] + np.arange(width), rows.shape[1] - 1)
     inside = np.arange(width) < lengths[:, None]
-    tokens = np.where(inside, np.take_along_axis(rows, where, axis=1), 0)
-    return Scores(tokens.sum(axis=1, dtype=np.float64), tokens, lengths)
+
+    def take_targets(array):
+        return np.where(inside, np.take_along_axis(array, where, axis=1), 0)
+
+    tokens = take_targets(rows)
+    ends = None if ends is None else take_targets(ends)
+    return Scores(tokens.sum(axis=1, dtype=np.float64), tokens, lengths, ends)
+
+
+def stop_ids(stops: Sequence[int] | None) -> np.ndarray | None:
+    """Returns ids as an array."""
+    return None if stops is None else np.array(stops, np.int32)
+
+
+def end_log_probability(
+    logits: Float[Array, "b t v"], stops: Int[Array, " e"] | None
+) -> Float[Array, "b t"] | None:
+    """Log-probability that the next token is one of `stops`; None without them."""
+    if stops is None:
+        return None
+    ends = jnp.any(jnp.arange(logits.shape[-1]) == stops[:, None], axis=0)
+    of_ends = jax.nn.logsumexp(jnp.where(ends, logits, -jnp.inf), axis=-1)
+    return of_ends - jax.nn.logsumexp(logits, axis=-1)
 
 
 def check_pairs(
@@ -138,17 +162,25 @@ def teacher_forced_batch(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def compiled_scores(cfg: config.Model, params: Any, batch: Batch) -> Float[Array, "b t"]:
+def compiled_scores(
+    cfg: config.Model, params: Any, batch: Batch, stops: Int[Array, " e"] | None = None
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"] | None]:
     """Computes the log-probability of every target token, 0 where its loss weight is.
 
     Args:
       cfg: config of the model.
       params: weights from `prepare_params`.
       batch: the rows, on the mesh.
+      stops: ids that end a text; None without ends.
+
+    Returns:
+      Those of the tokens, and those of an end in their place.
     """
-    logits = model.Transformer(cfg, scan=False).apply({"params": params}, batch)
-    tokens = loop.token_log_probability(gather_vocabulary(logits), batch.targets)
-    return jax.reshard(jnp.where(batch.loss_weights > 0, tokens, 0), P())
+    logits = gather_vocabulary(model.Transformer(cfg, scan=False).apply({"params": params}, batch))
+    tokens = loop.token_log_probability(logits, batch.targets)
+    tokens = jnp.where(batch.loss_weights > 0, tokens, 0)
+    scored = tokens, end_log_probability(logits, stops)
+    return jax.tree.map(lambda x: jax.reshard(x, P()), scored)
 
 
 def score_as_blocks(
@@ -156,7 +188,8 @@ def score_as_blocks(
     params: Any,
     inputs: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
-) -> np.ndarray:
+    stops: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Computes the log-probability of every token of inputs and targets after those before it.
 
     For decoder-only models whose texts have no start token: the first token has 0.
@@ -166,22 +199,27 @@ def score_as_blocks(
       params: weights from `prepare_params`.
       inputs: ids of the prompts.
       targets: ids of the targets.
+      stops: ids that end a text; None without ends.
 
     Returns:
-      An array [b t].
+      An array [b t], and one of ends.
     """
     rows = [[*before, *after] for before, after in zip(inputs, targets, strict=True)]
     ids, _ = pad_rows(rows, bucket_length(max(map(len, rows))))
     prefix = np.array([len(row) for row in inputs], np.int32)
     ids, prefix = generation.shard_rows((ids, prefix))
     cfg = target.with_cpu_dtype(cfg)
-    return jax.device_get(compiled_block_scores(cfg, params, ids, prefix))
+    return jax.device_get(compiled_block_scores(cfg, params, ids, prefix, stop_ids(stops)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def compiled_block_scores(
-    cfg: config.Model, params: Any, ids: Int[Array, "b t"], prefix: Int[Array, " b"]
-) -> Float[Array, "b t"]:
+    cfg: config.Model,
+    params: Any,
+    ids: Int[Array, "b t"],
+    prefix: Int[Array, " b"],
+    stops: Int[Array, " e"] | None = None,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"] | None]:
     """Computes what `score_as_blocks` returns: each row is one block on an empty cache.
 
     Args:
@@ -189,6 +227,7 @@ def compiled_block_scores(
       params: weights from `prepare_params`.
       ids: inputs and targets.
       prefix: lengths of the inputs.
+      stops: ids that end a text; None without ends.
     """
     transformer = model.Transformer(cfg, scan=False)
     block = model.TokenBlock(ids, jnp.zeros_like(prefix), prefix=prefix)
@@ -198,4 +237,5 @@ def compiled_block_scores(
         transformer.apply({"params": params}, hidden, method=model.Transformer.logits)
     )
     tokens = loop.token_log_probability(logits[:, :-1], ids[:, 1:])
-    return jax.reshard(jnp.pad(tokens, ((0, 0), (1, 0))), P())
+    scored = tokens, end_log_probability(logits[:, :-1], stops)
+    return jax.tree.map(lambda x: jax.reshard(jnp.pad(x, ((0, 0), (1, 0))), P()), scored)

@@ -14,7 +14,7 @@ from conftest import FAMILIES, toy_model
 
 from t5x_lite import config, decoding, interactive, model, sharding
 from t5x_lite.config.checked import WrongType, coerce
-from t5x_lite.evaluation import predict, streaming
+from t5x_lite.evaluation import extraction, predict, streaming
 from t5x_lite.tokenizers import chat, vocabularies
 from t5x_lite.training import fit_in_memory
 
@@ -365,3 +365,20 @@ def test_a_batch_is_cut_where_more_than_half_of_it_would_be_padding(one_device):
             places += batch
         assert sorted(places) == list(range(200))
     assert list(predictor.batches([])) == []
+
+
+def test_extraction_scores_every_span_as_a_whole_output(one_device):
+    session = session_of("t5")
+    text, longest = "abcab", 3
+    spans = extraction.score_spans(session.predictor, "ab", text, longest)
+    places = [(i, j) for i in range(5) for j in range(i + 1, min(i + longest, 5) + 1)]
+    assert sorted((span.start, span.text) for span in spans) == sorted(
+        (i, text[i:j]) for i, j in places
+    )
+    scores = session.score(["ab"] * len(spans), [span.text for span in spans])
+    np.testing.assert_allclose([span.log_probability for span in spans], scores, atol=1e-4)
+    assert scores == sorted(scores, reverse=True)
+    with pytest.raises(ValueError, match="no spans of up to 0 tokens"):
+        extraction.score_spans(session.predictor, "ab", text, 0)
+    with pytest.raises(ValueError, match="no spans"):
+        extraction.score_spans(session.predictor, "ab", "", 3)

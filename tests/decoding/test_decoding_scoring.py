@@ -85,3 +85,17 @@ def test_without_start_token_the_score_is_the_log_probability_too(kind):
     texts = [row[0, : size[0]].tolist() for row, size in zip(*result[:2], strict=True)]
     scores = decoding.score(cfg, params, prompts, texts)
     np.testing.assert_allclose(scores.log_probability, result.log_probability[:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only", "no start"])
+def test_ends_are_the_scores_of_the_stops_in_the_place_of_each_token(kind):
+    cfg = KINDS.get(kind) or dataclasses.replace(KINDS["decoder_only"], add_bos=False)
+    params, stops = lively(cfg), (1, 5)
+    scores = decoding.score(cfg, params, INPUTS, TARGETS, stops)
+    for row, target in enumerate(TARGETS):
+        for place in range(len(target)):
+            texts = [[*target[:place], stop] for stop in stops]
+            ended = decoding.score(cfg, params, [INPUTS[row]] * 2, texts).tokens[:, place]
+            expected = np.logaddexp(*ended)
+            np.testing.assert_allclose(scores.ends[row, place], expected, rtol=1e-4)
+    assert decoding.score(cfg, params, INPUTS, TARGETS).ends is None
