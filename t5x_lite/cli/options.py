@@ -23,7 +23,7 @@ DECODE = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best"),
     *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
-    *("bad_words", "regex", "choices", "json_schema", "force_words"),
+    *("bad_words", "regex", "choices", "json_schema", "force_words", "stop"),
     *("drafter", "draft_length", "accept"),
     *("logprobs", "choose"),
 )
@@ -161,6 +161,7 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add = group.add_argument
     add("--bad_words", nargs="+", metavar="TEXT", help="texts that are never written")
+    add("--stop", nargs="+", metavar="TEXT", help="ends a text, which is cut before it")
     add("--force_words", nargs="+", metavar="TEXT", help="every text contains all of these")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--regex", metavar="PATTERN", help="every text matches it as a whole")

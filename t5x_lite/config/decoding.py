@@ -100,6 +100,7 @@ class Decode(Checked):
         probability that top-k, top-p and their kin kept from being drawn; None returns none.
       choose: puts the n_best texts in an order, best first: by score, by mbr:METRIC, by
         rerank:PATH or by function:MODULE.NAME (`infer --help` lists them); "" leaves it.
+      stop: texts that end a new text, which is cut before them; not for beams.
     """
 
     max_new_tokens: Length = 64
@@ -133,6 +134,7 @@ class Decode(Checked):
     force_words: tuple[str, ...] = ()
     logprobs: Annotated[int, Range(0, 1000)] | None = None
     choose: str = ""
+    stop: tuple[str, ...] = ()
 
     def check(self):
         try:
@@ -211,13 +213,22 @@ class Decode(Checked):
             f"Decode.min_new_tokens ({self.min_new_tokens}) must be below Decode.max_new_tokens "
             f"({self.max_new_tokens}), whose last token may be the end",
         )
-        for name in ("bad_words", "bad_words_ids", "choices", "force_words"):
+        for name in ("bad_words", "bad_words_ids", "choices", "force_words", "stop"):
             require(all(getattr(self, name)), f"Decode.{name} has an empty one")
         constraints = [name for name in CONSTRAINTS if getattr(self, name) not in (None, ())]
         whole = [name for name in constraints if name != "force_words"]
         require(
             len(whole) < 2,
             f"A text can follow one of Decode.{' and Decode.'.join(whole)}, not both",
+        )
+        require(
+            self.beams == 1 or not self.stop,
+            "Decode.stop ends a text at a token; beam search (Decode.beams) knows EOS alone",
+        )
+        require(
+            not constraints or not self.stop,
+            f"Decode.stop may cut a text that Decode.{constraints and constraints[0]} needs whole: "
+            "leave one out",
         )
         others = [name for name in FORBIDDING if getattr(self, name) not in (None, 0, ())]
         require(

@@ -31,6 +31,7 @@ from t5x_lite.decoding.result import Result, beam_result, loop_result, trim_resu
 from t5x_lite.decoding.sampling import make_sampling_params
 from t5x_lite.decoding.steering.build import ChoiceRules, make_processors
 from t5x_lite.decoding.steering.processor import Text
+from t5x_lite.decoding.steering.stop_strings import StopStrings
 
 
 class DecodeProgram(NamedTuple):
@@ -127,16 +128,19 @@ def make_program(
 
 
 def place_request(request: Request) -> Request:
-    """Splits the rows of a request over the mesh; its constraint is left out (`make_rules`)."""
-    return shard_rows(request._replace(eos=None, constraint=None))._replace(eos=request.eos)
+    """Splits the rows of a request over the mesh; its tables are left out (`make_rules`)."""
+    rows = request._replace(eos=None, constraint=None, stop=None)
+    return shard_rows(rows)._replace(eos=request.eos)
 
 
 def make_rules(request: Request, decode: config.Decode) -> ChoiceRules:
     """Returns the rules of a config for the rows of a request, on the mesh."""
     processors = make_processors(decode, request)
+    arrays: Any = request.stop
+    strings = None if arrays is None else StopStrings(*arrays)
     if decode.temperature == 0:
-        return ChoiceRules(processors=processors)
-    return ChoiceRules(shard_rows(make_sampling_params(request, decode)), processors)
+        return ChoiceRules(processors=processors, strings=strings)
+    return ChoiceRules(shard_rows(make_sampling_params(request, decode)), processors, strings)
 
 
 def shard_rows(rows: Any) -> Any:
@@ -262,7 +266,9 @@ def make_context(
     """
     return DecodeContext(
         target=decoded,
-        stopping=StoppingCriteria(request.eos, request.prompts_length + request.limit),
+        stopping=StoppingCriteria(
+            request.eos, request.prompts_length + request.limit, strings=rules.strings
+        ),
         prompts=Prompts(request.prompts, request.prompts_length),
         inputs=request.inputs,
         inputs_length=request.inputs_length,
@@ -312,7 +318,7 @@ def initial_state(
       slots: T.
       drafter_state: the drafter's first state.
     """
-    prompts = context.prompts
+    prompts, strings = context.prompts, context.stopping.strings
     tokens = prompts.tokens
     last = jnp.arange(tokens.shape[1]) == prompts.length[:, None] - 1
     tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
@@ -331,6 +337,7 @@ def initial_state(
         drafter_state=drafter_state,
         processor_states=context.processors.begin(text, context.target.vocab),
         details=details,
+        stop_state=None if strings is None else strings.begin(prompts.length),
     )
 
 

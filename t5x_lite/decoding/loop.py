@@ -268,7 +268,7 @@ def count_committed(
     stopping: StoppingCriteria,
     state: DecodeState,
 ) -> Int[Array, " b"]:
-    """Cuts the accepted tokens off after EOS and at the limit of the row.
+    """Cuts the accepted tokens off after EOS or a stop string, and at the limit of the row.
 
     Args:
       tokens: accepted tokens.
@@ -279,7 +279,7 @@ def count_committed(
     Returns:
       How many tokens each row takes; 0 where it is done.
     """
-    stops = ends_text(tokens, stopping)
+    stops = ends_row(tokens, stopping, state)
     # Without EOS in the block, argmax is 0: then nothing is cut.
     first_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1) + 1, count)
     count = jnp.minimum(count, jnp.minimum(first_stop, stopping.limit - 1 - state.length))
@@ -308,6 +308,7 @@ def commit(
     last = place == count[:, None] - 1
     root = jnp.where(state.done, state.root, jnp.sum(jnp.where(last, tokens, 0), axis=1))
     length = state.length + count
+    ended = jnp.any(last & ends_row(tokens, stopping, state), axis=1)
     gain = jnp.sum(jnp.where(place < count[:, None], output.log_probability, 0), axis=1)
     # The token after node path[i] is the draft of node path[i + 1] if that one was accepted.
     depths = np.arange(tokens.shape[1])
@@ -324,7 +325,7 @@ def commit(
         tokens=write_block(state.tokens, tokens, first),
         length=length,
         root=root,
-        done=state.done | ends_text(root, stopping) | (length + 1 >= stopping.limit),
+        done=state.done | ended | (length + 1 >= stopping.limit),
         log_probability=state.log_probability + gain,
         token_step=write_block(state.token_step, jnp.zeros_like(tokens) + state.steps, first),
         token_node=write_block(state.token_node, node, first),
@@ -332,6 +333,7 @@ def commit(
         cache=cache,
         processor_states=context.processors.observe(state.processor_states, tokens, count),
         details=details,
+        stop_state=stopping.strings and stopping.strings.observe(state.stop_state, tokens, count),
     )
 
 
@@ -352,6 +354,22 @@ def compact_cache(cache: Any, index: Int[Array, " b"], path: Int[Array, "b D"]) 
         return jax.lax.dynamic_update_slice_in_dim(x, moved, start, axis=1)
 
     return jax.tree.map(lambda x: jax.vmap(compact_row)(x, index, path), cache)
+
+
+def ends_row(
+    tokens: Int[Array, "b D"], stopping: StoppingCriteria, state: DecodeState
+) -> Bool[Array, "b D"]:
+    """Returns True for each token that is an EOS or completes a stop string.
+
+    Args:
+      tokens: tokens after the root.
+      stopping: EOS and stop strings.
+      state: state of the loop before the step.
+    """
+    stops = ends_text(tokens, stopping)
+    if stopping.strings is None:
+        return stops
+    return stops | stopping.strings.complete(state.stop_state, tokens)
 
 
 def ends_text(tokens: Int[Array, "..."], stopping: StoppingCriteria) -> Bool[Array, "..."]:

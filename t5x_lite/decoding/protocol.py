@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.decoding.sampling import SamplingParams
 from t5x_lite.decoding.steering.processor import Processors
+from t5x_lite.decoding.steering.stop_strings import StopStrings
 
 
 class Target(NamedTuple):
@@ -82,11 +83,13 @@ class StoppingCriteria(NamedTuple):
       eos: the id that ends a text, or several of which each does.
       limit: most slots of a row, prompt included.
       pause: number of steps after which the loop returns although rows are left (None: never).
+      strings: texts that end a row; None for none.
     """
 
     eos: int | Int[Array, " e"]
     limit: Int[Array, " b"]
     pause: Int[Array, ""] | None = None
+    strings: StopStrings | None = None
 
 
 class Prompts(NamedTuple):
@@ -159,6 +162,7 @@ class DecodeState(NamedTuple):
       drafter_state: state of the drafter, any tree of arrays.
       processor_states: state of each logits processor after the root.
       details: of the token of each slot, if the request asks for them.
+      stop_state: state of StoppingCriteria.strings after the root; None without them.
     """
 
     tokens: Int[Array, "b T"]
@@ -173,6 +177,7 @@ class DecodeState(NamedTuple):
     drafter_state: Any
     processor_states: tuple = ()
     details: TokenDetails | None = None
+    stop_state: Any = None
 
 
 class Draft(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.decoding.steering.constraints import ConstraintTable
+from t5x_lite.decoding.steering.stop_strings import StopTable
 
 # Seeds of the second, third, ... sample of a text are this far apart (2^32 over the golden ratio):
 # those of two near seeds differ.
@@ -32,6 +33,7 @@ class Request(NamedTuple):
       row: [b], keys the sampling too.
       eos: the id that ends a text, or several [e] of which each does.
       constraint: the language of the new texts; None for any text.
+      stop: texts that end a row; None for none.
     """
 
     inputs: Any
@@ -43,6 +45,7 @@ class Request(NamedTuple):
     row: Any
     eos: Any = 1
     constraint: ConstraintTable | None = None
+    stop: StopTable | None = None
 
 
 def bucket_length(size: int, least: int = 16) -> int:
@@ -71,6 +74,7 @@ def make_request(
     batch: int | None = None,
     eos: int | Sequence[int] = 1,
     constraint: ConstraintTable | None = None,
+    stop: StopTable | None = None,
 ) -> Request:
     """Returns a Request to continue examples: a row for each, or `count_samples` in a row.
 
@@ -83,6 +87,7 @@ def make_request(
       batch: number of examples to fill up to.
       eos: the id that ends a text, or several.
       constraint: the language of the new texts.
+      stop: texts that end a row.
 
     Raises:
       ValueError: the model has no decoder, or an example is empty, outside of the vocabulary, or
@@ -92,8 +97,7 @@ def make_request(
     check_steering_ids(cfg, decode, eos)
     check_positions(cfg, "Input", examples, decode.max_new_tokens)
     count = len(examples)
-    filler = [[cfg.decoder_start_token_id]] * ((batch or count) - count)
-    examples = [*examples, *filler]
+    examples = [*examples, *[[cfg.decoder_start_token_id]] * ((batch or count) - count)]
     row = np.zeros(len(examples), np.uint32)
     row[:count] = np.arange(count) if rows is None else rows
     limit = np.where(np.arange(len(examples)) < count, decode.max_new_tokens, 0).astype(np.int32)
@@ -108,7 +112,7 @@ def make_request(
     seed = np.full(len(examples), decode.seed, np.uint32)
     stops = eos if isinstance(eos, int) else np.array(eos, np.int32)
     request = Request(
-        inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops, constraint
+        inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops, constraint, stop
     )
     return repeat_samples(request, count_samples(decode))
 
@@ -122,11 +126,12 @@ def repeat_samples(request: Request, samples: int) -> Request:
     """Returns each row so many times, one after the other, with seeds SEED_STEP apart."""
     if samples == 1:
         return request
-    kept = request._replace(eos=None, constraint=None)
+    kept = request._replace(eos=None, constraint=None, stop=None)
     repeated = jax.tree.map(lambda array: np.repeat(array, samples, axis=0), kept)
     steps = np.tile(np.arange(samples, dtype=np.uint32), len(request.seed))
     seed = repeated.seed + steps * np.uint32(SEED_STEP)
-    return repeated._replace(seed=seed, eos=request.eos, constraint=request.constraint)
+    whole = {name: getattr(request, name) for name in ("eos", "constraint", "stop")}
+    return repeated._replace(seed=seed, **whole)
 
 
 def check_steering_ids(cfg: config.Model, decode: config.Decode, eos: int | Sequence[int]) -> None:

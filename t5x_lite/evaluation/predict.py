@@ -22,7 +22,7 @@ from t5x_lite.decoding.request import (
     describe_ids,
 )
 from t5x_lite.decoding.scoring import check_pairs
-from t5x_lite.decoding.steering.constraints import find_constraint
+from t5x_lite.decoding.steering.stop_strings import cut_text, find_tables
 from t5x_lite.evaluation import choosing
 from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.tokenizers.vocabularies import encode_texts
@@ -193,7 +193,7 @@ class Predictor:
             check_positions(self.cfg, "Input", ids, decode.max_new_tokens)
         rows = range(len(ids)) if rows is None else rows
         decode = spell_bad_words(decode, self.targets)
-        constraint = find_constraint(decode, self.targets, self.cfg.vocab)
+        tables = find_tables(decode, self.targets, self.cfg.vocab)
         samples = count_samples(decode)
         predictions: dict[int, Prediction] = {}
         for places in self.batches(ids, max(self.batch_size // samples, 1)):
@@ -204,14 +204,14 @@ class Predictor:
                 rows=[rows[place] for place in places],
                 batch=self.padded_rows(len(places)),
                 eos=self.targets.stops,
-                constraint=constraint,
+                **tables,
             )
             names = drafter_names(self.drafters.get(decode))
             result = self.drafters.generate(self.params, request, decode)
             if counted:
                 self.tally.add(result, names, len(places))
             for row, place in enumerate(places):
-                predictions[place] = self.prediction(result, row, names)
+                predictions[place] = self.prediction(result, row, names, decode.stop)
             if on_progress:
                 on_progress(len(predictions))
         return [predictions[place] for place in range(len(ids))]
@@ -300,13 +300,16 @@ class Predictor:
         rows = min(decoding.bucket_length(count, 1), max(self.batch_size, count))
         return -(-rows // shards) * shards
 
-    def prediction(self, result: decoding.Result, row: int, names: tuple[str, ...]) -> Prediction:
+    def prediction(
+        self, result: decoding.Result, row: int, names: tuple[str, ...], stops: Sequence[str] = ()
+    ) -> Prediction:
         """Prediction of one row of a result.
 
         Args:
           result: tokens of a batch.
           row: number of the row.
           names: the drafter that proposes each node of a block.
+          stops: texts before which a text is cut.
         """
         # Beams that found no text have a score of minus infinity.
         count = max(int(np.isfinite(result.scores[row]).sum()), 1)
@@ -317,7 +320,7 @@ class Predictor:
             )
         ]
         return Prediction(
-            texts=[self.targets.decode(ids) for ids in tokens],
+            texts=[cut_text(self.targets.decode(ids), stops) for ids in tokens],
             scores=result.scores[row, :count].tolist(),
             log_probabilities=result.log_probability[row, :count].tolist(),
             tokens=tokens,

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming of a text, piece by piece."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from t5x_lite import config, decoding
-from t5x_lite.decoding.steering.constraints import find_constraint
+from t5x_lite.decoding.steering.stop_strings import cut_text, find_tables, settled_text
 from t5x_lite.evaluation.predict import Predictor, drafter_names, spell_bad_words
 from t5x_lite.utils.not_none import not_none
 
@@ -55,14 +55,18 @@ def stream_text(
         decode,
         batch=predictor.padded_rows(1),
         eos=predictor.targets.stops,
-        constraint=find_constraint(decode, predictor.targets, predictor.cfg.vocab),
+        **find_tables(decode, predictor.targets, predictor.cfg.vocab),
     )
     results = predictor.drafters.stream(predictor.params, request, decode, every)
-    return text_pieces(predictor, results, drafter_names(predictor.drafters.get(decode)))
+    names = drafter_names(predictor.drafters.get(decode))
+    return text_pieces(predictor, results, names, decode.stop)
 
 
 def text_pieces(
-    predictor: Predictor, results: Iterator[decoding.Result], names: tuple[str, ...]
+    predictor: Predictor,
+    results: Iterator[decoding.Result],
+    names: tuple[str, ...],
+    stops: Sequence[str] = (),
 ) -> Iterator[TextPiece]:
     """Decodes results into pieces.
 
@@ -70,6 +74,7 @@ def text_pieces(
       predictor: the model.
       results: tokens so far, after every few forward passes.
       names: the drafter that proposes each node of a block.
+      stops: texts that end the text; of what may become one, nothing is sent.
     """
     sent, text, count_sent = "", "", 0
     for result in results:
@@ -79,10 +84,11 @@ def text_pieces(
             for rows in (result.tokens, result.token_step, result.token_node)
         )
         text = predictor.targets.decode(ids)
-        ready = text.rstrip("\ufffd").rstrip()
+        ready = settled_text(text, stops).rstrip("\ufffd").rstrip()
         new = ready[len(sent) :] if ready.startswith(sent) else ""
         drafted_by = [names[node] for node in nodes[count_sent:]]
         yield TextPiece(new, ids[count_sent:], calls[count_sent:], drafted_by, result.steps)
         sent, count_sent = sent + new, count
+    text = cut_text(text, stops)
     if text != sent:
         yield TextPiece(text[len(sent) :], [], [], [], result.steps)

@@ -17,6 +17,7 @@ from t5x_lite.decoding.steering.sequences import (
     NoRepeatNgram,
     SequenceBias,
 )
+from t5x_lite.decoding.steering.stop_strings import StopStrings
 
 
 class ChoiceRules(NamedTuple):
@@ -25,10 +26,12 @@ class ChoiceRules(NamedTuple):
     Attributes:
       sampling: how rows are sampled; None for greedy decoding.
       processors: what changes the logits before.
+      strings: texts that end a row; None for none.
     """
 
     sampling: SamplingParams | None = None
     processors: Processors = Processors()
+    strings: StopStrings | None = None
 
 
 def make_processors(decode: config.Decode, request: Request) -> Processors:
