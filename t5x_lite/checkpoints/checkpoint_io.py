@@ -180,6 +180,11 @@ def reading_error(folder: Path, path: Path, error: Exception) -> CheckpointError
     number = os_error_number(error)
     unanswered = is_address(path) and NO_ANSWER.search(str(error))
     if not unanswered and (number in WRONG_FILES or number is None):
+        if not is_address(folder) and folder.is_symlink() and not folder.exists():
+            return UnreadableCheckpointError(
+                f"{folder} is a link to {folder.readlink()}, which is not there: mount its disk, "
+                "or remove the link"
+            )
         if not folder.exists():
             return RemovedCheckpointError(
                 f"{folder} was removed while it was read, as a run that trains does with older "

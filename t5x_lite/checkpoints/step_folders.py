@@ -6,11 +6,13 @@ has a file that says so, which is written last and removed first.
 """
 
 import contextlib
+import re
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+from t5x_lite.config.checked import LARGEST_INT
 from t5x_lite.utils.paths import is_address, parse_path
 
 FOLDER = "checkpoints"
@@ -29,13 +31,19 @@ def list_steps(model_dir: str | Path) -> list[int]:
       OSError: the folder is there and cannot be read; that is not the same as no checkpoint.
     """
     folder = parse_path(model_dir) / FOLDER
-    names = [name for name in list_names(model_dir) if name.isdecimal()]
+    names = [name for name in list_names(model_dir) if is_step(name)]
     return sorted(int(name) for name in names if is_complete(folder / name))
 
 
 def is_complete(path: Path) -> bool:
     """True for the folder of a checkpoint that was written to its end."""
     return not is_address(path) or (path / COMMITTED).exists()
+
+
+def is_step(name: str) -> bool:
+    """True for a name under which a run saves a step: 7, and not 07, a digit of another script, or
+    a number beyond every Train.steps."""
+    return re.fullmatch(r"0|[1-9][0-9]{0,9}", name) is not None and int(name) <= LARGEST_INT
 
 
 def list_damaged(model_dir: str | Path) -> list[str]:

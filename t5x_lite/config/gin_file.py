@@ -266,6 +266,8 @@ def parse_lines(lines: list[Line], below: Sequence[Line] = ()) -> config.Run:
 def rename_lines(lines: list[Line]) -> list[Line]:
     """Replaces old names (`aliases`) in lines, and leaves out the imports that `HEADER` has."""
     every = [line._replace(text=without_header(line.text)) for line in lines]
+    if not every:
+        return []
     header = len(HEADER.splitlines())
     with config_errors(every, []):
         source = HEADER + "\n".join(line.text for line in every)

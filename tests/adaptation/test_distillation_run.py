@@ -7,17 +7,19 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import toy_model
 from test_training_run import make_run, with_train
 
 from t5x_lite import config, data, distill
+from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.adaptation import teacher_logits
 from t5x_lite.checkpoints import manager
 from t5x_lite.config import gin_file
-from t5x_lite.training import loop
-from t5x_lite.training.reporting import dry_run, metric_writers
+from t5x_lite.training import loop, preflight, setup
+from t5x_lite.training.reporting import dry_run, metric_writers, overview
 
 
 def as_teacher(run: config.Run, path: Path, **changes) -> config.Run:
@@ -67,6 +69,25 @@ def test_the_divergence_is_reported_and_the_teacher_is_not_saved(finished):
     plain = dataclasses.replace(finished, distillation=None)
     assert "teacher" in dry_run.describe_run(finished)
     assert "teacher" not in dry_run.describe_run(plain)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_run_has_its_teacher_in_it(school, tmp_path, monkeypatch):
+    run = elsewhere(school, tmp_path / "run")
+    teacher = teachers.open_teacher(run, data.open_vocabularies(run.data))
+    size = sum(
+        jnp.dtype(leaf.dtype).itemsize * leaf.size for leaf in jax.tree.leaves(teacher.params())
+    )
+    shapes = setup.assemble_run(run).shapes
+    own = sum(overview.state_bytes(run, shapes).values())
+    # Enough for the run alone, and one byte too little with its teacher.
+    monkeypatch.setattr(preflight, "device_memory", lambda: own + size - 1)
+    preflight.check_memory(run, shapes)
+    for refuse in (lambda: loop.train(run), lambda: preflight.check_run(run, print)):
+        with pytest.raises(ValueError, match=r"GB of each device \(.*, teacher 0.0 GB\)"):
+            refuse()
+    monkeypatch.setattr(preflight, "device_memory", lambda: own + size)
+    preflight.check_run(run, print)
 
 
 @pytest.mark.slow

@@ -56,6 +56,34 @@ def test_all_checkpoints_damaged_is_an_error_and_not_a_new_run(tmp_path):
     assert restored is None
 
 
+# A zero in front, digits of another script, signs, spaces, and numbers that no run reaches.
+ODD_NAMES = ["02", "\u0662", "\u00b2", "+2", "2\n", " 2", "2.0", "1_0", 30 * "9", "4294967296"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_folder_by_another_name_is_no_step(tmp_path, name):
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints" / name)
+    assert manager.list_steps(tmp_path) == [1]
+    assert_is(restore(tmp_path)[0][0], 1)
+    assert manager.load_params(tmp_path)[1] == 1 and name in names(tmp_path)
+
+
+def test_a_step_that_is_a_link_to_a_disk_that_is_gone_is_named_so(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints/2").symlink_to(tmp_path / "elsewhere/2")
+    for read in (restore, manager.load_params):
+        with pytest.raises(
+            UnreadableCheckpointError, match=r"2 is a link to .*, which is not there"
+        ):
+            read(tmp_path)
+    assert names(tmp_path) == ["1", "2"]
+    (tmp_path / "elsewhere").mkdir()
+    save(tmp_path / "other", 2)
+    (tmp_path / "other/checkpoints/2").rename(tmp_path / "elsewhere/2")
+    assert_is(restore(tmp_path)[0][0], 2)
+
+
 def test_ignored_damaged_checkpoints_are_kept(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "1" / "note" / "metadata").write_text("")

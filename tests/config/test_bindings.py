@@ -135,3 +135,20 @@ def test_a_mistake_in_a_file_names_the_line_that_has_the_value(tmp_path):
     path.write_text(BEGIN + "STEPS = -1\nTRAIN_STEPS = %STEPS\nconfig.Train.log_every = 5\n")
     assert refusal([str(path)]).endswith(f"({path}:2)")
     assert refusal([str(path)], ["STEPS=-3"]).endswith("got -3 (--gin.STEPS=-3)")
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \n\n", "# nothing\n"])
+def test_a_saved_config_without_a_line_has_no_run(text):
+    with pytest.raises(gin_file.ConfigError, match=r"No config\.Run in the config"):
+        gin_file.from_text(text)
+
+
+@pytest.mark.parametrize("below", ["", "\n", "\n\n\n", "# a comment\n\n", "\r\n", "  \n\t\n"])
+def test_lines_without_content_move_the_place_of_a_mistake_and_nothing_else(tmp_path, below):
+    path = tmp_path / "run.gin"
+    (tmp_path / "part.gin").write_text(below)
+    path.write_text(BEGIN + below + 'include "part.gin"\n' + below + "TRAIN_STEPS = 0\n" + below)
+    row = 3 + 2 * len(below.splitlines())
+    assert refusal([str(path)]).endswith(f"got 0 ({path}:{row})")
+    path.write_text(path.read_text().replace("STEPS = 0", "STEPS = 7"))
+    assert gin_file.load_run([str(path)]) == gin_file.load_run(G2P, ["TRAIN_STEPS=7"])

@@ -80,6 +80,7 @@ def test_a_wrong_binding_is_named_with_what_would_be_right(binding, words):
         ("config.Model.vocab = 3\n", ["No config.Run"]),
         ("config.Run.seed = 1\n", ["config.Run is not complete", "model_dir"]),
         ("", ["No config.Run"]),
+        ("\n\n", ["No config.Run"]),
     ],
 )
 def test_a_wrong_file_is_named_with_its_line(tmp_path, text, words):
