@@ -90,3 +90,11 @@ def test_packaged_checkpoints_are_small_and_have_a_card(name):
     assert (folder / "README.md").read_text().strip()
     sizes = {each.name: each.stat().st_size for each in folder.rglob("*") if each.is_file()}
     assert "model.safetensors" in sizes and sum(sizes.values()) < 3e6
+
+
+def test_the_g2p_model_travels_with_the_package_and_says_words():
+    assert packaged.packaged_names() == ["g2p"]
+    words = ["photograph", "yoked"]
+    assert interactive.load("g2p").generate(words) == ["F OW T AH G R AE F", "Y OW K T"]
+    folder = packaged.find_packaged("g2p")
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 3_000_000
