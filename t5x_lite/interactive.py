@@ -20,6 +20,7 @@ A Hugging Face folder, a .gguf file or a model of the hub is loaded without conv
     smol = interactive.load("SmolLM2-135M-Instruct.Q4_1.gguf")
     smol.generate("The capital of France is", max_new_tokens=32)
     smol.chat("What is the capital of France?")             # with the model's own chat template
+    interactive.pipeline("summarization", "google-t5/t5-small")(text)  # as transformers 4 had it
 
 Importing this module imports neither JAX nor TensorFlow; loading a run never imports TensorFlow.
 """
@@ -99,6 +100,7 @@ class Session:
         """Returns what was loaded: source, family and size of the model, dtype, step."""
         from t5x_lite import model
         from t5x_lite.checkpoints.formats import huggingface
+        from t5x_lite.model.mixed_precision import weight_dtypes
 
         cfg, params = self.predictor.cfg, self.predictor.params
         try:
@@ -340,16 +342,6 @@ class Session:
         return dataclasses.replace(self.decode, **(unused | chosen))
 
 
-def weight_dtypes(params: Any) -> list[str]:
-    """Names of the dtypes of the weights, those of most numbers first."""
-    import jax
-
-    sizes: dict[str, int] = {}
-    for leaf in jax.tree.leaves(params):
-        sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size
-    return sorted(sizes, key=sizes.__getitem__, reverse=True)
-
-
 def load(
     path: str | Path,
     *,
@@ -396,3 +388,19 @@ def load(
         batch_size=run.evaluate.batch_size,
     )
     return Session(predictor, run.decode, restored.step, restored.chat, str(path))
+
+
+def pipeline(task: str, model: str | Path | Session, **defaults: Any) -> Any:
+    """A pipeline as transformers had them: pipeline("summarization", "t5-small")(text).
+
+    Args:
+      task: text2text-generation, summarization, translation or such as translation_en_to_de.
+      model: what `load` takes, or a session.
+      **defaults: arguments of every call, as of `evaluation.pipeline.TextPipeline`.
+    """
+    from t5x_lite.evaluation import pipeline as pipelines
+
+    pipelines.result_name(task)
+    session = model if isinstance(model, Session) else load(model)
+    own = pipelines.task_parameters(session.source)
+    return pipelines.TextPipeline(task, session.predictor, session.settings, own, defaults)

@@ -101,3 +101,11 @@ def recompute(x):
     HBM in 62 of a step of T5 1.1 large.
     """
     return jax.lax.optimization_barrier(x) if kernels.target_device().platform == "cpu" else x
+
+
+def weight_dtypes(params: Any) -> list[str]:
+    """Names of the dtypes of the weights, those of most numbers first."""
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params):
+        sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size
+    return sorted(sizes, key=sizes.__getitem__, reverse=True)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -154,3 +155,14 @@ def test_every_source_of_a_config_is_found_by_its_place(served, folders):
     assert len(run_sources.list_sources(run)) == 6
     assert pinned.decode.drafter == f"lookup+draft:{NAME}@{commit}"
     assert derived.pin_sources(pinned) is pinned
+
+
+def test_the_file_of_the_page_is_a_run(place, served, folders, monkeypatch):
+    page = Path("docs/fine_tuning.md").read_text()
+    (text,) = re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    commit = served.add("google/flan-t5-small", read_contents(folders / "hf"))
+    monkeypatch.chdir(place)
+    Path("reviews.gin").write_text(text)
+    run = data.load_run("reviews.gin")
+    assert run.checkpoint.initial == f"google/flan-t5-small@{commit}"
+    assert run.model.decoder == T5.decoder and run.data.task.validation == "data/validation.jsonl"
