@@ -379,15 +379,8 @@ def load(
         raise ValueError("step and best both choose a checkpoint: leave one out")
     host.prepare_jax()
     restored = open_checkpoint(path, step, best).load(mesh, quantize)
-    run = restored.run
-    predictor = predict.Predictor(
-        run.model,
-        restored.params,
-        restored.vocabularies,
-        ended=predict.has_inputs(run),
-        batch_size=run.evaluate.batch_size,
-    )
-    return Session(predictor, run.decode, restored.step, restored.chat, str(path))
+    predictor = predict.make_predictor(restored)
+    return Session(predictor, restored.run.decode, restored.step, restored.chat, str(path))
 
 
 def pipeline(task: str, model: str | Path | Session, **defaults: Any) -> Any:
@@ -402,5 +395,5 @@ def pipeline(task: str, model: str | Path | Session, **defaults: Any) -> Any:
 
     pipelines.result_name(task)
     session = model if isinstance(model, Session) else load(model)
-    own = pipelines.task_parameters(session.source)
-    return pipelines.TextPipeline(task, session.predictor, session.settings, own, defaults)
+    parameters = pipelines.task_parameters(session.source)
+    return pipelines.TextPipeline(task, session.predictor, session.settings, parameters, defaults)

@@ -10,7 +10,7 @@ from typing import Any
 
 from t5x_lite import config
 from t5x_lite.config import gin_file, run_sources
-from t5x_lite.config.checked import LARGEST_INT
+from t5x_lite.config.checked import MOST_TOKENS
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data.datasets import open_vocabularies
 from t5x_lite.utils import hub
@@ -19,7 +19,7 @@ from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import parse_path
 
 # In place of Model.vocab where nothing binds it.
-UNBOUND = LARGEST_INT
+UNBOUND = MOST_TOKENS
 # A size that TPUs compute well, and that a mesh can split.
 MULTIPLE = 128
 # In place of a model that the checkpoint decides. Many heads, so that any kv_heads divide them.

@@ -66,10 +66,10 @@ class TextPipeline:
             predictor.cfg.layout == "encoder_decoder",
             f"pipeline({task!r}) is for an encoder-decoder: session.generate continues a text",
         )
-        own = parameters.get(task)
-        own = dict(own) if isinstance(own, Mapping) else {}
-        self.prefix = str(own.pop("prefix", None) or "")
-        self.defaults = own | dict(defaults)
+        of_task = parameters.get(task)
+        of_task = dict(of_task) if isinstance(of_task, Mapping) else {}
+        self.prefix = str(of_task.pop("prefix", None) or "")
+        self.defaults = of_task | dict(defaults)
 
     def __call__(self, texts: str | Sequence[str], **arguments: Any) -> list[Any]:
         """Writes a text for each text.
@@ -150,8 +150,8 @@ def result_name(task: str) -> str:
 def task_parameters(source: str) -> dict[str, Any]:
     """The arguments and prefixes of tasks (task_specific_params) of a checkpoint; {} for none."""
     path = sources.locate_source(source, weights=False).path
-    own = kept_fields.find_kept(path).config.get("task_specific_params")
-    return own if isinstance(own, dict) else {}
+    tasks = kept_fields.find_kept(path).config.get("task_specific_params")
+    return tasks if isinstance(tasks, dict) else {}
 
 
 def translate_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
