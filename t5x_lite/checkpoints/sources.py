@@ -124,9 +124,10 @@ def tokenizer_files(files: Collection[str]) -> list[str]:
 def run_files(files: Collection[str]) -> list[str]:
     """The small files of a run folder: config, vocabularies and notes of its checkpoints."""
     checkpoint = re.compile(rf"{step_folders.FOLDER}/\d+/(note/.+|[^/]+)")
+    named = [each for each in files if not each.endswith(step_folders.COMMITTED)]
     return sorted(
         each
-        for each in files
+        for each in named
         if each in (RUN_CONFIG, kept_fields.FILE)
         or each.startswith("vocabulary/")
         or checkpoint.fullmatch(each)
