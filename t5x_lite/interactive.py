@@ -20,7 +20,6 @@ A Hugging Face folder, a .gguf file or a model of the hub is loaded without conv
     smol = interactive.load("SmolLM2-135M-Instruct.Q4_1.gguf")
     smol.generate("The capital of France is", max_new_tokens=32)
     smol.chat("What is the capital of France?")             # with the model's own chat template
-    interactive.pipeline("summarization", "google-t5/t5-small")(text)  # as transformers 4 had it
 
 Importing this module imports neither JAX nor TensorFlow; loading a run never imports TensorFlow.
 """
@@ -379,8 +378,10 @@ def load(
         raise ValueError("step and best both choose a checkpoint: leave one out")
     host.prepare_jax()
     restored = open_checkpoint(path, step, best).load(mesh, quantize)
-    predictor = predict.make_predictor(restored)
-    return Session(predictor, restored.run.decode, restored.step, restored.chat, str(path))
+    run, ended = restored.run, predict.has_inputs(restored.run)
+    parts = run.model, restored.params, restored.vocabularies
+    predictor = predict.Predictor(*parts, ended=ended, batch_size=run.evaluate.batch_size)
+    return Session(predictor, run.decode, restored.step, restored.chat, str(path))
 
 
 def pipeline(task: str, model: str | Path | Session, **defaults: Any) -> Any:

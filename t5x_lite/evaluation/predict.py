@@ -382,13 +382,6 @@ def drafter_names(drafting: decoding.Drafting) -> tuple[str, ...]:
     return draft_sources(drafter.drafter if isinstance(drafter, Adaptive) else drafter)
 
 
-def make_predictor(loaded: Any) -> Predictor:
-    """The Predictor of a `checkpoints.opening.LoadedCheckpoint`."""
-    run = loaded.run
-    ended, size = has_inputs(run), run.evaluate.batch_size
-    return Predictor(run.model, loaded.params, loaded.vocabularies, ended=ended, batch_size=size)
-
-
 def has_inputs(run: config.Run) -> bool:
     """True if the run's examples have inputs that end, false for text to be continued."""
     if run.data is None:
