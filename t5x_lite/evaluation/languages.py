@@ -30,7 +30,7 @@ def set_languages(predictor: Any, source: str | None, target: str | None) -> int
         if f">>{target}<<" in special_tokens(predictor.inputs):
             raise ValueError(
                 f"the tokenizer reads {target} before a text, and nothing of the source language: "
-                "leave out --source_language"
+                "leave it out"
             )
         token = language_token(special_tokens(predictor.inputs), source)
         predictor.inputs = begin_with(predictor.inputs, token)
