@@ -62,7 +62,7 @@ def renumber_pieces(
         elif name in special or kind in (UNKNOWN, CONTROL):
             kind = CONTROL
         proto.pieces.add(piece=name, score=score, type=kind)
-    proto.trainer_spec.unk_piece = unknown
+    proto.trainer_spec.unk_piece, proto.trainer_spec.unk_id = unknown, names.index(unknown)
     return proto.SerializeToString()
 
 

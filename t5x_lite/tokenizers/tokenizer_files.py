@@ -64,6 +64,9 @@ def write_tokenizers(
     Raises:
       ValueError: as `write_tokenizer` does.
     """
+    if isinstance(inputs, SentencePieceVocabulary) and inputs.known is not None:
+        write_listed_pieces(inputs, targets, Path(folder))
+        return
     same = isinstance(inputs, SymbolVocabulary) and isinstance(targets, SymbolVocabulary)
     if same and inputs.symbols == targets.symbols:
         write_tokenizer(inputs, folder, start, joined=targets.separator)
@@ -71,6 +74,38 @@ def write_tokenizers(
         write_tokenizer(inputs, folder, start)
     if ids_description(inputs) != ids_description(targets):
         write_tokenizer(targets, Path(folder) / TARGETS)
+
+
+def write_listed_pieces(
+    inputs: SentencePieceVocabulary, targets: TextVocabulary, folder: Path
+) -> None:
+    """Writes the tokenizer of a Marian or M2M100: SentencePiece, and a vocab.json with the ids.
+
+    Args:
+      inputs: vocabulary of the inputs, whose ids belong to pieces by name.
+      targets: vocabulary of the targets; Marian has a model for each.
+      folder: the folder, which is created.
+    """
+    names = list(inputs.pieces)
+    languages = [name for name in names if name in inputs.described and name.startswith("__")]
+    settings: dict[str, Any] = dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    if languages:
+        first = names.index(languages[0])
+        settings |= {"tokenizer_class": "M2M100Tokenizer", "bos_token": "<s>"}
+        settings |= {"additional_special_tokens": languages}
+        settings |= {"num_madeup_words": len(names) - first - len(languages)}
+        if inputs.bos is not None:
+            settings["src_lang"] = names[inputs.bos].strip("_")
+        names, files = names[:first], {"sentencepiece.bpe.model": inputs.model}
+    else:
+        settings["tokenizer_class"] = "MarianTokenizer"
+        target = targets if isinstance(targets, SentencePieceVocabulary) else inputs
+        files = {"source.spm": inputs.model, "target.spm": target.model}
+    vocab = {name: token for token, name in enumerate(names)}
+    files |= {"vocab.json": encode_json(vocab), "tokenizer_config.json": encode_json(settings)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def ids_description(vocabulary: TextVocabulary) -> tuple[str, bytes | None]:

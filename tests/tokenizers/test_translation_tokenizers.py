@@ -162,6 +162,22 @@ def test_a_saved_vocabulary_gives_the_same_ids(name, folders, tmp_path):
             assert saved.decode(one[1:]) == vocabulary.decode(other[1:])
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_exported_tokenizer_gives_the_same_ids_in_transformers(name, folders, tmp_path):
+    from transformers import AutoTokenizer
+
+    pair = text_settings.read_hugging_face(folders[name]).vocabularies
+    (tmp_path / "config.json").write_text((folders[name] / "config.json").read_text())
+    huggingface_tokenizer.write_tokenizers(*pair, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    again = text_settings.read_hugging_face(tmp_path).vocabularies
+    rows = [each.tolist() for each in vocabularies.encode_texts(pair[0], LINES)]
+    assert theirs(LINES)["input_ids"] == rows
+    for saved, vocabulary in zip(again, pair, strict=True):
+        both = (vocabularies.encode_texts(each, LINES[:200]) for each in (saved, vocabulary))
+        assert all(one.tolist() == other.tolist() for one, other in zip(*both, strict=True))
+
+
 def test_a_language_may_stand_before_a_text_of_marian(folders):
     from transformers import AutoTokenizer
 
