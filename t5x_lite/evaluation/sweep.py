@@ -44,11 +44,11 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not values:
-            raise ValueError(f"--sweep {text!r} is no NAME=A,B,... such as temperature=0,0.5,1")
+            raise ValueError(f"Sweep {text!r} is no NAME=A,B,... such as temperature=0,0.5,1")
         if name not in known:
-            raise ValueError(f"--sweep: Decode has no {name!r}: {suggest(name, known)}")
+            raise ValueError(f"Sweep: Decode has no {name!r}: {suggest(name, known)}")
         if name in grid:
-            raise ValueError(f"--sweep names {name} twice: put its values in one list")
+            raise ValueError(f"The sweep names {name} twice: put its values in one list")
         grid[name] = [parse_value(each) for each in values.split(",")]
     return grid
 
@@ -72,7 +72,7 @@ def make_decode(decode: config.Decode, settings: dict[str, Any]) -> config.Decod
     try:
         return dataclasses.replace(decode, **settings)
     except TypeError as error:
-        raise ValueError(f"--sweep: {error}") from None
+        raise ValueError(f"Sweep: {error}") from None
     except ValueError as error:
         return str(error)
 
@@ -101,12 +101,12 @@ def run_sweep(
     count = min(len(evaluator.dataset), run.evaluate.examples)
     config.require(
         evaluator.has_predictions() and names and count,
-        "--sweep measures texts: the run needs a decoder, inputs, examples, and --metrics",
+        "A sweep measures texts: the run needs a decoder, inputs, examples and Evaluate.metrics",
     )
     sets = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     decodes = [make_decode(run.decode, settings) for settings in sets]
     reasons = [each for each in decodes if isinstance(each, str)]
-    config.require(len(reasons) < len(sets), f"--sweep: {reasons and reasons[0]}")
+    config.require(len(reasons) < len(sets), f"Sweep: {reasons and reasons[0]}")
     vocabularies = evaluator.dataset.vocabularies
     predictor = Predictor(run.model, params, vocabularies, batch_size=run.evaluate.batch_size)
     points = []
