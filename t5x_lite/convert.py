@@ -12,7 +12,7 @@ from typing import Any
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
-from t5x_lite.config.checked import CountOrZero
+from t5x_lite.config.checked import Count, CountOrZero
 from t5x_lite.utils import bounded_files, hub_upload
 from t5x_lite.utils.hub import HubName, source_argument, source_identity
 from t5x_lite.utils.paths import cache_folder, parse_output_path, path_argument
@@ -33,6 +33,8 @@ examples:
   python -m t5x_lite.convert --from=runs/t5_small --to=t5x_small/checkpoint_0 --format=t5x
   # a trained run as a model of the hub
   python -m t5x_lite.convert --from=runs/g2p --to=owner/name --push --format=huggingface
+  # encoder, prefill and decoding step as programs with a script that needs jax alone
+  python -m t5x_lite.convert --from=runs/g2p --to=g2p_stablehlo --format=stablehlo
 
 A tensor that is missing, left over, misshapen, NaN or infinite is an error that names it;
 --allow=PATTERN lets it pass: one left over is left out, one missing is initialized as for training.
@@ -70,10 +72,11 @@ def parser() -> Parser:
     add("--private", action="store_true", help="a model that --push creates is private")
     add(
         "--format",
-        choices=("ours", "huggingface", "t5x", "t5x_scanned"),
+        choices=("ours", "huggingface", "t5x", "t5x_scanned", "stablehlo"),
         default="ours",
         help="what to write (default: ours, a run folder); t5x has tensors for each layer, "
-        "t5x_scanned has them stacked, as scalable_t5 does",
+        "t5x_scanned has them stacked, as scalable_t5 does; stablehlo has programs that need jax "
+        "alone",
     )
     add(
         "--dtype",
@@ -133,6 +136,13 @@ def add_special(group) -> None:
         metavar="N",
         help="sentinels on top of --vocabulary (T5's have 100)",
     )
+    sizes = {
+        "--batch_size": "rows of a call of stablehlo's programs (default: 8)",
+        "--input_length": "most ids of an input, or of a decoder's prompt (default: 128)",
+        "--row_length": "most ids of prompt and new text together (default: 256)",
+    }
+    for name, text in sizes.items():
+        add(name, type=number_parser(Count), metavar="N", help=text)
 
 
 def parse_size(text: str) -> int:
@@ -182,7 +192,7 @@ def convert(args: argparse.Namespace) -> None:
     settings = outputs.OutputSettings(
         args.format, find_dtype(args.dtype), args.family, args.shard_size
     )
-    output = outputs.make_output(contents, to, settings)
+    output = make_output(args, contents, to, settings)
     if args.dry_run:
         return dry_run(args, origin, output, settings)
     weights = origin.weights(args.allow)
@@ -217,6 +227,35 @@ def read_report(origin: Any) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return bounded_files.read_json_object(origin.path / "report.json")
     return {}
+
+
+def make_output(args: argparse.Namespace, contents: Any, to: Path, settings: Any) -> Any:
+    """The output that the command line describes.
+
+    Args:
+      args: options of the command.
+      contents: the checkpoint to write.
+      to: the folder.
+      settings: format and dtype of the output.
+
+    Raises:
+      ValueError: the format cannot express the model, or options are of another format.
+    """
+    from t5x_lite.checkpoints import outputs
+
+    options = {"batch": args.batch_size, "input_length": args.input_length}
+    options |= {"row_length": args.row_length}
+    options = {name: value for name, value in options.items() if value is not None}
+    if args.format == "stablehlo":
+        from t5x_lite.export.output import StableHloOutput
+        from t5x_lite.export.programs import ExportShapes
+
+        return StableHloOutput(contents, settings, ExportShapes(**options))
+    if options:
+        raise ValueError(
+            "--batch_size, --input_length and --row_length are sizes of --format=stablehlo"
+        )
+    return outputs.make_output(contents, to, settings)
 
 
 def find_dtype(name: str | None) -> Any:

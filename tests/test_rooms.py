@@ -19,7 +19,7 @@ FLOORS = (
     {"demo"},
     {"interactive", "comparison", "planning"},
     {"training", "analysis"},
-    {"evaluation"},
+    {"evaluation", "export"},
     {"adaptation"},
     {"data"},
     {"checkpoints", "decoding"},

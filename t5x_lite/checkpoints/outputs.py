@@ -212,7 +212,7 @@ class HuggingFaceOutput(RenamedOutput):
             (folder / name).parent.mkdir(exist_ok=True)
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (folder / name).write_text(text + "\n", encoding="utf-8")
-        self.write_tokenizer(folder)
+        write_tokenizer(self.contents, folder)
         projection = mappings.pop(sentence_t5.PROJECTION, [])
         described = names.pop(sentence_t5.PROJECTION, None)
         limit = self.settings.shard_size
@@ -239,18 +239,19 @@ class HuggingFaceOutput(RenamedOutput):
             kept_fields.GENERATION: {"_from_model_config": False} | kept.generation | ends,
         } | sentence_t5.export_files(model)
 
-    def write_tokenizer(self, folder: Path) -> None:
-        """Writes the tokenizer's files and the chat template, if there are any."""
-        text, model = self.contents.text, self.contents.model
-        if text is None:
-            return
-        added = model.encoder is None and model.add_bos
-        token = None if model.decoder is None else model.decoder_start_token_id
-        start = huggingface_tokenizer.StartToken(token, added)
-        huggingface_tokenizer.write_tokenizers(*text.vocabularies, folder, start)
-        if text.chat is not None:
-            path = folder / text_settings.CHAT_FILE
-            path.write_text(text.chat.template, encoding="utf-8")
+
+def write_tokenizer(contents: CheckpointContents, folder: Path) -> None:
+    """Writes the tokenizer's files and the chat template of Hugging Face, if there are any."""
+    text, model = contents.text, contents.model
+    if text is None:
+        return
+    added = model.encoder is None and model.add_bos
+    token = None if model.decoder is None else model.decoder_start_token_id
+    start = huggingface_tokenizer.StartToken(token, added)
+    huggingface_tokenizer.write_tokenizers(*text.vocabularies, folder, start)
+    if text.chat is not None:
+        path = folder / text_settings.CHAT_FILE
+        path.write_text(text.chat.template, encoding="utf-8")
 
 
 def text_end_fields(text: TextSettings | None, model: config.Model) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of exported programs: the ids of greedy decoding, by jax alone, and refused mistakes."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conversion_toys import GPT2, LLAMA, LONE, T5, Drawn, write_ours
+
+from t5x_lite import convert, decoding, interactive
+from t5x_lite.config import Decode, Model
+from t5x_lite.export.programs import PLATFORMS
+from t5x_lite.tokenizers import vocabularies
+
+NEW = 10
+MODELS = {"T5": T5, "LLAMA": LLAMA, "GPT2": GPT2, "LONE": LONE}
+# Modules of which none may be loaded where an export runs.
+OURS = ("t5x_lite", "flax", "orbax", "safetensors", "tokenizers", "tensorflow", "torch")
+
+
+def write_export(path: Path, model: Model) -> tuple[Path, Path]:
+    """A run folder with drawn weights, and its export."""
+    run = write_ours(path / "run", model, Drawn(model))
+    symbols = vocabularies.SymbolVocabulary([chr(97 + i) for i in range(26)])
+    vocabularies.save_pair(run / "vocabulary", symbols, symbols)
+    sizes = ["--batch_size=3", "--input_length=6", "--row_length=16"]
+    convert.main([f"--from={run}", f"--to={path / 'export'}", "--format=stablehlo", *sizes])
+    return run, path / "export"
+
+
+def draw_rows(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, 40, size=rng.integers(1, 5)).tolist() for _ in range(count)]
+
+
+def run_script(folder: Path, *batches: list[list[int]]) -> list:
+    """Ids that the script of an export writes for batches of rows, with jax alone."""
+    code = f"""
+import json, runpy, sys
+script = runpy.run_path({str(folder / "generate.py")!r})
+print(json.dumps([script["generate"]({str(folder)!r}, rows, {NEW}) for rows in {batches}]))
+loaded = {{name.partition(".")[0] for name in sys.modules}} & set({OURS})
+assert not loaded, loaded
+"""
+    words = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def decode_greedily(run: Path, rows: list[list[int]], stops: list[int]) -> list[list[int]]:
+    """Ids of our own decoding."""
+    predictor, decode = interactive.load(run).predictor, Decode(max_new_tokens=NEW)
+    # Rows for every device of the tests.
+    batch = len(rows) * jax.device_count()
+    request = decoding.make_request(predictor.cfg, rows, decode, batch=batch, eos=stops)
+    result = decoding.generate(predictor.cfg, predictor.params, request, decode)
+    pairs = zip(result.tokens[:, 0], result.lengths[:, 0], strict=True)
+    return [tokens[:length].tolist() for tokens, length in pairs][: len(rows)]
+
+
+@pytest.mark.slow  # decodes and exports each model, in two processes
+@pytest.mark.parametrize("name", MODELS)
+def test_the_script_writes_the_ids_of_greedy_decoding_with_jax_alone(tmp_path, name):
+    run, folder = write_export(tmp_path, MODELS[name])
+    settings = json.loads((folder / "export.json").read_text())
+    rows = draw_rows(3)
+    ours = decode_greedily(run, rows, settings["stops"])
+    # A row alone is filled up to the batch.
+    assert run_script(folder, rows, rows[1:2]) == [ours, ours[1:2]]
+
+
+def test_programs_are_for_all_platforms_in_the_sizes_of_the_options(folder):
+    settings = json.loads((folder / "export.json").read_text())
+    assert settings["version"] == 1 and settings["programs"] == ["encode", "prefill", "step"]
+    sizes = (settings["batch_size"], settings["input_length"], settings["row_length"])
+    assert sizes == (3, 6, 16)
+    for name in settings["programs"]:
+        program = jax.export.deserialize(bytearray((folder / f"{name}.jax").read_bytes()))
+        assert program.platforms == PLATFORMS and program.nr_devices == 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--dtype=bfloat16"], ["--dtype=bfloat16", "float32"]),
+        (["--row_length=1"], ["--row_length=1", "no place"]),
+        (["--batch_size=0"], ["--batch_size"]),
+        (["--format=huggingface", "--row_length=8"], ["sizes of --format=stablehlo"]),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, capsys, options, words):
+    run = write_ours(tmp_path / "run", T5, Drawn(T5))
+    arguments = [f"--from={run}", f"--to={tmp_path / 'to'}", "--format=stablehlo", *options]
+    with pytest.raises(SystemExit) as exit:
+        convert.main([*arguments, "--vocabulary=none"])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "to").exists()
+
+
+def test_positions_that_a_model_lacks_are_refused(tmp_path, capsys):
+    run = write_ours(tmp_path / "run", GPT2, Drawn(GPT2))
+    words = [f"--from={run}", f"--to={tmp_path / 'to'}", "--format=stablehlo", "--vocabulary=none"]
+    with pytest.raises(SystemExit):
+        convert.main([*words, "--input_length=8", "--row_length=17"])
+    assert "--row_length=17: the model has 16 learned positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "new", "words"),
+    [
+        ([[3, 40]], 4, "ids are 0 to 39"),
+        ([[3], []], 4, "rows of 1 to 6 ids"),
+        ([[3] * 7], 4, "rows of 1 to 6 ids"),
+        ([[3]], 16, "16 places"),
+        ([[3]] * 4, 4, "1 to 3 rows"),
+        ([], 4, "1 to 3 rows"),
+    ],
+)
+def test_the_script_refuses_rows_that_do_not_fit(folder, rows, new, words):
+    generate = runpy.run_path(str(folder / "generate.py"))["generate"]
+    with pytest.raises(ValueError, match=words):
+        generate(folder, rows, new)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The export of a T5."""
+    return write_export(tmp_path_factory.mktemp("export"), T5)[1]
