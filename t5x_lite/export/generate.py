@@ -37,7 +37,13 @@ def pad(rows, length):
 
 
 def generate(folder, rows, new_tokens):
-    """The most probable ids after each row of ids, up to one that ends a text."""
+    """The most probable ids after each row of ids, up to one that ends a text.
+
+    Args:
+      folder: folder of the programs.
+      rows: ids of each input, or of each prompt of a decoder alone.
+      new_tokens: most ids to write for a row.
+    """
     settings, params, programs = load(Path(folder))
     count, batch = len(rows), settings["batch_size"]
     if not 0 < count <= batch:
