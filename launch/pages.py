@@ -39,7 +39,7 @@ without a default.
 GROUPS = {
     "A run": ("Run",),
     "Model": ("Model", "Stack", "RotaryScaling", "Pooling", "DraftHeads"),
-    "Data": ("Data", "Files", "Mixture", "Vocabulary"),
+    "Data": ("Data", "Files", "HubDataset", "Mixture", "Vocabulary"),
     "Objectives": ("SpanCorruption", "PrefixLM", "CausalLM", "FillInTheMiddle", "Denoisers"),
     "Training": ("Train", "Schedule", "Optimizer", "ParamGroup", "DraftHeadLoss", "LayerSkip"),
     "Evaluation, checkpoints, decoding, devices": ("Evaluate", "Checkpoint", "Decode", "Mesh"),

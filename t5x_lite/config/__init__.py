@@ -20,7 +20,9 @@ from t5x_lite.config.checked import Checked, OutputPath, Seed, require
 from t5x_lite.config.comparison import Compare as Compare
 from t5x_lite.config.data import Data as Data
 from t5x_lite.config.data import Files as Files
+from t5x_lite.config.data import HubDataset as HubDataset
 from t5x_lite.config.data import Mixture as Mixture
+from t5x_lite.config.data import TextSource as TextSource
 from t5x_lite.config.data import Vocabulary as Vocabulary
 from t5x_lite.config.decoding import Decode as Decode
 from t5x_lite.config.draft_heads import DraftHeadLoss as DraftHeadLoss

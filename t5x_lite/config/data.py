@@ -138,15 +138,57 @@ class Files(Checked):
 
 
 @dataclass(frozen=True)
+class HubDataset(Checked):
+    """A dataset of the Hugging Face hub, read by the datasets library (extra `hub-data`).
+
+    Attributes:
+      name: owner/name on the hub, or a folder that is laid out as one there.
+      vocabulary: how the text becomes ids.
+      config: name of its configuration ("subset"); None for the only one.
+      revision: branch, tag or commit; None is the main branch.
+      train: its split for training.
+      validation: its split for validation.
+      test: its split for the test.
+      inputs: column of the inputs or a template, as in `Files`; None means text alone.
+      targets: column of the targets or a template. Labels that the dataset names are text.
+      metrics: metrics of the task.
+      streaming: reads the dataset as it is needed, without a copy on this machine; a folder is
+        always read so.
+      broken: what a row that cannot be read does: stop, or skip, which is counted.
+      numbers: columns that are numbers are read as text, as Python writes them.
+      labels: names of the labels in `targets` by number, where the dataset does not have them.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    config: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    validation: str | None = None
+    test: str | None = None
+    inputs: str | None = None
+    targets: str = "targets"
+    metrics: tuple[str, ...] = ("exact_match",)
+    streaming: bool = False
+    broken: Literal["stop", "skip"] = "stop"
+    numbers: bool = False
+    labels: tuple[str, ...] = ()
+
+
+# Sources of text that the config describes.
+TextSource = Files | HubDataset
+
+
+@dataclass(frozen=True)
 class Mixture(Checked):
     """Several tasks with the same vocabularies.
 
     Attributes:
-      tasks: their names or Files.
+      tasks: their names, Files or HubDatasets.
       rates: the proportion in which their examples are drawn.
     """
 
-    tasks: tuple[str | Files, ...]
+    tasks: tuple[str | Files | HubDataset, ...]
     rates: tuple[Positive, ...]
 
     def check(self):
@@ -163,7 +205,8 @@ class Data(Checked):
     """Source of the examples, and their layout in rows.
 
     Attributes:
-      task: a built-in task or a registered seqio Task or Mixture by its name, Files, or a Mixture.
+      task: a built-in task or a registered seqio Task or Mixture by its name, Files, a
+        HubDataset, or a Mixture.
       lengths: tokens per row, {"inputs": 64, "targets": 64}; a decoder alone uses their sum.
       objective: cuts inputs and targets from the task's text (its targets); None trains on the
         task's own inputs and targets.
@@ -175,7 +218,7 @@ class Data(Checked):
         for `cache_dir`.
     """
 
-    task: str | Files | Mixture
+    task: str | Files | HubDataset | Mixture
     lengths: dict[str, RowLength]
     objective: SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle | Denoisers | None = None
     pack: bool = True
@@ -193,5 +236,5 @@ class Data(Checked):
     def declared_vocabulary(self) -> Vocabulary | None:
         """Vocabulary of the targets, if the config has it; None for a task with its own."""
         tasks = self.task.tasks if isinstance(self.task, Mixture) else (self.task,)
-        declared = (task.vocabulary for task in tasks if isinstance(task, Files))
+        declared = (task.vocabulary for task in tasks if isinstance(task, Files | HubDataset))
         return self.vocabulary or next(declared, None)

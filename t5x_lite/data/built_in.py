@@ -12,7 +12,7 @@ from typing import NamedTuple
 from t5x_lite import config
 from t5x_lite.checkpoints.sources import locate_file
 from t5x_lite.checkpoints.text_settings import read_text_settings
-from t5x_lite.data import content, corpora, files
+from t5x_lite.data import content, corpora, files, hub_datasets
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.task import Task, TextReader
 from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
@@ -123,25 +123,67 @@ class TrainingText(NamedTuple):
     source: Callable[[], str]
 
 
-def training_text(every: Sequence[config.Files], cache_dir: str) -> TrainingText:
-    """Training text of one or more Files, one after the other."""
+def training_text(every: Sequence[config.TextSource], cache_dir: str) -> TrainingText:
+    """Training text of one or more Files or datasets, one after the other."""
 
     def rows() -> Iterator[TextExample]:
         for each in every:
             # Without counts: what is left out is counted where tokens are read.
-            yield from files.read_rows(each, "train")
+            if isinstance(each, config.Files):
+                yield from files.read_rows(each, "train")
+            else:
+                yield from hub_datasets.read_rows(each, "train")
 
     def source() -> str:
         parts, folder = [], cache_folder(cache_dir)
         for each in every:
-            digests = content.digest_files(files.list_paths(each, "train"), folder)
-            parts.append([files.source(each, "train"), *digests.values()])
+            if isinstance(each, config.Files):
+                digests = content.digest_files(files.list_paths(each, "train"), folder)
+                parts.append([files.source(each, "train"), *digests.values()])
+            else:
+                digests = content.digest_files(hub_datasets.list_paths(each, "train"), folder)
+                digests |= hub_datasets.remote_identity(each, "train")
+                parts.append([hub_datasets.source(each, "train"), *digests.values()])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     return TrainingText(rows, source)
 
 
-def from_files(cfg: config.Files, cache_dir: str, trained_on: Sequence[config.Files] = ()) -> Task:
+def from_hub(
+    cfg: config.HubDataset,
+    cache_dir: str,
+    trained_on: Sequence[config.TextSource] = (),
+) -> Task:
+    """A dataset of the hub as a task.
+
+    Args:
+      cfg: the dataset.
+      cache_dir: folder of trained vocabularies.
+      trained_on: sources whose text trains a `trained` vocabulary; none means `cfg` alone.
+    """
+    splits = files.list_splits(cfg)
+    counts: dict[str, dict[str, int]] = {split: {} for split in splits}
+    pair = vocabulary_pair(cfg.vocabulary, training_text(trained_on or [cfg], cache_dir), cache_dir)
+    rows = partial(hub_datasets.read_rows, cfg, describe=describe_words(pair))
+    return Task(
+        name=hub_datasets.task_name(cfg),
+        splits=splits,
+        vocabularies=pair,
+        read=TextReader(rows, pair, counts),
+        source=partial(hub_datasets.source, cfg),
+        has_inputs=cfg.inputs is not None,
+        metrics=cfg.metrics,
+        counts=counts,
+        files=partial(hub_datasets.list_paths, cfg),
+        remote=partial(hub_datasets.remote_identity, cfg),
+    )
+
+
+def from_files(
+    cfg: config.Files,
+    cache_dir: str,
+    trained_on: Sequence[config.TextSource] = (),
+) -> Task:
     """A user's own files as a task.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from t5x_lite import config
-from t5x_lite.data import tasks
+from t5x_lite.data import hub_datasets, tasks
 from t5x_lite.data.cache import Tokens
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.task import Task, TaskScores, cached_tokens
@@ -122,11 +122,13 @@ def open_dataset(cfg: config.Data, split: str) -> Dataset:
     )
 
 
-def task_name(task: str | config.Files | config.Mixture) -> str:
+def task_name(task: str | config.TextSource | config.Mixture) -> str:
     """Name of Data.task in reports."""
     match task:
         case config.Files(name=name):
             return name
+        case config.HubDataset():
+            return hub_datasets.task_name(task)
         case config.Mixture(tasks=parts):
             return "+".join(map(task_name, parts))
         case name:

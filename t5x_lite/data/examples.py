@@ -25,7 +25,7 @@ def fields_of(side: str) -> list[str]:
     return PLACE.findall(side) or [side]
 
 
-def fields_read(cfg: config.Files) -> list[str]:
+def fields_read(cfg: config.TextSource) -> list[str]:
     """Names of the fields that are read, each once."""
     sides = [cfg.targets] if cfg.inputs is None else [cfg.inputs, cfg.targets]
     return list(dict.fromkeys(name for side in sides for name in fields_of(side)))
@@ -52,7 +52,7 @@ def find_field(fields: Mapping[str, Any], name: str) -> Any:
     raise FieldError(f"no field {name!r}; there are {', '.join(map(repr, fields))}")
 
 
-def text_of(cfg: config.Files, name: str, value: Any, labels: Sequence[str]) -> str:
+def text_of(cfg: config.TextSource, name: str, value: Any, labels: Sequence[str]) -> str:
     """A value of a field as text.
 
     Args:
@@ -92,7 +92,7 @@ class ExampleBuilder:
 
     def __init__(
         self,
-        cfg: config.Files,
+        cfg: config.TextSource,
         label_names: Mapping[str, Sequence[str]] | None = None,
     ):
         """Creates the builder.

@@ -7,7 +7,7 @@ import glob
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from t5x_lite import config
@@ -34,7 +34,7 @@ ENDINGS = {
 }
 
 
-def list_splits(cfg: config.Files) -> tuple[str, ...]:
+def list_splits(cfg: config.TextSource) -> tuple[str, ...]:
     """Splits that have files."""
     names = ("train", "validation", "test")
     return tuple(name for name in names if getattr(cfg, name) is not None)
@@ -114,23 +114,47 @@ def read_rows(
     Raises:
       ValueError: a line cannot be read and Files.broken is not "skip"; with its file and number.
     """
-    builder, left_out = ExampleBuilder(cfg), 0
-    for path in list_paths(cfg, split):
-        for place, record in read_records(cfg, path):
-            row, problem = build_example(builder, record, describe)
-            if row is not None:
-                yield row
-                continue
-            if cfg.broken != "skip":
-                raise ValueError(
-                    f'{path}, {place}: {problem}. Fix it, or set Files.broken = "skip" to leave '
-                    "such lines out and count them"
-                )
-            left_out += 1
-            if counts is not None:
-                counts[LEFT_OUT] = left_out
-                if left_out <= MOST_NAMED:
-                    log.warning("%s, %s is left out: %s", path, place, problem)
+    records = (
+        (f"{path}, {place}", record)
+        for path in list_paths(cfg, split)
+        for place, record in read_records(cfg, path)
+    )
+    return build_examples(ExampleBuilder(cfg), records, counts, describe)
+
+
+def build_examples(
+    builder: ExampleBuilder,
+    records: Iterable[tuple[str, dict | str]],
+    counts: dict[str, int] | None,
+    describe: Callable[[TextExample], str] | None,
+) -> Iterator[TextExample]:
+    """Yields the examples of records, without those that are broken.
+
+    Args:
+      builder: of examples.
+      records: places and fields, or messages.
+      counts: as in `read_rows`.
+      describe: as in `read_rows`.
+
+    Raises:
+      ValueError: a record is broken, and such are not to be skipped.
+    """
+    left_out, kind = 0, type(builder.cfg).__name__
+    for place, record in records:
+        row, problem = build_example(builder, record, describe)
+        if row is not None:
+            yield row
+            continue
+        if builder.cfg.broken != "skip":
+            raise ValueError(
+                f'{place}: {problem}. Fix it, or set {kind}.broken = "skip" to leave such lines '
+                "out and count them"
+            )
+        left_out += 1
+        if counts is not None:
+            counts[LEFT_OUT] = left_out
+            if left_out <= MOST_NAMED:
+                log.warning("%s is left out: %s", place, problem)
 
 
 def build_example(

@@ -71,6 +71,7 @@ class Task:
         examples of a split.
       unsupported_metrics: reasons by name of own metrics that `score` leaves out.
       files: returns the files that a split is read from, in their order; their content decides.
+      remote: returns what else decides the content of a split, by name: a commit of the hub.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Task:
     score: Callable[[str, list[str]], TaskScores] | None = None
     unsupported_metrics: dict[str, str] = field(default_factory=dict)
     files: Callable[[str], list[Path]] = lambda split: []
+    remote: Callable[[str], dict[str, str]] = lambda split: {}
 
 
 class SplitFiles:
@@ -107,7 +109,8 @@ class SplitFiles:
         self.digests = self.read_digests()
 
     def read_digests(self) -> dict[str, str]:
-        return content.digest_files(self.task.files(self.split), self.cache_dir, self.sampled)
+        files = content.digest_files(self.task.files(self.split), self.cache_dir, self.sampled)
+        return files | self.task.remote(self.split)
 
     def check_unchanged(self) -> None:
         """Raises DataChangedError if the content has changed; the message names the files."""

@@ -14,7 +14,7 @@ from typing import Any
 from t5x_lite import config
 from t5x_lite.checkpoints import step_folders, text_settings
 from t5x_lite.config.training_run import RunT
-from t5x_lite.data.built_in import BUILT_IN, built_in_task, from_files
+from t5x_lite.data.built_in import BUILT_IN, built_in_task, from_files, from_hub
 from t5x_lite.data.task import Task
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.chat import ChatTemplate
@@ -47,9 +47,9 @@ def resolve(cfg: config.Data) -> list[tuple[Task, float]]:
     return parts
 
 
-def trained_together(mixture: config.Mixture) -> list[config.Files]:
-    """Files of a mixture if one vocabulary is trained on the text of all; [] if none is."""
-    every = [each for each in mixture.tasks if isinstance(each, config.Files)]
+def trained_together(mixture: config.Mixture) -> list[config.TextSource]:
+    """Sources of a mixture if one vocabulary is trained on the text of all; [] if none is."""
+    every = [each for each in mixture.tasks if not isinstance(each, str)]
     first = every[0].vocabulary if every else None
     alike = first is not None and all(each.vocabulary == first for each in every)
     return every if alike and first.kind == "trained" else []
@@ -74,19 +74,24 @@ def endless_fingerprint(vocabulary: TextVocabulary) -> str:
 
 
 def resolve_task(
-    task: str | config.Files, cfg: config.Data, together: Sequence[config.Files] = ()
+    task: str | config.TextSource,
+    cfg: config.Data,
+    together: Sequence[config.TextSource] = (),
 ) -> list[tuple[Task, float]]:
     """Tasks of one entry of Data.task, which may itself be a Mixture of seqio, with rates.
 
     Args:
       task: the entry.
       cfg: the data.
-      together: Files that one vocabulary is trained on.
+      together: Files and datasets that one vocabulary is trained on.
     """
-    if isinstance(task, config.Files):
+    if not isinstance(task, str):
         if cfg.vocabulary is not None:
-            raise ValueError("Data.vocabulary is for built-in tasks; here it is Files.vocabulary")
-        return [(from_files(task, cfg.cache_dir, together), 1.0)]
+            kind = type(task).__name__
+            raise ValueError(f"Data.vocabulary is for built-in tasks; here it is {kind}.vocabulary")
+        if isinstance(task, config.Files):
+            return [(from_files(task, cfg.cache_dir, together), 1.0)]
+        return [(from_hub(task, cfg.cache_dir, together), 1.0)]
     if task in BUILT_IN:
         return [(built_in_task(task, cfg.vocabulary, cfg.cache_dir), 1.0)]
     if importlib.util.find_spec("seqio"):
@@ -126,7 +131,7 @@ def in_vocabulary(data: config.Data, vocabulary: config.Vocabulary) -> config.Da
     def replaced(task: Any) -> Any:
         if isinstance(task, config.Mixture):
             return dataclasses.replace(task, tasks=tuple(map(replaced, task.tasks)))
-        if isinstance(task, config.Files):
+        if isinstance(task, config.TextSource):
             return dataclasses.replace(task, vocabulary=vocabulary)
         return task
 
@@ -150,7 +155,7 @@ def with_run_vocabulary(run: RunT) -> RunT:
 def find_chat_template(data: config.Data) -> ChatTemplate | None:
     """The chat template of the checkpoint whose vocabulary the data come in; None without one."""
     tasks = data.task.tasks if isinstance(data.task, config.Mixture) else (data.task,)
-    named = [task.vocabulary for task in tasks if isinstance(task, config.Files)]
+    named = [task.vocabulary for task in tasks if not isinstance(task, str)]
     for each in (*named, data.vocabulary):
         if each is not None and each.kind == "checkpoint":
             return text_settings.read_text_settings(not_none(each.path)).chat

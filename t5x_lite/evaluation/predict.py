@@ -391,7 +391,7 @@ def has_inputs(run: config.Run) -> bool:
         task = task.tasks[0]
     if run.model.layout != "decoder_only" or run.data.objective is not None:
         return True
-    if isinstance(task, config.Files):
+    if isinstance(task, config.TextSource):
         return task.inputs is not None
     if task in built_in.BUILT_IN:
         return built_in.BUILT_IN[task].has_inputs

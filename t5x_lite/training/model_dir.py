@@ -245,7 +245,7 @@ def adopt_changes(saved: config.Run, run: config.Run) -> config.Run:
 
 def take_metrics(to: Any, source: Any) -> Any:
     """A value of Data.task with the metrics of another one, which change no step."""
-    if isinstance(to, config.Files) and isinstance(source, config.Files):
+    if isinstance(to, config.TextSource) and type(source) is type(to):
         return dataclasses.replace(to, metrics=source.metrics)
     if isinstance(to, config.Mixture) and isinstance(source, config.Mixture):
         pairs = zip(to.tasks, source.tasks, strict=False)
