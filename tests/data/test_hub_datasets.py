@@ -135,7 +135,7 @@ def test_a_commit_of_the_hub_decides(monkeypatch, tmp_path):
 def test_a_mixture_trains_one_vocabulary_on_all_its_sources(tmp_path):
     write_dataset(tmp_path / "rows")
     (tmp_path / "a.tsv").write_text("text\tlabel\n" + "quizzical zebra\tno\n" * 20)
-    trained = config.Vocabulary("trained", size=280)
+    trained = config.Vocabulary("trained", size=320)
     parts = (
         described(tmp_path / "rows", vocabulary=trained),
         config.Files("mine", str(tmp_path / "a.tsv"), trained, inputs="text", targets="label"),
