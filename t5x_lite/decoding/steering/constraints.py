@@ -72,7 +72,7 @@ def find_constraint(
     constraint = make_constraint(decode)
     if constraint is None:
         return None
-    table = load_table(constraint, vocabulary_bytes(vocabulary), tuple(vocabulary.stops), vocab)
+    table = load_table(constraint, vocabulary, vocab)
     if table.shortest > decode.max_new_tokens:
         raise ValueError(
             f"The shortest text of {constraint.name} has {table.shortest} tokens with its end, and "
@@ -87,27 +87,32 @@ def vocabulary_bytes(vocabulary: TextVocabulary) -> TokenBytes:
     return token_bytes(vocabulary)
 
 
-def load_table(
-    constraint: Constraint, vocabulary: TokenBytes, stops: tuple[int, ...], vocab: int
-) -> ConstraintTable:
+@functools.lru_cache(maxsize=8)
+def vocabulary_digest(vocabulary: TextVocabulary) -> str:
+    """Returns a fingerprint of what a vocabulary's ids write, once for each vocabulary."""
+    spelled, digest = vocabulary_bytes(vocabulary), hashlib.sha256()
+    for table in (spelled.by_id, spelled.first):
+        for token, text in sorted(table.items()):
+            digest.update(b"%d:%d:%b" % (token, len(text), text))
+        digest.update(b"end")
+    return digest.hexdigest()
+
+
+def load_table(constraint: Constraint, vocabulary: TextVocabulary, vocab: int) -> ConstraintTable:
     """Returns the table of a constraint, from the cache if it has been compiled before.
 
     Args:
       constraint: the constraint.
-      vocabulary: bytes of the ids.
-      stops: ids that end a text.
+      vocabulary: vocabulary of the new texts.
       vocab: size of the model's vocabulary.
     """
-    identity = json.dumps([FORMAT, constraint, stops, vocab, vocabulary.drops_again])
-    digest = hashlib.sha256(identity.encode())
-    for table in (vocabulary.by_id, vocabulary.first):
-        for token, text in sorted(table.items()):
-            digest.update(b"%d:%d:%b" % (token, len(text), text))
-        digest.update(b"end")
-    path = cache_folder(FOLDER) / f"{digest.hexdigest()[:32]}.npz"
+    spelled, stops = vocabulary_bytes(vocabulary), tuple(vocabulary.stops)
+    described = [FORMAT, constraint, stops, vocab, spelled.drops_again]
+    identity = json.dumps([*described, vocabulary_digest(vocabulary)])
+    path = cache_folder(FOLDER) / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     cached = read_table(path)
     if cached is None:
-        cached = compile_table(constraint, vocabulary, stops, vocab)
+        cached = compile_table(constraint, spelled, stops, vocab)
         write_table(path, cached)
     return cached
 
