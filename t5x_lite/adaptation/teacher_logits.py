@@ -278,10 +278,16 @@ class SavedTeacherLogits:
         """Reads the teacher's logits for a batch.
 
         Raises:
-          ValueError: they were saved for other rows.
+          ValueError: they are missing, or were saved for other rows.
         """
         chunk = self.open(step // self.chunk * self.chunk)
         at = step % self.chunk
+        config.require(
+            at < len(chunk["rows"]),
+            f"The answers in {self.path} for step {step} are missing: {SETTINGS} has chunks of "
+            f"{self.chunk} steps, and this one has {len(chunk['rows'])}. Write them again: python "
+            f"-m t5x_lite.distill answers --output={self.path}",
+        )
         config.require(
             np.array_equal(chunk["rows"][at, self.rows], row_digests(batch)),
             f"The answers in {self.path} for step {step} are of other data: they were written with "

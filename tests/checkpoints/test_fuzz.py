@@ -6,6 +6,7 @@ import json
 import random
 
 import fuzz_formats
+import fuzz_record_targets
 import fuzzing
 import jax
 import numpy as np
@@ -235,3 +236,11 @@ def test_sizes_in_a_runs_config_are_compared_before_a_model_is_made(tmp_path, fi
             pytest.raises(ValueError, match="and no tensor has a size"),
         ):
             door(folder)
+
+
+def test_a_chunk_that_is_shorter_than_its_settings_say_is_refused_by_name(tmp_path):
+    fuzz_record_targets.make_teacher(tmp_path)
+    settings = tmp_path / "settings.json"
+    settings.write_text(settings.read_text().replace('"chunk": 2', '"chunk": 3'))
+    with pytest.raises(ValueError, match="for step 2 are missing: settings.json has chunks of 3"):
+        fuzz_record_targets.read_teacher(tmp_path)
