@@ -21,9 +21,6 @@ from t5x_lite.checkpoints.transforms import STACKED, Entry
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 
 SHOWN = 12
-# Sizes of towers up to this one are not questioned before shapes are compared.
-REAL_SIZE = 2**20
-SIZES = ("embed", "heads", "head_dim", "mlp", "max_length")
 
 Names = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -210,11 +207,7 @@ def plan_conversion(
       ignored: patterns of tensors that are not weights.
       duplicates: name of a tensor, and name of the one that it repeats.
       allow: patterns of names, on either side, that may be left out.
-
-    Raises:
-      MatchError: the model has a size that no tensor comes near.
     """
-    check_sizes(names, cfg)
     leaves, duplicates = model_leaves(cfg), duplicates or {}
     all_mappings = map_weights(cfg, entries, leaves)
     mappings, new, problems = [], [], {}
@@ -242,32 +235,6 @@ def plan_conversion(
             skipped[name] = reason
     skipped, problems = dict(sorted(skipped.items())), dict(sorted(problems.items()))
     return ConversionPlan(leaves, mappings, new, skipped, problems)
-
-
-def check_sizes(names: Names, cfg: config.Model, fields: Sequence[str] = SIZES) -> None:
-    """Compares the sizes of a model with those of all tensors.
-
-    A plan makes small arrays of some sizes, such as a rotary frequency for each feature of a head:
-    those of a broken config would fill the memory before its shapes are compared.
-
-    Args:
-      names: shape and dtype of every tensor.
-      cfg: config of the model.
-      fields: fields of Stack that are sizes of tensors.
-
-    Raises:
-      MatchError: a size is larger than any of a tensor, and than any of a real model.
-    """
-    largest = max([REAL_SIZE, *(size for shape, _ in names.values() for size in shape)])
-    for tower in ("encoder", "decoder"):
-        stack = getattr(cfg, tower)
-        for field in () if stack is None else fields:
-            size = getattr(stack, field) or 0
-            if size > largest:
-                raise MatchError(
-                    f"The config has {tower} Stack.{field} = {size:,}, and no tensor has a size "
-                    f"above {largest:,}: the config does not belong to these weights"
-                )
 
 
 def resolve_duplicate(name: str, names: Names, duplicates: Mapping[str, str]) -> str:

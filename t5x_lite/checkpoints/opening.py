@@ -31,7 +31,6 @@ from t5x_lite.checkpoints.kinds import CheckpointKind
 from t5x_lite.checkpoints.sources import LocatedSource
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
-from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.checkpoints.weights import HEADS, Weights
 from t5x_lite.model import quantization
 from t5x_lite.tokenizers import errors
@@ -156,8 +155,6 @@ class OpenedCheckpoint:
         if self.tensors is None:
             # All files at once, by orbax: faster than layer by layer.
             arrays, step = manager.load_params(self.path, step=None if self.newest else self.step)
-            stored = {name: array.shape for name, array in flatten_tree(arrays).items()}
-            run_folder.check_stored_sizes(stored, self.model, self.path)
             sharding.use_mesh(mesh or config.Mesh())
             params = weights.place_arrays(model.shapes(self.model), arrays, self.path)
         else:

@@ -66,8 +66,6 @@ class SavedWeights:
         self.step = manager.select_steps(folder, step)[0]
         self.folder = parse_path(folder) / manager.FOLDER / str(self.step)
         metadata = checkpoint_io.read_metadata(self.folder)
-        stored = checkpoint_io.stored_shapes(metadata, "params")
-        check_stored_sizes(stored, self.run.model, self.folder)
         self.leaves = matching.model_leaves(self.run.model)
         shapes = {path: leaf.shape for path, leaf in self.leaves.items()}
         # Metadata of each weight by our path, as `checkpoint_io.describe_arrays` has them.
@@ -135,24 +133,6 @@ class SavedWeights:
             raise DamagedCheckpointError(
                 f"{self.folder}: the bits of {path} are not those that were saved"
             )
-
-
-def check_stored_sizes(stored: dict[str, tuple[int, ...]], cfg: config.Model, folder: Path) -> None:
-    """Compares the sizes of a config with those of a checkpoint, before a model is made of them.
-
-    Args:
-      stored: shape of every weight of the checkpoint.
-      cfg: config of the model.
-      folder: the checkpoint, for the message.
-
-    Raises:
-      SourceError: the config has sizes that are nowhere in the checkpoint.
-    """
-    names = {name: (shape, np.dtype(np.float32)) for name, shape in stored.items()}
-    try:
-        matching.check_sizes(names, cfg, (*matching.SIZES, "layers"))
-    except matching.MatchError as error:
-        raise SourceError(f"{folder}: {error}") from error
 
 
 class RunFolderWriter:
