@@ -166,7 +166,14 @@ def describe_metrics(facts: CardFacts) -> Iterator[str]:
 
 
 def loading_code(facts: CardFacts) -> Iterator[str]:
-    """Lines of Python that load the model."""
+    """Lines of Python that load the model; the command that runs an exported program."""
+    if facts.format == "stablehlo":
+        yield "With jax and numpy alone, in this folder; the numbers are ids of the input:"
+        yield ""
+        yield "```bash"
+        yield "python generate.py 5 3 22"
+        yield "```"
+        return
     yield "```python"
     if facts.format.startswith("t5x"):
         yield "# python -m t5x_lite.convert --from=CHECKPOINT --to=FOLDER, or T5X itself"

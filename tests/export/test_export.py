@@ -75,6 +75,11 @@ def test_the_script_writes_the_ids_of_greedy_decoding_with_jax_alone(tmp_path, n
     assert run_script(folder, rows, rows[1:2]) == [ours, ours[1:2]]
 
 
+def test_the_card_names_the_script_and_no_door_that_does_not_open_the_folder(folder):
+    card = (folder / "README.md").read_text()
+    assert "python generate.py" in card and "interactive.load" not in card
+
+
 def test_programs_are_for_all_platforms_in_the_sizes_of_the_options(folder):
     settings = json.loads((folder / "export.json").read_text())
     assert settings["version"] == 1 and settings["programs"] == ["encode", "prefill", "step"]
