@@ -171,5 +171,6 @@ def assert_gradients_alike(pair: Pair, ids: Ids) -> None:
 
     # A bias of keys moves all scores of a query alike: its gradient is rounding errors only.
     stack = pair.cfg.decoder
-    floor = 1e-4 if stack.qkv_bias and stack.softcap is None else 0.0
+    # These are up to eight units in the last place of the largest gradient.
+    floor = 1e-3 if stack.qkv_bias and stack.softcap is None else 0.0
     parity.assert_gradients_alike(pair, their_loss, loss, floor)
