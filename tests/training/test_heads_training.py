@@ -244,7 +244,7 @@ def test_pieces_and_whole_logits_give_the_same():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: config.DraftHeads(1), "DraftHeads.block must be at least 2"),
+        (lambda: config.DraftHeads(1), r"DraftHeads.block must be in \[2, 64\]"),
         (lambda: config.DraftHeads(4, "medusa", mlp=8), "DraftHeads.mlp is for stern"),
         (lambda: config.DraftHeads(4, "eagle"), "DraftHeads.shape must be one of"),
         (lambda: config.DraftHeadLoss(decay=0.0), "DraftHeadLoss.decay"),

@@ -72,9 +72,13 @@ def test_a_run_in_a_store_leaves_what_one_on_a_disk_leaves(store, on_a_disk, cap
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_in_a_store_bitwise(store, on_a_disk, tmp_path):
-    path, on_disk, expected = on_a_disk
-    run = dataclasses.replace(on_disk, model_dir=store.address("killed-run"))
+def test_a_killed_run_goes_on_in_a_store_bitwise(store, tmp_path):
+    whole = short(tmp_path, str(tmp_path / "run"))
+    # A process of its own, as the killed one is: it has other devices than the tests.
+    with started(whole, tmp_path / "whole.gin") as process:
+        assert process.wait(timeout=300) == 0, process.communicate()
+    expected = digests(whole.model_dir, 8)
+    run = dataclasses.replace(whole, model_dir=store.address("killed-run"))
     with started(run, tmp_path / "run.gin") as process:
         until = time.monotonic() + 300
         # In the midst of a checkpoint: its first object is there.
@@ -88,7 +92,7 @@ def test_a_killed_run_goes_on_in_a_store_bitwise(store, on_a_disk, tmp_path):
         assert process.wait(timeout=300) == 0, process.communicate()
     assert digests(run.model_dir, 8) == expected
     lines = metric_writers.read_metrics(parse_path(run.model_dir))["train/loss"]
-    assert lines == metric_writers.read_metrics(Path(on_disk.model_dir))["train/loss"]
+    assert lines == metric_writers.read_metrics(Path(whole.model_dir))["train/loss"]
     assert manager.list_steps(run.model_dir) == [6, 8]
 
 
