@@ -44,8 +44,7 @@ examples:
       --temperature=1 --n_best=16 --choose=mbr:edit_distance
   # a vector for every line, for search or clustering: adds "embedding"
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=v.jsonl --embed=mean
-  # drafts copied from the text or its input: faster where text repeats, and the same text;
-  # --verify decodes plainly as well and compares, --draw shows which draft tokens were kept
+  # drafts copied from text or input: the same text, faster; --verify compares, --draw shows them
   python -m t5x_lite.infer --checkpoint=smollm2.gguf --input=code.txt --output=c.jsonl \\
       --drafter=lookup --verify --draw=blocks.html
   # a translation by M2M100, NLLB, mBART-50 or Marian

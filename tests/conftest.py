@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import gc
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -33,6 +34,9 @@ os.environ.setdefault(
     ),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# A shell's background jobs ignore Ctrl-C, and so would the commands that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import numpy as np

@@ -88,6 +88,13 @@ class Parser(argparse_flags.ArgumentParser):
         options.bindings = bindings
         return options
 
+    def format_help(self) -> str:
+        """The text of --help. Options are not listed twice: the first line only says [options]."""
+        if self.usage is None and not any(subparsers(action) for action in self._actions):
+            positional = " ".join(each.dest.upper() for each in self._get_positional_actions())
+            self.usage = f"%(prog)s [options] {positional}".rstrip()
+        return super().format_help()
+
     def option_names(self) -> list[str]:
         """Options that --help shows, those of subcommands included."""
         names = []

@@ -31,6 +31,7 @@ SAMPLES = [
     config.DraftHeads(4),
     config.Data("cmudict_g2p", {"inputs": 8, "targets": 8}),
     config.Files("sample", "data.jsonl", BYTES),
+    config.HubDataset("owner/name", BYTES),
     config.Mixture(("a", "b"), (1.0, 2.0)),
     config.Vocabulary("trained", size=300),
     config.SpanCorruption(),
@@ -67,7 +68,7 @@ def numbers(hint: Any, wrap=lambda value: value) -> typing.Iterator[Number]:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in (int, float):
         yield Number(wrap, hint, None)
-    elif origin is Annotated and inner[0] is not str:
+    elif origin is Annotated and inner[0] in (int, float):
         yield Number(wrap, *inner)
     elif origin is tuple:
         yield from numbers(inner[0], lambda value: wrap((value, value)))
