@@ -2,6 +2,7 @@
 """Eight virtual CPU devices for every test, and the meshes and toy models that rooms share."""
 
 import collections
+import contextlib
 import dataclasses
 import gc
 import os
@@ -183,15 +184,30 @@ def toy_batch(layout: str, rows: int = 8, length: int = 12, seed: int = 0) -> Ba
     return Batch(*targets, weights * ~prefix, prefix=prefix)
 
 
+@pytest.fixture(scope="session")
+def open_once():
+    """Opens the store of a scheme; the same one every time, as clients keep the address of it."""
+    opened = {}
+
+    def open_scheme(scheme):
+        from stores import open_store
+
+        if scheme not in opened:
+            opened[scheme] = stack.enter_context(open_store(scheme))
+        return opened[scheme]
+
+    with contextlib.ExitStack() as stack:
+        yield open_scheme
+
+
 @pytest.fixture(scope="session", params=["s3", "gs"])
-def store(request):
+def store(request, open_once):
     """A server that stands in for a store of objects, with the variables that lead to it."""
     pytest.importorskip({"s3": "s3fs", "gs": "gcsfs"}[request.param])
-    from stores import open_store
-
     from t5x_lite.utils import remote_paths
 
-    with pytest.MonkeyPatch.context() as patch, open_store(request.param) as each:
+    each = open_once(request.param)
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in each.environment().items():
             patch.setenv(name, value)
         remote_paths.prepare_stores.cache_clear()
