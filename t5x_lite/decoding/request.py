@@ -73,8 +73,7 @@ def make_request(
     rows: Sequence[int] | None = None,
     batch: int | None = None,
     eos: int | Sequence[int] = 1,
-    constraint: ConstraintTable | None = None,
-    stop: StopTable | None = None,
+    **tables: Any,
 ) -> Request:
     """Returns a Request to continue examples: a row for each, or `count_samples` in a row.
 
@@ -86,8 +85,7 @@ def make_request(
         give the same text in any batch.
       batch: number of examples to fill up to.
       eos: the id that ends a text, or several.
-      constraint: the language of the new texts.
-      stop: texts that end a row.
+      **tables: `constraint` and `stop` of Request.
 
     Raises:
       ValueError: the model has no decoder, or an example is empty, outside of the vocabulary, or
@@ -112,7 +110,7 @@ def make_request(
     seed = np.full(len(examples), decode.seed, np.uint32)
     stops = eos if isinstance(eos, int) else np.array(eos, np.int32)
     request = Request(
-        inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops, constraint, stop
+        inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops, **tables
     )
     return repeat_samples(request, count_samples(decode))
 

@@ -133,7 +133,7 @@ def test_every_export_has_a_card(tmp_path, folders, format):
     assert card.data.pipeline_tag == "text2text-generation" and "t5" in card.data.tags
     assert card.data.base_model == "owner/base"
     library = "transformers" if format == "huggingface" else "t5x_lite"
-    assert card.data.library_name == library
+    assert card.data.to_dict()["library_name"] == library
     text = card.text
     assert "encoder of 2 layers of width 8 and a decoder of 3" in text and "40 ids" in text
     assert "| exact_match | 0.25 |" in text and "| wer | 0.5 |" in text
