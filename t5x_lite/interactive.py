@@ -25,48 +25,22 @@ Importing this module imports neither JAX nor TensorFlow; loading a run never im
 """
 
 import dataclasses
-import functools
-import inspect
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from t5x_lite import config
-from t5x_lite.config import aliases
 from t5x_lite.config.checked import Count, CountOrZero, Positive
-from t5x_lite.config.decoding import FILTERS
 from t5x_lite.evaluation.arguments import (
     check_argument,
     check_callback,
     check_messages,
     list_pairs,
     list_texts,
+    merge_options,
+    takes_decode_options,
 )
-
-
-def takes_decode_options(method: Callable) -> Callable:
-    """Makes `help` and completion show the fields of config.Decode in place of **options.
-
-    The default of each is None: what the session has in `decode`.
-    """
-    signature = inspect.signature(method)
-    named = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    for name, hint in get_type_hints(config.Decode).items():
-        named.append(inspect.Parameter(name, keyword, default=None, annotation=hint | None))
-
-    @functools.wraps(method)
-    def call(*arguments: Any, **options: Any) -> Any:
-        return method(*arguments, **options)
-
-    # What inspect, help and editors read.
-    call.__dict__["__signature__"] = signature.replace(parameters=named)
-    described = (inspect.getdoc(config.Decode) or "").partition("Attributes:\n")[2].rstrip()
-    line = re.compile(r"^  \*\*options: .*$", re.MULTILINE)
-    call.__doc__ = line.sub(lambda match: described, inspect.getdoc(method) or "")
-    return call
 
 
 class Session:
@@ -327,18 +301,7 @@ class Session:
           ValueError: an option is unknown, of another type or out of range, or two contradict each
             other.
         """
-        if not isinstance(options, dict):
-            raise ValueError(f"options must be a dict of fields of config.Decode; got {options!r}")
-        known = [field.name for field in dataclasses.fields(config.Decode)]
-        options = aliases.rename_keywords(options, "Decode")
-        for name in options:
-            if name not in known:
-                hint = aliases.suggest_field(name, "Decode", known)
-                raise ValueError(f"Unknown option {name}: {hint}")
-        chosen = {name: value for name, value in options.items() if value is not None}
-        greedy = chosen.get("temperature") == 0
-        unused = {name: getattr(config.Decode, name) for name in FILTERS} if greedy else {}
-        return dataclasses.replace(self.decode, **(unused | chosen))
+        return merge_options(self.decode, options)
 
 
 def load(

@@ -1,10 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what a caller passes in Python; loads no library of arrays."""
+"""Arguments of a caller in Python, checked, and options that are fields of config.Decode; loads no
+library of arrays.
+"""
 
+import dataclasses
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
+from t5x_lite import config
+from t5x_lite.config import aliases
 from t5x_lite.config.checked import OutOfRange, WrongType, coerce, wrong_type_in_words
+from t5x_lite.config.decoding import FILTERS
+
+
+def takes_decode_options(method: Callable) -> Callable:
+    """Makes `help` and completion show the fields of config.Decode in place of **options.
+
+    The default of each is None: what the session has in `decode`.
+    """
+    signature = inspect.signature(method)
+    named = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    for name, hint in get_type_hints(config.Decode).items():
+        named.append(inspect.Parameter(name, keyword, default=None, annotation=hint | None))
+
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return method(*arguments, **options)
+
+    # What inspect, help and editors read.
+    call.__dict__["__signature__"] = signature.replace(parameters=named)
+    described = (inspect.getdoc(config.Decode) or "").partition("Attributes:\n")[2].rstrip()
+    line = re.compile(r"^  \*\*options: .*$", re.MULTILINE)
+    call.__doc__ = line.sub(lambda match: described, inspect.getdoc(method) or "")
+    return call
+
+
+def merge_options(decode: config.Decode, options: Any) -> config.Decode:
+    """Returns a config with those options in place of its fields that are not None.
+
+    An option temperature 0 is greedy, and puts the defaults that narrow a sample out of use.
+
+    Args:
+      decode: the defaults.
+      options: fields of config.Decode, old names included.
+
+    Raises:
+      ValueError: an option is unknown, of another type or out of range, or two contradict each
+        other.
+    """
+    if not isinstance(options, dict):
+        raise ValueError(f"options must be a dict of fields of config.Decode; got {options!r}")
+    known = [field.name for field in dataclasses.fields(config.Decode)]
+    options = aliases.rename_keywords(options, "Decode")
+    for name in options:
+        if name not in known:
+            hint = aliases.suggest_field(name, "Decode", known)
+            raise ValueError(f"Unknown option {name}: {hint}")
+    chosen = {name: value for name, value in options.items() if value is not None}
+    greedy = chosen.get("temperature") == 0
+    unused = {name: getattr(config.Decode, name) for name in FILTERS} if greedy else {}
+    return dataclasses.replace(decode, **(unused | chosen))
 
 
 def check_argument(name: str, value: Any, hint: Any) -> Any:
