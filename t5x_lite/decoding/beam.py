@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_lite.decoding import loop
+from t5x_lite.decoding import commit, loop
 from t5x_lite.decoding.protocol import DecodeContext, StoppingCriteria
 from t5x_lite.decoding.steering.processor import Text, draft_paths
 from t5x_lite.sharding import spec
@@ -250,7 +250,7 @@ def advance_beams(
       The next state.
     """
     stopping = context.stopping
-    stops = loop.ends_text(best.token, stopping)
+    stops = commit.ends_text(best.token, stopping)
     within = jnp.arange(stops.shape[1]) < search.beams
     ended = best._replace(log_probability=jnp.where(stops & within, best.log_probability, NEVER))
     ended = extend_hypotheses(search, state, ended)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import config, model
 from t5x_lite.batch import Batch
-from t5x_lite.decoding import generation, loop, target
+from t5x_lite.decoding import generation, target, verification
 from t5x_lite.decoding.request import (
     bucket_length,
     check_examples,
@@ -177,7 +177,7 @@ def compiled_scores(
       Those of the tokens, and those of an end in their place.
     """
     logits = gather_vocabulary(model.Transformer(cfg, scan=False).apply({"params": params}, batch))
-    tokens = loop.token_log_probability(logits, batch.targets)
+    tokens = verification.token_log_probability(logits, batch.targets)
     tokens = jnp.where(batch.loss_weights > 0, tokens, 0)
     scored = tokens, end_log_probability(logits, stops)
     return jax.tree.map(lambda x: jax.reshard(x, P()), scored)
@@ -236,6 +236,6 @@ def compiled_block_scores(
     logits = gather_vocabulary(
         transformer.apply({"params": params}, hidden, method=model.Transformer.logits)
     )
-    tokens = loop.token_log_probability(logits[:, :-1], ids[:, 1:])
+    tokens = verification.token_log_probability(logits[:, :-1], ids[:, 1:])
     scored = tokens, end_log_probability(logits[:, :-1], stops)
     return jax.tree.map(lambda x: jax.reshard(jnp.pad(x, ((0, 0), (1, 0))), P()), scored)

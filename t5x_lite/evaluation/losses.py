@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from t5x_lite import config, model, processes, sharding
 from t5x_lite.batch import Batch
 from t5x_lite.data import Batches
-from t5x_lite.decoding import loop, sampling
+from t5x_lite.decoding import sampling, verification
 from t5x_lite.kernels.vocabulary.logits import best_other_logit, target_mask
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
@@ -46,7 +46,7 @@ def target_sums(cfg: config.Model, params: Any, batch: Batch) -> TargetSums:
       batch: rows on the mesh.
     """
     logits = sampling.gather_vocabulary(model.Transformer(cfg).apply({"params": params}, batch))
-    nats = -loop.token_log_probability(logits, batch.targets)
+    nats = -verification.token_log_probability(logits, batch.targets)
     target = jnp.sum(jnp.where(target_mask(logits, batch.targets), logits, 0), axis=-1)
     right = (target > best_other_logit(logits, batch.targets)).astype(jnp.float32)
 

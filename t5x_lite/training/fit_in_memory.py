@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config, decoding, model, sharding
-from t5x_lite.decoding import generation, loop
+from t5x_lite.decoding import generation, verification
 from t5x_lite.decoding.request import decoder_prompt
 from t5x_lite.decoding.sampling import gather_vocabulary
 from t5x_lite.decoding.scoring import check_pairs
@@ -151,7 +151,7 @@ def update_step(
                 {"params": cast}, example.inputs, method=model.Inspected.next_token_logits
             )
         )
-        tokens = loop.token_log_probability(logits, example.next_ids)
+        tokens = verification.token_log_probability(logits, example.next_ids)
         return -jnp.sum(tokens * example.weights) / jnp.sum(example.weights)
 
     loss, gradient = jax.value_and_grad(loss_of)(params)

@@ -23,7 +23,7 @@ from test_decoding_loop import KINDS as DEEP
 from test_decoding_loop import NEVER, lively, use_one_device
 
 from t5x_lite import config, decoding, model, sharding
-from t5x_lite.decoding import generation, loop, protocol, target
+from t5x_lite.decoding import commit, generation, loop, protocol, target, verification
 from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.streaming import DecodeArguments
 
@@ -294,8 +294,8 @@ def programs(drafter: protocol.Drafter, kind: str, slots: int) -> tuple[Callable
     def step(arguments, encoded, state):
         context = make_context(arguments, encoded)
         draft, drafter_state = drafter.propose(context, state.drafter_state, state)
-        output, cache = loop.verify(context, drafter, exact.Exact(), state, draft)
-        after = loop.commit(context, state._replace(cache=cache), drafter.tree, output)
+        output, cache = verification.verify(context, drafter, exact.Exact(), state, draft)
+        after = commit.commit(context, state._replace(cache=cache), drafter.tree, output)
         drafter_state = drafter.observe(context, drafter_state, after, output)
         return draft, output, after._replace(drafter_state=drafter_state)
 

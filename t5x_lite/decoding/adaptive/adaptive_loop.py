@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t5x_lite.decoding import loop
+from t5x_lite.decoding import commit, loop, verification
 from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.adaptive.draft_lengths import (
     DISABLED,
@@ -208,8 +208,8 @@ def verify_and_commit(
     """
     tree = Tree(adaptive.tree.parents[: draft.tokens.shape[1] + 1])
     spec = VerifySpec(tree, adaptive.top, adaptive.middle)
-    output, cache = loop.verify(context, spec, accept, state, draft)
-    return loop.commit(context, state._replace(cache=cache), tree, output), output
+    output, cache = verification.verify(context, spec, accept, state, draft)
+    return commit.commit(context, state._replace(cache=cache), tree, output), output
 
 
 def truncate_draft(draft: Draft, width: int) -> Draft:
