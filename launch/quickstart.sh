@@ -52,8 +52,11 @@ say "3/4 Measuring on words of the test split, which no training saw (= right, e
   --json="$run/test.json"
 
 say "4/4 Saying words that are in no dictionary"
-printf '%s\n' transformerish unquenchably blockwisely |
-  "$python" -m t5x_lite.infer --checkpoint="$run" --text
+"$python" -m t5x_lite.infer --checkpoint="$run" --text << 'WORDS'
+transformerish
+unquenchably
+blockwisely
+WORDS
 
 # report.json: what training wrote, with the test split's numbers and the time of everything.
 "$python" - "$run" "$began" <<'PYTHON'
