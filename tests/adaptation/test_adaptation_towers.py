@@ -169,6 +169,7 @@ def test_the_scale_multiplies_what_cross_attention_says(name, cross, tmp_path):
     np.testing.assert_allclose(toys.logits(pair, silent, batch), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["encoder_decoder", "encoder_only"])
 @pytest.mark.parametrize("separate", [False, True])
 def test_a_new_decoder_stands_beside_a_pretrained_encoder(source, separate, tmp_path):

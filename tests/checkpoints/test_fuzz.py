@@ -34,6 +34,7 @@ def alone():
     jax.set_mesh(jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_broken_files_are_reported_by_name(name, tmp_path):
     fuzzing.prepare(name, tmp_path)

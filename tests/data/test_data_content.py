@@ -99,6 +99,7 @@ def test_data_that_moved_are_the_same_data(stream, tmp_path):
     assert stream or len(folders(tmp_path)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("padding", [0, 2 * content.SMALL])
 def test_other_content_of_the_same_size_and_time_is_other_data(stream, padding, tmp_path):

@@ -153,6 +153,7 @@ def request_of(kind, name, **options):
     return cfg, params, request, decode, vocabulary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"beams": 3}], ids=str)
 @pytest.mark.parametrize("name", DECODES)
 def test_every_text_is_in_the_language(name, options):
@@ -172,6 +173,7 @@ def check_text(name: str, text: str) -> None:
         assert text in DECODES["choices"]["choices"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name, kind", [("schema", "decoder_only"), ("regex", "encoder_decoder")])
 def test_drafts_and_streams_change_no_token(name, kind, temperature):

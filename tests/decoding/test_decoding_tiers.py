@@ -68,6 +68,7 @@ def assert_text(results, kind, decode=GREEDY):
             np.testing.assert_array_equal(written, expected.tokens[row, 0, :length])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_text_that_changes_from_plain_steps_to_blocks_is_that_of_plain_decoding(
     name, second_by_second
@@ -87,6 +88,7 @@ def test_a_text_that_changes_from_plain_steps_to_blocks_is_that_of_plain_decodin
     assert len(reports) == 1
 
 
+@pytest.mark.slow
 def test_a_sampled_text_is_that_of_plain_decoding(second_by_second):
     decoder = decoder_of("decoder_only", [])
     assert_text(write(decoder, CASES["ahead"], "decoder_only", SAMPLED), "decoder_only", SAMPLED)

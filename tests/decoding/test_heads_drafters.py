@@ -210,6 +210,7 @@ def test_a_tree_of_sequential_heads_has_what_each_predicts_on_its_path():
             assert block[node] == order[tree.parents[:node].count(parent)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, widths", [("blockwise", (1, 4)), ("medusa", (1, 16))])
 def test_heads_may_be_adaptive(name, widths):
     kind = CASES[name].kinds[0]

@@ -42,6 +42,7 @@ def samples_one_by_one(kind):
     return np.stack(texts, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["plain", "lookup"])
 @pytest.mark.parametrize("kind", ["encoder_decoder", "prefix"])
 def test_samples_that_share_a_prompt_are_those_of_repeated_rows(kind, drafter):
@@ -134,6 +135,7 @@ def truncated(log_probability, decode):
     return 1 - share[kept].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", DRAFTINGS)
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
 def test_probabilities_of_tokens_are_those_of_a_float64_recomputation(kind, drafter):

@@ -232,6 +232,7 @@ def tokens_of(kind, decode, drafting=generation.PLAIN, examples=EXAMPLES):
     return decoding.generate(cfg, params, request, decode, drafting).tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", DECODES)
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
 @pytest.mark.parametrize("drafter", DRAFTERS)
@@ -247,6 +248,7 @@ def off(name: str):
     return getattr(config.Decode(), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
 def test_a_row_alone_and_a_stream_have_the_same_tokens(kind):
     expected = plain_tokens(kind, "sampled")

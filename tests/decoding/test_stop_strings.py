@@ -70,6 +70,7 @@ def bytes_of(ids) -> bytes:
     return bytes(token - 3 for token in ids if 3 <= token < 259)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
 def test_drafts_and_streams_stop_where_the_plain_text_has_a_stop(kind):
     options = dict(max_new_tokens=24, temperature=1.0, top_k=4)

@@ -68,6 +68,7 @@ DOORS = {
 NEEDED = {"embed": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_every_door_reads_the_whole_table_and_no_more(session, door):
     text = longest(session.predictor, NEEDED.get(door, 3))

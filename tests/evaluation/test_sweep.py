@@ -29,6 +29,7 @@ def test_a_grid_is_read_and_what_is_none_says_why():
         sweep.parse_grid(["beams=1", "beams=2"])
 
 
+@pytest.mark.slow
 def test_a_combination_is_measured_as_eval_measures_it(tmp_path):
     sharding.use_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
     run = run_of(tmp_path, evaluate=config.Evaluate(batches=0, batch_size=6, examples=5))

@@ -34,6 +34,8 @@ CONFIG, PRICE, TOPOLOGIES = "configs/runs/quickstart.gin", 1.2, ("v5e:2x2",)
 BINDINGS = {"config.Stack.layers": 1, "config.Train.unroll": 1}
 LARGE, LARGE_TOPOLOGY = "configs/models/g2p.gin", "v5e:2x2\"""",
 }
+# Their commands have tests of their own; these take 50 s of a core each, and are run for a release.
+LONG = {"3_adapt_a_decoder", "5_compare_twins", "6_plan_a_tpu_run"}
 # Which notebook leaves the model that another one takes in its small form.
 AFTER = {"4_parallel_decoding": "2_train_your_data"}
 
@@ -75,7 +77,10 @@ def execute(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] if name in LONG else []) for name in SMALL],
+)
 def test_a_notebook_runs_from_top_to_bottom(name, execute):
     for cell in execute(name).cells:
         if cell.cell_type == "code":

@@ -87,6 +87,7 @@ def test_packed_examples_get_the_logits_they_get_alone(one_device, layout, prefi
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, prefix_lm, stack", KINDS)
 def test_a_target_changes_no_logits_before_it(one_device, layout, prefix_lm, stack):
     cfg, batch = toy_model(layout, prefix_lm, **stack), toy_batch(layout)

@@ -202,6 +202,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_template_outlasts_or_outgrows_its_process(name):
     with pytest.raises(ValueError, match="^The chat template "):

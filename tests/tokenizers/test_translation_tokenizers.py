@@ -225,6 +225,7 @@ def translators(folders):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, source, target, token",
     [("m2m100", "de", "ro", "__ro__"), ("mbart50", "en_XX", "de_DE", "de_DE")],

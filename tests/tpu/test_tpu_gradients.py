@@ -61,6 +61,7 @@ def test_gradients_of_split_weights_are_reduce_scattered_not_summed_whole():
     assert head <= sums["all-reduce"] < 1.1 * head
 
 
+@pytest.mark.slow
 def test_layers_are_read_as_they_are_kept():
     loops = re.findall(r"= \((.*)\) while\(.*op_name=\"([^\"]*)\"", program(SPLIT)[0])
     forward = [arrays for arrays, name in loops if "jvp" in name and "transpose" not in name]

@@ -86,6 +86,7 @@ def test_heads_train_on_a_trunk_that_keeps_every_bit(trained, trunk):
     assert report["exact_match"] >= 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_never_stopped_has_the_same_heads(trained, trunk, tmp_path):
     folder, _ = trained
     loop.train(run_of(tmp_path / "run", trunk, 8))

@@ -73,6 +73,7 @@ def refusal_of(action) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lines, words",
     [

@@ -31,6 +31,7 @@ def source(tmp_path) -> config.Run:
     return run
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_is_whole_in_its_folder(tmp_path, source, capsys):
     run = make_run(
         tmp_path,
@@ -78,6 +79,7 @@ def test_before_the_first_checkpoint_the_config_decides(tmp_path):
     assert saved.size == vocabularies.ByteVocabulary().size
 
 
+@pytest.mark.slow
 def test_the_tokens_are_those_of_before(tmp_path):
     """The vocabulary of MODEL_DIR gives the same identity: nothing is tokenized again."""
     for kind in ("bytes", "trained"):

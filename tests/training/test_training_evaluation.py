@@ -85,6 +85,7 @@ def fail_once(monkeypatch, at: int, error: Exception) -> None:
     monkeypatch.setattr(Evaluator, "__call__", call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at, every", [(2, 100), (4, 4), (4, 100)])
 def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(
     tmp_path, monkeypatch, at, every
@@ -162,6 +163,7 @@ def test_a_kill_between_save_and_evaluation_leaves_no_gap(tmp_path):
     assert metric_writers.read_metrics(root)["validation/loss"][4] == whole["validation/loss"][4]
 
 
+@pytest.mark.slow
 def test_an_older_report_is_not_taken_for_that_of_a_longer_run(tmp_path):
     run = run_of(tmp_path, evaluate=config.Evaluate(examples=0, batches=0))
     loop.train(run)
