@@ -10,7 +10,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, CountOrZero, Seed, Share
-from t5x_lite.utils.hub import source_argument
+from t5x_lite.utils.hub_names import source_argument
 from t5x_lite.utils.paths import parse_output_path, path_argument
 
 EXAMPLES = """\

@@ -14,7 +14,8 @@ from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, CountOrZero
 from t5x_lite.utils import bounded_files, hub_upload
-from t5x_lite.utils.hub import HubName, source_argument, source_identity
+from t5x_lite.utils.hub import source_identity
+from t5x_lite.utils.hub_names import HubName, source_argument
 from t5x_lite.utils.paths import cache_folder, parse_output_path, path_argument
 
 EXAMPLES = """\

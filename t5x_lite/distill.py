@@ -17,7 +17,8 @@ from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, Sink, Source, is_json_lines
 from t5x_lite.config.checked import Count
 from t5x_lite.utils import bounded_files
-from t5x_lite.utils.hub import source_argument, source_identity
+from t5x_lite.utils.hub import source_identity
+from t5x_lite.utils.hub_names import source_argument
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import parse_path, path_argument
 

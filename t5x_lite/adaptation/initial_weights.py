@@ -10,8 +10,9 @@ from t5x_lite.adaptation.adapted_weights import AdaptedWeights
 from t5x_lite.adaptation.mapping import AdaptationPlan
 from t5x_lite.adaptation.report import Report
 from t5x_lite.checkpoints import weights
-from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, OpenedCheckpoint, open_checkpoint
-from t5x_lite.utils import hub
+from t5x_lite.checkpoints.opened_checkpoint import OpenedCheckpoint
+from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
+from t5x_lite.utils import hub_names
 
 
 class MissingSource(ValueError):
@@ -46,8 +47,8 @@ def open_sources(adaptation: config.Adaptation) -> Sources:
 
 def open_source(field: str, path: str) -> OpenedCheckpoint:
     """Opens the checkpoint that a field of Adaptation names; errors name the field."""
-    source = hub.parse_source(path)
-    if not isinstance(source, hub.HubName) and not source.exists():
+    source = hub_names.parse_source(path)
+    if not isinstance(source, hub_names.HubName) and not source.exists():
         raise MissingSource(f"Adaptation.{field}: there is no {path}")
     try:
         # Weights alone: a checkpoint without a tokenizer can be adapted too.

@@ -11,7 +11,8 @@ from t5x_lite import config, model
 from t5x_lite.adaptation import vocabulary_compatibility
 from t5x_lite.batch import TeacherBatch
 from t5x_lite.checkpoints import weights
-from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from t5x_lite.checkpoints.opened_checkpoint import OpenedCheckpoint
+from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.model.attention import AttentionContext

@@ -7,7 +7,7 @@ from pathlib import Path
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.sources import ADAPTER
 from t5x_lite.tokenizers.errors import SourceError
-from t5x_lite.utils import bounded_files, hub, nearest, packaged
+from t5x_lite.utils import bounded_files, hub_names, nearest, packaged
 from t5x_lite.utils.paths import parse_path
 
 # T5X's tree of weights: a file of msgpack, or since 2023 orbax's folder.
@@ -88,8 +88,8 @@ def explain_missing(path: Path) -> str:
     """The message for a path where nothing is: a run to train, or a model of the hub."""
     if path.suffix == ".gin":
         return f"There is no {path}; and a checkpoint is the folder of a run, not its config"
-    named = hub.NAME.fullmatch(str(path))
-    other = f". A model of the hub is named {hub.SCHEME}{path}" if named else ""
+    named = hub_names.NAME.fullmatch(str(path))
+    other = f". A model of the hub is named {hub_names.SCHEME}{path}" if named else ""
     if near := nearest.near_names(str(path), packaged.packaged_names()):
         other = f". The checkpoint that is packaged with t5x_lite is named {near[0]}"
     return (

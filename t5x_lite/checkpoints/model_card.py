@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from t5x_lite import config
 from t5x_lite.checkpoints.formats import huggingface
 from t5x_lite.config import gin_file, run_sources
-from t5x_lite.utils import hub
+from t5x_lite.utils import hub_names
 
 FILE = "README.md"
 TASKS = {
@@ -103,7 +103,7 @@ def metadata(facts: CardFacts) -> Iterator[str]:
 def base_model(facts: CardFacts) -> str | None:
     """The model of the hub that a run began with, or that was converted; None for none."""
     first = facts.run.checkpoint.initial or facts.origin
-    match = hub.NAME.fullmatch(first)
+    match = hub_names.NAME.fullmatch(first)
     named = match is not None and (match["revision"] or match["scheme"])
     return match["repo"] if match is not None and named else None
 
@@ -197,7 +197,7 @@ def loading_code(facts: CardFacts) -> Iterator[str]:
 
 def shorten(source: str) -> str:
     """A source as others may read it: the name of a model of the hub, the last part of a path."""
-    return source if hub.NAME.fullmatch(source) else source.rstrip("/").rpartition("/")[2]
+    return source if hub_names.NAME.fullmatch(source) else source.rstrip("/").rpartition("/")[2]
 
 
 def without_local_paths(run: config.Run) -> str:

@@ -7,37 +7,28 @@ placed on the mesh (`load`, `params_for`).
 """
 
 import dataclasses
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from t5x_lite import config, model, sharding
+from t5x_lite import config
 from t5x_lite.checkpoints import (
-    checkpoint_io,
     kinds,
     manager,
-    matching,
     run_folder,
     sources,
     tensors,
     text_settings,
-    weights,
 )
 from t5x_lite.checkpoints.formats import gguf, t5x, t5x_files
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
-from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.kinds import CheckpointKind
+from t5x_lite.checkpoints.opened_checkpoint import OpenedCheckpoint
 from t5x_lite.checkpoints.sources import LocatedSource
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
-from t5x_lite.checkpoints.weights import HEADS, Weights
-from t5x_lite.model import quantization
 from t5x_lite.tokenizers import errors
-from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
-from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
 
 
@@ -57,165 +48,6 @@ class ConversionOptions(NamedTuple):
 
 
 WEIGHTS_ONLY = ConversionOptions(vocabulary="none")
-
-
-class LoadedCheckpoint(NamedTuple):
-    """A checkpoint with its weights on the mesh in force.
-
-    Attributes:
-      run: config of the run; of another library's checkpoint, one that has a model only.
-      params: weights, layers stacked, in the dtype in which they were saved.
-      vocabularies: those of inputs and of targets.
-      step: training step of the weights; 0 for a checkpoint of another library.
-      chat: the template of conversations; None for a model without one.
-    """
-
-    run: config.Run
-    params: Any
-    vocabularies: tuple[TextVocabulary, TextVocabulary]
-    step: int
-    chat: ChatTemplate | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenedCheckpoint:
-    """A checkpoint of any library whose weights are not read yet.
-
-    Attributes:
-      path: the folder or file.
-      kind: the library that wrote it.
-      run: config of the run; of another library's checkpoint, one that has a model only.
-      text: vocabularies and chat template; None for weights alone.
-      step: training step of the weights; 0 for a checkpoint of another library.
-      newest: no step was chosen, so an older one may take the place of a damaged one.
-      tensors: the tensors of another library's checkpoint; None for ours.
-      assumed: facts about the model that the files do not say; "" where they say all.
-      kept: fields of a Hugging Face folder that nothing here reads, for an export.
-    """
-
-    path: Path
-    kind: CheckpointKind
-    run: config.Run
-    text: TextSettings | None
-    step: int = 0
-    newest: bool = False
-    tensors: MappedTensors | None = None
-    assumed: str = ""
-    kept: KeptFields = KeptFields()
-
-    @property
-    def model(self) -> config.Model:
-        return self.run.model
-
-    def weights(self, allow: Sequence[str] = (), read: bool = True) -> Weights:
-        """Weights to read one layer at a time.
-
-        Args:
-          allow: patterns of names that may be missing, left over or not finite.
-          read: values will be read, and not names and shapes alone; weights of the hub are
-            downloaded then.
-
-        Raises:
-          ValueError: they do not fit the model, or are damaged.
-        """
-        if self.tensors is not None:
-            return self.tensors.weights(allow, read)
-        saved = run_folder.SavedWeights(self.path, self.step)
-        if self.model.draft_heads is None and saved.run.model.draft_heads is not None:
-            saved.leave_out(HEADS)
-        return saved
-
-    def without_heads(self) -> "OpenedCheckpoint":
-        """The checkpoint without its draft heads, which other formats do not have."""
-        if self.model.draft_heads is None:
-            return self
-        trunk = dataclasses.replace(self.model, draft_heads=None)
-        return dataclasses.replace(self, run=dataclasses.replace(self.run, model=trunk))
-
-    def load(
-        self, mesh: config.Mesh | None = None, quantize: str | None = None
-    ) -> LoadedCheckpoint:
-        """Reads the weights for decoding; sets the mesh.
-
-        Args:
-          mesh: the mesh to place them on; None for one whose devices all share the batch.
-          quantize: how matrices of layers are rounded (`parse_quantization`); None for not at all.
-
-        Raises:
-          ValueError: the parts of the checkpoint do not belong together, or it is damaged.
-        """
-        rounding = None if quantize is None else quantization.parse_quantization(quantize)
-        check_vocabulary_sizes(self)
-        if ignored := kept_fields.describe_ignored(self.kept.generation, self.model.vocab):
-            warnings.warn(
-                f"{self.path} has settings of generation that are not followed here: {ignored}. "
-                "Give those that there are as options",
-                stacklevel=2,
-            )
-        if self.tensors is None:
-            # All files at once, by orbax: faster than layer by layer.
-            arrays, step = manager.load_params(self.path, step=None if self.newest else self.step)
-            sharding.use_mesh(mesh or config.Mesh())
-            params = weights.place_arrays(model.shapes(self.model), arrays, self.path)
-        else:
-            sharding.use_mesh(mesh or config.Mesh())
-            params, step = weights.place_weights(self.weights(), self.model), 0
-        if rounding is not None:
-            params = quantization.quantize_params(params, rounding)
-        text = not_none(self.text)
-        return LoadedCheckpoint(self.run, params, text.vocabularies, step, text.chat)
-
-    def params_for(self, cfg: config.Model, shapes: dict[str, Any]) -> dict[str, Any]:
-        """The weights, as float32 params of `cfg` on the mesh in force, for a run to begin with.
-
-        Warns where the checkpoint's own model would compute otherwise with the same weights.
-
-        Args:
-          cfg: config of the run's model.
-          shapes: shape and placement of every weight, as `model.shapes` has them.
-
-        Returns:
-          params; draft heads are among them only where the checkpoint has some.
-
-        Raises:
-          ValueError: they are not weights of `cfg`; the shapes are named.
-        """
-        if self.tensors is None:
-            arrays, _ = manager.load_params(self.path, step=None if self.newest else self.step)
-            return weights.place_arrays(
-                weights.with_heads(shapes, arrays), arrays, self.path, cast=True
-            )
-        trunk = dataclasses.replace(cfg, draft_heads=None)
-        params = weights.place_weights(self.weights_for(trunk), trunk)
-        different = "" if self.assumed else matching.list_differences(self.model, trunk)
-        if different:
-            warnings.warn(
-                f"{self.path} was made with {different}; this run has others", stacklevel=2
-            )
-        return params
-
-    def check_fits(self, cfg: config.Model, shapes: dict[str, Any]) -> None:
-        """Raises ValueError where `params_for` would by the shapes alone; reads no weight."""
-        if self.tensors is not None:
-            self.weights_for(dataclasses.replace(cfg, draft_heads=None), read=False)
-            return
-        folder = self.path / manager.FOLDER / str(self.step)
-        stored = checkpoint_io.stored_shapes(checkpoint_io.read_metadata(folder), "params")
-        shapes = weights.with_heads(shapes, {name.split(".")[0] for name in stored})
-        weights.check_arrays(stored, shapes, self.path)
-
-    def weights_for(self, trunk: config.Model, read: bool = True) -> Weights:
-        """Another library's tensors as weights of a run's model without draft heads.
-
-        Args:
-          trunk: config of the run's model.
-          read: as of `weights`.
-        """
-        mapped = not_none(self.tensors)._replace(model=trunk)
-        if self.kind == CheckpointKind.T5X:
-            names = mapped.source.names
-            mapped = mapped._replace(entries=t5x.entries_to_read(trunk, names))
-        return mapped.weights(read=read)
 
 
 def open_checkpoint(
@@ -382,15 +214,3 @@ def with_ends(cfg: config.Model, ends: SequenceEnds) -> config.Model:
     start = cfg.decoder_start_token_id if ends.start is None else ends.start
     add_bos = ends.add_bos or cfg.encoder is not None
     return dataclasses.replace(cfg, decoder_start_token_id=start, add_bos=add_bos)
-
-
-def check_vocabulary_sizes(opened: OpenedCheckpoint) -> None:
-    """Raises ValueError where a vocabulary has ids that the model lacks."""
-    ours = opened.kind == CheckpointKind.OURS
-    path = opened.path / text_settings.VOCABULARY_FOLDER if ours else opened.path
-    for name, each in zip(("inputs", "targets"), not_none(opened.text).vocabularies, strict=True):
-        if each.size > opened.model.vocab:
-            raise ValueError(
-                f"{path} ({name}) has {each.size} ids, more than the {opened.model.vocab} of "
-                "Model.vocab: is it the vocabulary of another model?"
-            )

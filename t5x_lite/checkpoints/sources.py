@@ -15,8 +15,9 @@ from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.tokenizer_files import TARGETS
-from t5x_lite.utils import hub
-from t5x_lite.utils.hub import HubName, HubRepository
+from t5x_lite.utils import hub, hub_names
+from t5x_lite.utils.hub import HubRepository
+from t5x_lite.utils.hub_names import HubName
 
 RUN_CONFIG = "config.gin"
 # Config of a LoRA or another adapter of the peft library.
@@ -56,13 +57,13 @@ def locate_source(source: str | Path, weights: bool = True) -> LocatedSource:
     """Locates the checkpoint that a source names; downloads the small files of a model of the hub.
 
     Args:
-      source: a path, or a model of the hub as `hub.parse_source` reads it.
+      source: a path, or a model of the hub as `hub_names.parse_source` reads it.
       weights: weights will be read too: a model without any that can be is refused.
 
     Raises:
       ValueError: there is no such model, it cannot be downloaded, or it is not a checkpoint.
     """
-    name = hub.parse_source(source)
+    name = hub_names.parse_source(source)
     if not isinstance(name, HubName):
         return LocatedSource(fetch_checkpoint(name, weights))
     repository = hub.open_repository(name)
@@ -86,7 +87,7 @@ def locate_file(source: str | Path) -> Path:
     Raises:
       ValueError: a model is named without a file, or cannot be downloaded.
     """
-    name = hub.parse_source(source)
+    name = hub_names.parse_source(source)
     if not isinstance(name, HubName):
         return fetch_checkpoint(name)
     if name.file is None:

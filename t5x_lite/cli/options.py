@@ -16,7 +16,7 @@ from t5x_lite.config.checked import (
     field_types,
     type_in_words,
 )
-from t5x_lite.utils.hub import source_argument
+from t5x_lite.utils.hub_names import source_argument
 from t5x_lite.utils.paths import parse_path, path_argument
 
 DECODE = (

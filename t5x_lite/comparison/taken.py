@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from t5x_lite import config, data
 from t5x_lite.adaptation import vocabulary_compatibility
 from t5x_lite.checkpoints.kinds import CheckpointKind
-from t5x_lite.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from t5x_lite.checkpoints.opened_checkpoint import OpenedCheckpoint
+from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.config.training_run import ComparisonRun
 from t5x_lite.training.loop import REPORT
 from t5x_lite.utils import bounded_files

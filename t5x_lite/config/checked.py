@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal, NamedTuple
 
-from t5x_lite.utils.hub import check_source
+from t5x_lite.utils.hub_names import check_source
 from t5x_lite.utils.paths import check_local, check_path, expand_output_path
 
 # Numbers end up in int32 and float32 arrays: a larger one would wrap around or be infinite there,

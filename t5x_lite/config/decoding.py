@@ -18,7 +18,7 @@ from t5x_lite.config.checked import (
     ShareBelowOne,
     require,
 )
-from t5x_lite.utils import hub, paths
+from t5x_lite.utils import hub_names, paths
 
 # Fields that say what a whole text may be, and those that forbid tokens by what stands before them.
 CONSTRAINTS = ("regex", "json_schema", "choices", "force_words")
@@ -140,7 +140,7 @@ class Decode(Checked):
         try:
             for part in self.drafter.split("+"):  # draft:SOURCE, recycling:PATH
                 kind, _, source = part.partition(":")
-                hub.check_source(source) if kind == "draft" else paths.check_path(source)
+                hub_names.check_source(source) if kind == "draft" else paths.check_path(source)
         except ValueError as error:
             raise ValueError(f"Decode.drafter: {error}") from None
         require(
@@ -198,7 +198,7 @@ class Decode(Checked):
         )
         if kind == "rerank":
             try:
-                hub.check_source(argument)
+                hub_names.check_source(argument)
             except ValueError as error:
                 raise ValueError(f"Decode.choose: {error}") from None
 

@@ -13,8 +13,8 @@ from t5x_lite.config import gin_file, run_sources
 from t5x_lite.config.checked import MOST_TOKENS
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data.datasets import open_vocabularies
-from t5x_lite.utils import hub
-from t5x_lite.utils.hub import HubName
+from t5x_lite.utils import hub, hub_errors, hub_names
+from t5x_lite.utils.hub_names import HubName
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import parse_path
 
@@ -113,7 +113,7 @@ def pin_sources(run: config.Run) -> config.Run:
 
     def pin(place: str, text: str) -> str:
         nonlocal saved
-        name = hub.parse_source(text)
+        name = hub_names.parse_source(text)
         if isinstance(name, Path) or name.is_pinned:
             return text
         if saved is None:
@@ -133,7 +133,7 @@ def pin_sources(run: config.Run) -> config.Run:
 
 def is_commit_of(source: str, name: HubName) -> bool:
     """True if a source is a commit of the model that a name without a commit names."""
-    other = hub.parse_source(source)
+    other = hub_names.parse_source(source)
     same = not isinstance(other, Path) and (other.repo, other.file) == (name.repo, name.file)
     return same and not isinstance(other, Path) and other.is_pinned
 
@@ -147,11 +147,11 @@ def agree_on_commit(text: str) -> str:
     if processes.is_first():
         try:
             answer = {"source": hub.pin_source(text)}
-        except hub.HubError as error:
+        except hub_errors.HubError as error:
             answer, problem = {"error": str(error)}, error
     answer = json.loads(processes.broadcast_text(json.dumps(answer)))
     if problem is not None or "error" in answer:
-        raise problem or hub.HubError(answer["error"])
+        raise problem or hub_errors.HubError(answer["error"])
     return answer["source"]
 
 

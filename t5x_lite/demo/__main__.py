@@ -12,7 +12,7 @@ from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, Range
 from t5x_lite.demo.limits import Limits
 from t5x_lite.utils.extras import install_command
-from t5x_lite.utils.hub import source_argument
+from t5x_lite.utils.hub_names import source_argument
 from t5x_lite.utils.paths import parse_path
 
 EXAMPLES = """\

@@ -13,8 +13,9 @@ from t5x_lite.adaptation import distilled_batches, vocabulary_compatibility
 from t5x_lite.adaptation.teacher import Teacher
 from t5x_lite.checkpoints import matching, train_state, weights
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError, DamagedCheckpointError
-from t5x_lite.checkpoints.opening import HEADS, WEIGHTS_ONLY, open_checkpoint
+from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
+from t5x_lite.checkpoints.weights import HEADS
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.decoding.request import check_row_lengths

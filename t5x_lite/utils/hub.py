@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of the Hugging Face hub by name: owner/name, owner/name@revision, owner/name:file.gguf.
+"""Models of the Hugging Face hub: their commits and files, through huggingface_hub.
 
-`parse_source` is the one answer to what a source names: a path, such a model, or a checkpoint that
-travels with the package. Files come through huggingface_hub: its cache, its progress bars,
-HF_HUB_OFFLINE, HF_ENDPOINT and its tokens.
+Its cache, its progress bars, HF_HUB_OFFLINE, HF_ENDPOINT and its tokens are used.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import glob
@@ -14,138 +11,18 @@ import os
 import re
 import sys
 import time
-import urllib.parse
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from t5x_lite.utils import exit_status, packaged
 from t5x_lite.utils.atomic_files import write_atomically
-from t5x_lite.utils.paths import check_path, parse_path, path_argument
+from t5x_lite.utils.hub_errors import HubError, HubUnreachable, hub_errors
+from t5x_lite.utils.hub_names import HubName, parse_source
 
-# Says that a name is the hub's even where a local folder has it.
-SCHEME = "hf://"
-# No part begins with a dot, so that none leads out of a folder.
-PART = r"\w[\w.-]*"
-PARTS = rf"{PART}(?:/{PART})*"
-NAME = re.compile(
-    rf"(?P<scheme>{SCHEME})?(?P<repo>{PART}/{PART})"
-    rf"(?:@(?P<revision>{PARTS}))?(?::(?P<file>{PARTS}))?",
-    re.ASCII,
-)
-PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#]+/[^/?#]+)")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 MAIN = "main"
-# Where this project's own examples put runs: a run that is not there yet is none of the hub's.
-RUNS = "runs"
 # Bytes of the first request for a header: most are shorter, and it takes no longer than one byte.
 FIRST_BYTES = 100_000
 # How often a part of a file is asked for where connections break.
 ATTEMPTS = 4
-# Libraries that huggingface_hub has spoken HTTP with; their errors are of classes of their own.
-HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
-
-
-class HubError(ValueError):
-    """A model of the hub cannot be read; the message says why, and what can be done."""
-
-
-class HubUnreachable(HubError):
-    """The hub does not answer, and the cache does not have the model."""
-
-    exit_status = exit_status.FAILURE
-
-
-class HubName(NamedTuple):
-    """A model of the hub.
-
-    Attributes:
-      repo: "owner/name".
-      revision: branch, tag or commit; None for the newest commit of the main branch.
-      file: the one file that is meant, such as a .gguf; None for the model.
-    """
-
-    repo: str
-    revision: str | None = None
-    file: str | None = None
-
-    def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        return self.repo + revision + (f":{self.file}" if self.file else "")
-
-    @property
-    def is_pinned(self) -> bool:
-        """True if the revision is a commit, which always has the same files."""
-        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
-
-
-def parse_source(text: str | os.PathLike) -> HubName | Path:
-    """The model of the hub or the path that a source names; the path of a packaged checkpoint.
-
-    A local file or folder of that name wins, which one line on stderr says of a folder that looks
-    like the hub's; hf://owner/name is the hub's in any case.
-
-    Raises:
-      ValueError: it is an address of something else.
-    """
-    text = os.fspath(text)
-    match = NAME.fullmatch(text)
-    if match is None:
-        check_page(text)
-        return packaged.find_packaged(text) or parse_path(text)
-    name = HubName(match["repo"], match["revision"], match["file"])
-    if match["scheme"]:
-        return name
-    if Path(text).exists():
-        report_local(text)
-        return Path(text)
-    if name.file is not None and name.revision is None and Path(name.repo).is_dir():
-        report_local(name.repo)
-        return Path(name.repo, name.file)
-    if name.revision is not None or name.file is not None:
-        return name
-    owner = name.repo.partition("/")[0]
-    if owner == RUNS or Path(owner).is_dir() or name.repo.endswith(".gguf"):
-        return Path(text)
-    return name
-
-
-def check_page(text: str) -> None:
-    """Raises ValueError for the address of a model's page, which says its name."""
-    if page := PAGE.match(text):
-        raise ValueError(f"{text} is a page of the hub: name the model, {page['repo']}")
-
-
-def report_local(text: str) -> None:
-    """Prints that a local folder is read, where the hub could be meant: no run folder of ours."""
-    if (Path(text) / "config.json").is_file():
-        print(
-            f"{text} is the folder here; {SCHEME}{text} would be the model of the hub",
-            file=sys.stderr,
-        )
-
-
-def check_source(text: str) -> str:
-    """Returns a source of a config as it is; raises ValueError for an address of something else."""
-    if NAME.fullmatch(text):
-        return text
-    check_page(text)
-    return check_path(text)
-
-
-def source_argument(text: str) -> str:
-    """The source of an option, for `type=` of argparse.
-
-    Raises:
-      argparse.ArgumentTypeError: it is an address of something else.
-    """
-    if NAME.fullmatch(text):
-        return text
-    try:
-        check_page(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return path_argument(text)
 
 
 def pin_source(text: str) -> str:
@@ -316,78 +193,3 @@ def open_cached(name: HubName, reason: str) -> HubRepository:
     files = (path for path in folder.rglob("*") if path.is_file())
     listed = frozenset(path.relative_to(folder).as_posix() for path in files)
     return HubRepository(name, str(commit), listed, folder, reason)
-
-
-@contextlib.contextmanager
-def hub_errors(name: HubName) -> Generator[None]:
-    """Turns errors of huggingface_hub into one sentence about a model, with the remedy.
-
-    Messages of the library are left out: they have addresses with what a user put into them.
-    """
-    try:
-        yield
-    except Exception as error:
-        described = describe_hub_error(name, error)
-        if described is None:
-            raise
-        raise described from error
-
-
-def describe_hub_error(name: HubName, error: Exception) -> HubError | None:
-    """The error to raise in place of one of huggingface_hub; None for an error of another kind."""
-    from huggingface_hub import errors, get_token
-
-    token = get_token() is not None
-    match error:
-        case errors.GatedRepoError():
-            log_in = (
-                "with the account of the token in use"
-                if token
-                else "then log in (hf auth login, or HF_TOKEN in the environment)"
-            )
-            return HubError(
-                f"{name} is gated: accept its terms at {endpoint()}/{name.repo}, {log_in}"
-            )
-        case errors.RevisionNotFoundError():
-            return HubError(f"{name.repo} has no revision {name.revision} on the hub")
-        case errors.RepositoryNotFoundError():
-            access = "the token in use may not read it" if token else "log in: hf auth login"
-            return HubError(
-                f"There is no {name.repo} here and no model of that name on the hub (if it is "
-                f"private, {access})"
-            )
-        case errors.EntryNotFoundError() if not isinstance(error, errors.LocalEntryNotFoundError):
-            return HubError(f"{name} has no such file on the hub")
-        case errors.HfHubHTTPError():
-            return describe_status(name, error.response.status_code)
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return describe_hub_error(name, error.__cause__)  # of an upload
-    library = type(error).__module__.partition(".")[0]
-    if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError | TimeoutError) or (
-        library in HTTP_LIBRARIES
-    ):
-        cause = type(error.__cause__ or error).__name__
-        return HubUnreachable(
-            f"There is no {name} here, and {endpoint()} cannot be reached ({cause})"
-        )
-    if isinstance(error, OSError) and error.errno is None:  # a length that is not as announced
-        return HubUnreachable(f"The download of {name} was cut off: the same command goes on")
-    return None
-
-
-def describe_status(name: HubName, status: int) -> HubError:
-    """The error for an answer of the hub that has no class of its own."""
-    if status in (401, 403):
-        return HubError(
-            f"The hub refuses {name} to the token in use (status {status}): log in again "
-            "(hf auth login), or take HF_TOKEN out of the environment"
-        )
-    return HubUnreachable(f"The hub answered status {status} for {name}: try again later")
-
-
-def endpoint() -> str:
-    """Address of the hub, without a user's name and password."""
-    from huggingface_hub import constants
-
-    parts: Any = urllib.parse.urlsplit(constants.ENDPOINT)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

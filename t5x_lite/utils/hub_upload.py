@@ -3,8 +3,9 @@
 
 from pathlib import Path
 
-from t5x_lite.utils import hub
-from t5x_lite.utils.hub import HubError, HubName
+from t5x_lite.utils import hub_errors, hub_names
+from t5x_lite.utils.hub_errors import HubError
+from t5x_lite.utils.hub_names import HubName
 
 CARD = "README.md"
 # Weights of an earlier upload: files of other names would stay beside the new ones.
@@ -17,7 +18,7 @@ def parse_destination(text: str) -> HubName:
     Raises:
       ValueError: it is not owner/name or owner/name@branch.
     """
-    match = hub.NAME.fullmatch(text)
+    match = hub_names.NAME.fullmatch(text)
     if match is None or match["file"] is not None:
         raise ValueError(f"--push uploads to --to=owner/name or owner/name@branch; got {text!r}")
     return HubName(match["repo"], match["revision"])
@@ -34,7 +35,7 @@ def check_login(name: HubName) -> None:
             f"Uploading to {name} needs a token that may write: hf auth login, or HF_TOKEN in the "
             "environment"
         )
-    with hub.hub_errors(name):
+    with hub_errors.hub_errors(name):
         huggingface_hub.HfApi().whoami()
 
 
@@ -56,7 +57,7 @@ def upload_folder(folder: Path, name: HubName, private: bool, message: str) -> s
     import huggingface_hub
 
     api = huggingface_hub.HfApi()
-    with hub.hub_errors(name):
+    with hub_errors.hub_errors(name):
         api.create_repo(name.repo, private=private, exist_ok=True)
         if name.revision is not None:
             api.create_branch(name.repo, branch=name.revision, exist_ok=True)
@@ -69,4 +70,4 @@ def upload_folder(folder: Path, name: HubName, private: bool, message: str) -> s
             ignore_patterns=[CARD] if CARD in there else None,
             delete_patterns=list(WEIGHTS),
         )
-    return f"{hub.endpoint()}/{name.repo}"
+    return f"{hub_errors.endpoint()}/{name.repo}"

@@ -20,7 +20,7 @@ from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.text_settings import read_named_vocabulary, read_text_settings
 from t5x_lite.data import open_vocabularies
-from t5x_lite.utils import hub
+from t5x_lite.utils import hub, hub_names
 
 WORDS = ["abba", "cab", "d"]
 NAME = "owner/toy"
@@ -241,10 +241,12 @@ def test_a_model_that_is_not_read_says_what_it_is(served, files, message):
 
 
 def test_a_local_folder_wins_and_says_so(served, tmp_path, folders, capsys):
-    assert isinstance(hub.parse_source(NAME), hub.HubName)
+    assert isinstance(hub_names.parse_source(NAME), hub_names.HubName)
     (tmp_path / "owner").mkdir()
-    assert hub.parse_source(NAME) == Path(NAME)  # beside folders that are here: not sent anywhere
-    assert isinstance(hub.parse_source(f"hf://{NAME}"), hub.HubName)
+    assert hub_names.parse_source(NAME) == Path(
+        NAME
+    )  # beside folders that are here: not sent anywhere
+    assert isinstance(hub_names.parse_source(f"hf://{NAME}"), hub_names.HubName)
     (tmp_path / NAME).symlink_to(folders / "hf")
     capsys.readouterr()
     count = len(served.served)
@@ -258,7 +260,7 @@ def test_a_local_folder_wins_and_says_so(served, tmp_path, folders, capsys):
 
 @pytest.mark.parametrize("text", ["runs/mine", "./a/b", "~/a/b", "/a/b", "a/b/c", "a", "x/y.gguf"])
 def test_paths_are_not_names(served, text):
-    assert isinstance(hub.parse_source(text), Path)
+    assert isinstance(hub_names.parse_source(text), Path)
     assert served.served == []
 
 
@@ -266,7 +268,7 @@ def test_paths_are_not_names(served, text):
     "text", ["a/b@../c", "a/b:../../x", "a/b:c/../../x", "a/b@", "a/b:", "-a/b", "a/b@c d", "a/bä"]
 )
 def test_names_lead_to_no_other_place(served, text):
-    assert isinstance(hub.parse_source(text), Path)
+    assert isinstance(hub_names.parse_source(text), Path)
 
 
 def test_the_page_of_a_model_is_answered_with_its_name(served):

@@ -11,7 +11,7 @@ from t5x_lite import convert, infer, interactive
 from t5x_lite.checkpoints.kinds import detect_kind
 from t5x_lite.checkpoints.text_settings import read_text_settings
 from t5x_lite.tokenizers import vocabularies
-from t5x_lite.utils import hub, packaged
+from t5x_lite.utils import hub_names, packaged
 
 WORDS = ["abba", "cab", "d"]
 LETTERS = [chr(97 + i) for i in range(26)]
@@ -59,7 +59,7 @@ def test_targets_are_read_by_their_own_tokenizer(toy):
 
 def test_a_local_folder_of_the_name_wins_and_is_reported(toy, capsys):
     Path("toy").mkdir()
-    assert hub.parse_source("toy") == Path("toy")
+    assert hub_names.parse_source("toy") == Path("toy")
     assert (
         f"toy is the folder here; the packaged checkpoint toy is {toy}" in capsys.readouterr().err
     )
@@ -69,7 +69,7 @@ def test_a_local_folder_of_the_name_wins_and_is_reported(toy, capsys):
 
 @pytest.mark.parametrize("text", ["./toy", "toy/", "Toy", "t", "../toys/toy", "runs/toy", " toy"])
 def test_nothing_but_the_name_is_the_packaged_checkpoint(toy, text):
-    assert hub.parse_source(text) != toy
+    assert hub_names.parse_source(text) != toy
 
 
 def test_a_misspelled_name_is_answered_with_the_right_one(toy):
@@ -79,7 +79,7 @@ def test_a_misspelled_name_is_answered_with_the_right_one(toy):
 
 def test_without_packaged_checkpoints_every_name_is_a_path(monkeypatch, tmp_path):
     monkeypatch.setattr(packaged, "FOLDER", tmp_path / "none")
-    assert packaged.packaged_names() == [] and hub.parse_source("g2p") == Path("g2p")
+    assert packaged.packaged_names() == [] and hub_names.parse_source("g2p") == Path("g2p")
 
 
 @pytest.mark.parametrize("name", packaged.packaged_names())

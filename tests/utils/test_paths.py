@@ -19,7 +19,7 @@ from t5x_lite.config import gin_check, gin_file
 from t5x_lite.config.checked import field_types
 from t5x_lite.data import built_in, files
 from t5x_lite.kernels import tile_table
-from t5x_lite.utils import hub, paths
+from t5x_lite.utils import hub_names, paths
 
 G2P = ["configs/runs/g2p.gin"]
 FILES = config.Files("mine", "~/train.jsonl", config.Vocabulary("bytes"))
@@ -44,7 +44,7 @@ def texts(hint: Any) -> typing.Iterator[tuple[Any, ...]]:
 
 
 def path_fields() -> list[tuple[type, str]]:
-    checks = paths.check_local, paths.check_path, paths.expand_output_path, hub.check_source
+    checks = paths.check_local, paths.check_path, paths.expand_output_path, hub_names.check_source
     return [
         (owner, name)
         for owner in map(vars(config).get, gin_check.dataclass_names())
@@ -156,11 +156,11 @@ def test_every_option_that_is_a_path_is_read_as_one(command, home):
     parser = importlib.import_module(front.COMMANDS[command][0]).parser()
     for action in actions(parser):
         if action.metavar in ("PATH", "FILE", "DIR"):
-            readers = paths.path_argument, hub.source_argument
+            readers = paths.path_argument, hub_names.source_argument
             assert action.type in readers, action.option_strings
     assert paths.path_argument("~/x") == str(home / "x") and paths.path_argument("-") == "-"
-    assert hub.source_argument("~/x") == str(home / "x")
-    for read in (paths.path_argument, hub.source_argument):
+    assert hub_names.source_argument("~/x") == str(home / "x")
+    for read in (paths.path_argument, hub_names.source_argument):
         with pytest.raises(argparse.ArgumentTypeError, match="is of no known store"):
             read("nowhere://bucket/x")
 
