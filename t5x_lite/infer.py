@@ -254,7 +254,7 @@ def prediction_fields(prediction: Any) -> dict[str, Any]:
 
 
 def token_fields(token: Any) -> dict[str, Any]:
-    """A `predict.TokenScore` as fields."""
+    """A `prediction.TokenScore` as fields."""
     return {
         "token": token.text,
         "id": token.token,

@@ -132,7 +132,7 @@ class Session:
 
     @takes_decode_options
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Generates texts with scores and ids, as `evaluation.predict.Prediction`.
+        """Generates texts with scores and ids, as `evaluation.prediction.Prediction`.
 
         Args:
           texts: a text or a list of texts.

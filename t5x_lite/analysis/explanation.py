@@ -14,7 +14,8 @@ from t5x_lite.analysis.drawing import token_label, token_labels
 from t5x_lite.analysis.maps import AttentionMaps, Positions
 from t5x_lite.analysis.views import Alternatives, Blocks, DecoderLens, Lens
 from t5x_lite.evaluation.draft_report import draft_text
-from t5x_lite.evaluation.predict import Prediction, Predictor
+from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.evaluation.prediction import Prediction
 from t5x_lite.model import positions
 from t5x_lite.utils.not_none import not_none
 

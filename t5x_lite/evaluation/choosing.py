@@ -250,7 +250,7 @@ def order_predictions(
     Args:
       chooser: gives the utilities.
       inputs: text of each input.
-      predictions: `predict.Prediction`, one for each input.
+      predictions: `prediction.Prediction`, one for each input.
     """
     pairs = zip(inputs, predictions, strict=True)
     utilities = chooser([Candidates(text, each.texts, each.scores) for text, each in pairs])
@@ -288,7 +288,7 @@ def measure_choice(
 
     Args:
       metric: key of metrics.METRICS.
-      predictions: `predict.Prediction` with several texts, one for each input.
+      predictions: `prediction.Prediction` with several texts, one for each input.
       references: acceptable answers of each.
 
     Returns:

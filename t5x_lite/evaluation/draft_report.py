@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from t5x_lite import config
-from t5x_lite.evaluation.predict import Prediction
+from t5x_lite.evaluation.prediction import Prediction
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.paths import parse_output_path
 

@@ -13,7 +13,8 @@ from t5x_lite.data.batches import list_sources
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.evaluation import choosing, losses, metrics
-from t5x_lite.evaluation.predict import Prediction, Predictor
+from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.evaluation.prediction import Prediction
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import parse_path

@@ -12,7 +12,8 @@ from t5x_lite import config
 from t5x_lite.checkpoints import sources
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
 from t5x_lite.evaluation.arguments import list_texts
-from t5x_lite.evaluation.predict import Prediction, Predictor
+from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.evaluation.prediction import Prediction
 from t5x_lite.utils.nearest import suggest
 
 # Tasks by a pattern of their names, with the field of their results.

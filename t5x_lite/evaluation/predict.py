@@ -2,9 +2,8 @@
 """Prediction of texts: tokenized, sorted into batches of like length, decoded, back in order."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,56 +21,12 @@ from t5x_lite.decoding.request import (
     describe_ids,
 )
 from t5x_lite.decoding.scoring import check_pairs
-from t5x_lite.decoding.steering.stop_strings import cut_text, find_tables
+from t5x_lite.decoding.steering.stop_strings import find_tables
 from t5x_lite.evaluation import choosing
 from t5x_lite.evaluation.drafting import DrafterCache
+from t5x_lite.evaluation.prediction import Prediction, make_prediction
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
-from t5x_lite.utils.not_none import not_none
-
-
-class TokenScore(NamedTuple):
-    """A token of a text with its probability under the model.
-
-    Attributes:
-      token: id.
-      text: its text, alone.
-      log_probability: in nats, without temperature and rules.
-      top: the most probable tokens of its place, best first: id, text, log-probability.
-      truncated: probability, at the temperature, that truncation kept from being drawn.
-    """
-
-    token: int
-    text: str
-    log_probability: float
-    top: list[tuple[int, str, float]]
-    truncated: float
-
-
-class Prediction(NamedTuple):
-    """Texts that the model wrote for one input: beams best first, samples in the order drawn; with
-    Decode.choose the chosen one first.
-
-    Attributes:
-      texts: the texts.
-      scores: log_probabilities over the length penalty, which rank the texts.
-      log_probabilities: in nats.
-      tokens: ids of each text.
-      calls: of the first text, the forward pass that wrote each token; empty after beam search.
-      drafted_by: of the first text, the drafter that proposed each token ("model" if none); empty
-        after beam search.
-      details: the tokens of each text with their probabilities; empty without Decode.logprobs.
-      utilities: by which Decode.choose ordered the texts; empty without it.
-    """
-
-    texts: list[str]
-    scores: list[float]
-    log_probabilities: list[float]
-    tokens: list[list[int]]
-    calls: list[int]
-    drafted_by: list[str]
-    details: list[list[TokenScore]] = []
-    utilities: list[float] = []
 
 
 class Predictor:
@@ -211,7 +166,7 @@ class Predictor:
             if counted:
                 self.tally.add(result, names, len(places))
             for row, place in enumerate(places):
-                predictions[place] = self.prediction(result, row, names, decode.stop)
+                predictions[place] = make_prediction(self.targets, result, row, names, decode.stop)
             if on_progress:
                 on_progress(len(predictions))
         return [predictions[place] for place in range(len(ids))]
@@ -299,71 +254,6 @@ class Predictor:
         shards = sharding.batch_shards()
         rows = min(decoding.bucket_length(count, 1), max(self.batch_size, count))
         return -(-rows // shards) * shards
-
-    def prediction(
-        self, result: decoding.Result, row: int, names: tuple[str, ...], stops: Sequence[str] = ()
-    ) -> Prediction:
-        """Prediction of one row of a result.
-
-        Args:
-          result: tokens of a batch.
-          row: number of the row.
-          names: the drafter that proposes each node of a block.
-          stops: texts before which a text is cut.
-        """
-        # Beams that found no text have a score of minus infinity.
-        count = max(int(np.isfinite(result.scores[row]).sum()), 1)
-        tokens = [
-            ids[:length].tolist()
-            for ids, length in zip(
-                result.tokens[row, :count], result.lengths[row, :count], strict=True
-            )
-        ]
-        return Prediction(
-            texts=[cut_text(self.targets.decode(ids), stops) for ids in tokens],
-            scores=result.scores[row, :count].tolist(),
-            log_probabilities=result.log_probability[row, :count].tolist(),
-            tokens=tokens,
-            calls=[]
-            if result.token_step is None
-            else result.token_step[row, 0, : len(tokens[0])].tolist(),
-            drafted_by=[]
-            if result.token_node is None
-            else [names[node] for node in result.token_node[row, 0, : len(tokens[0])]],
-            details=[
-                self.describe_text(result, (row, text), ids) for text, ids in enumerate(tokens)
-            ]
-            if result.details is not None
-            else [],
-        )
-
-    def describe_text(
-        self, result: decoding.Result, place: tuple[int, int], ids: Sequence[int]
-    ) -> list[TokenScore]:
-        """Tokens of a text with their probabilities.
-
-        Args:
-          result: tokens of a batch, with details.
-          place: row and number of the text.
-          ids: ids of the text.
-        """
-        details = jax.tree.map(lambda array: array[place].tolist(), not_none(result.details))
-        text_of = functools.cache(lambda token: self.targets.decode([token]))
-        return [
-            TokenScore(
-                token=token,
-                text=text_of(token),
-                log_probability=details.log_probability[i],
-                top=[
-                    (other, text_of(other), log_probability)
-                    for other, log_probability in zip(
-                        details.top_tokens[i], details.top_log_probability[i], strict=True
-                    )
-                ],
-                truncated=details.truncated[i],
-            )
-            for i, token in enumerate(ids)
-        ]
 
 
 def spell_bad_words(decode: config.Decode, vocabulary: TextVocabulary) -> config.Decode:

@@ -24,7 +24,8 @@ from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.decoding.drafters.draft_model import DraftModel
 from t5x_lite.decoding.drafters.union import draft_sources
-from t5x_lite.evaluation import draft_report, drafting, predict
+from t5x_lite.evaluation import draft_report, drafting
+from t5x_lite.evaluation.prediction import Prediction
 
 PAIR = toy_model("encoder_decoder", draft_heads=config.DraftHeads(block=4))
 LARGE = toy_model("decoder_only", embed=1024, mlp=4096, layers=8, heads=16, head_dim=64)
@@ -302,7 +303,7 @@ def test_pieces_of_a_text_are_what_each_token_adds():
         decode = staticmethod(lambda ids: bytes(ids).decode("utf-8", "replace"))
 
     ids = list("né".encode())
-    prediction = predict.Prediction(["né"], [0.0], [0.0], [ids], [0, 0, 1], ["model"] * 3)
+    prediction = Prediction(["né"], [0.0], [0.0], [ids], [0, 0, 1], ["model"] * 3)
     text = draft_report.draft_text("x", prediction, Bytes())
     assert text.pieces[0] == "n" and len(text.pieces) == 3
 

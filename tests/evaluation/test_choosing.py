@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from t5x_lite.evaluation import choosing, metrics
-from t5x_lite.evaluation.predict import Prediction
+from t5x_lite.evaluation.prediction import Prediction
 
 TEXTS = ["a b c", "a b", "a b c", "x y", "a b d", "a"]
 SCORES = [-1.0, -2.0, -1.0, -0.5, -3.0, -4.0]
