@@ -309,6 +309,9 @@ def open_writer(folder: Path, timeout: int) -> Any:
         ),
         timeout_secs=timeout,
         atomicity_options=atomicity,
+        # Else training waits for four requests, two after two: is the folder there already? The
+        # thread that creates it asks too.
+        file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
     )
 
 

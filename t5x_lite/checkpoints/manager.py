@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: saved in the background, the last ones and the best one kept."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -9,8 +10,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from t5x_lite import config, processes
 from t5x_lite.checkpoints import checkpoint_io
@@ -21,6 +20,7 @@ from t5x_lite.checkpoints.checkpoint_io import (
     DamagedCheckpointError,
     RemovedCheckpointError,
 )
+from t5x_lite.checkpoints.selection import best_step, readable_metadata, select_steps
 from t5x_lite.checkpoints.step_folders import (
     FOLDER,
     list_damaged,
@@ -40,21 +40,6 @@ NO_SPACE = "No space left on device"
 ATTEMPTS = 20
 
 
-def best_step(metadata: dict[int, CheckpointMetadata]) -> int | None:
-    """The step best by the metric that the newest metadata names; the later one of equals."""
-    best = metadata[max(metadata)].best if metadata else None
-    if best is None:
-        return None
-    metric, higher = best
-    sign = 1 if higher else -1
-    scored = [
-        (sign * each.metrics[metric], step)
-        for step, each in metadata.items()
-        if np.isfinite(each.metrics.get(metric, np.nan))
-    ]
-    return max(scored)[1] if scored else None
-
-
 class CheckpointManager:
     """Writes and restores the checkpoints of one run folder; one process at a time."""
 
@@ -68,6 +53,8 @@ class CheckpointManager:
         self.had_files = self.has_files()
         self.metadata = readable_metadata(self.folder)
         self.pending: CheckpointMetadata | None = None
+        self.background = concurrent.futures.ThreadPoolExecutor(1, "metrics of checkpoints")
+        self.adding: concurrent.futures.Future | None = None
         self.writer = checkpoint_io.open_writer(self.folder, PATIENCE)
 
     def save(self, state: TrainState, metadata: CheckpointMetadata) -> None:
@@ -150,10 +137,14 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Returns when what was begun is on disk, and older checkpoints are removed."""
+        adding, self.adding = self.adding, None
+        if adding is not None:
+            self.run_writer(adding.result)
         self.run_writer(self.writer.wait_until_finished)
-        if self.pending is not None:
-            self.metadata[self.pending.step] = self.pending
-            self.pending = None
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.metadata[pending.step] = pending
+        if pending is not None or adding is not None:
             self.prune()
 
     def run_writer(self, write: Callable[[], Any]) -> None:
@@ -186,11 +177,13 @@ class CheckpointManager:
 
     def check_writer(self) -> None:
         """Raises CheckpointError as soon as the background writer has failed."""
+        if self.adding is not None and self.adding.done():
+            self.wait()
         if self.pending is not None:
             self.run_writer(self.writer.check_for_errors)
 
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds an evaluation to a checkpoint that is saved already.
+        """Adds an evaluation to a checkpoint that is saved already; in a store, in the background.
 
         Args:
           step: of the checkpoint.
@@ -199,14 +192,27 @@ class CheckpointManager:
         Raises:
           CheckpointError: the checkpoint could not be written.
         """
-        self.wait()
-        if step not in self.metadata:
+        in_store = is_address(self.folder)
+        if not in_store or self.adding is not None:
+            self.wait()
+        pending = self.pending is not None and self.pending.step == step
+        saved = self.pending if pending else self.metadata.get(step)
+        if saved is None:
             return
-        metadata = dataclasses.replace(self.metadata[step], metrics=metrics)
+        metadata = dataclasses.replace(saved, metrics=metrics)
+        if pending:
+            self.pending = metadata
+        else:
+            self.metadata[step] = metadata
         if processes.is_first():
-            self.run_writer(lambda: checkpoint_io.write_metadata(self.folder / str(step), metadata))
-        self.metadata[step] = metadata
-        self.prune()
+            self.adding = self.background.submit(self.rewrite_metadata, metadata)
+        if not in_store:
+            self.wait()
+
+    def rewrite_metadata(self, metadata: CheckpointMetadata) -> None:
+        """Writes other metadata for a checkpoint, once it is complete."""
+        self.writer.wait_until_finished()
+        checkpoint_io.write_metadata(self.folder / str(metadata.step), metadata)
 
     def prune(self) -> None:
         """Removes all complete checkpoints but the last `keep` and the best."""
@@ -286,53 +292,13 @@ class CheckpointManager:
 
     def close(self) -> None:
         self.wait()
+        self.background.shutdown()
         self.writer.close()
 
 
 def format_mebibytes(size: int) -> str:
     """Bytes as text, "12.3 MiB"."""
     return f"{size / 2**20:,.1f} MiB"
-
-
-def readable_metadata(folder: Path) -> dict[int, CheckpointMetadata]:
-    """Metadata of all checkpoints in a folder by step, damaged ones left out."""
-    metadata = {}
-    for step in list_steps(folder.parent):
-        try:
-            metadata[step] = checkpoint_io.read_metadata(folder / str(step))
-        except (DamagedCheckpointError, RemovedCheckpointError):
-            # Reported when it is the one to restore; until then it is not a candidate for the best.
-            continue
-    return metadata
-
-
-def select_steps(folder: str | Path, step: int | None = None, best: bool = False) -> list[int]:
-    """Steps of a run folder to read from, in the order in which they are tried.
-
-    Args:
-      folder: MODEL_DIR of the run.
-      step: the one step to read; None for the newest.
-      best: the one that is best by the run's metric.
-
-    Returns:
-      The step that was chosen alone, or all from the newest on.
-
-    Raises:
-      CheckpointError: there is no such checkpoint.
-    """
-    steps = list_steps(folder)
-    root = parse_path(folder).resolve() / FOLDER
-    if not steps:
-        raise CheckpointError(f"{root} holds no checkpoint: is {folder} the MODEL_DIR of a run?")
-    if best:
-        step = best_step(readable_metadata(root))
-        if step is None:
-            raise CheckpointError(f"{root}: no metric names the best (set Checkpoint.metric)")
-    if step is None:
-        return steps[::-1]
-    if step not in steps:
-        raise CheckpointError(f"{root} has no checkpoint of step {step}; it has {steps}")
-    return [step]
 
 
 def load_params(

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from t5x_lite import config
 from t5x_lite.checkpoints import (
     kinds,
-    manager,
     run_folder,
+    selection,
     sources,
     tensors,
     text_settings,
@@ -103,7 +103,7 @@ def open_run_folder(
     if options is not None and options.model is not None:
         raise SourceError(f"--model is for T5X checkpoints; {path} has a config.gin")
     run = run_folder.read_run_config(path)
-    chosen = manager.select_steps(path, step, best)[0]
+    chosen = selection.select_steps(path, step, best)[0]
     if source.repository is not None:
         sources.fetch_step(source.repository, chosen)
     folder = path / text_settings.VOCABULARY_FOLDER

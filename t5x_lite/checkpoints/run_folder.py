@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from t5x_lite import config
-from t5x_lite.checkpoints import checkpoint_io, manager, matching, step_folders, zarr_arrays
+from t5x_lite.checkpoints import (
+    checkpoint_io,
+    manager,
+    matching,
+    selection,
+    step_folders,
+    zarr_arrays,
+)
 from t5x_lite.checkpoints.checkpoint_io import CheckpointMetadata, DamagedCheckpointError
 from t5x_lite.checkpoints.digests import MIXED, combine_digests, row_digests, stored_digest
 from t5x_lite.checkpoints.matching import Leaf
@@ -63,7 +70,7 @@ class SavedWeights:
 
     def __init__(self, folder: str | Path, step: int | None = None):
         self.run = read_run_config(folder)
-        self.step = manager.select_steps(folder, step)[0]
+        self.step = selection.select_steps(folder, step)[0]
         self.folder = parse_path(folder) / manager.FOLDER / str(self.step)
         metadata = checkpoint_io.read_metadata(self.folder)
         self.leaves = matching.model_leaves(self.run.model)

@@ -16,7 +16,7 @@ from test_training_run import make_run, with_train
 from t5x_lite import config, data, distill
 from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.adaptation import teacher_logits
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import manager, selection
 from t5x_lite.config import gin_file
 from t5x_lite.training import loop, preflight, setup
 from t5x_lite.training.reporting import dry_run, metric_writers, overview
@@ -63,7 +63,7 @@ def assert_equal_ends(run, other):
 def test_the_divergence_is_reported_and_the_teacher_is_not_saved(finished):
     divergences = values(finished, "divergence")
     assert len(divergences) == 6 and all(0 < each < 10 for each in divergences)
-    notes = manager.readable_metadata(Path(finished.model_dir) / manager.FOLDER)
+    notes = selection.readable_metadata(Path(finished.model_dir) / manager.FOLDER)
     names = notes[6].arrays["rest"]
     assert not any("teacher" in name for name in names)
     plain = dataclasses.replace(finished, distillation=None)

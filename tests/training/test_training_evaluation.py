@@ -10,7 +10,7 @@ import pytest
 from test_training_run import make_run, with_train
 
 from t5x_lite import config
-from t5x_lite.checkpoints import checkpoint_io, manager
+from t5x_lite.checkpoints import checkpoint_io, manager, selection
 from t5x_lite.data.task import TaskScores
 from t5x_lite.evaluation import metrics
 from t5x_lite.evaluation.evaluate import Evaluator
@@ -96,7 +96,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(
         loop.train(run)
     assert manager.list_steps(run.model_dir) == [at]
     loop.train(run)
-    notes = manager.readable_metadata(Path(run.model_dir) / "checkpoints")
+    notes = selection.readable_metadata(Path(run.model_dir) / "checkpoints")
     assert notes[4].metrics and notes[at].metrics
     steps = list(metric_writers.read_metrics(Path(run.model_dir))["validation/loss"])
     assert steps == [2, 4]
@@ -132,9 +132,9 @@ def test_metrics_are_added_to_the_checkpoint_that_was_saved_before(tmp_path):
     run = run_of(tmp_path, checkpoint=best)
     loop.train(run)
     root = Path(run.model_dir) / "checkpoints"
-    notes = manager.readable_metadata(root)
+    notes = selection.readable_metadata(root)
     measured = metric_writers.read_metrics(Path(run.model_dir))["validation/loss"]
-    assert manager.best_step(notes) == min(measured, key=measured.get)
+    assert selection.best_step(notes) == min(measured, key=measured.get)
     assert {step: note.metrics["loss"] for step, note in notes.items()} == {
         step: measured[step] for step in notes
     }

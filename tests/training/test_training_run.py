@@ -16,7 +16,7 @@ import pytest
 from conftest import toy_model
 
 from t5x_lite import config
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import manager, selection
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError
 from t5x_lite.config import gin_file
 from t5x_lite.tokenizers import vocabularies
@@ -184,11 +184,11 @@ def test_only_a_checkpoint_that_was_evaluated_can_be_the_best(tmp_path):
         checkpoint=config.Checkpoint(every=1, keep=9, metric="loss"),
     )
     loop.train(run)
-    notes = manager.readable_metadata(tmp_path / "run" / "checkpoints")
+    notes = selection.readable_metadata(tmp_path / "run" / "checkpoints")
     assert sorted(notes) == [1, 2, 3, 4, 5, 6, 7]
     assert [step for step in sorted(notes) if notes[step].metrics] == [3, 6, 7]
     measured = metric_writers.read_metrics(tmp_path / "run")["validation/loss"]
-    assert manager.best_step(notes) == min(measured, key=measured.get)
+    assert selection.best_step(notes) == min(measured, key=measured.get)
 
 
 @pytest.mark.slow
