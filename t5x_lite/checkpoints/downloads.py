@@ -1,60 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local copies of checkpoints in stores, for the libraries that read files of a disk alone."""
+"""Checkpoints of other libraries in stores: copies of the files that are read, in the cache."""
 
+import dataclasses
 import hashlib
 import os
-import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from t5x_lite.cli.progress import Progress
 from t5x_lite.utils.paths import cache_folder, is_address
 
-# Weights of other libraries, which no format here reads.
-LEFT_OUT = (".bin", ".h5", ".msgpack", ".ot", ".pt", ".pth", ".onnx", ".tflite")
 # Files that stand for themselves.
-SINGLE = (".gguf", ".model", ".json")
+SINGLE = (".gguf", ".model", ".spm", ".json")
 
 
-def fetch_checkpoint(path: Any, weights: bool = True) -> Path:
-    """The path of a checkpoint or of a tokenizer, as its readers take it.
+@dataclasses.dataclass(frozen=True)
+class StoreFolder:
+    """A folder of a store, with copies of its files on this machine.
 
-    A run folder and a T5X checkpoint are read where they are. Of a Hugging Face folder and of a
-    file in a store it is a local copy, which stays in the cache under the names, sizes and times of
-    what was copied: a checkpoint that is written anew is copied anew.
+    Attributes:
+      name: its address.
+      sizes: bytes of its files by path.
+      folder: folder of the copies, of these names, sizes and times: what is written anew is copied
+        anew.
+      offline: "", as a store is always asked.
+    """
+
+    name: Any
+    sizes: dict[str, int]
+    folder: Path
+    offline: str = ""
+
+    @property
+    def files(self) -> frozenset[str]:
+        return frozenset(self.sizes)
+
+    def fetch(self, files: Sequence[str]) -> Path:
+        """Copies files that are not on the disk yet; returns the folder that they are in.
+
+        Raises:
+          OSError: the store does not answer, or the disk is full.
+        """
+        missing = [file for file in files if not (self.folder / file).is_file()]
+        if not missing:
+            return self.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with Progress("MB", max(1, sum(self.sizes[file] for file in missing) // 10**6)) as progress:
+            done = 0
+            for file in missing:
+                with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.folder) as partial:
+                    (self.name / file).download(Path(partial))
+                    (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(Path(partial) / Path(file).name, self.folder / file)
+                done += self.sizes[file]
+                progress(done // 10**6)
+        return self.folder
+
+    def read_range(self, file: str, begin: int, end: int) -> tuple[bytes, int]:
+        """As `RemoteFolder.read_range`.
+
+        Args:
+          file: path of the file.
+          begin: first byte.
+          end: byte after the last one.
+
+        Raises:
+          OSError: the store does not answer.
+        """
+        size = self.sizes[file]
+        return (self.name / file).read_range(begin, min(end, size)), size
+
+
+def open_store_folder(path: Any) -> StoreFolder | None:
+    """The folder of a checkpoint in a store, whose files are copied to be read.
 
     Args:
-      path: a path of this machine, which is returned as it is, or an address.
-      weights: false to leave out those of a folder.
+      path: a path of this machine or an address; of a file, its folder has this file alone.
+
+    Returns:
+      None for what is read where it is: a path of this machine, a run folder, a T5X checkpoint.
 
     Raises:
-      OSError: the store does not answer, or the disk is full.
+      OSError: the store does not answer.
     """
     if not is_address(path):
-        return path
+        return None
     if path.suffix not in SINGLE and not (path / "config.json").exists():
-        return path
-    left_out = LEFT_OUT if weights else (*LEFT_OUT, ".safetensors")
-    files = {each: size for each, size in path.list_files().items() if each.suffix not in left_out}
-    if not files:
-        return path
-    listing = repr([(str(each), size, each.stat().st_mtime) for each, size in files.items()])
-    root = cache_folder() / "downloads"
-    copy = root / hashlib.sha256(listing.encode()).hexdigest()[:16]
-    if not copy.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{copy.name}-", dir=root))
-        try:
-            with Progress("MB", max(1, sum(files.values()) // 10**6)) as progress:
-                done = 0
-                for each, size in files.items():
-                    each.download(partial / each.parent.relative_to(path.parent))
-                    done += size
-                    progress(done // 10**6)
-            os.rename(partial, copy)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            if not copy.exists():  # or another process was faster
-                raise
-    return copy / path.name
+        return None
+    listed = path.list_files()
+    if path / "config.gin" in listed:
+        return None
+    root = path.parent if path in listed else path
+    listing = repr([(str(each), size, each.stat().st_mtime) for each, size in listed.items()])
+    digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    sizes = {each.relative_to(root).as_posix(): size for each, size in listed.items()}
+    return StoreFolder(root, sizes, cache_folder() / "downloads" / digest) if sizes else None

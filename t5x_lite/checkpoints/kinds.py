@@ -5,7 +5,7 @@ import enum
 from pathlib import Path
 
 from t5x_lite.checkpoints.formats import safetensors_files
-from t5x_lite.checkpoints.sources import ADAPTER
+from t5x_lite.checkpoints.sources import ADAPTER, GGUF, LocatedSource
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.utils import bounded_files, hub_names, nearest, packaged
 from t5x_lite.utils.paths import parse_path
@@ -22,6 +22,13 @@ class CheckpointKind(enum.StrEnum):
     HUGGING_FACE = "Hugging Face"
     GGUF = "GGUF"
     T5X = "T5X"
+
+
+def detect_located(source: LocatedSource) -> CheckpointKind:
+    """`detect_kind` of a source, of which a .gguf file may not be on the disk yet."""
+    if source.repository is not None and source.path.suffix == GGUF:
+        return CheckpointKind.GGUF
+    return detect_kind(source.path)
 
 
 def detect_kind(path: str | Path) -> CheckpointKind:

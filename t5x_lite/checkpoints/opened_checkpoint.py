@@ -13,6 +13,7 @@ from t5x_lite.checkpoints import (
     manager,
     matching,
     run_folder,
+    sources,
     text_settings,
     weights,
 )
@@ -27,6 +28,7 @@ from t5x_lite.model import quantization
 from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.remote_folders import RemoteFolder
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -61,6 +63,8 @@ class OpenedCheckpoint:
       tensors: the tensors of another library's checkpoint; None for ours.
       assumed: facts about the model that the files do not say; "" where they say all.
       kept: fields of a Hugging Face folder that nothing here reads, for an export.
+      repository: the model of the hub that a run folder is of, whose arrays may not be there yet;
+        None for a folder of this machine or of a store, and for another library's checkpoint.
     """
 
     path: Path
@@ -72,6 +76,7 @@ class OpenedCheckpoint:
     tensors: MappedTensors | None = None
     assumed: str = ""
     kept: KeptFields = KeptFields()
+    repository: RemoteFolder | None = None
 
     @property
     def model(self) -> config.Model:
@@ -90,10 +95,17 @@ class OpenedCheckpoint:
         """
         if self.tensors is not None:
             return self.tensors.weights(allow, read)
+        if read:
+            self.fetch_arrays()
         saved = run_folder.SavedWeights(self.path, self.step)
         if self.model.draft_heads is None and saved.run.model.draft_heads is not None:
             saved.leave_out(HEADS)
         return saved
+
+    def fetch_arrays(self) -> None:
+        """Downloads the arrays of a run folder of the hub, if that was not done yet."""
+        if self.repository is not None:
+            sources.fetch_step(self.repository, self.step)
 
     def without_heads(self) -> "OpenedCheckpoint":
         """The checkpoint without its draft heads, which other formats do not have."""
@@ -124,6 +136,7 @@ class OpenedCheckpoint:
             )
         if self.tensors is None:
             # All files at once, by orbax: faster than layer by layer.
+            self.fetch_arrays()
             arrays, step = manager.load_params(self.path, step=None if self.newest else self.step)
             sharding.use_mesh(mesh or config.Mesh())
             params = weights.place_arrays(model.shapes(self.model), arrays, self.path)
@@ -151,6 +164,7 @@ class OpenedCheckpoint:
           ValueError: they are not weights of `cfg`; the shapes are named.
         """
         if self.tensors is None:
+            self.fetch_arrays()
             arrays, _ = manager.load_params(self.path, step=None if self.newest else self.step)
             return weights.place_arrays(
                 weights.with_heads(shapes, arrays), arrays, self.path, cast=True

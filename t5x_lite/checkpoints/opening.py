@@ -70,7 +70,7 @@ def open_checkpoint(
     """
     source = sources.locate_source(path)
     path = source.path
-    kind = kinds.detect_kind(path)
+    kind = kinds.detect_located(source)
     if kind == CheckpointKind.OURS:
         return open_run_folder(source, step, best, options)
     if best or step is not None:
@@ -82,7 +82,7 @@ def open_checkpoint(
     if options is not None and options.model is not None:
         raise SourceError(f"--model is for T5X checkpoints; {path} says itself what model it is of")
     return (
-        open_gguf_checkpoint(path, options)
+        open_gguf_checkpoint(source, options)
         if kind == CheckpointKind.GGUF
         else open_hugging_face(source, options)
     )
@@ -104,14 +104,21 @@ def open_run_folder(
         raise SourceError(f"--model is for T5X checkpoints; {path} has a config.gin")
     run = run_folder.read_run_config(path)
     chosen = selection.select_steps(path, step, best)[0]
-    if source.repository is not None:
-        sources.fetch_step(source.repository, chosen)
     folder = path / text_settings.VOCABULARY_FOLDER
     text = choose_text_settings(path, options, lambda: text_settings.read_vocabulary_folder(folder))
     # Of a model of the hub, the weights of one step are there.
     newest = step is None and not best and source.repository is None
     kept = kept_fields.load_kept(path)
-    return OpenedCheckpoint(path, CheckpointKind.OURS, run, text, chosen, newest, kept=kept)
+    return OpenedCheckpoint(
+        path,
+        CheckpointKind.OURS,
+        run,
+        text,
+        chosen,
+        newest,
+        kept=kept,
+        repository=source.repository,
+    )
 
 
 def open_hugging_face(source: LocatedSource, options: ConversionOptions | None) -> OpenedCheckpoint:
@@ -122,9 +129,11 @@ def open_hugging_face(source: LocatedSource, options: ConversionOptions | None) 
     return from_tensors(path, CheckpointKind.HUGGING_FACE, mapped, text)
 
 
-def open_gguf_checkpoint(path: Path, options: ConversionOptions | None) -> OpenedCheckpoint:
+def open_gguf_checkpoint(
+    located: LocatedSource, options: ConversionOptions | None
+) -> OpenedCheckpoint:
     """Opens a .gguf file. Its tokenizer is read in any case: it says where texts begin."""
-    source = gguf.GgufTensors(path)
+    path, source = located.path, gguf.GgufTensors(located.path, located.repository)
     text = text_settings.read_gguf(source)
     mapped = tensors.map_gguf_tensors(source)
     mapped = mapped._replace(model=with_ends(mapped.model, not_none(text.ends)))

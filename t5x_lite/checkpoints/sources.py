@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of checkpoints on this machine: a path as it is, a model of the hub in the hub's cache.
+"""Sources of checkpoints on this machine: a path as it is, a model of the hub in the hub's cache,
+a folder of a store in ours.
 
 Of a model the small files are downloaded, config and tokenizer; its weights are when they are read.
 """
@@ -10,16 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t5x_lite.checkpoints import step_folders
-from t5x_lite.checkpoints.downloads import fetch_checkpoint
+from t5x_lite.checkpoints.downloads import open_store_folder
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.tokenizer_files import TARGETS
 from t5x_lite.utils import hub, hub_names
-from t5x_lite.utils.hub import HubRepository
 from t5x_lite.utils.hub_names import HubName
+from t5x_lite.utils.remote_folders import RemoteFolder
 
 RUN_CONFIG = "config.gin"
+GGUF = ".gguf"
 # Config of a LoRA or another adapter of the peft library.
 ADAPTER = "adapter_config.json"
 # Small files of a Hugging Face folder, beside those of its tokenizer.
@@ -45,12 +47,12 @@ class LocatedSource(NamedTuple):
 
     Attributes:
       path: its folder or file.
-      repository: the model of the hub that it is, whose weights may not be there yet; None for a
-        path.
+      repository: the model of the hub or folder of a store that it is, whose weights may not be
+        there yet; None for a path.
     """
 
     path: Path
-    repository: HubRepository | None = None
+    repository: RemoteFolder | None = None
 
 
 def locate_source(source: str | Path, weights: bool = True) -> LocatedSource:
@@ -65,12 +67,17 @@ def locate_source(source: str | Path, weights: bool = True) -> LocatedSource:
     """
     name = hub_names.parse_source(source)
     if not isinstance(name, HubName):
-        return LocatedSource(fetch_checkpoint(name, weights))
+        stored = open_store_folder(name)
+        if stored is None:
+            return LocatedSource(name)
+        if stored.name != name:
+            return locate_single(stored, name.name)
+        return LocatedSource(stored.fetch(folder_files(stored.files)), stored)
     repository = hub.open_repository(name)
     if name.file is not None:
         if name.file not in repository.files and not repository.offline:
             raise SourceError(f"{name.repo} has no file {name.file}{list_similar(repository)}")
-        return LocatedSource(repository.fetch([name.file]) / name.file)
+        return locate_single(repository, name.file)
     if RUN_CONFIG in repository.files:
         return LocatedSource(repository.fetch(run_files(repository.files)), repository)
     if not CONFIGS & repository.files:
@@ -81,6 +88,13 @@ def locate_source(source: str | Path, weights: bool = True) -> LocatedSource:
     return LocatedSource(folder, repository)
 
 
+def locate_single(repository: RemoteFolder, file: str) -> LocatedSource:
+    """One file of a remote folder; a .gguf is downloaded when its tensors are read."""
+    if not file.endswith(GGUF) or repository.offline:
+        repository.fetch([file])
+    return LocatedSource(repository.folder / file, repository)
+
+
 def locate_file(source: str | Path) -> Path:
     """Locates one file, such as a SentencePiece model: a path, or owner/name:FILE of the hub.
 
@@ -88,14 +102,15 @@ def locate_file(source: str | Path) -> Path:
       ValueError: a model is named without a file, or cannot be downloaded.
     """
     name = hub_names.parse_source(source)
-    if not isinstance(name, HubName):
-        return fetch_checkpoint(name)
-    if name.file is None:
+    if isinstance(name, HubName) and name.file is None:
         path = Path(name.repo)
         if name.revision is None and path.suffix:  # a misspelled path, for its reader to report
             return path
         raise SourceError(f"{name} is a model: name its file, such as {name}:tokenizer.json")
-    return locate_source(source).path
+    located = locate_source(source)
+    if located.repository is not None and located.path.suffix == GGUF:
+        located.repository.fetch([located.path.relative_to(located.repository.folder).as_posix()])
+    return located.path
 
 
 def folder_files(files: Collection[str]) -> list[str]:
@@ -135,20 +150,20 @@ def run_files(files: Collection[str]) -> list[str]:
     )
 
 
-def fetch_step(repository: HubRepository, step: int) -> None:
+def fetch_step(repository: RemoteFolder, step: int) -> None:
     """Downloads the weights of one checkpoint of a run folder; not the state of its optimizer."""
     place = f"{step_folders.FOLDER}/{step}/params/"
     repository.fetch(sorted(each for each in repository.files if each.startswith(place)))
 
 
-def check_weights(repository: HubRepository) -> None:
+def check_weights(repository: RemoteFolder) -> None:
     """Raises SourceError where a model has no weights that are read."""
     if not {safetensors_files.SINGLE, safetensors_files.INDEX} & repository.files:
         names = sorted(repository.files)
         raise SourceError(safetensors_files.explain_missing(str(repository.name), names))
 
 
-def explain_repository(repository: HubRepository) -> str:
+def explain_repository(repository: RemoteFolder) -> str:
     """The reason why a model of the hub cannot be opened, and a remedy."""
     if repository.offline:
         return f"The cache has no config.json of {repository.name}, and {repository.offline}"
@@ -161,7 +176,7 @@ def explain_repository(repository: HubRepository) -> str:
     )
 
 
-def list_similar(repository: HubRepository) -> str:
+def list_similar(repository: RemoteFolder) -> str:
     """Ends a message: the .gguf files that can be named."""
     files = sorted(each for each in repository.files if each.endswith(".gguf"))
     if not files:

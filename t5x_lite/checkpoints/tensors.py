@@ -23,7 +23,7 @@ from t5x_lite.tokenizers import errors
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.bounded_files import UnreadableFileError
-from t5x_lite.utils.hub import HubRepository
+from t5x_lite.utils.remote_folders import RemoteFolder
 
 
 class MappedTensors(NamedTuple):
@@ -65,7 +65,7 @@ class MappedTensors(NamedTuple):
 
         Args:
           allow: patterns of names that may be missing, left over or not finite.
-          read: values will be read; without that, no weight of the hub is downloaded.
+          read: values will be read; without that, none is downloaded.
 
         Raises:
           MatchError: tensors are missing, left over or of another shape.
@@ -80,7 +80,7 @@ class MappedTensors(NamedTuple):
             return any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
 
         files = innermost(self.source)
-        remote = isinstance(files, SafetensorsFiles) and files.remote
+        remote = isinstance(files, SafetensorsFiles | gguf.GgufTensors) and files.remote
         if read and remote:
             files.download()
         if read or not remote:
@@ -110,13 +110,13 @@ class ProjectedTensors:
 
 
 def open_hugging_face_tensors(
-    folder: str | Path, repository: HubRepository | None = None
+    folder: str | Path, repository: RemoteFolder | None = None
 ) -> MappedTensors:
     """The tensors of a Hugging Face folder: config.json and safetensors.
 
     Args:
       folder: the folder.
-      repository: the model of the hub whose folder it is; None for a folder of this machine.
+      repository: the remote folder that it is of; None for a folder of this machine.
 
     Raises:
       ValueError: a file is missing or broken, or the model is none that can be expressed.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from t5x_lite.checkpoints import sources
 from t5x_lite.checkpoints.formats import gguf
-from t5x_lite.checkpoints.kinds import CheckpointKind, detect_kind
+from t5x_lite.checkpoints.kinds import CheckpointKind, detect_located
 from t5x_lite.tokenizers import (
     chat,
     errors,
@@ -49,10 +49,10 @@ def read_text_settings(path: str | Path) -> TextSettings:
     Raises:
       ValueError: nothing lies there, or it has no tokenizer that can be read.
     """
-    path = sources.locate_source(path, weights=False).path
-    kind = detect_kind(path)
+    source = sources.locate_source(path, weights=False)
+    path, kind = source.path, detect_located(source)
     if kind == CheckpointKind.GGUF:
-        return read_gguf(gguf.GgufTensors(path))
+        return read_gguf(gguf.GgufTensors(path, source.repository))
     if kind == CheckpointKind.HUGGING_FACE:
         return read_hugging_face(path)
     if kind == CheckpointKind.T5X:

@@ -19,8 +19,6 @@ from t5x_lite.utils.hub_errors import HubError, HubUnreachable, hub_errors
 from t5x_lite.utils.hub_names import HubName, parse_source
 
 MAIN = "main"
-# Bytes of the first request for a header: most are shorter, and it takes no longer than one byte.
-FIRST_BYTES = 100_000
 # How often a part of a file is asked for where connections break.
 ATTEMPTS = 4
 

@@ -13,14 +13,16 @@ import pytest
 from conversion_toys import T5, Drawn
 from hub_server import HubServer
 from hub_toys import list_cached, read_contents, write_folders
+from test_opening import write_with_tokenizer
 
 from t5x_lite import adapt, config, convert, infer, interactive
 from t5x_lite.checkpoints import sources
+from t5x_lite.checkpoints.formats import gguf_file as gguf_reader
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.text_settings import read_named_vocabulary, read_text_settings
 from t5x_lite.data import open_vocabularies
-from t5x_lite.utils import hub, hub_names
+from t5x_lite.utils import hub, hub_names, remote_folders
 
 WORDS = ["abba", "cab", "d"]
 NAME = "owner/toy"
@@ -89,12 +91,12 @@ def test_headers_are_read_by_ranges_and_a_shard_of_gigabytes_is_not(served, tmp_
     source = safetensors_files.open_safetensors(located.path, located.repository)
     assert {name: shape for name, (shape, _) in source.names.items()} == sizes
     assert sum(int(np.prod(shape)) * 4 for shape in sizes.values()) > 20e9
-    assert served.bytes_sent("safetensors") <= 2 * hub.FIRST_BYTES
+    assert served.bytes_sent("safetensors") <= 2 * remote_folders.FIRST_BYTES
     assert not any("safetensors" in name and "json" not in name for name in list_cached(tmp_path))
 
 
 def test_a_header_longer_than_the_first_request_is_read_in_two(served, monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "FIRST_BYTES", 100)
+    monkeypatch.setattr(remote_folders, "FIRST_BYTES", 100)
     opened = open_checkpoint("owner/shards", options=WEIGHTS_ONLY)
     names = opened.weights(read=False).names
     assert not any(name.endswith(".safetensors") for name in list_cached(tmp_path / "cache"))
@@ -103,6 +105,50 @@ def test_a_header_longer_than_the_first_request_is_read_in_two(served, monkeypat
     np.testing.assert_array_equal(
         weights.read("encoder/layers/mlp/up", 1), Drawn(T5).read("encoder/layers/mlp/up", 1)
     )
+
+
+@pytest.fixture
+def gguf_file(served, tmp_path) -> Path:
+    """A Llama as a .gguf file of the hub, owner/gguf:toy.gguf, and of this machine."""
+    path = tmp_path / "local" / "toy.gguf"
+    path.parent.mkdir()
+    write_with_tokenizer(path)
+    served.add("owner/gguf", {"toy.gguf": path.read_bytes()})
+    return path
+
+
+def test_the_header_of_a_gguf_file_is_read_by_ranges(served, gguf_file, monkeypatch, tmp_path):
+    monkeypatch.setattr(remote_folders, "FIRST_BYTES", 100)
+    opened = open_checkpoint("owner/gguf:toy.gguf")
+    local = open_checkpoint(gguf_file)
+    assert opened.weights(read=False).names == local.weights(read=False).names
+    assert opened.text.vocabularies[0].encode("abba ab") == [32, 3, 29, 31]
+    begin = min(tensor.begin for tensor in gguf_reader.open_gguf(gguf_file).tensors.values())
+    assert served.bytes_sent("gguf") <= 2 * begin < gguf_file.stat().st_size
+    answered = [each for each in served.downloads("gguf") if each.status == 206]
+    assert len(answered) <= 2 + np.log2(begin / 100)
+    assert list_cached(tmp_path / "cache") == set()
+    for path, (_, layers) in {"decoder/layers/mlp/up": (0, 5), "embedding": (0, None)}.items():
+        np.testing.assert_array_equal(
+            opened.weights().read(path, layers), local.weights().read(path, layers)
+        )
+    assert list_cached(tmp_path / "cache") == {"toy.gguf"}
+
+
+@pytest.mark.parametrize("name", ["owner/run", "owner/gguf:toy.gguf"])
+def test_a_dry_run_lists_what_a_conversion_writes_and_downloads_no_weight(
+    served, gguf_file, tmp_path, capsys, name
+):
+    words = [f"--from={name}", "--to=out", "--format=huggingface"]
+
+    def cached_weights() -> list[str]:
+        cached = list_cached(tmp_path / "cache")
+        return [each for each in cached if each.endswith(".gguf") or "/params/" in each]
+
+    convert.main([*words, "--dry_run"])
+    assert "Nothing was written" in capsys.readouterr().out and cached_weights() == []
+    convert.main(words)
+    assert cached_weights() != []
 
 
 @pytest.mark.parametrize(

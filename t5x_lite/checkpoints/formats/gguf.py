@@ -9,7 +9,7 @@ import fnmatch
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from t5x_lite import config
 from t5x_lite.checkpoints.formats import gguf_file, huggingface
 from t5x_lite.checkpoints.transforms import Entry
 from t5x_lite.tokenizers.errors import GgufError
+from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.remote_folders import RemoteBytes, RemoteFolder
 
 # general.architecture -> model_type of Hugging Face.
 ARCHITECTURES = {
@@ -72,6 +74,12 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "F64": np.dt
 class GgufTensors:
     """Tensors of a .gguf file; a quantized one is float32 when it is read.
 
+    A remote file is downloaded when the first tensor is read; before, only its header is.
+
+    Args:
+      path: the file.
+      repository: the remote folder that it is of; None for a file of this machine.
+
     Attributes:
       path: the file.
       metadata: its fields.
@@ -83,8 +91,8 @@ class GgufTensors:
       GgufError: the file is broken, or of an architecture that is not known here.
     """
 
-    def __init__(self, path: str | Path):
-        self.file = gguf_file.open_gguf(path)
+    def __init__(self, path: str | Path, repository: RemoteFolder | None = None):
+        self.file, self.repository = gguf_file.open_gguf(path, repository), repository
         self.path, self.metadata = self.file.path, self.file.metadata
         check_whole_model(self.path, self.metadata)
         self.architecture: str = self.metadata["general.architecture"]
@@ -92,6 +100,22 @@ class GgufTensors:
         self.names = {
             name: (tensor.shape, self.dtype(name)) for name, tensor in self.file.tensors.items()
         }
+
+    @property
+    def remote(self) -> bool:
+        """True while the tensors are not on the disk."""
+        return isinstance(self.file.content, RemoteBytes)
+
+    def download(self) -> None:
+        """Downloads the file, if that was not done yet.
+
+        Raises:
+          ValueError, OSError: it cannot be downloaded.
+        """
+        if self.remote:
+            repository = not_none(self.repository)
+            repository.fetch([self.path.relative_to(repository.folder).as_posix()])
+            self.file = gguf_file.open_gguf(self.path)
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that `read` returns: that of the file, float32 for a quantized tensor."""
@@ -116,6 +140,7 @@ class GgufTensors:
         Raises:
           GgufError: the gguf package cannot dequantize it.
         """
+        self.download()
         array = dequantize_tensor(self.file, name)
         array = array if position is None else array.take(position[1], position[0])
         if self.adds_one(name):
@@ -200,7 +225,7 @@ def rename_entry(entry: Entry, architecture: str) -> Entry:
 def dequantize_tensor(file: gguf_file.GgufFile, name: str) -> np.ndarray:
     """The values of a tensor in the dtype of the file, or in float32."""
     tensor = file.tensors[name]
-    raw = np.frombuffer(file.content, np.uint8, tensor.size, tensor.begin)
+    raw = np.frombuffer(cast(Any, file.content), np.uint8, tensor.size, tensor.begin)
     if tensor.kind in FLOATS:
         return raw.view(FLOATS[tensor.kind]).reshape(tensor.shape)
     if tensor.kind == "BF16":

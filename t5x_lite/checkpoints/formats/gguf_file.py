@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from t5x_lite.tokenizers.errors import GgufError
 from t5x_lite.utils.extras import install_command
+from t5x_lite.utils.remote_folders import RemoteBytes, RemoteFolder
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -49,30 +50,34 @@ class GgufFile(NamedTuple):
 
     Attributes:
       path: the file.
-      content: its bytes, mapped: nothing of the tensors is read yet.
+      content: its bytes, mapped, of which those of tensors are not read yet; of a remote file its
+        header alone.
       metadata: fields by name; an array is a list.
       tensors: tensors by name.
     """
 
     path: Path
-    content: mmap.mmap
+    content: mmap.mmap | RemoteBytes
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
-def open_gguf(path: str | Path) -> GgufFile:
+def open_gguf(path: str | Path, repository: RemoteFolder | None = None) -> GgufFile:
     """Reads the header of a file.
+
+    Args:
+      path: the file.
+      repository: the remote folder that it is of, for a file that is not on the disk yet.
 
     Raises:
       GgufError: it is not a GGUF file, of another version, cut off, or contradicts itself.
     """
     path = Path(path)
-    if not path.is_file():
-        raise GgufError(f"No GGUF file {path}")
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size < 24:
-            raise GgufError(f"{path} is cut off: a GGUF file begins with 24 bytes of counts")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if repository is not None and not path.is_file():
+        content = RemoteBytes(repository, path.relative_to(repository.folder).as_posix())
+        check_size(path, len(content))
+    else:
+        content = map_file(path)
     cursor = GgufCursor(path, content)
     tensors, entries = read_counts(cursor)
     if max(tensors, entries) > MAX_ENTRIES:
@@ -90,10 +95,25 @@ def open_gguf(path: str | Path) -> GgufFile:
     return GgufFile(path, content, metadata, table)
 
 
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file of this machine, mapped."""
+    if not path.is_file():
+        raise GgufError(f"No GGUF file {path}")
+    with path.open("rb") as file:
+        check_size(path, os.fstat(file.fileno()).st_size)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raises GgufError where a file is too short for a header."""
+    if size < 24:
+        raise GgufError(f"{path} is cut off: a GGUF file begins with 24 bytes of counts")
+
+
 class GgufCursor:
     """Position in a file, that moves on with everything read and never past the end."""
 
-    def __init__(self, path: Path, content: mmap.mmap):
+    def __init__(self, path: Path, content: mmap.mmap | RemoteBytes):
         self.path, self.content, self.position = path, content, 0
         self.values = 0
 
@@ -114,10 +134,10 @@ class GgufCursor:
           count: how many.
           what: what they are, for messages.
         """
-        self.need(count * struct.calcsize(f"<{code}"), what)
-        numbers = struct.unpack_from(f"<{count}{code}", self.content, self.position)
-        self.position += struct.calcsize(f"<{count}{code}")
-        return numbers
+        size = count * struct.calcsize(f"<{code}")
+        self.need(size, what)
+        self.position += size
+        return struct.unpack(f"<{count}{code}", self.content[self.position - size : self.position])
 
     def number(self, code: str, what: str) -> Any:
         """Reads one number."""

@@ -17,15 +17,15 @@ import ml_dtypes
 import numpy as np
 
 from t5x_lite.tokenizers.errors import SourceError, describe_error
-from t5x_lite.utils import bounded_files, hub
-from t5x_lite.utils.hub import HubRepository
+from t5x_lite.utils import bounded_files, remote_folders
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.remote_folders import RemoteFolder
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # 300,000 tensors in one file; the format's own limit, 100 MB, would take gigabytes to parse.
 HEADER_LIMIT = 2**25
-# Headers that are read from a hub at once.
+# Headers that are read by requests at once.
 REQUESTS = 8
 # Name -> shape, dtype and first byte, of the tensors of a file.
 Header = dict[str, tuple[tuple[int, ...], np.dtype, int]]
@@ -72,18 +72,18 @@ class TensorSource(Protocol):
 class SafetensorsFiles:
     """Tensors of some safetensors files. A tensor is mapped, not loaded, when it is read.
 
-    Files of a model of the hub that are not in its cache yet are downloaded when the first tensor
-    is read; before, only their headers are.
+    Files of the hub or of a store that are not on the disk yet are downloaded when the first
+    tensor is read; before, only their headers are.
 
     Args:
       files: the files.
-      repository: the model of the hub that they are of; None for files of this machine.
+      repository: the remote folder that they are of; None for files of this machine.
 
     Raises:
       SourceError: a file is cut off or not safetensors, or two of them have the same tensor.
     """
 
-    def __init__(self, files: list[Path], repository: HubRepository | None = None):
+    def __init__(self, files: list[Path], repository: RemoteFolder | None = None):
         self.places: dict[str, tuple[Path, int]] = {}
         self.names: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         self.repository = repository
@@ -113,7 +113,7 @@ class SafetensorsFiles:
         """Downloads the files that are not on the disk yet.
 
         Raises:
-          HubError: they cannot be downloaded.
+          ValueError, OSError: they cannot be downloaded.
         """
         if self.repository is not None and self.remote:
             root = self.repository.folder
@@ -134,12 +134,12 @@ class SafetensorsFiles:
         return array[(slice(None),) * axis + (layer,)]
 
 
-def open_safetensors(path: str | Path, repository: HubRepository | None = None) -> SafetensorsFiles:
+def open_safetensors(path: str | Path, repository: RemoteFolder | None = None) -> SafetensorsFiles:
     """Opens a folder with model.safetensors or its shards, or one file.
 
     Args:
       path: the folder or file.
-      repository: the model of the hub whose folder it is, where files may be missing that can be
+      repository: the remote folder that it is of, where files may be missing that can be
         downloaded; None for a folder of this machine.
 
     Raises:
@@ -198,7 +198,7 @@ def explain_missing(folder: str, names: list[str]) -> str:
     return f"{folder} has no {SINGLE} and no {INDEX}"
 
 
-def open_shards(folder: Path, repository: HubRepository | None = None) -> SafetensorsFiles:
+def open_shards(folder: Path, repository: RemoteFolder | None = None) -> SafetensorsFiles:
     """Opens the shards that the index names; every tensor has to be in the one that it says."""
     shards = read_weight_map(folder / INDEX)
     for file in sorted(set(shards.values())):
@@ -248,19 +248,19 @@ def read_header(file: Path) -> Header:
         return parse_header(file, stream.read(length), size)
 
 
-def read_remote_header(repository: HubRepository, file: Path) -> Header:
-    """`read_header` of a file of the hub, of which no more than the header is downloaded.
+def read_remote_header(repository: RemoteFolder, file: Path) -> Header:
+    """`read_header` of a remote file, of which no more than the header is downloaded.
 
     Args:
-      repository: the model of the hub.
-      file: the name that the file will have in the cache.
+      repository: the folder that it is of.
+      file: the path that it will have on this machine.
 
     Raises:
       SourceError: it is not safetensors.
-      HubError: it cannot be read.
+      ValueError, OSError: it cannot be read.
     """
     name = file.relative_to(repository.folder).as_posix()
-    first, size = repository.read_range(name, 0, hub.FIRST_BYTES)
+    first, size = repository.read_range(name, 0, remote_folders.FIRST_BYTES)
     length = header_length(file, first[:8], size)
     if len(first) < 8 + length:
         first += repository.read_range(name, len(first), 8 + length)[0]
