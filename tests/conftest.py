@@ -35,8 +35,8 @@ os.environ.setdefault(
     ),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# A shell's background jobs ignore Ctrl-C, those of nohup a hangup too; the commands that tests start
-# would inherit it.
+# A shell's background jobs ignore Ctrl-C, those of nohup a hangup too, and the commands that tests
+# start would inherit it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
