@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from t5x_lite.tokenizers import vocabularies
-from t5x_lite.tokenizers.renumbered import language_token
+from t5x_lite.tokenizers.renumbered import language_names, language_token
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
@@ -42,6 +42,25 @@ def set_languages(predictor: Any, source: str | None, target: str | None) -> int
         return None
     predictor.targets = begin_with(predictor.targets, token)
     return token
+
+
+def find_languages(predictor: Any, source: str, target: str) -> tuple[str | None, str | None]:
+    """The codes of a source and a target language that a predictor's tokenizers know, for
+    `set_languages`; None for each that they do not.
+
+    Args:
+      predictor: as of `set_languages`.
+      source: code of the language of inputs.
+      target: code of the language to write.
+    """
+    inputs, targets = special_tokens(predictor.inputs), special_tokens(predictor.targets)
+    if f">>{target}<<" in inputs:
+        return None, target
+    known = [
+        any(name in special for name in language_names(code))
+        for special, code in ((inputs, source), (targets, target))
+    ]
+    return (source, target) if all(known) else (None, None)
 
 
 def special_tokens(vocabulary: TextVocabulary) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 from t5x_lite import config
 from t5x_lite.checkpoints import sources
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
+from t5x_lite.evaluation import languages
 from t5x_lite.evaluation.arguments import list_texts
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import Prediction
@@ -78,7 +79,8 @@ class TextPipeline:
         Args:
           texts: a text or a list of texts; the model's prefix for the task is put before each.
           **arguments: transformers' arguments, among them max_length and min_length, which count
-            the token that decoders begin with; fields of config.Decode, such as drafter.
+            the token that decoders begin with, src_lang and tgt_lang, the codes of languages in the
+            tokenizer; fields of config.Decode, such as drafter.
 
         Returns:
           a list of {"summary_text": ...} ({"generated_text": ...}, {"translation_text": ...}), one
@@ -97,18 +99,39 @@ class TextPipeline:
             )
         }
         truncated = arguments.pop("truncation", None) not in (None, False, "do_not_truncate")
-        before = self.predictor.batch_size
-        self.predictor.batch_size = arguments.pop("batch_size", None) or before
+        predictor = self.predictor
+        before = predictor.batch_size, predictor.inputs, predictor.targets
+        predictor.batch_size = arguments.pop("batch_size", None) or predictor.batch_size
         try:
+            if first := self.set_languages(arguments):
+                arguments["forced_bos_token_id"] = first
             decode = self.settings(translate_arguments(arguments))
             ids = self.predictor.encode_inputs([self.prefix + each for each in list_texts(texts)])
             ids = [self.truncate(row) for row in ids] if truncated else ids
             predictions = self.predictor.predict_ids(ids, decode)
         finally:
-            self.predictor.batch_size = before
+            predictor.batch_size, predictor.inputs, predictor.targets = before
         results = [self.describe(each, **output) for each in predictions]
         flat = isinstance(texts, str) or all(len(each) == 1 for each in results)
         return [each for result in results for each in result] if flat else results
+
+    def set_languages(self, arguments: dict[str, Any]) -> int | None:
+        """Takes src_lang and tgt_lang out of the arguments of a call and sets them, or else the
+        languages in the task's name, if the tokenizer knows them.
+
+        Returns:
+          The id that every text begins with; None for none.
+
+        Raises:
+          ValueError: an argument is no language of the tokenizer.
+        """
+        named = re.fullmatch(r"translation_([a-zA-Z]+)_to_([a-zA-Z]+)", self.task)
+        source, target = (
+            languages.find_languages(self.predictor, *named.groups()) if named else (None, None)
+        )
+        source = arguments.pop("src_lang", None) or source
+        target = arguments.pop("tgt_lang", None) or target
+        return languages.set_languages(self.predictor, source, target)
 
     def truncate(self, ids: list[int]) -> list[int]:
         """Ids of an input without those that are too many for the tokenizer; the end stays."""

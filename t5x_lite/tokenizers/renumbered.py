@@ -178,17 +178,23 @@ def read_pieces(path: Path) -> list[str]:
     return sorted(content, key=functools.partial(dict.__getitem__, content))
 
 
+def language_names(code: str) -> tuple[str, str, str]:
+    """Names that the token of a language may have: between __ in M2M100, between >> and << in
+    Marian."""
+    return code, f"__{code}__", f">>{code}<<"
+
+
 def language_token(special: Mapping[str, int], language: str) -> int:
     """The id of a language, by its code as the checkpoint has it: fr, fr_XX, fra_Latn.
 
     Args:
       special: ids by name of the special tokens of a vocabulary.
-      language: the code, which may stand between __ (M2M100) or between >> and << (Marian).
+      language: the code.
 
     Raises:
       ValueError: it is none of the vocabulary's languages; lists some.
     """
-    for name in (language, f"__{language}__", f">>{language}<<"):
+    for name in language_names(language):
         if name in special:
             return special[name]
     known = sorted(special)

@@ -249,3 +249,14 @@ def test_a_translation_writes_what_transformers_writes(
         written = session.predict(line, max_new_tokens=8).tokens[0]
         assert list(map(int, written))[: len(expected)] == expected
         assert expected[0] == first
+    session = interactive.load(folders[name])
+    options = dict(max_new_tokens=8, return_tensors=True)
+    pipe = interactive.pipeline("translation", session, **options)
+    named = interactive.pipeline(f"translation_{source}_to_{target}", session, **options)
+    same = [{"translation_token_ids": written}]
+    assert pipe(line, src_lang=source, tgt_lang=target) == same
+    # Codes with a region are no part of a task's name.
+    assert (named(line) == same) == (name == "m2m100")
+    assert pipe(line) != same
+    with pytest.raises(ValueError, match="xx is no language"):
+        pipe(line, tgt_lang="xx")
