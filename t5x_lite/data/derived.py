@@ -13,7 +13,8 @@ from t5x_lite.config import gin_file, run_sources
 from t5x_lite.config.checked import MOST_TOKENS
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data.datasets import open_vocabularies
-from t5x_lite.utils import hub, hub_errors, hub_names
+from t5x_lite.utils import hub, hub_names
+from t5x_lite.utils.hub_errors import HubError, HubUnreachable
 from t5x_lite.utils.hub_names import HubName
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import parse_path
@@ -143,15 +144,15 @@ def agree_on_commit(text: str) -> str:
     between two requests."""
     from t5x_lite import processes
 
-    answer, problem = {}, None
+    answer, kinds = {}, {each.__name__: each for each in (HubError, HubUnreachable)}
     if processes.is_first():
         try:
             answer = {"source": hub.pin_source(text)}
-        except hub_errors.HubError as error:
-            answer, problem = {"error": str(error)}, error
+        except HubError as error:
+            answer = {"error": str(error), "kind": type(error).__name__}
     answer = json.loads(processes.broadcast_text(json.dumps(answer)))
-    if problem is not None or "error" in answer:
-        raise problem or hub_errors.HubError(answer["error"])
+    if "error" in answer:
+        raise kinds[answer["kind"]](answer["error"])
     return answer["source"]
 
 

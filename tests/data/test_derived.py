@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of Model.vocab and Model.dtype where no config binds them: data and device decide."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import hub_server
 import pytest
 
-from t5x_lite import data
+from t5x_lite import data, processes
 from t5x_lite.config import gin_file
+from t5x_lite.data import derived
 from t5x_lite.training import host
+from t5x_lite.utils import hub_errors
 
 LINES = """
 include "runs/common.gin"
@@ -88,3 +93,57 @@ def test_libtpu_is_quiet_on_a_machine_without_a_tpu(tmp_path):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+AGREE = """
+import sys
+from t5x_lite import processes
+from t5x_lite.data import derived
+meeting = processes.Rendezvous(sys.argv[1], 2, int(sys.argv[2]))
+with processes.process_group(meeting, "test"):
+    for name in ("owner/moving", "owner/absent"):
+        try:
+            print(derived.agree_on_commit(name))
+        except ValueError as error:
+            print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_commit_of_a_branch_that_moves(tmp_path, monkeypatch):
+    commits = []
+
+    def move(handler):
+        answer = find_answer(handler)
+        commits.append(handler.hub.add("owner/moving", {"a": b"%d" % len(commits)}))
+        return answer
+
+    find_answer = hub_server.Handler.find_answer
+    monkeypatch.setattr(hub_server.Handler, "find_answer", move)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    with hub_server.HubServer() as served:
+        commits.append(served.add("owner/moving", {"a": b""}))
+        environment = os.environ | served.environment(tmp_path)
+        pipes = dict(env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [sys.executable, "-c", AGREE, where]
+        started = [subprocess.Popen([*command, str(number)], **pipes) for number in range(2)]
+        outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    lines = {output.strip() for output, _ in outputs}
+    (first, second) = lines.pop().splitlines()
+    assert lines == set() and first == f"owner/moving@{commits[0]}"
+    assert second.startswith("HubError There is no owner/absent here and no model")
+    assert [each.path for each in served.served] == [
+        "/api/models/owner/moving",
+        "/api/models/owner/absent",
+    ]
+
+
+def test_every_process_ends_with_the_status_of_the_first(monkeypatch):
+    answer = json.dumps({"error": "cannot be reached", "kind": "HubUnreachable"})
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "broadcast_text", lambda text: answer)
+    with pytest.raises(hub_errors.HubUnreachable, match="cannot be reached"):
+        derived.agree_on_commit("owner/name")
