@@ -11,20 +11,21 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import re
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5x_lite import config
 from t5x_lite.data import content
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.examples import ExampleBuilder, column_of, fields_read
 from t5x_lite.data.files import build_examples
+from t5x_lite.utils import hub
 from t5x_lite.utils.extras import install_command
+from t5x_lite.utils.hub_errors import HubError, HubUnreachable, describe_hub_error
+from t5x_lite.utils.hub_names import HubName
 from t5x_lite.utils.paths import local_path
 
-COMMIT = re.compile("[0-9a-f]{40}")
 # Describes the features of a dataset, so names of labels too.
 CARD = "README.md"
 
@@ -50,12 +51,22 @@ def find_folder(cfg: config.HubDataset) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def hub_name(cfg: config.HubDataset) -> HubName:
+    """The name of a dataset on the hub."""
+    return HubName(cfg.name, cfg.revision, kind="dataset")
+
+
 @contextlib.contextmanager
 def dataset_errors(cfg: config.HubDataset) -> Generator[None]:
-    """Raises ValueError in place of an error of the libraries that read a dataset."""
+    """Raises ValueError in place of an error of the libraries that read a dataset: `HubError` where
+    the hub is its cause."""
     try:
         yield
+    except HubError:
+        raise
     except Exception as error:  # each library under it raises its own classes
+        if find_folder(cfg) is None and (of_hub := find_hub_error(hub_name(cfg), error)):
+            raise of_hub from error
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"HubDataset {task_name(cfg)} cannot be read ({type(error).__name__}: {reason}). Is "
@@ -63,34 +74,69 @@ def dataset_errors(cfg: config.HubDataset) -> Generator[None]:
         ) from error
 
 
-def find_commit(cfg: config.HubDataset) -> str:
-    """The commit of a dataset of the hub.
+def find_hub_error(name: HubName, error: BaseException | None) -> HubError | None:
+    """The error to raise in place of one that the hub has caused; None for any other.
 
-    Raises ValueError if the hub does not have it, or cannot be asked.
+    Args:
+      name: the dataset.
+      error: error of the datasets library.
     """
-    if cfg.revision is not None and COMMIT.fullmatch(cfg.revision):
-        return cfg.revision
-    import huggingface_hub
+    while error is not None:
+        if isinstance(error, Exception) and not isinstance(error, FileNotFoundError):
+            if described := describe_hub_error(name, error):
+                return described
+        error = error.__cause__ or error.__context__
+    # The library leaves out that a dataset is gated: its files say it.
+    try:
+        repository = hub.open_repository(name)
+        if repository.files and not repository.offline:
+            repository.read_range(min(repository.files), 0, 1)
+    except HubError as described:
+        return described
+    return None
 
-    with dataset_errors(cfg):
-        info = huggingface_hub.HfApi().dataset_info(cfg.name, revision=cfg.revision)
-    return str(info.sha)
+
+class DatasetCommit(NamedTuple):
+    """A commit of a dataset of the hub.
+
+    Attributes:
+      commit: the commit.
+      offline: the hub does not answer, or is not to be asked: the cache alone is read.
+    """
+
+    commit: str
+    offline: bool = False
+
+
+def find_commit(cfg: config.HubDataset) -> DatasetCommit:
+    """The commit of a dataset of the hub; of the cache, which a line on stderr says, where the hub
+    cannot be asked.
+
+    Raises:
+      HubError: there is no such dataset, or neither can be read.
+    """
+    name = hub_name(cfg)
+    if name.is_pinned:
+        return DatasetCommit(str(name.revision))
+    repository = hub.open_repository(name)
+    return DatasetCommit(repository.commit, bool(repository.offline))
 
 
 def load_split(cfg: config.HubDataset, split: str) -> Any:
-    """The rows of a split; its columns are those that are read.
+    """The rows of a split; its columns are those that are read, where they are known before.
 
-    Raises ValueError if the dataset cannot be read, or lacks a column.
+    Raises:
+      ValueError: the dataset cannot be read, or lacks a column.
     """
     library, folder = import_datasets(), find_folder(cfg)
-    where: dict[str, Any] = {"path": str(folder), "streaming": True}
-    if folder is None:
-        where = {"path": cfg.name, "revision": find_commit(cfg), "streaming": cfg.streaming}
     with dataset_errors(cfg):
-        rows = library.load_dataset(name=cfg.config, split=getattr(cfg, split), **where)
-        if rows.features is None:  # known once a row was read
-            rows = rows._resolve_features()
-    there = list(rows.features)
+        if folder is None:
+            rows = load_commit(cfg, split, find_commit(cfg))
+        else:
+            where = getattr(cfg, split)
+            rows = library.load_dataset(str(folder), cfg.config, split=where, streaming=True)
+        # Of a stream of JSON lines, the columns are known once a row was read.
+        there = list(next(iter(rows), {}) if rows.features is None else rows.features)
     columns = list(dict.fromkeys(column_of(name, there) for name in fields_read(cfg)))
     for column in columns:
         if column not in there:
@@ -98,7 +144,48 @@ def load_split(cfg: config.HubDataset, split: str) -> Any:
                 f"HubDataset {task_name(cfg)} has no column {column!r}; there are "
                 f"{', '.join(map(repr, there))}"
             )
-    return rows.select_columns(columns)
+    return rows if rows.features is None else rows.select_columns(columns)
+
+
+def load_commit(cfg: config.HubDataset, split: str, found: DatasetCommit) -> Any:
+    """The rows of a split of a commit of the hub, with all of its columns.
+
+    Args:
+      cfg: the dataset.
+      split: train, validation or test.
+      found: the commit.
+
+    Raises:
+      HubUnreachable: the hub does not answer, and the cache has another commit.
+    """
+    library = import_datasets()
+    with cache_alone(library) if found.offline else contextlib.nullcontext():
+        builder = library.load_dataset_builder(cfg.name, cfg.config, revision=found.commit)
+        # Without an answer of the hub, the library takes the commit that its cache got last.
+        if builder.hash != found.commit:
+            raise HubUnreachable(
+                f"Commit {found.commit[:10]} of {cfg.name} is not in the cache, and the hub cannot "
+                "be reached: read it once with a connection, or name the commit that the cache has "
+                f"in HubDataset.revision, {builder.hash}"
+            )
+        if cfg.streaming:
+            return builder.as_streaming_dataset(getattr(cfg, split))
+        builder.download_and_prepare()
+        return builder.as_dataset(getattr(cfg, split))
+
+
+@contextlib.contextmanager
+def cache_alone(library: Any) -> Generator[None]:
+    """Context in which the datasets library asks no hub: each request would be repeated for 30 s.
+
+    Args:
+      library: the datasets library.
+    """
+    before, library.config.HF_HUB_OFFLINE = library.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        library.config.HF_HUB_OFFLINE = before
 
 
 def read_rows(
@@ -119,7 +206,8 @@ def read_rows(
       ValueError: the dataset cannot be read, or a row and HubDataset.broken is not "skip".
     """
     rows = load_split(cfg, split)
-    labels = {name: each.names for name, each in rows.features.items() if hasattr(each, "names")}
+    features = (rows.features or {}).items()
+    labels = {name: each.names for name, each in features if hasattr(each, "names")}
 
     def records() -> Iterator[tuple[str, dict | str]]:
         with dataset_errors(cfg):
@@ -146,7 +234,7 @@ def remote_identity(cfg: config.HubDataset, split: str) -> dict[str, str]:
     """The commit of a dataset of the hub, or the digest of a folder's card, by name."""
     folder = find_folder(cfg)
     if folder is None:
-        return {f"hf://datasets/{cfg.name}": find_commit(cfg)}
+        return {f"hf://datasets/{cfg.name}": find_commit(cfg).commit}
     card = [path for path in (folder / CARD,) if path.is_file()]
     return content.digest_files(card)
 

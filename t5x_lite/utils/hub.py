@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of the Hugging Face hub: their commits and files, through huggingface_hub.
+"""Models and datasets of the Hugging Face hub: commits and files, through huggingface_hub.
 
 Its cache, its progress bars, HF_HUB_OFFLINE, HF_ENDPOINT and its tokens are used.
 """
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.hub_errors import HubError, HubUnreachable, hub_errors
@@ -43,7 +44,7 @@ def source_identity(text: str | os.PathLike) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class HubRepository:
-    """One commit of a model of the hub.
+    """One commit of a model or a dataset of the hub.
 
     Attributes:
       name: the name by which it was opened.
@@ -81,6 +82,7 @@ class HubRepository:
         with hub_errors(self.name):
             huggingface_hub.snapshot_download(
                 self.name.repo,
+                repo_type=self.name.kind,
                 revision=self.commit,
                 allow_patterns=[glob.escape(file) for file in missing],
             )
@@ -103,7 +105,9 @@ class HubRepository:
         import huggingface_hub
         from huggingface_hub import utils
 
-        address = huggingface_hub.hf_hub_url(self.name.repo, file, revision=self.commit)
+        address = huggingface_hub.hf_hub_url(
+            self.name.repo, file, repo_type=self.name.kind, revision=self.commit
+        )
         headers = utils.build_hf_headers() | {"Range": f"bytes={begin}-{end - 1}"}
         headers["Accept-Encoding"] = "identity"
         for attempt in range(ATTEMPTS):
@@ -123,10 +127,10 @@ class HubRepository:
 
 
 def open_repository(name: HubName) -> HubRepository:
-    """Asks the hub for the commit of a model and its files; the cache, if the hub cannot be asked.
+    """Asks the hub for a commit and its files; the cache, if the hub cannot be asked.
 
     Raises:
-      HubError: there is no such model or revision, or neither hub nor cache can be read.
+      HubError: there is no such name or revision, or neither hub nor cache can be read.
     """
     from huggingface_hub import constants
 
@@ -136,8 +140,8 @@ def open_repository(name: HubName) -> HubRepository:
 
     try:
         with hub_errors(name):
-            info = huggingface_hub.HfApi().model_info(
-                name.repo, revision=name.revision, timeout=10.0
+            info: Any = huggingface_hub.HfApi().repo_info(
+                name.repo, repo_type=name.kind, revision=name.revision, timeout=10.0
             )
     except HubUnreachable as error:
         try:
@@ -162,17 +166,17 @@ def is_inside(file: str) -> bool:
 
 
 def cache_entry(name: HubName) -> Path:
-    """The folder of a model in the cache, in the layout that huggingface_hub documents."""
+    """The folder of a name in the cache, in the layout that huggingface_hub documents."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{name.repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / f"{name.kind}s--{name.repo.replace('/', '--')}"
 
 
 def open_cached(name: HubName, reason: str) -> HubRepository:
-    """The commit of a model that the cache has.
+    """The commit of a model or a dataset that the cache has.
 
     Args:
-      name: the model.
+      name: its name.
       reason: the reason why the hub is not asked, a clause.
 
     Raises:

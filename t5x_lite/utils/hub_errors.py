@@ -14,18 +14,18 @@ HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urlli
 
 
 class HubError(ValueError):
-    """A model of the hub cannot be read; the message says why, and what can be done."""
+    """A name of the hub cannot be read; the message says why, and what can be done."""
 
 
 class HubUnreachable(HubError):
-    """The hub does not answer, and the cache does not have the model."""
+    """The hub does not answer, and the cache does not have what is wanted."""
 
     exit_status = exit_status.FAILURE
 
 
 @contextlib.contextmanager
 def hub_errors(name: HubName) -> Generator[None]:
-    """Turns errors of huggingface_hub into one sentence about a model, with the remedy.
+    """Turns errors of huggingface_hub into one sentence about a name, with the remedy.
 
     Messages of the library are left out: they have addresses with what a user put into them.
     """
@@ -50,16 +50,14 @@ def describe_hub_error(name: HubName, error: Exception) -> HubError | None:
                 if token
                 else "then log in (hf auth login, or HF_TOKEN in the environment)"
             )
-            return HubError(
-                f"{name} is gated: accept its terms at {endpoint()}/{name.repo}, {log_in}"
-            )
+            return HubError(f"{name} is gated: accept its terms at {page_address(name)}, {log_in}")
         case errors.RevisionNotFoundError():
             return HubError(f"{name.repo} has no revision {name.revision} on the hub")
         case errors.RepositoryNotFoundError():
             access = "the token in use may not read it" if token else "log in: hf auth login"
             return HubError(
-                f"There is no {name.repo} here and no model of that name on the hub (if it is "
-                f"private, {access})"
+                f"There is no {name.repo} here and no {name.kind} of that name on the hub (if it "
+                f"is private, {access})"
             )
         case errors.EntryNotFoundError() if not isinstance(error, errors.LocalEntryNotFoundError):
             return HubError(f"{name} has no such file on the hub")
@@ -88,6 +86,11 @@ def describe_status(name: HubName, status: int) -> HubError:
             "(hf auth login), or take HF_TOKEN out of the environment"
         )
     return HubUnreachable(f"The hub answered status {status} for {name}: try again later")
+
+
+def page_address(name: HubName) -> str:
+    """Address of the page of a model or a dataset."""
+    return f"{endpoint()}/{'datasets/' if name.kind == 'dataset' else ''}{name.repo}"
 
 
 def endpoint() -> str:

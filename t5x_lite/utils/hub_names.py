@@ -32,17 +32,19 @@ RUNS = "runs"
 
 
 class HubName(NamedTuple):
-    """A model of the hub.
+    """A model or a dataset of the hub.
 
     Attributes:
       repo: "owner/name".
       revision: branch, tag or commit; None for the newest commit of the main branch.
       file: the one file that is meant, such as a .gguf; None for the model.
+      kind: "model" or "dataset".
     """
 
     repo: str
     revision: str | None = None
     file: str | None = None
+    kind: str = "model"
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""

@@ -70,4 +70,4 @@ def upload_folder(folder: Path, name: HubName, private: bool, message: str) -> s
             ignore_patterns=[CARD] if CARD in there else None,
             delete_patterns=list(WEIGHTS),
         )
-    return f"{hub_errors.endpoint()}/{name.repo}"
+    return hub_errors.page_address(name)

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets as the hub lays them out: the rows are those of the files, and a stream resumes."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 
+import hub_server
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +16,7 @@ import pytest
 from t5x_lite import config, data
 from t5x_lite.config import gin_file
 from t5x_lite.data import hub_datasets
+from t5x_lite.utils.exit_status import FAILURE, MISTAKE, exit_status
 
 datasets = pytest.importorskip("datasets")
 
@@ -123,9 +129,142 @@ def test_content_decides_whether_a_run_resumes(change, stream, tmp_path):
         data.open_batches(cfg, "encoder_decoder", 4, seed=3).restore(state)
 
 
+NAME = "owner/rows"
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A hub with a dataset, which this process uses with an empty cache."""
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "hf"
+    for name, value in dict(
+        HF_CACHE_HOME=cache,
+        HF_DATASETS_CACHE=cache / "datasets",
+        DOWNLOADED_DATASETS_PATH=cache / "datasets" / "downloads",
+        HF_HUB_OFFLINE=False,
+    ).items():
+        monkeypatch.setattr(datasets.config, name, value)
+    write_dataset(tmp_path / "rows")
+    with hub_server.HubServer() as server:
+        server.use_here(monkeypatch, cache)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        server.add(NAME, tmp_path / "rows", kind="dataset")
+        yield server
+
+
+def texts(cfg, split="train"):
+    return [each[:2] for each in hub_datasets.read_rows(cfg, split)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_by_name_has_the_rows_of_its_folder(served, tmp_path, streaming):
+    named = described(NAME, streaming=streaming)
+    for split in ("train", "validation"):
+        assert texts(named, split) == texts(described(tmp_path / "rows"), split)
+    commit = served.repositories["dataset", NAME].refs["main"]
+    assert hub_datasets.remote_identity(named, "train") == {f"hf://datasets/{NAME}": commit}
+    write_dataset(tmp_path / "rows", word="other")
+    served.add(NAME, tmp_path / "rows", kind="dataset")
+    assert texts(named)[0] == ("classify: other 0", "no")
+    assert texts(dataclasses.replace(named, revision=commit))[0] == ("classify: text 0", "no")
+
+
+def refused(cfg) -> tuple[str, int]:
+    """Message and exit status of a dataset that cannot be read."""
+    with pytest.raises(ValueError) as caught:
+        texts(cfg)
+    return str(caught.value), exit_status(caught.value)
+
+
+def test_a_dataset_that_the_hub_does_not_give_names_the_remedy(served, tmp_path):
+    message, status = refused(described("owner/absent"))
+    assert "no dataset of that name on the hub" in message and status == MISTAKE
+    message, status = refused(described(NAME, revision="v9"))
+    assert f"{NAME} has no revision v9" in message and status == MISTAKE
+    served.add("owner/gated", tmp_path / "rows", kind="dataset", gated=True)
+    message, status = refused(described("owner/gated"))
+    assert f"accept its terms at {served.url}/datasets/owner/gated" in message
+    assert status == MISTAKE
+    served.down = True
+    for changes in ({}, {"streaming": True}):
+        message, status = refused(described(NAME, **changes))
+        assert NAME in message and status == FAILURE, message
+
+
+def test_without_the_hub_the_commit_of_the_cache_is_read_and_says_so(served, monkeypatch, capsys):
+    cfg = described(NAME)
+    expected, (commit, _) = texts(cfg), hub_datasets.find_commit(cfg)
+    served.down = True
+    capsys.readouterr()
+    assert texts(cfg) == expected
+    assert f"read from the cache, commit {commit[:10]}" in capsys.readouterr().err
+    for place in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{place}.HF_HUB_OFFLINE", True)
+    count = len(served.served)
+    assert texts(cfg) == texts(dataclasses.replace(cfg, revision=commit)) == expected
+    assert len(served.served) == count
+    # What is in the cache is read as a stream too, and no other commit in its place.
+    assert texts(dataclasses.replace(cfg, streaming=True)) == expected
+    for streaming in (False, True):
+        other = dataclasses.replace(cfg, revision="b" * 40, streaming=streaming)
+        message, status = refused(other)
+        assert f"Commit bbbbbbbbbb of {NAME} is not in the cache" in message and commit in message
+        assert status == FAILURE
+    message, status = refused(described("owner/never"))
+    assert "There is no owner/never here or in the cache" in message and status == FAILURE
+
+
+RESUME = """
+import hashlib, json, sys
+from t5x_lite import config, data
+from t5x_lite.config import gin_file
+cfg = gin_file.load_data([sys.argv[1]], [])
+batches = data.open_batches(cfg, "encoder_decoder", 4, seed=3)
+if sys.argv[2]:
+    batches.restore(json.loads(sys.argv[2]))
+begin, end = int(sys.argv[3]), int(sys.argv[4])
+rows = [[x.tobytes() for x in batches.at(k) if x is not None] for k in range(begin, end)]
+print(json.dumps([[hashlib.sha256(b"".join(row)).hexdigest() for row in rows], batches.state()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_another_process_goes_on_with_the_same_batches(served, tmp_path, stream):
+    text = f"""
+from __gin__ import dynamic_registration
+from t5x_lite import config
+config.Data.task = @config.HubDataset()
+config.Data.lengths = {LENGTHS}
+config.Data.stream = {stream}
+config.Data.cache_dir = "{tmp_path}/tokens"
+config.HubDataset.name = "{NAME}"
+config.HubDataset.streaming = {stream}
+config.HubDataset.inputs = "text"
+config.HubDataset.targets = "label"
+config.HubDataset.vocabulary = @config.Vocabulary()
+config.Vocabulary.kind = "bytes"
+"""
+    (tmp_path / "data.gin").write_text(text)
+    environment = os.environ | served.environment(tmp_path / "hf") | {"JAX_PLATFORMS": "cpu"}
+
+    def run(state: str, begin: int, end: int) -> list:
+        words = [sys.executable, "-c", RESUME, str(tmp_path / "data.gin"), state]
+        words += [str(begin), str(end)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    (first, state), (whole, end) = run("", 0, 6), run("", 0, 20)
+    assert first + run(json.dumps(state), 6, 20)[0] == whole
+    assert run(json.dumps(state), 6, 20)[1] == end and len(set(whole)) == 20
+
+
 def test_a_commit_of_the_hub_decides(monkeypatch, tmp_path):
     commits = iter(["1" * 40, "2" * 40])
-    monkeypatch.setattr(hub_datasets, "find_commit", lambda cfg: next(commits))
+    monkeypatch.setattr(
+        hub_datasets, "find_commit", lambda cfg: hub_datasets.DatasetCommit(next(commits))
+    )
     cfg = config.HubDataset("owner/rows", BYTES)
     before = hub_datasets.remote_identity(cfg, "train")
     assert before != hub_datasets.remote_identity(cfg, "train")
