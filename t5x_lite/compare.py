@@ -6,7 +6,7 @@ import argparse
 from t5x_lite.cli import gin_arguments
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.parser import Parser
-from t5x_lite.utils.paths import local_path
+from t5x_lite.utils.paths import is_address, local_path
 
 DESCRIPTION = """\
 Trains twins that differ in architecture alone, measures them, and writes one page about it. The
@@ -41,7 +41,7 @@ def parser() -> Parser:
 
 def compare(args: argparse.Namespace) -> None:
     """Prints the twins; trains and measures what is left, and writes the report."""
-    from t5x_lite import data
+    from t5x_lite import config, data
     from t5x_lite.config.training_run import require_comparison
 
     run = require_comparison(data.load_run(args.gin_file, args.bindings))
@@ -49,7 +49,12 @@ def compare(args: argparse.Namespace) -> None:
     from t5x_lite.comparison import measurements, quality, report, twins
     from t5x_lite.training import host
 
-    folder = local_path(run.model_dir)  # refuses a bucket: its many small files are edited in place
+    config.require(
+        not is_address(run.model_dir),
+        f"MODEL_DIR is {run.model_dir}: the twins and measurements of compare, many small "
+        "files that are edited, have to be on a disk of this machine",
+    )
+    folder = local_path(run.model_dir)
     quality.check_measurements(run)
     host.prepare_jax()
     run = host.with_device_dtype(run, args.gin_file, args.bindings)

@@ -20,7 +20,7 @@ from t5x_lite.utils import bounded_files
 from t5x_lite.utils.hub import source_identity
 from t5x_lite.utils.hub_names import source_argument
 from t5x_lite.utils.not_none import not_none
-from t5x_lite.utils.paths import parse_path, path_argument
+from t5x_lite.utils.paths import local_argument, parse_path, path_argument
 
 DESCRIPTION = """\
 A teacher is a trained decoder-only model: a run folder, a Hugging Face folder or a .gguf file. A
@@ -88,7 +88,7 @@ def add_answers(command: Parser) -> None:
     add = command.add_argument
     add(
         "--output",
-        type=path_argument,
+        type=local_argument,
         metavar="DIR",
         help="the folder to write (default: Distillation.answers)",
     )

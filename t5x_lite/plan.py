@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from t5x_lite import config
@@ -16,7 +17,13 @@ from t5x_lite.config.checked import Count, NotNegative, ShareAboveZero
 from t5x_lite.config.training_run import require_training
 from t5x_lite.utils import exit_status
 from t5x_lite.utils.atomic_files import write_atomically
-from t5x_lite.utils.paths import CACHE, cache_folder, local_path, parse_output_path, path_argument
+from t5x_lite.utils.paths import (
+    CACHE,
+    cache_folder,
+    local_argument,
+    parse_output_path,
+    path_argument,
+)
 
 DESCRIPTION = """\
 Compiles the training step of a run, or a step of decoding, for a TPU slice that is not there, and
@@ -80,7 +87,7 @@ def parser() -> Parser:
         help="how many that fit --search finds (3)",
     )
     kept = f"where --search keeps its results ({CACHE}/plans.json)"
-    add("--cache", type=path_argument, metavar="FILE", help=kept)
+    add("--cache", type=local_argument, metavar="FILE", help=kept)
     add("--json", type=path_argument, metavar="FILE", help="write the report to this file too")
     return command
 
@@ -180,7 +187,7 @@ def rank_plans(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
         ways,
         args.compiles,
         lambda way: compiled.figures(way, slice_),
-        local_path(args.cache) if args.cache else cache_folder() / "plans.json",
+        Path(args.cache) if args.cache else cache_folder() / "plans.json",
         console,
     )
     if not results:

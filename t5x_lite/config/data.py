@@ -159,7 +159,7 @@ class HubDataset(Checked):
       labels: names of the labels in `targets` by number, where the dataset does not have them.
     """
 
-    name: str
+    name: LocalPath
     vocabulary: Vocabulary
     config: str | None = None
     revision: str | None = None

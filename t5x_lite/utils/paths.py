@@ -132,6 +132,18 @@ def path_argument(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def local_argument(text: str) -> str:
+    """The path of an option that has to be on this machine, for `type=` of argparse.
+
+    Raises:
+      argparse.ArgumentTypeError: as ValueError of `local_path`.
+    """
+    try:
+        return str(local_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def cache_folder(text: str = CACHE) -> Path:
     """A folder for what can be made again; a temporary one if the home folder cannot be written.
 

@@ -20,6 +20,7 @@ from t5x_lite.config.checked import field_types
 from t5x_lite.data import built_in, files
 from t5x_lite.kernels import tile_table
 from t5x_lite.utils import hub_names, paths
+from t5x_lite.utils.exit_status import MISTAKE
 
 G2P = ["configs/runs/g2p.gin"]
 FILES = config.Files("mine", "~/train.jsonl", config.Vocabulary("bytes"))
@@ -63,7 +64,7 @@ def test_a_field_that_describes_a_file_is_a_path():
             if words and list(texts(hint)):
                 described.add((owner, name))
     marked = {(owner, name) for owner, name in path_fields()}
-    assert described <= marked and len(marked) == 12
+    assert described <= marked and len(marked) == 13
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,7 @@ def test_every_path_of_a_config_refuses_an_unknown_store(owner, name):
         config.Files: FILES,
         config.Data: config.Data("cmudict_g2p", {"targets": 8}),
         config.Vocabulary: config.Vocabulary("bytes"),
+        config.HubDataset: config.HubDataset("a/b", config.Vocabulary("bytes")),
         config.Adaptation: config.Adaptation("x"),
         config.Distillation: config.Distillation("x", top_k=3),
     }.get(owner) or owner()
@@ -156,13 +158,32 @@ def test_every_option_that_is_a_path_is_read_as_one(command, home):
     parser = importlib.import_module(front.COMMANDS[command][0]).parser()
     for action in actions(parser):
         if action.metavar in ("PATH", "FILE", "DIR"):
-            readers = paths.path_argument, hub_names.source_argument
+            readers = paths.path_argument, paths.local_argument, hub_names.source_argument
             assert action.type in readers, action.option_strings
     assert paths.path_argument("~/x") == str(home / "x") and paths.path_argument("-") == "-"
     assert hub_names.source_argument("~/x") == str(home / "x")
     for read in (paths.path_argument, hub_names.source_argument):
         with pytest.raises(argparse.ArgumentTypeError, match="is of no known store"):
             read("nowhere://bucket/x")
+
+
+LOCAL_ALONE = {
+    "plan": ["--topology=v5e:4x4", "--cache=gs://bucket/plans.json"],
+    "distill": ["answers", "--output=gs://bucket/answers"],
+    "compare": ["--gin.MODEL_DIR=gs://bucket/twins"],
+    "train": ["--gin.config.Data.cache_dir=s3://bucket/tokens"],
+}
+
+
+@pytest.mark.parametrize("command", LOCAL_ALONE)
+def test_what_has_to_be_on_a_disk_is_refused_before_any_work(command, capsys, home):
+    pytest.importorskip("gcsfs")
+    run = "compare_g2p" if command == "compare" else "g2p"
+    words = [*LOCAL_ALONE[command], f"--gin_file=configs/runs/{run}.gin"]
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(front.COMMANDS[command][0]).main(words)
+    assert ended.value.code == MISTAKE
+    assert re.search(r"(gs|s3)://bucket/.* on a disk of this machine", capsys.readouterr().err)
 
 
 def test_a_home_folder_that_cannot_be_written_has_a_temporary_cache(tmp_path, monkeypatch, capsys):
