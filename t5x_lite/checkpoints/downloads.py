@@ -89,11 +89,11 @@ def open_store_folder(path: Any) -> StoreFolder | None:
         return None
     if path.suffix not in SINGLE and not (path / "config.json").exists():
         return None
-    listed = path.list_files()
+    listed = path.list_statuses()
     if path / "config.gin" in listed:
         return None
     root = path.parent if path in listed else path
-    listing = repr([(str(each), size, each.stat().st_mtime) for each, size in listed.items()])
+    listing = repr([(str(each), *status) for each, status in listed.items()])
     digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
-    sizes = {each.relative_to(root).as_posix(): size for each, size in listed.items()}
+    sizes = {each.relative_to(root).as_posix(): status.st_size for each, status in listed.items()}
     return StoreFolder(root, sizes, cache_folder() / "downloads" / digest) if sizes else None
