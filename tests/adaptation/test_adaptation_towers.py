@@ -67,6 +67,7 @@ def test_a_decoder_whose_cross_attention_is_silent_has_the_logits_of_the_source(
     np.testing.assert_allclose(result, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_pair_of_a_decoder_gives_the_decoder_back_bit_by_bit(lone, merged, tmp_path):
     cfg, folder, drawn = lone

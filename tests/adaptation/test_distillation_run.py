@@ -217,6 +217,7 @@ def test_answers_of_another_run_are_refused(school, answered, tmp_path):
         distill.main(["answers", f"--gin_file={file}", f"--output={answered}", "--chunk=4"])
 
 
+@pytest.mark.slow
 def test_a_teacher_that_does_not_suit_is_refused(school, finished, tmp_path):
     def other(**changes):
         return dataclasses.replace(

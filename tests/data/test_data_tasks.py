@@ -41,6 +41,7 @@ def test_a_word_is_trained_on_with_each_pronunciation_and_judged_by_all_of_them(
     assert all(len(set(row.references)) == len(row.references) for row in judged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cmudict_g2p", "cmudict_g2p_stress"])
 def test_every_letter_and_phoneme_has_an_id(name):
     task = built_in.built_in_task(name, None, "")

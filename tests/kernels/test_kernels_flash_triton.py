@@ -124,6 +124,7 @@ def triton_calls(function, *arguments) -> int:
     return lowered.as_text().count("__gpu$xla.gpu.triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", [64, 96, 128, 256])
 def test_it_is_lowered_for_cuda(size, dtype):

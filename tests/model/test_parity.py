@@ -65,6 +65,7 @@ def test_outputs_equal_in_one_pass_and_token_by_token(name, seed, pair_of):
     FAMILIES[name].laws.assert_alike(pair, ids_of(name, pair, seed=5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_equal(name, pair_of):
     pair = adjusted(name, pair_of(name, FAMILIES[name].seeds[0]))

@@ -66,6 +66,7 @@ def test_parts_have_the_published_number_of_weights(place, count):
     assert abs(model.count(preset(name))[part] / 1e6 - count) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*published.DECODERS, *ENCODER_DECODERS])
 def test_presets_have_the_tensors_that_transformers_makes(name):
     """Each name and shape, at full size; nothing is allocated on either side."""

@@ -94,6 +94,7 @@ def test_a_run_that_was_never_stopped_has_the_same_heads(trained, trunk, tmp_pat
     np.testing.assert_array_equal(one["square"], other["square"])
 
 
+@pytest.mark.slow
 def test_heads_change_nothing_that_is_written(trained, trunk):
     plain = interactive.load(trunk).generate(WORDS, max_new_tokens=6)
     assert interactive.load(trained[0]).generate(WORDS, max_new_tokens=6) == plain

@@ -123,6 +123,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_and_in_its_words(folder, tmp_pat
     assert refusal_of(lambda: loop.train(run)) == message
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_run_and_ends_with_the_refusal(folder, tmp_path, capsys):
     words = [f"--gin_file={folder}/run.gin", f"--gin.MODEL_DIR={tmp_path}/new", "--dry_run"]
     assert train.main(words) == 0

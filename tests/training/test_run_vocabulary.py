@@ -50,6 +50,7 @@ def test_a_fine_tuned_run_is_whole_in_its_folder(tmp_path, source, capsys):
     assert json.loads((tmp_path / "numbers.json").read_text())["metrics"]["loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_trained_vocabulary_is_not_trained_again_from_changed_files(tmp_path, capsys):
     run = make_run(tmp_path, tmp_path / "run", 2, evaluate=UNMEASURED)
     run = with_vocabulary(run, config.Vocabulary("trained", size=270, extra_ids=2))

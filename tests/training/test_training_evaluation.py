@@ -30,6 +30,7 @@ def lines(run: config.Run) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_metric_that_fails_is_recorded_and_the_run_goes_on(tmp_path, monkeypatch, capfd):
     def broken(predictions, references):
         if len(predictions) > 1:
@@ -141,6 +142,7 @@ def test_metrics_are_added_to_the_checkpoint_that_was_saved_before(tmp_path):
     manager.load_params(run.model_dir, best=True)
 
 
+@pytest.mark.slow
 def test_a_kill_between_save_and_evaluation_leaves_no_gap(tmp_path):
     run = run_of(tmp_path)
     loop.train(run)
@@ -177,6 +179,7 @@ def test_an_older_report_is_not_taken_for_that_of_a_longer_run(tmp_path):
         assert json.loads(report.read_text())["steps"] == 6
 
 
+@pytest.mark.slow
 def test_removed_checkpoints_leave_no_step_twice(tmp_path):
     run = run_of(tmp_path, evaluate=config.Evaluate(examples=0, batches=0))
     loop.train(run)

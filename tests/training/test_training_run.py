@@ -97,6 +97,7 @@ def test_a_run_leaves_everything_that_is_promised(finished):
     assert gin_file.from_text((path / "config.gin").read_text()) == run
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_is_left_as_it_is(finished, capfd):
     run, report = finished
     assert loop.train(run) == report

@@ -158,6 +158,7 @@ def test_a_store_that_takes_no_checkpoint_ends_the_run_with_its_state(store, on_
     assert digests(run.model_dir, 8) == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_complete_at_its_last_object(store, on_a_disk):
     path, run, expected = on_a_disk
     copy = parse_path(store.address("copied-run"))
