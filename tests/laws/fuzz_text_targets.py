@@ -3,6 +3,7 @@
 
 import bz2
 import gzip
+import importlib.util
 import io
 import json
 import lzma
@@ -15,9 +16,10 @@ from fuzz_target import WORDS, Target, write_json, write_jsonl
 from t5x_lite import config
 from t5x_lite.checkpoints import text_settings
 from t5x_lite.config import gin_file
-from t5x_lite.data import files
+from t5x_lite.data import files, hub_datasets
 from t5x_lite.tokenizers import chat, vocabularies
 
+HAS_DATASETS = importlib.util.find_spec("datasets") is not None
 BOUND = 'MODEL_DIR="runs/a"\nTRAIN_STEPS=10\nconfig.Run.seed=3\nconfig.Schedule.peak=0.1\n'
 BOUND += "config.Data.lengths={'inputs': 4, 'targets': 4}\nencoder/config.Stack.layers = 2\n"
 
@@ -58,6 +60,34 @@ def of_files(suffix: str, write: Callable[[Path], Any], **fields: Any) -> Target
                 assert isinstance(row.targets, str)
 
     return Target(lambda folder: write(folder / f"data{suffix}"), read)
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files: [{split: train, path: train.jsonl}]
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {'0': 'no', '1': 'yes'}}}}
+---
+"""
+
+
+def make_hub_dataset(folder: Path) -> None:
+    """Writes a dataset as the hub lays it out, with its card."""
+    write_jsonl(folder / "train.jsonl", [{"text": word, "label": 1} for word in WORDS])
+    (folder / "README.md").write_text(CARD)
+
+
+def read_hub_dataset(folder: Path) -> None:
+    """Reads the dataset, and what decides whether a run on it goes on."""
+    vocabulary = config.Vocabulary("bytes")
+    cfg = config.HubDataset(str(folder), vocabulary, inputs="text", targets="label", numbers=True)
+    hub_datasets.list_paths(cfg, "train")
+    hub_datasets.remote_identity(cfg, "train")
+    for row in hub_datasets.read_rows(cfg, "train", {}):
+        assert isinstance(row.targets, str)
 
 
 def write_examples(path: Path) -> None:
@@ -278,6 +308,7 @@ TARGETS = {
     "xz": of_files(".txt.xz", packed_writer(lzma.compress)),
     "zstd": of_files(".txt.zst", packed_writer(compress_zstd)),
     "parquet": of_files(".parquet", write_parquet, inputs="inputs"),
+    **({"hub_dataset": Target(make_hub_dataset, read_hub_dataset)} if HAS_DATASETS else {}),
     "tokenizer_json": Target(make_tokenizer, read_tokenizer),
     "merges": Target(make_merges, read_tokenizer),
     "sentencepiece": Target(make_pieces, read_tokenizer),
