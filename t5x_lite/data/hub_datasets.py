@@ -100,11 +100,11 @@ class DatasetCommit(NamedTuple):
     """A commit of a dataset of the hub.
 
     Attributes:
-      commit: the commit.
+      sha: its id.
       offline: the hub does not answer, or is not to be asked: the cache alone is read.
     """
 
-    commit: str
+    sha: str
     offline: bool = False
 
 
@@ -147,24 +147,24 @@ def load_split(cfg: config.HubDataset, split: str) -> Any:
     return rows if rows.features is None else rows.select_columns(columns)
 
 
-def load_commit(cfg: config.HubDataset, split: str, found: DatasetCommit) -> Any:
+def load_commit(cfg: config.HubDataset, split: str, commit: DatasetCommit) -> Any:
     """The rows of a split of a commit of the hub, with all of its columns.
 
     Args:
       cfg: the dataset.
       split: train, validation or test.
-      found: the commit.
+      commit: its commit.
 
     Raises:
       HubUnreachable: the hub does not answer, and the cache has another commit.
     """
     library = import_datasets()
-    with cache_alone(library) if found.offline else contextlib.nullcontext():
-        builder = library.load_dataset_builder(cfg.name, cfg.config, revision=found.commit)
+    with cache_alone(library) if commit.offline else contextlib.nullcontext():
+        builder = library.load_dataset_builder(cfg.name, cfg.config, revision=commit.sha)
         # Without an answer of the hub, the library takes the commit that its cache got last.
-        if builder.hash != found.commit:
+        if builder.hash != commit.sha:
             raise HubUnreachable(
-                f"Commit {found.commit[:10]} of {cfg.name} is not in the cache, and the hub cannot "
+                f"Commit {commit.sha[:10]} of {cfg.name} is not in the cache, and the hub cannot "
                 "be reached: read it once with a connection, or name the commit that the cache has "
                 f"in HubDataset.revision, {builder.hash}"
             )
@@ -234,7 +234,7 @@ def remote_identity(cfg: config.HubDataset, split: str) -> dict[str, str]:
     """The commit of a dataset of the hub, or the digest of a folder's card, by name."""
     folder = find_folder(cfg)
     if folder is None:
-        return {f"hf://datasets/{cfg.name}": find_commit(cfg).commit}
+        return {f"hf://datasets/{cfg.name}": find_commit(cfg).sha}
     card = [path for path in (folder / CARD,) if path.is_file()]
     return content.digest_files(card)
 
