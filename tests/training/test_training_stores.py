@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stores import SECRET
+from test_processes import run_of, train
 from test_training_run import make_run, started
 
 from t5x_lite import config
@@ -24,6 +25,7 @@ from t5x_lite.training import model_dir as folder
 from t5x_lite.training.model_dir import ModelDirError
 from t5x_lite.training.reporting import metric_writers
 from t5x_lite.utils.paths import parse_path
+from t5x_lite.utils.remote_lock import read_owner
 
 UNMEASURED = config.Evaluate(examples=0, batches=0)
 
@@ -109,6 +111,20 @@ def test_a_second_process_is_refused(store, tmp_path):
     assert process.returncode == 2 and "Traceback" not in output
     assert f"Another process (process {os.getpid()} on " in output
     assert "choose another MODEL_DIR" in output
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_store_as_on_a_disk(store, tmp_path):
+    mesh = config.Mesh(data=2, fsdp=2)
+    run = run_of("encoder_decoder", tmp_path, steps=4, mesh=mesh, evaluate=UNMEASURED)
+    there = dataclasses.replace(run, model_dir=store.address("shared"))
+    train(run, 2, tmp_path)
+    train(there, 2, tmp_path)
+    assert digests(there.model_dir, 4) == digests(run.model_dir, 4)
+    root = parse_path(there.model_dir)
+    lines = metric_writers.read_metrics(root)["train/loss"]
+    assert lines == metric_writers.read_metrics(Path(run.model_dir))["train/loss"]
+    assert read_owner(root) != ""
 
 
 def test_a_run_stops_before_it_writes_where_another_one_has_its_lock(store):
