@@ -11,7 +11,7 @@ from t5x_lite.adaptation.mapping import AdaptationPlan
 from t5x_lite.adaptation.report import Report
 from t5x_lite.checkpoints import weights
 from t5x_lite.checkpoints.opened_checkpoint import OpenedCheckpoint
-from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
+from t5x_lite.checkpoints.opening import open_described
 from t5x_lite.utils import hub_names
 
 
@@ -50,17 +50,8 @@ def open_source(field: str, path: str) -> OpenedCheckpoint:
     source = hub_names.parse_source(path)
     if not isinstance(source, hub_names.HubName) and not source.exists():
         raise MissingSource(f"Adaptation.{field}: there is no {path}")
-    try:
-        # Weights alone: a checkpoint without a tokenizer can be adapted too.
-        opened = open_checkpoint(path, options=WEIGHTS_ONLY)
-    except ValueError as error:
-        raise ValueError(f"Adaptation.{field}: {error}") from error
-    config.require(
-        not opened.assumed,
-        f"Adaptation.{field}: {path} does not say what model it is of: convert it first "
-        "(python -m t5x_lite.convert --help)",
-    )
-    return opened
+    remedy = "convert it first (python -m t5x_lite.convert --help)"
+    return open_described(f"Adaptation.{field}", path, remedy)
 
 
 def plan_weights(run: config.Run, sources: Sources) -> AdaptationPlan:

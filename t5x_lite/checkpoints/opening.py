@@ -6,6 +6,7 @@ returns: as a stream of layers (`OpenedCheckpoint.weights`, for conversion and a
 placed on the mesh (`load`, `params_for`).
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +87,32 @@ def open_checkpoint(
         if kind == CheckpointKind.GGUF
         else open_hugging_face(source, options)
     )
+
+
+def open_described(field: str, source: str, remedy: str, text: bool = False) -> OpenedCheckpoint:
+    """Opens the checkpoint that a field of a config names, for its weights and what model it is of.
+
+    Args:
+      field: the field, with which errors begin.
+      source: path or name of the checkpoint.
+      remedy: what to do about files that do not say what model they are of.
+      text: read its tokenizer too, if it has one: that says where texts of the model begin.
+
+    Raises:
+      ValueError: it cannot be opened, or does not say what model it is of.
+    """
+    opened = None
+    if text:
+        with contextlib.suppress(ValueError):
+            opened = open_checkpoint(source)
+    try:
+        opened = opened or open_checkpoint(source, options=WEIGHTS_ONLY)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+    config.require(
+        not opened.assumed, f"{field}: {source} does not say what model it is of: {remedy}"
+    )
+    return opened
 
 
 def open_run_folder(

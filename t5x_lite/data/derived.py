@@ -181,21 +181,10 @@ def derive_model(run: config.Run, bound: Mapping[tuple[str, str, str], str]) -> 
 
 def open_model(source: str) -> config.Model:
     """The model of a checkpoint, of which no weight is read."""
-    from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
+    from t5x_lite.checkpoints.opening import open_described
 
-    try:
-        opened = open_checkpoint(source)
-    except ValueError:
-        try:  # without a tokenizer: the data have a vocabulary of their own
-            opened = open_checkpoint(source, options=WEIGHTS_ONLY)
-        except ValueError as error:
-            raise ValueError(f"Checkpoint.initial: {error}") from error
-    config.require(
-        not opened.assumed,
-        f"Checkpoint.initial: {source} does not say what model it is of: include the file of "
-        "configs/models that describes it",
-    )
-    return opened.model
+    remedy = "include the file of configs/models that describes it"
+    return open_described("Checkpoint.initial", source, remedy, text=True).model
 
 
 def bound_values(

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import gguf
 import gguf_toys
@@ -15,7 +16,7 @@ from t5x_lite import adapt, config, convert, interactive, model, sharding
 from t5x_lite import eval as eval_command
 from t5x_lite import infer as infer_command
 from t5x_lite.checkpoints.formats.gguf import GgufTensors
-from t5x_lite.checkpoints.opening import open_checkpoint
+from t5x_lite.checkpoints.opening import open_checkpoint, open_described
 from t5x_lite.checkpoints.text_settings import read_text_settings
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.tokenizers import gguf_tokenizer, vocabularies
@@ -187,6 +188,21 @@ def test_a_run_begins_with_the_weights_of_t5x(makes, drawn, tmp_path):
     begun = setup.initial_weights(str(tmp_path / "checkpoint_5"), T5, model.shapes(T5))
     for name, array in flatten_tree(begun, "/").items():
         np.testing.assert_array_equal(array, drawn.arrays[name])
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_field_that_needs_a_model_is_named_with_the_remedy(makes, tmp_path, text):
+    folder = tmp_path / "checkpoint_5"
+    convert.main([f"--from={makes / 'ours'}", f"--to={folder}", "--format=t5x"])
+    with pytest.raises(ValueError, match="^Some.field: .*checkpoint_5 does not say .*: include a file"):
+        open_described("Some.field", str(folder), "include a file", text)
+    with pytest.raises(ValueError, match="^Some.field: .*nothing"):
+        open_described("Some.field", str(tmp_path / "nothing"), "include a file", text)
+    # Without its tokenizer, too.
+    bare = shutil.copytree(makes / "hf", tmp_path / "bare")
+    for file in bare.glob("*token*"):
+        file.unlink()
+    assert open_described("Some.field", str(bare), "", text).model.encoder == T5.encoder
 
 
 def test_a_vocabulary_of_the_config_may_be_that_of_a_checkpoint(makes, llama):
