@@ -224,7 +224,7 @@ def row_attention(
             source._replace(mask=source.row_mask.with_offset(first)) for source in sources
         )
     module = flash_triton if backend.platform == "gpu" else flash
-    return module.flash_attention(q, sources, softcap, backend)
+    return module.flash_attention(q, sources, softcap, backend)[0]
 
 
 def cache_attention(

@@ -61,7 +61,7 @@ def flash_attention(
     softcap: float | None,
     backend: Backend,
     largest: BlockSizes | None = None,
-) -> Float[Array, "b t k g h"]:
+) -> tuple[Float[Array, "b t k g h"], Float[Array, "b n t"]]:
     """Softmax attention over all sources in one softmax; memory linear in length, both ways.
 
     Scores and sums are float32. A fully masked query gets 0, and gives no gradient.
@@ -72,27 +72,10 @@ def flash_attention(
       softcap: c turns scores x into c tanh(x / c), before bias and mask; None without one.
       backend: what runs the kernels.
       largest: bounds of a block; by default what suits the chip.
-    """
-    return flash_attention_log_z(q, sources, softcap, backend, largest)[0]
 
-
-def flash_attention_log_z(
-    q: Float[Array, "b t k g h"],
-    sources: tuple[AttentionSource, ...],
-    softcap: float | None,
-    backend: Backend,
-    largest: BlockSizes | None = None,
-) -> tuple[Float[Array, "b t k g h"], Float[Array, "b n t"]]:
-    """Returns the context of `flash_attention`, and log(Z) of every query, to merge partials by.
-
-    log(Z) is MASK_VALUE for a fully masked query.
-
-    Args:
-      q: [b t k g h], queries, already scaled.
-      sources: keys, values, masks and biases.
-      softcap: cap of the scores, or None.
-      backend: what runs the kernels.
-      largest: bounds of a block; by default what suits the chip.
+    Returns:
+      the context, and log(Z) of every query, by which parts of a softmax are merged: MASK_VALUE for
+      a fully masked query.
     """
     b, t, k, g, h = q.shape
     config = make_config(q, sources, softcap, backend, largest)

@@ -53,13 +53,13 @@ def split_bytes(tree: Any, mesh: dict[str, int]) -> int:
     """
     total = 0
     for name, leaf in flatten_tree(tree).items():
-        sizes = []
+        shape = []
         for size, axes in zip(leaf.shape, mesh_axes(leaf), strict=True):
             ways = math.prod(mesh[axis] for axis in axes)
             if size % ways:
                 raise ValueError(f"{name}: {size} cannot be split over {ways} chips ({axes})")
-            sizes.append(size // ways)
-        total += math.prod(sizes) * jnp.dtype(leaf.dtype).itemsize
+            shape.append(size // ways)
+        total += math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
     return total
 
 
@@ -75,30 +75,30 @@ def mesh_of(run: TrainingRun, count: int) -> dict[str, int]:
     return sharding.mesh_sizes(run.mesh, count)
 
 
-def figures(run: TrainingRun, slice_: Slice, known: StepShapes) -> Figures:
+def figures(run: TrainingRun, slice_: Slice, shapes: StepShapes) -> Figures:
     """Figures of a run's training step on a slice.
 
     Args:
       run: config of the run.
       slice_: the chips.
-      known: shapes of the step, from `step_shapes`.
+      shapes: shapes of the step, from `step_shapes`.
 
     Raises:
       ValueError: weights or rows cannot be split evenly over the mesh.
     """
     mesh = mesh_of(run, slice_.count)
     setup.check_lengths(run, mesh.get(sharding.CONTEXT, 1))
-    tower = Towers(run, mesh)
-    params = split_bytes(known.params, mesh)
+    sizes = StackSizes(run, mesh)
+    params = split_bytes(shapes.params, mesh)
     kinds = {
         "parameters": params,
-        "optimizer state": split_bytes(known.optimizer, mesh),
-        "batch": split_bytes(known.batch, mesh),
+        "optimizer state": split_bytes(shapes.optimizer, mesh),
+        "batch": split_bytes(shapes.batch, mesh),
         "gradients": gradient_bytes(run, params),
         "activations": (
-            tower.saved_bytes() + tower.working_bytes() + logits_bytes(run, tower, mesh)
+            sizes.saved_bytes() + sizes.working_bytes() + logits_bytes(run, sizes, mesh)
         ),
-        "gathered weights": 3 * tower.layer_bytes() if mesh["fsdp"] > 1 else 0,
+        "gathered weights": 3 * sizes.layer_bytes() if mesh["fsdp"] > 1 else 0,
     }
     peak = sum(kinds.values())
     excess = max(0, peak - slice_.chip.memory)
@@ -114,12 +114,12 @@ def figures(run: TrainingRun, slice_: Slice, known: StepShapes) -> Figures:
         tokens=run.train.batch_size * sum(lengths),
         model_flops=needed,
         flops=int(needed * recomputation / slice_.count),
-        moved=moved_bytes(run, kinds, tower),
-        collectives=expected_collectives(run, slice_, mesh, tower),
+        moved=moved_bytes(run, kinds, sizes),
+        collectives=expected_collectives(run, slice_, mesh, sizes),
     )
 
 
-class Towers(NamedTuple):
+class StackSizes(NamedTuple):
     """Sizes of a step's encoder and decoder stacks on one chip, of one microbatch."""
 
     run: TrainingRun
@@ -146,6 +146,10 @@ class Towers(NamedTuple):
     def has_cross_attention(self, stack: config.Stack) -> bool:
         return self.run.model.layout == "encoder_decoder" and stack is self.run.model.decoder
 
+    def sublayers(self, stack: config.Stack) -> int:
+        """Number of residual branches of a layer."""
+        return 3 if self.has_cross_attention(stack) else 2
+
     def product_sizes(self, stack: config.Stack) -> float:
         """Elements of the results of a layer's matrix products, per token."""
         heads = stack.heads * stack.head_dim
@@ -153,10 +157,8 @@ class Towers(NamedTuple):
         attention = 2 * heads + 2 * keys
         if self.has_cross_attention(stack) and not stack.merged:
             attention += 2 * heads
-        wide = attention + stack.mlp * (1 + stack.gated)
-        return (
-            wide / self.mesh["tensor"] + (3 if self.has_cross_attention(stack) else 2) * stack.embed
-        )
+        split = attention + stack.mlp * (1 + stack.gated)
+        return split / self.mesh["tensor"] + self.sublayers(stack) * stack.embed
 
     def keys(self) -> float:
         """Elements of the keys and values of all layers, of whole rows: split rows gather them."""
@@ -169,8 +171,8 @@ class Towers(NamedTuple):
 
     def saved_bytes(self) -> int:
         """Bytes that all layers save for the backward pass."""
-        sizes = {"full": 0.0, "minimal": 1.0, "none": 2.0}
-        share, total = sizes[self.run.train.remat], 0.0
+        shares = {"full": 0.0, "minimal": 1.0, "none": 2.0}
+        share, total = shares[self.run.train.remat], 0.0
         for stack, tokens in self.stacks():
             saved = stack.embed + share * self.product_sizes(stack)
             total += stack.layers * tokens * saved * self.itemsize
@@ -200,64 +202,65 @@ def gradient_bytes(run: TrainingRun, params: int) -> int:
     return narrow + (params if run.train.microbatches > 1 else 0)
 
 
-def logits_bytes(run: TrainingRun, tower: Towers, mesh: dict[str, int]) -> int:
+def logits_bytes(run: TrainingRun, sizes: StackSizes, mesh: dict[str, int]) -> int:
     """Bytes of the float32 logits and their gradient, or of a chunk of them.
 
     Args:
       run: config of the run.
-      tower: sizes of its stacks.
+      sizes: sizes of its stacks.
       mesh: sizes of the mesh axes.
     """
-    tokens = tower.stacks()[-1][1]
-    whole = 8 * tokens * run.model.vocab / mesh["tensor"]
-    return int(min(whole, step.MAX_LOGIT_BYTES / 4))
+    tokens = sizes.stacks()[-1][1]
+    all_logits = 8 * tokens * run.model.vocab / mesh["tensor"]
+    return int(min(all_logits, step.MAX_LOGIT_BYTES / 4))
 
 
-def moved_bytes(run: TrainingRun, kinds: dict[str, int], tower: Towers) -> int:
+def moved_bytes(run: TrainingRun, kinds: dict[str, int], sizes: StackSizes) -> int:
     """Bytes of HBM read and written: weights three times for each microbatch, the update once,
     activations in both directions.
 
     Args:
       run: config of the run.
       kinds: bytes that a chip holds, by kind.
-      tower: sizes of the run's stacks.
+      sizes: sizes of the run's stacks.
     """
-    weights = sum(stack.layers * tower.weights(stack) for stack, _ in tower.stacks())
-    micro = run.train.microbatches
+    weights = sum(stack.layers * sizes.weights(stack) for stack, _ in sizes.stacks())
+    microbatches = run.train.microbatches
     passes = sum(
-        stack.layers * tokens * (tower.product_sizes(stack) + stack.embed)
-        for stack, tokens in tower.stacks()
+        stack.layers * tokens * (sizes.product_sizes(stack) + stack.embed)
+        for stack, tokens in sizes.stacks()
     )
     update = 3 * kinds["parameters"] + 2 * kinds["optimizer state"] + 2 * kinds["gradients"]
-    return int(micro * tower.itemsize * (3 * weights + 6 * passes) + update)
+    return int(microbatches * sizes.itemsize * (3 * weights + 6 * passes) + update)
 
 
-def expected_collectives(run: TrainingRun, slice_: Slice, mesh: dict[str, int], tower: Towers):
+def expected_collectives(run: TrainingRun, slice_: Slice, mesh: dict[str, int], sizes: StackSizes):
     """Collectives that the rules of `sharding` lead to, each axis by itself.
 
     Args:
       run: config of the run.
       slice_: the chips.
       mesh: sizes of the mesh axes.
-      tower: sizes of the run's stacks.
+      sizes: sizes of the run's stacks.
     """
-    micro, size = run.train.microbatches, tower.itemsize
-    table = run.model.vocab * sum(stack.embed for stack, _ in tower.stacks()) / mesh["tensor"]
-    weights = sum(stack.layers * tower.weights(stack) for stack, _ in tower.stacks()) + table
-    whole = int(weights * size)
+    microbatches, itemsize = run.train.microbatches, sizes.itemsize
+    table = run.model.vocab * sum(stack.embed for stack, _ in sizes.stacks()) / mesh["tensor"]
+    weights = sum(stack.layers * sizes.weights(stack) for stack, _ in sizes.stacks()) + table
+    weight_bytes = int(weights * itemsize)
     sums = sum(
-        stack.layers * (3 if tower.has_cross_attention(stack) else 2) * tokens * stack.embed * size
-        for stack, tokens in tower.stacks()
+        stack.layers * sizes.sublayers(stack) * tokens * stack.embed * itemsize
+        for stack, tokens in sizes.stacks()
     )
-    passes = 3 if run.train.remat == "full" else 2
+    passes = (3 if run.train.remat == "full" else 2) * microbatches
+    key_bytes = int(sizes.keys() * itemsize)
     listed = [
-        ("all-gather", "fsdp", whole, 2 * micro, True),
-        ("reduce-scatter", "fsdp", whole, micro, True),
-        ("all-reduce", "data", whole // mesh["fsdp"], micro, True),
-        ("all-reduce", "tensor", int(sums), passes * micro, False),
-        ("all-reduce", sharding.CONTEXT, whole // mesh["fsdp"], micro, True),
-        ("all-gather", sharding.CONTEXT, int(tower.keys() * size), passes * micro, False),
-        ("reduce-scatter", sharding.CONTEXT, int(tower.keys() * size), micro, False),
+        ("all-gather", "fsdp", weight_bytes, 2 * microbatches, True),
+        ("reduce-scatter", "fsdp", weight_bytes, microbatches, True),
+        ("all-reduce", "data", weight_bytes // mesh["fsdp"], microbatches, True),
+        ("all-reduce", "tensor", int(sums), passes, False),
+        ("all-reduce", sharding.CONTEXT, weight_bytes // mesh["fsdp"], microbatches, True),
+        ("all-gather", sharding.CONTEXT, key_bytes, passes, False),
+        ("reduce-scatter", sharding.CONTEXT, key_bytes, microbatches, False),
     ]
     result = []
     for kind, axis, count, times, overlapped in listed:

@@ -87,7 +87,7 @@ def with_split_rows(sizes: dict[str, int], lengths: Iterable[int]) -> list[dict[
 
 def candidates(run: TrainingRun, slice_: Slice) -> list[Candidate]:
     """Every candidate that may fit by arithmetic, the fastest first."""
-    known, result = arithmetic.step_shapes(run), []
+    shapes, result = arithmetic.step_shapes(run), []
     lengths = flops.row_lengths(run.model.layout, run.data.lengths)
     every = [each for sizes in meshes(slice_.count) for each in with_split_rows(sizes, lengths)]
     for sizes in every:
@@ -100,7 +100,7 @@ def candidates(run: TrainingRun, slice_: Slice) -> list[Candidate]:
                 train = dataclasses.replace(run.train, microbatches=micro, remat=remat)
                 changed = dataclasses.replace(run, mesh=mesh, train=train)
                 try:
-                    figures = arithmetic.figures(changed, slice_, known)
+                    figures = arithmetic.figures(changed, slice_, shapes)
                 except ValueError:
                     continue
                 if figures.memory.peak <= HOPE * slice_.chip.memory:

@@ -25,7 +25,7 @@ class TrainingExamples(NamedTuple):
     """Rows of examples, one per row.
 
     Attributes:
-      inputs: what encoder and decoder read.
+      inputs: input ids of the encoder and tokens of the decoder.
       next_ids: [b t] int32, the id after each decoder token.
       weights: [b t] float32, 1 where next_ids is a target.
     """
@@ -39,15 +39,15 @@ class Learner:
     """Weights from `decoding.prepare_params` that train by Adam (Kingma and Ba, 2015).
 
     Attributes:
-      exact: weights in float32.
+      master: weights in float32, which the optimizer updates.
       params: the same weights in the dtypes that decoding reads.
     """
 
     def __init__(self, cfg: config.Model, params: Any):
         self.cfg = decoding.with_cpu_dtype(cfg)
         self.params = params
-        self.exact = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
-        self.optimizer = jax.jit(ADAM.init)(self.exact)
+        self.master = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
+        self.optimizer = jax.jit(ADAM.init)(self.master)
 
     def step(
         self,
@@ -72,17 +72,19 @@ class Learner:
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive; got {learning_rate}")
         example = make_training_examples(self.cfg, inputs, targets)
-        loss, exact, optimizer = update_step(
-            self.cfg, self.exact, self.optimizer, example, jnp.float32(learning_rate)
+        loss, master, optimizer = update_step(
+            self.cfg, self.master, self.optimizer, example, jnp.float32(learning_rate)
         )
         loss = float(loss)
         if not np.isfinite(loss):
             raise ValueError(
-                "The loss or its gradient is not finite, so nothing was learned: undo what "
-                "was learned so far by loading the model again, and lower learning_rate"
+                "The loss or its gradient is not finite, so no weight was changed: load the model "
+                "again to undo earlier steps, and lower learning_rate"
             )
-        self.exact, self.optimizer = exact, optimizer
-        self.params = jax.tree.map(lambda new, old: new.astype(old.dtype), exact, self.params)
+        self.master, self.optimizer = master, optimizer
+        self.params = jax.tree.map(
+            lambda weight, old: weight.astype(old.dtype), master, self.params
+        )
         return loss
 
 
@@ -100,21 +102,21 @@ def make_training_examples(
     count = len(inputs)
     missing = -count % sharding.batch_shards()
     inputs, targets = ([*rows, *(rows[0] for _ in range(missing))] for rows in (inputs, targets))
-    before = [
+    prompts = [
         [cfg.decoder_start_token_id] if cfg.encoder else decoder_prompt(cfg, row) for row in inputs
     ]
-    rows = [[*first, *rest] for first, rest in zip(before, targets, strict=True)]
+    rows = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
     tokens, length = pad_to_bucket([row[:-1] for row in rows])
     next_ids = pad_to_bucket([row[1:] for row in rows])[0]
-    prompts = np.array([len(row) for row in before], np.int32)
+    prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     position = np.arange(tokens.shape[1])
-    weights = (position >= prompts[:, None] - 1) & (position < length[:, None])
+    weights = (position >= prompt_lengths[:, None] - 1) & (position < length[:, None])
     weights[count:] = False
-    read = model.InspectionInputs(tokens, length, prompts)
+    inspected = model.InspectionInputs(tokens, length, prompt_lengths)
     if cfg.encoder:
         input_ids, inputs_length = pad_to_bucket(inputs)
-        read = read._replace(inputs=input_ids, inputs_length=inputs_length)
-    return generation.shard_rows(TrainingExamples(read, next_ids, weights.astype(np.float32)))
+        inspected = inspected._replace(inputs=input_ids, inputs_length=inputs_length)
+    return generation.shard_rows(TrainingExamples(inspected, next_ids, weights.astype(np.float32)))
 
 
 def pad_to_bucket(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -155,10 +157,12 @@ def update_step(
         return -jnp.sum(tokens * example.weights) / jnp.sum(example.weights)
 
     loss, gradient = jax.value_and_grad(loss_of)(params)
-    updates, after = ADAM.update(gradient, optimizer, params)
+    updates, new_optimizer = ADAM.update(gradient, optimizer, params)
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
     params = jax.tree.map(
-        lambda old, u: jnp.where(finite, old - learning_rate * u, old), params, updates
+        lambda old, update: jnp.where(finite, old - learning_rate * update, old), params, updates
     )
-    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, optimizer)
-    return jax.reshard(jnp.where(finite, loss, jnp.nan), P()), params, after
+    new_optimizer = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), new_optimizer, optimizer
+    )
+    return jax.reshard(jnp.where(finite, loss, jnp.nan), P()), params, new_optimizer

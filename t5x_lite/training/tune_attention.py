@@ -96,7 +96,7 @@ def compile_step(
         mask = kernels.Mask(queries, keys, case.causal)
         relative = kernels.RelativePositionBias(table, stack.max_distance, not case.causal)
         source = flash_attention.AttentionSource(k, v, mask, relative if case.biased else None)
-        output = flash_attention.flash_attention(q, (source,), stack.softcap, backend, sizes)
+        output, _ = flash_attention.flash_attention(q, (source,), stack.softcap, backend, sizes)
         return jnp.sum(output.astype(jnp.float32))
 
     passes = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))

@@ -133,7 +133,7 @@ def test_a_gradient_is_that_of_small_differences_and_fillers_count_for_nothing()
     loss = learner.step(*ids, learning_rate=1e-4)
     score = session.score("ab", "xyz")
     assert loss == pytest.approx(-score / 4, abs=1e-5)
-    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), learner.exact, predictor.params)
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), learner.master, predictor.params)
     # Adam's first step moves a weight by its rate, whatever its slope is.
     assert max(jax.tree.leaves(moved)) == pytest.approx(1e-4, rel=0.02)
     example = fit_in_memory.make_training_examples(predictor.cfg, *ids)
@@ -145,8 +145,8 @@ def test_a_step_that_is_not_finite_changes_nothing(one_device):
     session = session_of("t5")
     session.train_step("ab", "x", learning_rate=1e-3)
     good = session.predictor.params
-    session.learner.exact = jax.tree.map(lambda x: x * np.inf, session.learner.exact)
-    with pytest.raises(ValueError, match="nothing was learned"):
+    session.learner.master = jax.tree.map(lambda x: x * np.inf, session.learner.master)
+    with pytest.raises(ValueError, match="no weight was changed"):
         session.train_step("ab", "x")
     assert session.predictor.params is good
     with pytest.raises(ValueError, match="learning_rate must be positive"):

@@ -194,10 +194,10 @@ def test_a_run_begins_with_the_weights_of_t5x(makes, drawn, tmp_path):
 def test_a_field_that_needs_a_model_is_named_with_the_remedy(makes, tmp_path, text):
     folder = tmp_path / "checkpoint_5"
     convert.main([f"--from={makes / 'ours'}", f"--to={folder}", "--format=t5x"])
-    with pytest.raises(ValueError, match="^Some.field: .*checkpoint_5 does not say .*: include a file"):
-        open_described("Some.field", str(folder), "include a file", text)
+    with pytest.raises(ValueError, match="^Some.field: .*_5 does not say .*: include it"):
+        open_described("Some.field", str(folder), "include it", text)
     with pytest.raises(ValueError, match="^Some.field: .*nothing"):
-        open_described("Some.field", str(tmp_path / "nothing"), "include a file", text)
+        open_described("Some.field", str(tmp_path / "nothing"), "include it", text)
     # Without its tokenizer, too.
     bare = shutil.copytree(makes / "hf", tmp_path / "bare")
     for file in bare.glob("*token*"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flash_toys import SMALL, Kind, case, context_and_gradients, difference, exactly, flash
 
-from t5x_lite.kernels.flash.api import AttentionSource, flash_attention_log_z
+from t5x_lite.kernels.flash.api import AttentionSource, flash_attention
 from t5x_lite.kernels.mask import Mask
 
 KINDS = {
@@ -84,7 +84,7 @@ def test_parts_join_by_their_log_z_gradients_too():
         for part in (slice(0, 128), slice(128, 256)):
             mask = Mask(segments[0], segments[1][:, part])
             sources = (AttentionSource(k[:, :, part], v[:, :, part], mask),)
-            parts.append(flash_attention_log_z(q, sources, None, chips.backend_for("tpu"), SMALL))
+            parts.append(flash_attention(q, sources, None, chips.backend_for("tpu"), SMALL))
         contexts, log_z = zip(*parts, strict=True)
         probs = jax.nn.softmax(jnp.stack(log_z), axis=0)
         probs = jnp.swapaxes(probs, 2, 3)[:, :, :, :, None, None]

@@ -39,7 +39,7 @@ EVERYTHING = Kind(
 
 @functools.cache
 def flash(largest: BlockSizes | None):
-    return lambda *x: flash_triton.flash_attention(*x, chips.backend_for("gpu"), largest)
+    return lambda *x: flash_triton.flash_attention(*x, chips.backend_for("gpu"), largest)[0]
 
 
 def agrees(kind: Kind, largest: BlockSizes | None, seed: int) -> None:
@@ -95,9 +95,7 @@ def test_parts_join_by_their_log_z_gradients_too():
         for part in (slice(0, 32), slice(32, 64)):
             mask = Mask(segments[0], segments[1][:, part])
             sources = (AttentionSource(k[:, :, part], v[:, :, part], mask),)
-            parts.append(
-                flash_triton.flash_attention_log_z(q, sources, None, chips.backend_for("gpu"))
-            )
+            parts.append(flash_triton.flash_attention(q, sources, None, chips.backend_for("gpu")))
         contexts, log_z = zip(*parts, strict=True)
         probs = jnp.swapaxes(jax.nn.softmax(jnp.stack(log_z), axis=0), 2, 3)
         probs = probs[:, :, :, :, None, None]
@@ -131,7 +129,7 @@ def test_it_is_lowered_for_cuda(size, dtype):
     q, sources, gradient = case(EVERYTHING._replace(heads=(2, 2, size)), 0, dtype)
 
     def attention(*x):
-        return flash_triton.flash_attention(*x, GPU)
+        return flash_triton.flash_attention(*x, GPU)[0]
 
     # Forward, queries' gradient, the bias's, and keys' of both sources.
     assert triton_calls(context_and_gradients, attention, q, sources, gradient, 2.0) == 5

@@ -137,7 +137,7 @@ def flash(q, sources, softcap):
       sources: keys, values, masks and biases that share one softmax.
       softcap: bound of the scores; None for none.
     """
-    return flash_attention(q, sources, softcap, chips.backend_for("tpu"), SMALL)
+    return flash_attention(q, sources, softcap, chips.backend_for("tpu"), SMALL)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
