@@ -1,6 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json of released checkpoints, as far as it decides the model, by name of our preset."""
 
+
+def decoder(model_type: str, sizes: tuple[int, int, int, int, int], shared: dict, **fields) -> dict:
+    """A config.json of a lone decoder, under the names that all families but GPT-2 have.
+
+    Args:
+      model_type: the family.
+      sizes: layers, width, query heads, key heads and hidden units of the MLP.
+      shared: fields of the family.
+      **fields: further fields.
+    """
+    layers, width, heads, key_heads, mlp = sizes
+    named = dict(num_hidden_layers=layers, hidden_size=width, intermediate_size=mlp)
+    named |= dict(num_attention_heads=heads, num_key_value_heads=key_heads)
+    return {"model_type": model_type} | named | shared | fields
+
+
+TIED = dict(tie_word_embeddings=True)
+SILU = TIED | dict(hidden_act="silu")
+QWEN = SILU | dict(rms_norm_eps=1e-6, bos_token_id=151643, vocab_size=151936)
+QWEN |= dict(rope_theta=1000000, use_sliding_window=False)
+GEMMA = dict(rms_norm_eps=1e-6, rope_theta=10000.0, bos_token_id=2, vocab_size=256000)
+TANH = dict(hidden_activation="gelu_pytorch_tanh")
+LLAMA3_ROPE = dict(
+    factor=32.0,
+    high_freq_factor=4.0,
+    low_freq_factor=1.0,
+    original_max_position_embeddings=8192,
+    rope_type="llama3",
+)
 # As of the first commits of the checkpoints.
 RELEASED_DECODERS = {
     "gpt2": dict(
@@ -16,138 +45,60 @@ RELEASED_DECODERS = {
         n_positions=1024,
         vocab_size=50257,
     ),
-    "smollm2_135m": dict(
-        model_type="llama",
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        rms_norm_eps=1e-5,
-        rope_interleaved=False,
-        rope_scaling=None,
+    "smollm2_135m": decoder(
+        "llama",
+        (30, 576, 9, 3, 1536),
+        TIED | dict(rms_norm_eps=1e-5, rope_interleaved=False, rope_scaling=None),
         rope_theta=100000,
-        tie_word_embeddings=True,
         bos_token_id=0,
         vocab_size=49152,
     ),
-    "llama3_2_1b": dict(
-        model_type="llama",
-        attention_bias=False,
-        mlp_bias=False,
-        head_dim=64,
-        hidden_act="silu",
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        rms_norm_eps=1e-5,
-        rope_scaling=dict(
-            factor=32.0,
-            high_freq_factor=4.0,
-            low_freq_factor=1.0,
-            original_max_position_embeddings=8192,
-            rope_type="llama3",
-        ),
+    "llama3_2_1b": decoder(
+        "llama",
+        (16, 2048, 32, 8, 8192),
+        SILU | dict(attention_bias=False, mlp_bias=False, head_dim=64, rms_norm_eps=1e-5),
+        rope_scaling=LLAMA3_ROPE,
         rope_theta=500000.0,
-        tie_word_embeddings=True,
         bos_token_id=128000,
         vocab_size=128256,
     ),
-    "qwen2_5_0_5b": dict(
-        model_type="qwen2",
-        hidden_act="silu",
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_window_layers=24,
-        sliding_window=32768,
-        use_sliding_window=False,
-        rms_norm_eps=1e-6,
-        rope_theta=1000000.0,
-        tie_word_embeddings=True,
-        bos_token_id=151643,
-        vocab_size=151936,
+    "qwen2_5_0_5b": decoder(
+        "qwen2", (24, 896, 14, 2, 4864), QWEN, max_window_layers=24, sliding_window=32768
     ),
-    "qwen3_0_6b": dict(
-        model_type="qwen3",
-        attention_bias=False,
-        head_dim=128,
-        hidden_act="silu",
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
+    "qwen3_0_6b": decoder(
+        "qwen3",
+        (28, 1024, 16, 8, 3072),
+        QWEN | dict(attention_bias=False, head_dim=128, rope_scaling=None),
         max_window_layers=28,
         sliding_window=None,
-        use_sliding_window=False,
-        rms_norm_eps=1e-6,
-        rope_scaling=None,
-        rope_theta=1000000,
-        tie_word_embeddings=True,
-        bos_token_id=151643,
-        vocab_size=151936,
     ),
-    "gemma_2b": dict(
-        model_type="gemma",
-        attention_bias=False,
-        head_dim=256,
+    "gemma_2b": decoder(
+        "gemma",
+        (18, 2048, 8, 1, 16384),
+        GEMMA | dict(attention_bias=False, head_dim=256, rope_scaling=None),
         hidden_act="gelu",
-        hidden_size=2048,
-        intermediate_size=16384,
-        num_hidden_layers=18,
-        num_attention_heads=8,
-        num_key_value_heads=1,
-        rms_norm_eps=1e-6,
-        rope_scaling=None,
-        rope_theta=10000.0,
-        bos_token_id=2,
-        vocab_size=256000,
     ),
-    "gemma2_27b": dict(
-        model_type="gemma2",
+    "gemma2_27b": decoder(
+        "gemma2",
+        (46, 4608, 32, 16, 36864),
+        GEMMA | TANH | dict(hidden_act="gelu_pytorch_tanh", head_dim=128),
         attn_logit_softcapping=50.0,
         cache_implementation="hybrid",
         final_logit_softcapping=30.0,
-        head_dim=128,
-        hidden_act="gelu_pytorch_tanh",
-        hidden_activation="gelu_pytorch_tanh",
-        hidden_size=4608,
-        intermediate_size=36864,
-        num_hidden_layers=46,
-        num_attention_heads=32,
-        num_key_value_heads=16,
         query_pre_attn_scalar=144,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
         sliding_window=4096,
-        bos_token_id=2,
-        vocab_size=256000,
     ),
-    "gemma3_1b": dict(
-        model_type="gemma3_text",
+    "gemma3_1b": decoder(
+        "gemma3_text",
+        (26, 1152, 4, 1, 6912),
+        GEMMA | TANH | dict(head_dim=256, query_pre_attn_scalar=256, vocab_size=262144),
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
-        head_dim=256,
-        hidden_activation="gelu_pytorch_tanh",
-        hidden_size=1152,
-        intermediate_size=6912,
-        num_hidden_layers=26,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        query_pre_attn_scalar=256,
-        rms_norm_eps=1e-6,
         rope_local_base_freq=10000,
         rope_scaling=None,
         rope_theta=1000000,
         sliding_window=512,
         sliding_window_pattern=6,
-        bos_token_id=2,
-        vocab_size=262144,
     ),
     "gemma3_4b": dict(
         model_type="gemma3",
@@ -224,42 +175,16 @@ def bart_like(model_type: str, sizes: tuple[int, int, int, int], **fields) -> di
     return BART | {"model_type": model_type, "d_model": width} | stacks | fields
 
 
+GELU, RELU = dict(activation_function="gelu"), dict(activation_function="relu")
+LARGE = (12, 1024, 16, 4096)
 BART_LIKE = {
     "bart_base": bart_like(
-        "bart",
-        (6, 768, 12, 3072),
-        activation_function="gelu",
-        vocab_size=50265,
-        scale_embedding=False,
+        "bart", (6, 768, 12, 3072), **GELU, vocab_size=50265, scale_embedding=False
     ),
-    "bart_large": bart_like(
-        "bart",
-        (12, 1024, 16, 4096),
-        activation_function="gelu",
-        vocab_size=50265,
-        scale_embedding=False,
-    ),
-    "mbart50_large": bart_like(
-        "mbart",
-        (12, 1024, 16, 4096),
-        activation_function="gelu",
-        vocab_size=250054,
-        scale_embedding=True,
-    ),
-    "m2m100_418m": bart_like(
-        "m2m_100",
-        (12, 1024, 16, 4096),
-        activation_function="relu",
-        vocab_size=128112,
-        scale_embedding=True,
-    ),
-    "nllb_600m": bart_like(
-        "m2m_100",
-        (12, 1024, 16, 4096),
-        activation_function="relu",
-        vocab_size=256206,
-        scale_embedding=True,
-    ),
+    "bart_large": bart_like("bart", LARGE, **GELU, vocab_size=50265, scale_embedding=False),
+    "mbart50_large": bart_like("mbart", LARGE, **GELU, vocab_size=250054, scale_embedding=True),
+    "m2m100_418m": bart_like("m2m_100", LARGE, **RELU, vocab_size=128112, scale_embedding=True),
+    "nllb_600m": bart_like("m2m_100", LARGE, **RELU, vocab_size=256206, scale_embedding=True),
     "marian_base": bart_like(
         "marian",
         (6, 512, 8, 2048),
@@ -273,7 +198,7 @@ BART_LIKE = {
     "pegasus_large": bart_like(
         "pegasus",
         (16, 1024, 16, 4096),
-        activation_function="relu",
+        **RELU,
         decoder_start_token_id=0,
         vocab_size=96103,
         scale_embedding=True,
