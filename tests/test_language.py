@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and docstrings of the product: nouns of the field, every parameter and field explained."""
+"""Names and docstrings: nouns of the field, every parameter and field explained.
+
+Tests keep their titles, and a helper without a docstring is explained by its test; a docstring that
+is there follows the same rules, and names each parameter in its sentence or in an Args section.
+"""
 
 import ast
 import collections
@@ -10,9 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [path for name in ("t5x_lite", "kernels") for path in sorted((ROOT / name).rglob("*.py"))]
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
+TESTS = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("*.py"))}
 # Participles and adverbs that say nothing of a value.
 EMPTY_NAMES = set("told asked given found made how own seen said setting taught held".split())
 QUESTION = re.compile(r"(What|Where|How|Which|Who|Whether|If|Whose|When)\b")
+PYTEST_FIXTURES = {"monkeypatch", "tmp_path", "capsys"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -42,11 +48,11 @@ def fields(node: ast.ClassDef) -> list[str]:
     ]
 
 
-def violations(check) -> list[str]:
-    """Places of definitions with what a check says of them."""
+def violations(check, trees: dict[Path, ast.Module] = TREES) -> list[str]:
+    """Places of definitions in trees with what a check says of them."""
     return [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {text}"
-        for path, tree in TREES.items()
+        for path, tree in trees.items()
         for node in definitions(tree)
         if (text := check(node))
     ]
@@ -69,8 +75,10 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
     def check(node):
         return "a question word" if QUESTION.match(ast.get_docstring(node) or "") else ""
 
-    assert violations(check) == []
-    assert [path for path in FILES if QUESTION.match(ast.get_docstring(TREES[path]) or "")] == []
+    trees = TREES | TESTS
+    assert violations(check, trees) == []
+    modules = {path: ast.get_docstring(tree) or "" for path, tree in trees.items()}
+    assert [path for path, text in modules.items() if QUESTION.match(text)] == []
 
 
 def test_functions_of_three_parameters_explain_each():
@@ -86,6 +94,19 @@ def test_functions_of_three_parameters_explain_each():
     assert violations(check) == []
 
 
+def test_docstrings_of_tests_name_the_parameters_of_their_helpers():
+    def check(node):
+        text = ast.get_docstring(node) or ""
+        if isinstance(node, ast.ClassDef) or node.name.startswith(("_", "test_")) or not text:
+            return ""
+        if any("fixture" in ast.unparse(decorator) for decorator in node.decorator_list):
+            return ""
+        names = [each for each in parameters(node) if each not in PYTEST_FIXTURES]
+        return unnamed(names, text) if len(names) > 2 else ""
+
+    assert violations(check, TESTS) == []
+
+
 def test_classes_say_what_they_are_and_explain_their_fields():
     def check(node):
         if not isinstance(node, ast.ClassDef):
@@ -93,7 +114,7 @@ def test_classes_say_what_they_are_and_explain_their_fields():
         text = ast.get_docstring(node) or ""
         return unnamed(fields(node), text) if len(fields(node)) >= 3 else "" if text else "no text"
 
-    assert violations(check) == []
+    assert violations(check, TREES | TESTS) == []
 
 
 def test_values_have_names_of_the_field():
@@ -102,5 +123,6 @@ def test_values_have_names_of_the_field():
         stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         return stored | {n.arg for n in nodes if isinstance(n, ast.arg)}
 
-    empty = {str(path.relative_to(ROOT)): names(tree) & EMPTY_NAMES for path, tree in TREES.items()}
-    assert {path: found for path, found in empty.items() if found} == {}
+    trees = TREES | TESTS
+    empty = {str(path.relative_to(ROOT)): names(tree) & EMPTY_NAMES for path, tree in trees.items()}
+    assert {path: words for path, words in empty.items() if words} == {}

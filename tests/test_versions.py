@@ -44,7 +44,7 @@ def private_names(tree: ast.AST) -> list[str]:
 
 def test_only_compat_uses_private_names_of_dependencies():
     names = {str(path.relative_to(ROOT)): private_names(TREES[path]) for path in SOURCES}
-    assert {path: found for path, found in names.items() if found} == {}
+    assert {path: lines for path, lines in names.items() if lines} == {}
 
 
 def test_the_law_finds_private_names():

@@ -33,7 +33,8 @@ def log_softmax(x):
 
 
 def reference(logits, teacher, temperature, ids=None):
-    """KL [b t] in float64; with ids, all others are one class."""
+    """KL [b t] in float64 from a teacher's logits at a temperature; with ids, all others are one
+    class."""
     log_q, log_p = log_softmax(logits / temperature), log_softmax(teacher / temperature)
     if ids is not None:
         both = []
@@ -72,7 +73,7 @@ def test_divergence_and_its_gradient_are_those_of_the_definition(mesh, temperatu
 
 
 def differences(f, x, epsilon=1e-6):
-    """The gradient of the sum of f, by central differences in float64."""
+    """The gradient at x of the sum of f, by central differences of epsilon in float64."""
     gradient = np.zeros_like(x)
     for place in np.ndindex(x.shape):
         step = np.zeros_like(x)
@@ -197,7 +198,15 @@ def taught_run(layout="encoder_decoder", **changes):
 
 
 def take(run, batches, cfg=TEACHER, params=None, weights=None):
-    """State and metrics after steps on batches, with a teacher of `cfg`."""
+    """State and metrics after steps of a run on batches, with a teacher of cfg.
+
+    Args:
+      run: the run.
+      batches: a batch for each step.
+      cfg: model of the teacher.
+      params: weights of the teacher; None draws them.
+      weights: weights of the student to begin with; None for those that all tests share.
+    """
     sharding.use_mesh(DATA)
     params = jax.device_get(model.initialize(cfg, jax.random.key(3))) if params is None else params
     sharding.use_mesh(run.mesh)

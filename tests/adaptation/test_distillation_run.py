@@ -23,7 +23,7 @@ from t5x_lite.training.reporting import dry_run, metric_writers, overview
 
 
 def as_teacher(run: config.Run, path: Path, **changes) -> config.Run:
-    """The same data read by a decoder alone."""
+    """The run at a path whose data are read by a decoder alone; changes are fields of its model."""
     model = dataclasses.replace(toy_model("decoder_only", layers=1, heads=2, **changes), vocab=512)
     return dataclasses.replace(run, model_dir=str(path), model=model)
 
@@ -79,14 +79,14 @@ def test_the_memory_of_a_run_has_its_teacher_in_it(school, tmp_path, monkeypatch
         jnp.dtype(leaf.dtype).itemsize * leaf.size for leaf in jax.tree.leaves(teacher.params())
     )
     shapes = setup.assemble_run(run).shapes
-    own = sum(overview.state_bytes(run, shapes).values())
+    own_bytes = sum(overview.state_bytes(run, shapes).values())
     # Enough for the run alone, and one byte too little with its teacher.
-    monkeypatch.setattr(preflight, "device_memory", lambda: own + size - 1)
+    monkeypatch.setattr(preflight, "device_memory", lambda: own_bytes + size - 1)
     preflight.check_memory(run, shapes)
     for refuse in (lambda: loop.train(run), lambda: preflight.check_run(run, print)):
         with pytest.raises(ValueError, match=r"GB of each device \(.*, teacher 0.0 GB\)"):
             refuse()
-    monkeypatch.setattr(preflight, "device_memory", lambda: own + size)
+    monkeypatch.setattr(preflight, "device_memory", lambda: own_bytes + size)
     preflight.check_run(run, print)
 
 

@@ -113,7 +113,13 @@ def test_the_last_state_is_what_the_logits_are_read_from(one_device, name):
 
 
 def cached(cfg, params, inspected):
-    """The logits of decoding's own path: inputs read once, tokens as a prompt over a cache."""
+    """The logits of decoding's own path: inputs read once, tokens as a prompt over a cache.
+
+    Args:
+      cfg: the model.
+      params: its weights.
+      inspected: InspectionInputs of eight rows.
+    """
     from t5x_lite.decoding import target
 
     def logits(params, inspected):

@@ -139,7 +139,13 @@ def open_t5x(folder, cfg):
 
 
 def as_t5x_writes(folder, drawn: Drawn, kind: str):
-    """A checkpoint_7 of examples/t5 made with TensorStore and flax alone, after checkpoints.py."""
+    """A checkpoint_7 of examples/t5 made with TensorStore and flax alone, after checkpoints.py.
+
+    Args:
+      folder: parent of the checkpoint.
+      drawn: the weights.
+      kind: form of the leaves, as of `placed`.
+    """
     folder = folder / "checkpoint_7"
     folder.mkdir(parents=True)
     flat = {
@@ -183,7 +189,14 @@ def as_t5x_writes(folder, drawn: Drawn, kind: str):
 
 
 def placed(folder, name: str, array: np.ndarray, kind: str):
-    """A leaf of T5X's tree: the array itself, or the spec of the one that was written."""
+    """A leaf of T5X's tree: the array itself, or the spec of the one that was written.
+
+    Args:
+      folder: the checkpoint.
+      name: name of the weight.
+      array: its values.
+      kind: "inline" for the array itself, "placeholder" for its name, "old" or "new" for a spec.
+    """
     if kind == "inline":
         return np.ascontiguousarray(array)
     about = {

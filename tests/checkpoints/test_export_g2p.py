@@ -23,7 +23,8 @@ STACK = config.Stack(layers=1, embed=32, heads=2, head_dim=16, mlp=64, activatio
 
 
 class Exported(NamedTuple):
-    """Texts of our model for held-out words, and the folder it was exported to."""
+    """The folder that our model was exported to, held-out words, and the texts of our model for
+    them."""
 
     folder: Path
     words: list[str]

@@ -89,7 +89,7 @@ CODED += ["t5x_inline", "t5x_orbax"]
 
 @pytest.mark.parametrize("name", CODED)
 def test_mutators_know_the_formats_of_their_files(name, tmp_path):
-    """What a codec parses and writes again is the same file for its reader."""
+    """A file that a codec parsed and wrote again is the same for its reader."""
     TARGETS[name].make(tmp_path)
     written = set()
     for path in tmp_path.rglob("*"):

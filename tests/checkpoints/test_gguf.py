@@ -232,7 +232,8 @@ def test_a_count_of_layers_that_the_file_does_not_have_is_refused_at_once(tmp_pa
 
 
 def llama_file(path, fields=None, **extra):
-    """A whole toy Llama with further metadata: of its architecture, and by whole names."""
+    """A whole toy Llama at a path, with further metadata: fields of its architecture, and extra
+    ones by their whole names."""
     drawn = toys.converted("llama", toys.draw("llama"))
     fields = toys.metadata("llama") | (fields or {})
     toys.write(path, "llama", drawn, fields=fields, extra=extra)

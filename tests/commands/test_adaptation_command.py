@@ -60,9 +60,9 @@ def test_the_command_writes_a_run_folder_that_gives_the_source_back(lone, tmp_pa
     adapt.main([source, f"--output={pair}", *grown, "--dry_run"])
     assert "decoder cross attention" in capsys.readouterr().out and not pair.exists()
     adapt.main([source, f"--output={pair}", *grown])
-    found = open_checkpoint(pair).load()
-    assert found.run.model == toys.pair_of(LONE, vocab=86)
-    targets = found.vocabularies[1]
+    loaded = open_checkpoint(pair).load()
+    assert loaded.run.model == toys.pair_of(LONE, vocab=86)
+    targets = loaded.vocabularies[1]
     assert targets.size == 86 and targets.encode("w3 [S2S]")[-1] == 65
     assert list(targets.sentinel_ids[:2]) == [85, 84]
     back = tmp_path / "back"
@@ -99,8 +99,8 @@ def test_a_new_shallow_decoder_is_a_flag(lone, tmp_path, capsys):
     arguments = [f"--source={tmp_path / 'lone'}", f"--output={tmp_path / 'out'}"]
     adapt.main([*arguments, "--new_decoder=1"])
     layers = open_checkpoint(tmp_path / "lone").model.decoder.layers
-    made = open_checkpoint(tmp_path / "out").model
-    assert (made.encoder.layers, made.decoder.layers) == (layers, 1) and layers > 1
+    adapted = open_checkpoint(tmp_path / "out").model
+    assert (adapted.encoder.layers, adapted.decoder.layers) == (layers, 1) and layers > 1
     assert "new: drawn as for pretraining" in capsys.readouterr().err
 
 

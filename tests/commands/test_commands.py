@@ -356,13 +356,13 @@ def test_verbosity_that_is_no_number_is_refused(refused):
 
 
 def test_a_command_runs_by_python_values_as_by_its_words(monkeypatch, tmp_path, capsys):
-    seen = []
-    doing = Command("train", importlib.import_module("t5x_lite.train").parser, seen.append)
+    parsed = []
+    doing = Command("train", importlib.import_module("t5x_lite.train").parser, parsed.append)
     assert doing.run("a.gin", {"MODEL_DIR": tmp_path, "TRAIN_STEPS": 5}, dry_run=True) == 0
     assert doing.run([Path("a.gin"), "b.gin"], profile=False, coordinator=None) == 0
     assert doing.run(tmp_path / "a.gin") == 0
-    assert seen.pop().gin_file == [str(tmp_path / "a.gin")]
-    first, second = seen
+    assert parsed.pop().gin_file == [str(tmp_path / "a.gin")]
+    first, second = parsed
     assert first.gin_file == ["a.gin"] and first.dry_run
     assert first.bindings == [f"MODEL_DIR={str(tmp_path)!r}", "TRAIN_STEPS=5"]
     assert second.gin_file == ["a.gin", "b.gin"] and not second.profile and not second.dry_run

@@ -35,12 +35,12 @@ def test_twins_cost_what_the_encoder_decoder_costs(name, matched):
         ("causal_decoder", "decoder_only"),
         ("shallow_decoder", "encoder_decoder"),
     ]:
-        found = twins.match_cost(twins.SHAPES[kind](pair, 1), cost, cost(pair))
-        assert found.layout == layouts
+        twin_cfg = twins.match_cost(twins.SHAPES[kind](pair, 1), cost, cost(pair))
+        assert twin_cfg.layout == layouts
         # A step of the MLP's width moves all layers at once: that much cannot be met.
-        step = cost(twins.widen_mlp(found, twins.MULTIPLE)) - cost(found)
-        assert abs(cost(found) - cost(pair)) <= step / 2 + 1e-6
-        assert abs(cost(found) / cost(pair) - 1) < 0.05
+        step = cost(twins.widen_mlp(twin_cfg, twins.MULTIPLE)) - cost(twin_cfg)
+        assert abs(cost(twin_cfg) - cost(pair)) <= step / 2 + 1e-6
+        assert abs(cost(twin_cfg) / cost(pair) - 1) < 0.05
     prefix = twins.SHAPES["prefix_decoder"](pair, 1)(3)
     assert prefix.prefix_lm
     assert dataclasses.replace(prefix, prefix_lm=False) == twins.SHAPES["causal_decoder"](pair, 1)(
@@ -60,7 +60,7 @@ def test_the_cache_takes_the_bytes_of_its_arrays(layout):
     sharding.use_mesh(config.Mesh())
     cfg = toy_model(layout, kv_heads=2)
     slots = 12 if layout == "encoder_decoder" else 32
-    held = jax.eval_shape(lambda: model.empty_cache(cfg, 8, slots, scan=False))
+    stored = jax.eval_shape(lambda: model.empty_cache(cfg, 8, slots, scan=False))
     if layout == "encoder_decoder":
         encoded = jax.ShapeDtypeStruct(
             (8, 20, 16), np.float32, sharding=sharding.named_sharding("batch length width")
@@ -71,17 +71,17 @@ def test_the_cache_takes_the_bytes_of_its_arrays(layout):
                 {"params": params}, x, method=model.Transformer.cross_kv
             )
 
-        held = held, jax.eval_shape(read, model.shapes(cfg), encoded)
-    bytes_held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+        stored = stored, jax.eval_shape(read, model.shapes(cfg), encoded)
+    bytes_held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
     assert bytes_held == 8 * costs.cache_bytes(cfg, 20, 12, 4)
 
 
 def test_padding_is_counted_as_by_hand():
     lengths = np.array([[4, 2], [8, 1], [1, 1], [2, 3], [9, 9]])
-    found = costs.padding_shares(lengths, (10, 10), 2)
-    assert found["to the longest allowed"] == 1 - 40 / 100
+    shares = costs.padding_shares(lengths, (10, 10), 2)
+    assert shares["to the longest allowed"] == 1 - 40 / 100
     # Pairs (4, 8) and (2, 1), then (1, 2) and (1, 3); the fifth has no partner.
-    assert found["to the longest of 2"] == 1 - 22 / (16 + 4 + 4 + 6)
+    assert shares["to the longest of 2"] == 1 - 22 / (16 + 4 + 4 + 6)
 
 
 @pytest.mark.slow
@@ -188,16 +188,16 @@ def test_finished_runs_are_taken_as_they_are(compared, tmp_path, capsys):
     """Same numbers as where they were trained; their folders are only read."""
     first = compared / "out"
 
-    def held():
+    def stored():
         return sorted(path for path in first.rglob("*") if path.is_file())
 
-    there = held()
+    there = stored()
     paths = {name: (f"{first}/{name}-0",) for name in ("encoder_decoder", "causal_decoder")}
     bound = f"--gin.config.Compare.trained={paths}"
     again = [f"--gin_file={compared / 'compare.gin'}", f"--gin.MODEL_DIR='{tmp_path}/again'", bound]
     # Of the model that is bound nothing is left but what the twins not taken would be matched to.
     assert compare.main([*again, "--gin.config.Stack.layers=3"]) == 0
-    assert held() == there
+    assert stored() == there
     records = [
         json.loads((folder / "report.json").read_text()) for folder in (first, tmp_path / "again")
     ]
@@ -221,8 +221,8 @@ def test_finished_runs_are_taken_as_they_are(compared, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_make_is_taken_and_measures_the_same(compared, tmp_path):
     first, foreign = compared / "out", tmp_path / "huggingface"
-    own = f"{first}/encoder_decoder-0"
-    convert.main([f"--from={own}", f"--to={foreign}", "--format=huggingface"])
+    own_run = f"{first}/encoder_decoder-0"
+    convert.main([f"--from={own_run}", f"--to={foreign}", "--format=huggingface"])
     paths = {"encoder_decoder": (str(foreign),), "causal_decoder": (f"{first}/causal_decoder-0",)}
     again = [f"--gin_file={compared / 'compare.gin'}", f"--gin.MODEL_DIR='{tmp_path}/again'"]
     assert compare.main([*again, f"--gin.config.Compare.trained={paths}"]) == 0

@@ -10,7 +10,15 @@ from t5x_lite.comparison import claims, measurements, quality, report
 
 
 def seeds(draw, count, examples, mean, between):
-    """Measured runs whose metric is the mean of `examples` numbers, by the same examples."""
+    """Measured runs whose metric is the mean of `examples` numbers, by the same examples.
+
+    Args:
+      draw: random generator.
+      count: number of runs.
+      examples: numbers in a run.
+      mean: expected metric.
+      between: standard deviation of runs.
+    """
     measured = []
     shared = draw.normal(size=examples)
     for _ in range(count):
@@ -25,19 +33,19 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     draw = np.random.default_rng(0)
     values = draw.normal(size=20)
     without = [(values.sum() - value) / 19 for value in values]
-    found = quality.combine_estimates([values.mean()], [without])
+    estimate = quality.combine_estimates([values.mean()], [without])
     from scipy import stats
 
     half = stats.t.ppf(0.975, 19) * values.std(ddof=1) / math.sqrt(20)
-    assert found.half == pytest.approx(half)
+    assert estimate.half == pytest.approx(half)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
     draw = np.random.default_rng(1)
     inside = 0
     for _ in range(400):
-        found = quality.estimate_metric(seeds(draw, 3, 100, 5.0, 0.2), "bleu")
-        inside += abs(found.value - 5.0) <= found.half
+        estimate = quality.estimate_metric(seeds(draw, 3, 100, 5.0, 0.2), "bleu")
+        inside += abs(estimate.value - 5.0) <= estimate.half
     # Binomial of 400 at 0.95 has a standard deviation of 1.1 %; Welch is a little cautious.
     assert 0.92 <= inside / 400 <= 0.995
 
@@ -64,8 +72,10 @@ def test_a_difference_is_taken_on_the_same_examples():
 )
 def test_better_and_worse_follow_the_metric(metric, value, word):
     narrow = quality.MetricEstimate(value, 0.5)
-    said = claims.describe_gap(metric, "causal_decoder", narrow, 3)
-    assert f"causal decoder is {word}" in said and "for other runs and test examples" in said
+    sentence = claims.describe_gap(metric, "causal_decoder", narrow, 3)
+    assert (
+        f"causal decoder is {word}" in sentence and "for other runs and test examples" in sentence
+    )
     once = claims.describe_gap(metric, "causal_decoder", narrow, 1)
     assert "for other test examples, not other runs" in once
     wide = quality.MetricEstimate(value, 2.0)
@@ -91,8 +101,8 @@ def scored(**metrics):
 
 
 def test_the_verdict_comes_first_with_unit_and_direction():
-    found = scored(per=(30.0, 25.0), exact_match=(40.0, 45.0), loss=(1.0, 0.9))
-    first, *rest = claims.verdict(found, ["exact_match", "loss", "per"])
+    runs_by_twin = scored(per=(30.0, 25.0), exact_match=(40.0, 45.0), loss=(1.0, 0.9))
+    first, *rest = claims.verdict(runs_by_twin, ["exact_match", "loss", "per"])
     assert first == (
         "By per (% of phonemes, lower is better) the causal decoder is better than the "
         "encoder-decoder: 25 against 30."
@@ -100,7 +110,7 @@ def test_the_verdict_comes_first_with_unit_and_direction():
     assert rest == ["One run each: another seed may turn this around."]
     same = claims.verdict(scored(bleu=(30.0, 30.0)), ["bleu"])
     assert "0 to 100, higher is better" in same[0] and "does not differ beyond noise" in same[0]
-    assert report.quality_table({"quality": found, "metrics": ["per"]})[0] == [
+    assert report.quality_table({"quality": runs_by_twin, "metrics": ["per"]})[0] == [
         "",
         "per (% of phonemes, lower is better)",
     ]
@@ -109,11 +119,14 @@ def test_the_verdict_comes_first_with_unit_and_direction():
 
 def test_where_nothing_was_learned_the_report_says_so_and_finds_nothing_else():
     """Error rates may pass 100 %, and the loss falls before any word is right."""
-    found = scored(per=(100.0, 104.0), exact_match=(0.0, 0.0), loss=(5.0, 4.0))
+    runs_by_twin = scored(per=(100.0, 104.0), exact_match=(0.0, 0.0), loss=(5.0, 4.0))
     metrics = ["exact_match", "loss", "per"]
-    assert claims.verdict(found, metrics)[0].startswith("Nothing was learned: by every rate")
-    said = claims.describe_differences(found, metrics)
-    assert [line for line in said if "nothing to compare" in line] == [said[0], said[2]]
+    assert claims.verdict(runs_by_twin, metrics)[0].startswith("Nothing was learned: by every rate")
+    sentences = claims.describe_differences(runs_by_twin, metrics)
+    assert [line for line in sentences if "nothing to compare" in line] == [
+        sentences[0],
+        sentences[2],
+    ]
     half = scored(per=(100.0, 20.0), exact_match=(0.0, 50.0))
     assert claims.verdict(half, ["per"])[0] == "The encoder-decoder learned nothing."
     assert not claims.learned_nothing([{"metrics": {"loss": 9.0}, "without": {}}])
@@ -139,13 +152,13 @@ def test_it_is_said_which_intervals_know_nothing_of_other_examples():
     def drawn():
         return [run | {"quantized": {}} for run in seeds(draw, 2, 200, 50.0, 0.1)]
 
-    found = {"encoder_decoder": drawn(), "causal_decoder": drawn()}
-    record = {"quality": found, "metrics": ["bleu"], "seeds": 2}
+    runs_by_twin = {"encoder_decoder": drawn(), "causal_decoder": drawn()}
+    record = {"quality": runs_by_twin, "metrics": ["bleu"], "seeds": 2}
     assert not any("whole split" in line for line in report.describe_results(record))
-    for number, run in enumerate(run for runs in found.values() for run in runs):
+    for number, run in enumerate(run for runs in runs_by_twin.values() for run in runs):
         run["metrics"]["loss"] = 2.0 + number
-    said = report.describe_results(record | {"metrics": ["bleu", "loss"]})
-    assert said[-1].startswith("loss: one number for the whole split")
+    sentences = report.describe_results(record | {"metrics": ["bleu", "loss"]})
+    assert sentences[-1].startswith("loss: one number for the whole split")
 
 
 def test_what_rounding_harms_is_said_and_what_it_does_not_is_not():
@@ -165,5 +178,5 @@ def test_what_rounding_harms_is_said_and_what_it_does_not_is_not():
         ]
 
     record = {"encoder_decoder": runs(whole), "causal_decoder": runs(worse)}
-    (said,) = claims.describe_roundings(record, ["bleu"])
-    assert said.startswith("int4 harms the causal decoder: bleu -1")
+    (sentence,) = claims.describe_roundings(record, ["bleu"])
+    assert sentence.startswith("int4 harms the causal decoder: bleu -1")

@@ -32,13 +32,13 @@ MODULE = [sys.executable, "-m", "t5x_lite.convert"]
 QUIETLY = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
-def run(*arguments, **given):
-    return convert.main([*map(str, arguments), *(f"--{name}={v}" for name, v in given.items())])
+def run(*arguments, **flags):
+    return convert.main([*map(str, arguments), *(f"--{name}={v}" for name, v in flags.items())])
 
 
-def refused(capsys, *arguments, **given) -> str:
+def refused(capsys, *arguments, **flags) -> str:
     with pytest.raises(SystemExit) as stopped:
-        run(*arguments, **given)
+        run(*arguments, **flags)
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -92,18 +92,18 @@ def test_dry_run_prints_the_table_and_writes_nothing(tmp_path, ours, capsys):
 def test_dry_run_prints_what_does_not_match_on_either_side(tmp_path, drawn, capsys):
     folder = write_hugging_face(tmp_path / "hf", t5, T5, drawn)
     source = safetensors_files.open_safetensors(folder)
-    found = {name: np.array(source.read(name)) for name in source.names}
-    found["renamed"] = found.pop("encoder.final_layer_norm.weight")
-    write_safetensors(folder / "model.safetensors", found)
-    given = {"to": tmp_path / "out", "vocabulary": "none"}
+    renamed_tensors = {name: np.array(source.read(name)) for name in source.names}
+    renamed_tensors["renamed"] = renamed_tensors.pop("encoder.final_layer_norm.weight")
+    write_safetensors(folder / "model.safetensors", renamed_tensors)
+    flags = {"to": tmp_path / "out", "vocabulary": "none"}
     with pytest.raises(SystemExit) as stopped:
-        run("--dry_run", f"--from={folder}", **given)
+        run("--dry_run", f"--from={folder}", **flags)
     assert stopped.value.code == 2
     output = capsys.readouterr()
     assert "! encoder.final_layer_norm.weight: missing" in output.out
     assert "! renamed: no weight of ours" in output.out and "2 problems" in output.err
-    assert "renamed" in refused(capsys, f"--from={folder}", **given)
-    run(f"--from={folder}", "--allow=renamed", "--allow=encoder.final*", **given)
+    assert "renamed" in refused(capsys, f"--from={folder}", **flags)
+    run(f"--from={folder}", "--allow=renamed", "--allow=encoder.final*", **flags)
     assert SavedWeights(tmp_path / "out").read("encoder/norm").tolist() == [1.0] * 8
 
 
@@ -224,7 +224,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, ours, monkeypa
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "flags, message",
     [
         ({"from": "absent"}, "There is no absent"),
         ({"family": "gpt2", "format": "huggingface"}, "gpt2"),
@@ -237,19 +237,26 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, ours, monkeypa
         ({"shards": 3}, "did you mean --shard_size"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, ours, capsys, given, message):
-    output = refused(capsys, **({"from": ours, "to": tmp_path / "out"} | given))
+def test_mistakes_are_one_sentence(tmp_path, ours, capsys, flags, message):
+    output = refused(capsys, **({"from": ours, "to": tmp_path / "out"} | flags))
     assert message in output and "Traceback" not in output
     assert not list(tmp_path.glob("out*"))
 
 
 def test_a_vocabulary_larger_than_the_model_is_told(tmp_path, ours, capsys):
-    given = {"from": ours, "to": tmp_path / "out", "vocabulary": "bytes"}
-    assert "259 ids, more than the 40" in refused(capsys, **given)
+    flags = {"from": ours, "to": tmp_path / "out", "vocabulary": "bytes"}
+    assert "259 ids, more than the 40" in refused(capsys, **flags)
 
 
 def large(folder, layers: int, embed: int, mlp: int) -> tuple[config.Model, int]:
-    """A Llama whose weights are zeros in holes of a file: it takes no disk; and its bytes."""
+    """A Llama whose weights are zeros in holes of a file: it takes no disk; and its bytes.
+
+    Args:
+      folder: folder to write.
+      layers: number of layers.
+      embed: width.
+      mlp: hidden units of the MLP.
+    """
     stack = dict(layers=layers, embed=embed, heads=8, head_dim=embed // 8, mlp=mlp)
     rotary = dict(activation="silu", positions="rotary", query_scale=(embed // 8) ** -0.5)
     cfg = config.Model(vocab=1000, tied=True, decoder=config.Stack(**stack, **rotary))
@@ -333,8 +340,8 @@ def test_memory_is_that_of_a_layer_and_not_of_the_stack(tmp_path):
         ("ours", "exported", "huggingface"),
         ("ours", "copied", "ours"),
     ]:
-        given = [f"--from={tmp_path / begin}", f"--to={tmp_path / to}", f"--format={format}"]
-        command = [sys.executable, "-c", MEASURED, *given, "--vocabulary=none"]
+        flags = [f"--from={tmp_path / begin}", f"--to={tmp_path / to}", f"--format={format}"]
+        command = [sys.executable, "-c", MEASURED, *flags, "--vocabulary=none"]
         done = subprocess.run(command, env=QUIETLY, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         shutil.rmtree(tmp_path / ("origin" if to == "ours" else to))

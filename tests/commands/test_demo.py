@@ -61,15 +61,15 @@ def demo():
 
 
 def ask(port, body=None, path="/write", kind="application/json", **headers):
-    """(status, headers, text) of a question, or of a page where there is no body."""
+    """(status, headers, text) of a POST of body (GET if None) of a kind to a path of a port."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
-        given = {"Content-Type": kind} | headers
+        sent_headers = {"Content-Type": kind} | headers
         if body is None:
             connection.request("GET", path, headers=headers)
         else:
             text = body if isinstance(body, bytes) else json.dumps(body).encode()
-            connection.request("POST", path, text, given)
+            connection.request("POST", path, text, sent_headers)
         answer = connection.getresponse()
         return answer.status, answer.headers, answer.read().decode()
 
@@ -286,9 +286,9 @@ def test_more_than_may_wait_are_refused_and_the_place_is_free_again(demo):
     port, models = demo
     gate = threading.Event()
     models.thread.submit(gate.wait, 30)
-    found = []
+    statuses = []
     asking = [
-        threading.Thread(target=lambda: found.append(ask(port, request_body())[0]))
+        threading.Thread(target=lambda: statuses.append(ask(port, request_body())[0]))
         for _ in range(2)
     ]
     for thread in asking:
@@ -300,7 +300,7 @@ def test_more_than_may_wait_are_refused_and_the_place_is_free_again(demo):
     gate.set()
     for thread in asking:
         thread.join(timeout=60)
-    assert found == [200, 200] and models.pending == 0
+    assert statuses == [200, 200] and models.pending == 0
 
 
 def test_who_goes_away_is_no_longer_written_for(demo):

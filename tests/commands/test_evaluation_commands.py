@@ -80,10 +80,10 @@ def write_words(folder, words=WORDS):
 def test_every_line_gets_its_own_prediction_in_order(folder):
     out = folder / "new" / "out.jsonl"
     infer(folder, f"--input={write_words(folder)}", f"--output={out}", "--batch_size=4")
-    found = rows(out)
-    assert [row["input"] for row in found] == WORDS
+    results = rows(out)
+    assert [row["input"] for row in results] == WORDS
     session = interactive.load(folder)
-    for row in found[:3]:
+    for row in results[:3]:
         assert session.generate(row["input"]) == row["prediction"]
 
 
@@ -160,9 +160,9 @@ def test_lines_that_cannot_be_read_are_numbered_and_keep_their_place(folder, cap
     source, out = folder / "words.txt", folder / "out.jsonl"
     source.write_bytes(b"\xef\xbb\xbfcat\r\n\nb\xffd\n  \nhats")
     infer(folder, f"--input={source}", f"--output={out}")
-    found = rows(out)
-    assert [row.get("input") for row in found] == ["cat", None, None, None, "hats"]
-    assert [row.get("line") for row in found] == [None, 2, 3, 4, None]
+    results = rows(out)
+    assert [row.get("input") for row in results] == ["cat", None, None, None, "hats"]
+    assert [row.get("line") for row in results] == [None, 2, 3, 4, None]
     output = capsys.readouterr().err
     assert "line 3: not UTF-8 (byte 2 is 0xff)" in output
     assert "3 of these lines could not be read" in output
@@ -177,12 +177,12 @@ def test_jsonl_keeps_its_fields_and_names_what_is_missing(folder, capsys):
     lines += ['{"word": 5}', "[]", '{"word": "smile \\ud83d"}', '{"word": "a", "word": "b"}']
     source.write_text("\n".join(lines))
     infer(folder, f"--input={source}", "--field=word", f"--output={out}")
-    found = rows(out)
-    assert found[0]["word"] == "cat" and found[0]["id"] == 3 and "prediction" in found[0]
-    assert found[0]["note"] == "\ud83d"
+    results = rows(out)
+    assert results[0]["word"] == "cat" and results[0]["id"] == 3 and "prediction" in results[0]
+    assert results[0]["note"] == "\ud83d"
     reasons = ("not JSON", "it has name", "no text in field 'word'", "a JSON array")
     reasons += ("character 7 is half of a surrogate pair", "field 'word' is there twice")
-    for row, reason in zip(found[1:], reasons, strict=True):
+    for row, reason in zip(results[1:], reasons, strict=True):
         assert reason in row["error"]
 
 
@@ -213,11 +213,11 @@ def test_given_targets_are_scored(folder):
     pairs = [{"input": "cat", "said": "K AE T"}, {"input": "ox"}, {"input": "a", "said": "\ud83d"}]
     source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     infer(folder, f"--input={source}", "--targets=said", f"--output={out}")
-    found = rows(out)
+    results = rows(out)
     expected = interactive.load(folder).score("cat", "K AE T")
-    assert found[0]["log_probability"] == pytest.approx(expected, abs=1e-4)
-    assert found[1]["error"] == "no text in field 'said'"
-    assert "half of a surrogate pair" in found[2]["error"]
+    assert results[0]["log_probability"] == pytest.approx(expected, abs=1e-4)
+    assert results[1]["error"] == "no text in field 'said'"
+    assert "half of a surrogate pair" in results[2]["error"]
 
 
 def test_a_pipe_gives_plain_text(folder, monkeypatch, capsysbinary):

@@ -30,8 +30,8 @@ def nothing_shown(monkeypatch):
 def test_a_command_takes_old_options_and_its_help_shows_the_new_ones(capsys):
     words = ["--checkpoint=a", "--decoder=lookup", "--width", "4", "--length=9"]
     options = evaluate.parser().parse(words)
-    found = options.drafter, options.draft_length, options.max_new_tokens
-    assert found == ("lookup", 4, 9)
+    result = options.drafter, options.draft_length, options.max_new_tokens
+    assert result == ("lookup", 4, 9)
     assert "--decoder is now --drafter" in capsys.readouterr().err
     shown = evaluate.parser().format_help()
     assert not any(f"{old} " in shown for old in aliases.OPTIONS)
@@ -73,8 +73,8 @@ def test_measures_of_an_earlier_comparison_are_kept(tmp_path):
     path = tmp_path / "speed.json"
     assert measurements.read_measured(path) == {}
     path.write_text(json.dumps({"asked": {"quantised": ["int8"], "seeds": 1}, "quantised": {}}))
-    found = {"asked": {"quantized": ["int8"], "seeds": 1}, "quantized": {}}
-    assert measurements.read_measured(path) == found
+    expected = {"asked": {"quantized": ["int8"], "seeds": 1}, "quantized": {}}
+    assert measurements.read_measured(path) == expected
     path.write_text(json.dumps({"asked": ["test", 10], "quantised": {"int8": 1}}))
     assert measurements.read_measured(path) == {"asked": ["test", 10], "quantized": {"int8": 1}}
 

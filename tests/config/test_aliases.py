@@ -51,12 +51,12 @@ def bindings(text: str) -> list[tuple[str, str, str, str]]:
 
 def node(run: config.Run, scope: str):
     """The part of a run that a scope of a saved config names: train/parts_0."""
-    found = run
+    item = run
     for step in filter(None, scope.split("/")):
         name, number = re.fullmatch(r"(.*?)(?:_(\d+))?", step).groups()
-        found = getattr(found, aliases.FIELDS.get((type(found).__name__, name), name))
-        found = found[int(number)] if number else found
-    return found
+        item = getattr(item, aliases.FIELDS.get((type(item).__name__, name), name))
+        item = item[int(number)] if number else item
+    return item
 
 
 def owners(value: str) -> list[str]:
@@ -67,22 +67,22 @@ def owners(value: str) -> list[str]:
 @pytest.mark.parametrize("name", SAVED)
 def test_a_saved_config_loads_to_the_run_that_it_describes(name):
     text = (FOLDER / name).read_text()
-    run, seen = gin_file.from_text(text), {}
+    run, scopes = gin_file.from_text(text), {}
     for scope, owner, field, value in bindings(text):
         part = node(run, scope)
         assert type(part).__name__ == aliases.CLASSES.get(owner, owner)
         key = type(part).__name__, field
         new = aliases.FIELDS.get(key, field)
-        seen.setdefault(scope, (part, set()))[1].add(new)
-        found = getattr(part, new)
+        scopes.setdefault(scope, (part, set()))[1].add(new)
+        item = getattr(part, new)
         if "@" in value:
-            inner = found if isinstance(found, tuple) else (found,)
+            inner = item if isinstance(item, tuple) else (item,)
             assert [type(each).__name__ for each in inner] == owners(value)
         else:
             expected = ast.literal_eval(value)
             renamed = aliases.VALUES.get((key[0], new), {})
-            assert found == (renamed.get(expected, expected) if renamed else expected), (key, value)
-    for part, names in seen.values():
+            assert item == (renamed.get(expected, expected) if renamed else expected), (key, value)
+    for part, names in scopes.values():
         for field in dataclasses.fields(part):
             former = aliases.FORMER_VALUES.get((type(part).__name__, field.name))
             meant = field.default if former is None else ast.literal_eval(former)

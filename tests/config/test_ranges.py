@@ -56,7 +56,7 @@ SAMPLES = [
 
 
 class Number(NamedTuple):
-    """A number of a field: how to put another one there, and its type and range."""
+    """A number of a field: wrap puts another one there; its kind is a type, its limits a Range."""
 
     wrap: typing.Callable[[Any], Any]
     kind: type

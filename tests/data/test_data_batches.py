@@ -16,7 +16,7 @@ LAYOUTS = ("encoder_decoder", "decoder_only", "encoder_only")
 
 
 def write_lines(path, count: int, seed: int, longest: int = 9) -> None:
-    """Writes `count` examples of words of up to `longest` letters to path; each is unique."""
+    """Writes count unique examples, of words of up to `longest` characters from a seed, to path."""
     draw = random.Random(seed)
     with open(path, "w") as lines:
         for number in range(count):
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def pairs(folder, name="toy", train="train.jsonl", **changes) -> config.Data:
-    """Data of the examples of `folder` with inputs; changes are fields of config.Data."""
+    """Data by name of the file train of folder, with inputs; changes are fields of config.Data."""
     files = config.Files(
         name=name,
         train=str(folder / train),
@@ -50,7 +50,7 @@ def pairs(folder, name="toy", train="train.jsonl", **changes) -> config.Data:
 
 
 def text(folder, objective, **changes) -> config.Data:
-    """Data of the text of `folder`, cut by objective; changes are fields of config.Data."""
+    """Data of the text of folder, cut by objective; changes are fields of config.Data."""
     files = config.Files(
         name="text", train=str(folder / "train.jsonl"), targets="in", vocabulary=BYTES
     )

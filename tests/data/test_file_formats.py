@@ -112,8 +112,8 @@ def test_a_folder_that_looks_like_a_pattern_is_that_folder(tmp_path):
     (tmp_path / "[1]").mkdir()
     for name in ("b.jsonl", "a.jsonl"):
         (tmp_path / "[1]" / name).write_text(GOOD)
-    found = files.list_paths(described(tmp_path / "[1]" / "*.jsonl"), "train")
-    assert [path.name for path in found] == ["a.jsonl", "b.jsonl"]
+    paths = files.list_paths(described(tmp_path / "[1]" / "*.jsonl"), "train")
+    assert [path.name for path in paths] == ["a.jsonl", "b.jsonl"]
     with pytest.raises(ValueError, match=r"matches no file but a folder: .*\[1\]/\* names"):
         files.list_paths(described(tmp_path / "[1]"), "train")
 

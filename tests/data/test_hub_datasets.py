@@ -39,7 +39,8 @@ def row(k, word):
 
 
 def write_dataset(folder, word="text", count=30):
-    """Writes a dataset of two splits, of two files each."""
+    """Writes a dataset of two splits to a folder, of two files each with count rows that have a
+    word."""
     for split in ("train", "validation"):
         for part in range(2):
             rows = [row(k, word) for k in range(part * count, (part + 1) * count)]

@@ -18,7 +18,7 @@ PAIRS = [{"inputs": "abc", "targets": "cab"}, {"inputs": "de", "targets": "ed"}]
 
 
 def make_task(name: str, *metrics, **options) -> config.Data:
-    """Data of a registered task with these metric functions."""
+    """Data of a task that is registered by name, with these metrics and other options of seqio."""
     columns = {key: [pair[key] for pair in PAIRS] for key in ("inputs", "targets")}
     feature = seqio.Feature(seqio.ByteVocabulary(extra_ids=0))
     seqio.TaskRegistry.add(

@@ -14,17 +14,18 @@ from t5x_lite.decoding.steering import byte_automaton, expressions, json_schema,
 
 
 def language(automaton: byte_automaton.ByteAutomaton, longest: int, alphabet: str) -> set[str]:
-    """All texts of an automaton up to a length, of some ASCII characters."""
-    found, front = set(), [("", automaton.start)]
+    """All texts of an automaton that are no longer than `longest`, of the characters of an
+    alphabet."""
+    texts, front = set(), [("", automaton.start)]
     for _ in range(longest + 1):
-        found |= {text for text, state in front if automaton.final[state]}
+        texts |= {text for text, state in front if automaton.final[state]}
         front = [
             (text + character, int(automaton.following[state, ord(character)]))
             for text, state in front
             for character in alphabet
             if automaton.following[state, ord(character)] >= 0
         ]
-    return found
+    return texts
 
 
 def accepts(automaton: byte_automaton.ByteAutomaton, text: str) -> bool:
@@ -227,7 +228,13 @@ def steps_left(automaton: byte_automaton.ByteAutomaton) -> np.ndarray:
 def random_text(
     automaton: byte_automaton.ByteAutomaton, left: np.ndarray, draw: np.random.Generator
 ) -> str:
-    """A text of an automaton, by a walk that after some bytes takes the shortest way out."""
+    """A text of an automaton, by a walk that after some bytes takes the shortest way out.
+
+    Args:
+      automaton: the automaton.
+      left: fewest bytes from each state to the end.
+      draw: random generator.
+    """
     state, written, most = automaton.start, bytearray(), draw.choice([0, 20, 100])
     while not automaton.final[state] or (len(written) < most and draw.random() < 0.8):
         row = automaton.following[state]
@@ -269,9 +276,9 @@ def test_integers_between_bounds_are_all_there(low, high):
     automaton = expressions.compile_expression(
         json_schema.parse_schema(json.dumps(schema)), "the schema"
     )
-    found = language(automaton, 5, string.digits + "-")
+    texts = language(automaton, 5, string.digits + "-")
     inside = range(-9999 if low is None else low, 99999 + 1 if high is None else high + 1)
-    assert found == {str(number) for number in inside}
+    assert texts == {str(number) for number in inside}
 
 
 @pytest.mark.parametrize(

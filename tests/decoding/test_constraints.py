@@ -37,12 +37,12 @@ def table_of(pattern: str) -> constraints.ConstraintTable:
 @functools.cache
 def sentences(pattern: str, budget: int) -> set[tuple[int, ...]]:
     """All sequences of at most `budget` ids, the end included, whose text matches."""
-    found = set()
+    texts = set()
     for length in range(budget):
         for ids in itertools.product(IDS, repeat=length):
             if re.fullmatch(pattern, b"".join(map(IDS.get, ids)).decode()):
-                found.add((*ids, EOS))
-    return found
+                texts.add((*ids, EOS))
+    return texts
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -58,7 +58,14 @@ def test_the_allowed_tokens_are_those_that_some_text_goes_on_with(pattern):
 
 
 def allowed_after(pattern, prefix, split, budget):
-    """Ids that are allowed after `split` tokens of a text and the rest as drafts."""
+    """Ids that are allowed after `split` tokens of a text and the rest as drafts.
+
+    Args:
+      pattern: regular expression.
+      prefix: ids of the text so far.
+      split: how many of them are committed.
+      budget: most new tokens.
+    """
     with jax.set_mesh(None):
         rules = constraints.make_automaton(table_of(pattern), np.array([budget]))
         one = np.ones(1, np.int32)
@@ -157,8 +164,8 @@ def request_of(kind, name, **options):
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"beams": 3}], ids=str)
 @pytest.mark.parametrize("name", DECODES)
 def test_every_text_is_in_the_language(name, options):
-    *given, vocabulary = request_of("encoder_decoder", name, **options)
-    for ids in generation.generate(*given).tokens[:, 0]:
+    *arguments, vocabulary = request_of("encoder_decoder", name, **options)
+    for ids in generation.generate(*arguments).tokens[:, 0]:
         assert EOS in ids.tolist()
         check_text(name, vocabulary.decode(ids.tolist()))
 
@@ -177,12 +184,12 @@ def check_text(name: str, text: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name, kind", [("schema", "decoder_only"), ("regex", "encoder_decoder")])
 def test_drafts_and_streams_change_no_token(name, kind, temperature):
-    *given, _ = request_of(kind, name, temperature=temperature)
-    plain = generation.generate(*given).tokens
+    *arguments, _ = request_of(kind, name, temperature=temperature)
+    plain = generation.generate(*arguments).tokens
     for drafter in DRAFTERS.values():
-        drafted = generation.generate(*given, decoding.Drafting(drafter)).tokens
+        drafted = generation.generate(*arguments, decoding.Drafting(drafter)).tokens
         np.testing.assert_array_equal(drafted, plain)
-    *_, last = streaming.stream(*given, decoding.Drafting(DRAFTERS["lookup"]), every=3)
+    *_, last = streaming.stream(*arguments, decoding.Drafting(DRAFTERS["lookup"]), every=3)
     np.testing.assert_array_equal(last.tokens, plain)
 
 

@@ -36,7 +36,7 @@ def alone():
 
 
 def table_logits(table, tokens, positions):
-    """Logits after each token at its position, as a sum, which has its place on any mesh."""
+    """Logits of a table after tokens at positions, as a sum, which has its place on any mesh."""
     place = jax.nn.one_hot(positions, table.shape[0])
     before = jax.nn.one_hot(tokens, table.shape[1])
     return jnp.einsum("bwp,bwt,ptv->bwv", place, before, table)
@@ -52,7 +52,7 @@ def table_target(table):
 
 @dataclass(frozen=True)
 class TableDrafter:
-    """Samples a chain from DRAFT, with its distributions or with the model's own noise."""
+    """A chain (width) from DRAFT, or the model if not stochastic; some are missing; no top."""
 
     width: int = 3
     stochastic: bool = True
@@ -92,7 +92,7 @@ class TableDrafter:
 
 
 def texts(drafter, accept, rows=ROWS, seed=11, temperature=1.0, top_k=0):
-    """The state after STEPS tokens of every row, which all begin with token 0."""
+    """Texts by drafter and accept from token 0 on, in rows; sampled by seed, temperature, top_k."""
 
     def run(row):
         draws = sampling.SamplingParams(

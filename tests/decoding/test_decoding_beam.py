@@ -41,7 +41,8 @@ def of_table(logits):
 
 
 def run_search(logits, beams, alpha, length=LENGTH):
-    """Returns (text, score) of the finished texts, best first."""
+    """Returns (text, score) of the finished texts of a search with beams and alpha, best first;
+    logits are a table, and texts have at most length tokens."""
     tokens = generation.shard_rows(np.zeros((1, 1), np.int32))
     prompts = target.Prompts(tokens, tokens[:, 0] + 1)
     stopping = protocol.StoppingCriteria(EOS, prompts.length + length)
@@ -87,7 +88,7 @@ def test_with_beams_for_all_the_best_texts_of_all_are_found(seed, alpha):
 
 
 def plain_search(logits, beams, alpha, length):
-    """The same search in plain Python, by lists."""
+    """The same search of logits with beams, alpha and length, in plain Python by lists."""
     live, finished = [((), 0.0)], []
     for _ in range(length):
         grown = [
@@ -132,7 +133,14 @@ def lively(cfg):
 
 
 def one_beam(cfg, params, request, length):
-    """Beam search of width one, which `generate` itself leaves to the loop."""
+    """Beam search of width one, which `generate` itself leaves to the loop.
+
+    Args:
+      cfg: the model.
+      params: its weights.
+      request: rows to continue.
+      length: most new tokens.
+    """
     placed = generation.shard_rows(request._replace(eos=None))
 
     def run(params, placed):

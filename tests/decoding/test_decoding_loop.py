@@ -203,7 +203,8 @@ class Scripted:
 
 
 def script(kind, result, shift=0):
-    """Returns the token after each slot of the texts, or another one; -1 in the prompt."""
+    """Returns the token of a result after each slot of the texts of a kind, or the one `shift` ids
+    further; -1 in the prompt."""
     rows, _, length = result.tokens.shape
     tokens = np.full((rows, 64), -1, np.int32)
     for row, example in enumerate(EXAMPLES):

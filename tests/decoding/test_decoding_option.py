@@ -228,7 +228,7 @@ def smaller(ours, monkeypatch):
     flat, tree = jax.tree.flatten(params)
     cut = [leaf[tuple(map(slice, like.shape))] for leaf, like in zip(flat, shapes, strict=True)]
     known = {str(ours): params, str(small): jax.tree.unflatten(tree, cut)}
-    monkeypatch.setattr(manager, "load_params", lambda path, **given: (known[str(path)], step))
+    monkeypatch.setattr(manager, "load_params", lambda path, **options: (known[str(path)], step))
     return small
 
 

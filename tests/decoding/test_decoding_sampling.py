@@ -42,7 +42,7 @@ def kept_by_filter(logits, settings):
 
 
 def by_sorting(logits, top_k, top_p):
-    """Marks the tokens [v] that top-k and then top-p keep, ties with the last one too."""
+    """Marks the tokens of logits [v] that top_k and then top_p keep, ties with the last one too."""
     order = np.argsort(-logits, kind="stable")
     kept = logits >= logits[order[top_k - 1]] if 0 < top_k < len(logits) else logits > -np.inf
     if top_p >= 1:
@@ -114,7 +114,14 @@ class NextIds:
 
 
 def texts(logits, settings, drafter=None, eos=-1):
-    """LENGTH tokens of ROWS rows, all after token 0."""
+    """LENGTH tokens of ROWS rows, all after token 0.
+
+    Args:
+      logits: table of the model.
+      settings: SamplingParams; None for greedy.
+      drafter: None for plain decoding.
+      eos: id that ends a text.
+    """
     zeros = jnp.zeros(ROWS, jnp.int32)
     slots = jnp.zeros((ROWS, LENGTH + 8), jnp.int32)
     state = protocol.DecodeState(
@@ -138,7 +145,8 @@ def texts(logits, settings, drafter=None, eos=-1):
 
 
 def text_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Computes the probability of each of the VOCABULARY ** LENGTH texts."""
+    """Computes the probability of each of the VOCABULARY ** LENGTH texts of logits, at a
+    temperature and with the filters top_k and top_p."""
     step = np.asarray(logits, np.float64) / temperature
     for place in np.ndindex(step.shape[:2]):
         step[place] = np.where(by_sorting(step[place], top_k, top_p), step[place], -np.inf)

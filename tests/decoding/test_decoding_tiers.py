@@ -48,7 +48,15 @@ def decoder_of(kind, reports):
 
 
 def write(decoder, case, kind, decode=GREEDY, every=2):
-    """Returns all results of a stream."""
+    """Returns all results of a stream.
+
+    Args:
+      decoder: a TieredDecoder.
+      case: the drafter and its weights.
+      kind: kind of the model.
+      decode: its settings.
+      every: tokens between results.
+    """
     params = prepared_params(kind, jax.sharding.get_mesh())
     weights = case.weights(kind)
     # The cases of other tests have prices already.
@@ -58,7 +66,8 @@ def write(decoder, case, kind, decode=GREEDY, every=2):
 
 
 def assert_text(results, kind, decode=GREEDY):
-    """Every result is a beginning of the text of plain decoding, and the last one is all of it."""
+    """Every one of results is a beginning of the text that plain decoding by `decode` writes with a
+    kind of model, and the last one is all of it."""
     expected = plain(kind, decode)
     np.testing.assert_array_equal(results[-1].tokens, expected.tokens)
     np.testing.assert_allclose(results[-1].scores, expected.scores, atol=1e-3)

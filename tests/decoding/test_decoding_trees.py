@@ -37,7 +37,8 @@ def alone():
 
 @dataclass(frozen=True)
 class Planted:
-    """Drafts the tokens of a script [b T] at the nodes `right`, and others everywhere else."""
+    """Drafts the tokens of a script [b T] at the nodes `right` of a tree, and others everywhere
+    else; top is none."""
 
     tree: protocol.Tree = BUSHY
     right: tuple[int, ...] = RIGHT

@@ -137,8 +137,16 @@ def counting():
 
 
 def chosen_widths(right, seconds=CHEAP, floor=8, limit=LENGTH, fixed=ANY_WIDTH, plain=None):
-    """Returns the width of every step, 0 for a step without drafting; `right` [b T] is a script of
-    right drafts."""
+    """Returns the width of every step, 0 for a step without drafting.
+
+    Args:
+      right: [b T] script of right drafts.
+      seconds: latency of each width.
+      floor: steps of plain decoding before drafting is tried again.
+      limit: most new tokens, of all rows or of each.
+      fixed: a width that is always used, or ANY_WIDTH.
+      plain: latency of a plain step; None for that of width 1.
+    """
     use_one_device()
     drafter = Adaptive(Truth(), (1, 3, 8), floor, 0.25 if floor == 8 else 0.6)
     rows = len(right)

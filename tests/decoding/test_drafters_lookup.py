@@ -25,7 +25,7 @@ def test_laws(name, law):
 
 
 def count_matched(source, place, written, most):
-    """Counts the tokens up to source[place] that equal the last ones of the text."""
+    """Counts the tokens, `most` at most, up to source[place] that equal the last of written."""
     length = 0
     while length < min(most, place + 1, len(written)):
         if source[place - length] != written[-1 - length]:
@@ -35,7 +35,15 @@ def count_matched(source, place, written, most):
 
 
 def search_copy(drafter, written, inputs, place, misses):
-    """Returns the drafts, and their place in the inputs (`place` for drafts of the text)."""
+    """Returns the drafts, and their place in the inputs (`place` for drafts of the text).
+
+    Args:
+      drafter: settings of the lookup.
+      written: the text so far.
+      inputs: ids of the encoder.
+      place: where in the inputs the last copy goes on.
+      misses: rejected copies in a row.
+    """
     longer = 2 if inputs and misses < drafter.patience else 0
     matches = [(longer, 1, 0, place)] if inputs else []
     for at in range(len(written) - 1):

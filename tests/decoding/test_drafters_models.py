@@ -66,7 +66,7 @@ def small(name: str):
 
 
 def draft_model_case(name: str, kind: str, width: int = 4) -> DrafterCase:
-    """Returns the draft model of that name, for a target of that kind."""
+    """Returns the draft model of a name, for a target of a kind, with blocks of a width."""
     drafter = DraftModel(SMALL[name], KINDS[kind], chain(width))
     return DrafterCase(
         drafter, lambda kind: decoding.prepare_params(SMALL[name], small(name)), (kind,)
@@ -124,7 +124,14 @@ class Uncached:
         return np.asarray(logits)[0, length[0] - 1, :64]
 
     def continued(self, example, written, count, pick=lambda logits, position: np.argmax(logits)):
-        """Returns `count` more tokens; position counts from the first new one."""
+        """Returns `count` more tokens after written, of an example.
+
+        Args:
+          example: the input or prompt.
+          written: tokens so far.
+          count: number of tokens.
+          pick: chooses from logits at a position, which counts from the first new token.
+        """
         written = list(written)
         for _ in range(count):
             written.append(int(pick(self.logits(example, written), len(written))))
@@ -132,14 +139,22 @@ class Uncached:
 
 
 def new_tokens(step, row, kind):
-    """Returns the new tokens of a row before the step, root included, and its prompt's length."""
+    """Returns the new tokens of a row before a step of a kind of model, root included, and its
+    prompt's length."""
     prompt = 1 if KINDS[kind].encoder else 1 + len(EXAMPLES[row])
     return step.before.tokens[row, prompt : step.before.length[row] + 1], prompt
 
 
 def assert_drafts_follow(case: DrafterCase, kind: str, reference: Uncached, decode=GREEDY):
     """Checks the drafts of the first steps against the reference, for some rows, the longest and
-    the shortest among them."""
+    the shortest among them.
+
+    Args:
+      case: the drafter.
+      kind: kind of the model.
+      reference: the layers that draft, without a cache.
+      decode: settings of decoding.
+    """
     count = case.drafter.tree.width - 1
     for step in itertools.islice(steps(case, kind, decode), 5):
         for row in (0, 1, 4, 5):
@@ -266,7 +281,8 @@ class Late:
         return states, states[last] - np.asarray(self.params["embedding"])[tokens[last]]
 
     def continued(self, example, tokens, count):
-        """Drafts after tokens, start and root included, all but the root in the cache."""
+        """`count` drafts after tokens of an example, start and root included, all but the root in
+        the cache."""
         table = np.asarray(self.params["embedding"])
         inputs = generation.shard_rows(decoding.pad_rows([example], 16))
         states, added = self.read(example, tokens)

@@ -32,7 +32,14 @@ def test_laws(name, law):
 
 
 def fill_tree(tree, root, last, successors):
-    """Drafts a tree node by node."""
+    """Drafts a tree node by node.
+
+    Args:
+      tree: its shape.
+      root: id of the root.
+      last: id before it.
+      successors: function of two ids: the likeliest ones after them.
+    """
     tokens, before = [root], [last]
     for node, parent in enumerate(tree.parents[1:], start=1):
         rank = tree.parents[:node].count(parent)

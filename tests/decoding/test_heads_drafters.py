@@ -117,7 +117,8 @@ class WholeModel:
         return run
 
     def logits(self, example, tokens, length, drafts) -> np.ndarray:
-        """Returns the heads' logits [g v] at the hidden state of the root, tokens[length]."""
+        """Returns the heads' logits [g v], after drafts, at the hidden state of the root,
+        tokens[length], of an example."""
         padded = np.zeros((1, 48), np.int32)
         padded[0, : length + 1] = tokens[: length + 1]
         before = np.broadcast_to(np.array([tokens[length], *drafts]), (1, 48, 4)).astype(np.int32)
@@ -127,12 +128,28 @@ class WholeModel:
 
 
 def expected_of_chain(drafter, head_logits, step, row, example):
-    """Returns the most probable token of each head."""
+    """Returns the most probable token of each head.
+
+    Args:
+      drafter: the drafter.
+      head_logits: [g v] logits of the heads.
+      step: not used here, as row and example.
+      row: number of the row.
+      example: its input.
+    """
     return head_logits.argmax(axis=1)[: drafter.tree.width - 1].tolist()
 
 
 def expected_of_tree(drafter, head_logits, step, row, example):
-    """Returns, at depth i, the most probable tokens of head i, by rank among the siblings."""
+    """Returns, at depth i, the most probable tokens of head i, by rank among the siblings.
+
+    Args:
+      drafter: the drafter.
+      head_logits: [g v] logits of the heads.
+      step: not used here, as row and example.
+      row: number of the row.
+      example: its input.
+    """
     tree, tokens = drafter.tree, []
     for node, parent in list(enumerate(tree.parents))[1:]:
         rank = tree.parents[:node].count(parent)
@@ -142,7 +159,15 @@ def expected_of_tree(drafter, head_logits, step, row, example):
 
 
 def expected_of_search(drafter, head_logits, step, row, example):
-    """Returns the best of all chains through the lattice, each scored by itself."""
+    """Returns the best of all chains through the lattice, each scored by itself.
+
+    Args:
+      drafter: the drafter.
+      head_logits: [g v] logits of the heads.
+      step: the step, with the text before it.
+      row: number of the row.
+      example: its input.
+    """
     tokens = step.before.tokens[row, : int(step.before.length[row]) + 1].tolist()
     pairs = list(itertools.pairwise(tokens))
     pairs += itertools.pairwise(example)

@@ -41,7 +41,8 @@ def lively(layout: str):
 
 
 def with_layers(cfg: config.Model, params, which):
-    """Returns the model with these layers alone in its decoder, and its weights."""
+    """Returns the model cfg with the layers `which` alone in its decoder, and its weights from
+    params."""
     stack = dataclasses.replace(cfg.decoder, layers=len(which))
     layers = jax.tree.map(lambda stacked: stacked[np.array(which)], params["decoder"]["layers"])
     params = params | {"decoder": params["decoder"] | {"layers": layers}}
@@ -63,7 +64,15 @@ def hidden_of(cfg, params, batch):
 
 
 def skipping(cfg, params, batch, rates, mesh=DATA):
-    """Returns hidden states and those after every layer, with rates to skip."""
+    """Returns hidden states and those after every layer, with rates to skip.
+
+    Args:
+      cfg: the model.
+      params: its weights.
+      batch: rows to read.
+      rates: probability to skip each layer.
+      mesh: the mesh.
+    """
     sharding.use_mesh(mesh)
 
     @jax.jit

@@ -129,7 +129,8 @@ def test_logits_are_those_of_transformers(name, shape):
 
 
 def assert_same(ours, theirs, masks: bool):
-    """Checks logits: bitwise of masks and sums; PyTorch divides by multiplying, so to two units."""
+    """Checks ours against theirs: bitwise for masks and sums; PyTorch divides by multiplying, so to
+    two units."""
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
     if masks:
         np.testing.assert_array_equal(ours, theirs)
@@ -139,7 +140,17 @@ def assert_same(ours, theirs, masks: bool):
 
 
 def steered(rules, tree, tokens, prompt, added, block, logits):
-    """Logits after the processors, whose states saw the prompt and then the added tokens."""
+    """Logits after the processors, whose states saw the prompt and then the added tokens.
+
+    Args:
+      rules: the processors.
+      tree: shape of the block.
+      tokens: [b T] texts.
+      prompt: [b] lengths of the prompts.
+      added: [b] tokens after the prompts.
+      block: [b w] the root and drafts.
+      logits: [b w v] of the model.
+    """
     begin = processor.Text(jnp.array(tokens), jnp.array(prompt), jnp.array(prompt))
     states = rules.begin(begin, VOCAB)
     most = int(added.max())

@@ -66,7 +66,7 @@ def tokens_of(kind, decode, drafting=generation.PLAIN):
 
 
 def bytes_of(ids) -> bytes:
-    """What ids write; those that are no bytes write nothing."""
+    """Bytes of the text of ids; special ones have none."""
     return bytes(token - 3 for token in ids if 3 <= token < 259)
 
 
@@ -82,7 +82,7 @@ def test_drafts_and_streams_stop_where_the_plain_text_has_a_stop(kind):
     stops = tuple(each.decode() for each in (*pairs[:1], *letters[3:4]))
     assert stops
     decode = config.Decode(**options, stop=stops)
-    plain, given = tokens_of(kind, decode)
+    plain, setup = tokens_of(kind, decode)
     for row in range(len(EXAMPLES)):
         ids = free.tokens[row, 0, : free.lengths[row, 0]].tolist()
         written = [bytes_of(ids[: n + 1]) for n in range(len(ids))]
@@ -93,7 +93,7 @@ def test_drafts_and_streams_stop_where_the_plain_text_has_a_stop(kind):
         drafted, _ = tokens_of(kind, decode, decoding.Drafting(drafter))
         np.testing.assert_array_equal(drafted.tokens, plain.tokens)
         np.testing.assert_array_equal(drafted.lengths, plain.lengths)
-    cfg, params, request = given
+    cfg, params, request = setup
     drafting = decoding.Drafting(DRAFTERS["lookup"])
     *_, last = streaming.stream(cfg, params, request, decode, drafting, every=3)
     np.testing.assert_array_equal(last.tokens, plain.tokens)

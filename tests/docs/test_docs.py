@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README and docs tell a reader to type, and to bind, is there."""
+"""Commands, fields and files that README and docs name exist."""
 
 import importlib
 import re

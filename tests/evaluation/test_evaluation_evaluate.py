@@ -101,7 +101,7 @@ def test_every_task_of_a_mixture_is_measured_and_reported(tmp_path):
 
 
 def words(tmp_path, name, count):
-    """A task of a few pairs."""
+    """A task of count pairs, by name, in a file of tmp_path."""
     path = tmp_path / f"{name}.jsonl"
     rows = [{"source": f"{name} {i}", "target": f"{i} {name}"} for i in range(count)]
     path.write_text("\n".join(map(json.dumps, rows)))

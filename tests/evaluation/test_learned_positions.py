@@ -45,7 +45,7 @@ def session(request, folders):
 
 
 def longest(predictor, new_tokens: int, text: str = "") -> str:
-    """The longest text of letters with room for new tokens after it."""
+    """The longest continuation of text after which a predictor has room for new_tokens."""
     more = text + "a"
     fits = not describe_excess(predictor.cfg, predictor.encode_inputs([more])[0], new_tokens)
     return longest(predictor, new_tokens, more) if fits and len(more) < 40 else text

@@ -61,14 +61,14 @@ def theirs(folder):
 )
 @pytest.mark.slow
 def test_the_ids_are_those_of_transformers(session, theirs, task, arguments):
-    own = dict(PARAMETERS.get(task, {}))
-    prefix = own.pop("prefix", "")
+    task_parameters = dict(PARAMETERS.get(task, {}))
+    prefix = task_parameters.pop("prefix", "")
     pipe = interactive.pipeline(task, session)
     name = {"summarization": "summary", "text2text-generation": "generated"}.get(
         task, "translation"
     )
     for word in WORDS:
-        expected = theirs(prefix + word, **(own | arguments))
+        expected = theirs(prefix + word, **(task_parameters | arguments))
         (result,) = pipe(word, return_tensors=True, **arguments)
         eos = session.predictor.targets.eos
         assert [[i for i in result[f"{name}_token_ids"] if i != eos]] == expected

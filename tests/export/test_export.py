@@ -54,7 +54,7 @@ assert not loaded, loaded
 
 
 def decode_greedily(run: Path, rows: list[list[int]], stops: list[int]) -> list[list[int]]:
-    """Ids of our own decoding."""
+    """Ids that the model of a run itself decodes after rows, until one of stops."""
     predictor, decode = interactive.load(run).predictor, Decode(max_new_tokens=NEW)
     # Rows for every device of the tests.
     batch = len(rows) * jax.device_count()

@@ -28,7 +28,17 @@ PREFIX = np.arange(LENGTH)[None] % 130 < np.full((ROWS, 1), 20)
 
 
 def attention(q, k, v, table, segments, prefix, backend):
-    """Causal with prefixes, packed, windowed and biased."""
+    """Attention that is causal with prefixes, packed, windowed and biased.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      table: of the bias.
+      segments: segment ids.
+      prefix: tokens that all attend to.
+      backend: what runs it.
+    """
     mask = kernels.Mask(
         segments, segments, True, prefix, prefix, window_size=jnp.array([150, 200], jnp.int32)
     )

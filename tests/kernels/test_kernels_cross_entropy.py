@@ -46,7 +46,16 @@ def form(request, small):
 
 
 def drawn(config, rows=150, width=24, vocab=211, seed=0, dtype=jnp.float32):
-    """Hidden states, a table, targets and the objective's gradient."""
+    """Hidden states, a table, targets and the objective's gradient.
+
+    Args:
+      config: of the losses.
+      rows: number of targets.
+      width: of the hidden states.
+      vocab: size of the vocabulary.
+      seed: of the draw.
+      dtype: of hidden states and table.
+    """
     draw = np.random.default_rng(seed)
     shape = (vocab, width) if config.tied else (width, vocab)
     hidden = jnp.asarray(draw.normal(size=(rows, width)), dtype)
@@ -56,7 +65,15 @@ def drawn(config, rows=150, width=24, vocab=211, seed=0, dtype=jnp.float32):
 
 
 def reference(hidden, table, targets, gradient, config):
-    """Objective, nll, correct, and the gradients of the objective, in float64."""
+    """Objective, nll, correct, and the gradients of the objective, in float64.
+
+    Args:
+      hidden: [r d] hidden states.
+      table: [v d] or [d v].
+      targets: [r] ids.
+      gradient: [r] of the objective.
+      config: of the losses.
+    """
     x, w = (np.asarray(a.astype(jnp.float32), np.float64) for a in (hidden, table))
     w = w if config.tied else w.T
     raw = config.scale * x @ w.T
@@ -78,14 +95,14 @@ def reference(hidden, table, targets, gradient, config):
 
 
 def near(ours, exact, tolerance):
-    """Within tolerance of the largest value."""
+    """Checks that ours is within tolerance of the largest value of exact."""
     ours = np.asarray(ours.astype(jnp.float32), np.float64)
     assert np.max(np.abs(ours - exact)) <= tolerance * np.max(np.abs(exact))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def losses_and_gradients(form, arrays, config):
-    """Losses and gradients."""
+    """Losses and gradients that a form of cross entropy with a config computes of arrays."""
     hidden, table, targets, gradient = arrays
 
     def losses(hidden, table):

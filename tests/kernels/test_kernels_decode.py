@@ -18,7 +18,7 @@ TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}
 
 
 def expected(q, sources, softcap):
-    """One softmax over all sources, pair by pair."""
+    """One softmax over all sources of queries q, pair by pair, with scores below the softcap."""
     q = np.asarray(q, np.float64)
     scores, masks, values = [], [], []
     for source in sources:
@@ -55,7 +55,22 @@ def bias_of_pairs(source, heads):
 
 @dataclasses.dataclass
 class Case:
-    """Shapes, and which of the rules hold."""
+    """Shapes, and which of the rules hold.
+
+    Attributes:
+      rows: rows of the batch.
+      width: new tokens of a row.
+      heads: key heads, and query heads of each.
+      slots: slots of the cache.
+      size: size of a head.
+      dtype: dtype of the arrays.
+      tree: new tokens are a tree instead of a chain.
+      bias: there is a relative position bias.
+      window: keys that a query attends to; None for all.
+      prefix: there are keys that all queries of a row attend to.
+      softcap: cap of the scores; None without one.
+      seed: seed of the draw.
+    """
 
     rows: int = 3
     width: int = 4

@@ -39,7 +39,8 @@ STARTS = [(query, key) for query in (0, 128, 1280) for key in (0, 256, 1536)]
 
 @jax.jit
 def tiles_at(offset, queries, keys):
-    """The tiles of 128 queries and 256 keys that begin there, and keys by queries."""
+    """The tiles of 128 queries and 256 keys that begin at queries and keys, with an offset between
+    them, and the tile with keys by queries."""
     vector, origin = toeplitz.bias_vector(RELATIVE, offset, 256)
     reversed_vector, end = toeplitz.reverse_vector(vector), -(origin + vector.shape[1])
     tiles = read_tiles(vector, keys - queries - origin, (128, 256))

@@ -36,7 +36,14 @@ NAMES = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
 
 
 def objective(cfg: config.Model, params, batch, in_pieces: bool):
-    """The objective, summed over the targets of batch."""
+    """The objective, summed over the targets of a batch.
+
+    Args:
+      cfg: the model.
+      params: its weights.
+      batch: rows to read.
+      in_pieces: without an array of all logits.
+    """
     apply = functools.partial(model.Transformer(cfg, remat="minimal").apply, {"params": params})
     hidden = apply(batch, method=model.Transformer.hidden)
     if in_pieces:

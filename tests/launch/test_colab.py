@@ -118,8 +118,8 @@ def names_bound(source: str) -> set[str]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_small_form_has_all_parameters_and_no_others(path):
-    given = tagged(nbformat.read(path, as_version=4), "parameters")[0].source
-    assert names_bound(SMALL[path.stem]) == names_bound(given)
+    kept_source = tagged(nbformat.read(path, as_version=4), "parameters")[0].source
+    assert names_bound(SMALL[path.stem]) == names_bound(kept_source)
 
 
 def test_the_first_cell_is_one_line_that_works_as_it_is():
@@ -160,8 +160,8 @@ def imports():
 
 @pytest.mark.parametrize("notebook, module, name", sorted(set(imports())))
 def test_what_a_notebook_imports_is_there(notebook, module, name):
-    found = importlib.import_module(module)
-    assert hasattr(found, name) or importlib.import_module(f"{module}.{name}")
+    imported = importlib.import_module(module)
+    assert hasattr(imported, name) or importlib.import_module(f"{module}.{name}")
 
 
 def test_files_and_pages_that_a_notebook_names_are_there():

@@ -69,9 +69,12 @@ def test_help_has_examples_and_mistakes_are_named(script):
     done = launch([script, "--help"])
     assert done.returncode == 0 and "examples\n" in done.stdout
     first = ["run"] if script == "tpu_vm.sh" else ["train"] if script == "xpk.sh" else []
-    for words, said in ((["--nodse=2"], "unknown flag --nodse=2"), (["--name="], "--name=VALUE")):
+    for words, message in (
+        (["--nodse=2"], "unknown flag --nodse=2"),
+        (["--name="], "--name=VALUE"),
+    ):
         done = launch([script, *first, *words])
-        assert done.returncode == 1 and said in done.stderr
+        assert done.returncode == 1 and message in done.stderr
     assert "is missing" in launch([script, *first]).stderr
 
 
@@ -88,7 +91,7 @@ PYTHONS = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
 
 
 def applies(requirement: Requirement, python: str) -> bool:
-    """Whether a requirement's marker holds in this version of Python, on Linux."""
+    """True if a requirement's marker holds in this version of Python, on Linux."""
     linux = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
     version = {"python_version": python, "python_full_version": f"{python}.0"}
     marker = requirement.marker
@@ -188,7 +191,8 @@ class Clone:
         path.chmod(0o755)
 
     def run(self, script: str, *words: str, **changes: str):
-        """The calls of Python since the last run, and how the script ended."""
+        """The calls of Python since the last run of a script with words, in an environment with
+        changes, and how it ended."""
         self.log.write_text("")
         environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "CALLS": str(self.log)}
         environment |= {"HOME": str(self.bin), "FAILS": ""} | changes

@@ -36,7 +36,8 @@ class Distributions(NamedTuple):
 
 
 def run(words: list, folder: Path, **options) -> subprocess.CompletedProcess:
-    """A command in a folder and in an environment that knows nothing of the clone."""
+    """A command of words, in a folder and in an environment that has no trace of the clone; options
+    are those of subprocess.run."""
     keep = ("PATH", "LANG", "SSL_CERT_FILE", "XDG_CONFIG_DIRS")
     environment = {k: v for k, v in os.environ.items() if k in keep or k.startswith("PIP_")}
     environment |= {"HOME": str(folder), "JAX_PLATFORMS": "cpu", "PIP_CONSTRAINT": str(CONSTRAINTS)}
@@ -52,7 +53,7 @@ def run(words: list, folder: Path, **options) -> subprocess.CompletedProcess:
 
 
 def check_run(words: list, folder: Path, **options) -> str:
-    """Output of a command that ends well."""
+    """Output of a command of words in a folder that ends well, with options as in `run`."""
     done = run(words, folder, **options)
     assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

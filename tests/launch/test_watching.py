@@ -31,7 +31,15 @@ case "$* $(head -n 1 scp 2>/dev/null)" in *scp*fails) sed -i 1d scp; exit 1 ;; e
 
 
 def watched(path: Path, states: str, statuses: str, what: str = "run", **files: str):
-    """The launcher against these answers: what it did, and how it ended."""
+    """The launcher against these answers: its calls, and how it ended.
+
+    Args:
+      path: folder of the answers.
+      states: states of the slice, one after the other.
+      statuses: exit statuses of training.
+      what: command of the launcher.
+      **files: further answers, by name of their file.
+    """
     (path / "gcloud").write_text(FAKE)
     (path / "gcloud").chmod(0o755)
     answers = {"resumed": "", **files}

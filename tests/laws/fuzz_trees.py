@@ -72,7 +72,13 @@ def change_tree(tree: Any, draw: random.Random) -> Any:
 
 
 def replace_dict(tree: Any, old: dict, new: dict) -> None:
-    """Puts `new` where a tree has `old`; at the root nothing can be replaced."""
+    """Puts `new` where a tree has `old`; at the root nothing can be replaced.
+
+    Args:
+      tree: dicts and lists.
+      old: the dict to replace, by identity.
+      new: the dict in its place.
+    """
     for owner, key in list_places(tree):
         if owner[key] is old:
             owner[key] = new

@@ -29,6 +29,13 @@ def content_size(content: Content) -> int:
 
 
 def read_part(content: Content, begin: int, size: int) -> bytes:
+    """Reads `size` bytes of content from `begin` on.
+
+    Args:
+      content: bytes, or a file of them.
+      begin: first byte.
+      size: number of bytes.
+    """
     if isinstance(content, bytes):
         return content[begin : begin + size]
     with content.open("rb") as stream:
@@ -54,7 +61,13 @@ def blob_id(content: Content) -> str:
 
 
 def describe_repository(repository: Repository, name: str, commit: str) -> dict[str, Any]:
-    """The answer to model_info or dataset_info."""
+    """The answer to model_info or dataset_info.
+
+    Args:
+      repository: the repository.
+      name: owner and name.
+      commit: the commit to describe.
+    """
     files = repository.commits[commit]
     return {
         "_id": "0" * 24,
@@ -94,7 +107,13 @@ def describe(files: Mapping[str, Content], path: str) -> list[dict[str, Any]]:
 def list_tree(
     files: Mapping[str, Content], folder: str, query: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Entries of a folder, of those below too where the query says so."""
+    """Entries of a folder, of those below too where the query says so.
+
+    Args:
+      files: files of a commit.
+      folder: path of the folder; empty for the root.
+      query: parameters of the request.
+    """
     folder = folder.rstrip("/")
     prefix = folder + "/" if folder else ""
     inside = [path.removeprefix(prefix) for path in sorted(files) if path.startswith(prefix)]

@@ -41,7 +41,7 @@ BLOCK = 2**16
 
 
 class Served(NamedTuple):
-    """A request with its answer: method, path without the query, status and bytes of the body."""
+    """A request (method, path, range, authorized) and its answer (status, size of the body)."""
 
     method: str
     path: str
@@ -52,7 +52,7 @@ class Served(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A response; a body that is a Path is read from there, in the range that is asked for."""
+    """A response: status, headers, and a body, in which a Path stands for a range of the file."""
 
     status: int
     body: Content = b""
@@ -106,7 +106,7 @@ class HubServer:
     def use_here(
         self, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str | None = None
     ) -> None:
-        """Makes this process use this hub, also where huggingface_hub is imported already."""
+        """Makes this process use this hub by monkeypatch, with a cache and a token."""
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         for name, value in self.environment(cache, token).items():
@@ -161,7 +161,7 @@ class HubServer:
         return commit
 
     def files(self, name: str, kind: str = "model", revision: str = "main") -> dict[str, Content]:
-        """Files of a repository, also those that were pushed."""
+        """Files of the repository of a name and kind at a revision, also those that were pushed."""
         repository = self.repositories[kind, name]
         return repository.commits[repository.refs.get(revision, revision)]
 
@@ -180,7 +180,7 @@ class HubServer:
 
 
 def refuse(status: int, code: str, message: str) -> Answer:
-    """A refusal as the hub words it."""
+    """A refusal with a status, in the hub's form: a code and a message in the headers."""
     headers = {"X-Error-Code": code, "X-Error-Message": message}
     return Answer(status, json.dumps({"error": message}).encode(), headers)
 
@@ -255,7 +255,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return repository
 
     def answer_file(self, kind: str, name: str, rest: str) -> Answer:
-        """A file of a commit; `rest` is its revision and path."""
+        """A file of a commit of a name and kind; `rest` is its revision and path."""
         repository = self.find_repository(kind, name)
         if isinstance(repository, Answer):
             return repository
@@ -281,7 +281,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Answer(302, b"", headers)
 
     def answer_api(self, kind: str, name: str, rest: str) -> Answer:
-        """Listings and commits; `rest` is what follows the name."""
+        """Listings and commits of a name and kind; `rest` is what follows them."""
         repository = self.find_repository(kind, name)
         if isinstance(repository, Answer):
             return repository
@@ -322,7 +322,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.hub.add(name, {".gitattributes": b""}, kind, private=private)
         return created
 
-    def choose_uploads(self, repository: Repository, name: str, place: str) -> Answer:
+    def choose_uploads(self, *_: Any) -> Answer:
         paths = [each["path"] for each in json.loads(self.body)["files"]]
         modes = ["lfs" if path.endswith(LARGE) else "regular" for path in paths]
         both = zip(paths, modes, strict=True)
@@ -342,7 +342,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return send_json({"transfer": "basic", "objects": objects})
 
     def commit(self, repository: Repository, name: str, place: str) -> Answer:
-        """A commit on top of a branch."""
+        """A commit on top of the branch `place` of a repository by name."""
         files = dict(repository.commits[repository.refs[place]])
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
@@ -380,7 +380,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.hub.served.append(Served(*request, self.headers.get("Range"), self.authorized))
 
     def send_body(self, body: Content, begin: int, end: int) -> int:
-        """Sends bytes of a body, and returns their number; a cut closes the connection."""
+        """Sends body from begin to end, returns how many bytes; a cut closes the connection."""
         cuts = next((cuts for path, cuts in self.hub.cut_after.items() if path in self.route), [])
         download = "/cdn/" in self.route or ("/resolve/" in self.route and begin < end)
         stop = min(end, begin + cuts.pop(0)) if cuts and download else end

@@ -74,6 +74,8 @@ class Store:
 
 
 class Server(http.server.ThreadingHTTPServer):
+    """Server of a store, with a thread for each request."""
+
     daemon_threads = True
     request_queue_size = 128
 
@@ -82,6 +84,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    """Handler of a request to a store, which hands it on."""
+
     protocol_version = "HTTP/1.1"
     store: Store
 
@@ -144,6 +148,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return int(json.loads(content)["generation"]) if status == 200 else 0
 
     def ask(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """The answer of the store itself to a request: method, path and body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.store.upstream, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP}
         # Each of the upstream's connections ends with its answer.
@@ -154,6 +159,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return response.status, answered, content
 
     def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        """Sends an answer: status, headers and content."""
         self.send_response_only(status)
         head = self.command == "HEAD"
         length = headers.get("Content-Length", "0") if head else str(len(content))

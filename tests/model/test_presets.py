@@ -93,7 +93,7 @@ def test_presets_have_the_tensors_that_transformers_makes(name):
 
 
 def logit_fields(cfg: config.Model):
-    """What decides the logits of a model, each thing in one way."""
+    """All that decides the logits of a model, each thing in one way."""
     if cfg.layout == "decoder_only":
         return decoders.logit_fields(cfg)
 

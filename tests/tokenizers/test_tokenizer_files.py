@@ -191,7 +191,8 @@ ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def saved_by_transformers(kind, folders, folder):
-    """A folder of ours as transformers saves it, with a tokenizer.json."""
+    """The folder of a kind among folders, as transformers saves it in another folder, with a
+    tokenizer.json."""
     tokenizer = theirs(folders[kind])
     tokenizer.save_pretrained(folder)
     shutil.copy(folders[kind] / "config.json", folder)

@@ -63,7 +63,7 @@ NAMED = [
 
 
 def written(folder, tokenizer_config=None, config=None, generation=None, **files):
-    """A folder with these files; JSON ones from dicts."""
+    """A folder with files; tokenizer_config, config and generation are dicts, written as JSON."""
     folder.mkdir()
     objects = {
         "tokenizer_config.json": tokenizer_config,

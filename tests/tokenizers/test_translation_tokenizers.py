@@ -18,7 +18,14 @@ LANGUAGES = ["de_DE", "en_XX", "ro_RO"]
 
 
 def train(kind="unigram", size=110, corpus=None, **options):
-    """A SentencePiece model as fairseq and Marian train it: <unk> 0, <s> 1, </s> 2."""
+    """A SentencePiece model as fairseq and Marian train it: <unk> 0, <s> 1, </s> 2.
+
+    Args:
+      kind: "unigram" or "bpe".
+      size: number of pieces.
+      corpus: lines; None for SENTENCES.
+      **options: of the trainer.
+    """
     import sentencepiece
 
     model = io.BytesIO()
@@ -49,7 +56,7 @@ def pieces_of(model):
 
 
 def write(folder, files, model_type, **settings):
-    """A folder with these files and settings of a tokenizer."""
+    """Writes a folder with files and settings of a tokenizer, of a model_type."""
     content = {"config.json": {"model_type": model_type, "decoder_start_token_id": 0}}
     content |= {"tokenizer_config.json": settings}
     for name, value in (files | content).items():
@@ -130,11 +137,11 @@ FOLDERS = {each.__name__: each for each in (bart, marian, m2m100, mbart50, nllb,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
+    built = {}
     for name, build in FOLDERS.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        build(made[name])
-    return made
+        built[name] = tmp_path_factory.mktemp(name)
+        build(built[name])
+    return built
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -46,7 +46,7 @@ def refused(run: config.Run, text: Path) -> str:
 
 @contextlib.contextmanager
 def lives(run: config.Run, text: Path, step: int):
-    """A process that has come to the step and goes on."""
+    """A process of a run, whose config is in the file text, that has come to a step and goes on."""
     with started(run, text) as process:
         wait_for_step(process, Path(run.model_dir), step)
         assert process.poll() is None

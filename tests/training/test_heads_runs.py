@@ -23,7 +23,7 @@ HEADED = dataclasses.replace(CFG, draft_heads=config.DraftHeads(3, "medusa"))
 
 
 def write_run_folder(folder, cfg, drawn):
-    """A run folder of these weights with a vocabulary of letters."""
+    """A run folder with drawn weights of cfg and a vocabulary of letters."""
     ours = write_ours(folder, cfg, drawn)
     symbols = vocabularies.SymbolVocabulary([chr(97 + i) for i in range(26)])
     vocabularies.save_pair(ours / "vocabulary", symbols, symbols)
@@ -36,7 +36,8 @@ def trunk(tmp_path_factory):
 
 
 def run_of(folder, trunk, steps, **changes) -> config.Run:
-    """A run that trains heads on a frozen trunk, on words backwards."""
+    """A run in a folder that trains heads for some steps on a frozen trunk, on words backwards;
+    changes are fields of config.Run."""
     data = folder.parent / "words.jsonl"
     draw = np.random.default_rng(0)
     words = ["".join(map(chr, draw.integers(97, 101, 5))) for _ in range(64)]

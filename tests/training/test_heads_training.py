@@ -52,7 +52,14 @@ def lively(cfg: config.Model, seed=1):
 
 
 def take_steps(run: config.Run, weights, batches, mesh=DATA):
-    """The state after a step on each batch, and the metrics of all, on the host."""
+    """The state after a step on each batch, and the metrics of all, on the host.
+
+    Args:
+      run: the run.
+      weights: weights to begin with.
+      batches: a batch for each step.
+      mesh: the mesh.
+    """
     sharding.use_mesh(mesh)
     axes = model.axes(run.model)
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
@@ -71,7 +78,8 @@ def take_steps(run: config.Run, weights, batches, mesh=DATA):
 
 
 def sums_of(run: config.Run, weights, batch, *keys):
-    """LossSums of a step for each key, without its gradient; and the hidden states."""
+    """LossSums of a step of a run on a batch for each of keys, without its gradient, with weights;
+    and the hidden states."""
     sharding.use_mesh(DATA)
     transformer = model.Transformer(run.model, remat="none")
 
@@ -85,7 +93,15 @@ def sums_of(run: config.Run, weights, batch, *keys):
 
 
 def reference(cfg: config.Model, weights, hidden, batch, table):
-    """Objective and right predictions of every head, target by target, in float64."""
+    """Objective and right predictions of every head, target by target, in float64.
+
+    Args:
+      cfg: the model.
+      weights: its weights.
+      hidden: [b t d] hidden states.
+      batch: the rows that were read.
+      table: embedding and head, in float64.
+    """
     head_weights = {
         name: np.asarray(weight, np.float64) for name, weight in weights["heads"].items()
     }
@@ -110,7 +126,15 @@ def reference(cfg: config.Model, weights, hidden, batch, table):
 
 
 def head_hidden(cfg, head_weights, x, head, since):
-    """Hidden state that the logits of a head are read from, as the papers define it."""
+    """Hidden state that the logits of a head are read from, as the papers define it.
+
+    Args:
+      cfg: the model.
+      head_weights: weights of the heads, in float64.
+      x: [d] hidden state of the trunk.
+      head: number of the head.
+      since: [head + 1, d] embeddings of the targets since then.
+    """
 
     def silu(y):
         return y / (1 + np.exp(-y))

@@ -36,7 +36,8 @@ def endless(path: Path, **train) -> config.Run:
 
 @contextlib.contextmanager
 def changed(run: config.Run, text: Path, change: str, stderr=subprocess.PIPE):
-    """The training command in a process of its own, changed before it begins."""
+    """The training command of a run, whose config is written to text, in a process of its own in
+    which a change was made before it begins; stderr as of Popen."""
     text.write_text(gin_file.to_text(run))
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(change=change), f"--gin_file={text}"],

@@ -12,7 +12,15 @@ from t5x_lite import config, sharding
 
 @dataclass(frozen=True)
 class Device:
-    """Device of a slice, with the attributes that a mesh reads."""
+    """Device with the attributes that a mesh reads.
+
+    Attributes:
+      id: its number.
+      slice_index: number of its slice.
+      process_index: number of its process.
+      platform: not that of a TPU.
+      device_kind: nor its kind.
+    """
 
     id: int
     slice_index: int

@@ -34,7 +34,8 @@ def run_of(cfg: config.Model, mesh: config.Mesh) -> config.Run:
 
 
 def one_step(cfg: config.Model, mesh: config.Mesh, batch):
-    """Weights after one step of gradient descent, and its sums, on the host."""
+    """Weights of cfg on a mesh after one step of gradient descent on a batch, and its sums, on the
+    host."""
     run = run_of(cfg, mesh)
     sharding.use_mesh(mesh)
     axes, schedule = model.axes(cfg), schedules.learning_rate(run.schedule, 10)
@@ -45,8 +46,10 @@ def one_step(cfg: config.Model, mesh: config.Mesh, batch):
 
 
 def assert_same(cfg: config.Model, mesh: config.Mesh, batch):
-    """Of the step's new weights and sums; to 1e-5 of the largest of each, since gradients of these
-    toys reach 1e4; the key biases of gpt2, which shift no softmax, have none at all."""
+    """Checks the new weights and sums of a step of cfg on a batch, on this mesh and on one device.
+
+    To 1e-5 of the largest of each, since gradients of these toys reach 1e4; the key biases of gpt2,
+    which shift no softmax, have none at all."""
     split, expected = one_step(cfg, mesh, batch), one_step(cfg, WHOLE, batch)
 
     def allowed(b):

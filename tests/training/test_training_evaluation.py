@@ -74,7 +74,7 @@ def test_a_tasks_own_metrics_are_added_and_take_no_name_of_ours(tmp_path, monkey
 
 
 def fail_once(monkeypatch, at: int, error: Exception) -> None:
-    """Makes the evaluation after `at` steps fail, once."""
+    """Makes the evaluation `at` a step raise an error, once, by monkeypatch."""
     measure, failed = Evaluator.__call__, []
 
     def call(self, params, step, on_progress=None):

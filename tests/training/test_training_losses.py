@@ -14,7 +14,8 @@ TARGETS = RNG.integers(0, 11, (3, 5))
 
 
 def reference(logits, targets, smoothing, z_loss):
-    """Cross entropy in float64 with the smoothed target written out (t5x/losses.py)."""
+    """Cross entropy of logits and targets in float64, with smoothing written out and a z_loss
+    (t5x/losses.py)."""
     vocab = logits.shape[-1]
     soft = np.full(logits.shape, smoothing / (vocab - 1))
     np.put_along_axis(soft, targets[..., None], 1 - smoothing, axis=-1)

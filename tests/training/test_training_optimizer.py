@@ -16,8 +16,15 @@ RNG = np.random.default_rng(0)
 
 
 def reference_adafactor(weight, gradients, rate, rows, columns):
-    """T5's Adafactor of one weight in float64, from the paper's equations; not factored if rows
-    is None, else the weight is brought to a matrix [rows, columns] first."""
+    """T5's Adafactor of one weight in float64, from the paper's equations.
+
+    Args:
+      weight: first value.
+      gradients: gradient of each step.
+      rate: learning rate.
+      rows: axes that a factored weight has along its rows; None for one that is not factored.
+      columns: its other axes.
+    """
     weight = weight.astype(np.float64)
     shape = weight.shape
     matrix = weight.transpose(rows + columns) if rows else weight

@@ -241,7 +241,7 @@ def started(run: config.Run, text: Path):
 
 
 def wait_for_step(process, model_dir: Path, step: int) -> None:
-    """Returns when the process has reported a step, or has ended."""
+    """Returns when the process has reported a step in model_dir, or has ended."""
     path = model_dir / "metrics.jsonl"
     while process.poll() is None:
         if path.exists() and max(losses(model_dir), default=0) >= step:

@@ -111,12 +111,12 @@ def test_a_lock_has_one_holder_and_is_free_after_it(store, monkeypatch):
     monkeypatch.setattr(remote_lock, "POLL_SECONDS", 0.1)
     folder = parse_path(store.address("locked"))
     for _ in range(3):
-        held, second = RemoteLock(folder), RemoteLock(folder)
-        held.acquire()
+        owner, second = RemoteLock(folder), RemoteLock(folder)
+        owner.acquire()
         with pytest.raises(LockedError, match=f"process {os.getpid()} on "):
             second.acquire()
-        held.check()
-        held.close()
+        owner.check()
+        owner.close()
     assert len(store.names("locked/.lock")) == 1
 
 
