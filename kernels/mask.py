@@ -80,6 +80,11 @@ class Mask:
             queries = queries + self.offset
         return queries[:, None] - jnp.arange(self.key_segments.shape[1])[None, :]
 
+    def index_scalars(self) -> tuple:
+        """Returns offset, window to the left and to the right, as kernels take them: 0 for None."""
+        window = (0, 0) if self.window_size is None else self.window_size
+        return (0 if self.offset is None else self.offset, *window)
+
     def with_window(self, window_size: Int[Array, " 2"] | None) -> "Mask":
         """Returns the same mask with another window."""
         return replace(self, window_size=window_size)

@@ -204,11 +204,9 @@ def prepare_source(config: FlashConfig, source: PackedSource, mask: Mask, origin
     """
     segment_ids = block_mask.make_segment_ids(mask, config.block_sizes)
     by_query, by_key = block_mask.make_block_masks(mask, segment_ids, config.block_sizes)
-    window = (0, 0) if mask.window_size is None else mask.window_size
-    offset = 0 if mask.offset is None else mask.offset
 
     def stack_offsets(origin):
-        return jnp.stack([jnp.int32(x) for x in (offset, *window, origin)])
+        return jnp.stack([jnp.int32(x) for x in (*mask.index_scalars(), origin)])
 
     bias, reversed_bias, end = source.bias, None, 0
     if bias is not None:

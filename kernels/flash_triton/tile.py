@@ -106,9 +106,7 @@ def make_operands(
     """
     segment_ids = block_mask.make_segment_ids(mask, sizes)
     needed = block_mask.needed_blocks(mask, segment_ids, sizes)
-    window = (0, 0) if mask.window_size is None else mask.window_size
-    offset = 0 if mask.offset is None else mask.offset
-    offsets = jnp.stack([jnp.int32(x) for x in (offset, *window)])
+    offsets = jnp.stack([jnp.int32(x) for x in mask.index_scalars()])
     query_ids, key_ids = segment_ids.query[:, 0], segment_ids.key[:, 0]
     transposed = jnp.swapaxes(needed, 1, 2)
     by_query, by_key = (
