@@ -36,9 +36,9 @@ MODEL_DIR:
   predictions/                     texts decoded at each evaluation
   report.json, learning_curve.png  at the end
 
-Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save first; a second one ends at once. A reader of the output
-that goes away ends nothing. Of several processes one signal is enough, and all end; MODEL_DIR must
-be the same folder for all. Exit status: 0 finished, 2 refused with a reason, 1 failed on the way,
+Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save first; a second one ends at once. Training goes on when a
+program that reads its output ends. A signal to one of several processes ends all; MODEL_DIR must be
+the same folder for all. Exit status: 0 finished, 2 refused with a reason, 1 failed on the way,
 75 another process was lost, 128 + signal when interrupted."""
 
 

@@ -94,8 +94,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=source_argument,
         required=True,
         metavar="PATH",
-        help="the MODEL_DIR of a training run, a Hugging Face folder, a .gguf file, or a model of "
-        "the hub: owner/name, owner/name@revision, owner/name:file.gguf",
+        help="a run's MODEL_DIR, a Hugging Face folder, a .gguf file, g2p (in the package), or a "
+        "model of the hub: owner/name, owner/name@revision, owner/name:file.gguf",
     )
     one = group.add_mutually_exclusive_group()
     step = "the checkpoint of this step (default: the newest)"
@@ -156,7 +156,7 @@ def add_languages(parser: argparse.ArgumentParser) -> None:
 
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """Adds the fields of config.Decode that say what may follow."""
-    group = parser.add_argument_group("what may follow, whatever drafts")
+    group = parser.add_argument_group("steering: which tokens may follow, with any drafter")
     for name, (metavar, text) in STEERING_OF_DECODE.items():
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add = group.add_argument
