@@ -94,8 +94,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=source_argument,
         required=True,
         metavar="PATH",
-        help="a run's MODEL_DIR, a Hugging Face folder, a .gguf file, g2p (in the package), or a "
-        "model of the hub: owner/name, owner/name@revision, owner/name:file.gguf",
+        help="a run folder, a Hugging Face folder, a .gguf file, g2p (in the package), "
+        "or a model of the hub: owner/name[@revision], owner/name:file.gguf",
     )
     one = group.add_mutually_exclusive_group()
     step = "the checkpoint of this step (default: the newest)"
