@@ -27,36 +27,31 @@ from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
 examples:
-  # a text per line in, a JSON object per line out: {"input", "prediction", "score"}
+  # a text per line in, a JSON object per line out: {"input", "prediction", "score"}; after an
+  # interruption the same command goes on from the last line
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=out.jsonl
-  # interrupted? the same command goes on from the last line
   # a pipe; plain text out
   echo photograph | python -m t5x_lite.infer --checkpoint=runs/g2p --text
   # JSONL in: the text is in field "word", the other fields are kept
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.jsonl --field=word --output=out.jsonl
   # the 3 best of 8 beams; or sampled at temperature 0.8, reproducible by seed
-  python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=b.jsonl \\
-      --beams=8 --n_best=3
-  python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=s.jsonl \\
-      --temperature=0.8 --top_p=0.95 --seed=7
-  # 16 samples, the one nearest to the others first; or as pairs for preference tuning
-  python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=m.jsonl \\
-      --temperature=1 --n_best=16 --choose=mbr:edit_distance
+  python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --beams=8 --n_best=3
+  python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --temperature=0.8 --seed=7
+  # 8 samples, the one nearest to the others first; or resampled on the way by a judge
+  python -m t5x_lite.infer --checkpoint=runs/g2p --temperature=1 --n_best=8 --choose=mbr:per <words
+  python -m t5x_lite.infer --checkpoint=runs/g2p --temperature=1 --search=smc --judge=score <words
   # a vector for every line, for search or clustering: adds "embedding"
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=v.jsonl --embed=mean
   # drafts copied from text or input: the same text, faster; --verify compares, --draw shows them
-  python -m t5x_lite.infer --checkpoint=smollm2.gguf --input=code.txt --output=c.jsonl \\
-      --drafter=lookup --verify --draw=blocks.html
+  python -m t5x_lite.infer --checkpoint=smollm2.gguf --input=a.txt --drafter=lookup --draw=b.html
   # a translation by M2M100, NLLB, mBART-50 or Marian
   python -m t5x_lite.infer --checkpoint=nllb-200-distilled-600M --input=english.txt --text \\
       --source_language=eng_Latn --target_language=deu_Latn
   # log-probability of targets: adds "log_probability" (nats) to every line
-  python -m t5x_lite.infer --checkpoint=runs/g2p --input=pairs.jsonl \\
-      --targets=phonemes --output=p.jsonl
+  python -m t5x_lite.infer --checkpoint=runs/g2p --input=pairs.jsonl --targets=phonemes
 
-"score" is log-probability / ((5 + tokens) / 6) ** alpha. Lines keep their order;
-one that cannot be read becomes {"line": 7, "error": "..."} and is counted. FILE.settings.json
-beside FILE holds the settings of the command.
+"score" is log-probability / ((5 + tokens) / 6) ** alpha. Lines keep their order; one that cannot be
+read becomes {"line": 7, "error": "..."}. FILE.settings.json has the settings of the command.
 """
 
 
@@ -68,13 +63,14 @@ def parser() -> Parser:
         epilog=EXAMPLES,
     )
     options.add_checkpoint(command)
-    add_streams(command.add_argument_group("input and output"))
-    options.add_languages(command)
+    streams = command.add_argument_group("input and output")
+    add_streams(streams)
+    options.add_languages(streams)
     options.add_decode(command)
     add = command.add_argument_group("reports on speculative decoding").add_argument
     verify = "decode every text plainly as well, and count those that differ"
     add("--verify", action="store_true", help=verify)
-    draw = "draw the first texts by drafter: .html, .png, or - for the terminal"
+    draw = "draw the first texts by drafter: .html, .png, or -"
     add("--draw", type=path_argument, metavar="FILE", help=draw)
     return command
 
@@ -95,11 +91,11 @@ def add_streams(group) -> None:
     add("--field", default="input", metavar="NAME", help="field of JSONL input (default: input)")
     add("--text", action="store_true", help="write the best text of each line, not JSON")
     add("--targets", metavar="NAME", help="score the texts in this field instead of predicting")
-    embed = "write a vector for each text instead: mean, first or last of its tokens"
+    embed = "write a vector for each text: of all tokens, the first or last"
     add("--embed", choices=("mean", "first", "last"), help=embed)
-    pairs = "write the best and the worst of the n_best texts: prompt, chosen, rejected"
+    pairs = "write the best and the worst text: prompt, chosen, rejected"
     add("--pairs", action="store_true", help=pairs)
-    handling = "a line that cannot be read: skip it, numbered and counted (default), or stop"
+    handling = "skip and count lines that cannot be read (default), or stop"
     add("--broken", choices=("skip", "stop"), default="skip", help=handling)
     add("--overwrite", action="store_true", help="begin anew an output that exists")
 
@@ -120,6 +116,10 @@ def infer(args: argparse.Namespace) -> None:
     config.require(
         not args.pairs or session.decode.n_best > 1,
         "--pairs compares several texts of a line: pass --n_best=2 or more",
+    )
+    config.require(
+        not session.decode.search or not (args.verify or args.draw),
+        "--verify and --draw are about texts written from beginning to end: leave out --search",
     )
     session.predictor.drafters.tiered.at_once = args.verify or args.draw is not None
     if args.draw and session.decode.beams > 1:

@@ -7,6 +7,7 @@
     g2p.generate("photograph")                              # 'F OW T AH G R AE F'
     g2p.generate(["cat", "hats"], beams=4, n_best=2)        # two texts for each
     g2p.generate("cat", temperature=1.0, n_best=5, seed=7)  # five draws, the same for a seed
+    g2p.search("cat", judge=my_score, search="smc")         # samples guided by a function of yours
     g2p.score("cat", "K AE T")                              # log-probability, in nats
     g2p.embed(["cat", "hats"])                              # a vector for each, numpy [2 d]
     for piece in g2p.stream("photograph"):                  # the same text, streamed
@@ -71,26 +72,10 @@ class Session:
 
     def __repr__(self) -> str:
         """Returns what was loaded: source, family and size of the model, dtype, step."""
-        from t5x_lite import model
-        from t5x_lite.checkpoints.formats import huggingface
-        from t5x_lite.model.mixed_precision import weight_dtypes
+        from t5x_lite.checkpoints import model_card
 
-        cfg, params = self.predictor.cfg, self.predictor.params
-        try:
-            family = [huggingface.family_for_export(cfg).config_json(cfg)["model_type"]]
-        except ValueError:
-            family = []  # one that other libraries do not have
-        stacks = [
-            f"{name} {stack.layers} x {stack.embed}"
-            for name, stack in (("encoder", cfg.encoder), ("decoder", cfg.decoder))
-            if stack is not None
-        ]
         parts = [
-            *family,
-            cfg.layout.replace("_", "-"),
-            " + ".join(stacks),
-            f"{sum(model.count(cfg).values()) / 1e6:,.1f}M parameters",
-            " and ".join(weight_dtypes(params)),
+            *model_card.summarize_model(self.predictor.cfg, self.predictor.params),
             f"step {self.step:,}",
             *(["chat template"] if self.template is not None else []),
         ]
@@ -143,6 +128,61 @@ class Session:
         """
         predictions = self.predictor.predict(list_texts(texts), self.settings(options))
         return predictions[0] if isinstance(texts, str) else predictions
+
+    @takes_decode_options
+    def search(self, texts: str | Sequence[str], judge: Any, **options: Any) -> Any:
+        """Searches among samples by a judge, and returns as `predict`.
+
+        Rows are stopped after each segment, judged, dropped or doubled; `utilities` are what the
+        judge says of the texts.
+
+        Args:
+          texts: a text or a list of texts.
+          judge: a function (input, texts so far) -> a number for each, higher is better, minus
+            infinity to drop it; or a name, as Decode.judge.
+          **options: fields of config.Decode; None for that of the session's `decode`.
+
+        Raises:
+          ValueError: texts are not texts, an unknown option, or options that contradict each other.
+        """
+        from t5x_lite.evaluation.search import name_judge
+
+        judge = name_judge(self.predictor, judge)
+        samples = {"search": "smc", "temperature": self.decode.temperature or 1.0}
+        return self.predict(texts, **samples | options | {"judge": judge})
+
+    @takes_decode_options
+    def lattice(self, text: str, *, merged: int = 3, **options: Any) -> Any:
+        """Searches with beams, and returns all texts on the way as a `decoding.lattice.Lattice`.
+
+        Args:
+          text: the input.
+          merged: texts that agree in so many last tokens are merged.
+          **options: fields of config.Decode, beams among them.
+        """
+        from t5x_lite.evaluation import search
+
+        (text,) = list_texts(text, one=True)
+        merged = check_argument("merged", merged, Count)
+        return search.search_lattice(self.predictor, text, self.settings(options), merged)
+
+    def extract(self, input: str, text: str, longest: int = 8) -> Any:
+        """Finds the spans of a text that are the most probable outputs for an input, exactly.
+
+        Args:
+          input: input of the model.
+          text: the text.
+          longest: most tokens of a span.
+
+        Returns:
+          `evaluation.extraction.Span` of every span, the most probable one first.
+
+        """
+        from t5x_lite.evaluation import extraction
+
+        longest = check_argument("longest", longest, Count)
+        (input,), (text,) = list_texts(input, one=True), list_texts(text, one=True)
+        return extraction.score_spans(self.predictor, input, text, longest)
 
     @takes_decode_options
     def stream(self, text: str, *, every: int = 4, **options: Any) -> Iterator[str]:
@@ -275,21 +315,14 @@ class Session:
           ValueError: inputs and targets do not pair up or are empty, learning_rate is not
             positive, or the loss is not finite.
         """
-        from t5x_lite.model import quantization
         from t5x_lite.training import fit_in_memory
 
         learning_rate = check_argument("learning_rate", learning_rate, Positive)
         input_texts, target_texts = list_pairs("train_step", inputs, targets)
         if not input_texts:
             raise ValueError("train_step needs at least one pair of texts; inputs is empty")
-        predictor = self.predictor
-        if quantization.has_quantized(predictor.params):
-            raise ValueError("Quantized weights cannot be trained: load without quantize")
-        if self.learner is None:
-            self.learner = fit_in_memory.Learner(predictor.cfg, predictor.params)
-        ids = predictor.encode_inputs(input_texts), predictor.encode_targets(target_texts)
-        loss = self.learner.step(*ids, learning_rate)
-        predictor.params = self.learner.params
+        pairs = input_texts, target_texts
+        self.learner, loss = fit_in_memory.teach(self.predictor, self.learner, pairs, learning_rate)
         return loss
 
     def settings(self, options: dict[str, Any]) -> config.Decode:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README.md of an exported model: family, data, metrics, config, and code that loads it."""
+"""Descriptions of a model: in a line, and as the README.md of an exported one.
+
+A card has family, data, metrics, config, and code that loads it.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from t5x_lite import config
+from t5x_lite import config, model
 from t5x_lite.checkpoints.formats import huggingface
 from t5x_lite.config import gin_file, run_sources
+from t5x_lite.model.mixed_precision import weight_dtypes
 from t5x_lite.utils import hub_names
 
 FILE = "README.md"
@@ -204,3 +208,20 @@ def without_local_paths(run: config.Run) -> str:
     """The config as text, with the last part of each path of the machine that trained."""
     shared = run_sources.map_sources(run, lambda place, source: shorten(source))
     return LOCAL.sub("", gin_file.to_text(shared).strip())
+
+
+def summarize_model(cfg: config.Model, params: Any) -> list[str]:
+    """Returns family, layout, towers, parameters and dtypes of a model, as parts of a line."""
+    try:
+        family = [huggingface.family_for_export(cfg).config_json(cfg)["model_type"]]
+    except ValueError:
+        family = []  # one that other libraries do not have
+    towers = {"encoder": cfg.encoder, "decoder": cfg.decoder}
+    stacks = [f"{name} {tower.layers} x {tower.embed}" for name, tower in towers.items() if tower]
+    return [
+        *family,
+        cfg.layout.replace("_", "-"),
+        " + ".join(stacks),
+        f"{sum(model.count(cfg).values()) / 1e6:,.1f}M parameters",
+        " and ".join(weight_dtypes(params)),
+    ]

@@ -25,7 +25,8 @@ DECODE = (
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
     *("bad_words", "regex", "choices", "json_schema", "force_words", "stop"),
     *("drafter", "draft_length", "accept"),
-    *("logprobs", "choose"),
+    *("logprobs", "choose", "beam_groups", "diversity_penalty"),
+    *("search", "judge", "judge_weight", "particles", "segment_tokens", "segment_stop"),
 )
 
 # Names of `decoding.drafters.registry`; A+B is both at once.
@@ -60,6 +61,18 @@ CHOICES = {
     "mbr": "mbr:METRIC, by the mean of a metric against the other texts (minimum Bayes risk)",
     "rerank": "rerank:PATH, by the log-probability of another checkpoint",
     "function": "function:MODULE.NAME, by a function (input, texts) -> a number for each",
+    "coverage": "coverage:BETA, by score plus BETA times how well the input is attended to",
+}
+SEARCHES = {
+    "best": "keeps the best one and doubles it; of whole texts, the best of n",
+    "rejection": "rejection:N, draws a segment up to N times, until the judge accepts it",
+    "smc": "resamples by weight: draws of the model's law times exp(weight * judge)",
+    "puct": "puct:N, tree search in N simulations; judges whole texts",
+}
+NUMBERS_OF_SEARCH = {
+    "judge_weight": ("W", "factor of the judge's numbers (default: 1)"),
+    "particles": ("N", "samples that are written at a time (default: 8)"),
+    "segment_tokens": ("N", "tokens of a segment (default: 16)"),
 }
 # Fields of config.Decode that are numbers: metavar and help of the option.
 NUMBERS_OF_DECODE = {
@@ -106,8 +119,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantize",
         metavar="KIND",
-        help="quantized matrices of the layers: int8, int4; int8_activations, int4_activations and "
-        "int4_int8_activations quantize activations too; int4:32 has a scale for each 32 numbers",
+        help="int8, int4, int8_activations, int4_activations or int4_int8_activations; int4:32 has "
+        "a scale for each 32 numbers",
     )
 
 
@@ -132,8 +145,14 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
         "several texts for an input (--n_best)", name_table("--choose", CHOICES)
     )
     group.add_argument("--choose", metavar="HOW", help="order them, best first (default: as drawn)")
-    text = "add the log-probabilities of each token and of its K best alternatives"
+    text = "add log-probabilities: of each token and its K best alternatives"
     add_number(group, "logprobs", CountOrZero, "K", text)
+    groups = "groups of beams that differ (diverse beam search)"
+    add_number(group, "beam_groups", CountOrZero, "N", groups)
+    hint = field_types(config.Decode)["diversity_penalty"]
+    apart = "subtracted for each beam of an earlier group that takes a token"
+    add_number(group, "diversity_penalty", hint, "P", apart)
+    add_search(parser)
     add_steering(parser)
     group = parser.add_argument_group(
         "speculative decoding: faster, with the same text",
@@ -146,12 +165,25 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     add("--accept", metavar="RULE", help="which draft tokens are kept (default: exact)")
 
 
-def add_languages(parser: argparse.ArgumentParser) -> None:
-    """Adds the languages of a translation."""
-    add = parser.add_argument_group("translation (M2M100, NLLB, mBART-50, Marian)").add_argument
-    source = "language of the inputs, as the tokenizer names it: en, en_XX, eng_Latn"
-    add("--source_language", metavar="CODE", help=source)
-    add("--target_language", metavar="CODE", help="language of the texts that are written")
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Adds the fields of config.Decode by which samples are judged on the way."""
+    group = parser.add_argument_group(
+        "search among samples (--temperature): judged after each segment",
+        name_table("--search", SEARCHES),
+    )
+    group.add_argument("--search", metavar="HOW", help="keep, drop and double samples")
+    group.add_argument("--judge", metavar="HOW", help="gives texts numbers, as --choose does")
+    for name, (metavar, text) in NUMBERS_OF_SEARCH.items():
+        add_number(group, name, field_types(config.Decode)[name], metavar, text)
+    ends = "end a segment too, such as a line break"
+    group.add_argument("--segment_stop", nargs="+", metavar="TEXT", help=ends)
+
+
+def add_languages(group: Any) -> None:
+    """Adds the languages of a translation to a group of options."""
+    source = "of M2M100, NLLB, mBART-50, Marian: language of the input: en, en_XX"
+    group.add_argument("--source_language", metavar="CODE", help=source)
+    group.add_argument("--target_language", metavar="CODE", help="language of the texts: de, de_DE")
 
 
 def add_steering(parser: argparse.ArgumentParser) -> None:

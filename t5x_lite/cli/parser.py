@@ -16,6 +16,13 @@ from t5x_lite.config import aliases
 from t5x_lite.utils import exit_status, nearest
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps descriptions as they are written, and has room for long options on a line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, max_help_position=35, **kwargs)
+
+
 class MistakeError(ValueError):
     """A mistake among the options of a command that is called from Python."""
 
@@ -42,7 +49,7 @@ class Parser(argparse_flags.ArgumentParser):
         subcommand = "prog" in kwargs
         super().__init__(
             prog=kwargs.pop("prog", f"python -m t5x_lite.{command}"),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
             inherited_absl_flags=absl_flags(),
             **kwargs,
@@ -50,7 +57,7 @@ class Parser(argparse_flags.ArgumentParser):
         self._option_string_actions["--helpfull"].help = argparse.SUPPRESS
         verbosity = self._option_string_actions["--verbosity"]
         verbosity.metavar = "N"
-        verbosity.help = "log warnings (-1, the default), 0: and what is done, 1: and details"
+        verbosity.help = "log warnings (-1, the default), 0: also steps, 1: also details"
         # A default of the subcommand would replace what stands before it.
         gin_arguments.add_import(self, default=argparse.SUPPRESS if subcommand else [])
 

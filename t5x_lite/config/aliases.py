@@ -73,6 +73,7 @@ ELSEWHERE = {
     ("Decode", "max_tokens"): "max_new_tokens",
     ("Decode", "n"): "n_best",
     ("Decode", "num_assistant_tokens"): "draft_length",
+    ("Decode", "num_beam_groups"): "beam_groups",
     ("Decode", "num_beams"): "beams",
     ("Decode", "num_decodes"): "n_best",
     ("Decode", "num_hypotheses"): "n_best",

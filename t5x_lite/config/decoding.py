@@ -18,6 +18,7 @@ from t5x_lite.config.checked import (
     ShareBelowOne,
     require,
 )
+from t5x_lite.config.search import check_beams, check_choice, check_search
 from t5x_lite.utils import hub_names, paths
 
 # Fields that say what a whole text may be, and those that forbid tokens by what stands before them.
@@ -32,13 +33,6 @@ FORBIDDING = (
 )
 # Fields that narrow what is sampled: a greedy text has the most probable token, which all keep.
 FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Ways to order several texts, with the form of each.
-CHOOSERS = {
-    "score": "score",
-    "mbr": "mbr:METRIC",
-    "rerank": "rerank:PATH",
-    "function": "function:MODULE.NAME",
-}
 Penalty = Annotated[float, Range(-100, 100)]
 
 
@@ -99,8 +93,21 @@ class Decode(Checked):
       logprobs: also returns the log-probability of each token and of so many alternatives, and the
         probability that top-k, top-p and their kin kept from being drawn; None returns none.
       choose: puts the n_best texts in an order, best first: by score, by mbr:METRIC, by
-        rerank:PATH or by function:MODULE.NAME (`infer --help` lists them); "" leaves it.
-      stop: texts that end a new text, which is cut before them; not for beams.
+        rerank:PATH, by function:MODULE.NAME or by coverage:BETA (`infer --help` lists them); ""
+        leaves it.
+      stop: a text, or several, that ends a new text, which is cut before it; not for beams.
+      search: keeps, drops and doubles samples by a judge after each segment: best, rejection:N,
+        smc or puct:N (`infer --help` lists them); "" samples plainly.
+      judge: gives texts so far their numbers in a search, in the forms of choose.
+      judge_weight: factor of these numbers; the texts of smc have the probability that the model
+        gives them times exp(judge_weight * number).
+      particles: samples that a search writes at a time.
+      segment_tokens: most tokens of a segment.
+      segment_stop: a text, or several, that ends a segment, which keeps it.
+      beam_groups: groups that the beams are divided into, each kept from the tokens of those before
+        it (diverse beam search).
+      diversity_penalty: subtracted from the log-probability of a token for each beam of an earlier
+        group that takes it at the same step.
     """
 
     max_new_tokens: Length = 64
@@ -134,9 +141,20 @@ class Decode(Checked):
     force_words: tuple[str, ...] = ()
     logprobs: Annotated[int, Range(0, 1000)] | None = None
     choose: str = ""
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
+    search: str = ""
+    judge: str = ""
+    judge_weight: Annotated[float, Range(0, 1e6)] = 1.0
+    particles: Few = 8
+    segment_tokens: Length = 16
+    segment_stop: str | tuple[str, ...] = ()
+    beam_groups: Few = 1
+    diversity_penalty: Annotated[float, Range(0, 100)] = 0.0
 
     def check(self):
+        for name in ("stop", "segment_stop"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         try:
             for part in self.drafter.split("+"):  # draft:SOURCE, recycling:PATH
                 kind, _, source = part.partition(":")
@@ -169,7 +187,9 @@ class Decode(Checked):
             self.beams == 1 or self.logprobs is None,
             "Decode.logprobs are those of a text written token by token: leave out beams",
         )
-        self.check_choice()
+        check_choice(self)
+        check_search(self)
+        check_beams(self)
         self.check_tokens()
 
     def idle_filters(self) -> list[str]:
@@ -178,29 +198,6 @@ class Decode(Checked):
             return []
         defaults = {each.name: each.default for each in fields(self)}
         return [name for name in FILTERS if getattr(self, name) != defaults[name]]
-
-    def check_choice(self):
-        """Checks how one of several texts is chosen.
-
-        Raises:
-          ValueError: it names no way, or there is one text only.
-        """
-        kind, _, argument = self.choose.partition(":")
-        if not self.choose:
-            return
-        require(
-            kind in CHOOSERS and bool(argument) == (kind != "score"),
-            f"Decode.choose {self.choose!r} is not one of {', '.join(CHOOSERS.values())}",
-        )
-        require(
-            self.n_best > 1,
-            f"Decode.choose {self.choose} orders several texts: set Decode.n_best to 2 or more",
-        )
-        if kind == "rerank":
-            try:
-                hub_names.check_source(argument)
-            except ValueError as error:
-                raise ValueError(f"Decode.choose: {error}") from None
 
     def check_tokens(self):
         """Checks what may and must be written.
@@ -213,7 +210,9 @@ class Decode(Checked):
             f"Decode.min_new_tokens ({self.min_new_tokens}) must be below Decode.max_new_tokens "
             f"({self.max_new_tokens}), whose last token may be the end",
         )
-        for name in ("bad_words", "bad_words_ids", "choices", "force_words", "stop"):
+        for name in (
+            *("bad_words", "bad_words_ids", "choices", "force_words", "stop", "segment_stop"),
+        ):
             require(all(getattr(self, name)), f"Decode.{name} has an empty one")
         constraints = [name for name in CONSTRAINTS if getattr(self, name) not in (None, ())]
         whole = [name for name in constraints if name != "force_words"]

@@ -9,6 +9,7 @@ that the limit cuts off count as finished where there are fewer than k.
 The cache holds the live hypotheses as b * k rows.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.decoding import commit, loop
-from t5x_lite.decoding.protocol import DecodeContext, StoppingCriteria
+from t5x_lite.decoding.beam_selection import (
+    NEVER,
+    BeamContinuations,
+    GroupRule,
+    banked_continuations,
+    best_continuations,
+    choose_survivors,
+    diverse_continuations,
+    empty_history,
+    record_step,
+    take_beams,
+)
+from t5x_lite.decoding.protocol import DecodeContext
 from t5x_lite.decoding.steering.processor import Text, draft_paths
 from t5x_lite.sharding import spec
-
-NEVER = -jnp.inf
 
 
 class BeamSearch(NamedTuple):
@@ -30,11 +41,20 @@ class BeamSearch(NamedTuple):
       beams: k.
       n_best: number of texts to return per row, at most k.
       alpha: exponent of the length penalty.
+      groups: number of groups of k beams each; every group has rows of its own, b in all.
+      diversity: subtracted from a log-probability for each beam of an earlier group that takes the
+        token at the same step.
+      banks: divides the beams by how much of a constraint they have met.
+      recorded: steps whose continuations are kept; 0 for none.
     """
 
     beams: int
     n_best: int
     alpha: Any
+    groups: int = 1
+    diversity: Any = 0.0
+    banks: bool = False
+    recorded: int = 0
 
 
 class BeamHypotheses(NamedTuple):
@@ -65,6 +85,7 @@ class BeamState(NamedTuple):
       steps: number of forward passes so far.
       cache: keys and values of the live texts.
       processor_states: state of each logits processor for the live texts.
+      history: continuations of each step, [b steps m]; None unless they are recorded.
     """
 
     live: BeamHypotheses
@@ -75,20 +96,7 @@ class BeamState(NamedTuple):
     steps: Int[Array, ""]
     cache: Any
     processor_states: tuple = ()
-
-
-class BeamContinuations(NamedTuple):
-    """The m most probable one-token continuations of each row.
-
-    Attributes:
-      parent: the live text that is continued.
-      token: the token that continues it.
-      log_probability: of the continued text.
-    """
-
-    parent: Int[Array, "b m"]
-    token: Int[Array, "b m"]
-    log_probability: Float[Array, "b m"]
+    history: BeamContinuations | None = None
 
 
 def length_penalty(lengths: Int[Array, "..."], alpha: float | jax.Array) -> Float[Array, "..."]:
@@ -112,23 +120,28 @@ def initial_beams(context: DecodeContext, search: BeamSearch, cache: Any, slots:
       slots: T.
     """
     prompts = context.prompts
-    rows, length = prompts.tokens.shape
-    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, slots - length)))
+    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, slots - prompts.tokens.shape[1])))
     text = Text(tokens, prompts.length, prompts.length)
     states = context.processors.begin(text, context.target.vocab)
+    limit = context.stopping.limit
+    if search.groups > 1:
+        spread = functools.partial(repeat_rows, beams=search.groups)
+        text, states, limit = jax.tree.map(spread, (text, states, limit))
+    tokens, length, rows = text.tokens, text.length, text.length.shape[0]
     tokens = jnp.broadcast_to(tokens[:, None], (rows, search.beams, slots))
-    counts = jnp.broadcast_to(prompts.length[:, None] * 0, (rows, search.beams))
+    counts = jnp.broadcast_to(length[:, None] * 0, (rows, search.beams))
     none = jnp.where(counts == 0, NEVER, 0.0)
     first = jnp.where(jnp.arange(search.beams) == 0, 0.0, none)
     return BeamState(
         live=BeamHypotheses(tokens, counts, first, first),
         finished=BeamHypotheses(tokens, counts, none, none),
-        length=prompts.length - 1,
-        prompt=prompts.length,
-        done=prompts.length >= context.stopping.limit,
+        length=length - 1,
+        prompt=length,
+        done=length >= limit,
         steps=jnp.int32(0),
         cache=cache,
         processor_states=jax.tree.map(lambda x: repeat_rows(x, search.beams), states),
+        history=empty_history(length, search.recorded, count_continuations(context, search)),
     )
 
 
@@ -144,12 +157,59 @@ def run_beam_search(context: DecodeContext, search: BeamSearch, state: BeamState
       The last state.
     """
 
+    if search.groups > 1:
+        limit = repeat_rows(context.stopping.limit, search.groups)
+        context = context._replace(stopping=context.stopping._replace(limit=limit))
+
     def iterate(state: BeamState) -> BeamState:
         log_probability, cache = score_next_tokens(context, search, state)
-        best = best_continuations(search, context.stopping, state, log_probability)
+        best = select_continuations(context, search, state, log_probability)
+        if search.recorded:
+            state = state._replace(
+                history=record_step(state.history, best, state.done, state.steps)
+            )
         return advance_beams(context, search, state._replace(cache=cache), best)
 
     return jax.lax.while_loop(lambda state: jnp.any(~state.done), iterate, state)
+
+
+def select_continuations(
+    context: DecodeContext,
+    search: BeamSearch,
+    state: BeamState,
+    log_probability: Float[Array, "b k v"],
+) -> BeamContinuations:
+    """Selects the (1 + e) k best continuations, for e EOS ids.
+
+    At most e k of them end a text, so that at least k live on.
+
+    Args:
+      context: constants of the request.
+      search: settings.
+      state: state of the search.
+      log_probability: of every next token.
+    """
+    stopping, total = context.stopping, state.live.log_probability
+    count = count_continuations(context, search)
+    if search.groups > 1:
+        return diverse_continuations(
+            log_probability,
+            total,
+            ~state.done,
+            GroupRule(search.groups, search.diversity, count, stopping),
+        )
+    total = total[:, :, None] + log_probability
+    if not search.banks:
+        return best_continuations(total, count)
+    automaton: Any = context.processors.rules[-1]
+    banks = automaton.find_banks(state.processor_states[-1], search.beams)
+    banks = jnp.reshape(banks, total.shape, out_sharding=spec("batch length whole"))
+    return banked_continuations(total, banks, count)
+
+
+def count_continuations(context: DecodeContext, search: BeamSearch) -> int:
+    """Number m of continuations of a row: (1 + e) k for e EOS ids."""
+    return (1 + jnp.atleast_1d(context.stopping.eos).size) * search.beams
 
 
 def score_next_tokens(
@@ -208,33 +268,6 @@ def process_beams(
     return context.processors.process(state.processor_states, text, paths, log_probability)
 
 
-def best_continuations(
-    search: BeamSearch,
-    stopping: StoppingCriteria,
-    state: BeamState,
-    log_probability: Float[Array, "b k v"],
-) -> BeamContinuations:
-    """Selects the (1 + e) k best continuations, for e EOS ids.
-
-    At most e k of them end a text, so that at least k live on.
-
-    Args:
-      search: settings.
-      stopping: EOS and limits.
-      state: state of the search.
-      log_probability: of every next token.
-
-    Returns:
-      The continuations, best first.
-    """
-    rows, beams, size = log_probability.shape
-    count = (1 + jnp.atleast_1d(stopping.eos).size) * beams
-    total = state.live.log_probability[:, :, None] + log_probability
-    flat = jnp.reshape(total, (rows, beams * size), out_sharding=spec("batch whole"))
-    best, place = jax.lax.top_k(flat, min(count, beams * size))
-    return BeamContinuations(place // size, place % size, best)
-
-
 def advance_beams(
     context: DecodeContext, search: BeamSearch, state: BeamState, best: BeamContinuations
 ) -> BeamState:
@@ -254,13 +287,7 @@ def advance_beams(
     within = jnp.arange(stops.shape[1]) < search.beams
     ended = best._replace(log_probability=jnp.where(stops & within, best.log_probability, NEVER))
     ended = extend_hypotheses(search, state, ended)
-    alive = jnp.where(stops, NEVER, best.log_probability)
-    alive, chosen = jax.lax.top_k(alive, search.beams)
-    survivors = BeamContinuations(
-        parent=take_beams(best.parent, chosen),
-        token=take_beams(best.token, chosen),
-        log_probability=alive,
-    )
+    survivors = choose_survivors(best, stops, search.beams, in_order=search.banks)
     live = extend_hypotheses(search, state, survivors)
     finished = merge_hypotheses(search, state.finished, ended)
     complete = jnp.isfinite(finished.score[:, -1])
@@ -276,6 +303,7 @@ def advance_beams(
         steps=state.steps + 1,
         cache=jax.tree.map(lambda x: take_cache_rows(x, survivors.parent), state.cache),
         processor_states=observe_beams(context, state.processor_states, survivors),
+        history=state.history,
     )
 
 
@@ -324,11 +352,6 @@ def merge_hypotheses(
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), first, second)
     _, chosen = jax.lax.top_k(both.score, search.beams)
     return jax.tree.map(lambda x: take_beams(x, chosen), both)
-
-
-def take_beams(x: Array, chosen: Int[Array, "b m"]) -> Array:
-    """Takes the chosen places of each row of x [b n ...]: [b m ...]."""
-    return jax.vmap(lambda row, places: row[places])(x, chosen)
 
 
 def take_cache_rows(x: Array, parent: Int[Array, "b k"]) -> Array:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
@@ -46,6 +47,8 @@ class DecodeProgram(NamedTuple):
       accept: the acceptance rule.
       samples: rows in a row that continue the same inputs and prompt.
       logprobs: how many alternatives of each token to return; None for no TokenDetails.
+      groups: groups that the beams are divided into.
+      banks: divides the beams by how much of a constraint they have met.
     """
 
     cfg: config.Model
@@ -56,6 +59,8 @@ class DecodeProgram(NamedTuple):
     accept: exact.Acceptance
     samples: int = 1
     logprobs: int | None = None
+    groups: int = 1
+    banks: bool = False
 
 
 class Drafting(NamedTuple):
@@ -124,6 +129,8 @@ def make_program(
         accept=drafting.accept,
         samples=count_samples(decode),
         logprobs=decode.logprobs,
+        groups=decode.beam_groups,
+        banks=decode.beams > decode.beam_groups == 1 and bool(decode.force_words),
     )
 
 
@@ -139,7 +146,8 @@ def make_rules(request: Request, decode: config.Decode) -> ChoiceRules:
     arrays: Any = request.stop
     strings = None if arrays is None else StopStrings(*arrays)
     if decode.temperature == 0:
-        return ChoiceRules(processors=processors, strings=strings)
+        diversity: Any = np.float32(decode.diversity_penalty) if decode.beam_groups > 1 else None
+        return ChoiceRules(processors=processors, strings=strings, diversity=diversity)
     return ChoiceRules(shard_rows(make_sampling_params(request, decode)), processors, strings)
 
 
@@ -185,20 +193,55 @@ def compiled_generate(
     Returns:
       The result, replicated, its arrays `program.length` long.
     """
-    encoded, cache = read_request(program, params, request)
-    decoded = target.make_target(program.cfg, params, encoded)
-    context = make_context(program, decoded, request, rules, weights)
-    prompts, slots = context.prompts, context.slots
     if program.beams > 1:
-        search = beam.BeamSearch(program.beams, program.n_best, alpha)
-        state = beam.initial_beams(context, search, cache, slots)
-        state = beam.run_beam_search(context, search, state)
+        state, search = run_beams(program, params, request, rules, alpha)
         result = beam_result(state, search, program.length)
     else:
-        state = initial_state(context, cache, slots, program.drafter.begin(context))
+        encoded, cache = read_request(program, params, request)
+        decoded = target.make_target(program.cfg, params, encoded)
+        context = make_context(program, decoded, request, rules, weights)
+        state = initial_state(context, cache, context.slots, program.drafter.begin(context))
         state = begin_drafting(context, program.drafter, state)
-        result = loop_result(run_decoding(program, context, state), prompts, program.length, alpha)
+        state = run_decoding(program, context, state)
+        result = loop_result(state, context.prompts, program.length, alpha)
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
+
+
+def run_beams(
+    program: DecodeProgram,
+    params: Any,
+    request: Request,
+    rules: ChoiceRules,
+    alpha: Array,
+    recorded: int = 0,
+) -> tuple[beam.BeamState, beam.BeamSearch]:
+    """Searches with beams.
+
+    Args:
+      program: static arguments.
+      params: weights of the model.
+      request: the rows, on the mesh.
+      rules: by which the next token is chosen.
+      alpha: exponent of the length penalty.
+      recorded: steps whose continuations are kept.
+
+    Returns:
+      The last state, and the settings of the search.
+    """
+    encoded, cache = read_request(program, params, request)
+    decoded = target.make_target(program.cfg, params, encoded)
+    context = make_context(program, decoded, request, rules, None)
+    search = beam.BeamSearch(
+        beams=program.beams // program.groups,
+        n_best=program.n_best,
+        alpha=alpha,
+        groups=program.groups,
+        diversity=rules.diversity,
+        banks=program.banks,
+        recorded=recorded,
+    )
+    state = beam.initial_beams(context, search, cache, context.slots)
+    return beam.run_beam_search(context, search, state), search
 
 
 def read_request(

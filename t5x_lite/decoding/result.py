@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from t5x_lite import config
+from t5x_lite import config, sharding
 from t5x_lite.decoding import beam
+from t5x_lite.decoding.beam_selection import take_beams
 from t5x_lite.decoding.protocol import DecodeState, Prompts, TokenDetails
 from t5x_lite.decoding.request import count_samples
 
@@ -88,10 +89,11 @@ def beam_result(state: beam.BeamState, search: beam.BeamSearch, length: int) -> 
       search: its settings.
       length: L.
     """
-    finished = jax.tree.map(lambda x: x[:, : search.n_best], state.finished)
+    finished, prompt = join_groups(search, state)
+    finished = jax.tree.map(lambda x: x[:, : search.n_best], finished)
 
     def new(tokens, lengths):
-        return slice_new_tokens(tokens, state.prompt, lengths, length)
+        return slice_new_tokens(tokens, prompt, lengths, length)
 
     return Result(
         tokens=jax.vmap(new, in_axes=1, out_axes=1)(finished.tokens, finished.lengths),
@@ -100,6 +102,29 @@ def beam_result(state: beam.BeamState, search: beam.BeamSearch, length: int) -> 
         log_probability=finished.log_probability,
         steps=state.steps,
     )
+
+
+def join_groups(
+    search: beam.BeamSearch, state: beam.BeamState
+) -> tuple[beam.BeamHypotheses, Int[Array, " b"]]:
+    """Returns the finished texts of all groups of a request, best first, and the prompts' lengths.
+
+    Args:
+      search: settings.
+      state: last state of the search, whose rows are groups.
+    """
+    if search.groups == 1:
+        return state.finished, state.prompt
+
+    def join(x: Array) -> Array:
+        place = jax.typeof(x).sharding.spec
+        shape = (x.shape[0] // search.groups, search.groups * x.shape[1], *x.shape[2:])
+        return jnp.reshape(x, shape, out_sharding=place)
+
+    every = jax.tree.map(join, state.finished)
+    _, order = jax.lax.top_k(every.score, every.score.shape[1])
+    every = jax.tree.map(lambda x: take_beams(x, order), every)
+    return sharding.by_rows((every, join(state.prompt[:, None])[:, 0]))
 
 
 def slice_new_tokens(

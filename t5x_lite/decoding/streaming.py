@@ -65,13 +65,15 @@ def check_stream(decode: config.Decode, every: int) -> None:
     """Raises ValueError if a text cannot be streamed so.
 
     Args:
-      decode: its beams and n_best are checked.
+      decode: its beams, n_best and search are checked.
       every: number of forward passes between two results.
     """
     if decode.beams > 1:
         raise ValueError("Beam search knows its text at the end only: to stream, leave out beams")
     if decode.n_best > 1:
         raise ValueError("A stream is one text: leave out n_best")
+    if decode.search:
+        raise ValueError("A search takes rows back: to stream, leave out search")
     if every < 1:
         raise ValueError(f"A stream yields every 1 or more forward passes; got every={every}")
 

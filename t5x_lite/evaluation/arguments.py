@@ -25,7 +25,8 @@ def takes_decode_options(method: Callable) -> Callable:
     named = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
     keyword = inspect.Parameter.KEYWORD_ONLY
     for name, hint in get_type_hints(config.Decode).items():
-        named.append(inspect.Parameter(name, keyword, default=None, annotation=hint | None))
+        if name not in signature.parameters:
+            named.append(inspect.Parameter(name, keyword, default=None, annotation=hint | None))
 
     @functools.wraps(method)
     def call(*arguments: Any, **options: Any) -> Any:

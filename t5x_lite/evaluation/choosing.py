@@ -9,6 +9,7 @@ are ordered by it, best first. By name (Decode.choose):
                       Kumar and Byrne, 2004; of samples: Eikema and Aziz, 2020)
   rerank:PATH         the log-probability of another checkpoint
   function:M.NAME     the function NAME of module M: (input, texts) -> a number for each text
+  coverage:BETA       score plus BETA times the coverage penalty (evaluation.coverage)
 """
 
 import importlib
@@ -27,11 +28,13 @@ class Candidates(NamedTuple):
       input: the input.
       texts: the texts; of samples the same one may occur several times.
       scores: log-probability of each over its length penalty.
+      done: texts that have ended, in a search; all if it is empty.
     """
 
     input: str
     texts: Sequence[str]
     scores: Sequence[float]
+    done: Sequence[bool] = ()
 
 
 class Chooser(Protocol):
@@ -41,13 +44,16 @@ class Chooser(Protocol):
 
 
 def make_chooser(
-    name: str, load_scorer: Callable[[str], Callable[[list[str], list[str]], list[float]]]
+    name: str,
+    load_scorer: Callable[[str], Callable[[list[str], list[str]], list[float]]],
+    field: str = "choose",
 ) -> Chooser:
-    """Returns the chooser of a Decode.choose.
+    """Returns the chooser of a Decode.choose, or of a Decode.judge.
 
     Args:
       name: its name.
       load_scorer: path of a checkpoint -> (inputs, targets) -> their log-probabilities.
+      field: of Decode, for messages.
 
     Raises:
       ValueError: there is no such metric, checkpoint or function.
@@ -58,7 +64,7 @@ def make_chooser(
     if kind == "rerank":
         return Rerank(load_scorer(argument))
     if kind == "function":
-        return UserUtility(import_function(argument))
+        return UserUtility(import_function(argument, field), field)
     return rank_by_score
 
 
@@ -117,10 +123,13 @@ class UserUtility:
 
     Args:
       function: (input, texts) -> a number for each text.
+      field: of Decode that names it, for messages; a judge may also return minus infinity.
     """
 
-    def __init__(self, function: Callable[[str, list[str]], Sequence[float]]):
-        self.function = function
+    def __init__(
+        self, function: Callable[[str, list[str]], Sequence[float]], field: str = "choose"
+    ):
+        self.function, self.field = function, field
 
     def __call__(self, candidates: Sequence[Candidates]) -> list[list[float]]:
         return [self.utilities(each) for each in candidates]
@@ -136,9 +145,10 @@ class UserUtility:
             numbers = [float(value) for value in values]
         except (TypeError, ValueError):
             numbers = []
-        if len(numbers) != len(candidates.texts) or not np.all(np.isfinite(numbers)):
+        known = [value for value in numbers if self.field != "judge" or value != -np.inf]
+        if len(numbers) != len(candidates.texts) or not np.all(np.isfinite(known)):
             raise ValueError(
-                f"Decode.choose: the function must return a finite number for each of "
+                f"Decode.{self.field}: the function must return a finite number for each of "
                 f"{len(candidates.texts)} texts; got {values!r:.80}"
             )
         return numbers
@@ -223,8 +233,8 @@ def fit_coefficients(
     )
 
 
-def import_function(path: str) -> Callable:
-    """Imports a function by its dotted path.
+def import_function(path: str, field: str = "choose") -> Callable:
+    """Imports a function by its dotted path, which a field of Decode names.
 
     Raises:
       ValueError: there is no such module or function.
@@ -234,11 +244,11 @@ def import_function(path: str) -> Callable:
         function = getattr(importlib.import_module(module or path), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Decode.choose function:{path} is no function that can be imported ({error}): "
+            f"Decode.{field} function:{path} is no function that can be imported ({error}): "
             "MODULE.NAME names one, in the current folder or installed"
         ) from None
     if not callable(function):
-        raise ValueError(f"Decode.choose function:{path} is no function")
+        raise ValueError(f"Decode.{field} function:{path} is no function")
     return function
 
 

@@ -11,8 +11,6 @@ import numpy as np
 from t5x_lite import config, decoding, sharding
 from t5x_lite.data import built_in
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
-from t5x_lite.decoding.adaptive.drafter import Adaptive
-from t5x_lite.decoding.drafters.union import draft_sources
 from t5x_lite.decoding.request import (
     check_examples,
     check_positions,
@@ -23,8 +21,10 @@ from t5x_lite.decoding.request import (
 from t5x_lite.decoding.scoring import check_pairs
 from t5x_lite.decoding.steering.stop_strings import find_tables
 from t5x_lite.evaluation import choosing
+from t5x_lite.evaluation.coverage import CoverageScore
 from t5x_lite.evaluation.drafting import DrafterCache
-from t5x_lite.evaluation.prediction import Prediction, make_prediction
+from t5x_lite.evaluation.prediction import Prediction, drafter_names, make_prediction
+from t5x_lite.evaluation.search import list_sources, search_texts
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
@@ -60,7 +60,7 @@ class Predictor:
         self.tally = AcceptanceStats()
         self.ended = ended
         self.batch_size = batch_size
-        self.choosers: dict[str, choosing.Chooser] = {}
+        self.choosers: dict[tuple[str, str], choosing.Chooser] = {}
 
     def predict(
         self,
@@ -80,7 +80,7 @@ class Predictor:
         """
         self.find_chooser(decode)  # whatever is wrong with it is said before the work
         ids = self.encode_inputs(texts)
-        predictions = self.predict_ids(ids, decode, rows=rows, on_progress=on_progress)
+        predictions = self.predict_ids(ids, decode, texts=texts, rows=rows, on_progress=on_progress)
         return self.order_texts(texts, predictions, decode)
 
     def order_texts(
@@ -98,15 +98,25 @@ class Predictor:
             return predictions
         return choosing.order_predictions(chooser, inputs, predictions)
 
-    def find_chooser(self, decode: config.Decode) -> choosing.Chooser | None:
+    def find_chooser(self, decode: config.Decode, field: str = "choose") -> choosing.Chooser | None:
         """The chooser that decode names, made once; None for the order of the texts.
+
+        Args:
+          decode: config of decoding.
+          field: of decode that names it: choose or judge.
 
         Raises:
           ValueError: there is no such metric, checkpoint or function.
         """
-        if decode.choose and decode.choose not in self.choosers:
-            self.choosers[decode.choose] = choosing.make_chooser(decode.choose, self.load_scorer)
-        return self.choosers.get(decode.choose)
+        key = field, getattr(decode, field)
+        if key[1] and key not in self.choosers:
+            kind, _, argument = key[1].partition(":")
+            self.choosers[key] = (
+                CoverageScore(self, float(argument))
+                if kind == "coverage"
+                else choosing.make_chooser(key[1], self.load_scorer, field)
+            )
+        return self.choosers.get(key)
 
     def load_scorer(self, path: str) -> Callable[[list[str], list[str]], list[float]]:
         """Loads another checkpoint: its log-probabilities of targets after inputs."""
@@ -128,6 +138,7 @@ class Predictor:
         ids: Sequence[Sequence[int]],
         decode: config.Decode,
         *,
+        texts: Sequence[str] | None = None,
         rows: Sequence[int] | None = None,
         on_progress: Callable[[int], None] | None = None,
         counted: bool = True,
@@ -137,8 +148,8 @@ class Predictor:
         Args:
           ids: ids of each input, with their end.
           decode: config of decoding.
-          rows: numbers of the inputs for sampling, 0, 1, ... by default: with the same number and
-            seed, sampling does not depend on the other rows.
+          texts: the inputs, for the judge of a search; None to decode their ids.
+          rows: numbers of the inputs for sampling, 0, 1, ... by default; see `make_request`.
           on_progress: called with the number of inputs done.
           counted: false to leave `tally` as it is.
         """
@@ -148,10 +159,12 @@ class Predictor:
             check_positions(self.cfg, "Input", ids, decode.max_new_tokens)
         rows = range(len(ids)) if rows is None else rows
         decode = spell_bad_words(decode, self.targets)
+        if decode.search:
+            sources = list_sources(texts or map(self.inputs.decode, ids), ids, rows)
+            return search_texts(self, sources, decode, on_progress)
         tables = find_tables(decode, self.targets, self.cfg.vocab)
-        samples = count_samples(decode)
-        predictions: dict[int, Prediction] = {}
-        for places in self.batches(ids, max(self.batch_size // samples, 1)):
+        most, predictions = max(self.batch_size // count_samples(decode), 1), {}
+        for places in self.batches(ids, most):
             request = decoding.make_request(
                 self.cfg,
                 [ids[place] for place in places],
@@ -264,12 +277,6 @@ def spell_bad_words(decode: config.Decode, vocabulary: TextVocabulary) -> config
     spelled = {tuple(map(int, ids)) for ids in vocabulary.encode_all(texts) if len(ids)}
     ids = (*decode.bad_words_ids, *sorted(spelled))
     return dataclasses.replace(decode, bad_words=(), bad_words_ids=ids)
-
-
-def drafter_names(drafting: decoding.Drafting) -> tuple[str, ...]:
-    """Names of the drafters that propose each node of a block; "model" for the root."""
-    drafter = drafting.drafter
-    return draft_sources(drafter.drafter if isinstance(drafter, Adaptive) else drafter)
 
 
 def has_inputs(run: config.Run) -> bool:

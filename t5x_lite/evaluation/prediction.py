@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from t5x_lite import decoding
+from t5x_lite.decoding.adaptive.drafter import Adaptive
+from t5x_lite.decoding.drafters.union import draft_sources
 from t5x_lite.decoding.steering.stop_strings import cut_text
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
@@ -129,3 +131,9 @@ def describe_tokens(
         )
         for i, token in enumerate(ids)
     ]
+
+
+def drafter_names(drafting: decoding.Drafting) -> tuple[str, ...]:
+    """Names of the drafters that propose each node of a block; "model" for the root."""
+    drafter = drafting.drafter
+    return draft_sources(drafter.drafter if isinstance(drafter, Adaptive) else drafter)

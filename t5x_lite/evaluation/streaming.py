@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from t5x_lite import config, decoding
 from t5x_lite.decoding.steering.stop_strings import cut_text, find_tables, settled_text
-from t5x_lite.evaluation.predict import Predictor, drafter_names, spell_bad_words
+from t5x_lite.evaluation.predict import Predictor, spell_bad_words
+from t5x_lite.evaluation.prediction import drafter_names
 from t5x_lite.utils.not_none import not_none
 
 

@@ -16,6 +16,7 @@ from t5x_lite.decoding import generation, verification
 from t5x_lite.decoding.request import decoder_prompt
 from t5x_lite.decoding.sampling import gather_vocabulary
 from t5x_lite.decoding.scoring import check_pairs
+from t5x_lite.model import quantization
 
 # Adam without its learning rate, an argument of every step; clipped, since batches are small.
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
@@ -86,6 +87,36 @@ class Learner:
             lambda weight, old: weight.astype(old.dtype), master, self.params
         )
         return loss
+
+
+def teach(
+    predictor: Any,
+    learner: Learner | None,
+    pairs: tuple[Sequence[str], Sequence[str]],
+    learning_rate: float,
+) -> tuple[Learner, float]:
+    """Takes one step on texts, after which a predictor has the new weights.
+
+    Args:
+      predictor: `evaluation.predict.Predictor`.
+      learner: of the steps before; None for the first one.
+      pairs: inputs and as many targets.
+      learning_rate: step size.
+
+    Returns:
+      The learner, and the loss before the step.
+
+    Raises:
+      ValueError: the weights are quantized, or as Learner.step.
+    """
+    if quantization.has_quantized(predictor.params):
+        raise ValueError("Quantized weights cannot be trained: load without quantize")
+    learner = learner or Learner(predictor.cfg, predictor.params)
+    inputs, targets = pairs
+    ids = predictor.encode_inputs(inputs), predictor.encode_targets(targets)
+    loss = learner.step(*ids, learning_rate)
+    predictor.params = learner.params
+    return learner, loss
 
 
 def make_training_examples(

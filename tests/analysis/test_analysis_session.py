@@ -378,6 +378,9 @@ def test_extraction_scores_every_span_as_a_whole_output(one_device):
     scores = session.score(["ab"] * len(spans), [span.text for span in spans])
     np.testing.assert_allclose([span.log_probability for span in spans], scores, atol=1e-4)
     assert scores == sorted(scores, reverse=True)
+    assert session.extract("ab", text, longest) == spans
+    with pytest.raises(ValueError, match="longest must be at least 1; got 0"):
+        session.extract("ab", text, 0)
     with pytest.raises(ValueError, match="no spans of up to 0 tokens"):
         extraction.score_spans(session.predictor, "ab", text, 0)
     with pytest.raises(ValueError, match="no spans"):

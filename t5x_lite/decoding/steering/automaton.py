@@ -100,6 +100,22 @@ class TokenAutomaton:
             here = jnp.where(place < count, self.step(here, tokens[:, place]), here)
         return ConstraintState(here, state.budget - count)
 
+    def find_banks(self, state: ConstraintState, count: int) -> Int[Array, "b v"]:
+        """Returns the share of the way to the end that a text has gone after each token.
+
+        Args:
+          state: state of each row.
+          count: number of banks that the way is divided into.
+
+        Returns:
+          0 for a token that brings the text no nearer to its end, to count - 1 where no more than
+          the end is missing.
+        """
+        shortest = jnp.min(self.tokens_left[self.start])
+        gone = shortest + 1 - take_rows(self.tokens_left, state.state)
+        banks = jnp.clip(jnp.maximum(gone, 0) * count // shortest, 0, count - 1)
+        return jax.vmap(lambda row: row[self.classes])(banks)
+
     def step(self, state: Int[Array, "b ..."], token: Int[Array, "b ..."]) -> Int[Array, "b ..."]:
         """Returns the states after one token each; any state after one that is not allowed."""
         columns = take_rows(self.classes, jnp.maximum(token, 0))

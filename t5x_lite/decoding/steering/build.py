@@ -27,11 +27,13 @@ class ChoiceRules(NamedTuple):
       sampling: how rows are sampled; None for greedy decoding.
       processors: what changes the logits before.
       strings: texts that end a row; None for none.
+      diversity: penalty of a token that an earlier group of beams takes; None without groups.
     """
 
     sampling: SamplingParams | None = None
     processors: Processors = Processors()
     strings: StopStrings | None = None
+    diversity: Any = None
 
 
 def make_processors(decode: config.Decode, request: Request) -> Processors:
