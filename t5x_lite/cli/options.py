@@ -181,7 +181,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 def add_languages(group: Any) -> None:
     """Adds the languages of a translation to a group of options."""
-    source = "of M2M100, NLLB, mBART-50, Marian: language of the input: en, en_XX"
+    source = "of M2M100, NLLB, mBART-50, Marian: of the input: en, en_XX"
     group.add_argument("--source_language", metavar="CODE", help=source)
     group.add_argument("--target_language", metavar="CODE", help="language of the texts: de, de_DE")
 
