@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """T5's relative position bias (Raffel et al., 2020, section 2.1): a table and bucket boundaries."""
 
+import bisect
 import functools
 import math
 from dataclasses import dataclass
@@ -27,11 +28,16 @@ def bucket_boundaries(buckets: int, max_distance: int) -> tuple[int, ...]:
         raise ValueError(
             f"max_distance must be above {exact}, half of the {buckets} buckets; got {max_distance}"
         )
-    distance = np.arange(exact, max_distance + 2)
-    share = np.log(distance.astype(np.float32) / np.float32(exact))
-    share = share / np.float32(math.log(max_distance / exact))
-    bucket = exact + (share * np.float32(buckets - exact)).astype(np.int32)
-    logarithmic = (int(distance[np.argmax(bucket >= b)]) for b in range(exact + 1, buckets))
+    whole = np.float32(math.log(max_distance / exact))
+
+    def bucket(distance: int) -> int:
+        share = np.log(np.float32(distance) / np.float32(exact)) / whole
+        return exact + int(share * np.float32(buckets - exact))
+
+    distances = range(exact, max_distance + 2)
+    # No array of all distances: there may be billions.
+    places = (bisect.bisect_left(distances, b, key=bucket) for b in range(exact + 1, buckets))
+    logarithmic = (distances[place] for place in places)
     return (*range(1, exact + 1), *logarithmic)
 
 

@@ -89,6 +89,7 @@ class CheckpointMetadata:
       totals: sums of progress that go on over restarts.
       best: the metric that names the best checkpoint, and whether higher is better.
       arrays: shape, dtype and digest of every array, by item ("params", "rest") and path.
+      vocabulary: digest of the files of the run's vocabularies; None where it is not known.
     """
 
     step: int
@@ -98,6 +99,7 @@ class CheckpointMetadata:
     totals: dict = dataclasses.field(default_factory=dict)
     best: tuple[str, bool] | None = None
     arrays: dict = dataclasses.field(default_factory=dict)
+    vocabulary: str | None = None
 
 
 def state_items(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -136,7 +138,8 @@ def describe_arrays(arrays: dict[str, jax.Array]) -> dict[str, dict]:
 def metadata_json(metadata: CheckpointMetadata) -> dict:
     """Metadata as JSON-ready values, with a checksum over themselves."""
     values = dataclasses.asdict(metadata)
-    return {"note": values, "check": metadata_checksum(values)}
+    vocabulary = values.pop("vocabulary")  # earlier versions take no other fields in a note
+    return {"note": values, "check": metadata_checksum(values), "vocabulary": vocabulary}
 
 
 def write_metadata(folder: Path, metadata: CheckpointMetadata) -> None:
@@ -161,10 +164,11 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         values = content["note"]
         if content["check"] != metadata_checksum(values):
             raise ValueError("its checksum does not fit")
-        best = values["best"] and tuple(values["best"])
+        fields = {"best": values["best"] and tuple(values["best"])}
+        fields["vocabulary"] = content.get("vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise reading_error(folder, path, error) from error
-    return CheckpointMetadata(**values | {"best": best})
+    return CheckpointMetadata(**values | fields)
 
 
 def reading_error(folder: Path, path: Path, error: Exception) -> CheckpointError:

@@ -4,6 +4,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import warnings
@@ -28,6 +29,7 @@ from t5x_lite.checkpoints.step_folders import (
     remove_checkpoint,
     remove_leftovers,
     set_aside,
+    vocabulary_digest,
 )
 from t5x_lite.checkpoints.train_state import TrainState, tree_bytes
 from t5x_lite.checkpoints.weight_paths import nest_tree
@@ -57,6 +59,11 @@ class CheckpointManager:
         self.adding: concurrent.futures.Future | None = None
         self.writer = checkpoint_io.open_writer(self.folder, PATIENCE)
 
+    @functools.cached_property
+    def vocabulary(self) -> str | None:
+        """Digest of the run's vocabularies, which stand before the first checkpoint."""
+        return vocabulary_digest(self.folder.parent)
+
     def save(self, state: TrainState, metadata: CheckpointMetadata) -> None:
         """Begins to write a checkpoint of `state`, after the one before is done.
 
@@ -71,6 +78,7 @@ class CheckpointManager:
             metadata,
             best=(self.cfg.metric, self.cfg.higher_is_better) if self.cfg.metric else None,
             arrays={item: checkpoint_io.describe_arrays(arrays) for item, arrays in parts.items()},
+            vocabulary=self.vocabulary,
         )
         items: dict[str, Any] = {
             item: ocp.args.PyTreeSave(arrays) for item, arrays in parts.items()

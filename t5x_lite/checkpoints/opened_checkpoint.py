@@ -163,16 +163,15 @@ class OpenedCheckpoint:
         Raises:
           ValueError: they are not weights of `cfg`; the shapes are named.
         """
+        trunk = dataclasses.replace(cfg, draft_heads=None)
         if self.tensors is None:
             self.fetch_arrays()
             arrays, _ = manager.load_params(self.path, step=None if self.newest else self.step)
-            return weights.place_arrays(
-                weights.with_heads(shapes, arrays), arrays, self.path, cast=True
-            )
-        trunk = dataclasses.replace(cfg, draft_heads=None)
-        params = weights.place_weights(self.weights_for(trunk), trunk)
-        different = "" if self.assumed else matching.list_differences(self.model, trunk)
-        if different:
+            shapes = weights.with_heads(shapes, arrays)
+            params = weights.place_arrays(shapes, arrays, self.path, cast=True)
+        else:
+            params = weights.place_weights(self.weights_for(trunk), trunk)
+        if different := "" if self.assumed else matching.list_differences(self.model, trunk):
             warnings.warn(
                 f"{self.path} was made with {different}; this run has others", stacklevel=2
             )

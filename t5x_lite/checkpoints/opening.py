@@ -17,6 +17,7 @@ from t5x_lite.checkpoints import (
     run_folder,
     selection,
     sources,
+    step_folders,
     tensors,
     text_settings,
 )
@@ -131,6 +132,9 @@ def open_run_folder(
         raise SourceError(f"--model is for T5X checkpoints; {path} has a config.gin")
     run = run_folder.read_run_config(path)
     chosen = selection.select_steps(path, step, best)[0]
+    checkpoint = path / step_folders.FOLDER / str(chosen)
+    run = run_folder.with_saved_model(run, checkpoint)
+    run_folder.warn_of_vocabulary(path, checkpoint)
     folder = path / text_settings.VOCABULARY_FOLDER
     text = choose_text_settings(path, options, lambda: text_settings.read_vocabulary_folder(folder))
     # Of a model of the hub, the weights of one step are there.

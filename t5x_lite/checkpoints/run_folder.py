@@ -5,7 +5,9 @@ A converted checkpoint is laid out as orbax lays out one that training saved, wi
 layer, and with metadata whose digests are summed up while it is written.
 """
 
+import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import parse_path
 
 STEP = 0
+# Fields of a model on which no trained weight depends: an edit of config.gin may change them.
+EDITABLE = ("dtype", "attention", "dropout")
 
 
 def read_run_config(folder: str | Path) -> config.Run:
@@ -53,6 +57,76 @@ def read_run_config(folder: str | Path) -> config.Run:
         raise ValueError(f"{path}: {error}") from error
 
 
+def with_saved_model(run: config.Run, folder: Path) -> config.Run:
+    """The run with the model that a checkpoint was saved with, where config.gin was changed since.
+
+    A warning names the fields. What no trained weight depends on is as config.gin has it.
+
+    Args:
+      run: config of the run folder.
+      folder: the checkpoint, named by its step.
+    """
+    saved = (read_saved_run(folder) or run).model
+    if changes := list_changes(saved, run.model):
+        warnings.warn(
+            f"config.gin of {folder.parent.parent} was changed after step {folder.name} was saved "
+            f"and is not followed: {changes}. To train on with another model, name the folder in "
+            "INITIAL_CHECKPOINT_PATH of a new run",
+            stacklevel=3,
+        )
+    kept = {name: getattr(run.model, name) for name in EDITABLE}
+    return dataclasses.replace(run, model=dataclasses.replace(saved, **kept))
+
+
+def warn_of_vocabulary(folder: Path, checkpoint: Path) -> None:
+    """Warns where a run folder has other vocabularies than a checkpoint was saved with.
+
+    Args:
+      folder: the run folder.
+      checkpoint: the checkpoint, named by its step.
+    """
+    try:
+        saved = checkpoint_io.read_metadata(checkpoint).vocabulary
+    except checkpoint_io.CheckpointError:  # its reader reports it
+        return
+    if saved is not None and saved != step_folders.vocabulary_digest(folder):
+        warnings.warn(
+            f"The files in {folder / step_folders.VOCABULARY_FOLDER} are not those that step "
+            f"{checkpoint.name} was trained with: its texts may be read and written wrongly. Copy "
+            "the folder again from where the run was trained",
+            stacklevel=3,
+        )
+
+
+def read_saved_run(folder: Path) -> config.Run | None:
+    """The config that a checkpoint was saved with.
+
+    None for a damaged one, which its reader reports, and for a config that this version cannot
+    read: config.gin may have been edited for that.
+    """
+    try:
+        return gin_file.from_text(checkpoint_io.read_metadata(folder).config)
+    except ValueError:
+        return None
+
+
+def list_changes(saved: config.Model, edited: config.Model) -> str:
+    """Fields that an edit must not change and that two models differ in, with both values."""
+    changes = []
+    for part in (None, "encoder", "decoder"):
+        pair = [getattr(model, part) if part else model for model in (saved, edited)]
+        if None in pair:
+            changes += [f"Model.{part} is there in one of them"] if any(pair) else []
+            continue
+        before, after = pair
+        owner = f"{part}'s Stack" if part else "Model"
+        for name, value in vars(before).items():
+            other = getattr(after, name)
+            if name not in ("encoder", "decoder", *EDITABLE) and value != other:
+                changes.append(f"{owner}.{name} = {other!r}, saved as {value!r}")
+    return ", ".join(changes)
+
+
 def model_only_run(folder: str | Path, cfg: config.Model) -> config.Run:
     """A run that has a model and nothing to train it with."""
     return config.Run(model_dir=str(folder), model=cfg)
@@ -69,9 +143,10 @@ class SavedWeights:
     """
 
     def __init__(self, folder: str | Path, step: int | None = None):
-        self.run = read_run_config(folder)
+        run = read_run_config(folder)
         self.step = selection.select_steps(folder, step)[0]
         self.folder = parse_path(folder) / manager.FOLDER / str(self.step)
+        self.run = with_saved_model(run, self.folder)
         metadata = checkpoint_io.read_metadata(self.folder)
         self.leaves = matching.model_leaves(self.run.model)
         shapes = {path: leaf.shape for path, leaf in self.leaves.items()}

@@ -6,6 +6,7 @@ has a file that says so, which is written last and removed first.
 """
 
 import contextlib
+import hashlib
 import re
 import shutil
 import threading
@@ -16,12 +17,26 @@ from t5x_lite.config.checked import LARGEST_INT
 from t5x_lite.utils.paths import is_address, parse_path
 
 FOLDER = "checkpoints"
+# The vocabularies of the run, beside its checkpoints.
+VOCABULARY_FOLDER = "vocabulary"
 DAMAGED = ".damaged"
 # Renamed before deletion: a run killed while deleting leaves no half checkpoint under its number.
 DELETING = ".deleting"
 UNFINISHED = ".orbax-checkpoint-tmp"
 # Orbax's last file of a checkpoint, on disks too: a run may be copied to a store.
 COMMITTED = "commit_success.txt"
+
+
+def vocabulary_digest(model_dir: str | Path) -> str | None:
+    """Digest of the files that the vocabularies of a run are read from; None if it has none."""
+    digest, found = hashlib.sha256(), False
+    for side in ("inputs", "targets"):
+        for name in ("vocabulary.json", "model"):
+            path = parse_path(model_dir) / VOCABULARY_FOLDER / side / name
+            if path.is_file():
+                digest.update(f"{side} {name} {path.stat().st_size}\n".encode() + path.read_bytes())
+                found = True
+    return digest.hexdigest() if found else None
 
 
 def list_steps(model_dir: str | Path) -> list[int]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from t5x_lite.checkpoints import sources
 from t5x_lite.checkpoints.formats import gguf
 from t5x_lite.checkpoints.kinds import CheckpointKind, detect_located
+from t5x_lite.checkpoints.step_folders import VOCABULARY_FOLDER
 from t5x_lite.tokenizers import (
     chat,
     errors,
@@ -22,8 +23,7 @@ from t5x_lite.tokenizers.tokenizer_files import TARGETS
 from t5x_lite.tokenizers.vocabularies import TokenizerJsonVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
-# The vocabularies of a run folder, and among them its chat template.
-VOCABULARY_FOLDER = "vocabulary"
+# Among the vocabularies of a run folder.
 CHAT_FILE = "chat_template.jinja"
 
 

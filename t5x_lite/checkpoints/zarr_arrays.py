@@ -102,6 +102,14 @@ class ArrayReader:
                 f"files have {stored:,}"
             )
 
+    def is_complete(self) -> bool:
+        """False if a chunk has no file, or cannot be looked for: it would be read as zeros."""
+        statistics = self.store.storage_statistics(query_fully_stored=True)
+        try:
+            return bool(statistics.result().fully_stored)
+        except ValueError:
+            return False
+
     def read(self, position: LayerPosition = None) -> np.ndarray:
         """The array, or one layer of it."""
         if position is None:

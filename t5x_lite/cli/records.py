@@ -2,12 +2,13 @@
 """Records of a text or JSONL stream, and an output beside them that can be continued."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -150,20 +151,22 @@ class Sink:
         """Number of lines that exist already, by the same settings; 0 for a new output.
 
         Raises:
-          ValueError: the output exists, with other settings or without any.
+          ValueError: the output exists, with other settings or without any, or another process
+            writes it.
         """
         if self.path == "-":
             return 0
         path = parse_output_path(self.path)
-        # An output without a line is none: it was begun on a full disk, or before a kill.
-        if path.exists() and path.stat().st_size and not overwrite:
-            self.compare()
-            return complete_lines(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # First the output, without lines, then its settings: lines never stand beside others.
-        path.write_bytes(b"")
-        write_atomically(self.settings_path, json.dumps(self.settings, indent=1) + "\n")
-        return 0
+        with nullcontext() if is_address(path) else locked_output(path):
+            # An output without a line is none: it was begun on a full disk, or before a kill.
+            if path.exists() and path.stat().st_size and not overwrite:
+                self.compare()
+                return complete_lines(path)
+            # First the output, without lines, then its settings: lines never stand beside others.
+            path.write_bytes(b"")
+            write_atomically(self.settings_path, json.dumps(self.settings, indent=1) + "\n")
+            return 0
 
     def compare(self) -> None:
         """Raises ValueError unless the output that exists has these settings."""
@@ -193,10 +196,26 @@ class Sink:
         return aliases.rename_keys(kept, "Decode", "decode.")
 
     def open(self) -> Any:
-        """The stream that lines are appended to."""
+        """The stream that lines are appended to; ValueError if another process appends too."""
         if self.path == "-":
             return nullcontext(sys.stdout.buffer)
-        return parse_output_path(self.path).open("ab")
+        path = parse_output_path(self.path)
+        return path.open("ab") if is_address(path) else locked_output(path)
+
+
+@contextmanager
+def locked_output(path: Path) -> Generator[IO[bytes]]:
+    """A file to append to, for one process at a time: two would mix their lines."""
+    with path.open("ab") as output:
+        try:
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process is writing {path}: wait for it, or choose another --output"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield output
 
 
 def bounded_lines(stream: IO[bytes]) -> Iterator[bytes]:

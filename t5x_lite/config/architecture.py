@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from t5x_lite.config.checked import (
+    FAR,
     MOST_TOKENS,
     Checked,
     Count,
@@ -26,7 +27,8 @@ from t5x_lite.config.checked import (
 from t5x_lite.config.draft_heads import DraftHeads
 
 # Two is the fewest that a softmax, or a distance, can tell apart.
-AtLeastTwo = Annotated[int, Range(2, MOST_TOKENS)]
+VocabularySize = Annotated[int, Range(2, MOST_TOKENS)]
+Buckets = Annotated[int, Range(2, FAR)]
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Stack(Checked):
     softcap: Positive | None = None
     merged: bool = False
     positions: Literal["relative", "rotary", "learned", "sinusoidal"] = "relative"
-    buckets: AtLeastTwo = 32
+    buckets: Buckets = 32
     max_distance: Count = 128
     bias_std: NotNegative = 0.2
     bias_per_layer: bool = False
@@ -246,7 +248,7 @@ class Model(Checked):
       draft_heads: heads that draft the tokens after the next one; None has none.
     """
 
-    vocab: AtLeastTwo
+    vocab: VocabularySize
     encoder: Stack | None = None
     decoder: Stack | None = None
     tied: bool = False

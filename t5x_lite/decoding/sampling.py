@@ -249,7 +249,7 @@ def filter_logits(logits: Float[Array, "b w v"], sampling: SamplingParams) -> Fl
 
     Top-k, then each of top-p, min-p, typical-p, epsilon and eta on what the one before left, in
     the order of transformers. Ties with the last token kept are kept too; the most probable token
-    always is.
+    always is, but for typical-p, which keeps the most typical one.
     """
     top_k = sampling.top_k[:, None, None]
     counts = jnp.ones_like(logits)

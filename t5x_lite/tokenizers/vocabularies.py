@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from t5x_lite.config.checked import WrongType, coerce, type_in_words
-from t5x_lite.tokenizers.errors import panics_as_errors
+from t5x_lite.tokenizers.errors import describe_error, panics_as_errors
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.fast_tokenizers import MAX_IDS
 from t5x_lite.tokenizers.special_tokens import MAX_SENTINELS, sentinel_name
 from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonVocabulary
 from t5x_lite.tokenizers.symbols import ByteVocabulary, IntegerVocabulary, SymbolVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import parse_path
 
@@ -167,18 +168,21 @@ def load_vocabulary(folder: str | Path) -> TextVocabulary:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # sentencepiece, protobuf and tokenizers raise many kinds
+        reason = str(error)[:200] if isinstance(error, ValueError) else describe_error(error)
         raise ValueError(
-            f"{folder} holds no vocabulary that can be read ({type(error).__name__}: "
-            f"{str(error)[:200]}): copy it again from where the run was trained"
+            f"{folder} holds no vocabulary that can be read ({reason}): copy it again from where "
+            "the run was trained"
         ) from error
 
 
 @functools.lru_cache(maxsize=16)
 def build_vocabulary(description: str, model: bytes | None) -> TextVocabulary:
     """A vocabulary from its description (JSON) and model."""
-    options = json.loads(description)
-    kind = options.pop("kind")
-    if kind not in KINDS:
+    options = bounded_files.parse_json(description)
+    if not isinstance(options, dict):
+        raise ValueError("vocabulary.json should hold an object of JSON")
+    kind = options.pop("kind", None)
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"Vocabulary kind {kind!r} is not one of {', '.join(KINDS)}")
     for name, value in options.items():
         check_option(name, value)

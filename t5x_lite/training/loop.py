@@ -120,11 +120,9 @@ class Training:
             if not try_memory:
                 preflight.check_memory(run, self.assembled.shapes, self.assembled.teacher)
             self.evaluator = setup.make_evaluator(run)
-        self.cost = step_cost(run)
-        statistics = str(self.assembled.batches.statistics)
-        self.console.print(
-            overview.overview_table(run, self.assembled.shapes, self.cost.flops, statistics)
-        )
+        self.cost, statistics = step_cost(run), str(self.assembled.batches.statistics)
+        table = overview.overview_table(run, self.assembled.shapes, self.cost.flops, statistics)
+        self.console.print(table)
         for warning in schedules.list_warnings(run):
             self.log(f"Warning: {warning}")
         self.checkpoints = CheckpointManager(self.path, run.checkpoint)
@@ -133,6 +131,8 @@ class Training:
         self.open_writer()
         if self.start < run.train.steps:
             self.compile()
+            if not try_memory:
+                preflight.check_step_memory(self.step)
 
     def open_writer(self) -> None:
         """Writes config and vocabularies to MODEL_DIR, and opens the metric writer."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite import config, data, processes
-from t5x_lite.checkpoints import manager, sources, text_settings
+from t5x_lite.checkpoints import manager, run_folder, sources, text_settings
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.config import gin_file
@@ -182,10 +182,13 @@ def check_config(run: config.Run, report: Callable[[str], None]) -> None:
       ModelDirError: the folder holds a run of another config; the difference is in the message.
     """
     path = parse_path(run.model_dir) / CONFIG
-    text = gin_file.to_text(run)
-    if not path.exists() or not manager.list_steps(run.model_dir) or path.read_text() == text:
+    text, steps = gin_file.to_text(run), manager.list_steps(run.model_dir)
+    if not path.exists() or not steps:
         return
     before = path.read_text()
+    if before == text:
+        check_saved_run(run, path.parent / manager.FOLDER / str(steps[-1]), report)
+        return
     try:
         saved = gin_file.from_text(before)
         before, followed = gin_file.to_text(saved), adopt_changes(saved, run)  # in today's names
@@ -193,11 +196,40 @@ def check_config(run: config.Run, report: Callable[[str], None]) -> None:
         raise ModelDirError(
             refusal_message(path, before, text, f"It cannot be read: {error}\n")
         ) from error
-    if before == text:
-        return
     if followed != run:
         raise ModelDirError(refusal_message(path, gin_file.to_text(followed), text))
+    check_saved_run(run, path.parent / manager.FOLDER / str(steps[-1]), report)
+    if before == text:
+        return
     report("Going on with a changed config:\n" + config_difference(before, text, path, context=0))
+
+
+def check_saved_run(run: config.Run, folder: Path, report: Callable[[str], None]) -> None:
+    """Compares a run with what its newest checkpoint was saved with, in place of config.gin: that
+    may have been edited, and the checkpoint may be another run's.
+
+    Args:
+      run: config of the run, which is that of config.gin.
+      folder: the checkpoint that it would go on from.
+      report: is called with the difference where the model is the same.
+
+    Raises:
+      ModelDirError: the weights are of another model.
+    """
+    saved = run_folder.read_saved_run(folder)
+    if saved is None or (followed := adopt_changes(saved, run)) == run:
+        return
+    if changes := run_folder.list_changes(saved.model, run.model):
+        raise ModelDirError(
+            f"The checkpoint {folder} is of another model than {CONFIG} beside it: {changes}. "
+            "Give the saved values in both configs, or choose another MODEL_DIR and name this one "
+            "in INITIAL_CHECKPOINT_PATH"
+        )
+    texts = gin_file.to_text(followed), gin_file.to_text(run)
+    report(
+        f"Warning: the checkpoint {folder} was saved by a run of another config (- saved, + this "
+        f"run):\n{config_difference(*texts, folder, context=0)}"
+    )
 
 
 def write_description(run: config.Run, vocabularies: tuple) -> None:

@@ -81,7 +81,7 @@ def check_initial_weights(run: TrainingRun, shapes: TrainState, vocabularies: tu
 def check_memory(run: TrainingRun, shapes: TrainState, teacher: Teacher | None = None) -> None:
     """Raises ValueError if weights, optimizer, gradient and teacher exceed a device's memory.
 
-    Activations come on top: only the compiled step knows them (`python -m t5x_lite.plan`).
+    Activations come on top: the compiled step knows them (`check_step_memory`).
 
     Args:
       run: config of the run.
@@ -97,14 +97,41 @@ def check_memory(run: TrainingRun, shapes: TrainState, teacher: Teacher | None =
             model.shapes(teacher.model),
         )
         parts["teacher"] = train_state.bytes_per_device(weights)
+    remedy = "split the weights over more devices (config.Mesh.fsdp), train a smaller model"
+    compare_memory(parts, "besides activations", remedy)
+
+
+def check_step_memory(step: jax.stages.Compiled) -> None:
+    """Raises ValueError if a compiled step, its state and batch included, exceeds a device's
+    memory. A compiler for TPUs refuses that itself; elsewhere the first step would fail, or the
+    kernel would end the process."""
+    if memory := step.memory_analysis():
+        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        state = memory.argument_size_in_bytes + max(0, kept)
+        parts = {"state and batch": state, "activations and scratch": memory.temp_size_in_bytes}
+        remedy = "lower config.Train.batch_size, raise config.Train.microbatches"
+        compare_memory(parts, "in a step", remedy)
+
+
+def compare_memory(parts: dict[str, int], when: str, remedy: str) -> None:
+    """Compares bytes with the memory of a device.
+
+    Args:
+      parts: bytes of each device by what they are for.
+      when: "in a step", for the message.
+      remedy: what makes them fewer.
+
+    Raises:
+      ValueError: they are more.
+    """
     needed, limit = sum(parts.values()), device_memory()
     if limit is None or needed <= limit:
         return
     words = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
     raise ValueError(
-        f"The run needs {needed / 1e9:,.1f} GB of each device ({words}) besides activations, and a "
-        f"{jax.devices()[0].device_kind} has {limit / 1e9:,.1f} GB here: split the weights over "
-        "more devices (config.Mesh.fsdp), train a smaller model, or pass --try_memory to try anyway"
+        f"The run needs {needed / 1e9:,.1f} GB of each device {when} ({words}), and a "
+        f"{jax.devices()[0].device_kind} has {limit / 1e9:,.1f} GB here: {remedy}, "
+        "or pass --try_memory to try anyway"
     )
 
 

@@ -129,6 +129,21 @@ def test_a_shape_that_no_file_can_fill_is_not_believed(tmp_path):
         zarr_arrays.ArrayReader(tmp_path, zarr.parent.name, ocdbt=False)
 
 
+@pytest.mark.parametrize("lost", ["chunk", "separator"])
+def test_weights_without_their_files_are_warned_about_by_name(tmp_path, lost, recwarn):
+    TARGETS["t5x"].make(tmp_path)
+    t5x_files.T5XTensors(tmp_path)
+    assert not recwarn.list
+    zarr = next(tmp_path.glob("target.token_embedder.embedding/.zarray"))
+    if lost == "chunk":
+        (zarr.parent / "0.0").unlink()
+    else:
+        edited_json(zarr, lambda about: about.update(dimension_separator="/"))
+    with pytest.warns(UserWarning, match="files of token_embedder/embedding are missing"):
+        source = t5x_files.T5XTensors(tmp_path)
+    assert not source.read("token_embedder/embedding").any()
+
+
 @pytest.mark.parametrize("chunks", [[2**32, 8], [40, 2**40], [2**62, 8], [0, 8], "x"])
 def test_chunks_that_no_array_fills_are_refused_before_they_are_decoded(tmp_path, chunks):
     TARGETS["t5x"].make(tmp_path)

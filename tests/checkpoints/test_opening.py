@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import gguf
@@ -16,9 +17,11 @@ from t5x_lite import adapt, config, convert, interactive, model, sharding
 from t5x_lite import eval as eval_command
 from t5x_lite import infer as infer_command
 from t5x_lite.checkpoints.formats.gguf import GgufTensors
-from t5x_lite.checkpoints.opening import open_checkpoint, open_described
+from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint, open_described
+from t5x_lite.checkpoints.run_folder import SavedWeights
 from t5x_lite.checkpoints.text_settings import read_text_settings
 from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.config import gin_file
 from t5x_lite.tokenizers import gguf_tokenizer, vocabularies
 from t5x_lite.training import setup
 
@@ -79,8 +82,11 @@ def write_with_tokenizer(path, **changes):
 def test_a_hugging_face_folder_writes_what_the_run_writes(makes):
     ours, theirs = interactive.load(makes / "ours"), interactive.load(makes / "hf")
     assert theirs.generate(WORDS, max_new_tokens=6) == ours.generate(WORDS, max_new_tokens=6)
-    scores = [session.score(WORDS, ["ab", "c", "dd"]) for session in (ours, theirs)]
+    # An empty input is the tokenizer's end of the sequence.
+    pairs = ["", *WORDS], ["a", "ab", "c", "dd"]
+    scores = [session.score(*pairs) for session in (ours, theirs)]
     np.testing.assert_allclose(*scores, rtol=1e-6)
+    assert ours.score("", "a") == pytest.approx(scores[0][0], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -284,3 +290,41 @@ def test_a_model_of_another_library_may_lie_in_a_folder_of_checkpoints(tmp_path,
     folder.parent.mkdir()
     folder.symlink_to(makes / "hf")
     assert open_checkpoint(folder).kind == "Hugging Face"
+
+
+EDITS = [
+    ("norm = 'rms'", "norm = 'rms_plus_one'", "Stack.norm = 'rms_plus_one', saved as 'rms'"),
+    ("activation = 'gelu'", "activation = 'silu'", "Stack.activation = 'silu', saved as 'gelu'"),
+    ("tied = False", "tied = True", "Model.tied = True, saved as False"),
+    ("layers = 2", "layers = 3", "encoder's Stack.layers = 3, saved as 2"),
+]
+
+
+@pytest.mark.parametrize("before, after, words", EDITS, ids=[edit[0] for edit in EDITS])
+def test_a_checkpoint_has_the_model_that_it_was_saved_with(tmp_path, drawn, before, after, words):
+    folder = write_ours(tmp_path / "ours", T5, drawn)
+    text = (folder / "config.gin").read_text()
+    assert before in text
+    (folder / "config.gin").write_text(text.replace(before, after))
+    for door in (lambda path: open_checkpoint(path, options=WEIGHTS_ONLY), SavedWeights):
+        with pytest.warns(UserWarning, match=re.escape(words)) as raised:
+            assert door(folder).run.model == T5
+        assert str(folder) in str(raised[0].message)
+
+
+def test_fields_that_no_weight_depends_on_may_be_edited(tmp_path, drawn, recwarn):
+    folder = write_ours(tmp_path / "ours", T5, drawn)
+    edited = dataclasses.replace(T5, dtype="float32", dropout=0.5, attention="reference")
+    (folder / "config.gin").write_text(
+        gin_file.to_text(dataclasses.replace(SavedWeights(folder).run, model=edited))
+    )
+    assert open_checkpoint(folder, options=WEIGHTS_ONLY).model == edited
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '"bytes"', "{}", '{"kind": []}', "7" * 5000])
+def test_a_vocabulary_that_is_no_object_is_refused_in_words(tmp_path, content):
+    (tmp_path / "vocabulary.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no vocabulary that can be") as raised:
+        vocabularies.load_vocabulary(tmp_path)
+    assert "Type" not in str(raised.value) and "Attribute" not in str(raised.value)

@@ -8,13 +8,14 @@ a checksum) is made to fit.
 """
 
 import ast
+import bz2
 import functools
 import gzip
 import json
+import lzma
 import random
 import re
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -136,6 +137,21 @@ def write_msgpack(tree: Any) -> bytes:
     return msgpack.packb(close_extensions(tree))
 
 
+def pack_zstd(content: bytes) -> bytes:
+    """Content as a .zst file."""
+    import pyarrow
+
+    return pyarrow.compress(content, "zstd", asbytes=True)
+
+
+def unpack_zstd(content: bytes) -> bytes:
+    """Content of a .zst file."""
+    import pyarrow
+
+    packed = pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd")
+    return packed.read(MOST_UNPACKED)
+
+
 JSON = Codec(parse_json, write_json)
 CODECS = [
     (r"\.jsonl$", Codec(parse_lines, write_lines)),
@@ -148,6 +164,14 @@ CODECS = [
     (r"^checkpoint$", Codec(parse_msgpack, write_msgpack)),
     (r"", JSON),
 ]
+MOST_UNPACKED = 2**24
+# By ending: functions that unpack and pack.
+PACKED: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    ".gz": (gzip.decompress, functools.partial(gzip.compress, mtime=0)),
+    ".bz2": (bz2.decompress, bz2.compress),
+    ".xz": (lzma.decompress, lzma.compress),
+    ".zst": (unpack_zstd, pack_zstd),
+}
 GRAMMARS = [
     (r"\.gin$|^bindings\.txt$", fuzz_grammars.change_gin),
     (r"\.jinja$", fuzz_grammars.change_template),
@@ -181,8 +205,8 @@ def list_edits(path: str, content: bytes, draw: random.Random) -> list[Edit]:
     is_text = bool(content) and b"\x00" not in content[:4096]
     edits = [draw.choice(BYTES), *([draw.choice(TEXT)] if is_text else [])]
     edits += 3 * [edit for pattern, edit in GRAMMARS if re.search(pattern, path)]
-    if path.endswith(".gz") and content.startswith(b"\x1f\x8b"):
-        edits.append(lambda content, draw: change_compressed(path, content, draw))
+    if path.endswith(tuple(PACKED)):
+        edits += 2 * [functools.partial(change_compressed, path)]
     if path.endswith(".http"):
         edits.append(change_body)
     codec = find_codec(path)
@@ -225,18 +249,23 @@ def replace_literal(content: bytes, draw: random.Random) -> bytes:
 
 
 def change_compressed(path: str, content: bytes, draw: random.Random) -> bytes:
-    """Changes what a gzip file contains, by its own format.
+    """Changes what a packed file contains, by its own format; or packs it in two parts, or again.
 
     Args:
       path: path of the file, "data.jsonl.gz".
       content: its bytes.
       draw: random generator.
     """
+    ending = next(each for each in PACKED if path.endswith(each))
+    unpack, pack = PACKED[ending]
     try:
-        inner = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error):
+        inner = unpack(content)
+    except Exception:  # mutated before; each library raises its own classes
         return draw.choice(BYTES)(content, draw)
-    return gzip.compress(mutate_file(path.removesuffix(".gz"), inner, draw), mtime=0)
+    changed = mutate_file(path.removesuffix(ending), inner, draw)
+    middle = draw.randrange(len(changed) + 1)
+    parts = pack(changed[:middle]) + pack(changed[middle:])
+    return draw.choice((pack(changed), pack(changed), parts, pack(pack(changed))))
 
 
 def change_body(content: bytes, draw: random.Random) -> bytes:

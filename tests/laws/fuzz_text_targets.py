@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fuzz_formats import pack_zstd
 from fuzz_target import WORDS, Target, write_json, write_jsonl
 
 from t5x_lite import config
@@ -117,13 +118,6 @@ def packed_writer(pack: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
     return lambda path: path.write_bytes(pack(content))
 
 
-def compress_zstd(content: bytes) -> bytes:
-    """Content as a .zst file."""
-    import pyarrow
-
-    return pyarrow.compress(content, "zstd", asbytes=True)
-
-
 def write_parquet(path: Path) -> None:
     """Writes examples as a Parquet table."""
     import pyarrow
@@ -131,6 +125,35 @@ def write_parquet(path: Path) -> None:
 
     table = pyarrow.table({"inputs": WORDS, "targets": WORDS, "n": list(range(len(WORDS)))})
     pyarrow.parquet.write_table(table, path)
+
+
+DATASET_CARD = """---
+dataset_info:
+  features:
+  - {name: inputs, dtype: string}
+  - {name: targets, dtype: string}
+  - {name: n, dtype: int64}
+---
+"""
+
+
+def make_dataset(folder: Path) -> None:
+    """Writes a dataset as the hub lays it out: a card, and a Parquet file of each split."""
+    (folder / "README.md").write_text(DATASET_CARD)
+    for split in ("train", "test"):
+        write_parquet(folder / f"{split}-00000-of-00001.parquet")
+    read_dataset(folder)  # its imports take more memory than a file may
+
+
+def read_dataset(folder: Path) -> None:
+    """Reads both splits of a dataset."""
+    vocabulary = config.Vocabulary("bytes")
+    for broken in ("skip", "stop"):
+        fields = dict(inputs="inputs", test="test", broken=broken)
+        cfg = config.HubDataset(str(folder), vocabulary, **fields)
+        for split in ("train", "test"):
+            for row in hub_datasets.read_rows(cfg, split):
+                assert isinstance(row.targets, str)
 
 
 def trained_pieces(**options: Any) -> bytes:
@@ -306,7 +329,7 @@ TARGETS = {
     "gzip": of_files(".txt.gz", packed_writer(gzip.compress)),
     "bz2": of_files(".txt.bz2", packed_writer(bz2.compress)),
     "xz": of_files(".txt.xz", packed_writer(lzma.compress)),
-    "zstd": of_files(".txt.zst", packed_writer(compress_zstd)),
+    "zstd": of_files(".txt.zst", packed_writer(pack_zstd)),
     "parquet": of_files(".parquet", write_parquet, inputs="inputs"),
     **({"hub_dataset": Target(make_hub_dataset, read_hub_dataset)} if HAS_DATASETS else {}),
     "tokenizer_json": Target(make_tokenizer, read_tokenizer),
@@ -317,3 +340,5 @@ TARGETS = {
     "vocabulary": Target(make_vocabularies, read_vocabularies),
     "chat": Target(make_chat, read_chat, ("chat template",)),
 }
+if importlib.util.find_spec("datasets"):
+    TARGETS["dataset"] = Target(make_dataset, read_dataset)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from t5x_lite import train
+from t5x_lite import model, train
+from t5x_lite.checkpoints import train_state
 from t5x_lite.config import gin_file
-from t5x_lite.training import loop, preflight, schedules
+from t5x_lite.training import loop, preflight, schedules, setup
 from t5x_lite.training.model_dir import adopt_changes
+from t5x_lite.training.reporting import overview
 
 BASE = """
 from __gin__ import dynamic_registration
@@ -65,6 +67,10 @@ def folder(tmp_path_factory) -> Path:
 
 def load(folder: Path, *bindings: str):
     return gin_file.load_run([str(folder / "run.gin")], bindings)
+
+
+def preflight_shapes(run):
+    return train_state.state_shapes(model.shapes(run.model), setup.make_update(run)[1])
 
 
 def refusal_of(action) -> str:
@@ -144,6 +150,16 @@ def test_memory_is_compared_before_anything_is_placed(folder, tmp_path, monkeypa
     assert "--try_memory" in message and "--try_memory" in train.parser().format_help()
     assert refusal_of(lambda: loop.train(run)) == message
     preflight.check_run(run, print, try_memory=True)
+    assert loop.train(run, try_memory=True)["steps"] == 2
+
+
+def test_activations_are_compared_once_the_step_is_compiled(folder, tmp_path, monkeypatch):
+    run = load(folder, f"MODEL_DIR={tmp_path}")
+    state = sum(overview.state_bytes(run, preflight_shapes(run)).values())
+    monkeypatch.setattr(preflight, "device_memory", lambda: state)
+    preflight.check_run(run, print)
+    message = refusal_of(lambda: loop.train(run))
+    assert "activations and scratch" in message and "microbatches" in message
     assert loop.train(run, try_memory=True)["steps"] == 2
 
 

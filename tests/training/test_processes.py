@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ DEVICES = 4
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Held-out losses, and no text: decoding takes longer to compile than all the rest.
 UNMEASURED = config.Evaluate(examples=0, batches=0)
+TRAIN = ["-m", "t5x_lite.train"]
 SCORED = config.Evaluate(examples=0, batches=1, batch_size=8)
 
 
@@ -39,8 +41,14 @@ def run_of(layout: str, path: Path, steps: int, **changes) -> config.Run:
 
 
 @contextlib.contextmanager
-def together(runs: list[config.Run], path: Path):
-    """The training command in as many processes as there are runs, which share four devices."""
+def together(runs: list[config.Run], path: Path, programs: Sequence[list[str]] = (TRAIN, TRAIN)):
+    """The training command in as many processes as there are runs, which share four devices.
+
+    Args:
+      runs: config of each process.
+      path: folder for their .gin files.
+      programs: arguments of Python for each of the first processes; the others train.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meeting = f"--coordinator=localhost:{free.getsockname()[1]}"
@@ -54,7 +62,8 @@ def together(runs: list[config.Run], path: Path):
         for number, run in enumerate(runs):
             file = path / f"{number}.gin"
             file.write_text(gin_file.to_text(run))
-            command = [sys.executable, "-m", "t5x_lite.train", f"--gin_file={file}"]
+            program = programs[number] if number < len(programs) else TRAIN
+            command = [sys.executable, *program, f"--gin_file={file}"]
             if len(runs) > 1:
                 command += [meeting, f"--processes={len(runs)}", f"--process={number}"]
             pipes = dict(stderr=subprocess.PIPE, text=True)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import toy_model
 from t5x_lite import config
 from t5x_lite.checkpoints import manager, selection
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError
+from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.config import gin_file
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.training import loop, setup
@@ -111,6 +113,39 @@ def test_another_config_is_refused_with_the_difference(finished):
         loop.train(other)
     with pytest.raises(ModelDirError, match="another config"):
         loop.train(dataclasses.replace(run, seed=1))
+
+
+def test_a_model_that_was_not_trained_is_refused_where_both_configs_name_it(finished, tmp_path):
+    run, _ = finished
+    shutil.copytree(run.model_dir, tmp_path / "run")
+    norm = {"norm": "rms_plus_one"}
+    other = dataclasses.replace(run.model, decoder=dataclasses.replace(run.model.decoder, **norm))
+    edited = dataclasses.replace(run, model=other, model_dir=str(tmp_path / "run"))
+    (tmp_path / "run" / "config.gin").write_text(gin_file.to_text(edited))
+    with pytest.raises(ModelDirError, match="Stack.norm = 'rms_plus_one', saved as 'rms'"):
+        loop.train(edited)
+
+
+def test_a_checkpoint_of_another_run_is_reported(finished, tmp_path):
+    run, _ = finished
+    shutil.copytree(run.model_dir, tmp_path / "run")
+    other = dataclasses.replace(run, seed=7, model_dir=str(tmp_path / "run"))
+    (tmp_path / "run" / "config.gin").write_text(gin_file.to_text(other))
+    output = []
+    folder.check_config(other, output.append)
+    assert "checkpoints/4 was saved by a run of another config" in output[0]
+    assert "-config.Run.seed = 0" in output[0] and "+config.Run.seed = 7" in output[0]
+
+
+def test_vocabularies_of_another_run_are_warned_about(finished, tmp_path, recwarn):
+    run, _ = finished
+    shutil.copytree(run.model_dir, tmp_path / "run")
+    open_checkpoint(tmp_path / "run")
+    assert not [each for each in recwarn if "are not those" in str(each.message)]
+    other = vocabularies.ByteVocabulary(extra_ids=7)
+    vocabularies.save_pair(tmp_path / "run" / "vocabulary", other, other)
+    with pytest.warns(UserWarning, match="run/vocabulary are not those that step 4 was trained"):
+        open_checkpoint(tmp_path / "run")
 
 
 def test_permitted_changes_are_reported(finished):

@@ -8,6 +8,7 @@ newest T5X has no such file but orbax's tree in state/.
 
 import ast
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ VERSION = 3
 TREE_LIMIT = 2**33
 # Characters of the path of an array; Python's parser takes deeply nested brackets badly.
 MOST_KEY = 500
+# Names in a warning.
+SHOWN = 4
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -68,6 +71,7 @@ class T5XTensors:
                 self.stored[name] = leaf
             else:
                 self.inline[name] = leaf
+        warn_of_gaps(self.path, self.stored)
         self.names = {
             name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()
         }
@@ -89,6 +93,19 @@ def check_places(path: Path, leaves: Mapping[str, Any]) -> None:
             first = names.setdefault(leaf.location, name)
             if first != name:
                 raise SourceError(f"{path}: {first} and {name} both lie in {leaf.location}")
+
+
+def warn_of_gaps(path: Path, stored: Mapping[str, zarr_arrays.ArrayReader]) -> None:
+    """Warns of weights without all of their files: T5X writes none for zeros, and a copy that was
+    cut off has none either."""
+    gaps = [name for name, reader in stored.items() if not reader.is_complete()]
+    if gaps:
+        more = f" and {len(gaps) - SHOWN} more" if len(gaps) > SHOWN else ""
+        warnings.warn(
+            f"{path}: files of {', '.join(gaps[:SHOWN])}{more} are missing and are read as zeros. "
+            "T5X leaves out files of zeros; if these weights were none, copy the checkpoint again",
+            stacklevel=3,
+        )
 
 
 def open_tree(path: Path) -> dict[str, Any]:
