@@ -217,7 +217,10 @@ def check_saved_run(run: config.Run, folder: Path, report: Callable[[str], None]
       ModelDirError: the weights are of another model.
     """
     saved = run_folder.read_saved_run(folder)
-    if saved is None or (followed := adopt_changes(saved, run)) == run:
+    if saved is None:
+        return
+    texts = gin_file.to_text(adopt_changes(saved, run)), gin_file.to_text(run)
+    if texts[0] == texts[1]:
         return
     if changes := run_folder.list_changes(saved.model, run.model):
         raise ModelDirError(
@@ -225,7 +228,6 @@ def check_saved_run(run: config.Run, folder: Path, report: Callable[[str], None]
             "Give the saved values in both configs, or choose another MODEL_DIR and name this one "
             "in INITIAL_CHECKPOINT_PATH"
         )
-    texts = gin_file.to_text(followed), gin_file.to_text(run)
     report(
         f"Warning: the checkpoint {folder} was saved by a run of another config (- saved, + this "
         f"run):\n{config_difference(*texts, folder, context=0)}"

@@ -83,8 +83,8 @@ def test_inputs_that_once_failed_do_so_no_more(name, file, content, tmp_path):
     assert fault is None
 
 
-CODED = ["jsonl", "llama", "gguf", "gguf_tokenizer", "sentencepiece", "parquet"]
-CODED += ["t5x_inline", "t5x_orbax"]
+CODED = ["jsonl", "csv", "quoted_tsv", "llama", "gguf", "gguf_tokenizer", "sentencepiece"]
+CODED += ["parquet", "t5x_inline", "t5x_orbax"]
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -105,9 +105,16 @@ def test_mutators_know_the_formats_of_their_files(name, tmp_path):
     TARGETS[name].read(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["a.json", "a.gguf", "a.gin", "a.jinja", "a.http", "a.txt.gz"])
+PACKED = [f"a.txt{ending}" for ending in fuzz_formats.PACKED]
+
+
+@pytest.mark.parametrize(
+    "path", ["a.json", "a.gguf", "a.gin", "a.jinja", "a.http", "a.csv", *PACKED]
+)
 def test_mutations_are_reproduced_by_their_seed_and_change_something(path):
-    content = gzip.compress(b"a\n") if path.endswith(".gz") else b'{"a": [1, "{{ b }}"]}\n'
+    content = b'{"a": [1, "{{ b }}"]}\n'
+    for ending, (_, pack) in fuzz_formats.PACKED.items():
+        content = pack(content) if path.endswith(ending) else content
     twice = [
         [fuzz_formats.mutate_file(path, content, random.Random(seed)) for seed in range(50)]
         for _ in range(2)

@@ -9,8 +9,10 @@ a checksum) is made to fit.
 
 import ast
 import bz2
+import csv
 import functools
 import gzip
+import io
 import json
 import lzma
 import random
@@ -86,6 +88,34 @@ def write_lines(tree: list) -> bytes:
     return b"".join(write_json(each) + b"\n" for each in tree)
 
 
+def parse_table(delimiter: str, content: bytes) -> list:
+    """Cells of the rows of a table."""
+    return [*csv.reader(io.StringIO(content.decode(), newline=""), delimiter=delimiter)]
+
+
+def write_table(delimiter: str, tree: list) -> bytes:
+    """A table whose cells are quoted where they need it."""
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(tree)
+    return text.getvalue().encode("utf-8", "surrogatepass")
+
+
+def parse_card(content: bytes) -> dict:
+    """Front matter and text of a card of the hub."""
+    import yaml
+
+    _, front, text = content.decode().split("---\n", 2)
+    return {"front": yaml.safe_load(front), "text": text}
+
+
+def write_card(tree: dict) -> bytes:
+    """A card of the hub."""
+    import yaml
+
+    front = yaml.safe_dump(tree["front"])
+    return f"---\n{front}---\n{tree['text']}".encode("utf-8", "surrogatepass")
+
+
 def parse_safetensors(content: bytes) -> dict:
     """The header of a safetensors file, and its numbers."""
     length = int.from_bytes(content[:8], "little")
@@ -155,6 +185,11 @@ def unpack_zstd(content: bytes) -> bytes:
 JSON = Codec(parse_json, write_json)
 CODECS = [
     (r"\.jsonl$", Codec(parse_lines, write_lines)),
+    *(
+        (ending, Codec(functools.partial(parse_table, each), functools.partial(write_table, each)))
+        for ending, each in ((r"\.tsv$", "\t"), (r"\.csv$", ","))
+    ),
+    (r"(^|/)README\.md$", Codec(parse_card, write_card)),
     (r"\.safetensors$", Codec(parse_safetensors, write_safetensors)),
     (r"\.npy$", Codec(parse_npy, write_npy)),
     (r"\.gguf$", Codec(parse_gguf, write_gguf)),
