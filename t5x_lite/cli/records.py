@@ -208,7 +208,8 @@ def locked_output(path: Path) -> Generator[IO[bytes]]:
     """A file to append to, for one process at a time: two would mix their lines."""
     with path.open("ab") as output:
         try:
-            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.is_file():  # and not /dev/null, which is everybody's
+                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
                 f"Another process is writing {path}: wait for it, or choose another --output"

@@ -20,3 +20,6 @@ def test_two_processes_do_not_mix_their_lines_in_one_output(tmp_path):
         with pytest.raises(ValueError, match="Another process"), other.open():
             pass
     assert path.read_text() == "one\ntwo\n" and other.begin(overwrite=False) == 2
+    nowhere = [records.Sink("/dev/null", {"input_digest": "x"}) for _ in range(2)]
+    with nowhere[0].open(), nowhere[1].open():
+        pass
