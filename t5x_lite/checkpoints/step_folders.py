@@ -29,14 +29,14 @@ COMMITTED = "commit_success.txt"
 
 def vocabulary_digest(model_dir: str | Path) -> str | None:
     """Digest of the files that the vocabularies of a run are read from; None if it has none."""
-    digest, found = hashlib.sha256(), False
+    digest, count = hashlib.sha256(), 0
     for side in ("inputs", "targets"):
         for name in ("vocabulary.json", "model"):
             path = parse_path(model_dir) / VOCABULARY_FOLDER / side / name
             if path.is_file():
                 digest.update(f"{side} {name} {path.stat().st_size}\n".encode() + path.read_bytes())
-                found = True
-    return digest.hexdigest() if found else None
+                count += 1
+    return digest.hexdigest() if count else None
 
 
 def list_steps(model_dir: str | Path) -> list[int]:

@@ -52,7 +52,13 @@ def of_class(*kinds: type) -> list:
 
 
 def at_end(sample, name, value):
-    """The sample with an end; skips what another field of it rules out, which names both."""
+    """The sample with an end; skips what another field of it rules out, in a message with its name.
+
+    Args:
+      sample: one of a config dataclass.
+      name: its field.
+      value: an end of its range.
+    """
     try:
         return dataclasses.replace(sample, **{name: value})
     except ValueError as error:

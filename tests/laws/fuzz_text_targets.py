@@ -127,35 +127,6 @@ def write_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(table, path)
 
 
-DATASET_CARD = """---
-dataset_info:
-  features:
-  - {name: inputs, dtype: string}
-  - {name: targets, dtype: string}
-  - {name: n, dtype: int64}
----
-"""
-
-
-def make_dataset(folder: Path) -> None:
-    """Writes a dataset as the hub lays it out: a card, and a Parquet file of each split."""
-    (folder / "README.md").write_text(DATASET_CARD)
-    for split in ("train", "test"):
-        write_parquet(folder / f"{split}-00000-of-00001.parquet")
-    read_dataset(folder)  # its imports take more memory than a file may
-
-
-def read_dataset(folder: Path) -> None:
-    """Reads both splits of a dataset."""
-    vocabulary = config.Vocabulary("bytes")
-    for broken in ("skip", "stop"):
-        fields = dict(inputs="inputs", test="test", broken=broken)
-        cfg = config.HubDataset(str(folder), vocabulary, **fields)
-        for split in ("train", "test"):
-            for row in hub_datasets.read_rows(cfg, split):
-                assert isinstance(row.targets, str)
-
-
 def trained_pieces(**options: Any) -> bytes:
     """A trained SentencePiece model, serialized."""
     import sentencepiece
@@ -340,5 +311,3 @@ TARGETS = {
     "vocabulary": Target(make_vocabularies, read_vocabularies),
     "chat": Target(make_chat, read_chat, ("chat template",)),
 }
-if importlib.util.find_spec("datasets"):
-    TARGETS["dataset"] = Target(make_dataset, read_dataset)

@@ -16,6 +16,8 @@ from t5x_lite.checkpoints import manager, step_folders
 from t5x_lite.utils.exit_status import FAILURE, MISTAKE, TRY_AGAIN
 
 STEPS, HELD = 30, 12
+# Each process has a clock of its own.
+CLOCKS = [["-c", JUMPING], ["-c", JUMPING.replace("Random(0)", "Random(1)")]]
 # Training that waits before a step while a file exists, and soon misses a silent process.
 HELD_PROGRAM = f"""
 import sys, time
@@ -38,7 +40,7 @@ def calm(tmp_path_factory) -> config.Run:
     path = tmp_path_factory.mktemp("calm")
     saving = config.Checkpoint(every=3, keep=3)
     options = dict(mesh=config.Mesh(fsdp=4), checkpoint=saving, evaluate=UNMEASURED)
-    run = run_of("encoder_decoder", path, steps=STEPS, **options)
+    run = run_of("decoder_only", path, steps=STEPS, **options)
     train(run, 2, path)
     return run
 
@@ -54,7 +56,14 @@ def assert_same(run: config.Run, calm: config.Run) -> None:
 
 
 def kill_while_saving(run: config.Run, path: Path, victim: int, programs: list) -> None:
-    """Kills one process while a checkpoint is half written, after one that is whole."""
+    """Kills one process while a checkpoint is half written, after one that is whole.
+
+    Args:
+      run: config of both.
+      path: folder for their .gin files.
+      victim: which is killed.
+      programs: arguments of Python for each.
+    """
     folder = Path(run.model_dir) / "checkpoints"
     before = max(manager.list_steps(run.model_dir), default=0)
     with together([run, run], path, programs) as started:
@@ -76,12 +85,17 @@ def kill_while_saving(run: config.Run, path: Path, victim: int, programs: list) 
 @pytest.mark.slow
 def test_a_process_killed_while_saving_and_clocks_that_jump_change_nothing(tmp_path, calm):
     run = beside(calm, tmp_path)
-    kill_while_saving(run, tmp_path, victim=1, programs=[TRAIN, TRAIN])
-    other_clock = JUMPING.replace("Random(0)", "Random(1)")
-    clocks = [["-c", JUMPING], ["-c", other_clock]]
-    kill_while_saving(run, tmp_path, victim=0, programs=clocks)
-    with together([run, run], tmp_path, clocks) as started:
+    kill_while_saving(run, tmp_path, victim=1, programs=CLOCKS)
+    with together([run, run], tmp_path, CLOCKS) as started:
         assert [status for status, _ in ended(started)] == [0, 0]
+    assert_same(run, calm)
+
+
+@pytest.mark.exhaustive
+def test_the_first_process_killed_while_saving_changes_nothing(tmp_path, calm):
+    run = beside(calm, tmp_path)
+    kill_while_saving(run, tmp_path, victim=0, programs=[TRAIN, TRAIN])
+    train(run, 2, tmp_path)
     assert_same(run, calm)
 
 
@@ -102,9 +116,9 @@ def test_a_disk_that_takes_no_more_from_one_process_ends_both(tmp_path, calm):
 @pytest.mark.exhaustive
 def test_a_host_that_is_silent_is_lost(tmp_path, calm):
     run = beside(calm, tmp_path)
-    held = tmp_path / "held"
-    held.touch()
-    with together([run, run], tmp_path, [["-c", HELD_PROGRAM, str(held)]] * 2) as started:
+    pause = tmp_path / "pause"
+    pause.touch()
+    with together([run, run], tmp_path, [["-c", HELD_PROGRAM, str(pause)]] * 2) as started:
         wait_for_step(started[0], Path(run.model_dir), HELD)
         started[1].send_signal(signal.SIGSTOP)
         ((status, output),) = ended(started[:1])
@@ -116,15 +130,15 @@ def test_a_host_that_is_silent_is_lost(tmp_path, calm):
 @pytest.mark.exhaustive
 def test_a_second_start_in_one_folder_is_refused_and_disturbs_nothing(tmp_path, calm):
     run = beside(calm, tmp_path)
-    held, second = tmp_path / "held", tmp_path / "second"
-    held.touch()
+    pause, second = tmp_path / "pause", tmp_path / "second"
+    pause.touch()
     second.mkdir()
-    with together([run, run], tmp_path, [["-c", HELD_PROGRAM, str(held)]] * 2) as first:
+    with together([run, run], tmp_path, [["-c", HELD_PROGRAM, str(pause)]] * 2) as first:
         wait_for_step(first[0], Path(run.model_dir), HELD)
         with together([run, run], second) as started:
             for status, output in ended(started):
                 assert status == MISTAKE
                 assert f"Another process (process {first[0].pid} on " in output
-        held.unlink()
+        pause.unlink()
         assert [status for status, _ in ended(first)] == [0, 0]
     assert_same(run, calm)
