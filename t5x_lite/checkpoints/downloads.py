@@ -23,8 +23,8 @@ class StoreFolder:
     Attributes:
       name: its address.
       sizes: bytes of its files by path.
-      folder: folder of the copies, of these names, sizes and times: what is written anew is copied
-        anew.
+      folder: folder of the copies, of these names, sizes, times and tags: what is written anew is
+        copied anew.
       offline: "", as a store is always asked.
     """
 

@@ -38,11 +38,13 @@ class RemoteStatus(NamedTuple):
       st_mode: kind of the file.
       st_size: its bytes.
       st_mtime: time of its writing, in seconds since 1970; 0 where the store does not say.
+      etag: text of the store that differs where contents do; "" where it has none.
     """
 
     st_mode: int
     st_size: int
     st_mtime: float
+    etag: str = ""
 
     @property
     def st_mtime_ns(self) -> int:
@@ -97,7 +99,8 @@ def read_status(details: dict[str, Any]) -> RemoteStatus:
     mode = stat.S_IFDIR if details["type"] == "directory" else stat.S_IFREG
     written = details.get("mtime", details.get("LastModified", 0.0))
     seconds = written.timestamp() if hasattr(written, "timestamp") else 0.0
-    return RemoteStatus(mode, details.get("size") or 0, seconds)
+    etag = details.get("ETag") or details.get("etag") or ""
+    return RemoteStatus(mode, details.get("size") or 0, seconds, etag)
 
 
 class RemotePath(PurePosixPath):

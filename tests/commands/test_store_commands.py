@@ -82,9 +82,11 @@ def test_a_folder_that_is_written_anew_is_copied_anew(place, tmp_path):
             (again / path.name).write_bytes(path.read_bytes())
     first = sources.locate_source(again).path
     assert sources.locate_source(again).path == first
-    settings = json.loads((again / "config.json").read_text())
-    (again / "config.json").write_text(json.dumps(settings | {"dropout_rate": 0.25}))
-    assert open_checkpoint(again).model.dropout == 0.25
+    text = (again / "config.json").read_text()
+    changed = text.replace('"dropout_rate": 0.0', '"dropout_rate": 0.5')
+    assert changed != text
+    (again / "config.json").write_text(changed)  # of the same size, within the same second
+    assert open_checkpoint(again).model.dropout == 0.5
     assert sources.locate_source(again).path != first
 
 

@@ -261,9 +261,10 @@ def test_a_translation_writes_what_transformers_writes(
     pipe = interactive.pipeline("translation", session, **options)
     named = interactive.pipeline(f"translation_{source}_to_{target}", session, **options)
     same = [{"translation_token_ids": written}]
+    before, inputs = pipe(line), session.predictor.inputs
     assert pipe(line, src_lang=source, tgt_lang=target) == same
     # Codes with a region are no part of a task's name.
     assert (named(line) == same) == (name == "m2m100")
-    assert pipe(line) != same
+    assert pipe(line) == before != same and session.predictor.inputs is inputs
     with pytest.raises(ValueError, match="xx is no language"):
         pipe(line, tgt_lang="xx")
