@@ -43,7 +43,12 @@ GROUPS = {
     "Objectives": ("SpanCorruption", "PrefixLM", "CausalLM", "FillInTheMiddle", "Denoisers"),
     "Training": ("Train", "Schedule", "Optimizer", "ParamGroup", "DraftHeadLoss", "LayerSkip"),
     "Evaluation, checkpoints, decoding, devices": ("Evaluate", "Checkpoint", "Decode", "Mesh"),
-    "Adaptation, distillation, comparison": ("Adaptation", "Distillation", "Compare"),
+    "Adapters, adaptation, distillation, comparison": (
+        "Lora",
+        "Adaptation",
+        "Distillation",
+        "Compare",
+    ),
 }
 
 

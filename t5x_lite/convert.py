@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import re
 import sys
 import tempfile
@@ -34,6 +35,9 @@ examples:
   python -m t5x_lite.convert --from=runs/t5_small --to=t5x_small/checkpoint_0 --format=t5x
   # a trained run as a model of the hub
   python -m t5x_lite.convert --from=runs/g2p --to=owner/name --push --format=huggingface
+  # LoRA adapters for peft, or merged into their base
+  python -m t5x_lite.convert --from=runs/lora --to=lora_peft --format=peft
+  python -m t5x_lite.convert --from=runs/lora --to=merged_hf --merge --format=huggingface
   # encoder, prefill and decoding step as programs with a script that needs jax alone
   python -m t5x_lite.convert --from=runs/g2p --to=g2p_stablehlo --format=stablehlo
 
@@ -73,17 +77,18 @@ def parser() -> Parser:
     add("--private", action="store_true", help="a model that --push creates is private")
     add(
         "--format",
-        choices=("ours", "huggingface", "t5x", "t5x_scanned", "stablehlo"),
+        choices=("ours", "huggingface", "t5x", "t5x_scanned", "stablehlo", "peft"),
         default="ours",
         help="what to write (default: ours, a run folder); t5x has tensors for each layer, "
         "t5x_scanned has them stacked, as scalable_t5 does; stablehlo has programs that need jax "
-        "alone",
+        "alone; peft has adapters alone",
     )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="cast all weights (default: as they are)",
     )
+    add("--merge", action="store_true", help="merge adapters (LoRA) into their base")
     add("--dry_run", action="store_true", help="print what would happen, write nothing")
     add(
         "--allow",
@@ -183,26 +188,67 @@ def convert(args: argparse.Namespace) -> None:
         print(f"Left out: the draft heads; {args.format} has none", file=sys.stderr)
         origin = origin.without_heads()
     contents = outputs.CheckpointContents(
-        origin.run,
+        check_adapters(args, origin),
         origin.text,
         origin.step,
         origin.kept,
         origin=source_identity(args.origin),
         report=read_report(origin),
+        base=base_digests(args, origin),
     )
     settings = outputs.OutputSettings(
         args.format, find_dtype(args.dtype), args.family, args.shard_size
     )
-    output = make_output(args, contents, to, settings)
+    output = make_output(args, contents, to, settings, origin)
     if args.dry_run:
         return dry_run(args, origin, output, settings)
-    weights = origin.weights(args.allow)
+    weights = select_weights(args, origin)
     print(f"Weights: {outputs.describe_dtypes(weights, settings.dtype)}", file=sys.stderr)
     if destination is None:
         outputs.write_output(output, weights, to)
     else:
         to = push(output, weights, destination, args.private)
     print(f"{origin.kind} to {args.format}: {to}", file=sys.stderr)
+
+
+def check_adapters(args: argparse.Namespace, origin: Any) -> Any:
+    """The config of the output: without adapters once they are merged.
+
+    Raises:
+      ValueError: the origin has adapters and the format has none, or the other way around.
+    """
+    if origin.adapters is None:
+        if args.merge or args.format == "peft":
+            flag = "--merge" if args.merge else "--format=peft"
+            raise ValueError(f"{flag} is for a checkpoint of adapters; {args.origin} has none")
+        return origin.run
+    if args.merge and args.format == "peft":
+        raise ValueError("--merge leaves no adapters for --format=peft: give one of them")
+    if not args.merge and args.format not in ("ours", "peft"):
+        raise ValueError(
+            f"{args.origin} has adapters (LoRA), which --format={args.format} has not: add --merge "
+            "for the whole model, or give --format=peft for the adapters alone"
+        )
+    return dataclasses.replace(origin.run, lora=None) if args.merge else origin.run
+
+
+def base_digests(args: argparse.Namespace, origin: Any) -> Any:
+    """Digests of the weights that a run folder of adapters belongs to; {} for any other output."""
+    alone = origin.adapters is not None and not args.merge and args.format == "ours"
+    return origin.adapters.base_digests() if alone and not args.dry_run else {}
+
+
+def select_weights(args: argparse.Namespace, origin: Any, read: bool = True) -> Any:
+    """The weights to write: the adapters alone, or whole ones with adapters merged in.
+
+    Args:
+      args: options of the command.
+      origin: the opened checkpoint.
+      read: values will be read too.
+    """
+    if origin.adapters is not None and not args.merge:
+        return origin.adapters.arrays
+    return origin.weights(args.allow, read)
 
 
 def push(output: Any, weights: Any, destination: HubName, private: bool) -> str:
@@ -230,7 +276,9 @@ def read_report(origin: Any) -> dict[str, Any]:
     return {}
 
 
-def make_output(args: argparse.Namespace, contents: Any, to: Path, settings: Any) -> Any:
+def make_output(
+    args: argparse.Namespace, contents: Any, to: Path, settings: Any, origin: Any
+) -> Any:
     """The output that the command line describes.
 
     Args:
@@ -238,11 +286,15 @@ def make_output(args: argparse.Namespace, contents: Any, to: Path, settings: Any
       contents: the checkpoint to write.
       to: the folder.
       settings: format and dtype of the output.
+      origin: the opened checkpoint.
 
     Raises:
       ValueError: the format cannot express the model, or options are of another format.
     """
-    from t5x_lite.checkpoints import outputs
+    from t5x_lite.checkpoints import outputs, peft_output
+
+    if args.format == "peft":
+        return peft_output.PeftOutput(contents, settings, origin.adapters)
 
     options = {"batch": args.batch_size, "input_length": args.input_length}
     options |= {"row_length": args.row_length}
@@ -286,7 +338,7 @@ def dry_run(args: argparse.Namespace, origin: Any, output: Any, settings: Any) -
         print(matching.format_plan(plan, origin.tensors.source.names))
         if plan.problems:
             raise ValueError(f"{len(plan.problems)} problems, marked with !")
-    weights = origin.weights(args.allow, read=False)
+    weights = select_weights(args, origin, read=False)
     table = output.table(weights)
     if table:
         print(f"\nours -> {args.format}\n{table}")

@@ -63,12 +63,8 @@ class Session:
         template: Any = None,
         source: str = "a model",
     ):
-        self.predictor = predictor
-        self.decode = decode
-        self.step = step
-        self.template = template
-        self.source = source
-        self.learner = None
+        self.predictor, self.decode, self.step = predictor, decode, step
+        self.template, self.source, self.learner = template, source, None
 
     def __repr__(self) -> str:
         """Returns what was loaded: source, family and size of the model, dtype, step."""
@@ -324,6 +320,13 @@ class Session:
         pairs = input_texts, target_texts
         self.learner, loss = fit_in_memory.teach(self.predictor, self.learner, pairs, learning_rate)
         return loss
+
+    def with_adapters(self, path: str | Path) -> "Session":
+        """Returns a session with adapters of this model (LoRA), which shares its weights."""
+        from t5x_lite.evaluation.adapters import attach_adapters
+
+        more = self.decode, self.step, self.template, f"{self.source} with {path}"
+        return Session(attach_adapters(self.predictor, path), *more)
 
     def settings(self, options: dict[str, Any]) -> config.Decode:
         """Returns the default options with those replaced that are not None.

@@ -90,6 +90,8 @@ class CheckpointMetadata:
       best: the metric that names the best checkpoint, and whether higher is better.
       arrays: shape, dtype and digest of every array, by item ("params", "rest") and path.
       vocabulary: digest of the files of the run's vocabularies; None where it is not known.
+      base: digest of every weight that "params" are adapters of, in float32, by path; empty where
+        they are the weights.
     """
 
     step: int
@@ -100,6 +102,7 @@ class CheckpointMetadata:
     best: tuple[str, bool] | None = None
     arrays: dict = dataclasses.field(default_factory=dict)
     vocabulary: str | None = None
+    base: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def state_items(state: TrainState) -> dict[str, dict[str, Any]]:

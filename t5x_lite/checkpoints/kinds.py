@@ -7,7 +7,7 @@ from pathlib import Path
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.sources import ADAPTER, GGUF, LocatedSource
 from t5x_lite.tokenizers.errors import SourceError
-from t5x_lite.utils import bounded_files, hub_names, nearest, packaged
+from t5x_lite.utils import hub_names, nearest, packaged
 from t5x_lite.utils.paths import parse_path
 
 # T5X's tree of weights: a file of msgpack, or since 2023 orbax's folder.
@@ -22,6 +22,7 @@ class CheckpointKind(enum.StrEnum):
     HUGGING_FACE = "Hugging Face"
     GGUF = "GGUF"
     T5X = "T5X"
+    PEFT = "peft"
 
 
 def detect_located(source: LocatedSource) -> CheckpointKind:
@@ -51,7 +52,7 @@ def detect_kind(path: str | Path) -> CheckpointKind:
     if path.is_dir() and is_run_folder(path):
         return CheckpointKind.OURS
     if (path / ADAPTER).exists():
-        raise SourceError(explain_adapter(path))
+        return CheckpointKind.PEFT
     if path.suffix == ".gguf":
         return CheckpointKind.GGUF
     if is_t5x(path):
@@ -117,23 +118,6 @@ def is_t5x(path: Path) -> bool:
         return path.name == T5X_TREE or path.suffix.startswith(".checkpoint")
     tree = (path / T5X_TREE).is_file() or (path / T5X_STATE).is_dir()
     return not (path / "config.json").exists() and (tree or any(path.glob("checkpoint_*")))
-
-
-def explain_adapter(folder: Path) -> str:
-    """The reason why a folder with an adapter cannot be opened, and a remedy.
-
-    transformers would load the model that the adapter names, and the adapter on top.
-    """
-    try:
-        base = bounded_files.read_json_object(folder / ADAPTER).get("base_model_name_or_path")
-    except (OSError, ValueError):
-        base = None
-    remedy = (
-        "merge it and save the whole model (peft: model.merge_and_unload().save_pretrained(FOLDER))"
-    )
-    if (folder / "config.json").exists():
-        remedy += f", or move {ADAPTER} away to read the model beside it without the adapter"
-    return f"{folder} has an adapter (LoRA) of {base or 'another model'}: {remedy}"
 
 
 def explain_unknown(folder: Path) -> str:

@@ -93,7 +93,8 @@ def metadata(facts: CardFacts) -> Iterator[str]:
     """Lines of YAML."""
     family = family_name(facts.run.model)
     yield "---"
-    yield f"library_name: {'transformers' if facts.format == 'huggingface' else 't5x_lite'}"
+    libraries = {"huggingface": "transformers", "peft": "peft"}
+    yield f"library_name: {libraries.get(facts.format, 't5x_lite')}"
     yield f"pipeline_tag: {TASKS[facts.run.model.layout]}"
     if base := base_model(facts):
         yield f"base_model: {base}"

@@ -3,12 +3,16 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from t5x_lite import config, model, sharding
 from t5x_lite.checkpoints import (
+    adapters,
     checkpoint_io,
     manager,
     matching,
@@ -23,7 +27,9 @@ from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.kinds import CheckpointKind
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
-from t5x_lite.checkpoints.weights import HEADS, Weights
+from t5x_lite.checkpoints.weight_paths import flatten_tree, nest_tree
+from t5x_lite.checkpoints.weights import HEADS, Keep, Weights, keep_all, layer_numbers
+from t5x_lite.model import adapters as low_rank
 from t5x_lite.model import quantization
 from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -65,6 +71,8 @@ class OpenedCheckpoint:
       kept: fields of a Hugging Face folder that nothing here reads, for an export.
       repository: the model of the hub that a run folder is of, whose arrays may not be there yet;
         None for a folder of this machine or of a store, and for another library's checkpoint.
+      adapters: what the checkpoint is if it is adapters of another one; `weights` are then those
+        of the base with them merged in.
     """
 
     path: Path
@@ -77,10 +85,16 @@ class OpenedCheckpoint:
     assumed: str = ""
     kept: KeptFields = KeptFields()
     repository: RemoteFolder | None = None
+    adapters: "OpenedAdapters | None" = None
 
     @property
     def model(self) -> config.Model:
         return self.run.model
+
+    @property
+    def is_saved_whole(self) -> bool:
+        """True for a run folder of ours with all weights, which orbax reads at once."""
+        return self.tensors is None and self.adapters is None
 
     def weights(self, allow: Sequence[str] = (), read: bool = True) -> Weights:
         """Weights to read one layer at a time.
@@ -93,6 +107,8 @@ class OpenedCheckpoint:
         Raises:
           ValueError: they do not fit the model, or are damaged.
         """
+        if self.adapters is not None:
+            return self.adapters.merge(self.path, allow, read)
         if self.tensors is not None:
             return self.tensors.weights(allow, read)
         if read:
@@ -134,7 +150,7 @@ class OpenedCheckpoint:
                 "Give those that there are as options",
                 stacklevel=2,
             )
-        if self.tensors is None:
+        if self.is_saved_whole:
             # All files at once, by orbax: faster than layer by layer.
             self.fetch_arrays()
             arrays, step = manager.load_params(self.path, step=None if self.newest else self.step)
@@ -142,13 +158,16 @@ class OpenedCheckpoint:
             params = weights.place_arrays(model.shapes(self.model), arrays, self.path)
         else:
             sharding.use_mesh(mesh or config.Mesh())
-            params, step = weights.place_weights(self.weights(), self.model), 0
+            params, step = weights.place_weights(self.weights(), self.model), self.step
         if rounding is not None:
             params = quantization.quantize_params(params, rounding)
         text = not_none(self.text)
-        return LoadedCheckpoint(self.run, params, text.vocabularies, step, text.chat)
+        run = dataclasses.replace(self.run, lora=None)
+        return LoadedCheckpoint(run, params, text.vocabularies, step, text.chat)
 
-    def params_for(self, cfg: config.Model, shapes: dict[str, Any]) -> dict[str, Any]:
+    def params_for(
+        self, cfg: config.Model, shapes: dict[str, Any], keep: Keep = keep_all
+    ) -> dict[str, Any]:
         """The weights, as float32 params of `cfg` on the mesh in force, for a run to begin with.
 
         Warns where the checkpoint's own model would compute otherwise with the same weights.
@@ -156,6 +175,7 @@ class OpenedCheckpoint:
         Args:
           cfg: config of the run's model.
           shapes: shape and placement of every weight, as `model.shapes` has them.
+          keep: makes of each weight what is kept, before the next one is placed.
 
         Returns:
           params; draft heads are among them only where the checkpoint has some.
@@ -164,13 +184,13 @@ class OpenedCheckpoint:
           ValueError: they are not weights of `cfg`; the shapes are named.
         """
         trunk = dataclasses.replace(cfg, draft_heads=None)
-        if self.tensors is None:
+        if self.is_saved_whole:
             self.fetch_arrays()
             arrays, _ = manager.load_params(self.path, step=None if self.newest else self.step)
             shapes = weights.with_heads(shapes, arrays)
-            params = weights.place_arrays(shapes, arrays, self.path, cast=True)
+            params = weights.place_arrays(shapes, arrays, self.path, cast=True, keep=keep)
         else:
-            params = weights.place_weights(self.weights_for(trunk), trunk)
+            params = weights.place_weights(self.weights_for(trunk), trunk, keep=keep)
         if different := "" if self.assumed else matching.list_differences(self.model, trunk):
             warnings.warn(
                 f"{self.path} was made with {different}; this run has others", stacklevel=2
@@ -179,7 +199,7 @@ class OpenedCheckpoint:
 
     def check_fits(self, cfg: config.Model, shapes: dict[str, Any]) -> None:
         """Raises ValueError where `params_for` would by the shapes alone; reads no weight."""
-        if self.tensors is not None:
+        if not self.is_saved_whole:
             self.weights_for(dataclasses.replace(cfg, draft_heads=None), read=False)
             return
         folder = self.path / manager.FOLDER / str(self.step)
@@ -188,17 +208,87 @@ class OpenedCheckpoint:
         weights.check_arrays(stored, shapes, self.path)
 
     def weights_for(self, trunk: config.Model, read: bool = True) -> Weights:
-        """Another library's tensors as weights of a run's model without draft heads.
+        """Another library's tensors, or merged adapters, as weights of a run's model without draft
+        heads.
 
         Args:
           trunk: config of the run's model.
           read: as of `weights`.
         """
+        if self.adapters is not None:
+            merged = self.weights(read=read)
+            shapes = {path: leaf.shape for path, leaf in merged.leaves.items()}
+            needed = flatten_tree(model.shapes(trunk), "/")
+            checkpoint_io.check_shapes(shapes, needed, f"{self.path} is of another model")
+            return merged
         mapped = not_none(self.tensors)._replace(model=trunk)
         if self.kind == CheckpointKind.T5X:
             names = mapped.source.names
             mapped = mapped._replace(entries=t5x.entries_to_read(trunk, names))
         return mapped.weights(read=read)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedAdapters:
+    """Adapters, and the checkpoint whose weights they adapt.
+
+    Attributes:
+      lora: their config.
+      base: the opened base.
+      source: name or path of the base, as the adapters have it.
+      arrays: A, B and magnitudes.
+      digests: digest of every weight of the base in float32 by dotted name; {} for none.
+    """
+
+    lora: config.Lora
+    base: OpenedCheckpoint
+    source: str
+    arrays: Weights
+    digests: Mapping[str, int]
+
+    def merge(self, owner: Path, allow: Sequence[str] = (), read: bool = True) -> Weights:
+        """Weights of the base with the adapters merged in.
+
+        Args:
+          owner: the folder of the adapters, for messages.
+          allow: as of `OpenedCheckpoint.weights`.
+          read: as of `OpenedCheckpoint.weights`.
+        """
+        base = self.base.weights(allow, read)
+        return adapters.MergedWeights(base, self.arrays, self.lora, self.digests, owner)
+
+    def attach(self, cfg: config.Model, params: dict[str, Any], owner: Path) -> dict[str, Any]:
+        """Weights of a loaded model with the adapters beside them, for decoding.
+
+        Args:
+          cfg: config of the model.
+          params: its weights as `decoding.prepare_params` has them, which are not copied.
+          owner: the folder of the adapters, for messages.
+
+        Raises:
+          CheckpointMismatchError: they are adapters of another model. Weights that are not in
+            float32 are compared by their shapes.
+        """
+        shapes = {path: leaf.shape for path, leaf in matching.model_leaves(cfg).items()}
+        needed = matching.model_leaves(self.base.model)
+        checkpoint_io.check_shapes(
+            shapes,
+            {path: jax.ShapeDtypeStruct(leaf.shape, np.float32) for path, leaf in needed.items()},
+            f"{owner} has adapters of another model",
+        )
+        adapters.check_digests(self.digests, adapters.digest_layers(params), str(owner))
+        arrays = {
+            path.replace("/", "."): np.stack(
+                [self.arrays.read(path, layer) for layer in layer_numbers(leaf)]
+            )
+            for path, leaf in self.arrays.leaves.items()
+        }
+        tree = jax.tree.map(jax.numpy.asarray, nest_tree(arrays))
+        return low_rank.attach_to_layers(params, tree, self.lora)
+
+    def base_digests(self) -> Mapping[str, int]:
+        """Digests of the base's weights: those that were saved, or of the base as it is now."""
+        return self.digests or adapters.digest_weights(self.base.weights())
 
 
 def check_vocabulary_sizes(opened: OpenedCheckpoint) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from t5x_lite import config
 from t5x_lite.checkpoints import (
+    adapters,
     kinds,
     run_folder,
     selection,
@@ -22,12 +23,13 @@ from t5x_lite.checkpoints import (
     text_settings,
 )
 from t5x_lite.checkpoints.formats import gguf, t5x, t5x_files
-from t5x_lite.checkpoints.formats.huggingface import kept_fields
+from t5x_lite.checkpoints.formats.huggingface import kept_fields, peft
 from t5x_lite.checkpoints.kinds import CheckpointKind
-from t5x_lite.checkpoints.opened_checkpoint import OpenedCheckpoint
+from t5x_lite.checkpoints.opened_checkpoint import OpenedAdapters, OpenedCheckpoint
 from t5x_lite.checkpoints.sources import LocatedSource
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
+from t5x_lite.config.training_run import require_lora
 from t5x_lite.tokenizers import errors
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
@@ -83,6 +85,8 @@ def open_checkpoint(
         return open_t5x(path, options)
     if options is not None and options.model is not None:
         raise SourceError(f"--model is for T5X checkpoints; {path} says itself what model it is of")
+    if kind == CheckpointKind.PEFT:
+        return open_peft(source, options)
     return (
         open_gguf_checkpoint(source, options)
         if kind == CheckpointKind.GGUF
@@ -140,7 +144,7 @@ def open_run_folder(
     # Of a model of the hub, the weights of one step are there.
     newest = step is None and not best and source.repository is None
     kept = kept_fields.load_kept(path)
-    return OpenedCheckpoint(
+    opened = OpenedCheckpoint(
         path,
         CheckpointKind.OURS,
         run,
@@ -150,6 +154,60 @@ def open_run_folder(
         kept=kept,
         repository=source.repository,
     )
+    if run.lora is None:
+        return opened
+    return with_run_adapters(opened)
+
+
+def with_run_adapters(opened: OpenedCheckpoint) -> OpenedCheckpoint:
+    """Opens the base of the adapters that a run folder holds, and reads them: a few megabytes."""
+    path, run = opened.path, opened.run
+    recorded = not_none(run.checkpoint.initial)
+    base = open_base(path, recorded, WEIGHTS_ONLY)
+    opened.fetch_arrays()
+    read = adapters.read_run_adapters(path, run, None if opened.newest else opened.step)
+    adapter = OpenedAdapters(require_lora(run), base, recorded, read.arrays, read.digests)
+    return dataclasses.replace(opened, step=read.step, adapters=adapter)
+
+
+def open_base(path: Path, recorded: str, options: ConversionOptions | None) -> OpenedCheckpoint:
+    """Opens the base of the adapters in a folder.
+
+    Args:
+      path: the folder.
+      recorded: the base that they name; "" for none.
+      options: options of a conversion.
+
+    Raises:
+      SourceError: it is not there, or cannot be read.
+    """
+    place = adapters.locate_base(path, recorded)
+    try:
+        return open_checkpoint(place, options=options)
+    except ValueError as error:
+        raise SourceError(
+            f"{path} has adapters (LoRA) of {recorded or place}, which cannot be opened: {error}. "
+            f"Put their base, or a link to it, into the folder as {adapters.BASE}"
+        ) from error
+
+
+def open_peft(source: LocatedSource, options: ConversionOptions | None) -> OpenedCheckpoint:
+    """Opens a folder of peft: adapters, whose base has the model, and the tokenizer if they have
+    none."""
+    path = source.path
+    recorded = peft.read_base(tensors.read_json_object(path / peft.CONFIG))
+    base = open_base(path, recorded, options)
+    adapter, arrays = adapters.open_peft_tensors(path, base.model)
+
+    def read_own() -> TextSettings:
+        has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "spiece.model"))
+        return text_settings.read_hugging_face(path) if has_tokenizer else not_none(base.text)
+
+    text = choose_text_settings(path, options, read_own)
+    checkpoint = config.Checkpoint(initial=recorded or str(path / adapters.BASE))
+    run = dataclasses.replace(base.run, lora=adapter.lora, checkpoint=checkpoint)
+    opened = OpenedAdapters(adapter.lora, base, recorded, arrays, {})
+    return OpenedCheckpoint(path, CheckpointKind.PEFT, run, text, kept=base.kept, adapters=opened)
 
 
 def open_hugging_face(source: LocatedSource, options: ConversionOptions | None) -> OpenedCheckpoint:

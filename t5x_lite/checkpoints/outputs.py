@@ -65,6 +65,7 @@ class CheckpointContents(NamedTuple):
       kept: fields of a Hugging Face folder that nothing here reads.
       origin: the checkpoint that it comes from, as its model card says it.
       report: report.json of the run; {} without one.
+      base: digests of the weights that the output are adapters of; {} for whole weights.
     """
 
     run: config.Run
@@ -73,6 +74,7 @@ class CheckpointContents(NamedTuple):
     kept: KeptFields = KeptFields()
     origin: str = ""
     report: Mapping[str, Any] = {}
+    base: Mapping[str, int] = {}
 
     @property
     def model(self) -> config.Model:
@@ -148,7 +150,9 @@ class RunFolderOutput:
         write_text_settings(self.contents, folder / text_settings.VOCABULARY_FOLDER)
         kept_fields.save_kept(folder, self.contents.kept)
         run = dataclasses.replace(self.contents.run, model_dir=str(self.to))
-        transfer.write_run_folder(weights, run, folder, self.settings.dtype, on_progress)
+        transfer.write_run_folder(
+            weights, run, folder, self.settings.dtype, on_progress, self.contents.base
+        )
 
 
 def write_text_settings(contents: CheckpointContents, folder: Path) -> None:

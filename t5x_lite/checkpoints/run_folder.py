@@ -8,6 +8,7 @@ layer, and with metadata whose digests are summed up while it is written.
 import dataclasses
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,12 @@ class RunFolderWriter:
     """Writes a run folder: config, weights and metadata. Vocabularies are written beside them."""
 
     def __init__(
-        self, folder: Path, run: config.Run, names: dict[str, tuple], leaves: dict[str, Leaf]
+        self,
+        folder: Path,
+        run: config.Run,
+        names: dict[str, tuple],
+        leaves: dict[str, Leaf],
+        base: Mapping[str, int] | None = None,
     ):
         """Creates the folder of the weights.
 
@@ -230,7 +236,9 @@ class RunFolderWriter:
           run: config to write.
           names: shape and dtype of every weight as it is stored.
           leaves: axis names and shape of every weight.
+          base: digests of the weights that these are adapters of; None for whole weights.
         """
+        self.base = dict(base or {})
         self.params = folder / manager.FOLDER / str(STEP) / "params"
         self.params.mkdir(parents=True)
         self.folder, self.run, self.names, self.leaves = folder, run, names, leaves
@@ -267,6 +275,7 @@ class RunFolderWriter:
         metadata = CheckpointMetadata(
             step=STEP,
             config=gin_file.to_text(self.run),
+            base=self.base,
             arrays={
                 "params": {
                     path.replace("/", "."): {

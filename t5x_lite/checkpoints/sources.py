@@ -28,6 +28,7 @@ ADAPTER = "adapter_config.json"
 CONFIGS = {
     "config.json",
     ADAPTER,
+    "adapter_model.safetensors",
     kept_fields.GENERATION,
     "modules.json",
     *(f"{name}.json" for name in sentence_t5.LENGTH_FILES),

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_lite.model.quantization import array_bytes
+
 
 class TrainState(NamedTuple):
     """Everything that training changes: together with the config it decides all that follows.
@@ -61,6 +63,6 @@ def bytes_per_device(tree: Any) -> int:
 
     def part_bytes(leaf: Any) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape)
-        return jnp.dtype(leaf.dtype).itemsize * int(np.prod(shape))
+        return array_bytes(int(np.prod(shape)), leaf.dtype)
 
     return sum(map(part_bytes, jax.tree.leaves(tree)))

@@ -39,6 +39,7 @@ def write_run_folder(
     folder: Path,
     dtype: np.dtype | None,
     on_progress: ProgressCallback,
+    base: Mapping[str, int] | None = None,
 ) -> None:
     """Writes config.gin and checkpoints/0.
 
@@ -48,9 +49,10 @@ def write_run_folder(
       folder: the run folder.
       dtype: of all weights; None for their own.
       on_progress: called after each layer.
+      base: digests of the weights that these are adapters of; None for whole weights.
     """
     names = output_dtypes(source, dtype)
-    writer = run_folder.RunFolderWriter(folder, run, names, source.leaves)
+    writer = run_folder.RunFolderWriter(folder, run, names, source.leaves, base)
     done = 0
     for path, leaf in source.leaves.items():
         for layer in weights.layer_numbers(leaf):

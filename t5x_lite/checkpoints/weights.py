@@ -217,7 +217,18 @@ def layer_numbers(leaf: Leaf) -> Sequence[int | None]:
     return [None] if leaf.layers is None else range(leaf.layers)
 
 
-def place_weights(weights: Weights, cfg: config.Model, dtype: str | None = None) -> dict[str, Any]:
+# Makes of a weight that was placed, by its dotted name, what is kept of it.
+Keep = Callable[[str, jax.Array], Any]
+
+
+def keep_all(name: str, weight: jax.Array) -> jax.Array:
+    """Returns the weight as it is: the `Keep` of most."""
+    return weight
+
+
+def place_weights(
+    weights: Weights, cfg: config.Model, dtype: str | None = None, keep: Keep = keep_all
+) -> dict[str, Any]:
     """Reads weights one by one and places each on the mesh in force.
 
     One weight, all its layers, lies in the host's memory at a time.
@@ -226,6 +237,7 @@ def place_weights(weights: Weights, cfg: config.Model, dtype: str | None = None)
       weights: where they are read from.
       cfg: config of the model.
       dtype: of the params; None for those of `model.shapes`.
+      keep: makes of each weight what is kept, before the next one is read.
 
     Returns:
       params of `cfg`.
@@ -237,7 +249,8 @@ def place_weights(weights: Weights, cfg: config.Model, dtype: str | None = None)
         for layer in layer_numbers(weights.leaves[path]):
             values = cast_weight(weights.read(path, layer), stacked.dtype, path)
             stacked[() if layer is None else layer] = values
-        placed.append(sharding.place_whole(stacked, shape.sharding))
+        whole = sharding.place_whole(stacked, shape.sharding)
+        placed.append(keep(path.replace("/", "."), whole))
     return jax.tree.unflatten(jax.tree.structure(shapes), placed)
 
 
@@ -263,7 +276,11 @@ def check_arrays(
 
 
 def place_arrays(
-    shapes: dict[str, Any], arrays: dict[str, Any], path: str | Path, cast: bool = False
+    shapes: dict[str, Any],
+    arrays: dict[str, Any],
+    path: str | Path,
+    cast: bool = False,
+    keep: Keep = keep_all,
 ) -> dict[str, Any]:
     """Places host arrays, which every process has in full, on the mesh.
 
@@ -272,6 +289,7 @@ def place_arrays(
       arrays: numpy arrays in the same structure.
       path: the checkpoint that they are from, for the message.
       cast: give each the dtype of its shape; otherwise it keeps its own.
+      keep: makes of each weight what is kept, before the next one is placed.
 
     Returns:
       params.
@@ -281,8 +299,10 @@ def place_arrays(
     """
     check_arrays({name: array.shape for name, array in flatten_tree(arrays).items()}, shapes, path)
 
-    def place(shape: jax.ShapeDtypeStruct, array: np.ndarray) -> jax.Array:
+    def place(name: str, shape: jax.ShapeDtypeStruct, array: np.ndarray) -> Any:
         array = np.asarray(array, shape.dtype) if cast else array
-        return sharding.place_whole(array, shape.sharding)
+        return keep(name, sharding.place_whole(array, shape.sharding))
 
-    return jax.tree.map(place, shapes, arrays)
+    flat = flatten_tree(arrays)
+    placed = [place(name, shape, flat[name]) for name, shape in flatten_tree(shapes).items()]
+    return jax.tree.unflatten(jax.tree.structure(shapes), placed)

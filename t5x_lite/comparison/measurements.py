@@ -17,8 +17,8 @@ from t5x_lite.cli.progress import format_duration
 from t5x_lite.comparison import costs, quality, speed, taken, train_twins, twins
 from t5x_lite.config import aliases
 from t5x_lite.config.training_run import ComparisonRun, TrainingRun
-from t5x_lite.training.loop import REPORT
 from t5x_lite.training.reporting import metric_writers
+from t5x_lite.training.reporting.run_report import REPORT
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.atomic_files import write_atomically
 

@@ -10,7 +10,7 @@ from t5x_lite.checkpoints.kinds import CheckpointKind
 from t5x_lite.checkpoints.opened_checkpoint import OpenedCheckpoint
 from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.config.training_run import ComparisonRun
-from t5x_lite.training.loop import REPORT
+from t5x_lite.training.reporting.run_report import REPORT
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.paths import parse_path
 

@@ -28,6 +28,7 @@ from t5x_lite.config.decoding import Decode as Decode
 from t5x_lite.config.draft_heads import DraftHeadLoss as DraftHeadLoss
 from t5x_lite.config.draft_heads import DraftHeads as DraftHeads
 from t5x_lite.config.layer_skip import LayerSkip as LayerSkip
+from t5x_lite.config.lora import Lora as Lora
 from t5x_lite.config.objectives import CausalLM as CausalLM
 from t5x_lite.config.objectives import Denoisers as Denoisers
 from t5x_lite.config.objectives import FillInTheMiddle as FillInTheMiddle
@@ -61,6 +62,8 @@ class Run(Checked):
       mesh: devices.
       adaptation: initial weights from models of other shapes; None for none.
       distillation: teacher; None for none.
+      lora: low-rank adapters, which train while the weights of Checkpoint.initial are frozen; None
+        trains the weights.
       compare: comparison of twins (`python -m t5x_lite.compare`); None for none.
       seed: seed of weights, data order and dropout.
     """
@@ -77,6 +80,7 @@ class Run(Checked):
     mesh: Mesh = Mesh()
     adaptation: Adaptation | None = None
     distillation: Distillation | None = None
+    lora: Lora | None = None
     compare: Compare | None = None
     seed: Seed = 0
 
@@ -97,6 +101,8 @@ class Run(Checked):
             or not self.model.logits_bias,
             'Train.cross_entropy = "chunked" has no Model.logits_bias: bind "auto" or "full"',
         )
+        if self.lora is not None:
+            self.check_lora()
         if self.train is not None and self.train.layer_skip is not None:
             decoder = self.model.decoder
             require(decoder is not None, "Train.layer_skip is for a decoder's layers")
@@ -125,6 +131,19 @@ class Run(Checked):
                 windows.check_sentinels(part, lengths, mode, vocabulary.sentinel_count)
         if self.distillation is not None:
             self.check_distillation(parts)
+
+    def check_lora(self) -> None:
+        """Raises ValueError unless there is a base to adapt, and nothing else would train."""
+        require(
+            self.checkpoint.initial is not None,
+            "Run.lora adapts the weights of a checkpoint: bind Checkpoint.initial "
+            "(INITIAL_CHECKPOINT_PATH). Weights that Run.adaptation makes are one after "
+            "python -m t5x_lite.adapt",
+        )
+        require(
+            self.model.draft_heads is None,
+            "Run.lora freezes Model.draft_heads too: train heads in a run without Run.lora",
+        )
 
     def check_distillation(self, objectives: tuple) -> None:
         """Raises ValueError unless a decoder-only teacher can read these objectives."""

@@ -10,6 +10,7 @@ from t5x_lite.config import Run
 from t5x_lite.config.checked import require
 from t5x_lite.config.comparison import Compare
 from t5x_lite.config.data import Data
+from t5x_lite.config.lora import Lora
 from t5x_lite.config.training import Schedule, Train
 
 RunT = TypeVar("RunT", bound=Run)
@@ -51,6 +52,12 @@ def require_training(run: Run, otherwise: str = "") -> TrainingRun:
         f"such as --gin_file=configs/runs/pretrain.gin{otherwise}",
     )
     return cast(TrainingRun, run)
+
+
+def require_lora(run: Run) -> Lora:
+    """Returns the config of a run's adapters; raises ValueError if it has none."""
+    require(run.lora is not None, "The run has no adapters: bind config.Run.lora = @config.Lora()")
+    return cast(Lora, run.lora)
 
 
 def require_comparison(run: Run) -> ComparisonRun:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prediction of texts: tokenized, sorted into batches of like length, decoded, back in order."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -61,6 +62,13 @@ class Predictor:
         self.ended = ended
         self.batch_size = batch_size
         self.choosers: dict[tuple[str, str], choosing.Chooser] = {}
+
+    def with_params(self, params: Any) -> "Predictor":
+        """Returns a predictor like this one with other weights, prepared for decoding."""
+        other = copy.copy(self)
+        other.params, other.tally, other.choosers = params, AcceptanceStats(), {}
+        other.drafters = DrafterCache(self.cfg, self.targets)
+        return other
 
     def predict(
         self,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters with named axes, FSDP's all-gather, projections, norms, dropout, the Mlp."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from flax.core import meta
 from jaxtyping import Array, Float
 
 from t5x_lite import config, sharding
-from t5x_lite.model import quantization
+from t5x_lite.model import adapters, quantization
+from t5x_lite.model.adapters import AdaptedWeight
 from t5x_lite.model.mixed_precision import GradientSlot
 from t5x_lite.model.quantization import Quantized
 from t5x_lite.sharding import spec
@@ -102,6 +104,8 @@ def param(module: nn.Module, name: str, axes: str, std: float | None = None) -> 
         variable = module.get_variable("params", name)
         if isinstance(variable, Quantized):
             return variable
+        if isinstance(variable, AdaptedWeight):
+            return variable.read(module.model.dtype)
         if isinstance(variable, GradientSlot):
             return variable.read()
     fan_in, arrow, _ = axes.partition("->")
@@ -160,7 +164,7 @@ class FsdpSpec(NamedTuple):
         return jnp.moveaxis(moved, 0, self.axis)
 
 
-def project(x: jax.Array, matrix: jax.Array | Quantized, axes: str) -> jax.Array:
+def project(x: jax.Array, matrix: jax.Array | Quantized | AdaptedWeight, axes: str) -> jax.Array:
     """Matrix product of the last axes of x with a weight.
 
     One product of two-dimensional arrays: with the axes left apart, XLA's CPU backward pass of a
@@ -176,6 +180,8 @@ def project(x: jax.Array, matrix: jax.Array | Quantized, axes: str) -> jax.Array
     def placed(axes):
         return spec(axes.replace("embed", "width"))
 
+    if isinstance(matrix, AdaptedWeight):
+        return project_adapted(x, matrix, axes)
     if isinstance(matrix, Quantized):
         return quantization.quantized_matmul(x, matrix, placed(f"batch length {' '.join(outward)}"))
     inner = math.prod(matrix.shape[: len(inward)])
@@ -192,6 +198,37 @@ def project(x: jax.Array, matrix: jax.Array | Quantized, axes: str) -> jax.Array
     y = jnp.einsum("...i,io->...o", flat, square, out_sharding=placed(f"{rows} {outward[0]}"))
     shape = (*x.shape[:2], *matrix.shape[len(inward) :])
     return jnp.reshape(y, shape, out_sharding=placed(f"batch length {' '.join(outward)}"))
+
+
+def project_adapted(x: jax.Array, adapted: AdaptedWeight, axes: str) -> jax.Array:
+    """Matrix product with a frozen weight and its adapter.
+
+    As in peft, dropout is on what the adapter reads, and with DoRA on what the weight reads too.
+
+    Args:
+      x: [b t ...], with the input axes last.
+      adapted: the weight as `param` returns it.
+      axes: its input and output axes, as in `project`.
+    """
+    inward, outward = (side.strip() for side in axes.split("->"))
+    thinned = dropout(x, adapted.dropout, adapted.key)
+    dora = adapted.magnitude is not None
+    y = project(thinned if dora else x, adapted.weight, axes)
+    low = project(thinned, adapted.a, f"{inward} -> rank")
+    y = y + adapted.scale * project(low, adapted.b, f"rank -> {outward}")
+    if not dora:
+        return y
+    gathered = dataclasses.replace(
+        adapted,
+        a=all_gather(adapted.a, f"{inward} rank"),
+        b=all_gather(adapted.b, f"rank {outward}"),
+        magnitude=all_gather(adapted.magnitude, outward.replace("embed", "norm")),
+    )
+    if not isinstance(adapted.weight, Quantized):
+        gathered = dataclasses.replace(
+            gathered, weight=all_gather(adapted.weight, axes.replace("->", ""))
+        )
+    return y * adapters.column_scales(gathered, outward, len(inward.split())).astype(y.dtype)
 
 
 def normalizer(module: nn.Module, name: str, axis: str = "norm") -> Callable:
@@ -235,21 +272,21 @@ def layer_norm(x: Float[Array, "... d"], epsilon: float) -> Float[Array, "... d"
     return rms(wide - jnp.mean(wide, axis=-1, keepdims=True), epsilon)
 
 
-def dropout(x: Float[Array, "b t d"], rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: Float[Array, "b t ..."], rate: float, key: jax.Array | None) -> jax.Array:
     """Dropout (Srivastava et al., 2014) with one mask per row, shared by its tokens, as in T5X.
 
     A mask per row costs nothing to draw.
 
     Args:
-      x: [b t d] activations.
+      x: [b t ...] activations.
       rate: probability of zeroing a feature; the others are scaled by 1 / (1 - rate).
       key: random key; None for no dropout.
     """
     if key is None or rate == 0:
         return x
-    shape = (x.shape[0], 1, x.shape[2])
-    rows, _, features = jax.typeof(x).sharding.spec.partitions
-    placed = jax.sharding.PartitionSpec(rows, None, features)
+    shape = (x.shape[0], 1, *x.shape[2:])
+    rows, _, *features = jax.typeof(x).sharding.spec.partitions
+    placed = jax.sharding.PartitionSpec(rows, None, *features)
     keep = jax.random.bernoulli(key, 1 - rate, shape, out_sharding=placed)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 

@@ -121,8 +121,8 @@ def group_count(inner: int, kind: QuantizationConfig) -> int:
     if kind.group is not None and inner % kind.group:
         smaller = max(size for size in range(1, min(kind.group, inner) + 1) if not inner % size)
         raise ValueError(
-            f"--quantize: groups of {kind.group} do not divide a fan-in of {inner}; choose a "
-            f"divisor such as {smaller}, or no groups"
+            f"quantize: groups of {kind.group} do not divide a fan-in of {inner}; choose a divisor "
+            f"such as {smaller}, or no groups"
         )
     return inner // (kind.group or inner)
 
@@ -264,10 +264,11 @@ def weight_leaves(params: Any) -> list:
     return jax.tree.leaves(params, is_leaf=is_quantized)
 
 
+def array_bytes(size: int, dtype: Any) -> int:
+    """Bytes of an array of `size` numbers; XLA packs two 4-bit values into one byte."""
+    return size // 2 if dtype == jnp.int4 else size * jnp.dtype(dtype).itemsize
+
+
 def weight_bytes(params: Any) -> int:
-    """Bytes of all weights; XLA packs two 4-bit values into one byte."""
-
-    def bits(array):
-        return 4 if array.dtype == jnp.int4 else 8 * array.dtype.itemsize
-
-    return sum(array.size * bits(array) for array in jax.tree.leaves(params)) // 8
+    """Bytes of all weights."""
+    return sum(array_bytes(array.size, array.dtype) for array in jax.tree.leaves(params))

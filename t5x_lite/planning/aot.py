@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t5x_lite import model, sharding
+from t5x_lite import sharding
 from t5x_lite.batch import Batch
 from t5x_lite.checkpoints import train_state
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training import flops, optimizer, schedules, step
+from t5x_lite.training import flops, frozen_base, optimizer, schedules, step
 
 
 def abstract_batch(run: TrainingRun) -> Batch:
@@ -32,10 +32,9 @@ def abstract_batch(run: TrainingRun) -> Batch:
 def abstract_state(run: TrainingRun) -> train_state.TrainState:
     """Shapes of the training state, placed on the mesh in force."""
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
-    update = optimizer.make_optimizer(
-        run.optimizer, schedule, model.axes(run.model), run.train.param_groups
-    )
-    return train_state.state_shapes(model.shapes(run.model), update)
+    axes = frozen_base.trained_axes(run)
+    update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
+    return train_state.state_shapes(frozen_base.trained_shapes(run), update)
 
 
 def trace_step(run: TrainingRun, devices: list) -> Any:
@@ -45,7 +44,8 @@ def trace_step(run: TrainingRun, devices: list) -> Any:
     """
     sharding.use_mesh(run.mesh, devices)
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
-    axes = model.axes(run.model)
+    axes = frozen_base.trained_axes(run)
     update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
-    shapes = train_state.state_shapes(model.shapes(run.model), update)
-    return step.make_step(run, update, schedule, axes).trace(shapes, abstract_batch(run))
+    shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update)
+    traced = step.make_step(run, update, schedule, axes)
+    return traced.trace(shapes, abstract_batch(run), None, frozen_base.base_shapes(run))

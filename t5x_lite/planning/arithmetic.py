@@ -17,32 +17,36 @@ import jax.numpy as jnp
 from t5x_lite import config, sharding
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.config.training_run import TrainingRun
+from t5x_lite.model import quantization
 from t5x_lite.planning import aot
 from t5x_lite.planning.chips import HOP_SECONDS, Slice
 from t5x_lite.planning.collectives import Collective
 from t5x_lite.planning.figures import Figures, Memory
-from t5x_lite.training import flops, setup, step
+from t5x_lite.training import flops, frozen_base, setup, step
 
 
 class StepShapes(NamedTuple):
     """Shapes of a step's arguments, with the mesh axes over which each axis is split.
 
     Attributes:
-      params: tree of the weights.
+      params: tree of the weights that train.
       optimizer: tree of the optimizer state.
       batch: arrays of a batch.
+      base: tree of frozen weights; None without adapters.
     """
 
     params: Any
     optimizer: Any
     batch: Any
+    base: Any = None
 
 
 def step_shapes(run: TrainingRun) -> StepShapes:
     """Shapes of a run's training step, for any mesh; jax needs one device here."""
     sharding.use_mesh(config.Mesh(1, 1, 1), jax.devices("cpu")[:1])
     shapes = aot.abstract_state(run)
-    return StepShapes(shapes.params, shapes.optimizer, aot.abstract_batch(run))
+    batch, base = aot.abstract_batch(run), frozen_base.base_shapes(run)
+    return StepShapes(shapes.params, shapes.optimizer, batch, base)
 
 
 def split_bytes(tree: Any, mesh: dict[str, int]) -> int:
@@ -59,7 +63,7 @@ def split_bytes(tree: Any, mesh: dict[str, int]) -> int:
             if size % ways:
                 raise ValueError(f"{name}: {size} cannot be split over {ways} chips ({axes})")
             shape.append(size // ways)
-        total += math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+        total += quantization.array_bytes(math.prod(shape), leaf.dtype)
     return total
 
 
@@ -92,6 +96,7 @@ def figures(run: TrainingRun, slice_: Slice, shapes: StepShapes) -> Figures:
     params = split_bytes(shapes.params, mesh)
     kinds = {
         "parameters": params,
+        **({} if shapes.base is None else {"frozen weights": split_bytes(shapes.base, mesh)}),
         "optimizer state": split_bytes(shapes.optimizer, mesh),
         "batch": split_bytes(shapes.batch, mesh),
         "gradients": gradient_bytes(run, params),
@@ -103,7 +108,7 @@ def figures(run: TrainingRun, slice_: Slice, shapes: StepShapes) -> Figures:
     peak = sum(kinds.values())
     excess = max(0, peak - slice_.chip.memory)
     lengths = flops.row_lengths(run.model.layout, run.data.lengths)
-    needed = flops.step_flops(run.model, run.train.batch_size, run.data.lengths)
+    needed = flops.run_flops(run)
     recomputation = 4 / 3 if run.train.remat == "full" else 1.0
     return Figures(
         what="training step",

@@ -13,8 +13,8 @@ from t5x_lite.checkpoints import train_state
 from t5x_lite.config.training_run import require_training
 from t5x_lite.decoding import sampling, target
 from t5x_lite.planning import aot
-from t5x_lite.training import setup
-from t5x_lite.training.flops import row_lengths, step_flops
+from t5x_lite.training import frozen_base, setup
+from t5x_lite.training.flops import row_lengths, run_flops
 from t5x_lite.utils.not_none import not_none
 
 
@@ -56,13 +56,21 @@ def training(run: config.Run, devices: list) -> Step:
     shapes = aot.abstract_state(run)
     kinds = {
         "parameters": train_state.bytes_per_device(shapes.params),
+        **base_bytes(run),
         "optimizer state": train_state.bytes_per_device(shapes.optimizer),
         "batch": train_state.bytes_per_device(aot.abstract_batch(run)),
     }
     rows, lengths = run.train.batch_size, run.data.lengths
     tokens = rows * sum(row_lengths(run.model.layout, lengths))
-    flops = step_flops(run.model, rows, lengths)
+    flops = run_flops(run)
     return Step(aot.trace_step(run, devices), kinds, tokens, flops)
+
+
+def base_bytes(run: config.Run) -> dict[str, int]:
+    """Bytes of frozen weights on a chip, for a run with adapters; {} for any other."""
+    if run.lora is None:
+        return {}
+    return {"frozen weights": train_state.bytes_per_device(frozen_base.base_shapes(run))}
 
 
 def decode(run: config.Run, devices: list, size: Decoding) -> Step:

@@ -16,7 +16,7 @@ from t5x_lite.decoding import generation, verification
 from t5x_lite.decoding.request import decoder_prompt
 from t5x_lite.decoding.sampling import gather_vocabulary
 from t5x_lite.decoding.scoring import check_pairs
-from t5x_lite.model import quantization
+from t5x_lite.model import adapters, quantization
 
 # Adam without its learning rate, an argument of every step; clipped, since batches are small.
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
@@ -107,10 +107,12 @@ def teach(
       The learner, and the loss before the step.
 
     Raises:
-      ValueError: the weights are quantized, or as Learner.step.
+      ValueError: the weights are quantized or have adapters, or as Learner.step.
     """
     if quantization.has_quantized(predictor.params):
         raise ValueError("Quantized weights cannot be trained: load without quantize")
+    if adapters.has_adapted(predictor.params):
+        raise ValueError("A session with adapters does not train: train the one without them")
     learner = learner or Learner(predictor.cfg, predictor.params)
     inputs, targets = pairs
     ids = predictor.encode_inputs(inputs), predictor.encode_targets(targets)

@@ -4,6 +4,7 @@
 from typing import TypeVar
 
 from t5x_lite import config
+from t5x_lite.config.training_run import TrainingRun
 
 Number = TypeVar("Number", int, float)
 
@@ -63,6 +64,17 @@ def step_flops(model: config.Model, rows: int, lengths: dict[str, int]) -> int:
         forward += cross_attention_flops(decoder, targets, inputs)
     forward += 2 * model.last_stack.embed * model.vocab * targets
     return 3 * rows * forward
+
+
+def run_flops(run: TrainingRun) -> int:
+    """`step_flops` of a run; two thirds of it with adapters, as frozen weights have no gradient."""
+    whole = step_flops(run.model, run.train.batch_size, run.data.lengths)
+    return whole if run.lora is None else 2 * whole // 3
+
+
+def run_formula(run: TrainingRun) -> str:
+    """`FORMULA` of a run."""
+    return FORMULA if run.lora is None else FORMULA.replace("3", "2", 1)
 
 
 def self_attention_and_mlp_flops(stack: config.Stack, length: Number) -> Number:

@@ -31,16 +31,20 @@ from t5x_lite.cli.progress import Progress, stderr_console, waiting
 from t5x_lite.config import gin_file
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.data.task import DataChangedError
-from t5x_lite.training import model_dir, preflight, schedules, setup
+from t5x_lite.training import frozen_base, model_dir, preflight, schedules, setup
 from t5x_lite.training.preemption import Interrupted, PreemptionHandler
 from t5x_lite.training.profiler import StepProfiler
-from t5x_lite.training.reporting import curves, metric_writers, overview, progress_line
+from t5x_lite.training.reporting import (
+    curves,
+    metric_writers,
+    overview,
+    progress_line,
+    run_report,
+)
 from t5x_lite.training.reporting.metrics import Meter, RunTotals, step_cost
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import is_address, parse_path
-
-REPORT = "report.json"
 
 
 def train(
@@ -85,7 +89,7 @@ class Training:
       totals: seconds and tokens over all restarts.
       checkpoints, writer: None before `prepare`.
       bar, meter: None before `run_steps`.
-      evaluator, teacher_params: None without an evaluation or a teacher.
+      evaluator, teacher_params, base: None without an evaluation, a teacher or adapters.
     """
 
     state: TrainState
@@ -96,6 +100,7 @@ class Training:
     meter: Any
     evaluator: Any
     teacher_params: Any
+    base: frozen_base.FrozenBase | None
 
     # ---- Life of a run: preparation ----
 
@@ -151,14 +156,19 @@ class Training:
 
     def restore(self, ignore_damaged: bool) -> None:
         """Sets the state of the newest usable checkpoint, or that of a new run."""
+        with waiting(self.console, "Reading the frozen weights"), setup.initial_errors():
+            self.base = frozen_base.load_base(self.run)
         with waiting(self.console, "Looking for a checkpoint"):
             restored = self.checkpoints.restore(self.assembled.shapes, self.log, ignore_damaged)
         if restored is None:
             with waiting(self.console, "Making the initial weights"):
-                self.state = setup.initial_train_state(self.assembled, self.console.print)
+                self.state = setup.initial_train_state(
+                    self.assembled, self.console.print, self.base
+                )
             self.totals = RunTotals()
             return
         self.state, note = restored
+        frozen_base.check_base(self.run, self.base, note.base)
         self.assembled.batches.restore(note.data)
         self.totals, self.saved_step = RunTotals(**note.totals), note.step
         if note.metrics:
@@ -172,11 +182,15 @@ class Training:
         if self.assembled.teacher:
             self.teacher_params = self.assembled.teacher.params()
         with waiting(self.console, "Compiling the training step"):
-            self.step = self.assembled.step.lower(self.state, batch, self.teacher_params).compile()
+            self.step = self.assembled.step.lower(self.state, batch, *self.constants()).compile()
         self.compile_seconds = time.perf_counter() - began
         # Gloo, between processes on CPU, gives up where one comes half a minute after the other.
         processes.barrier()
         self.log(overview.compiled_text(self.step, self.compile_seconds))
+
+    def constants(self) -> tuple[Any, Any]:
+        """Arguments of a step that no step changes: the teacher's weights, and the frozen ones."""
+        return self.teacher_params, self.base.params if self.base else None
 
     # ---- Loop over steps ----
 
@@ -258,7 +272,7 @@ class Training:
         self.meter.record_batch(waited)
         placed = sharding.place_batch(batch)
         with jax.transfer_guard("disallow"):
-            self.state, metrics = self.step(self.state, placed, self.teacher_params)
+            self.state, metrics = self.step(self.state, placed, *self.constants())
         self.meter.record_step(number, metrics)
 
     def after_step(self, done: int) -> None:
@@ -296,7 +310,8 @@ class Training:
         """Measures the weights after `done` steps on the held-out split."""
         began, split = time.perf_counter(), self.run.data.eval_split
         with self.saving_on_failure(done):
-            values = self.evaluator(self.state.params, done, self.show_decoded)
+            params = frozen_base.whole_params(self.run, self.state.params, self.base)
+            values = self.evaluator(params, done, self.show_decoded)
             if not self.evaluator.failures:
                 setup.check_metric(self.run.checkpoint, values)
         self.evaluate_seconds += time.perf_counter() - began
@@ -329,6 +344,7 @@ class Training:
             data=self.assembled.batches.state(),
             metrics=self.held_out[1] if self.held_out[0] == done else {},
             totals=vars(self.totals).copy(),
+            base=self.base.digests if self.base else {},
         )
         self.checkpoints.save(self.state, note)
         self.saved_step = done
@@ -355,7 +371,7 @@ class Training:
     def finish(self, began: float) -> dict[str, Any]:
         """Writes report and learning curve, with an evaluation of the last step if it is missing;
         `began` is time.perf_counter() at the start of the process's run."""
-        path, done = self.path / REPORT, int(self.state.step)
+        path, done = self.path / run_report.REPORT, int(self.state.step)
         if self.start >= self.run.train.steps and (report := model_dir.read_report(path, done)):
             self.log(f"Its report is {path}.")
             return report
@@ -364,29 +380,13 @@ class Training:
         with waiting(self.console, f"Writing the checkpoint of step {done}"):
             self.checkpoints.wait()
         self.writer.flush()
-        report = self.report(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        report = run_report.collect_report(self, self.held_out[1], seconds)
         if not processes.is_first():
             return report
         write_atomically(path, json.dumps(report, indent=2) + "\n")
         self.log(f"finished at step {done}: {path}, {curves.try_to_draw(self.path)}")
         return report
-
-    def report(self, total_seconds: float) -> dict[str, Any]:
-        """Collects held-out metrics, times and sizes; total_seconds is of this process."""
-        return {
-            "steps": int(self.state.step),
-            "split": self.run.data.eval_split if self.evaluator else None,
-            **self.held_out[1],
-            "not_computed": self.evaluator.failures if self.evaluator else {},
-            "train_loss": self.last_metrics.get("loss"),
-            "skipped_steps": int(self.state.skipped),
-            **self.totals.report(),
-            "compile_seconds": self.compile_seconds,
-            "evaluate_seconds": self.evaluate_seconds,
-            "total_seconds": total_seconds,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
-            "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        }
 
     def close(self) -> None:
         """Closes the metric writer and the checkpoints."""

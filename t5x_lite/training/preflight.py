@@ -18,7 +18,7 @@ from t5x_lite.checkpoints import manager, train_state
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training import model_dir, schedules, setup
+from t5x_lite.training import frozen_base, model_dir, schedules, setup
 from t5x_lite.training.reporting import overview
 from t5x_lite.utils.paths import parse_path
 
@@ -41,7 +41,7 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
     """
     model_dir.check_config(run, report)
     _, update = setup.make_update(run)
-    shapes = train_state.state_shapes(model.shapes(run.model), update)
+    shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update)
     model_dir.check_writable(parse_path(run.model_dir))
     source = data.with_run_vocabulary(run)
     data.check_examples(source.data, run.model.layout, "train")
@@ -55,27 +55,24 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
         with setup.evaluation_errors(run):
             data.check_examples(source.data, run.model.layout, run.data.eval_split)
     if not manager.list_steps(run.model_dir):
-        check_initial_weights(run, shapes, vocabularies)
+        check_initial_weights(run, vocabularies)
     for warning in schedules.list_warnings(run):
         report(warning)
 
 
-def check_initial_weights(run: TrainingRun, shapes: TrainState, vocabularies: tuple) -> None:
-    """Raises ValueError where the weights that a new run begins with are missing or do not fit.
-
-    Args:
-      run: config of the run.
-      shapes: shapes of its state.
-      vocabularies: of inputs and targets.
-    """
+def check_initial_weights(run: TrainingRun, vocabularies: tuple) -> None:
+    """Raises ValueError where the weights that a new run begins with are missing or do not fit;
+    `vocabularies` are those of its inputs and targets."""
     if run.adaptation is not None:
         vocabulary_compatibility.check_vocabularies(run.adaptation, *vocabularies)
         adaptation.explain(run)
     elif run.checkpoint.initial is not None:
         with setup.initial_errors():
-            vocabulary_compatibility.warn_of_difference(run.checkpoint.initial, vocabularies)
-            opened = open_checkpoint(run.checkpoint.initial, options=WEIGHTS_ONLY)
-            opened.check_fits(run.model, shapes.params)
+            initial = run.checkpoint.initial
+            vocabulary_compatibility.warn_of_difference(initial, vocabularies)
+            source = initial if run.lora is None else frozen_base.base_source(run)
+            opened = open_checkpoint(source, options=WEIGHTS_ONLY)
+            opened.check_fits(run.model, model.shapes(run.model))
 
 
 def check_memory(run: TrainingRun, shapes: TrainState, teacher: Teacher | None = None) -> None:

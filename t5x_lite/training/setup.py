@@ -25,7 +25,8 @@ from t5x_lite.evaluation.evaluate import (
     has_predictions,
     measured_names,
 )
-from t5x_lite.training import flops, optimizer, schedules, step
+from t5x_lite.training import flops, frozen_base, optimizer, schedules, step
+from t5x_lite.training.frozen_base import FrozenBase
 from t5x_lite.training.reporting import overview
 from t5x_lite.utils.nearest import suggest
 
@@ -78,8 +79,8 @@ def assemble_run(run: TrainingRun) -> AssembledRun:
     vocabularies = data.open_dataset(source, "train").vocabularies
     data.check_run_vocabulary(run.model_dir, vocabularies)
     check_vocabulary_sizes(run, vocabularies)
-    shapes = train_state.state_shapes(model.shapes(run.model), update)
-    axes = model.axes(run.model)
+    shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update)
+    axes = frozen_base.trained_axes(run)
     batches, teacher = distilled_batches.make_distilled_batches(run, batches, vocabularies)
     train_step = step.make_step(run, update, schedule, axes, teacher)
     return AssembledRun(
@@ -105,7 +106,7 @@ def make_update(run: TrainingRun) -> tuple[Any, Any]:
     check_lengths(run, sharding.context_size())
     check_row_lengths(run.model, run.data.lengths, "The model")
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
-    axes = model.axes(run.model)
+    axes = frozen_base.trained_axes(run)
     return schedule, optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
 
 
@@ -158,7 +159,9 @@ def check_vocabulary_sizes(run: config.Run, vocabularies: tuple) -> None:
 
 
 def initial_train_state(
-    assembled: AssembledRun, show: Callable[[Any], None] = lambda table: None
+    assembled: AssembledRun,
+    show: Callable[[Any], None] = lambda table: None,
+    base: FrozenBase | None = None,
 ) -> TrainState:
     """The state of a new run: drawn from Run.seed, or with the weights of Checkpoint.initial or
     Run.adaptation.
@@ -166,9 +169,12 @@ def initial_train_state(
     Args:
       assembled: the run.
       show: is called with the table of adapted weights, if there are any.
+      base: the frozen weights that new adapters belong to; None without adapters.
     """
     run = assembled.run
-    if run.adaptation is not None:
+    if base is not None:
+        params = frozen_base.new_adapters(run, base)
+    elif run.adaptation is not None:
         vocabulary_compatibility.check_vocabularies(run.adaptation, *assembled.vocabularies)
         params, report = adaptation.initialize(run)
         show(report.table(overview.schedule_by_weight(run, assembled.shapes.params)))

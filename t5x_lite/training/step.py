@@ -18,6 +18,7 @@ from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import Transformer, mixed_precision
 from t5x_lite.sharding import batch_shards, spec
+from t5x_lite.training import frozen_base
 from t5x_lite.training.losses import cross_entropy, distillation, draft_heads, early_exit
 from t5x_lite.training.losses.distillation import DistillationTerms
 from t5x_lite.training.optimizer.param_groups import Selection
@@ -49,20 +50,21 @@ def make_step(
       run: config of the run.
       optimizer: from `optimizer.make_optimizer`.
       schedule: learning rate by the number of steps that were not skipped.
-      axes: tree of the weights' axis names, as `model.axes` has it.
+      axes: tree of the axis names of what trains, as `frozen_base.trained_axes` has it.
       teacher: teacher whose logits are computed in the step; None without one.
 
     Returns:
-      step(state, batch, teacher_params=None) -> (state, StepMetrics); on an accelerator it donates
-      the state.
+      step(state, batch, teacher_params=None, base=None) -> (state, StepMetrics); on an accelerator
+      it donates the state. With Run.lora, `base` are the frozen weights, as `frozen_base` has them.
     """
     selection = Selection(run.train.param_groups, axes)
     trained_axes = selection.take(axes)
     differentiated = jax.value_and_grad(make_objective(run, selection, teacher), has_aux=True)
 
-    def step(state: TrainState, batch: Batch, teacher_params: Any = None):
+    def step(state: TrainState, batch: Batch, teacher_params: Any = None, base: Any = None):
         context = step_context(run, state)
-        sums_and_gradient = functools.partial(differentiated, frozen=(state.params, teacher_params))
+        frozen = (state.params, teacher_params, base)
+        sums_and_gradient = functools.partial(differentiated, frozen=frozen)
         slots = mixed_precision.gradient_slots(selection.take(state.params), run.model.dtype)
         sums, gradient = accumulate_microbatches(sums_and_gradient, slots, batch, context, run)
         # Widened when all of it is there: else the head's waits in float32 through the backward
@@ -85,7 +87,8 @@ def make_step(
 def step_context(run: TrainingRun, state: TrainState) -> StepContext:
     """The key fold_in(seed, step) where something is random, and the number of the step."""
     key = None
-    if run.model.dropout > 0 or samples_heads(run) or run.train.layer_skip:
+    dropout = run.model.dropout > 0 or (run.lora is not None and run.lora.dropout > 0)
+    if dropout or samples_heads(run) or run.train.layer_skip:
         key = jax.random.fold_in(jax.random.key(run.seed), state.step)
     return StepContext(key, state.step)
 
@@ -102,13 +105,14 @@ def make_objective(run: TrainingRun, selection: Selection, teacher: Teacher | No
       objective(slots, batch, context, total, *, frozen): this microbatch's part of the objective
       per target token of all microbatches, and its LossSums. `slots` are the gradient slots of the
       weights that train (`mixed_precision.gradient_slots`), `total` is the sum of loss weights, and
-      `frozen` all weights and the teacher's.
+      `frozen` the params of the state, the teacher's and the frozen base.
     """
     transformer = Transformer(run.model, remat=run.train.remat, unroll=run.train.unroll)
 
     def objective(slots, batch: Batch, context: StepContext, total, *, frozen):
-        params, teacher_params = frozen
+        params, teacher_params, base = frozen
         params = selection.put(params, mixed_precision.join_slots(selection.take(params), slots))
+        params = frozen_base.whole_params(run, params, base, context.key)
         terms = None
         if batch.teacher_data is not None:
             assert run.distillation is not None

@@ -41,6 +41,7 @@ REACHED_BY = {
     "t5x_lite/evaluation/drafting.py": ["infer"],
     "t5x_lite/evaluation/languages.py": ["infer"],
     "t5x_lite/export/": ["convert"],
+    "t5x_lite/model/adapters.py": ["train"],
     "t5x_lite/model/quantization.py": ["eval", "infer"],
     "t5x_lite/planning/": ["plan"],
     "t5x_lite/processes.py": ["train"],

@@ -51,6 +51,7 @@ SAMPLES = [
     config.Mesh(),
     config.Adaptation("source"),
     config.Distillation("teacher", top_k=4),
+    config.Lora(rank=8, alpha=16.0),
     config.Compare(),
 ]
 

@@ -9,8 +9,8 @@ from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.cli.progress import format_count
 from t5x_lite.config import gin_file
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training import setup
-from t5x_lite.training.flops import FORMULA, step_flops
+from t5x_lite.training import frozen_base, setup
+from t5x_lite.training.flops import run_flops, run_formula
 from t5x_lite.training.reporting import overview
 
 
@@ -21,10 +21,10 @@ def describe_run(run: TrainingRun) -> str:
       ValueError: as `setup.make_update`.
     """
     _, update = setup.make_update(run)
-    axes = model.axes(run.model)
-    shapes = states.state_shapes(model.shapes(run.model), update)
+    axes = frozen_base.trained_axes(run)
+    shapes = states.state_shapes(frozen_base.trained_shapes(run), update)
     counts = model.count(run.model)
-    flops = step_flops(run.model, run.train.batch_size, run.data.lengths)
+    flops = run_flops(run)
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     return "\n".join(
         [
@@ -36,8 +36,9 @@ def describe_run(run: TrainingRun) -> str:
             f"                {overview.model_text(run.model)}",
             f"mesh            {overview.mesh_text()}",
             f"per device      {overview.bytes_text(run, shapes)}",
+            *[f"adapters        {line}" for line in overview.lora_lines(run, shapes)],
             *[f"weights         {line}" for line in overview.group_lines(run, shapes)],
-            f"FLOPs per step  {format_count(flops)} = {FORMULA}",
+            f"FLOPs per step  {format_count(flops)} = {run_formula(run)}",
             f"run             {overview.run_text(run)}",
             *[f"teacher         {line}" for line in overview.teacher_lines(run.distillation)],
             *adaptation_lines(run, shapes.params),

@@ -68,7 +68,7 @@ def step_cost(run: TrainingRun) -> StepCost:
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     return StepCost(
         positions=rows * sum(flops.row_lengths(run.model.layout, lengths)),
-        flops=flops.step_flops(run.model, rows, lengths),
+        flops=flops.run_flops(run),
         peak=peak and peak * jax.device_count(),
     )
 

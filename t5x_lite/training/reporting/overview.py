@@ -12,7 +12,8 @@ from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.cli.progress import format_count
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training.flops import FORMULA
+from t5x_lite.training import frozen_base
+from t5x_lite.training.flops import run_formula
 from t5x_lite.training.optimizer import param_groups
 
 
@@ -35,12 +36,12 @@ def overview_table(run: TrainingRun, shapes: TrainState, flops: int, statistics:
         f"{run.model.layout}: {format_count(sum(counts.values()))} weights ({parts})",
     )
     rows.add_row("", model_text(run.model))
-    for line in group_lines(run, shapes):
+    for line in [*lora_lines(run, shapes), *group_lines(run, shapes)]:
         rows.add_row("", line)
     rows.add_row("data", statistics)
     rows.add_row("mesh", mesh_text())
     rows.add_row("bytes per device", bytes_text(run, shapes))
-    flops_text = f"{format_count(flops)} for {run.train.batch_size} rows = {FORMULA}"
+    flops_text = f"{format_count(flops)} for {run.train.batch_size} rows = {run_formula(run)}"
     rows.add_row("FLOPs per step", flops_text)
     rows.add_row("run", run_text(run))
     for line in teacher_lines(run.distillation):
@@ -62,9 +63,13 @@ def mesh_text() -> str:
 
 
 def state_bytes(run: TrainingRun, shapes: TrainState) -> dict[str, int]:
-    """Bytes per device of weights, optimizer and gradient."""
+    """Bytes per device of weights, optimizer and gradient; frozen weights beside adapters."""
     trained = param_groups.Selection(run.train.param_groups, shapes.params).take(shapes.params)
     trees = {"weights": shapes.params, "optimizer": shapes.optimizer, "gradient": trained}
+    if run.lora is not None:
+        trees = {"frozen weights": frozen_base.base_shapes(run), "adapters": shapes.params} | {
+            name: tree for name, tree in trees.items() if name != "weights"
+        }
     return {name: states.bytes_per_device(tree) for name, tree in trees.items()}
 
 
@@ -88,6 +93,19 @@ def group_lines(run: TrainingRun, shapes: TrainState) -> list[str]:
         optimizer = f"optimizer {memory / 2**20:,.1f} MiB per device"
         lines.append(f"{schedule_text(group)}: {size}, {optimizer} ({who})")
     return lines
+
+
+def lora_lines(run: TrainingRun, shapes: TrainState) -> list[str]:
+    """One line on the adapters; none without any."""
+    if run.lora is None:
+        return []
+    lora, count = run.lora, sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    kind = "DoRA" if lora.dora else "LoRA"
+    kept = lora.quantize or run.model.dtype
+    return [
+        f"{kind} of rank {lora.rank}, scale {lora.scale:g}: {format_count(count)} weights train; "
+        f"{run.checkpoint.initial} is frozen in {kept}"
+    ]
 
 
 def schedule_text(group: param_groups.WeightGroup) -> str:
