@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of peft on tiny models of transformers, beside ours."""
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,8 +132,8 @@ def their_gradients(toy: AdaptedPair) -> dict[str, np.ndarray]:
             state[name.replace(".default.", ".")] = weight.grad.numpy()
     assert all(name.startswith(PREFIX) and "lora" in name for name in state)
     source = parity.State(state)
-    found = PeftAdapter(toy.lora, "theirs")
-    return stacked(adapters.map_adapters(source, toy.pair.cfg, toy.pair.family, found))
+    adapter = PeftAdapter(toy.lora, "theirs")
+    return stacked(adapters.map_adapters(source, toy.pair.cfg, toy.pair.family, adapter))
 
 
 def our_gradients(toy: AdaptedPair) -> dict[str, np.ndarray]:
@@ -149,8 +148,7 @@ def our_gradients(toy: AdaptedPair) -> dict[str, np.ndarray]:
         schedule=config.Schedule("constant", 1.0),
         optimizer=config.Optimizer("sgd"),
     )
-    update, stepper, axes = make_step(run)
-    del axes
+    update, stepper = make_step(run)
     before = jax.tree.map(jax.numpy.asarray, toy.adapters)
     state = train_state.begin_state(before, update)
     batch = place(toy.laws.batch_of(toy.ids))
@@ -168,14 +166,9 @@ def make_step(run: config.Run):
     axes = frozen_base.trained_axes(run)
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
-    return update, step.make_step(run, update, schedule, axes), axes
+    return update, step.make_step(run, update, schedule, axes)
 
 
 def place(batch: Batch) -> Batch:
     """A batch on the mesh in force."""
     return sharding.place_batch(jax.tree.map(np.asarray, batch))
-
-
-def replace_cfg(toy: AdaptedPair, **changes) -> AdaptedPair:
-    """A toy with other fields of its model."""
-    return toy._replace(pair=toy.pair._replace(cfg=dataclasses.replace(toy.pair.cfg, **changes)))

@@ -86,7 +86,7 @@ def take_steps(run: config.Run, count: int):
     """State and losses after steps on batches of seeds 0, 1 ..., and the base."""
     sharding.use_mesh(run.mesh)
     base = toy_base(run)
-    update, stepper, _ = make_step(run)
+    update, stepper = make_step(run)
     state = train_state.begin_state(frozen_base.new_adapters(run, base), update)
     losses = []
     for seed in range(count):
@@ -136,7 +136,7 @@ def test_the_optimizers_bytes_are_those_of_adapters():
     run = toy_run()
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
     base, batch = toy_base(run), small_batch()
-    update, stepper, _ = make_step(run)
+    update, stepper = make_step(run)
     state = train_state.begin_state(frozen_base.new_adapters(run, base), update)
     trained = tree_bytes(state.params)
     # Two moments of AdamW, and its and the groups' counts.
