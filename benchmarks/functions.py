@@ -128,7 +128,7 @@ def measure_prompt(session, prompt: str) -> dict:
         decode = session.settings(OPTIONS | options | {"judge": "score"})
         began = time.perf_counter()
         source = search.SearchSource(prompt, ids, 0)
-        found, decoder = search.run_search(session.predictor, judge_lines, source, decode)
+        found, decoder, _ = search.run_search(session.predictor, judge_lines, source, decode)
         seconds = time.perf_counter() - began
         rows = [each.texts.tokens[each.row] for each in found]
         texts = [cut_text(session.predictor.targets.decode(row), decode.stop) for row in rows]

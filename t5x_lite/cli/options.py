@@ -23,11 +23,13 @@ DECODE = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best"),
     *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
-    *("bad_words", "regex", "choices", "json_schema", "force_words", "stop"),
+    *("bad_words", "regex", "choices", "json_schema", "grammar", "nesting"),
+    *("force_words", "stop", "target_prefix", "span_of_input", "token_healing"),
     *("drafter", "draft_length", "accept"),
     *("logprobs", "choose", "beam_groups", "diversity_penalty"),
     *("search", "judge", "judge_weight", "particles", "segment_tokens", "segment_stop"),
 )
+FILES_OF_DECODE = ("json_schema", "grammar")  # whose options name a file
 
 # Names of `decoding.drafters.registry`; A+B is both at once.
 DRAFTERS = {
@@ -95,6 +97,7 @@ STEERING_OF_DECODE = {
     "frequency_penalty": ("A", "the same, for each time that it has them"),
     "no_repeat_ngram_size": ("N", "never write the same N tokens in a row twice"),
     "min_new_tokens": ("N", "at least N new tokens before the end"),
+    "nesting": ("N", "how often a grammar's rule or a $ref nests within itself (default: 3)"),
 }
 
 
@@ -130,8 +133,7 @@ def add_mesh(group) -> None:
         "--mesh",
         type=parse_mesh,
         metavar="D,F,T",
-        help="devices for data, fsdp and tensor axes, e.g. 1,1,4 for a model too large for one "
-        "device (default: all devices share the batch)",
+        help="devices for data, fsdp and tensor axes: 1,1,4 splits the model (default: the batch)",
     )
 
 
@@ -193,13 +195,19 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add = group.add_argument
     add("--bad_words", nargs="+", metavar="TEXT", help="texts that are never written")
-    add("--stop", nargs="+", metavar="TEXT", help="ends a text, which is cut before it")
+    add("--stop", nargs="+", metavar="T", help="ends a text, which is cut before it")
+    add("--target_prefix", nargs=1, metavar="TEXT", help="what the targets begin with")
+    add("--token_healing", action="store_true", default=None, help="go on from a cut last token")
     add("--force_words", nargs="+", metavar="TEXT", help="every text contains all of these")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--regex", metavar="PATTERN", help="every text matches it as a whole")
-    one.add_argument("--choices", nargs="+", metavar="TEXT", help="every text is one of these")
+    one.add_argument("--choices", nargs="+", metavar="T", help="every text is one of these")
+    text = "every text is a part of its input"
+    one.add_argument("--span_of_input", action="store_true", default=None, help=text)
     schema = "every text is JSON that follows the JSON schema in this file"
     one.add_argument("--json_schema", type=path_argument, metavar="FILE", help=schema)
+    grammar = "every text follows the grammar in this file, GBNF or Lark"
+    one.add_argument("--grammar", type=path_argument, metavar="FILE", help=grammar)
 
 
 def name_table(title: str, rows: dict[str, str]) -> str:
@@ -263,15 +271,16 @@ def decode_fields(options: argparse.Namespace) -> dict[str, Any]:
     """Fields of config.Decode that the command line sets.
 
     Raises:
-      ValueError: the file of --json_schema cannot be read.
+      ValueError: the file of --json_schema or --grammar cannot be read.
     """
     fields = {name: value for name in DECODE if (value := getattr(options, name)) is not None}
-    if "json_schema" in fields:
+    for name in FILES_OF_DECODE:
+        if name not in fields:
+            continue
         try:
-            fields["json_schema"] = parse_path(fields["json_schema"]).read_text(encoding="utf-8")
+            fields[name] = parse_path(fields[name]).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            path = fields["json_schema"]
-            raise ValueError(f"--json_schema: {path} cannot be read: {error}") from error
+            raise ValueError(f"--{name}: {fields[name]} cannot be read: {error}") from error
     return fields
 
 

@@ -22,11 +22,10 @@ from t5x_lite.config.search import check_beams, check_choice, check_search
 from t5x_lite.utils import hub_names, paths
 
 # Fields that say what a whole text may be, and those that forbid tokens by what stands before them.
-CONSTRAINTS = ("regex", "json_schema", "choices", "force_words")
+CONSTRAINTS = ("regex", "json_schema", "grammar", "choices", "span_of_input", "force_words")
 FORBIDDING = (
     "no_repeat_ngram_size",
     "min_new_tokens",
-    "bad_words",
     "bad_words_ids",
     "suppress_tokens",
     "forced_bos_token_id",
@@ -81,15 +80,23 @@ class Decode(Checked):
       frequency_penalty: the same, for each time that it has them.
       no_repeat_ngram_size: forbids to repeat so many tokens in a row; 0 forbids nothing.
       min_new_tokens: forbids the end of a text before so many new tokens.
-      bad_words: texts that are never written.
-      bad_words_ids: the same as sequences of ids.
+      bad_words: texts that no new text contains, whatever its tokens.
+      bad_words_ids: sequences of ids that are never written.
       suppress_tokens: ids that are never written.
       logit_bias: {id: added to its logit}, or None.
       forced_bos_token_id: the first new token, such as a language's; None leaves it free.
       regex: regular expression that every new text matches as a whole.
       json_schema: JSON schema that every new text follows: as text, or in Python as a dict.
+      grammar: grammar that every new text follows, in GBNF (llama.cpp) or in Lark's syntax.
+      nesting: how often a rule of a grammar, a $ref of a schema or a JSON value of any kind may
+        stand within itself; at the beginning or end of itself, as in a list, without limit.
       choices: texts of which every new text is one.
       force_words: texts that every new text contains.
+      span_of_input: every new text is a part of its input, as the tokenizer writes it.
+      token_healing: the last token of each prompt may be spelled otherwise, by one that goes on
+        behind the cut: it is removed, and the new text begins with its characters.
+      target_prefix: texts that targets of encoder-decoders begin with: one for all inputs, or one
+        for each.
       logprobs: also returns the log-probability of each token and of so many alternatives, and the
         probability that top-k, top-p and their kin kept from being drawn; None returns none.
       choose: puts the n_best texts in an order, best first: by score, by mbr:METRIC, by
@@ -137,8 +144,13 @@ class Decode(Checked):
     forced_bos_token_id: CountOrZero | None = None
     regex: str | None = None
     json_schema: None | Annotated[object, schema_text] = None
+    grammar: str | None = None
+    nesting: Annotated[int, Range(1, 16)] = 3
     choices: tuple[str, ...] = ()
     force_words: tuple[str, ...] = ()
+    span_of_input: bool = False
+    token_healing: bool = False
+    target_prefix: tuple[str, ...] = ()
     logprobs: Annotated[int, Range(0, 1000)] | None = None
     choose: str = ""
     stop: str | tuple[str, ...] = ()
@@ -191,6 +203,7 @@ class Decode(Checked):
         check_search(self)
         check_beams(self)
         self.check_tokens()
+        self.check_constraints()
 
     def idle_filters(self) -> list[str]:
         """Fields of FILTERS that are set and change nothing, as nothing is sampled."""
@@ -214,27 +227,6 @@ class Decode(Checked):
             *("bad_words", "bad_words_ids", "choices", "force_words", "stop", "segment_stop"),
         ):
             require(all(getattr(self, name)), f"Decode.{name} has an empty one")
-        constraints = [name for name in CONSTRAINTS if getattr(self, name) not in (None, ())]
-        whole = [name for name in constraints if name != "force_words"]
-        require(
-            len(whole) < 2,
-            f"A text can follow one of Decode.{' and Decode.'.join(whole)}, not both",
-        )
-        require(
-            self.beams == 1 or not self.stop,
-            "Decode.stop ends a text at a token; beam search (Decode.beams) knows EOS alone",
-        )
-        require(
-            not constraints or not self.stop,
-            f"Decode.stop may cut a text that Decode.{constraints and constraints[0]} needs whole: "
-            "leave one out",
-        )
-        others = [name for name in FORBIDDING if getattr(self, name) not in (None, 0, ())]
-        require(
-            not constraints or not others,
-            f"Decode.{others and others[0]} may forbid every text that Decode."
-            f"{constraints and constraints[0]} allows: leave one out",
-        )
         forbidden = {
             *self.suppress_tokens,
             *(ids[0] for ids in self.bad_words_ids if len(ids) == 1),
@@ -243,4 +235,37 @@ class Decode(Checked):
             self.forced_bos_token_id not in forbidden,
             f"Decode.forced_bos_token_id ({self.forced_bos_token_id}) is also among "
             "Decode.suppress_tokens or Decode.bad_words_ids",
+        )
+
+    def check_constraints(self):
+        """Checks what a whole text may be.
+
+        Raises:
+          ValueError: two rules contradict each other.
+        """
+        stated = [name for name in CONSTRAINTS if getattr(self, name) not in (None, (), False)]
+        whole = [name for name in stated if name != "force_words"]
+        require(
+            len(whole) < 2,
+            f"A text can follow one of Decode.{' and Decode.'.join(whole)}, not both",
+        )
+        for name in ("span_of_input", "token_healing"):
+            others = [each for each in stated if each != name]
+            others += ["bad_words"] if self.bad_words else []
+            require(
+                not getattr(self, name) or not others,
+                f"Decode.{name} goes with no other rule of the whole text, and Decode."
+                f"{others and others[0]} is one: leave one out",
+            )
+        stated += ["token_healing"] if self.token_healing else []
+        require(
+            not stated or not self.stop,
+            f"Decode.stop may cut a text that Decode.{stated and stated[0]} needs whole: leave one "
+            "out",
+        )
+        others = [name for name in FORBIDDING if getattr(self, name) not in (None, 0, ())]
+        require(
+            not stated or not others,
+            f"Decode.{others and others[0]} may forbid every text that Decode."
+            f"{stated and stated[0]} allows: leave one out",
         )

@@ -136,7 +136,7 @@ def make_program(
 
 def place_request(request: Request) -> Request:
     """Splits the rows of a request over the mesh; its tables are left out (`make_rules`)."""
-    rows = request._replace(eos=None, constraint=None, stop=None)
+    rows = request.drop_shared()._replace(healing_start=None, spans=None)
     return shard_rows(rows)._replace(eos=request.eos)
 
 

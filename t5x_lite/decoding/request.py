@@ -12,6 +12,7 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.decoding.steering.constraints import ConstraintTable
+from t5x_lite.decoding.steering.spans import SpanTable
 from t5x_lite.decoding.steering.stop_strings import StopTable
 
 # Seeds of the second, third, ... sample of a text are this far apart (2^32 over the golden ratio):
@@ -34,6 +35,9 @@ class Request(NamedTuple):
       eos: the id that ends a text, or several [e] of which each does.
       constraint: the language of the new texts; None for any text.
       stop: texts that end a row; None for none.
+      healing: texts that begin as a token that was removed from the prompt; None for any text.
+      healing_start: [b], first state of each row in `healing`.
+      spans: parts of the input of each row, which the new texts are; None for any text.
     """
 
     inputs: Any
@@ -46,6 +50,17 @@ class Request(NamedTuple):
     eos: Any = 1
     constraint: ConstraintTable | None = None
     stop: StopTable | None = None
+    healing: ConstraintTable | None = None
+    healing_start: Any = None
+    spans: SpanTable | None = None
+
+    def take_shared(self) -> dict[str, Any]:
+        """Returns what all rows share, by name; the other fields have a row for each."""
+        return {name: getattr(self, name) for name in ("eos", "constraint", "stop", "healing")}
+
+    def drop_shared(self) -> "Request":
+        """Returns the request without what all rows share."""
+        return self._replace(**dict.fromkeys(self.take_shared()))
 
 
 def bucket_length(size: int, least: int = 16) -> int:
@@ -85,7 +100,8 @@ def make_request(
         give the same text in any batch.
       batch: number of examples to fill up to.
       eos: the id that ends a text, or several.
-      **tables: `constraint` and `stop` of Request.
+      **tables: `constraint`, `stop`, `healing` and `spans` of Request; `beginnings`, ids that the
+        target of each example begins with.
 
     Raises:
       ValueError: the model has no decoder, or an example is empty, outside of the vocabulary, or
@@ -93,26 +109,27 @@ def make_request(
     """
     check_examples(cfg, examples)
     check_steering_ids(cfg, decode, eos)
-    check_positions(cfg, "Input", examples, decode.max_new_tokens)
-    count = len(examples)
+    count, new_tokens = len(examples), decode.max_new_tokens
+    beginnings = tables.pop("beginnings", [[]] * count)
+    longer = [len(ids) + new_tokens for ids in beginnings]
+    check_positions(cfg, "Input", examples, longer if any(beginnings) else new_tokens)
     examples = [*examples, *[[cfg.decoder_start_token_id]] * ((batch or count) - count)]
     row = np.zeros(len(examples), np.uint32)
     row[:count] = np.arange(count) if rows is None else rows
-    limit = np.where(np.arange(len(examples)) < count, decode.max_new_tokens, 0).astype(np.int32)
+    limit = np.where(np.arange(len(examples)) < count, new_tokens, 0).astype(np.int32)
+    inputs, inputs_length = None, None
     if cfg.encoder is None:
         prompts = [decoder_prompt(cfg, example) for example in examples]
-        inputs, inputs_length = None, None
     else:
-        prompts = [[cfg.decoder_start_token_id]] * len(examples)
+        beginnings = [*beginnings, *[[]] * (len(examples) - count)]
+        prompts = [[cfg.decoder_start_token_id, *ids] for ids in beginnings]
         inputs, inputs_length = pad_rows(examples, bucket_length(max(map(len, examples))))
     longest = max(map(len, prompts))
     prompts, prompts_length = pad_rows(prompts, longest if longest == 1 else bucket_length(longest))
     seed = np.full(len(examples), decode.seed, np.uint32)
     stops = eos if isinstance(eos, int) else np.array(eos, np.int32)
-    request = Request(
-        inputs, inputs_length, prompts, prompts_length, limit, seed, row, stops, **tables
-    )
-    return repeat_samples(request, count_samples(decode))
+    rows_of = (inputs, inputs_length, prompts, prompts_length, limit, seed, row)
+    return repeat_samples(Request(*rows_of, stops, **tables), count_samples(decode))
 
 
 def count_samples(decode: config.Decode) -> int:
@@ -124,12 +141,10 @@ def repeat_samples(request: Request, samples: int) -> Request:
     """Returns each row so many times, one after the other, with seeds SEED_STEP apart."""
     if samples == 1:
         return request
-    kept = request._replace(eos=None, constraint=None, stop=None)
-    repeated = jax.tree.map(lambda array: np.repeat(array, samples, axis=0), kept)
+    repeated = jax.tree.map(lambda array: np.repeat(array, samples, axis=0), request.drop_shared())
     steps = np.tile(np.arange(samples, dtype=np.uint32), len(request.seed))
     seed = repeated.seed + steps * np.uint32(SEED_STEP)
-    whole = {name: getattr(request, name) for name in ("eos", "constraint", "stop")}
-    return repeated._replace(seed=seed, **whole)
+    return repeated._replace(seed=seed, **request.take_shared())
 
 
 def check_steering_ids(cfg: config.Model, decode: config.Decode, eos: int | Sequence[int]) -> None:

@@ -100,7 +100,12 @@ def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) 
     if not isinstance(chat, bool):
         raise ValueError("chat must be true or false")
     width = 0 if drafter == "plain" else WIDTH
-    decode = config.Decode(drafter=drafter, draft_length=width, **numbers)
+    choices = [each.strip() for each in read_string(fields, "choices", "").split(",")]
+    if sum(map(len, choices)) > limits.characters:
+        raise ValueError(f"choices have more than {limits.characters} characters")
+    decode = config.Decode(
+        drafter=drafter, draft_length=width, choices=tuple(filter(None, choices)), **numbers
+    )
     return Question(model, text, decode, chat)
 
 

@@ -223,7 +223,7 @@ def program_key(predictor: Any, question: Question, text: str) -> tuple:
 
     decode, length = question.decode, len(predictor.encode_inputs([text])[0])
     sizes = decoding.bucket_length(length), decoding.bucket_length(decode.max_new_tokens)
-    return question.model, decode.drafter, decode.temperature > 0, *sizes
+    return question.model, decode.drafter, decode.temperature > 0, decode.choices, *sizes
 
 
 def application(models: Models, hosts: Collection[str], addresses: bool = False) -> Starlette:

@@ -2,7 +2,7 @@
 """Prediction of texts: tokenized, sorted into batches of like length, decoded, back in order."""
 
 import copy
-import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,12 +20,12 @@ from t5x_lite.decoding.request import (
     describe_ids,
 )
 from t5x_lite.decoding.scoring import check_pairs
-from t5x_lite.decoding.steering.stop_strings import find_tables
 from t5x_lite.evaluation import choosing
 from t5x_lite.evaluation.coverage import CoverageScore
 from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.evaluation.prediction import Prediction, drafter_names, make_prediction
 from t5x_lite.evaluation.search import list_sources, search_texts
+from t5x_lite.evaluation.steered_rows import SteeredRows
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
@@ -166,28 +166,22 @@ class Predictor:
             check_examples(self.cfg, ids)
             check_positions(self.cfg, "Input", ids, decode.max_new_tokens)
         rows = range(len(ids)) if rows is None else rows
-        decode = spell_bad_words(decode, self.targets)
         if decode.search:
             sources = list_sources(texts or map(self.inputs.decode, ids), ids, rows)
             return search_texts(self, sources, decode, on_progress)
-        tables = find_tables(decode, self.targets, self.cfg.vocab)
+        steered = SteeredRows(self.cfg, (self.inputs, self.targets), ids, decode)
+        decode = steered.decode
         most, predictions = max(self.batch_size // count_samples(decode), 1), {}
-        for places in self.batches(ids, most):
-            request = decoding.make_request(
-                self.cfg,
-                [ids[place] for place in places],
-                decode,
-                rows=[rows[place] for place in places],
-                batch=self.padded_rows(len(places)),
-                eos=self.targets.stops,
-                **tables,
-            )
+        for places in self.batches(steered.ids, most):
+            numbers = [rows[place] for place in places]
+            request = steered.request(places, self.padded_rows(len(places)), numbers)
             names = drafter_names(self.drafters.get(decode))
             result = self.drafters.generate(self.params, request, decode)
             if counted:
                 self.tally.add(result, names, len(places))
             for row, place in enumerate(places):
-                predictions[place] = make_prediction(self.targets, result, row, names, decode.stop)
+                write_text = functools.partial(steered.write_text, place)
+                predictions[place] = make_prediction(result, row, names, write_text, self.targets)
             if on_progress:
                 on_progress(len(predictions))
         return [predictions[place] for place in range(len(ids))]
@@ -275,16 +269,6 @@ class Predictor:
         shards = sharding.batch_shards()
         rows = min(decoding.bucket_length(count, 1), max(self.batch_size, count))
         return -(-rows // shards) * shards
-
-
-def spell_bad_words(decode: config.Decode, vocabulary: TextVocabulary) -> config.Decode:
-    """Returns the config with Decode.bad_words as ids, each within a text and after a space."""
-    if not decode.bad_words:
-        return decode
-    texts = [text for word in decode.bad_words for text in (word, f" {word.lstrip()}")]
-    spelled = {tuple(map(int, ids)) for ids in vocabulary.encode_all(texts) if len(ids)}
-    ids = (*decode.bad_words_ids, *sorted(spelled))
-    return dataclasses.replace(decode, bad_words=(), bad_words_ids=ids)
 
 
 def has_inputs(run: config.Run) -> bool:

@@ -2,7 +2,7 @@
 """Predictions: texts that a model wrote, with what is known of their tokens."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,6 @@ import numpy as np
 from t5x_lite import decoding
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.union import draft_sources
-from t5x_lite.decoding.steering.stop_strings import cut_text
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
 
@@ -61,20 +60,20 @@ class Prediction(NamedTuple):
 
 
 def make_prediction(
-    vocabulary: TextVocabulary,
     result: decoding.Result,
     row: int,
     names: tuple[str, ...],
-    stops: Sequence[str] = (),
+    write_text: Callable[[list[int]], str],
+    vocabulary: TextVocabulary,
 ) -> Prediction:
     """Prediction of one row of a result.
 
     Args:
-      vocabulary: of the texts.
       result: tokens of a batch.
       row: number of the row.
       names: the drafter that proposes each node of a block.
-      stops: texts before which a text is cut.
+      write_text: returns the text of the row's new tokens.
+      vocabulary: of the single tokens.
     """
     # Beams that found no text have a score of minus infinity.
     count = max(int(np.isfinite(result.scores[row]).sum()), 1)
@@ -90,7 +89,7 @@ def make_prediction(
     first = slice(len(tokens[0]))
     steps, nodes = result.token_step, result.token_node
     return Prediction(
-        texts=[cut_text(vocabulary.decode(ids), stops) for ids in tokens],
+        texts=[*map(write_text, tokens)],
         scores=result.scores[row, :count].tolist(),
         log_probabilities=result.log_probability[row, :count].tolist(),
         tokens=tokens,

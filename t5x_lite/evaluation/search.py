@@ -2,6 +2,7 @@
 """Search among samples by a judge of texts: `decoding.search` with a tokenizer."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from t5x_lite.decoding.forks import ForkedDecoder, ForkedTexts
 from t5x_lite.decoding.lattice import Lattice, search_lattices
 from t5x_lite.decoding.request import check_positions
 from t5x_lite.decoding.search import POLICIES, Judge, SearchSettings, SearchText, join_results
-from t5x_lite.decoding.steering.stop_strings import cut_text, find_stops, find_tables
+from t5x_lite.decoding.steering.stop_strings import find_stops
 from t5x_lite.evaluation.choosing import Candidates, Chooser, UserUtility
 from t5x_lite.evaluation.prediction import Prediction, drafter_names, make_prediction
+from t5x_lite.evaluation.steered_rows import SteeredRows
 from t5x_lite.utils.not_none import not_none
 
 
@@ -53,10 +55,12 @@ class Search(NamedTuple):
     Attributes:
       texts: in the order of the policy.
       decoder: has counted the forward passes.
+      steered: the input, which writes texts from tokens.
     """
 
     texts: list[SearchText]
     decoder: ForkedDecoder
+    steered: SteeredRows
 
 
 def search_texts(
@@ -79,8 +83,8 @@ def search_texts(
     judge = not_none(predictor.find_chooser(decode, "judge"))
     predictions = []
     for source in sources:
-        chosen = run_search(predictor, judge, source, decode).texts
-        predictions.append(predict_chosen(predictor, chosen[: decode.n_best], decode))
+        search = run_search(predictor, judge, source, decode)
+        predictions.append(predict_chosen(predictor, search, decode))
         if on_progress:
             on_progress(len(predictions))
     return predictions
@@ -105,16 +109,18 @@ def run_search(
     settings = SearchSettings(
         decode.particles, decode.segment_tokens, decode.judge_weight, rounds, decode.seed
     )
+    steered = steer_row(predictor, source.ids, decode)
+    decode = steered.decode
     decoder = ForkedDecoder(
         predictor.cfg,
         predictor.params,
-        make_row(predictor, source, decode),
+        request_row(predictor, steered, source.row),
         decode,
         predictor.drafters.get(decode),
         find_delimiters(predictor, decode),
     )
-    judge = make_judge(predictor, chooser, source.text, decode)
-    return Search(POLICIES[policy](decoder, judge, settings), decoder)
+    judge = make_judge(chooser, source.text, steered)
+    return Search(POLICIES[policy](decoder, judge, settings), decoder, steered)
 
 
 def name_judge(predictor: Any, judge: Any) -> Any:
@@ -137,7 +143,8 @@ def search_lattice(predictor: Any, text: str, decode: config.Decode, merged: int
     """
     (ids,) = predictor.encode_inputs([text])
     check_positions(predictor.cfg, "Input", [ids], decode.max_new_tokens)
-    request = make_row(predictor, SearchSource(text, ids, 0), decode)
+    steered = steer_row(predictor, ids, decode)
+    decode, request = steered.decode, request_row(predictor, steered, 0)
     return search_lattices(predictor.cfg, predictor.params, request, decode, merged)[0]
 
 
@@ -157,23 +164,27 @@ def one_text(predictor: Any, decode: config.Decode) -> config.Decode:
     return alone
 
 
-def make_row(predictor: Any, source: SearchSource, decode: config.Decode) -> decoding.Request:
+def request_row(predictor: Any, steered: SteeredRows, row: int) -> decoding.Request:
     """Returns the request of one input.
 
     Args:
       predictor: the model.
-      source: the input.
+      steered: the input.
+      row: its number.
+    """
+    return steered.request([0], predictor.padded_rows(1), [row])
+
+
+def steer_row(predictor: Any, ids: Sequence[int], decode: config.Decode) -> SteeredRows:
+    """Returns an input with the tables of a config.
+
+    Args:
+      predictor: the model.
+      ids: the input.
       decode: config of decoding.
     """
-    return decoding.make_request(
-        predictor.cfg,
-        [source.ids],
-        decode,
-        rows=[source.row],
-        batch=predictor.padded_rows(1),
-        eos=predictor.targets.stops,
-        **find_tables(decode, predictor.targets, predictor.cfg.vocab),
-    )
+    vocabularies = predictor.inputs, predictor.targets
+    return SteeredRows(predictor.cfg, vocabularies, [ids], decode)
 
 
 def find_delimiters(predictor: Any, decode: config.Decode) -> Any:
@@ -182,36 +193,35 @@ def find_delimiters(predictor: Any, decode: config.Decode) -> Any:
     return find_stops(ends, predictor.targets, predictor.cfg.vocab)
 
 
-def make_judge(predictor: Any, chooser: Chooser, text: str, decode: config.Decode) -> Judge:
+def make_judge(chooser: Chooser, text: str, steered: SteeredRows) -> Judge:
     """Returns the judge of new tokens: a chooser of the texts that they write.
 
     Args:
-      predictor: the model.
       chooser: gives texts their numbers.
       text: the input.
-      decode: config of decoding.
+      steered: the same as ids.
     """
 
     def judge(rows: ForkedTexts) -> Sequence[float]:
-        texts = [cut_text(predictor.targets.decode(ids), decode.stop) for ids in rows.tokens]
+        texts = [steered.write_text(0, ids) for ids in rows.tokens]
         scores = rows.result.scores[:, 0].tolist()
         return chooser([Candidates(text, texts, scores, rows.done)])[0]
 
     return judge
 
 
-def predict_chosen(
-    predictor: Any, chosen: Sequence[SearchText], decode: config.Decode
-) -> Prediction:
+def predict_chosen(predictor: Any, search: Search, decode: config.Decode) -> Prediction:
     """Returns texts that a search has found as a prediction.
 
     Args:
       predictor: the model.
-      chosen: the texts.
+      search: the search.
       decode: config of decoding.
     """
+    chosen = search.texts[: decode.n_best]
     result, values = join_results(chosen), [each.value for each in chosen]
     drafting = predictor.drafters.get(one_text(predictor, decode))
+    write_text = functools.partial(search.steered.write_text, 0)
     names = drafter_names(drafting)
-    prediction = make_prediction(predictor.targets, result, 0, names, decode.stop)
+    prediction = make_prediction(result, 0, names, write_text, predictor.targets)
     return prediction._replace(utilities=values if np.all(np.isfinite(values)) else [])

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming of a text, piece by piece."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from t5x_lite import config, decoding
-from t5x_lite.decoding.steering.stop_strings import cut_text, find_tables, settled_text
-from t5x_lite.evaluation.predict import Predictor, spell_bad_words
+from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import drafter_names
+from t5x_lite.evaluation.steered_rows import SteeredRows
 from t5x_lite.utils.not_none import not_none
 
 
@@ -49,33 +50,26 @@ def stream_text(
     Raises:
       ValueError: beams are above 1, every is below 1, or the model cannot read the text.
     """
-    decode = spell_bad_words(decode, predictor.targets)
-    request = decoding.make_request(
-        predictor.cfg,
-        predictor.encode_inputs([text]),
-        decode,
-        batch=predictor.padded_rows(1),
-        eos=predictor.targets.stops,
-        **find_tables(decode, predictor.targets, predictor.cfg.vocab),
-    )
+    vocabularies = predictor.inputs, predictor.targets
+    steered = SteeredRows(predictor.cfg, vocabularies, predictor.encode_inputs([text]), decode)
+    decode, request = steered.decode, steered.request([0], predictor.padded_rows(1))
     results = predictor.drafters.stream(predictor.params, request, decode, every)
     names = drafter_names(predictor.drafters.get(decode))
-    return text_pieces(predictor, results, names, decode.stop)
+    return text_pieces(results, names, functools.partial(steered.write_text, 0))
 
 
 def text_pieces(
-    predictor: Predictor,
     results: Iterator[decoding.Result],
     names: tuple[str, ...],
-    stops: Sequence[str] = (),
+    write_text: Callable[..., str],
 ) -> Iterator[TextPiece]:
     """Decodes results into pieces.
 
     Args:
-      predictor: the model.
       results: tokens so far, after every few forward passes.
       names: the drafter that proposes each node of a block.
-      stops: texts that end the text; of what may become one, nothing is sent.
+      write_text: returns the text of the new tokens; with growing=True, what stays of it
+        whatever follows.
     """
     sent, text, count_sent = "", "", 0
     for result in results:
@@ -84,12 +78,11 @@ def text_pieces(
             not_none(rows)[0, 0, :count].tolist()
             for rows in (result.tokens, result.token_step, result.token_node)
         )
-        text = predictor.targets.decode(ids)
-        ready = settled_text(text, stops).rstrip("\ufffd").rstrip()
+        text, ready = write_text(ids), write_text(ids, growing=True)
+        ready = ready.rstrip("\ufffd").rstrip()
         new = ready[len(sent) :] if ready.startswith(sent) else ""
         drafted_by = [names[node] for node in nodes[count_sent:]]
         yield TextPiece(new, ids[count_sent:], calls[count_sent:], drafted_by, result.steps)
         sent, count_sent = sent + new, count
-    text = cut_text(text, stops)
     if text != sent:
         yield TextPiece(text[len(sent) :], [], [], [], result.steps)

@@ -96,6 +96,8 @@ def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter)
         session.predict, "abab", max_new_tokens=12, drafter="plain"
     ).result()
     assert status == 200 and "".join(piece["text"] for piece in pieces) == whole.texts[0]
+    *chosen, _ = lines(ask(port, request_body(name, drafter=drafter, choices=" abab, b,"))[2])
+    assert "".join(piece["text"] for piece in chosen) in ("abab", "b")
     tokens = [token for piece in pieces for token in piece["tokens"]]
     assert len(tokens) == last["count"] == len(whole.tokens[0])
     assert {who for _, _, who in tokens} <= {"model", "lookup"}
@@ -140,7 +142,7 @@ REFUSED = [
     (request_body(max_new_tokens=True), "max_new_tokens must be a number from 1"),
     (request_body(max_new_tokens=2.5), "max_new_tokens must be a number from 1"),
     (request_body(temperature=-1), "temperature must be a number from 0.0 to 10"),
-    (request_body(temperature=float("nan")), "temperature must be a number"),
+    (request_body(choices="a" * 3000), "choices have more than"),
     (request_body(seed=2**32), "seed must be a number"),
     (request_body(drafter="draft:/etc/passwd"), "drafter must be one of plain"),
     (request_body(chat=1), "chat must be true or false"),

@@ -10,7 +10,14 @@ import jsonschema
 import numpy as np
 import pytest
 
-from t5x_lite.decoding.steering import byte_automaton, expressions, json_schema, regex_syntax
+from t5x_lite.decoding.steering import (
+    byte_automaton,
+    expressions,
+    grammar,
+    json_schema,
+    json_strings,
+    regex_syntax,
+)
 
 
 def language(automaton: byte_automaton.ByteAutomaton, longest: int, alphabet: str) -> set[str]:
@@ -154,6 +161,18 @@ SCHEMAS = {
     },
     "constants": {"enum": [1, "a", None, {"x": [1, 2]}, 1.5, True]},
     "typed constants": {"type": "integer", "enum": ["a", 1, 2.5, 2.0, True]},
+    "matching constants": {"enum": ["ab", "b", 1, "abc"], "pattern": "^a", "maxLength": 2},
+    "chosen types": {
+        "$defs": {
+            "tree": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/pair"}]},
+            "pair": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2},
+        },
+        "properties": {
+            "tree": {"$ref": "#/$defs/tree"},
+            "pair": {"$ref": "#/$defs/pair", "minItems": 1, "description": "one or two"},
+        },
+        "required": ["tree", "pair"],
+    },
     "tuple": {
         "type": "array",
         "prefixItems": [{"type": "integer"}, {"type": "string"}],
@@ -209,10 +228,14 @@ SCHEMAS = {
     },
     "formats": {
         "type": "object",
-        "properties": {name: {"type": "string", "format": name} for name in json_schema.FORMATS},
-        "required": [*json_schema.FORMATS],
+        "properties": {name: {"type": "string", "format": name} for name in json_strings.FORMATS},
+        "required": [*json_strings.FORMATS],
     },
 }
+
+
+def compile_schema(schema: object) -> byte_automaton.ByteAutomaton:
+    return grammar.compile_grammar(json_schema.parse_schema(json.dumps(schema)), 3, "the schema")
 
 
 def steps_left(automaton: byte_automaton.ByteAutomaton) -> np.ndarray:
@@ -254,9 +277,7 @@ def random_text(
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_text_of_a_schema_is_valid(name):
     schema, draw = SCHEMAS[name], np.random.default_rng(1)
-    automaton = expressions.compile_expression(
-        json_schema.parse_schema(json.dumps(schema)), "the schema"
-    )
+    automaton = compile_schema(schema)
     kind = jsonschema.validators.validator_for(schema)
     validator = kind(schema, format_checker=kind.FORMAT_CHECKER)
     left = steps_left(automaton)
@@ -273,9 +294,7 @@ def test_integers_between_bounds_are_all_there(low, high):
     schema = {"type": "integer"} | {
         name: value for name, value in bounds.items() if value is not None
     }
-    automaton = expressions.compile_expression(
-        json_schema.parse_schema(json.dumps(schema)), "the schema"
-    )
+    automaton = compile_schema(schema)
     texts = language(automaton, 5, string.digits + "-")
     inside = range(-9999 if low is None else low, 99999 + 1 if high is None else high + 1)
     assert texts == {str(number) for number in inside}

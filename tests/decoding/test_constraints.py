@@ -137,6 +137,7 @@ SCHEMA = {
 DECODES = {
     "schema": dict(json_schema=SCHEMA),
     "regex": dict(regex="[a-f]+(, [a-f]{2,4})*!"),
+    "grammar": dict(grammar='root ::= "(" root* ")" | [a-f]{2}'),
     "choices": dict(choices=("yes", "no", "d'accord", "größer")),
 }
 EXAMPLES = ((5, 9, 33), (7,), (60, 2, 2, 8, 14, 31, 9), (40,) * 5)
@@ -174,6 +175,9 @@ def check_text(name: str, text: str) -> None:
     """Checks a text by a parser that is not ours."""
     if name == "schema":
         jsonschema.validate(json.loads(text), SCHEMA)
+    elif name == "grammar":
+        lark = pytest.importorskip("lark")
+        lark.Lark('start: "(" start* ")" | /[a-f]{2}/').parse(text)
     elif name == "regex":
         assert re.fullmatch(DECODES["regex"]["regex"], text)
     else:

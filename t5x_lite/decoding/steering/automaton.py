@@ -49,19 +49,19 @@ class TokenAutomaton:
       tokens_left: fewest tokens of a text that goes on with a token of each class, that token and
         the one that ends the text included; NEVER where there is none.
       classes: class of each token.
-      start: state of an empty text.
+      start: state of an empty text of each row.
       budget: most new tokens of each row.
     """
 
     following: Int[Array, "s c"]
     tokens_left: Int[Array, "s c"]
     classes: Int[Array, " v"]
-    start: Int[Array, ""]
+    start: Int[Array, " b"]
     budget: Int[Array, " b"]
 
     def begin(self, text: Text, vocab: int) -> ConstraintState:
         """Returns the first state for each row; of a prompt nothing counts."""
-        return ConstraintState(jnp.zeros_like(text.length) + self.start, self.budget)
+        return ConstraintState(self.start, self.budget)
 
     def process(
         self, state: ConstraintState, text: Text, paths: DraftPaths, logits: Float[Array, "b w v"]

@@ -17,6 +17,7 @@ from t5x_lite.decoding.steering.sequences import (
     NoRepeatNgram,
     SequenceBias,
 )
+from t5x_lite.decoding.steering.spans import InputSpans
 from t5x_lite.decoding.steering.stop_strings import StopStrings
 
 
@@ -37,7 +38,7 @@ class ChoiceRules(NamedTuple):
 
 
 def make_processors(decode: config.Decode, request: Request) -> Processors:
-    """Returns the processors of a config, in the order of transformers; a constraint comes last.
+    """Returns the processors of a config, in the order of transformers; constraints come last.
 
     Args:
       decode: the config, its bad words as ids.
@@ -68,6 +69,11 @@ def make_processors(decode: config.Decode, request: Request) -> Processors:
         rules.append(ForcedBeginning(tokens, each(1, np.int32)))
     if request.constraint is not None:
         rules.append(make_automaton(request.constraint, request.limit))
+    if request.healing is not None:
+        rules.append(make_automaton(request.healing, request.limit, request.healing_start))
+    if request.spans is not None:
+        ends: Any = np.atleast_1d(np.asarray(request.eos, np.int32))
+        rules.append(InputSpans(request.spans, each(0, np.int32) + request.limit, ends))
     return Processors(tuple(rules))
 
 

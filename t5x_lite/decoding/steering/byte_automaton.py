@@ -138,6 +138,28 @@ def find_texts(texts: Sequence[bytes]) -> ByteAutomaton:
     return ByteAutomaton(following, np.arange(last + 1) == last, 0)
 
 
+def avoid_texts(texts: Sequence[bytes]) -> ByteAutomaton:
+    """Returns the automaton of all bytes that contain none of several texts."""
+    finder = find_texts(texts)
+    last = len(finder.following) - 1
+    after = np.where(finder.following == last, -1, finder.following)[:last]
+    return ByteAutomaton(after, np.ones(last, bool), finder.start)
+
+
+def begin_with(texts: Sequence[bytes]) -> tuple[ByteAutomaton, list[int]]:
+    """Returns the automaton of all bytes, and for each of several texts the state from which they
+    begin with it."""
+    following = np.full((1 + sum(map(len, texts)), 256), -1, np.int32)
+    following[0] = 0
+    starts, state = [], 1
+    for text in texts:
+        starts.append(state if text else 0)
+        for place, byte in enumerate(text, 1):
+            following[state, byte] = 0 if place == len(text) else state + 1
+            state += 1
+    return ByteAutomaton(following, np.arange(len(following)) == 0, 0), starts
+
+
 def intersect(first: ByteAutomaton, second: ByteAutomaton, most: int, name: str) -> ByteAutomaton:
     """Returns the smallest automaton of the texts of both.
 

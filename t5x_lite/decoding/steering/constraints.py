@@ -16,14 +16,15 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.decoding.steering.automaton import NEVER, TokenAutomaton
+from t5x_lite.decoding.steering.byte_automaton import begin_with
 from t5x_lite.decoding.steering.patterns import Constraint, make_constraint
-from t5x_lite.decoding.steering.token_table import token_transitions
+from t5x_lite.decoding.steering.token_table import TokenTransitions, token_transitions
 from t5x_lite.tokenizers.token_bytes import TokenBytes, token_bytes
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import cache_folder
 
-FORMAT = 2  # raised when the same constraint gives another table
+FORMAT = 3  # raised when the same constraint gives another table
 FOLDER = "~/.cache/t5x_lite/constraints"
 
 
@@ -66,8 +67,8 @@ def find_constraint(
       vocab: size of the model's vocabulary.
 
     Raises:
-      ValueError: it is not an expression or schema, cannot be bounded, or has no text that the
-        vocabulary can spell within Decode.max_new_tokens.
+      ValueError: it is not an expression, schema or grammar, cannot be bounded, or has no text
+        that the vocabulary can spell within Decode.max_new_tokens.
     """
     constraint = make_constraint(decode)
     if constraint is None:
@@ -167,28 +168,67 @@ def compile_table(
     Raises:
       ValueError: it is not an expression, or the ids can spell no text of it.
     """
-    automaton = constraint.compile()
-    moves = token_transitions(automaton, vocabulary, vocab, constraint.name)
+    moves = token_transitions(constraint.compile(), vocabulary, vocab, constraint.name)
+    table = make_table(moves, stops, constraint.is_open)
+    if table.shortest == NEVER:
+        raise ValueError(
+            f"No text of {constraint.name} can be spelled with the tokens of the vocabulary"
+        )
+    return table
+
+
+def make_table(moves: TokenTransitions, stops: Sequence[int], is_open: bool) -> ConstraintTable:
+    """Returns the table of transitions.
+
+    Args:
+      moves: the transitions.
+      stops: ids that end a text.
+      is_open: the limit may end a text in a final state too, where tokens that write nothing may
+        follow.
+    """
     ends = moves.following.shape[1]  # class of the ids that end a text
     following = np.pad(moves.following, ((0, 0), (0, 1)), constant_values=-1)
     following[moves.final, ends] = np.flatnonzero(moves.final)
     classes = moves.classes.copy()
     classes[[*stops]] = ends
-    left = count_tokens_left(moves.following, moves.final)
+    if is_open:
+        following[moves.final, 0] = np.flatnonzero(moves.final)
+    left = count_tokens_left(moves.following, np.where(moves.final, 0 if is_open else 1, NEVER))
     tokens_left = np.where(
         following >= 0, np.minimum(left[np.maximum(following, 0)] + 1, NEVER), NEVER
     )
     tokens_left[moves.final, ends] = 1
-    if tokens_left[moves.start].min() == NEVER:
-        raise ValueError(
-            f"No text of {constraint.name} can be spelled with the tokens of the vocabulary"
-        )
     return ConstraintTable(
         pad_table(following, -1),
         pad_table(tokens_left, NEVER),
         classes,
         np.array(moves.start, np.int32),
     )
+
+
+def compile_healing(
+    tokens: Sequence[int | None], vocabulary: TextVocabulary, vocab: int
+) -> tuple[ConstraintTable, np.ndarray]:
+    """Compiles the texts that begin as a token of each row does.
+
+    Args:
+      tokens: the token of each row; None for any text.
+      vocabulary: vocabulary of the new texts.
+      vocab: size of the model's vocabulary.
+
+    Returns:
+      The table, and the first state [b] of each row.
+    """
+    spelled = vocabulary_bytes(vocabulary)
+    different = sorted({spelled.by_id[token] for token in tokens if token is not None})
+    automaton, starts = begin_with(different)
+    # The tokens follow a prompt: none of them writes something else.
+    moves = token_transitions(automaton, TokenBytes(spelled.by_id), vocab, "Decode.token_healing")
+    places = dict(zip(different, starts, strict=True))
+    states = [
+        automaton.start if token is None else places[spelled.by_id[token]] for token in tokens
+    ]
+    return make_table(moves, vocabulary.stops, is_open=True), np.array(states, np.int32)
 
 
 def pad_table(table: np.ndarray, value: int) -> np.ndarray:
@@ -204,14 +244,14 @@ def pad_table(table: np.ndarray, value: int) -> np.ndarray:
     return padded
 
 
-def count_tokens_left(following: np.ndarray, final: np.ndarray) -> np.ndarray:
+def count_tokens_left(following: np.ndarray, ending: np.ndarray) -> np.ndarray:
     """Fewest tokens [s] with which a text can be finished from each state, its end included.
 
     Args:
       following: [s c] state after a token of each class, or -1.
-      final: [s] states in which a text may end.
+      ending: [s] tokens that end a text in each state; NEVER where it may not end.
     """
-    left = np.where(final, 1, NEVER).astype(np.int64)
+    left = ending.astype(np.int64)
     while True:
         after = np.where(following >= 0, left[np.maximum(following, 0)], NEVER)
         shorter = np.minimum(left, after.min(axis=1, initial=NEVER) + 1)
@@ -220,12 +260,16 @@ def count_tokens_left(following: np.ndarray, final: np.ndarray) -> np.ndarray:
         left = shorter
 
 
-def make_automaton(table: ConstraintTable, limit: np.ndarray) -> TokenAutomaton:
+def make_automaton(
+    table: ConstraintTable, limit: np.ndarray, start: np.ndarray | None = None
+) -> TokenAutomaton:
     """Returns the processor of a table.
 
     Args:
       table: the table.
       limit: [b] most new tokens of each row.
+      start: [b] first state of each row; None for that of the table.
     """
-    arrays: Any = (*table, np.asarray(limit, np.int32))
+    states: Any = np.broadcast_to(table.start if start is None else start, limit.shape)
+    arrays: Any = (*table._replace(start=states), np.asarray(limit, np.int32))
     return TokenAutomaton(*arrays)

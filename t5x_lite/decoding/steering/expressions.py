@@ -16,6 +16,7 @@ from t5x_lite.decoding.steering.byte_automaton import (
 )
 
 MOST_STATES = 100_000
+MOST_REPEATED = 2 * MOST_STATES  # before an automaton is deterministic
 Ranges = tuple[tuple[int, int], ...]  # first and last code point of each, in order
 SURROGATES = 0xD800, 0xDFFF
 # Last code point that UTF-8 writes in 1, 2, 3 and 4 bytes.
@@ -67,7 +68,14 @@ class Repeat:
     between: "Expression" = Literal(b"")
 
 
-Expression = Literal | Characters | Chain | OneOf | Repeat
+@dataclass(frozen=True)
+class RuleReference:
+    """A rule of a grammar, by its name."""
+
+    name: str
+
+
+Expression = Literal | Characters | Chain | OneOf | Repeat | RuleReference
 
 
 def chain(*parts: Expression | str) -> Chain:
@@ -81,8 +89,11 @@ def text(content: str) -> Literal:
 
 
 def either(parts: Iterable[Expression]) -> Expression:
-    """Returns an expression for one of several, each of which counts once."""
-    distinct = tuple(dict.fromkeys(parts))
+    """Returns an expression for one of several; simple ones count once."""
+    # The hash of a large expression takes as long as all of it.
+    simple = Literal, Characters, RuleReference
+    keys = {part if isinstance(part, simple) else id(part): part for part in parts}
+    distinct = tuple(keys.values())
     return distinct[0] if len(distinct) == 1 else OneOf(distinct)
 
 
@@ -91,17 +102,31 @@ def optional(part: Expression) -> Repeat:
     return Repeat(part, 0, 1)
 
 
-def count_states(expression: Expression) -> int:
-    """Number of states that an expression takes before it is made deterministic."""
+def count_states(expression: Expression, known: dict[int, int] | None = None) -> int:
+    """Number of states that an expression takes before it is made deterministic.
+
+    Args:
+      expression: the expression.
+      known: numbers of parts by their identity, which occur several times as a rule.
+    """
+    known = {} if known is None else known
+    if id(expression) not in known:
+        known[id(expression)] = sum_states(expression, known)
+    return known[id(expression)]
+
+
+def sum_states(expression: Expression, known: dict[int, int]) -> int:
+    """Returns `count_states` of an expression whose parts may be known."""
     if isinstance(expression, Literal):
         return len(expression.text)
     if isinstance(expression, Characters):
         return len(characters_automaton(expression.ranges).following)
+    if isinstance(expression, RuleReference):
+        return 1
     if isinstance(expression, Repeat):
-        once = count_states(expression.part)
-        between = count_states(expression.between)
-        return (once + between) * max(expression.least, expression.most or 1)
-    return sum(map(count_states, expression.parts))
+        once = count_states(expression.part, known) + count_states(expression.between, known)
+        return once * max(expression.least, expression.most or 1)
+    return sum(count_states(part, known) for part in expression.parts)
 
 
 def compile_expression(expression: Expression, name: str) -> ByteAutomaton:
@@ -114,10 +139,23 @@ def compile_expression(expression: Expression, name: str) -> ByteAutomaton:
     Raises:
       ValueError: it needs too many states.
     """
+    return run_machine(Machine(), expression, name)
+
+
+def run_machine(machine: "Machine", expression: Expression, name: str) -> ByteAutomaton:
+    """Returns the automaton that a machine makes of an expression.
+
+    Args:
+      machine: an empty machine.
+      expression: the expression.
+      name: what it is called in messages.
+
+    Raises:
+      ValueError: it needs too many states.
+    """
     size = count_states(expression)
-    if size > 2 * MOST_STATES:
+    if size > MOST_REPEATED:
         raise ValueError(f"{name} repeats parts to {size:,} states: make it smaller")
-    machine = Machine()
     start, end = machine.add_state(), machine.add_state()
     machine.connect(expression, start, end)
     return minimize(determinize(machine, start, end, name))
@@ -146,6 +184,8 @@ class Machine:
     def connect(self, expression: Expression, start: int, end: int) -> None:
         """Leads from one state to another by the texts of an expression.
 
+        Nothing that is added leads into `start` or out of `end`.
+
         Args:
           expression: the expression.
           start: the one state.
@@ -161,7 +201,7 @@ class Machine:
             else:
                 self.jumps[start].append(end)
         elif isinstance(expression, Characters) and expression.ranges:
-            self.connect_characters(characters_automaton(expression.ranges), start, end)
+            self.connect_automaton(characters_automaton(expression.ranges), start, end)
         elif isinstance(expression, Chain):
             for part in expression.parts[:-1]:
                 after = self.add_state()
@@ -170,28 +210,24 @@ class Machine:
             self.connect(expression.parts[-1] if expression.parts else Literal(b""), start, end)
         elif isinstance(expression, OneOf):
             for part in expression.parts:
-                before = self.add_state()
-                self.jumps[start].append(before)
-                self.connect(part, before, end)
+                self.connect(part, start, end)
         elif isinstance(expression, Repeat):
             self.connect_repeat(expression, start, end)
 
-    def connect_characters(self, automaton: ByteAutomaton, start: int, end: int) -> None:
-        """Leads from one state to another by the characters of a set.
+    def connect_automaton(self, automaton: ByteAutomaton, start: int, end: int) -> None:
+        """Leads from one state to another by the texts of an automaton.
 
         Args:
-          automaton: automaton of the set.
+          automaton: the automaton.
           start: the one state.
           end: the other one.
         """
-        states = [self.add_state() for _ in automaton.following]
-        self.jumps[start].append(states[automaton.start])
-        self.jumps[states[int(np.argmax(automaton.final))]].append(end)
-        for state, row in zip(states, automaton.following.tolist(), strict=True):
-            for after, bytes_ in itertools.groupby(range(256), row.__getitem__):
-                if after >= 0:
-                    run = [*bytes_]
-                    self.moves[state].append((run[0], run[-1], states[after]))
+        first = len(self.moves)
+        self.moves += [[] for _ in automaton.following]
+        self.jumps += [[end] if final else [] for final in automaton.final.tolist()]
+        self.jumps[start].append(first + automaton.start)
+        for state, lowest, highest, after in byte_ranges(automaton).tolist():
+            self.moves[first + state].append((lowest, highest, first + after))
 
     def connect_repeat(self, repeat: Repeat, start: int, end: int) -> None:
         """Leads from one state to another by the texts of a Repeat.
@@ -204,10 +240,13 @@ class Machine:
         if repeat.most == 0:
             self.jumps[start].append(end)
             return
-        before = self.add_state()
-        self.jumps[start].append(before)
         if not repeat.least:
             self.jumps[start].append(end)
+        if repeat.most == 1:
+            self.connect(repeat.part, start, end)
+            return
+        before = self.add_state()
+        self.jumps[start].append(before)
         for count in range(1, max(repeat.least, repeat.most or 1) + 1):
             after = self.add_state()
             self.connect(repeat.part, before, after)
@@ -269,6 +308,17 @@ def determinize(machine: Machine, start: int, end: int, name: str) -> ByteAutoma
                     )
             edges += [(number, byte, numbers[after]) for byte in range(lowest, highest + 1)]
     return automaton_of_edges(0, np.array(edges, np.int32).reshape(-1, 3))
+
+
+def byte_ranges(automaton: ByteAutomaton) -> np.ndarray:
+    """Returns the transitions [n 4] of an automaton: state, first and last byte, state after it."""
+    following = np.pad(automaton.following, ((0, 0), (1, 1)), constant_values=-2)
+    changes = following[:, 1:] != following[:, :-1]
+    state, begin = np.nonzero(changes)  # a row of s bytes has at least the changes at both ends
+    same = state[1:] == state[:-1]
+    state, lowest, beyond = state[:-1][same], begin[:-1][same], begin[1:][same]
+    after = automaton.following[state, lowest]
+    return np.stack([state, lowest, beyond - 1, after], axis=1)[after >= 0]
 
 
 def split_moves(

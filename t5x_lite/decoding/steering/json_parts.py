@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expressions of JSON arrays and objects from those of their parts, and of any JSON value."""
 
+import functools
+
 from t5x_lite.decoding.steering.expressions import (
     Chain,
     Expression,
     OneOf,
     Repeat,
+    RuleReference,
     chain,
     optional,
     text,
@@ -13,6 +16,7 @@ from t5x_lite.decoding.steering.expressions import (
 from t5x_lite.decoding.steering.json_numbers import number_expression
 from t5x_lite.decoding.steering.regex_syntax import JSON_CHARACTER
 
+CONTAINER = "%container"  # rule of objects and arrays of any values
 SPACE = optional(text(" "))
 COMMA, COLON = chain(SPACE, ",", SPACE), chain(SPACE, ":", SPACE)
 STRING = chain('"', Repeat(JSON_CHARACTER), '"')
@@ -73,14 +77,16 @@ def join_some(parts: list[Expression]) -> Expression:
     return OneOf((chain(first, optional(chain(COMMA, second))), second))
 
 
-def any_value(depth: int) -> Expression:
-    """Returns an expression for JSON values that nest up to a depth."""
+@functools.cache
+def any_value() -> Expression:
+    """Returns an expression for any JSON value, which refers to the rule CONTAINER."""
     scalars = [STRING, number_expression({}, False), *map(text, ("true", "false", "null"))]
-    scalar = OneOf(tuple(each for each in scalars if each is not None))
-    if not depth:
-        return scalar
-    value = any_value(depth - 1)
-    members = Repeat(chain(STRING, COLON, value), between=COMMA)
+    return OneOf((*(each for each in scalars if each is not None), RuleReference(CONTAINER)))
+
+
+@functools.cache
+def any_container() -> Expression:
+    """Returns the expression of the rule CONTAINER: objects and arrays of any values."""
+    members = Repeat(chain(STRING, COLON, any_value()), between=COMMA)
     objects = chain("{", SPACE, members, SPACE, "}")
-    arrays = chain("[", SPACE, Repeat(value, between=COMMA), SPACE, "]")
-    return OneOf((scalar, objects, arrays))
+    return OneOf((objects, chain("[", SPACE, Repeat(any_value(), between=COMMA), SPACE, "]")))

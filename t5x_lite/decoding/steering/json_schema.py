@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON schemas as regular expressions.
+"""JSON schemas as grammars.
 
 Every text is JSON that the schema allows, but not every such JSON is a text: at most one space
 stands around punctuation, properties come in the schema's order, additional ones only where none is
@@ -7,38 +7,46 @@ named, and what nests without end nests a few times.
 """
 
 import json
-import re
-from collections import Counter
 from typing import Any
 
 from t5x_lite.decoding.steering.expressions import (
     Expression,
+    OneOf,
     Repeat,
+    RuleReference,
     chain,
     either,
     optional,
     text,
 )
+from t5x_lite.decoding.steering.grammar import Grammar
 from t5x_lite.decoding.steering.json_numbers import number_expression
 from t5x_lite.decoding.steering.json_parts import (
     COLON,
     COMMA,
+    CONTAINER,
     SPACE,
     STRING,
+    any_container,
     any_value,
     join_items,
     join_members,
     join_some,
 )
-from t5x_lite.decoding.steering.regex_syntax import JSON_CHARACTER, parse_json_pattern, regex
+from t5x_lite.decoding.steering.json_strings import (
+    constants_expression,
+    json_text,
+    matches_any,
+    one_of,
+    string_expression,
+)
+from t5x_lite.decoding.steering.regex_syntax import parse_json_pattern
 from t5x_lite.decoding.steering.schema_algebra import (
     STATED_BY,
     SchemaError,
     disjoint,
     merge_schemas,
-    shared_types,
     stated_types,
-    value_types,
 )
 
 # Keywords that restrict values and are not followed; unknown ones restrict nothing (JSON Schema
@@ -47,28 +55,16 @@ REFUSED = (
     *("not", "if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas"),
     *("contains", "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
 )
-# The days that every month has.
-DATE = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
-CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
-TIME = rf"{CLOCK}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:Z|[+-]{CLOCK})"
-BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-HOST = r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?){0,4}"
-FORMATS = {
-    "date": DATE,
-    "time": TIME,
-    "date-time": f"{DATE}T{TIME}",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "ipv4": rf"{BYTE}(?:\.{BYTE}){{3}}",
-    "hostname": HOST,
-    "email": rf"[A-Za-z0-9_+-]{{1,32}}(?:\.[A-Za-z0-9_+-]{{1,32}}){{0,3}}@{HOST}",
-    "uri": rf"https?://{HOST}(?:/[A-Za-z0-9._~%-]*){{0,8}}(?:\?[A-Za-z0-9._~%=&-]*)?",
-}
-MOST_NESTED = 3  # a value of any kind, and a $ref within itself
+# Keywords that say something of the values: a $ref beside others of them is a rule of its own.
+STATING = {*STATED_BY, *REFUSED, "$ref", "type", "const", "enum", "allOf", "anyOf", "oneOf"}
+# Names of rules, none of which a $ref has.
+START, NOTHING = "%schema", OneOf(())
+LONGEST_CHAIN = 10  # of $refs each of which names the next
 MOST_PARTS = 20_000  # of a schema whose $refs are replaced by what they name
 
 
-def parse_schema(content: str) -> Expression:
-    """Returns an expression for the JSON texts of a schema.
+def parse_schema(content: str) -> Grammar:
+    """Returns a grammar of the JSON texts of a schema, with a rule for each $ref.
 
     Args:
       content: the schema, as JSON.
@@ -81,7 +77,8 @@ def parse_schema(content: str) -> Expression:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"Decode.json_schema is not JSON: {error}") from None
     try:
-        expression = SchemaReader(schema).value(schema, "#")
+        reader = SchemaReader(schema)
+        expression = reader.value(schema, "#")
     except SchemaError as error:
         raise ValueError(f"Decode.json_schema: {error}") from None
     except RecursionError:
@@ -90,7 +87,8 @@ def parse_schema(content: str) -> Expression:
         raise ValueError(f"Decode.json_schema is not a JSON schema: {error!r}") from None
     if expression is None:
         raise ValueError("Decode.json_schema allows nothing")
-    return expression
+    rules = reader.rules | {START: expression, CONTAINER: any_container()}
+    return Grammar(rules, START)
 
 
 class SchemaReader:
@@ -98,12 +96,13 @@ class SchemaReader:
 
     Attributes:
       root: the whole schema, in which references are looked up.
-      open: how often each reference is being read.
+      rules: expression of what each $ref names.
       parts: number of values read so far.
     """
 
     def __init__(self, root: Any):
-        self.root, self.open, self.parts = root, Counter[str](), 0
+        self.root, self.parts = root, 0
+        self.rules: dict[str, Expression] = {}
 
     def value(self, schema: Any, place: str) -> Expression | None:
         """Returns an expression for the values of a schema; None if there are none.
@@ -127,7 +126,7 @@ class SchemaReader:
             return constants_expression(schema, place)
         types = stated_types(schema, place)
         if not types:
-            return any_value(MOST_NESTED)
+            return any_value()
         return one_of([self.typed(kind, schema, place) for kind in types])
 
     def merged(self, schema: Any, place: str) -> dict[str, Any] | None:
@@ -150,7 +149,7 @@ class SchemaReader:
 
     def resolved(self, schema: dict[str, Any] | None, place: str) -> dict[str, Any] | None:
         """Returns a schema with what its $ref names merged into it; None if it allows nothing."""
-        for _ in range(MOST_NESTED):
+        for _ in range(LONGEST_CHAIN):
             if schema is None or "$ref" not in schema:
                 return schema
             named = self.merged(self.look_up(schema["$ref"], place), schema["$ref"])
@@ -159,15 +158,15 @@ class SchemaReader:
         raise SchemaError(f"{place} refers to itself")
 
     def reference(self, schema: dict[str, Any], place: str) -> Expression | None:
-        """Returns an expression for the values of what a $ref names."""
-        name = schema["$ref"]
-        if self.open[name] >= MOST_NESTED:
-            return None
-        self.open[name] += 1
-        resolved = self.resolved(schema, place)
-        expression = None if resolved is None else self.value(resolved, name)
-        self.open[name] -= 1
-        return expression
+        """Returns an expression for the values of what a $ref names; None if there are none."""
+        stated = {key: value for key, value in schema.items() if key in STATING}
+        rule = schema["$ref"] if len(stated) == 1 else json.dumps(stated, sort_keys=True)
+        if rule not in self.rules:
+            self.rules[rule] = RuleReference(rule)  # until it is read, which may lead here again
+            resolved = self.resolved(schema, place)
+            expression = None if resolved is None else self.value(resolved, schema["$ref"])
+            self.rules[rule] = NOTHING if expression is None else expression
+        return None if self.rules[rule] == NOTHING else RuleReference(rule)
 
     def look_up(self, name: str, place: str) -> Any:
         """Returns the part of the schema that a reference names."""
@@ -192,11 +191,13 @@ class SchemaReader:
         """
         rest = {key: value for key, value in schema.items() if key != name}
         branches, parts = [], []
+        alone = not STATING.intersection(rest)
         for number, part in enumerate(schema[name]):
-            part = self.resolved(self.merged(part, f"{place}/{name}/{number}"), place)
-            if part is not None:
-                branches.append(merge_schemas(rest, part, place))
-                parts.append(self.value(branches[-1], f"{place}/{name}/{number}"))
+            within = f"{place}/{name}/{number}"
+            resolved = self.resolved(self.merged(part, within), place)
+            if resolved is not None:
+                branches.append(merge_schemas(rest, resolved, place))
+                parts.append(self.value(part if alone else branches[-1], within))
         if name == "oneOf" and not all(
             disjoint(one, other)
             for number, one in enumerate(branches)
@@ -324,54 +325,3 @@ class SchemaReader:
             return None if least else chain("{", SPACE, "}")
         members = Repeat(chain(key, COLON, value), least, most, COMMA)
         return chain("{", SPACE, members, SPACE, "}")
-
-
-def one_of(parts: list[Expression | None]) -> Expression | None:
-    """Returns the alternatives of several expressions; None if there are none."""
-    possible = [part for part in parts if part is not None]
-    return either(possible) if possible else None
-
-
-def constants_expression(schema: dict[str, Any], place: str) -> Expression | None:
-    """Returns an expression for the values of const or enum that are of the schema's type."""
-    beside = [name for name in schema if name in STATED_BY]
-    if beside:
-        raise SchemaError(f"{place} has {beside[0]!r} beside const or enum: leave it out")
-    values = schema.get("enum", [schema.get("const")])
-    values = [value for value in values if "const" not in schema or value == schema["const"]]
-    types = stated_types(schema, place)
-    fitting = [value for value in values if not types or fits_types(value, types)]
-    return one_of([json_text(value) for value in fitting])
-
-
-def fits_types(value: Any, types: list[str]) -> bool:
-    """True if a constant is of one of several types."""
-    whole = not isinstance(value, float) or "number" in types or value.is_integer()
-    return whole and bool(shared_types(types, value_types({}, [value])))
-
-
-def json_text(value: Any) -> Expression:
-    """Returns the expression of the JSON text of a value."""
-    return text(json.dumps(value, ensure_ascii=False))
-
-
-def string_expression(schema: dict[str, Any], place: str) -> Expression | None:
-    """Returns an expression for the strings of a schema; None if there are none."""
-    least, most = schema.get("minLength", 0), schema.get("maxLength")
-    if "pattern" in schema:
-        if least > 1 or most is not None:
-            raise SchemaError(f"{place} has 'pattern' beside 'minLength' or 'maxLength'")
-        return chain('"', parse_json_pattern(schema["pattern"], f"{place}/pattern"), '"')
-    if schema.get("format") in FORMATS and not least and most is None:
-        return chain('"', regex(FORMATS[schema["format"]]), '"')
-    if most is not None and least > most:
-        return None
-    return chain('"', Repeat(JSON_CHARACTER, least, most), '"')
-
-
-def matches_any(pattern: str, names: dict[str, Any]) -> bool:
-    """True if an expression matches in one of several names, or is none."""
-    try:
-        return any(re.search(pattern, name) for name in names)
-    except re.error:
-        return True
