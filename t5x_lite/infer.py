@@ -44,9 +44,6 @@ examples:
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=v.jsonl --embed=mean
   # drafts copied from text or input: the same text, faster; --verify compares, --draw shows them
   python -m t5x_lite.infer --checkpoint=smollm2.gguf --input=a.txt --drafter=lookup --draw=b.html
-  # a translation by M2M100, NLLB, mBART-50 or Marian
-  python -m t5x_lite.infer --checkpoint=nllb-200-distilled-600M --input=english.txt --text \\
-      --source_language=eng_Latn --target_language=deu_Latn
   # log-probability of targets: adds "log_probability" (nats) to every line
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=pairs.jsonl --targets=phonemes
 

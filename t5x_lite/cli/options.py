@@ -23,7 +23,7 @@ DECODE = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "alpha", "n_best"),
     *("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
-    *("bad_words", "regex", "choices", "json_schema", "grammar", "nesting"),
+    *("bad_words", "regex", "choices", "json_schema", "grammar"),
     *("force_words", "stop", "target_prefix", "span_of_input", "token_healing"),
     *("drafter", "draft_length", "accept"),
     *("logprobs", "choose", "beam_groups", "diversity_penalty"),
@@ -97,7 +97,6 @@ STEERING_OF_DECODE = {
     "frequency_penalty": ("A", "the same, for each time that it has them"),
     "no_repeat_ngram_size": ("N", "never write the same N tokens in a row twice"),
     "min_new_tokens": ("N", "at least N new tokens before the end"),
-    "nesting": ("N", "how often a grammar's rule or a $ref nests within itself (default: 3)"),
 }
 
 
@@ -195,13 +194,13 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add = group.add_argument
     add("--bad_words", nargs="+", metavar="TEXT", help="texts that are never written")
-    add("--stop", nargs="+", metavar="T", help="ends a text, which is cut before it")
+    add("--stop", nargs="+", metavar="TEXT", help="ends a text, which is cut before it")
     add("--target_prefix", nargs=1, metavar="TEXT", help="what the targets begin with")
     add("--token_healing", action="store_true", default=None, help="go on from a cut last token")
     add("--force_words", nargs="+", metavar="TEXT", help="every text contains all of these")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--regex", metavar="PATTERN", help="every text matches it as a whole")
-    one.add_argument("--choices", nargs="+", metavar="T", help="every text is one of these")
+    one.add_argument("--choices", nargs="+", metavar="TEXT", help="every text is one of these")
     text = "every text is a part of its input"
     one.add_argument("--span_of_input", action="store_true", default=None, help=text)
     schema = "every text is JSON that follows the JSON schema in this file"
