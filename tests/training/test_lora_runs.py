@@ -14,14 +14,13 @@ import pytest
 from conftest import toy_batch
 from conversion_toys import T5, Drawn, write_ours
 from hub_toys import write_folders
-from lora_parity import draw_pair, make_step, place, stacked
-from safetensors.numpy import load_file
+from lora_parity import make_step, place, stacked
 from test_fine_tuning import flags
 
-from t5x_lite import config, convert, interactive, model, sharding, train
+from t5x_lite import config, interactive, model, sharding, train
 from t5x_lite.checkpoints import adapters as saved_adapters
 from t5x_lite.checkpoints import checkpoint_io, manager, train_state
-from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
+from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.checkpoints.train_state import tree_bytes
 from t5x_lite.checkpoints.weight_paths import flatten_tree, nest_tree
 from t5x_lite.checkpoints.weights import place_weights
@@ -217,65 +216,6 @@ def test_dropout_is_on_what_adapters_read_and_only_while_they_train():
     np.testing.assert_allclose(kept.mean(0), still, rtol=0.2)
 
 
-PEFT_REFUSED = {
-    "bias": ("all", "bias = 'all' is not implemented"),
-    "modules_to_save": (["lm_head"], "modules_to_save"),
-    "layers_to_transform": ([0], "layers_to_transform"),
-    "rank_pattern": ({"q": 4}, "rank_pattern"),
-    "use_qalora": (True, "use_qalora"),
-    "trainable_token_indices": ([1], "trainable_token_indices"),
-    "init_lora_weights": ("pissa", "changes the weights of the base"),
-    "peft_type": ("IA3", "IA3 is not implemented"),
-    "r": (0, "Lora.rank must be at least 1; got 0"),
-}
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return draw_pair("llama", "lora", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.mark.parametrize("field", PEFT_REFUSED)
-def test_what_is_not_implemented_of_peft_is_named(field, llama, tmp_path):
-    value, message = PEFT_REFUSED[field]
-    folder = shutil.copytree(llama.folder, tmp_path / "copy")
-    content = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(content | {field: value}))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        open_checkpoint(folder, options=WEIGHTS_ONLY)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("toy, kind", [("llama", "lora"), ("t5", "dora"), ("t5gemma", "rslora")])
-def test_a_folder_of_peft_there_and_back_has_the_same_bits_and_merges_as_peft_does(
-    toy, kind, tmp_path
-):
-    drawn = draw_pair(toy, kind, tmp_path)
-    words = ["--vocabulary=none"]
-    assert convert.main([f"--from={drawn.folder}", f"--to={tmp_path / 'ours'}", *words]) == 0
-    back = [f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}", "--format=peft", *words]
-    assert convert.main(back) == 0
-    there, again = (
-        load_file(path / "adapter_model.safetensors") for path in (drawn.folder, tmp_path / "back")
-    )
-    assert there.keys() == again.keys()
-    for name, values in there.items():
-        np.testing.assert_array_equal(again[name], values, err_msg=name)
-    fields = [
-        json.loads((path / "adapter_config.json").read_text())
-        for path in (drawn.folder, tmp_path / "back")
-    ]
-    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "peft_type", "bias"):
-        assert fields[0][name] == fields[1][name], name
-    assert sorted(fields[0]["target_modules"]) == fields[1]["target_modules"]
-    merge = [f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'hf'}", "--merge", *words]
-    assert convert.main([*merge, "--format=huggingface"]) == 0
-    theirs = drawn.pair.theirs.merge_and_unload().state_dict()
-    merged = load_file(tmp_path / "hf" / "model.safetensors")
-    for name, values in merged.items():
-        np.testing.assert_allclose(values, theirs[name].numpy(), atol=1e-6, err_msg=name)
-
-
 @pytest.mark.slow
 def test_merged_weights_compute_what_the_adapters_did(place_of_run, folders):
     quantized = "--gin.config.Lora.quantize=int8"
@@ -326,3 +266,15 @@ def test_what_cannot_train_is_refused_at_the_door(flag, message, place_of_run, f
     with pytest.raises(SystemExit, match="2"):
         train.main(words)
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.slow
+def test_groups_of_adapters_have_rates_of_their_own():
+    groups = (config.ParamGroup(("*.b",), rate=4.0), config.ParamGroup(("*.a",), rate=0))
+    run = dataclasses.replace(toy_run(param_groups=groups), optimizer=config.Optimizer("sgd"))
+    plain = dataclasses.replace(toy_run(), optimizer=config.Optimizer("sgd"))
+    states = [flatten_tree(take_steps(each, 1)[0].params) for each in (run, plain)]
+    first = flatten_tree(frozen_base.new_adapters(run, toy_base(run)))
+    for name, start in first.items():
+        moved, usual = (np.asarray(state[name]) - np.asarray(start) for state in states)
+        np.testing.assert_allclose(moved, (4 if name.endswith(".b") else 0) * usual, atol=1e-6)

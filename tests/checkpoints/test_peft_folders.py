@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of adapters in files: folders of peft there and back, merged weights, what is refused."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conversion_toys import GPT2, T5, Drawn, write_ours, write_safetensors
+from hub_toys import write_folders
+from lora_parity import draw_pair
+from safetensors.numpy import load_file
+
+from t5x_lite import config, convert, interactive
+from t5x_lite.checkpoints import adapters as saved_adapters
+from t5x_lite.checkpoints import matching
+from t5x_lite.checkpoints.formats.huggingface import gpt2, peft, t5
+from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
+
+LORA = config.Lora(rank=2, alpha=4.0, weights=("*.query", "*.out", "*.gate"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("folders"))
+
+
+PEFT_REFUSED = {
+    "bias": ("all", "bias = 'all' is not implemented"),
+    "modules_to_save": (["lm_head"], "modules_to_save"),
+    "layers_to_transform": ([0], "layers_to_transform"),
+    "rank_pattern": ({"q": 4}, "rank_pattern"),
+    "use_qalora": (True, "use_qalora"),
+    "trainable_token_indices": ([1], "trainable_token_indices"),
+    "init_lora_weights": ("pissa", "changes the weights of the base"),
+    "peft_type": ("IA3", "IA3 is not implemented"),
+    "r": (0, "Lora.rank must be at least 1; got 0"),
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return draw_pair("llama", "lora", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("field", PEFT_REFUSED)
+def test_what_is_not_implemented_of_peft_is_named(field, llama, tmp_path):
+    value, message = PEFT_REFUSED[field]
+    folder = shutil.copytree(llama.folder, tmp_path / "copy")
+    content = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(content | {field: value}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_checkpoint(folder, options=WEIGHTS_ONLY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("toy, kind", [("llama", "lora"), ("t5", "dora"), ("t5gemma", "rslora")])
+def test_a_folder_of_peft_there_and_back_has_the_same_bits_and_merges_as_peft_does(
+    toy, kind, tmp_path
+):
+    drawn = draw_pair(toy, kind, tmp_path)
+    words = ["--vocabulary=none"]
+    assert convert.main([f"--from={drawn.folder}", f"--to={tmp_path / 'ours'}", *words]) == 0
+    back = [f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}", "--format=peft", *words]
+    assert convert.main(back) == 0
+    there, again = (
+        load_file(path / "adapter_model.safetensors") for path in (drawn.folder, tmp_path / "back")
+    )
+    assert there.keys() == again.keys()
+    for name, values in there.items():
+        np.testing.assert_array_equal(again[name], values, err_msg=name)
+    fields = [
+        json.loads((path / "adapter_config.json").read_text())
+        for path in (drawn.folder, tmp_path / "back")
+    ]
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "peft_type", "bias"):
+        assert fields[0][name] == fields[1][name], name
+    assert sorted(fields[0]["target_modules"]) == fields[1]["target_modules"]
+    merge = [f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'hf'}", "--merge", *words]
+    assert convert.main([*merge, "--format=huggingface"]) == 0
+    theirs = drawn.pair.theirs.merge_and_unload().state_dict()
+    merged = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, values in merged.items():
+        np.testing.assert_allclose(values, theirs[name].numpy(), atol=1e-6, err_msg=name)
+
+
+def draw_adapters(folder, cfg, seed: int, dora: bool = False):
+    """Writes a folder of peft with random adapters of the toy in folder / "hf".
+
+    Args:
+      folder: folder of the toys.
+      cfg: architecture of the toy.
+      seed: seed of the draw.
+      dora: adapters with magnitudes.
+    """
+    draw = np.random.default_rng(seed)
+    lora = dataclasses.replace(LORA, dora=dora)
+    axes = saved_adapters.model_axes(cfg)
+    table = peft.adapter_entries(t5.entries(cfg), lora, axes)
+    leaves = saved_adapters.adapter_leaves(cfg, lora)
+    arrays = {
+        mapping.theirs: draw.normal(size=mapping.tensor_shape).astype(np.float32)
+        for mapping in matching.map_weights(cfg, table, leaves)
+    }
+    path = folder / f"peft_{seed}"
+    path.mkdir()
+    write_safetensors(path / "adapter_model.safetensors", arrays)
+    fields = peft.adapter_config(lora, str(folder / "hf"), cfg, t5.entries(cfg))
+    (path / "adapter_config.json").write_text(json.dumps(fields))
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapters_of(folders):
+    """Two folders of peft over one base, by name."""
+    return {name: draw_adapters(folders, T5, seed) for seed, name in enumerate(("one", "two"))}
+
+
+@pytest.mark.slow
+def test_sessions_with_adapters_share_a_base_and_score_as_merged_ones(folders, adapters_of):
+    base = interactive.load(folders / "hf")
+    alone = base.score("abc", "cba")
+    sessions = {name: base.with_adapters(path) for name, path in adapters_of.items()}
+    for name, session in sessions.items():
+        merged = interactive.load(adapters_of[name]).score("abc", "cba")
+        np.testing.assert_allclose(session.score("abc", "cba"), merged, rtol=1e-4)
+        assert abs(merged - alone) > 1e-3
+        shared = base.predictor.params["embedding"]
+        assert session.predictor.params["embedding"] is shared
+    assert base.score("abc", "cba") == alone
+    with pytest.raises(ValueError, match="does not train"):
+        sessions["one"].train_step("abc", "cba")
+    with pytest.raises(ValueError, match="has no adapters"):
+        base.with_adapters(folders / "hf")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--merge"], "--merge is for a checkpoint of adapters"),
+        (["--format=peft"], "--format=peft is for a checkpoint of adapters"),
+    ],
+)
+def test_a_whole_model_has_no_adapters_to_convert(flags, message, folders, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        convert.main([f"--from={folders / 'hf'}", f"--to={tmp_path / 'out'}", *flags])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_adapters_are_not_written_as_a_whole_model(adapters_of, tmp_path, capsys):
+    words = [f"--from={adapters_of['one']}", f"--to={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit, match="2"):
+        convert.main([*words, "--format=huggingface"])
+    assert "add --merge for the whole model" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_model_names_the_tensors(adapters_of, folders, tmp_path):
+    folder = shutil.copytree(adapters_of["one"], tmp_path / "copy")
+    stacks = {
+        name: dataclasses.replace(getattr(T5, name), mlp=24) for name in ("encoder", "decoder")
+    }
+    wider = dataclasses.replace(T5, **stacks)
+    write_ours(tmp_path / "wider", wider, Drawn(wider))
+    (folder / "base").symlink_to(tmp_path / "wider")
+    with pytest.raises(ValueError, match=r"(?s)not adapters of .*decoder.*wi_0.lora_B.weight"):
+        open_checkpoint(folder, options=WEIGHTS_ONLY)
+
+
+def test_a_weight_that_is_part_of_a_larger_one_is_named():
+    axes = saved_adapters.model_axes(GPT2)
+    lora = config.Lora(rank=2, alpha=2.0, weights=("*.query",))
+    with pytest.raises(ValueError, match="c_attn.weight holds several weights side by side"):
+        peft.adapter_entries(gpt2.entries(GPT2), lora, axes)
