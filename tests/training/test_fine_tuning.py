@@ -159,7 +159,7 @@ def test_every_source_of_a_config_is_found_by_its_place(served, folders):
 
 def test_the_file_of_the_page_is_a_run(place, served, folders, monkeypatch):
     page = Path("docs/fine_tuning.md").read_text()
-    (text,) = re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    text, *_ = re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     commit = served.add("google/flan-t5-small", read_contents(folders / "hf"))
     monkeypatch.chdir(place)
     Path("reviews.gin").write_text(text)
