@@ -15,6 +15,7 @@ from t5x_lite.data import content, task, token_writer
 from t5x_lite.tokenizers.vocabularies import ByteVocabulary
 
 BYTES = config.Vocabulary("bytes", extra_ids=20)
+SECOND = 10**9
 
 
 def write_pairs(path, answer="answer", count=12) -> None:
@@ -102,7 +103,10 @@ def test_data_that_moved_are_the_same_data(stream, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("padding", [0, 2 * content.SMALL])
-def test_other_content_of_the_same_size_and_time_is_other_data(stream, padding, tmp_path):
+def test_other_content_of_the_same_size_and_time_is_other_data(
+    stream, padding, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(content, "SETTLED_NS", -SECOND)  # so that a large file is remembered
     path, last = tmp_path / "train.jsonl", task.BEGINNING + 9
 
     def write(answer):

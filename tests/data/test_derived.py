@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_server
 import pytest
@@ -55,6 +56,13 @@ def test_vocab_is_the_vocabulary_rounded_up_unless_bound(path):
         data.load_run(path, ["config.Run.data=None"])
     with pytest.raises(ValueError, match="did you mean stdlib_docstrings"):
         data.load_run(path, ["MIXTURE_OR_TASK_NAME=stdlib_docstring"])
+
+
+@pytest.mark.parametrize("sizes, vocab", [((1, 128), 128), ((129, 1), 256), ((3, 300), 384)])
+def test_vocab_covers_both_vocabularies(path, monkeypatch, sizes, vocab):
+    pair = [SimpleNamespace(size=size) for size in sizes]
+    monkeypatch.setattr(derived, "open_vocabularies", lambda cfg: pair)
+    assert data.load_run(path).model.vocab == vocab
 
 
 def test_dtype_is_that_of_the_device_unless_bound(path):

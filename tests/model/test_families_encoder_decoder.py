@@ -60,6 +60,12 @@ def test_a_softcap_that_transformers_does_not_compute_is_named_and_changes_nothi
     assert cfg == t5gemma2.parse_config(RELEASED_ENCODER_DECODERS["t5gemma2_270m"][0], [])
 
 
+def test_t5gemma_reads_windows_as_its_authors_and_not_as_transformers():
+    described, _ = RELEASED_ENCODER_DECODERS["t5gemma_s_s"]
+    cfg = family_of_config(described).parse_config(described, ["decoder.x"])
+    assert {cfg.encoder.window_form, cfg.decoder.window_form} == {"below"} and cfg.encoder.window
+
+
 def test_an_older_t5gemma2_config_is_read_alike():
     """Before transformers 5: rope_theta, rope_local_base_freq and rope_scaling."""
     older = {
