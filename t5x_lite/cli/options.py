@@ -25,7 +25,7 @@ DECODE = (
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
     *("bad_words", "regex", "choices", "json_schema", "grammar"),
     *("force_words", "stop", "target_prefix", "span_of_input", "token_healing"),
-    *("drafter", "draft_length", "accept"),
+    *("drafter", "draft_length", "accept", "companion", "combine"),
     *("logprobs", "choose", "beam_groups", "diversity_penalty"),
     *("search", "judge", "judge_weight", "particles", "segment_tokens", "segment_stop"),
 )
@@ -109,8 +109,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=source_argument,
         required=True,
         metavar="PATH",
-        help="a run folder, a Hugging Face folder, a .gguf file, g2p (in the package), "
-        "or a model of the hub: owner/name[@revision], owner/name:file.gguf",
+        help="a run, a Hugging Face folder, a .gguf file, g2p (in the package), or of the hub: "
+        "owner/name[@revision], owner/name:file.gguf",
     )
     one = group.add_mutually_exclusive_group()
     step = "the checkpoint of this step (default: the newest)"
@@ -132,7 +132,7 @@ def add_mesh(group) -> None:
         "--mesh",
         type=parse_mesh,
         metavar="D,F,T",
-        help="devices for data, fsdp and tensor axes: 1,1,4 splits the model (default: the batch)",
+        help="devices for data, fsdp, tensor, as 1,1,4 (default: all for data)",
     )
 
 
@@ -193,6 +193,10 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in STEERING_OF_DECODE.items():
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add = group.add_argument
+    kinds = "model:PATH, prompt:TEXT, unconditional, layers:2"
+    add("--companion", metavar="WHAT", help=f"second logits: {kinds}")
+    rules = "guidance:1.5, contrast:0.1, instructive, dola, deco, switch:NATS"
+    add("--combine", metavar="RULE", help=rules)
     add("--bad_words", nargs="+", metavar="TEXT", help="texts that are never written")
     add("--stop", nargs="+", metavar="TEXT", help="ends a text, which is cut before it")
     add("--target_prefix", nargs=1, metavar="TEXT", help="what the targets begin with")

@@ -18,6 +18,7 @@ from t5x_lite.config.checked import (
     ShareBelowOne,
     require,
 )
+from t5x_lite.config.companions import check_companion
 from t5x_lite.config.search import check_beams, check_choice, check_search
 from t5x_lite.utils import hub_names, paths
 
@@ -31,7 +32,10 @@ FORBIDDING = (
     "forced_bos_token_id",
 )
 # Fields that narrow what is sampled: a greedy text has the most probable token, which all keep.
-FILTERS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+FILTERS = (
+    *("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    "dynatemp_range",
+)
 Penalty = Annotated[float, Range(-100, 100)]
 
 
@@ -115,6 +119,15 @@ class Decode(Checked):
         it (diverse beam search).
       diversity_penalty: subtracted from the log-probability of a token for each beam of an earlier
         group that takes it at the same step.
+      dynatemp_range: the temperature of a token rises from temperature - range to temperature +
+        range with the entropy of its distribution; 0 leaves it (llama.cpp's name).
+      dynatemp_exponent: exponent of the entropy, as a share of the highest possible one.
+      companion: second logits of the same text: of another checkpoint (model:PATH), of another
+        prompt (prompt:TEXT, in which {input} stands for the input; unconditional for its last token
+        alone), or of the model's own layers (layers:2,4, layers:low, layers:high); "" for none.
+      combine: rule that combines them with the model's, before all other rules: guidance:1.5,
+        contrast:0.1, contrast:0.1:0.5, instructive:0.3, dola:0.1, deco:0.6:0.9, switch:NATS:TOKENS;
+        "" is contrast for a model, guidance for a prompt, dola for layers.
     """
 
     max_new_tokens: Length = 64
@@ -162,6 +175,10 @@ class Decode(Checked):
     segment_stop: str | tuple[str, ...] = ()
     beam_groups: Few = 1
     diversity_penalty: Annotated[float, Range(0, 100)] = 0.0
+    dynatemp_range: Annotated[float, Range(0, 100)] = 0.0
+    dynatemp_exponent: Positive = 1.0
+    companion: str = ""
+    combine: str = ""
 
     def check(self):
         for name in ("stop", "segment_stop"):
@@ -202,6 +219,7 @@ class Decode(Checked):
         check_choice(self)
         check_search(self)
         check_beams(self)
+        check_companion(self)
         self.check_tokens()
         self.check_constraints()
 

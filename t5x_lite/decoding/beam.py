@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_lite.decoding import commit, loop
+from t5x_lite.decoding import commit, loop, verification
 from t5x_lite.decoding.beam_selection import (
     NEVER,
     BeamContinuations,
@@ -28,6 +28,12 @@ from t5x_lite.decoding.beam_selection import (
     empty_history,
     record_step,
     take_beams,
+)
+from t5x_lite.decoding.companions.companion import (
+    BlockView,
+    combine_logits,
+    observe_entropy,
+    take_rows,
 )
 from t5x_lite.decoding.protocol import DecodeContext
 from t5x_lite.decoding.steering.processor import Text, draft_paths
@@ -86,6 +92,7 @@ class BeamState(NamedTuple):
       cache: keys and values of the live texts.
       processor_states: state of each logits processor for the live texts.
       history: continuations of each step, [b steps m]; None unless they are recorded.
+      companion_state: state of the companion for the live texts; None without one.
     """
 
     live: BeamHypotheses
@@ -97,6 +104,7 @@ class BeamState(NamedTuple):
     cache: Any
     processor_states: tuple = ()
     history: BeamContinuations | None = None
+    companion_state: Any = None
 
 
 def length_penalty(lengths: Int[Array, "..."], alpha: float | jax.Array) -> Float[Array, "..."]:
@@ -162,13 +170,13 @@ def run_beam_search(context: DecodeContext, search: BeamSearch, state: BeamState
         context = context._replace(stopping=context.stopping._replace(limit=limit))
 
     def iterate(state: BeamState) -> BeamState:
-        log_probability, cache = score_next_tokens(context, search, state)
+        log_probability, state = score_next_tokens(context, search, state)
         best = select_continuations(context, search, state, log_probability)
         if search.recorded:
             state = state._replace(
                 history=record_step(state.history, best, state.done, state.steps)
             )
-        return advance_beams(context, search, state._replace(cache=cache), best)
+        return advance_beams(context, search, state, best)
 
     return jax.lax.while_loop(lambda state: jnp.any(~state.done), iterate, state)
 
@@ -214,7 +222,7 @@ def count_continuations(context: DecodeContext, search: BeamSearch) -> int:
 
 def score_next_tokens(
     context: DecodeContext, search: BeamSearch, state: BeamState
-) -> tuple[Float[Array, "b k v"], Any]:
+) -> tuple[Float[Array, "b k v"], BeamState]:
     """Runs one forward pass over the last token of every live text.
 
     Args:
@@ -223,19 +231,25 @@ def score_next_tokens(
       state: state of the search.
 
     Returns:
-      The log-probability of every next token, changed by the logits processors as in transformers,
-      and the cache.
+      The log-probability of every next token, changed by the companion and the logits processors
+      as in transformers, and the state with the token in the caches.
     """
     rows = state.length.shape[0]
     index = repeat_rows(state.length, search.beams)
     here = jnp.arange(state.live.tokens.shape[2]) == state.length[:, None, None]
     root = jnp.sum(jnp.where(here, state.live.tokens, 0), axis=2)
     root = jnp.reshape(root, (rows * search.beams, 1), out_sharding=spec("batch length"))
-    hidden, cache = context.target.forward(root, index, state.cache)
+    view = BlockView(root, index, repeat_rows(state.prompt, search.beams), loop.Plain().tree)
+    hidden, cache, inner = verification.forward_block(context, view, state.cache)
     log_probability = jax.nn.log_softmax(context.target.logits(hidden))
-    log_probability = process_beams(context, search, state, root, log_probability)[:, 0]
+    combined = combine_logits(
+        context.companion, context.target, state.companion_state, view, inner, log_probability
+    )
+    log_probability = process_beams(context, search, state, root, combined.logits)[:, 0]
     placed = spec("batch length whole")
-    return jnp.reshape(log_probability, (rows, search.beams, -1), out_sharding=placed), cache
+    log_probability = jnp.reshape(log_probability, (rows, search.beams, -1), out_sharding=placed)
+    companion_state = observe_entropy(combined.state, combined.entropy, jnp.ones_like(index))
+    return log_probability, state._replace(cache=cache, companion_state=companion_state)
 
 
 def process_beams(
@@ -304,6 +318,9 @@ def advance_beams(
         cache=jax.tree.map(lambda x: take_cache_rows(x, survivors.parent), state.cache),
         processor_states=observe_beams(context, state.processor_states, survivors),
         history=state.history,
+        companion_state=take_rows(
+            state.companion_state, lambda x: take_cache_rows(x, survivors.parent)
+        ),
     )
 
 

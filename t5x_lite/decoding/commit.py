@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from t5x_lite import sharding
+from t5x_lite.decoding.companions.companion import observe_entropy
 from t5x_lite.decoding.protocol import (
     DecodeContext,
     DecodeState,
@@ -93,7 +94,33 @@ def commit(
         processor_states=context.processors.observe(state.processor_states, tokens, count),
         details=details,
         stop_state=stopping.strings and stopping.strings.observe(state.stop_state, tokens, count),
+        companion_state=commit_companion(context, state, tree, output),
     )
+
+
+def commit_companion(
+    context: DecodeContext, state: DecodeState, tree: Tree, output: VerifyOutput
+) -> Any:
+    """Returns the state of the companion after the step; None without one.
+
+    Args:
+      context: constants of the request.
+      state: state before the step.
+      tree: shape of the block.
+      output: what was accepted, and the companion's state with the block in its cache.
+    """
+    companion_state: Any = output.companion_state
+    if companion_state is None:
+        return None
+    if companion_state.cache is not None and not tree.is_chain:
+        index = state.length + companion_state.prompt - context.prompts.length
+        cache = compact_cache(companion_state.cache, index, output.path)
+        companion_state = companion_state._replace(cache=cache)
+    if output.by_model is not None:
+        taken = output.by_model & (jnp.arange(output.by_model.shape[1]) < output.count[:, None])
+        count = companion_state.model_tokens + jnp.sum(taken, axis=1, dtype=jnp.int32)
+        companion_state = companion_state._replace(model_tokens=count)
+    return observe_entropy(companion_state, output.entropy, output.count)
 
 
 def compact_cache(cache: Any, index: Int[Array, " b"], path: Int[Array, "b D"]) -> Any:

@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from t5x_lite import config, model, sharding
 from t5x_lite.decoding import beam, loop, target
 from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.adaptive.adaptive_loop import begin_adaptive, run_adaptive_loop
 from t5x_lite.decoding.adaptive.drafter import Adaptive
+from t5x_lite.decoding.companions.companion import Companion, CompanionState
+from t5x_lite.decoding.companions.rows import place_companion
+from t5x_lite.decoding.initial_state import initial_state
 from t5x_lite.decoding.protocol import (
     DecodeContext,
     DecodeState,
@@ -25,13 +28,11 @@ from t5x_lite.decoding.protocol import (
     Prompts,
     StoppingCriteria,
     Target,
-    TokenDetails,
 )
 from t5x_lite.decoding.request import Request, bucket_length, count_samples
 from t5x_lite.decoding.result import Result, beam_result, loop_result, trim_result
 from t5x_lite.decoding.sampling import make_sampling_params
 from t5x_lite.decoding.steering.build import ChoiceRules, make_processors
-from t5x_lite.decoding.steering.processor import Text
 from t5x_lite.decoding.steering.stop_strings import StopStrings
 
 
@@ -145,10 +146,12 @@ def make_rules(request: Request, decode: config.Decode) -> ChoiceRules:
     processors = make_processors(decode, request)
     arrays: Any = request.stop
     strings = None if arrays is None else StopStrings(*arrays)
+    companion = place_companion(request.companion, shard_rows)
     if decode.temperature == 0:
         diversity: Any = np.float32(decode.diversity_penalty) if decode.beam_groups > 1 else None
-        return ChoiceRules(processors=processors, strings=strings, diversity=diversity)
-    return ChoiceRules(shard_rows(make_sampling_params(request, decode)), processors, strings)
+        return ChoiceRules(None, processors, strings, diversity, companion)
+    sampling = shard_rows(make_sampling_params(request, decode))
+    return ChoiceRules(sampling, processors, strings, companion=companion)
 
 
 def shard_rows(rows: Any) -> Any:
@@ -201,6 +204,8 @@ def compiled_generate(
         decoded = target.make_target(program.cfg, params, encoded)
         context = make_context(program, decoded, request, rules, weights)
         state = initial_state(context, cache, context.slots, program.drafter.begin(context))
+        companion_state = begin_companion(program, request, rules.companion)
+        state = state._replace(companion_state=companion_state)
         state = begin_drafting(context, program.drafter, state)
         state = run_decoding(program, context, state)
         result = loop_result(state, context.prompts, program.length, alpha)
@@ -241,6 +246,7 @@ def run_beams(
         recorded=recorded,
     )
     state = beam.initial_beams(context, search, cache, context.slots)
+    state = state._replace(companion_state=begin_companion(program, request, rules.companion))
     return beam.run_beam_search(context, search, state), search
 
 
@@ -273,6 +279,33 @@ def read_request(
         return encoded, cache
     repeat = functools.partial(beam.repeat_rows, beams=texts)
     return jax.tree.map(repeat, (encoded, cache))
+
+
+def begin_companion(
+    program: DecodeProgram, request: Request, companion: Companion | None
+) -> CompanionState | None:
+    """Reads the prompts of the companion, once for all texts that share them.
+
+    Args:
+      program: static arguments.
+      request: the rows, on the mesh.
+      companion: the companion; None for none.
+
+    Returns:
+      Its first state, a row for each sample or beam; None without a companion.
+    """
+    if companion is None:
+        return None
+    prompts = Prompts(request.prompts, request.prompts_length)
+    if program.samples > 1:
+        prompts = jax.tree.map(
+            functools.partial(take_first_samples, samples=program.samples), prompts
+        )
+    state = companion.begin(prompts, count_slots(program, request))
+    texts = program.samples * program.beams
+    if texts == 1:
+        return state
+    return jax.tree.map(functools.partial(beam.repeat_rows, beams=texts), state)
 
 
 def take_first_samples(x: Array, samples: int) -> Array:
@@ -319,6 +352,7 @@ def make_context(
         slots=count_slots(program, request),
         sampling=rules.sampling,
         processors=rules.processors,
+        companion=rules.companion,
         logprobs=program.logprobs,
     )
 
@@ -348,44 +382,3 @@ def run_decoding(program: DecodeProgram, context: DecodeContext, state: DecodeSt
     if isinstance(program.drafter, Adaptive):
         return run_adaptive_loop(context, program.drafter, program.accept, state)
     return loop.run_loop(context, program.drafter, program.accept, state)
-
-
-def initial_state(
-    context: DecodeContext, cache: Any, slots: int, drafter_state: Any
-) -> DecodeState:
-    """Returns the loop's first state, all but the last token of each prompt in the cache.
-
-    Args:
-      context: constants of the request.
-      cache: cache of the prompts.
-      slots: T.
-      drafter_state: the drafter's first state.
-    """
-    prompts, strings = context.prompts, context.stopping.strings
-    tokens = prompts.tokens
-    last = jnp.arange(tokens.shape[1]) == prompts.length[:, None] - 1
-    tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
-    text = Text(tokens, prompts.length, prompts.length)
-    details = None if context.logprobs is None else empty_details(tokens, context.logprobs)
-    return DecodeState(
-        tokens=tokens,
-        length=prompts.length - 1,
-        root=jnp.sum(jnp.where(last, prompts.tokens, 0), axis=1),
-        done=prompts.length >= context.stopping.limit,
-        log_probability=jnp.zeros_like(prompts.length, jnp.float32),
-        token_step=jnp.zeros_like(tokens),
-        token_node=jnp.zeros_like(tokens),
-        steps=jnp.int32(0),
-        cache=cache,
-        drafter_state=drafter_state,
-        processor_states=context.processors.begin(text, context.target.vocab),
-        details=details,
-        stop_state=None if strings is None else strings.begin(prompts.length),
-    )
-
-
-def empty_details(tokens: Int[Array, "b T"], count: int) -> TokenDetails:
-    """Returns details of no token, with room for `count` alternatives at every slot."""
-    zeros = jnp.zeros_like(tokens, jnp.float32)
-    several = sharding.by_rows(jnp.repeat(zeros[..., None], count, axis=2))
-    return TokenDetails(zeros, several.astype(jnp.int32), several, zeros)

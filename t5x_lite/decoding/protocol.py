@@ -130,6 +130,8 @@ class DecodeContext(NamedTuple):
       slots: T.
       sampling: how rows are sampled; None for greedy decoding.
       processors: what changes the logits before a token is chosen.
+      companion: `companions.companion.Companion` whose logits are combined with the model's before
+        the processors; None for none.
       logprobs: how many alternatives of each token to return; None for no TokenDetails.
     """
 
@@ -142,6 +144,7 @@ class DecodeContext(NamedTuple):
     slots: int = 0
     sampling: SamplingParams | None = None
     processors: Processors = Processors()
+    companion: Any = None
     logprobs: int | None = None
 
 
@@ -163,6 +166,7 @@ class DecodeState(NamedTuple):
       processor_states: state of each logits processor after the root.
       details: of the token of each slot, if the request asks for them.
       stop_state: state of StoppingCriteria.strings after the root; None without them.
+      companion_state: state of the companion, its cache filled as the model's; None without one.
     """
 
     tokens: Int[Array, "b T"]
@@ -178,6 +182,7 @@ class DecodeState(NamedTuple):
     processor_states: tuple = ()
     details: TokenDetails | None = None
     stop_state: Any = None
+    companion_state: Any = None
 
 
 class Draft(NamedTuple):
@@ -212,6 +217,9 @@ class VerifyOutput(NamedTuple):
       count: how many of `tokens` the row takes; 0 for a row that is done.
       middle: input of layer `drafter.middle` at every node, for drafters that have a `middle`.
       details: of `tokens`, if the request asks for them.
+      companion_state: state of the companion, with the block in its cache; None without one.
+      by_model: of `tokens`, whether the model itself decided; None unless the companion switches.
+      entropy: of the companion before each of `tokens`; None unless its rule reads it.
     """
 
     block: Int[Array, "b w"]
@@ -224,6 +232,9 @@ class VerifyOutput(NamedTuple):
     count: Int[Array, " b"]
     middle: Float[Array, "b w d"] | None = None
     details: TokenDetails | None = None
+    companion_state: Any = None
+    by_model: Bool[Array, "b D"] | None = None
+    entropy: Float[Array, "b D"] | None = None
 
 
 @dataclass(frozen=True)

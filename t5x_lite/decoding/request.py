@@ -20,6 +20,22 @@ from t5x_lite.decoding.steering.stop_strings import StopTable
 SEED_STEP = 0x9E3779B9
 
 
+class PromptRows(NamedTuple):
+    """Inputs and prompts of rows, as those of `Request`.
+
+    Attributes:
+      inputs: [b s] int32, tokens of the encoder; None for a decoder-only model.
+      inputs_length: [b], their lengths, or None.
+      prompts: [b p], tokens of the decoder.
+      prompts_length: [b], their lengths.
+    """
+
+    inputs: Any
+    inputs_length: Any
+    prompts: Any
+    prompts_length: Any
+
+
 class Request(NamedTuple):
     """Rows to be continued, right-padded: numpy arrays on the host, jax arrays on the mesh.
 
@@ -38,6 +54,8 @@ class Request(NamedTuple):
       healing: texts that begin as a token that was removed from the prompt; None for any text.
       healing_start: [b], first state of each row in `healing`.
       spans: parts of the input of each row, which the new texts are; None for any text.
+      companion: `companions.companion.Companion` whose logits are combined with the model's, with
+        rows of its own; None for none.
     """
 
     inputs: Any
@@ -53,13 +71,15 @@ class Request(NamedTuple):
     healing: ConstraintTable | None = None
     healing_start: Any = None
     spans: SpanTable | None = None
+    companion: Any = None
 
     def take_shared(self) -> dict[str, Any]:
-        """Returns what all rows share, by name; the other fields have a row for each."""
-        return {name: getattr(self, name) for name in ("eos", "constraint", "stop", "healing")}
+        """Returns what is not repeated for samples, by name; the other fields have rows."""
+        names = ("eos", "constraint", "stop", "healing", "companion")
+        return {name: getattr(self, name) for name in names}
 
     def drop_shared(self) -> "Request":
-        """Returns the request without what all rows share."""
+        """Returns the request without what is not repeated for samples."""
         return self._replace(**dict.fromkeys(self.take_shared()))
 
 
@@ -117,19 +137,36 @@ def make_request(
     row = np.zeros(len(examples), np.uint32)
     row[:count] = np.arange(count) if rows is None else rows
     limit = np.where(np.arange(len(examples)) < count, new_tokens, 0).astype(np.int32)
+    beginnings = [*beginnings, *[[]] * (len(examples) - count)] if cfg.encoder else None
+    seed = np.full(len(examples), decode.seed, np.uint32)
+    stops = eos if isinstance(eos, int) else np.array(eos, np.int32)
+    read = prompt_rows(cfg, examples, beginnings)
+    request = Request(*read, limit, seed, row, stops, **tables)
+    return repeat_samples(request, count_samples(decode))
+
+
+def prompt_rows(
+    cfg: config.Model,
+    examples: Sequence[Sequence[int]],
+    beginnings: Sequence[Sequence[int]] | None = None,
+) -> PromptRows:
+    """Returns the inputs and prompts of examples, padded to few shapes.
+
+    Args:
+      cfg: config of the model.
+      examples: ids of each example: encoder inputs, or prompts of a decoder-only model.
+      beginnings: of each example, ids that its target begins with; None for none.
+    """
     inputs, inputs_length = None, None
     if cfg.encoder is None:
         prompts = [decoder_prompt(cfg, example) for example in examples]
     else:
-        beginnings = [*beginnings, *[[]] * (len(examples) - count)]
+        beginnings = beginnings or [[]] * len(examples)
         prompts = [[cfg.decoder_start_token_id, *ids] for ids in beginnings]
         inputs, inputs_length = pad_rows(examples, bucket_length(max(map(len, examples))))
     longest = max(map(len, prompts))
     prompts, prompts_length = pad_rows(prompts, longest if longest == 1 else bucket_length(longest))
-    seed = np.full(len(examples), decode.seed, np.uint32)
-    stops = eos if isinstance(eos, int) else np.array(eos, np.int32)
-    rows_of = (inputs, inputs_length, prompts, prompts_length, limit, seed, row)
-    return repeat_samples(Request(*rows_of, stops, **tables), count_samples(decode))
+    return PromptRows(inputs, inputs_length, prompts, prompts_length)
 
 
 def count_samples(decode: config.Decode) -> int:

@@ -30,6 +30,8 @@ class Result(NamedTuple):
       token_node: [b n L], the node of the block whose draft a token was, 0 for the model's own
         choice; None after beam search.
       details: TokenDetails [b n L], [b n L k], if the request asks for them.
+      model_tokens: [b n], number of tokens that the model itself decided; None without a companion
+        that switches.
     """
 
     tokens: Any
@@ -40,6 +42,7 @@ class Result(NamedTuple):
     token_step: Any = None
     token_node: Any = None
     details: TokenDetails | None = None
+    model_tokens: Any = None
 
 
 def trim_result(result: Result, decode: config.Decode) -> Result:
@@ -69,6 +72,7 @@ def loop_result(state: DecodeState, prompts: Prompts, length: int, alpha: Array)
         return slice_new_tokens(slots, prompts.length, lengths, length)[:, None]
 
     scores = state.log_probability / beam.length_penalty(lengths, alpha)
+    companion = state.companion_state
     return Result(
         tokens=new(state.tokens),
         lengths=lengths[:, None],
@@ -78,6 +82,7 @@ def loop_result(state: DecodeState, prompts: Prompts, length: int, alpha: Array)
         token_step=new(state.token_step),
         token_node=new(state.token_node),
         details=jax.tree.map(new, state.details),
+        model_tokens=None if companion is None else companion.model_tokens[:, None],
     )
 
 

@@ -26,6 +26,9 @@ from t5x_lite.decoding.request import Request
 from t5x_lite.kernels import api as kernels
 from t5x_lite.sharding import spec
 
+# That of a token whose range reaches down to 0 or below.
+LEAST_TEMPERATURE = 1e-6
+
 
 class SamplingParams(NamedTuple):
     """Sampling parameters of each row.
@@ -43,6 +46,9 @@ class SamplingParams(NamedTuple):
         (locally typical sampling; Meister et al., 2022, arXiv 2202.00666).
       epsilon_cutoff: least probability (Hewitt et al., 2022, arXiv 2210.15191).
       eta_cutoff: the same, lower where the entropy is high (eta sampling, same paper).
+      temperature_range: the most that a token's temperature is above or below `temperature`, by
+        the entropy of its distribution (dynamic temperature, as in llama.cpp).
+      temperature_exponent: exponent of the entropy, as a share of the highest possible one.
     """
 
     temperature: Any
@@ -54,6 +60,8 @@ class SamplingParams(NamedTuple):
     typical_p: Any = None
     epsilon_cutoff: Any = None
     eta_cutoff: Any = None
+    temperature_range: Any = None
+    temperature_exponent: Any = None
 
 
 def make_sampling_params(request: Request, decode: config.Decode) -> SamplingParams:
@@ -73,6 +81,10 @@ def make_sampling_params(request: Request, decode: config.Decode) -> SamplingPar
         typical_p=optional(decode.typical_p, 1),
         epsilon_cutoff=optional(decode.epsilon_cutoff, 0),
         eta_cutoff=optional(decode.eta_cutoff, 0),
+        temperature_range=optional(decode.dynatemp_range, 0),
+        temperature_exponent=np.full(rows, decode.dynatemp_exponent, np.float32)
+        if decode.dynatemp_range
+        else None,
     )
 
 
@@ -127,8 +139,21 @@ def argmax_token(logits: Float[Array, "... v"]) -> Int[Array, "..."]:
 
 def warp_logits(logits: Float[Array, "b w v"], sampling: SamplingParams) -> Float[Array, "b w v"]:
     """Divides logits by the temperature (0 as 1) and applies `filter_logits`."""
+    return filter_logits(logits / token_temperature(logits, sampling), sampling)
+
+
+def token_temperature(
+    logits: Float[Array, "b w v"], sampling: SamplingParams
+) -> Float[Array, "#b #w 1"]:
+    """Returns the temperature of each token, which may rise with the entropy; 0 as 1."""
     temperature = sampling.temperature[:, None, None]
-    return filter_logits(logits / jnp.where(temperature > 0, temperature, 1.0), sampling)
+    if sampling.temperature_range is not None:
+        spread = sampling.temperature_range[:, None, None]
+        least, most = jnp.maximum(temperature - spread, LEAST_TEMPERATURE), temperature + spread
+        share = jnp.clip(entropy(logits) / np.log(logits.shape[-1]), 0, 1)
+        dynamic = least + (most - least) * share ** sampling.temperature_exponent[:, None, None]
+        temperature = jnp.where(temperature > 0, dynamic, temperature)
+    return jnp.where(temperature > 0, temperature, 1.0)
 
 
 def truncated_mass(
@@ -138,11 +163,10 @@ def truncated_mass(
     zero = jnp.zeros_like(logits[..., 0])
     if sampling is None:
         return zero
-    temperature = sampling.temperature[:, None]
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[..., None]
+    scaled = logits / token_temperature(logits, sampling)
     dropped = jnp.isneginf(filter_logits(scaled, sampling))
     mass = jnp.sum(jnp.where(dropped, jax.nn.softmax(scaled), 0), axis=-1)
-    return jnp.where(temperature > 0, mass, zero)
+    return jnp.where(sampling.temperature[:, None] > 0, mass, zero)
 
 
 def log_distribution(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from t5x_lite import config, model
 from t5x_lite.decoding import generation, target
+from t5x_lite.decoding.companions.companion import replace_cache
 from t5x_lite.decoding.generation import PLAIN, ChoiceRules, DecodeProgram, Drafting
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Prompts
 from t5x_lite.decoding.request import Request
@@ -150,6 +151,10 @@ def start_stream(
     context = stream_context(program, arguments, encoded)
     drafter_state = program.drafter.begin(context)
     state = generation.initial_state(context, cache, context.slots, drafter_state)
+    companion_state = generation.begin_companion(
+        program, arguments.request, arguments.rules.companion
+    )
+    state = state._replace(companion_state=companion_state)
     return encoded, generation.begin_drafting(context, program.drafter, state)
 
 
@@ -209,7 +214,11 @@ def change_state(
     by_slot = {name: getattr(state, name) for name in ("tokens", "token_step", "token_node")}
     by_slot["details"] = state.details
     state = state._replace(**jax.tree.map(functools.partial(widen, axis=1), by_slot))
-    state = state._replace(cache=jax.tree.map(functools.partial(widen, axis=2), state.cache))
+    widen_cache = functools.partial(widen, axis=2)
+    state = state._replace(
+        cache=jax.tree.map(widen_cache, state.cache),
+        companion_state=replace_cache(state.companion_state, widen_cache),
+    )
     text = context._replace(prompts=Prompts(state.tokens, state.length + 1))
     state = state._replace(drafter_state=program.drafter.begin(text))
     return generation.begin_drafting(context, program.drafter, state)

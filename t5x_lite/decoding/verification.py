@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from t5x_lite import sharding
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.commit import count_committed
+from t5x_lite.decoding.companions.companion import BlockView, combine_logits
 from t5x_lite.decoding.protocol import (
     DecodeContext,
     DecodeState,
     Draft,
     Drafter,
-    Target,
     TokenDetails,
     Tree,
     VerifyOutput,
@@ -52,15 +52,13 @@ def verify(
     target, tree = context.target, drafter.tree
     block = jnp.concatenate(sharding.by_rows([state.root[:, None], draft.tokens]), axis=1)
     # -1 matches nothing, but embeds as some token; its keys and values are overwritten.
-    tokens = jnp.maximum(block, 0)
+    view = BlockView(jnp.maximum(block, 0), state.length, context.prompts.length, tree)
     cache = state.cache if draft.cache is None else draft.cache
     middle = getattr(drafter, "middle", None)
-    if middle is None:
-        hidden, cache = target.forward(tokens, state.length, cache, tree)
-    else:
-        hidden, cache, middle = forward_in_two(target, middle, tokens, state.length, cache, tree)
+    hidden, cache, inner = forward_block(context, view, cache, () if middle is None else (middle,))
     logits = target.logits(hidden)
-    steered = process_logits(context, state, tree, block, logits)
+    combined = combine_logits(context.companion, target, state.companion_state, view, inner, logits)
+    steered = process_logits(context, state, tree, block, combined.logits)
     positions = state.length[:, None] + 1 + tree.depth
     chosen = sampling.choose_tokens(steered, positions, context.sampling)
     path, tokens, count = accept(
@@ -76,22 +74,25 @@ def verify(
         tokens=tokens,
         log_probability=token_log_probability(along, tokens),
         count=count_committed(tokens, count, context.stopping, state),
-        middle=middle,
+        middle=None if middle is None else inner[middle],
         details=describe_tokens(context, along, take_path(tree, steered, path), tokens),
+        companion_state=combined.state,
+        by_model=None if combined.by_model is None else take_path(tree, combined.by_model, path),
+        entropy=None if combined.entropy is None else take_path(tree, combined.entropy, path),
     ), cache
 
 
 def take_path(
-    tree: Tree, logits: Float[Array, "b w v"], path: Int[Array, "b D"]
-) -> Float[Array, "b D v"]:
-    """Takes the logits after the nodes of a path.
+    tree: Tree, values: Shaped[Array, "b w ..."], path: Int[Array, "b D"]
+) -> Shaped[Array, "b D ..."]:
+    """Takes the values of the nodes of a path.
 
     Args:
       tree: shape of the block; the path of a chain is its nodes.
-      logits: scores after each node.
+      values: logits or another value of each node.
       path: the nodes.
     """
-    return logits if tree.is_chain else jax.vmap(lambda row, nodes: row[nodes])(logits, path)
+    return values if tree.is_chain else jax.vmap(lambda row, nodes: row[nodes])(values, path)
 
 
 def describe_tokens(
@@ -134,7 +135,7 @@ def process_logits(
       state: state of the loop before the step.
       tree: shape of the block.
       block: root and draft tokens.
-      logits: the model's logits after each node.
+      logits: logits after each node.
     """
     if not context.processors.rules:
         return logits
@@ -143,34 +144,32 @@ def process_logits(
     return context.processors.process(state.processor_states, text, paths, logits)
 
 
-def forward_in_two(
-    target: Target,
-    middle: int,
-    tokens: Int[Array, "b w"],
-    index: Int[Array, " b"],
-    cache: Any,
-    tree: Tree,
-) -> tuple[Float[Array, "b w d"], Any, Float[Array, "b w d"]]:
-    """Runs Target.forward in two parts, to see the input of layer `middle`.
+def forward_block(
+    context: DecodeContext, view: BlockView, cache: Any, layers: tuple[int, ...] = ()
+) -> tuple[Float[Array, "b w d"], Any, dict[int, Float[Array, "b w d"]]]:
+    """Runs Target.forward, in as many parts as it takes to see the inputs of some layers.
 
     Args:
-      target: the model.
-      middle: first layer of the second part.
-      tokens: the block.
-      index: slot of each row's root.
+      context: constants of the request; the layers of its companion are among those visited.
+      view: the block.
       cache: cache of all layers.
-      tree: shape of the block.
+      layers: layers whose input is returned.
 
     Returns:
-      Hidden states and cache, as Target.forward, and the input of layer `middle`.
+      Hidden states and cache, as Target.forward, and the inputs by number of the layer.
     """
+    target, companion = context.target, context.companion
+    visited = sorted({*layers, *(() if companion is None else companion.layers)})
+    if not visited:
+        return *target.forward(view.tokens, view.index, cache, view.tree), {}
     layer_range = not_none(target.layer_range)
-    early = layer_range(0, middle)
-    late = layer_range(middle, target.num_layers)
-    x, part = early.apply_layers(early.embed(tokens, index), index, early.take_cache(cache), tree)
-    cache = early.put_cache(cache, part)
-    y, part = late.apply_layers(x, index, late.take_cache(cache), tree)
-    return late.final_norm(y), late.put_cache(cache, part), x
+    x, inner = layer_range(0, visited[0]).embed(view.tokens, view.index), {}
+    for first, last in zip([0, *visited], [*visited, target.num_layers], strict=True):
+        part = layer_range(first, last)
+        x, filled = part.apply_layers(x, view.index, part.take_cache(cache), view.tree)
+        cache = part.put_cache(cache, filled)
+        inner[last] = x
+    return part.final_norm(x), cache, inner
 
 
 def token_log_probability(

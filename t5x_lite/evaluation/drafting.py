@@ -36,7 +36,7 @@ class DrafterCache:
     def __init__(self, cfg: config.Model, targets: TextVocabulary):
         self.cfg, self.targets = cfg, targets
         self.drafters: dict[tuple, decoding.Drafting] = {}
-        self.draft_models: dict[str, config.Model] = {}
+        self.models: dict[str, tuple[config.Model, Any]] = {}
         self.tiered = TieredDecoder(cfg, report_wait)
         self.announced: set[tuple] = set()
 
@@ -122,8 +122,9 @@ class DrafterCache:
             # Without the start, which a draft model adds itself.
             lengths = request.prompts_length - self.cfg.add_bos
         for part in decode.drafter.split("+"):
-            cfg = self.draft_models.get(part.removeprefix("draft:"))
-            if cfg is not None and part.startswith("draft:"):
+            path = part.removeprefix("draft:")
+            if path != part and path in self.models:
+                cfg, _ = self.models[path]
                 source = range(int(max(lengths)))
                 check_positions(cfg, f"--drafter={part}: input", [source], decode.max_new_tokens)
 
@@ -133,18 +134,30 @@ class DrafterCache:
         Raises:
           ValueError: it is not a checkpoint, or one of another vocabulary.
         """
+        return self.load_model(path, f"drafter=draft:{path}")
+
+    def load_model(self, path: str, owner: str) -> tuple[config.Model, Any]:
+        """Loads another checkpoint of the same vocabulary, once: config, and weights on the mesh.
+
+        Args:
+          path: the checkpoint.
+          owner: option that names it, for messages.
+
+        Raises:
+          ValueError: it is not a checkpoint, or one of another vocabulary.
+        """
+        if path in self.models:
+            return self.models[path]
         from t5x_lite.checkpoints.opening import open_checkpoint
 
         shape = dict(jax.sharding.get_abstract_mesh().shape)
         restored = open_checkpoint(path).load(config.Mesh(**shape) if shape else None)
         pair = sorted((restored.vocabularies[1], self.targets), key=lambda each: each.size)
         if why := vocabulary_compatibility.describe_difference(*pair):
-            raise ValueError(
-                f"drafter=draft:{path}: it writes another vocabulary than the model it is to "
-                f"draft for: {why}"
-            )
-        self.draft_models[path] = restored.run.model
-        return restored.run.model, decoding.prepare_params(restored.run.model, restored.params)
+            raise ValueError(f"{owner}: it writes another vocabulary than the model: {why}")
+        cfg = restored.run.model
+        self.models[path] = cfg, decoding.prepare_params(cfg, restored.params)
+        return self.models[path]
 
     def load_texts(self, path: str) -> list[list[int]]:
         """Loads ids of the texts of a file, as the model would write them: lines, or the field

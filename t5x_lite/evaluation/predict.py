@@ -21,6 +21,7 @@ from t5x_lite.decoding.request import (
 )
 from t5x_lite.decoding.scoring import check_pairs
 from t5x_lite.evaluation import choosing
+from t5x_lite.evaluation.companions import CompanionCache, companion_texts
 from t5x_lite.evaluation.coverage import CoverageScore
 from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.evaluation.prediction import Prediction, drafter_names, make_prediction
@@ -39,6 +40,7 @@ class Predictor:
       inputs: vocabulary of inputs.
       targets: vocabulary of targets.
       drafters: drafters of the model.
+      companions: companions of the model.
       tally: acceptance of drafts so far.
       ended: true if an input ends with eos, as the source of an example does; the beginning of a
         text to be continued does not.
@@ -58,6 +60,7 @@ class Predictor:
         self.params = decoding.prepare_params(cfg, params)
         self.inputs, self.targets = vocabularies
         self.drafters = DrafterCache(cfg, self.targets)
+        self.companions = CompanionCache(cfg, self.drafters.load_model)
         self.tally = AcceptanceStats()
         self.ended = ended
         self.batch_size = batch_size
@@ -156,25 +159,23 @@ class Predictor:
         Args:
           ids: ids of each input, with their end.
           decode: config of decoding.
-          texts: the inputs, for the judge of a search; None to decode their ids.
+          texts: the inputs, for a companion or the judge of a search; None to decode their ids.
           rows: numbers of the inputs for sampling, 0, 1, ... by default; see `make_request`.
           on_progress: called with the number of inputs done.
           counted: false to leave `tally` as it is.
         """
-        # Before they are sorted: messages number the inputs as the caller does.
-        if len(ids):
-            check_examples(self.cfg, ids)
-            check_positions(self.cfg, "Input", ids, decode.max_new_tokens)
+        self.check_inputs(ids, decode)
         rows = range(len(ids)) if rows is None else rows
         if decode.search:
             sources = list_sources(texts or map(self.inputs.decode, ids), ids, rows)
             return search_texts(self, sources, decode, on_progress)
         steered = SteeredRows(self.cfg, (self.inputs, self.targets), ids, decode)
-        decode = steered.decode
+        prompts, decode = self.companion_inputs(decode, texts, ids), steered.decode
         most, predictions = max(self.batch_size // count_samples(decode), 1), {}
         for places in self.batches(steered.ids, most):
             numbers = [rows[place] for place in places]
             request = steered.request(places, self.padded_rows(len(places)), numbers)
+            request = self.companions.attach(request, decode, self.params, prompts, places)
             names = drafter_names(self.drafters.get(decode))
             result = self.drafters.generate(self.params, request, decode)
             if counted:
@@ -185,6 +186,15 @@ class Predictor:
             if on_progress:
                 on_progress(len(predictions))
         return [predictions[place] for place in range(len(ids))]
+
+    def check_inputs(self, ids: Sequence[Sequence[int]], decode: config.Decode) -> None:
+        """Raises ValueError for inputs that the model cannot continue.
+
+        Called before they are sorted: messages number the inputs as the caller does.
+        """
+        if len(ids):
+            check_examples(self.cfg, ids)
+            check_positions(self.cfg, "Input", ids, decode.max_new_tokens)
 
     def score(
         self, inputs: Sequence[str], targets: Sequence[str]
@@ -240,6 +250,26 @@ class Predictor:
         """row without the start that a chat template wrote: a decoder-only model adds it itself."""
         begun = self.cfg.add_bos and row[:1] == [self.cfg.decoder_start_token_id]
         return row[1:] if begun else row
+
+    def companion_inputs(
+        self, decode: config.Decode, texts: Sequence[str] | None, ids: Sequence[Sequence[int]]
+    ) -> list[list[int]] | None:
+        """The ids of what a companion reads for each input; None for what the model reads.
+
+        Args:
+          decode: config of decoding.
+          texts: inputs of the model; None to decode their ids.
+          ids: their ids.
+
+        Raises:
+          ValueError: the companion does not fit the model, or cannot read an input.
+        """
+        if self.companions.get(decode, self.params) is None:
+            return None
+        others = companion_texts(decode, texts or [self.inputs.decode(row) for row in ids])
+        read = None if others is None else self.encode_inputs(others)
+        self.companions.check(decode, ids if read is None else read)
+        return read
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each target."""

@@ -114,7 +114,7 @@ def run_search(
     decoder = ForkedDecoder(
         predictor.cfg,
         predictor.params,
-        request_row(predictor, steered, source.row),
+        request_row(predictor, steered, source),
         decode,
         predictor.drafters.get(decode),
         find_delimiters(predictor, decode),
@@ -144,7 +144,7 @@ def search_lattice(predictor: Any, text: str, decode: config.Decode, merged: int
     (ids,) = predictor.encode_inputs([text])
     check_positions(predictor.cfg, "Input", [ids], decode.max_new_tokens)
     steered = steer_row(predictor, ids, decode)
-    decode, request = steered.decode, request_row(predictor, steered, 0)
+    decode, request = steered.decode, request_row(predictor, steered, SearchSource(text, ids, 0))
     return search_lattices(predictor.cfg, predictor.params, request, decode, merged)[0]
 
 
@@ -164,15 +164,18 @@ def one_text(predictor: Any, decode: config.Decode) -> config.Decode:
     return alone
 
 
-def request_row(predictor: Any, steered: SteeredRows, row: int) -> decoding.Request:
+def request_row(predictor: Any, steered: SteeredRows, source: SearchSource) -> decoding.Request:
     """Returns the request of one input.
 
     Args:
       predictor: the model.
-      steered: the input.
-      row: its number.
+      steered: the input with its tables.
+      source: the input.
     """
-    return steered.request([0], predictor.padded_rows(1), [row])
+    decode = steered.decode
+    request = steered.request([0], predictor.padded_rows(1), [source.row])
+    prompts = predictor.companion_inputs(decode, [source.text], [source.ids])
+    return predictor.companions.attach(request, decode, predictor.params, prompts)
 
 
 def steer_row(predictor: Any, ids: Sequence[int], decode: config.Decode) -> SteeredRows:

@@ -50,9 +50,11 @@ def stream_text(
     Raises:
       ValueError: beams are above 1, every is below 1, or the model cannot read the text.
     """
-    vocabularies = predictor.inputs, predictor.targets
-    steered = SteeredRows(predictor.cfg, vocabularies, predictor.encode_inputs([text]), decode)
+    vocabularies, ids = (predictor.inputs, predictor.targets), predictor.encode_inputs([text])
+    steered = SteeredRows(predictor.cfg, vocabularies, ids, decode)
     decode, request = steered.decode, steered.request([0], predictor.padded_rows(1))
+    others = predictor.companion_inputs(decode, [text], ids)
+    request = predictor.companions.attach(request, decode, predictor.params, others)
     results = predictor.drafters.stream(predictor.params, request, decode, every)
     names = drafter_names(predictor.drafters.get(decode))
     return text_pieces(results, names, functools.partial(steered.write_text, 0))

@@ -17,6 +17,7 @@ from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weights import HEADS
 from t5x_lite.config.training_run import TrainingRun
+from t5x_lite.decoding.companions.rows import check_companion
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.evaluation.evaluate import (
@@ -263,6 +264,7 @@ def check_evaluation(run: TrainingRun) -> data.Dataset | None:
             check_metrics(run, dataset)
         if has_predictions(run, dataset):
             registry.check_names(run.model, run.decode)
+            check_companion(run.model, run.decode)
         names = measured_names(run, dataset) if run.checkpoint.metric else None
         if names is not None:
             check_metric(run.checkpoint, names)

@@ -206,6 +206,26 @@ def test_what_is_cut_off_is_what_transformers_cuts_off(name, value, theirs):
     np.testing.assert_array_equal(kept, expected)
 
 
+@pytest.mark.usefixtures("no_mesh")
+@pytest.mark.parametrize("spread, exponent", [(0.4, 1.0), (0.4, 2.5), (1.5, 0.5)])
+def test_the_temperature_of_a_token_rises_with_its_entropy(spread, exponent):
+    """llama.cpp's formula, in float64."""
+    draw = np.random.default_rng(4)
+    logits = (draw.uniform(0, 8, size=(100, 1)) * draw.normal(size=(100, VOCAB))).astype(np.float32)
+    decode = config.Decode(
+        temperature=0.9, dynatemp_range=spread, dynatemp_exponent=exponent, seed=1
+    )
+    request = decoding.make_request(KINDS["decoder_only"], [[3]] * 100, config.Decode())
+    params = sampling.make_sampling_params(request, decode)
+    ours = np.asarray(sampling.warp_logits(jnp.array(logits)[:, None], params))[:, 0]
+    wide = logits.astype(np.float64)
+    chance = np.exp(wide) / np.exp(wide).sum(axis=1, keepdims=True)
+    share = -(chance * np.log(chance)).sum(axis=1, keepdims=True) / np.log(VOCAB)
+    least, most = max(0.9 - spread, 0), 0.9 + spread
+    expected = wide / np.maximum(least + (most - least) * share**exponent, 1e-6)
+    np.testing.assert_allclose(ours, expected, rtol=2e-5)
+
+
 STEERED = dict(
     repetition_penalty=1.4,
     frequency_penalty=0.2,

@@ -17,10 +17,13 @@ class AcceptanceStats:
       blocks: blocks[n] is the number of forward passes that added n tokens to a text.
       drafted: number of tokens by the name of their drafter; "model" for those that were not
         drafted.
+      model_tokens: number of tokens that the model itself decided; None without a companion that
+        switches.
     """
 
     blocks: Counter[int] = field(default_factory=Counter)
     drafted: Counter[str] = field(default_factory=Counter)
+    model_tokens: int | None = None
 
     def add(self, result: Result, names: tuple[str, ...], rows: int) -> None:
         """Adds texts to the counts.
@@ -32,6 +35,8 @@ class AcceptanceStats:
         """
         if result.token_step is None:
             return
+        if result.model_tokens is not None:
+            self.model_tokens = (self.model_tokens or 0) + int(result.model_tokens[:rows].sum())
         for text in np.ndindex(rows, result.lengths.shape[1]):
             length = int(result.lengths[text])
             self.blocks.update(step_sizes(result.token_step[text][:length]).tolist())
@@ -71,7 +76,7 @@ class AcceptanceStats:
             "tokens_per_call": round(self.tokens_per_step, 4),
             "held_by_position": [round(share, 4) for share in self.acceptance_by_position()],
             "guessed_by": {name: count for name, count in self.drafted.items() if count},
-        }
+        } | ({} if self.model_tokens is None else {"model_tokens": self.model_tokens})
 
     def __str__(self) -> str:
         """Returns two lines for a person."""
@@ -82,6 +87,9 @@ class AcceptanceStats:
         if shares := self.acceptance_by_position()[:8]:
             percentages = " ".join(f"{share:.0%}" for share in shares)
             lines.append(f"forward passes that accepted draft 1, 2, ...: {percentages}")
+        if self.model_tokens is not None:
+            share = self.model_tokens / max(self.tokens, 1)
+            lines.append(f"tokens that the model decided, not its companion: {share:.0%}")
         return "\n".join(lines)
 
 

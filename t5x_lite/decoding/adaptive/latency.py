@@ -214,6 +214,7 @@ def price_key(
         jax.tree.map(np.shape, drafting.weights),
         (rows, slot_bucket(inputs), slot_bucket(slots)),
         decode.temperature > 0,
+        *([decode.companion, decode.combine] if decode.companion else []),
         (
             device.platform,
             device.device_kind,

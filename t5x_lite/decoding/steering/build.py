@@ -29,12 +29,15 @@ class ChoiceRules(NamedTuple):
       processors: what changes the logits before.
       strings: texts that end a row; None for none.
       diversity: penalty of a token that an earlier group of beams takes; None without groups.
+      companion: `companions.companion.Companion` whose logits are combined with the model's; None
+        for none.
     """
 
     sampling: SamplingParams | None = None
     processors: Processors = Processors()
     strings: StopStrings | None = None
     diversity: Any = None
+    companion: Any = None
 
 
 def make_processors(decode: config.Decode, request: Request) -> Processors:
