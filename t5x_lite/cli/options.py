@@ -109,7 +109,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=source_argument,
         required=True,
         metavar="PATH",
-        help="a run, a Hugging Face folder, a .gguf file, g2p (in the package), or of the hub: "
+        help="a run or Hugging Face folder, a .gguf file, g2p, or of the hub: "
         "owner/name[@revision], owner/name:file.gguf",
     )
     one = group.add_mutually_exclusive_group()
