@@ -2,7 +2,7 @@
 """Text settings of a checkpoint, read without its weights: vocabularies, ends and chat template."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from t5x_lite.checkpoints import sources
 from t5x_lite.checkpoints.formats import gguf
@@ -20,7 +20,7 @@ from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.extended import ExtendedVocabulary, missing_sentinels
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.tokenizers.tokenizer_files import TARGETS
-from t5x_lite.tokenizers.vocabularies import TokenizerJsonVocabulary
+from t5x_lite.tokenizers.vocabularies import SentencePieceVocabulary, TokenizerJsonVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 # Among the vocabularies of a run folder.
@@ -114,14 +114,23 @@ def parse_gguf(source: gguf.GgufTensors) -> TextSettings:
     if not stops:
         raise ValueError(f"{source.path} does not say which token ends a text (eos_token_id)")
     pad = fields.token("padding")
-    vocabulary = TokenizerJsonVocabulary(
-        gguf_tokenizer.tokenizer_json(metadata, source.path),
-        ends=False,
-        eos=stops[0],
-        pad=stops[0] if pad is None else pad,
-        stops=stops,
-    )
-    ends = SequenceEnds(fields.token("bos"), gguf_tokenizer.begins_with_bos(metadata), stops, pad)
+    special: dict[str, Any] = {
+        "eos": stops[0],
+        "pad": stops[0] if pad is None else pad,
+        "stops": stops,
+    }
+    vocabulary: Any
+    if fields("model") == "t5":
+        content, extra = gguf_tokenizer.unigram_model(fields)
+        ended = bool(fields("add_eos_token", True))
+        vocabulary = SentencePieceVocabulary(content, extra, ended, **special)
+        start = metadata.get(f"{source.architecture}.decoder_start_token_id", 0)
+        ends = SequenceEnds(start, True, stops, pad)
+    else:
+        content = gguf_tokenizer.tokenizer_json(metadata, source.path)
+        vocabulary = TokenizerJsonVocabulary(content, ends=False, **special)
+        before = gguf_tokenizer.begins_with_bos(metadata)
+        ends = SequenceEnds(fields.token("bos"), before, stops, pad)
     return TextSettings(huggingface_tokenizer.vocabulary_pair(vocabulary), template, ends)
 
 

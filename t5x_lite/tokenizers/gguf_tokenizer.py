@@ -8,12 +8,16 @@ tokens as they stand.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from t5x_lite.tokenizers.errors import GgufError
 
-NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5
+# Tokens that llama.cpp's converter adds where a model has more ids than its tokenizer.
+PADDING = re.compile(r"\[PAD\d+\]")
+T5_SENTINELS = 100
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -58,7 +62,9 @@ def tokenizer_json(metadata: dict[str, Any], path: Any = "the file") -> bytes:
     fields = GgufTokenizerFields(metadata, path)
     kind = fields("model")
     if kind not in ("gpt2", "llama"):
-        raise GgufError(f"{path}: tokenizer.ggml.model is {kind!r}; those known are gpt2, llama")
+        raise GgufError(
+            f"{path}: tokenizer.ggml.model is {kind!r}; those known are gpt2, llama, t5"
+        )
     steps = byte_level_steps(fields) if kind == "gpt2" else sentencepiece_steps(fields)
     content: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
     tokens = fields.tokens if kind == "gpt2" else spelled_tokens(fields)
@@ -238,6 +244,47 @@ def list_added_tokens(
         for number, (token, kind) in enumerate(zip(tokens, fields.types, strict=True))
         if kind in (CONTROL, USER) and vocab.get(token) == number and token
     ]
+
+
+def unigram_model(fields: GgufTokenizerFields) -> tuple[bytes, int]:
+    """The SentencePiece .model that a T5's tokenizer was, and the number of sentinels on top of it.
+
+    Ids that only the model has are left out; where they are enough, they are T5's sentinels, which
+    its tokenizer adds.
+
+    Raises:
+      GgufError: scores are missing.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    count = len(fields.tokens)
+    while (
+        count and fields.types[count - 1] == UNUSED and PADDING.fullmatch(fields.tokens[count - 1])
+    ):
+        count -= 1
+    padding = len(fields.tokens) - count
+    scores = fields("scores")
+    if len(scores) != len(fields.tokens):
+        raise GgufError(
+            f"{fields.path} is broken: {len(fields.tokens)} tokens, {len(scores)} scores"
+        )
+    schema: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    proto = schema.ModelProto()
+    proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
+    proto.trainer_spec.vocab_size = count
+    for role, name in (("unk", "unknown"), ("eos", "eos"), ("pad", "padding"), ("bos", "bos")):
+        token = fields.token(name)
+        if token is not None and token < count:
+            setattr(proto.trainer_spec, f"{role}_piece", fields.tokens[token])
+    for piece, score, kind in zip(fields.tokens[:count], scores, fields.types, strict=False):
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    spec = proto.normalizer_spec
+    spec.add_dummy_prefix = bool(fields("add_space_prefix", True))
+    spec.remove_extra_whitespaces = bool(fields("remove_extra_whitespaces", True))
+    spec.precompiled_charsmap = bytes(each & 255 for each in fields("precompiled_charsmap", []))
+    named = any("<extra_id_0>" in token for token in fields.tokens[:count])
+    sentinels = T5_SENTINELS if padding >= T5_SENTINELS and not named else 0
+    return proto.SerializeToString(), sentinels
 
 
 def begins_with_bos(metadata: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ Weights are drawn under Hugging Face's names; what the converter changes is done
 plain numpy.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -21,6 +22,7 @@ HEAD_DIMS = {"qwen3": 128, "gemma2": 256, "gemma3": 256}
 EPSILON = 1e-5
 ADDED = {"gemma", "gemma2", "gemma3"}
 HEAD = {"llama", "qwen2"}
+DECODERS = [name for name in ours.ARCHITECTURES if not name.startswith("t5")]
 
 
 def head_dim(architecture: str) -> int:
@@ -55,6 +57,13 @@ def metadata(architecture: str) -> dict:
     return fields
 
 
+def add_toy_tokens(writer: gguf.GGUFWriter) -> None:
+    """Adds tokens without a tokenizer."""
+    writer.add_token_list([f"<{n}>" for n in range(VOCABULARY)])
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+
+
 def write(
     path: Path,
     architecture: str,
@@ -62,6 +71,8 @@ def write(
     kind=None,
     fields: dict | None = None,
     extra: dict | None = None,
+    *,
+    add_tokens: Callable[[gguf.GGUFWriter], None] = add_toy_tokens,
 ) -> None:
     """Writes a .gguf file.
 
@@ -72,6 +83,7 @@ def write(
       kind: quantization of matrices; None for none.
       fields: metadata; None for that of the toy model.
       extra: metadata by whole names.
+      add_tokens: adds the tokenizer.
     """
     writer = gguf.GGUFWriter(path, architecture)
     fields = metadata(architecture) if fields is None else fields
@@ -79,11 +91,9 @@ def write(
     kinds = {float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
     for name, value in named.items():
         kinds.get(type(value), writer.add_uint32)(name, value)
-    writer.add_token_list([f"<{n}>" for n in range(VOCABULARY)])
-    writer.add_eos_token_id(1)
-    writer.add_bos_token_id(2)
+    add_tokens(writer)
     for name, array in tensors.items():
-        raw = kind is None or array.ndim == 1
+        raw = kind is None or array.ndim == 1 or array.shape[-1] % 32
         data = array if raw else gguf.quants.quantize(array, kind)
         writer.add_tensor(name, data, raw_dtype=None if raw else kind)
     writer.write_header_to_file()

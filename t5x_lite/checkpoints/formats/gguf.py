@@ -29,9 +29,9 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "gpt2": "gpt2",
+    "t5": "t5",
+    "t5encoder": "t5",
 }
-
-ENCODER_DECODERS = ("t5", "t5encoder")
 
 # Hugging Face's names, without "model." or "transformer.", and GGUF's.
 NAMES = {
@@ -67,7 +67,39 @@ GPT2 = {
     "h.{layer}.mlp.c_fc": "blk.{layer}.ffn_up",
     "h.{layer}.mlp.c_proj": "blk.{layer}.ffn_down",
 }
-TABLES = {"gemma2": SANDWICH, "gemma3": SANDWICH, "gpt2": GPT2}
+# Of one stack, with "encoder" and "enc" for its names; a feed-forward layer is its last.
+T5_ATTENTION = {"layer_norm": "norm", "{kind}.q": "q", "{kind}.k": "k", "{kind}.v": "v"}
+T5_ATTENTION |= {"{kind}.o": "o", "{kind}.relative_attention_bias": "rel_b"}
+T5_MLP = {"layer_norm": "norm", "DenseReluDense.wo": "down"}
+T5_MLP |= {f"DenseReluDense.{name}": "up" for name in ("wi", "wi_1")}
+T5_MLP |= {"DenseReluDense.wi_0": "gate"}
+
+
+def list_t5_names() -> dict[str, str]:
+    """Hugging Face's names of a T5's tensors, and GGUF's."""
+    names = {"shared": "token_embd", "lm_head": "output"}
+    sublayers = {
+        "encoder": (("SelfAttention", "attn", T5_ATTENTION), ("", "ffn", T5_MLP)),
+        "decoder": (
+            ("SelfAttention", "attn", T5_ATTENTION),
+            ("EncDecAttention", "cross_attn", T5_ATTENTION),
+            ("", "ffn", T5_MLP),
+        ),
+    }
+    for stack, short in (("encoder", "enc"), ("decoder", "dec")):
+        names[f"{stack}.final_layer_norm"] = f"{short}.output_norm"
+        for number, (kind, sublayer, table) in enumerate(sublayers[stack]):
+            names |= {
+                f"{stack}.block.{{layer}}.layer.{number}.{theirs.replace('{kind}', kind)}": (
+                    f"{short}.blk.{{layer}}.{sublayer}_{ours}"
+                )
+                for theirs, ours in table.items()
+            }
+    return names
+
+
+T5 = list_t5_names()
+TABLES = {"gemma2": SANDWICH, "gemma3": SANDWICH, "gpt2": GPT2, "t5": T5, "t5encoder": T5}
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "F64": np.dtype(np.float64)}
 
 
@@ -165,8 +197,9 @@ class GgufTensors:
         return ", ".join([*words, *(["minus one"] if self.adds_one(theirs) else [])])
 
     def ignored(self) -> tuple[str, ...]:
-        """Tensors that are not weights: they were read into the config."""
-        return ("rope_freqs.weight",)
+        """Tensors that are not weights, as they were read into the config; a T5's bias of
+        cross-attention, which nothing computes with."""
+        return ("rope_freqs.weight", "dec.blk.*.cross_attn_rel_b.weight")
 
 
 def check_whole_model(path: Path, metadata: dict[str, Any]) -> None:
@@ -185,11 +218,6 @@ def check_whole_model(path: Path, metadata: dict[str, Any]) -> None:
             f"{path} has general.type {kind!r}: it is no model by itself. Take the file of the "
             "model; a LoRA adapter is merged into it with llama.cpp's llama-export-lora"
         )
-    if architecture in ENCODER_DECODERS:
-        raise GgufError(
-            f"{path} is a T5 (general.architecture {architecture!r}), which is read only from its "
-            "Hugging Face folder (config.json and safetensors)"
-        )
     if architecture not in ARCHITECTURES:
         raise GgufError(
             f"{path}: general.architecture is {architecture!r}; those that can be read are "
@@ -206,9 +234,12 @@ def tensor_name(name: str, architecture: str) -> str:
     """Name in a .gguf file of a tensor of a Hugging Face checkpoint."""
     stem, _, kind = re.sub(r"^(model|transformer)\.", "", name).rpartition(".")
     names = gguf_names(architecture)
-    if stem not in names:
+    # A T5 has its relative bias in the first block alone.
+    general = stem.replace(".block.0.", ".block.{layer}.")
+    if general not in names:
         raise GgufError(f"{name} has no name in a GGUF file of architecture {architecture}")
-    return f"{names[stem]}.{kind}"
+    theirs = names[general] if general == stem else names[general].replace("{layer}", "0")
+    return f"{theirs}.{kind}"
 
 
 def rename_entry(entry: Entry, architecture: str) -> Entry:

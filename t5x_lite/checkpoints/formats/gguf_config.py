@@ -34,6 +34,11 @@ READ = (
 )
 READ_OF_GEMMA = ("attention.sliding_window", "attention.sliding_window_pattern")
 READ_OF_GEMMA += ("attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa")
+READ_OF_T5 = ("decoder_block_count", "decoder_start_token_id", "attention.relative_buckets_count")
+READ_OF = {"gemma2": READ_OF_GEMMA, "gemma3": READ_OF_GEMMA, "t5": READ_OF_T5}
+READ_OF["t5encoder"] = READ_OF_T5
+# Stacks of a T5: beginning of their tensors' names, and the field with their number of layers.
+STACKS = {"enc.blk.": "block_count", "dec.blk.": "decoder_block_count"}
 UNUSED = ("context_length", "vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
 UNUSED += ("expert_used_count", "pooling_type")
 VALUES = {
@@ -61,13 +66,14 @@ def read_gguf_config(source: GgufTensors) -> config.Model:
 
 def hugging_face_names(source: GgufTensors) -> set[str]:
     """The names that the tensors have in a Hugging Face checkpoint of the family."""
-    prefix = "transformer." if source.architecture == "gpt2" else "model."
+    prefixes = {"gpt2": "transformer.", "t5": "", "t5encoder": ""}
+    prefix = prefixes.get(source.architecture, "model.")
     theirs = {gguf: name for name, gguf in gguf_names(source.architecture).items()}
     names = set()
     for name in source.names:
         stem, _, kind = name.rpartition(".")
-        layer = re.match(r"blk\.(\d+)\.", stem)
-        stem = re.sub(r"^blk\.\d+\.", "blk.{layer}.", stem)
+        layer = re.search(r"\bblk\.(\d+)\.", stem)
+        stem = re.sub(r"\bblk\.\d+\.", "blk.{layer}.", stem)
         if stem in theirs:
             plain = theirs[stem].replace("{layer}", layer[1] if layer else "")
             names.add(f"{'' if plain == 'lm_head' else prefix}{plain}.{kind}")
@@ -83,7 +89,9 @@ def hugging_face_config(source: GgufTensors) -> dict[str, Any]:
     architecture, metadata = source.architecture, source.metadata
     check_metadata(source)
     field = GgufFields(source)
-    check_layers(source, field("block_count"))
+    pair = STACKS if architecture in ("t5", "t5encoder") else {"blk.": "block_count"}
+    for prefix, name in pair.items():
+        check_layers(source, prefix, count_layers(field, name))
     embedding = source.names.get("token_embd.weight", ((0, 0), None))[0]
     if embedding[1:] != (field.count("embedding_length"),):
         raise GgufError(
@@ -96,6 +104,8 @@ def hugging_face_config(source: GgufTensors) -> dict[str, Any]:
         for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"))
     }
     shared["tie_word_embeddings"] = "output.weight" not in source.names
+    if architecture in ("t5", "t5encoder"):
+        return shared | t5_fields(source, field)
     if architecture == "gpt2":
         return shared | {
             "n_embd": field.count("embedding_length"),
@@ -116,7 +126,7 @@ def hugging_face_config(source: GgufTensors) -> dict[str, Any]:
 def check_metadata(source: GgufTensors) -> None:
     """Raises GgufError, naming the field, for metadata that may mean another computation."""
     prefix = f"{source.architecture}."
-    read = READ + (READ_OF_GEMMA if source.architecture in ("gemma2", "gemma3") else ())
+    read = READ + READ_OF.get(source.architecture, ())
     for key, value in source.metadata.items():
         name = key.removeprefix(prefix)
         if name == key or name in read or name in UNUSED or value in VALUES.get(name, ()):
@@ -130,12 +140,24 @@ def check_metadata(source: GgufTensors) -> None:
         )
 
 
-def check_layers(source: GgufTensors, count: Any) -> None:
-    """Raises GgufError unless the file has tensors of `count` layers."""
-    layers = {name.split(".")[1] for name in source.names if name.startswith("blk.")}
+def check_layers(source: GgufTensors, prefix: str, count: Any) -> None:
+    """Checks that a file has tensors of as many layers as it says.
+
+    Args:
+      source: the file.
+      prefix: beginning of the names of a stack's layers.
+      count: its number of layers.
+
+    Raises:
+      GgufError: it does not.
+    """
+    layers = {
+        name.removeprefix(prefix).split(".")[0] for name in source.names if name.startswith(prefix)
+    }
     if count != len(layers):
+        field = STACKS.get(prefix, "block_count")
         raise GgufError(
-            f"{source.path}: {source.architecture}.block_count is {count}, but there are tensors "
+            f"{source.path}: {source.architecture}.{field} is {count}, but there are tensors "
             f"of {len(layers)} layers"
         )
 
@@ -182,6 +204,37 @@ class GgufFields:
 def shortest_decimal(value: Any) -> Any:
     """A float32 read as the decimal number that was written: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def count_layers(field: GgufFields, name: str) -> Any:
+    """Layers of a stack; a T5's decoder has by default as many as its encoder, and an encoder
+    alone has none."""
+    if name == "block_count":
+        return field(name)
+    if field.source.architecture == "t5encoder":
+        return 0
+    return field(name, field("block_count"))
+
+
+def t5_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
+    """Fields of config.json of a T5. llama.cpp takes 128 for the largest distance of every T5, the
+    tanh form of GELU where the feed-forward layer is gated, and ReLU where it is not."""
+    per_layer = "enc.blk.1.attn_rel_b.weight" in source.names
+    gated = "enc.blk.0.ffn_gate.weight" in source.names
+    return {
+        "model_type": "umt5" if per_layer else "t5",
+        "d_model": field.count("embedding_length"),
+        "d_kv": field.count("attention.key_length"),
+        "d_ff": field.count("feed_forward_length"),
+        "num_heads": field.count("attention.head_count"),
+        "num_layers": field.count("block_count"),
+        "num_decoder_layers": count_layers(field, "decoder_block_count"),
+        "relative_attention_num_buckets": field.count("attention.relative_buckets_count"),
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "layer_norm_epsilon": field("attention.layer_norm_rms_epsilon"),
+        "decoder_start_token_id": field("decoder_start_token_id", 0),
+    }
 
 
 def decoder_fields(source: GgufTensors, field: GgufFields) -> dict[str, Any]:
