@@ -251,6 +251,7 @@ def cross_entropy(
     targets: Int[Array, "b t"],
     config: CrossEntropyConfig,
     backend: Backend | None = None,
+    bias: Float[Array, " v"] | None = None,
 ) -> TokenLosses:
     """Returns the losses of each token from hidden states, without an array of all logits.
 
@@ -262,28 +263,29 @@ def cross_entropy(
       table: [v d] where config.tied, an embedding; else [d v], a head.
       targets: [b t], ids.
       config: of logits and loss.
-      backend: what computes it; None, and a GPU, is plain XLA.
+      backend: what computes it; None, a GPU, and logits with a bias are plain XLA.
+      bias: [v], added to the logits; None without one.
     """
     spec = mesh_axes(table)
     axes, width_axes = spec[0 if config.tied else 1] or (), spec[1 if config.tied else 0]
     config = replace(config, axes=(axes,) if isinstance(axes, str) else tuple(axes))
 
-    def local_losses(hidden, table, targets):
+    def local_losses(hidden, table, targets, bias):
         if width_axes:
             # Along the first axis, where TPUs have a reduce-scatter for the way back.
             table = table.T if config.tied else table
             table = jax.lax.all_gather(table, width_axes, tiled=True)
             table = table.T if config.tied else table
         rows, row_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        if backend is None or backend.platform == "gpu":
-            losses = chunked_cross_entropy(rows, table, row_targets, config)
+        if backend is None or backend.platform == "gpu" or bias is not None:
+            losses = chunked_cross_entropy(rows, table, row_targets, config, bias)
         else:
             losses = fused_cross_entropy(rows, table, row_targets, config, backend)
         return TokenLosses(*(field.reshape(targets.shape) for field in losses))
 
     result: Any = jax.sharding.PartitionSpec(*mesh_axes(targets))
     return run_sharded(
-        local_losses, hidden, table, targets, result=TokenLosses(result, result, result)
+        local_losses, hidden, table, targets, bias, result=TokenLosses(result, result, result)
     )
 
 

@@ -105,6 +105,15 @@ GEMMA = dict(
     scale_embedding=True,
     embedding_std=0.25,
 )
+BIASED = dict(
+    norm="layer",
+    gated=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    tied=True,
+    embedding_std=0.25,
+)
 FAMILIES = {
     "t5gemma": dict(
         GEMMA,
@@ -124,16 +133,26 @@ FAMILIES = {
         eoi=7,
     ),
     "umt5": dict(bias_per_layer=True),
-    "gpt2": dict(
-        norm="layer",
+    "gpt2": dict(BIASED, positions="learned", max_length=16),
+    "bart": dict(
+        BIASED,
+        norm_order="post",
+        embedding_norm=True,
         positions="learned",
-        max_length=16,
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        tied=True,
-        embedding_std=0.25,
+        max_length=48,
+        position_offset=2,
+        activation="gelu_exact",
+        logits_bias=True,
+        decoder_start_token_id=2,
+    ),
+    "m2m100": dict(
+        BIASED,
+        positions="sinusoidal",
+        sinusoids="tensor2tensor",
+        position_offset=2,
+        activation="relu",
+        scale_embedding=True,
+        decoder_start_token_id=2,
     ),
     "mistral": dict(positions="rotary", pattern=("sliding",), window=3, kv_heads=2),
 }

@@ -46,12 +46,13 @@ def split_rows(x: Float[Array, "r ..."], count: int, rows: int) -> Float[Array, 
     return padded.reshape(count, rows, *x.shape[1:])
 
 
-def compute_logits(hidden, table, config: CrossEntropyConfig) -> Float[Array, "p v"]:
+def compute_logits(hidden, table, bias, config: CrossEntropyConfig) -> Float[Array, "p v"]:
     """Returns the float32 logits of a chunk of rows.
 
     Args:
       hidden: [p d].
       table: [v d] where tied, else [d v].
+      bias: [v], or None.
       config: of the logits.
     """
     products = jnp.einsum(
@@ -61,13 +62,14 @@ def compute_logits(hidden, table, config: CrossEntropyConfig) -> Float[Array, "p
         preferred_element_type=jnp.float32,
         precision=dot_precision(table.dtype),
     )
-    return config.scale_and_cap(products)
+    return config.scale_and_cap(products, bias)
 
 
 def chunked_stats(
     hidden: Float[Array, "r d"],
     table: Float[Array, "..."],
     targets: Int[Array, " r"],
+    bias: Float[Array, " v"] | None,
     config: CrossEntropyConfig,
 ) -> SoftmaxStats:
     """Returns the statistics of each row over this device's part of the vocabulary.
@@ -76,13 +78,14 @@ def chunked_stats(
       hidden: [r d], hidden states.
       table: [v d] where tied, else [d v].
       targets: [r], counted within this part.
+      bias: [v], or None.
       config: of the logits.
     """
     ids = jnp.arange(config.local_size(table))
 
     def chunk_stats(chunk) -> SoftmaxStats:
         hidden, targets = chunk
-        logits = compute_logits(hidden, table, config)
+        logits = compute_logits(hidden, table, bias, config)
         m = jnp.max(logits, axis=-1)
         l = jnp.sum(jnp.exp(logits - m[:, None]), axis=-1)
         target_logit = jnp.sum(jnp.where(ids == targets[:, None], logits, 0), axis=-1)
@@ -98,15 +101,17 @@ def chunked_stats(
 def chunked_gradients(
     hidden: Float[Array, "r d"],
     table: Float[Array, "..."],
+    bias: Float[Array, " v"] | None,
     rows: RowGradients,
     smoothed: SmoothedTarget,
     config: CrossEntropyConfig,
-) -> tuple[Float[Array, "r d"], Float[Array, "..."]]:
-    """Returns the gradients of hidden (this device's part of it) and of the table.
+) -> tuple[Float[Array, "r d"], Float[Array, "..."], Float[Array, " v"] | None]:
+    """Returns the gradients of hidden (this device's part of it), of the table and of the bias.
 
     Args:
       hidden: [r d], hidden states.
       table: [v d] where tied, else [d v].
+      bias: [v], or None.
       rows: [r] each.
       smoothed: the smoothed target.
       config: of the logits.
@@ -117,18 +122,26 @@ def chunked_gradients(
         "precision": dot_precision(table.dtype),
     }
 
-    def chunk_gradients(dtable: Float[Array, "..."], chunk):
-        hidden, rows = chunk
-        logits = compute_logits(hidden, table, config)
-        gradient = rows.product_gradient(logits, ids, smoothed, config).astype(hidden.dtype)
+    def chunk_gradients(sums, chunk):
+        (dtable, dbias), (hidden, rows) = sums, chunk
+        logits = compute_logits(hidden, table, bias, config)
+        gradient = rows.product_gradient(logits, ids, smoothed, config)
+        if dbias is not None:
+            dbias += jnp.sum(gradient, axis=0) / config.scale
+        gradient = gradient.astype(hidden.dtype)
         to_hidden = "pv,vd->pd" if config.tied else "pv,dv->pd"
         dhidden = jnp.einsum(to_hidden, gradient, table, **exact).astype(hidden.dtype)
         to_table = "pv,pd->vd" if config.tied else "pv,pd->dv"
-        return dtable + jnp.einsum(to_table, gradient, hidden, **exact), dhidden
+        return (dtable + jnp.einsum(to_table, gradient, hidden, **exact), dbias), dhidden
 
     count, size = chunk_sizes(len(hidden), len(ids))
     columns = RowGradients(*(split_rows(row[:, None], count, size) for row in rows))
-    zeros, _ = match_varying_axes(jnp.zeros(table.shape, jnp.float32), hidden)
+    parts = [jnp.zeros(part.shape, jnp.float32) for part in (table, bias) if part is not None]
+    zeros = match_varying_axes(*parts, hidden)[:-1]
+    sums = zeros[0], None if bias is None else zeros[1]
     chunks = split_rows(hidden, count, size), columns
-    dtable, dhidden = jax.lax.scan(chunk_gradients, zeros, chunks)
-    return dhidden.reshape(-1, hidden.shape[1])[: len(hidden)], dtable.astype(table.dtype)
+    (dtable, dbias), dhidden = jax.lax.scan(chunk_gradients, sums, chunks)
+    if bias is not None and dbias is not None:
+        dbias = dbias.astype(bias.dtype)
+    dhidden = dhidden.reshape(-1, hidden.shape[1])[: len(hidden)]
+    return dhidden, dtable.astype(table.dtype), dbias

@@ -44,20 +44,24 @@ def chunked_cross_entropy(
     table: Float[Array, "..."],
     targets: Int[Array, " r"],
     config: CrossEntropyConfig,
+    bias: Float[Array, " v"] | None = None,
 ) -> TokenLosses:
     """Returns the losses [r] of each row in plain XLA, as `losses.cross_entropy` has them of its
     logits.
 
     Logits are float32 throughout, also of bfloat16 operands. Only the objective has a gradient;
-    that of the table is summed in float32.
+    those of the table and the bias are summed in float32.
 
     Args:
       hidden: [r d], hidden states.
       table: [v d] where config.tied, else [d v]; v is this device's part where it is split.
       targets: [r], ids.
       config: of logits and loss.
+      bias: [v], added to the logits; None without one.
     """
-    return row_losses(*match_varying_axes(hidden, table, targets), config, None)
+    if bias is None:
+        return row_losses(*match_varying_axes(hidden, table, targets), None, config, None)
+    return row_losses(*match_varying_axes(hidden, table, targets, bias), config, None)
 
 
 def fused_cross_entropy(
@@ -76,12 +80,12 @@ def fused_cross_entropy(
       config: of logits and loss.
       backend: what runs the kernels.
     """
-    return row_losses(*match_varying_axes(hidden, table, targets), config, backend)
+    return row_losses(*match_varying_axes(hidden, table, targets), None, config, backend)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def row_losses(
-    hidden, table, targets, config: CrossEntropyConfig, backend: Backend | None
+    hidden, table, targets, bias, config: CrossEntropyConfig, backend: Backend | None
 ) -> TokenLosses:
     """Returns the losses of each row.
 
@@ -89,26 +93,30 @@ def row_losses(
       hidden: [r d], hidden states.
       table: [v d] or [d v].
       targets: [r], ids.
+      bias: [v], or None, which it is for kernels.
       config: of logits and loss.
       backend: what runs the kernels; None is plain XLA.
     """
-    return row_losses_fwd(hidden, table, targets, config, backend)[0]
+    return row_losses_fwd(hidden, table, targets, bias, config, backend)[0]
 
 
-def row_losses_fwd(hidden, table, targets, config: CrossEntropyConfig, backend: Backend | None):
+def row_losses_fwd(
+    hidden, table, targets, bias, config: CrossEntropyConfig, backend: Backend | None
+):
     """Forward rule of `row_losses`.
 
     Args:
       hidden: [r d], hidden states.
       table: [v d] or [d v].
       targets: [r], ids.
+      bias: [v], or None.
       config: of logits and loss.
       backend: what runs the kernels; None is plain XLA.
     """
     target, other, entropy = smooth_target(config.smoothing, config.global_size(table))
     targets = config.local_ids(targets, table)
     if backend is None:
-        stats = chunked.chunked_stats(hidden, table, targets, config)
+        stats = chunked.chunked_stats(hidden, table, targets, bias, config)
     else:
         stats = tpu.fused_stats(hidden, table, targets, config, backend)
     stats = stats.all_reduce(config.axes)
@@ -121,7 +129,7 @@ def row_losses_fwd(hidden, table, targets, config: CrossEntropyConfig, backend: 
     if config.z_loss > 0:
         objective += config.z_loss * jnp.square(log_z)
     losses = TokenLosses(objective, nll, stats.target_logit > stats.best_other)
-    return losses, (hidden, table, targets, log_z)
+    return losses, (hidden, table, targets, bias, log_z)
 
 
 def row_losses_bwd(config: CrossEntropyConfig, backend: Backend | None, residuals, gradients):
@@ -133,7 +141,7 @@ def row_losses_bwd(config: CrossEntropyConfig, backend: Backend | None, residual
       residuals: what the forward rule kept.
       gradients: of the TokenLosses; only that of the objective counts.
     """
-    hidden, table, targets, log_z = residuals
+    hidden, table, targets, bias, log_z = residuals
     smoothed = smooth_target(config.smoothing, config.global_size(table))
     weight = gradients.objective
     if not varies_over(table, config.axes):
@@ -142,10 +150,13 @@ def row_losses_bwd(config: CrossEntropyConfig, backend: Backend | None, residual
     softmax_coefficient = weight * (1 + 2 * config.z_loss * log_z)
     rows = RowGradients(*match_varying_axes(targets, log_z, softmax_coefficient, weight))
     if backend is None:
-        return *chunked.chunked_gradients(hidden, table, rows, smoothed, config), None
+        dhidden, dtable, dbias = chunked.chunked_gradients(
+            hidden, table, bias, rows, smoothed, config
+        )
+        return dhidden, dtable, None, dbias
     backward = tpu_backward.BackwardConfig(config, smoothed, backend)
     dhidden = tpu_backward.hidden_gradient(hidden, table, rows, backward)
-    return dhidden, tpu_backward.table_gradient(hidden, table, rows, backward), None
+    return dhidden, tpu_backward.table_gradient(hidden, table, rows, backward), None, None
 
 
 row_losses.defvjp(row_losses_fwd, row_losses_bwd)

@@ -21,8 +21,8 @@ from t5x_lite.kernels.tile_math import apply_softcap
 class CrossEntropyConfig:
     """Static configuration of logits and their losses.
 
-    Logits are softcap * tanh(scale * hidden . table / softcap), in float32; without a softcap,
-    scale * hidden . table.
+    Logits are softcap * tanh((scale * hidden . table + bias) / softcap), in float32; without a
+    softcap, scale * hidden . table + bias. Without a bias it is 0.
 
     Attributes:
       tied: the table is [v d], an embedding; otherwise it is a head, [d v].
@@ -59,9 +59,12 @@ class CrossEntropyConfig:
         ids = ids - self.first_id(table)
         return jnp.where((ids >= 0) & (ids < self.local_size(table)), ids, -1)
 
-    def scale_and_cap(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
+    def scale_and_cap(
+        self, products: Float[Array, "... v"], bias: Float[Array, " v"] | None = None
+    ) -> Float[Array, "... v"]:
         """Returns the logits of products hidden . table."""
         logits = products * self.scale if self.scale != 1 else products
+        logits = logits if bias is None else logits + bias.astype(jnp.float32)
         return apply_softcap(logits, self.softcap)
 
     def product_gradient(

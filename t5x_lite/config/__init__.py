@@ -95,12 +95,6 @@ class Run(Checked):
             "Run.adaptation has no weights for Model.draft_heads: train them in a run that begins "
             "with the adapted weights (Checkpoint.initial)",
         )
-        require(
-            self.train is None
-            or self.train.cross_entropy != "chunked"
-            or not self.model.logits_bias,
-            'Train.cross_entropy = "chunked" has no Model.logits_bias: bind "auto" or "full"',
-        )
         if self.lora is not None:
             self.check_lora()
         if self.train is not None and self.train.layer_skip is not None:

@@ -69,8 +69,7 @@ class Transformer(FlaxModule):
             self.eoi_embedding = weight(self, "eoi_embedding", "norm", 0.0)
         if not cfg.tied:
             self.head = param(self, "head", "embed -> vocab")
-        if cfg.logits_bias:
-            self.logits_bias = weight(self, "logits_bias", "vocab", 0.0)
+        self.logits_bias = weight(self, "logits_bias", "vocab", 0.0) if cfg.logits_bias else None
         if cfg.pooling and cfg.pooling.project:
             self.projection = weight(self, "projection", "embed -> projected")
         if cfg.encoder:
@@ -273,7 +272,7 @@ class Transformer(FlaxModule):
         else:
             logits = jnp.einsum("btd,dv->btv", hidden, table)
         logits = logits.astype(jnp.float32)
-        if self.cfg.logits_bias:
+        if self.logits_bias is not None:
             logits = logits + self.logits_bias.astype(jnp.float32)
         cap = self.cfg.logits_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -322,7 +321,7 @@ class Transformer(FlaxModule):
         scale = self.sizes["embed"] ** -0.5 if cfg.scale_logits else 1.0
         rule = kernels.CrossEntropyConfig(cfg.tied, smoothing, z_loss, cfg.logits_softcap, scale)
         table = self.embedding if cfg.tied else self.head
-        return kernels.cross_entropy(hidden, table, targets, rule, self.backend)
+        return kernels.cross_entropy(hidden, table, targets, rule, self.backend, self.logits_bias)
 
     def pooled(
         self, inputs: Int[Array, "b s"], segments: Int[Array, "b s"], where: Int[Array, "b s"]

@@ -273,12 +273,11 @@ def split_along_rows(x: jax.Array) -> jax.Array:
 def use_chunked_loss(run: TrainingRun, batch: Batch) -> bool:
     """True if the loss is to be computed without the logits of all targets at once."""
     choice = run.train.cross_entropy
-    if run.model.logits_bias:
-        return False  # config.Run refuses chunked
     if choice != "auto":
         return choice == "chunked"
     logit_bytes = 4 * batch.targets.size * run.model.vocab / batch_shards()
-    return kernels.select_backend(run.model.attention) is not None or logit_bytes > MAX_LOGIT_BYTES
+    fused = kernels.select_backend(run.model.attention) is not None and not run.model.logits_bias
+    return fused or logit_bytes > MAX_LOGIT_BYTES
 
 
 def count_unpadded_tokens(batch: Batch) -> jax.Array:

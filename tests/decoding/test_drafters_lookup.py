@@ -5,7 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_laws import EXAMPLES, GREEDY, LAWS, SAMPLED, DrafterCase, steps
+from decoding_laws import (
+    EXAMPLES,
+    GREEDY,
+    LAWS,
+    SAMPLED,
+    DrafterCase,
+    greedy_text_is_that_of_plain_decoding,
+    steps,
+)
 from test_decoding_loop import use_one_device
 
 from t5x_lite.decoding import generation, loop, protocol
@@ -22,6 +30,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_laws(name, law):
     law(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bart", "m2m100"])
+def test_families_with_absolute_positions_write_their_plain_text(kind):
+    greedy_text_is_that_of_plain_decoding(CASES["lookup"]._replace(kinds=(kind,)))
 
 
 def count_matched(source, place, written, most):

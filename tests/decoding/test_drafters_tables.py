@@ -5,7 +5,17 @@ import itertools
 
 import numpy as np
 import pytest
-from decoding_laws import EXAMPLES, GREEDY, LAWS, SAMPLED, DrafterCase, decode_rows, plain, steps
+from decoding_laws import (
+    EXAMPLES,
+    GREEDY,
+    LAWS,
+    SAMPLED,
+    DrafterCase,
+    decode_rows,
+    greedy_text_is_that_of_plain_decoding,
+    plain,
+    steps,
+)
 from test_decoding_loop import use_one_device
 
 from t5x_lite.decoding import protocol
@@ -29,6 +39,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_laws(name, law):
     law(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bart", "m2m100"])
+def test_trees_of_families_with_absolute_positions_write_their_plain_text(kind):
+    greedy_text_is_that_of_plain_decoding(CASES["trigram"]._replace(kinds=(kind,)))
 
 
 def fill_tree(tree, root, last, successors):

@@ -127,6 +127,65 @@ def test_losses_and_gradients_are_those_of_the_logits_written_out(form, config):
     agree(form, drawn(config), config)
 
 
+def with_bias(config, arrays, seed=3):
+    """The bias, and arrays whose products have it as one more column of the table."""
+    hidden, table, targets, gradient = arrays
+    bias = 2 * np.random.default_rng(seed).normal(size=table.shape[0 if config.tied else 1])
+    bias = jnp.asarray(bias, jnp.float32)
+    ones = jnp.full((len(hidden), 1), 1 / config.scale)
+    column = bias[:, None] if config.tied else bias[None]
+    table = jnp.concatenate([table, column], axis=1 if config.tied else 0)
+    return bias, (jnp.concatenate([hidden, ones], axis=1), table, targets, gradient)
+
+
+def agree_with_bias(form, config, reference_config, **sizes):
+    """Losses and the three gradients of logits with a bias are those in float64."""
+    hidden, table, targets, gradient = arrays = drawn(config, **sizes)
+    bias, widened = with_bias(config, arrays)
+
+    @jax.jit
+    def losses_and_pulled(hidden, table, bias):
+        losses, pull = jax.vjp(lambda *x: form(*x[:2], targets, config, x[2]), hidden, table, bias)
+        zeros = jax.tree.map(jnp.zeros_like, losses._replace(correct=gradient))
+        zeros = zeros._replace(correct=np.zeros(gradient.shape, jax.dtypes.float0))
+        return losses, pull(zeros._replace(objective=gradient))
+
+    losses, (dhidden, dtable, dbias) = losses_and_pulled(hidden, table, bias)
+    exact, (exact_hidden, exact_table) = reference(*widened, reference_config)
+    near(losses.objective, exact[0], 2e-6)
+    near(losses.nll, exact[1], 2e-6)
+    np.testing.assert_array_equal(losses.correct, exact[2])
+    exact_table = exact_table if config.tied else exact_table.T
+    near(dhidden, exact_hidden[:, :-1], 1e-5)
+    near(dtable if config.tied else dtable.T, exact_table[:, :-1], 1e-5)
+    # The column's gradient is that of bias / scale, as hidden states hold 1 / scale there.
+    near(dbias, exact_table[:, -1], 1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_a_bias_is_added_before_the_softcap(small, config):
+    agree_with_bias(chunked_cross_entropy, config, config)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_bias_is_split_with_the_vocabulary(small, checked):
+    mesh = chips.mesh((2, 4), ("data", "tensor"))
+    whole = CrossEntropyConfig(True, smoothing=0.1, z_loss=1e-2, softcap=3.0, scale=0.25)
+    split = dataclasses.replace(whole, axes=("tensor",))
+    rows, table = P("data"), P("tensor")
+
+    def placed(hidden, weights, targets, config, bias):
+        return jax.shard_map(
+            lambda *x: chunked_cross_entropy(*x[:3], config, x[3]),
+            mesh=mesh,
+            in_specs=(rows, table, rows, table),
+            out_specs=rows,
+            check_vma=checked,
+        )(hidden, weights, targets, bias)
+
+    agree_with_bias(placed, split, whole, rows=300, vocab=1200)
+
+
 def test_bfloat16_operands_lose_nothing_but_their_own_rounding(form):
     config = CONFIGS[2]
     agree(form, drawn(config, dtype=jnp.bfloat16), config, gradient_tolerance=1e-2)

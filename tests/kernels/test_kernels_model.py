@@ -88,7 +88,7 @@ def test_and_so_they_are_on_a_mesh_of_eight(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("t5", marks=slow), "t5gemma2"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=slow), "t5gemma2", "bart"])
 def test_decoding_in_blocks_over_a_cache_gives_the_logits_of_plain_xla(name):
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
     cfg = CASES[name]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from conftest import toy_model
+from conftest import FAMILIES, toy_model
 from test_decoding_loop import KINDS as DEEP
 from test_decoding_loop import NEVER, lively, use_one_device
 
@@ -32,6 +32,8 @@ KINDS = {
     "encoder_decoder": toy_model("encoder_decoder", positions="relative", layers=1),
     "decoder_only": toy_model("decoder_only", positions="rotary", kv_heads=2, layers=1),
     "prefix": toy_model("decoder_only", prefix_lm=True, positions="relative", layers=1),
+    "bart": toy_model("encoder_decoder", **FAMILIES["bart"] | {"layers": 1}),
+    "m2m100": toy_model("encoder_decoder", **FAMILIES["m2m100"] | {"layers": 1}),
     "deep encoder_decoder": DEEP["encoder_decoder"],
     "deep decoder_only": DEEP["decoder_only"],
 }

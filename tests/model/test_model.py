@@ -23,6 +23,8 @@ KINDS = [
     ("encoder_decoder", False, FAMILIES["t5gemma2"]),
     ("encoder_decoder", False, FAMILIES["umt5"]),
     ("decoder_only", False, FAMILIES["gpt2"]),
+    ("encoder_decoder", False, FAMILIES["bart"]),
+    ("encoder_decoder", False, FAMILIES["m2m100"]),
     ("decoder_only", True, FAMILIES["mistral"]),
 ]
 
@@ -237,6 +239,7 @@ SHAPES = [config.Mesh(8, 1, 1), config.Mesh(2, 2, 2)]
         ("encoder_decoder", FAMILIES["t5gemma"], SHAPES),
         ("encoder_decoder", FAMILIES["t5gemma2"], SHAPES),
         ("decoder_only", FAMILIES["gpt2"], SHAPES),
+        ("encoder_decoder", FAMILIES["bart"], SHAPES),
     ],
 )
 def test_the_mesh_changes_neither_weights_nor_loss_nor_gradients(layout, changes, meshes):

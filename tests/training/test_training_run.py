@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import toy_model
@@ -209,6 +210,43 @@ def test_a_run_that_goes_on_gives_the_losses_of_one_that_never_stopped(tmp_path,
     for steps in (3, 5, 7):
         loop.train(with_train(parts, steps=steps))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+BART = """
+from __gin__ import dynamic_registration
+from t5x_lite import config
+
+include "models/bart.gin"
+
+config.Stack.layers = 1
+config.Stack.embed = 16
+config.Stack.heads = 2
+config.Stack.head_dim = 8
+config.Stack.mlp = 32
+config.Stack.max_length = 16
+config.Model.vocab = 512
+config.Model.dtype = "float32"
+config.Run.model = @config.Model()
+"""
+
+
+@pytest.mark.slow
+def test_a_bart_learns_and_goes_on_bitwise(tmp_path):
+    (tmp_path / "bart.gin").write_text(BART)
+    cfg = gin_file.load_run(str(tmp_path / "bart.gin"), ["config.Run.model_dir = 'unused'"]).model
+    assert cfg.logits_bias and cfg.decoder.norm_order == "post" and cfg.dropout == 0.1
+    nothing = config.Evaluate(examples=0, batches=0)
+    run = make_run(tmp_path, tmp_path / "whole", steps=12, evaluate=nothing)
+    run = with_train(dataclasses.replace(run, model=cfg), cross_entropy="chunked")
+    loop.train(run)
+    parts = dataclasses.replace(run, model_dir=str(tmp_path / "parts"))
+    for steps in (5, 12):
+        loop.train(with_train(parts, steps=steps))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    ends = [manager.load_params(each.model_dir)[0] for each in (run, parts)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    values = list(losses(tmp_path / "whole").values())
+    assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.1
 
 
 def test_only_a_checkpoint_that_was_evaluated_can_be_the_best(tmp_path):
