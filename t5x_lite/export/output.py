@@ -17,7 +17,7 @@ from t5x_lite.export import programs
 from t5x_lite.export.programs import ExportShapes
 
 # Of the arrangement of the folder; the programs have jax's own.
-VERSION = 1
+VERSION = 2
 SCRIPT = Path(__file__).with_name("generate.py")
 
 
@@ -58,7 +58,9 @@ class StableHloOutput(RenamedOutput):
         described = {
             name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in names.items()
         }
-        exported = programs.export_programs(self.contents.model, described, self.shapes)
+        exported = programs.export_programs(
+            self.contents.model, described, self.shapes, tuple(self.describe([])["stops"])
+        )
         for name, program in exported.items():
             (folder / f"{name}.jax").write_bytes(program)
         text = json.dumps(self.describe(list(exported)), indent=2)
@@ -75,7 +77,7 @@ class StableHloOutput(RenamedOutput):
           names: names of the programs.
         """
         cfg, text = self.contents.model, self.contents.text
-        starts = cfg.encoder is not None or cfg.add_bos
+        first = self.contents.run.decode.forced_bos_token_id
         return {
             "version": VERSION,
             "jax": jax.__version__,
@@ -85,7 +87,8 @@ class StableHloOutput(RenamedOutput):
             "input_length": self.shapes.input_length,
             "row_length": self.shapes.row_length,
             "vocab": cfg.vocab,
-            "prefix": [cfg.decoder_start_token_id] if starts else [],
+            "prefix": programs.start_tokens(cfg),
+            "forced_bos_token_id": -1 if first is None else first,
             "stops": [] if text is None else list(text.vocabularies[1].stops),
         }
 

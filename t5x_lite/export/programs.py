@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's encoder, prefill and decoding step as serialized `jax.export` programs.
+"""Greedy decoding, and its parts encoder, prefill and step, as serialized `jax.export` programs.
 
-b rows    s encoder inputs    p prompt tokens    v vocabulary
+b rows    s encoder inputs    p prompt tokens    v vocabulary    n places of a row
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import export
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config, model, sharding
 from t5x_lite.checkpoints.weight_paths import nest_tree
 from t5x_lite.decoding import target
 from t5x_lite.decoding.protocol import Prompts
+from t5x_lite.kernels.dispatch import BACKEND_VARIABLE
 from t5x_lite.utils.not_none import not_none
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -40,17 +43,40 @@ class ExportShapes(NamedTuple):
     row_length: int = 256
 
 
-def export_programs(
-    cfg: config.Model, params: Mapping[str, jax.ShapeDtypeStruct], shapes: ExportShapes
-) -> dict[str, bytes]:
-    """Serialized programs by name: encode (of encoder-decoders), prefill and step.
+def start_tokens(cfg: config.Model) -> list[int]:
+    """Ids before a prompt: the token that decoders begin with, where there is one."""
+    starts = cfg.encoder is not None or cfg.add_bos
+    return [cfg.decoder_start_token_id] if starts else []
 
-    They compute as decoding on a CPU does: in float32, attention in plain XLA.
+
+@contextlib.contextmanager
+def without_environment(name: str) -> Generator[None]:
+    """Context in which a variable of the environment is not set."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
+def export_programs(
+    cfg: config.Model,
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    shapes: ExportShapes,
+    stops: tuple[int, ...] = (),
+) -> dict[str, bytes]:
+    """Serialized programs by name: generate, and its parts encode (of encoder-decoders), prefill
+    and step.
+
+    They compute as decoding on a CPU does: in float32, attention in plain XLA, whatever the
+    environment selects.
 
     Args:
       cfg: config of the model.
       params: float32 weights by name, with a number for each layer: decoder.layers.0.norm.
       shapes: sizes of the arrays.
+      stops: ids of which any ends a text.
 
     Raises:
       ValueError: the model cannot be exported, or not in these sizes.
@@ -66,13 +92,16 @@ def export_programs(
         leaves = [describe_rows(each.shape, each.dtype) for each in programs[name].out_avals]
         return jax.tree.unflatten(programs[name].out_tree, leaves)
 
-    with sharding.one_device_mesh():
+    with sharding.one_device_mesh(), without_environment(BACKEND_VARIABLE):
         one_each, rows_of_ids = describe_rows((rows,)), describe_rows((rows, length))
         prompts = rows_of_ids if cfg.encoder is None else describe_rows((rows, 1))
         memory = () if cfg.encoder is None else add("encode", encode, rows_of_ids, one_each)
         fill = functools.partial(prefill, slots=shapes.row_length)
         cache = add("prefill", fill, memory, prompts, one_each)
         add("step", step, memory, cache, one_each, one_each)
+        write = functools.partial(generate, slots=shapes.row_length, stops=stops)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        add("generate", write, rows_of_ids, one_each, one_each, count)
     return {name: bytes(program.serialize()) for name, program in programs.items()}
 
 
@@ -186,3 +215,85 @@ def step(
     model_ = target.make_target(cfg, nest_params(params), as_memory(memory))
     hidden, cache = model_.forward(tokens[:, None], index, model.Cache(*cache))
     return model_.logits(hidden)[:, 0], (cache.keys, cache.values)
+
+
+class Written(NamedTuple):
+    """State of greedy decoding.
+
+    Attributes:
+      place: number of tokens written in each row so far.
+      cache: keys and values of every layer.
+      token: [b], the last token of each row.
+      tokens: [b n], the new tokens.
+      lengths: [b], how many of them belong to a row's text.
+      ended: [b], true for a row whose text is complete.
+    """
+
+    place: Int[Array, ""]
+    cache: tuple
+    token: Int[Array, " b"]
+    tokens: Int[Array, "b n"]
+    lengths: Int[Array, " b"]
+    ended: Bool[Array, " b"]
+
+
+def generate(
+    cfg: config.Model,
+    params: Mapping[str, Any],
+    rows: Int[Array, "b s"],
+    length: Int[Array, " b"],
+    first: Int[Array, " b"],
+    new_tokens: Int[Array, ""],
+    *,
+    slots: int,
+    stops: tuple[int, ...],
+) -> tuple[Int[Array, "b n"], Int[Array, " b"]]:
+    """The most probable tokens of each row, up to one that ends a text.
+
+    Args:
+      cfg: config of the model.
+      params: weights by name.
+      rows: ids of inputs, or of prompts of a decoder alone, padded on the right with any id.
+      length: number of ids of each row.
+      first: the first new token of each row, such as a language's; -1 leaves it free.
+      new_tokens: most tokens to write; a row ends in any case where it is full.
+      slots: places of a row, prompt and new tokens together.
+      stops: ids of which any ends a text.
+
+    Returns:
+      The new tokens, and how many each row has; those after them mean nothing.
+    """
+    memory: tuple = ()
+    prompts, filled = rows, length
+    if cfg.encoder is not None:
+        memory, prompts, filled = encode(cfg, params, rows, length), rows[:, :0], 0 * length
+    start = start_tokens(cfg)
+    before = jnp.broadcast_to(jnp.array(start, jnp.int32), (rows.shape[0], len(start)))
+    prompts = jnp.concatenate([jax.reshard(before, jax.typeof(prompts).sharding), prompts], axis=1)
+    filled = filled + len(start)
+    last = jnp.sum(jnp.where(jnp.arange(prompts.shape[1]) == filled[:, None] - 1, prompts, 0), 1)
+
+    def write_next(state: Written) -> Written:
+        where = filled - 1 + state.place
+        logits, cache = step(cfg, params, memory, state.cache, state.token, where)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = jnp.where((state.place == 0) & (first >= 0), first, token)
+        here = jnp.arange(slots) == state.place
+        tokens = jnp.where(here, token[:, None], state.tokens)
+        lengths = state.lengths + ~state.ended
+        ends = jnp.isin(token, jnp.array(stops, jnp.int32)) | (where + 2 >= slots)
+        return Written(state.place + 1, cache, token, tokens, lengths, state.ended | ends)
+
+    nothing = jnp.where(jnp.arange(slots) >= 0, 0 * last[:, None], 0)
+    begin = Written(
+        jnp.zeros((), jnp.int32),
+        prefill(cfg, params, memory, prompts, filled, slots=slots),
+        last,
+        nothing,
+        0 * last,
+        last < 0,
+    )
+    written = jax.lax.while_loop(
+        lambda state: (state.place < new_tokens) & ~jnp.all(state.ended), write_next, begin
+    )
+    return written.tokens, written.lengths

@@ -19,6 +19,8 @@ from t5x_lite.tokenizers import vocabularies
 
 NEW = 10
 MODELS = {"T5": T5, "LLAMA": LLAMA, "GPT2": GPT2, "LONE": LONE}
+PROGRAMS = ["encode", "prefill", "step", "generate"]
+BARE = ["--vocabulary=none"]
 # Modules of which none may be loaded where an export runs.
 OURS = ("t5x_lite", "flax", "orbax", "safetensors", "tokenizers", "tensorflow", "torch")
 
@@ -43,7 +45,7 @@ def run_script(folder: Path, *batches: list[list[int]]) -> list:
     code = f"""
 import json, runpy, sys
 script = runpy.run_path({str(folder / "generate.py")!r})
-print(json.dumps([script["generate"]({str(folder)!r}, rows, {NEW}) for rows in {batches}]))
+print(json.dumps([script["generate"](rows, {NEW}) for rows in {batches}]))
 loaded = {{name.partition(".")[0] for name in sys.modules}} & set({OURS})
 assert not loaded, loaded
 """
@@ -53,9 +55,11 @@ assert not loaded, loaded
     return json.loads(done.stdout)
 
 
-def decode_greedily(run: Path, rows: list[list[int]], stops: list[int]) -> list[list[int]]:
-    """Ids that the model of a run itself decodes after rows, until one of stops."""
-    predictor, decode = interactive.load(run).predictor, Decode(max_new_tokens=NEW)
+def decode_greedily(
+    run: Path, rows: list[list[int]], stops: list[int], **options
+) -> list[list[int]]:
+    """Ids of our own decoding; options are fields of `Decode`."""
+    predictor, decode = interactive.load(run).predictor, Decode(max_new_tokens=NEW, **options)
     # Rows for every device of the tests.
     batch = len(rows) * jax.device_count()
     request = decoding.make_request(predictor.cfg, rows, decode, batch=batch, eos=stops)
@@ -75,6 +79,62 @@ def test_the_script_writes_the_ids_of_greedy_decoding_with_jax_alone(tmp_path, n
     assert run_script(folder, rows, rows[1:2]) == [ours, ours[1:2]]
 
 
+@pytest.mark.slow  # decodes, and exports, in two processes
+def test_the_script_begins_with_the_forced_token(tmp_path):
+    run, folder = write_export(tmp_path, T5)
+    settings, rows = json.loads((folder / "export.json").read_text()), draw_rows(3)
+    assert settings["forced_bos_token_id"] == -1
+    free = decode_greedily(run, rows, settings["stops"])
+    forced = next(token for token in range(5, 40) if token not in {row[0] for row in free})
+    changed = json.dumps(settings | {"forced_bos_token_id": forced})
+    (folder / "export.json").write_text(changed)
+    ours = decode_greedily(run, rows, settings["stops"], forced_bos_token_id=forced)
+    assert all(row[0] == forced for row in ours)
+    assert run_script(folder, rows) == [ours]
+
+
+def test_a_rows_places_bound_its_text(folder):
+    """A row of 16 places, of which the start token takes one, has 15 new ids at most."""
+    generate = runpy.run_path(str(folder / "generate.py"))["generate"]
+    texts = generate(draw_rows(3, seed=4), 100)
+    stops = json.loads((folder / "export.json").read_text())["stops"]
+    assert all(len(text) == 15 or text[-1] in stops for text in texts)
+    assert any(len(text) == 15 for text in texts)
+    shorter = generate(draw_rows(3, seed=4), 4)
+    assert shorter == [text[:4] for text in texts]
+
+
+def test_the_environment_does_not_change_programs(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("T5X_LITE_ATTENTION", "pallas")
+    _, other = write_export(tmp_path, T5)
+    for name in PROGRAMS:
+        texts = []
+        for each in (folder, other):
+            program = jax.export.deserialize(bytearray((each / f"{name}.jax").read_bytes()))
+            texts.append(program.mlir_module())
+        assert texts[0] == texts[1]
+
+
+def test_the_script_has_thirty_lines_of_code():
+    lines = Path("t5x_lite/export/generate.py").read_text().splitlines()
+    assert len([line for line in lines if line.strip()]) <= 30
+
+
+def test_a_forced_first_token_is_exported(tmp_path):
+    """A Hugging Face folder's forced_bos_token_id is the exported program's."""
+    run = write_ours(tmp_path / "run", T5, Drawn(T5))
+    convert.main([f"--from={run}", f"--to={tmp_path / 'hf'}", "--format=huggingface", *BARE])
+    path = tmp_path / "hf/generation_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(settings | {"forced_bos_token_id": 7}))
+    sizes = ["--batch_size=2", "--input_length=6", "--row_length=8"]
+    to = tmp_path / "export"
+    convert.main([f"--from={tmp_path / 'hf'}", f"--to={to}", "--format=stablehlo", *sizes, *BARE])
+    assert json.loads((to / "export.json").read_text())["forced_bos_token_id"] == 7
+    generate = runpy.run_path(str(to / "generate.py"))["generate"]
+    assert generate([[3, 4]], 3)[0][0] == 7
+
+
 def test_the_card_names_the_script_and_no_door_that_does_not_open_the_folder(folder):
     card = (folder / "README.md").read_text()
     assert "python generate.py" in card and "interactive.load" not in card
@@ -82,7 +142,7 @@ def test_the_card_names_the_script_and_no_door_that_does_not_open_the_folder(fol
 
 def test_programs_are_for_all_platforms_in_the_sizes_of_the_options(folder):
     settings = json.loads((folder / "export.json").read_text())
-    assert settings["version"] == 1 and settings["programs"] == ["encode", "prefill", "step"]
+    assert settings["version"] == 2 and settings["programs"] == PROGRAMS
     sizes = (settings["batch_size"], settings["input_length"], settings["row_length"])
     assert sizes == (3, 6, 16)
     for name in settings["programs"]:
@@ -119,20 +179,14 @@ def test_positions_that_a_model_lacks_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rows", "new", "words"),
-    [
-        ([[3, 40]], 4, "ids are 0 to 39"),
-        ([[3], []], 4, "rows of 1 to 6 ids"),
-        ([[3] * 7], 4, "rows of 1 to 6 ids"),
-        ([[3]], 16, "16 places"),
-        ([[3]] * 4, 4, "1 to 3 rows"),
-        ([], 4, "1 to 3 rows"),
-    ],
+    "rows",
+    [[[3, 40]], [[3, -1]], [[3], []], [[3] * 7], [[3]] * 4, []],
+    ids=["large", "negative", "empty", "long", "many", "none"],
 )
-def test_the_script_refuses_rows_that_do_not_fit(folder, rows, new, words):
+def test_the_script_refuses_rows_that_do_not_fit(folder, rows):
     generate = runpy.run_path(str(folder / "generate.py"))["generate"]
-    with pytest.raises(ValueError, match=words):
-        generate(folder, rows, new)
+    with pytest.raises(ValueError, match="takes 1 to 3 rows of 1 to 6 ids from 0 to 39"):
+        generate(rows, 4)
 
 
 @pytest.fixture(scope="module")
