@@ -40,7 +40,7 @@ examples:
 
 metrics: exact_match, edit_distance, per and wer (phoneme and word error rate), bleu, chrf, rouge.
 Predictions are kept as JSONL in DIR/predictions/<split>-<step>.jsonl (of a checkpoint of another
-format in runs/NAME): input, prediction, references, score.
+format in runs/eval_NAME): input, prediction, references, score.
 """
 
 
@@ -210,8 +210,9 @@ def with_data(run: config.Run, requested: config.Data | None, checkpoint: str) -
     if (path / "config.gin").exists():
         run = data.with_run_vocabulary(dataclasses.replace(run, model_dir=checkpoint))
         return cast(DataRun, run)
-    # Nothing is written into a checkpoint of another format.
-    return cast(DataRun, dataclasses.replace(run, model_dir=str(Path("runs") / path.stem)))
+    # Nothing is written into a checkpoint of another format, nor into a run of its name.
+    outputs = Path("runs", f"eval_{path.stem}")
+    return cast(DataRun, dataclasses.replace(run, model_dir=str(outputs)))
 
 
 def with_options(run: DataRun, args: argparse.Namespace) -> DataRun:

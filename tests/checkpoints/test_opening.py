@@ -160,7 +160,7 @@ def test_eval_measures_a_checkpoint_of_another_library_on_data_that_are_named(
     )
     numbers = json.loads(report.read_text())["metrics"]
     assert numbers["examples"] == 3 and np.isfinite(numbers["loss"])
-    assert (tmp_path / "runs/hf/predictions/validation-0.jsonl").exists()
+    assert (tmp_path / "runs/eval_hf/predictions/validation-0.jsonl").exists()
     with pytest.raises(SystemExit):
         eval_command.main([f"--checkpoint={makes / 'hf'}"])
     assert "has no data of its own: name some with --gin_file" in capsys.readouterr().err
