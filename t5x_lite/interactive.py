@@ -101,15 +101,15 @@ class Session:
         return [result(each) for each in predictions]
 
     def set_languages(self, source: str | None = None, target: str | None = None) -> None:
-        """Sets the languages of a translation by their codes in the tokenizer: fr, fr_XX, fra_Latn.
+        """Sets the languages of a translation by their codes in its tokenizer (fr, fra_Latn);
+        raises ValueError for another code."""
+        from t5x_lite.tokenizers import languages
 
-        Raises:
-          ValueError: a code is none of them.
-        """
-        from t5x_lite.evaluation import languages
-
-        token = languages.set_languages(self.predictor, source, target)
-        self.decode = dataclasses.replace(self.decode, forced_bos_token_id=token)
+        reader = self.predictor
+        pair = languages.set_languages((reader.inputs, reader.targets), source, target)
+        reader.inputs, reader.targets = pair
+        first = None if target is None else pair[1].bos
+        self.decode = dataclasses.replace(self.decode, forced_bos_token_id=first)
 
     @takes_decode_options
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:

@@ -43,6 +43,10 @@ class Vocabulary(Checked):
         a checkpoint has already are not added again.
       sentinels: pieces that are there already and serve as sentinels instead, with {} for their
         number: "<unused{}>".
+      source_language: code of the language of inputs, whose id begins them where the checkpoint's
+        tokenizer has languages (M2M100, NLLB, mBART-50); None takes the tokenizer's own.
+      target_language: code of the language of targets, likewise; Marian's models of several
+        languages read it before the inputs.
     """
 
     kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
@@ -51,6 +55,8 @@ class Vocabulary(Checked):
     extra_ids: Annotated[int, Range(0, 2**20)] = 0
     names: tuple[str, ...] = ()
     sentinels: str | None = None
+    source_language: str | None = None
+    target_language: str | None = None
 
     def check(self):
         needs_path = self.kind in ("sentencepiece", "tokenizer_json", "checkpoint")
@@ -65,6 +71,12 @@ class Vocabulary(Checked):
         require(
             self.sentinels is None or "{}" in self.sentinels,
             'Vocabulary.sentinels needs {} for the number: "<unused{}>"',
+        )
+
+        require(
+            self.kind == "checkpoint" or self.source_language is self.target_language is None,
+            "Vocabulary.source_language and Vocabulary.target_language name languages of a "
+            'checkpoint\'s tokenizer: bind Vocabulary.kind = "checkpoint"',
         )
 
     @property

@@ -15,7 +15,7 @@ from t5x_lite.checkpoints.text_settings import read_text_settings
 from t5x_lite.data import content, corpora, files, hub_datasets
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.task import Task, TextReader
-from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
+from t5x_lite.tokenizers import extended, languages, sentencepiece_training, vocabularies
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
@@ -236,11 +236,18 @@ def vocabulary_pair(
       cfg: the vocabulary.
       text: for a vocabulary that is trained.
       cache_dir: folder of trained vocabularies.
+
+    Raises:
+      ValueError: the checkpoint's tokenizer has no such language.
     """
     if cfg.kind != "checkpoint":
         vocabulary = build_vocabulary(cfg, text, cache_dir)
         return vocabulary, vocabulary
-    inputs, targets = read_text_settings(not_none(cfg.path)).vocabularies
+    pair = read_text_settings(not_none(cfg.path)).vocabularies
+    try:
+        inputs, targets = languages.set_languages(pair, cfg.source_language, cfg.target_language)
+    except ValueError as error:
+        raise ValueError(f"The vocabulary of {cfg.path}: {error}") from error
     grow = partial(
         extended.extend_vocabulary, names=cfg.names, extra_ids=cfg.extra_ids, pattern=cfg.sentinels
     )

@@ -42,6 +42,16 @@ def load_fast_tokenizer(content: bytes) -> Any:
     return tokenizer
 
 
+def drop_tokens_from(text: bytes, ids: int) -> bytes:
+    """A tokenizer.json without added tokens from id `ids` on, which the model has no weights for.
+
+    Gemma 3's tokenizer has a token for images, which its smallest model, for text alone, lacks.
+    """
+    content = json.loads(text)
+    content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] < ids]
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
 def check_tables(content: bytes) -> None:
     """Checks the sizes that a tokenizer.json says of its normalizers' tables: the library allocates
     them before it compares them with what is there.

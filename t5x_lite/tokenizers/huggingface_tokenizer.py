@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t5x_lite.tokenizers import vocabularies
+from t5x_lite.tokenizers import renumbered, vocabularies
 from t5x_lite.tokenizers.errors import naming_path
-from t5x_lite.tokenizers.fast_tokenizers import load_fast_tokenizer, tokenizer_size
-from t5x_lite.tokenizers.renumbered import ROLES, open_renumbered, tokenizer_class
+from t5x_lite.tokenizers.fast_tokenizers import (
+    drop_tokens_from,
+    load_fast_tokenizer,
+    tokenizer_size,
+)
 from t5x_lite.tokenizers.special_tokens import (
     find_piece,
     find_sentinels,
@@ -174,14 +177,15 @@ OpenedTokenizer = tuple[Any, Callable[[str], int | None], AddedEnds]
 def open_tokenizer(settings: TokenizerSettings) -> OpenedTokenizer:
     """Opens the tokenizer: the vocabulary, its ids by name, and the ends put around a text."""
     folder = settings.folder
+    renumbered.check_languages(settings)
     if settings.kind == "ByT5Tokenizer":
         return open_bytes(settings)
     path = folder / "tokenizer.json"
     if path.exists():
         check_regular(path, MOST_BYTES)
         return open_json(settings, path.read_bytes())
-    if tokenizer_class(settings):
-        return open_renumbered(settings)
+    if renumbered.tokenizer_class(settings):
+        return renumbered.open_renumbered(settings)
     for name in PIECES:
         if (folder / name).exists():
             check_regular(folder / name, MOST_BYTES)
@@ -250,16 +254,6 @@ def open_json(settings: TokenizerSettings, text: bytes) -> OpenedTokenizer:
     )
 
 
-def drop_tokens_from(text: bytes, ids: int) -> bytes:
-    """A tokenizer.json without added tokens from id `ids` on, which the model has no weights for.
-
-    Gemma 3's tokenizer has a token for images, which its smallest model, for text alone, lacks.
-    """
-    content = json.loads(text)
-    content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] < ids]
-    return json.dumps(content, ensure_ascii=False).encode()
-
-
 def missing_tokens(
     settings: TokenizerSettings, tokenizer: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -291,6 +285,9 @@ def ends_around_text(
     """
     if settings.kind == "GPTNeoXTokenizer":
         return None, False  # this class of transformers writes a post-processor of its own
+    if settings.kind == "NllbTokenizer":  # and so does this one, whatever an older file has
+        language = settings.tokenizer.get("src_lang") or "eng_Latn"
+        return renumbered.language_token(tokenizer.get_vocab(), language), True
     if not (settings.folder / "tokenizer.json").exists():
         before, after = end_flags(settings, settings.kind in BARTS, settings.kind in BARTS)
         return bos if before else None, after
@@ -391,7 +388,7 @@ def json_from_merges(settings: TokenizerSettings) -> bytes:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     gpt2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    for role, name in (ROLES if settings.kind in BARTS else gpt2).items():
+    for role, name in (renumbered.ROLES if settings.kind in BARTS else gpt2).items():
         settings.tokenizer.setdefault(role, name)
     names = dict.fromkeys([*map(settings.name, NAMES), *settings.extra_tokens()])
     known = [name for name in names if name and tokenizer.token_to_id(name) is not None]

@@ -1,47 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Languages of a translation, as a model is told them: ids that begin its inputs and its texts."""
+"""Languages of a translation, as models read them: ids that begin inputs and targets."""
 
 import json
-from typing import Any
 
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.renumbered import language_names, language_token
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 
-def set_languages(predictor: Any, source: str | None, target: str | None) -> int | None:
-    """Sets the languages that a predictor reads and writes.
+def set_languages(
+    pair: tuple[TextVocabulary, TextVocabulary], source: str | None, target: str | None
+) -> tuple[TextVocabulary, TextVocabulary]:
+    """The vocabularies whose texts begin with the ids of languages.
 
     M2M100, NLLB and mBART-50 read a text after the id of its language and write the other one's
-    first; Marian reads the id of the language to write.
+    first (the targets' `bos`); Marian reads the id of the language to write.
 
     Args:
-      predictor: `evaluation.predict.Predictor`, whose vocabularies are replaced.
+      pair: vocabularies of inputs and targets.
       source: code of the language of inputs; None for the tokenizer's own.
       target: code of the language to write; None leaves it to the model.
-
-    Returns:
-      The id that every text begins with (`Decode.forced_bos_token_id`); None for none.
 
     Raises:
       ValueError: a code is no language of the vocabulary.
     """
+    inputs, targets = pair
+    marian = target is not None and f">>{target}<<" in special_tokens(inputs)
     if source is not None:
-        if f">>{target}<<" in special_tokens(predictor.inputs):
+        if marian:
             raise ValueError(
                 f"the tokenizer reads {target} before a text, and nothing of the source language: "
                 "leave it out"
             )
-        token = language_token(special_tokens(predictor.inputs), source)
-        predictor.inputs = begin_with(predictor.inputs, token)
+        inputs = begin_with(inputs, language_token(special_tokens(inputs), source))
     if target is None:
-        return None
-    token = language_token(special_tokens(predictor.targets), target)
-    if f">>{target}<<" in special_tokens(predictor.inputs):
-        predictor.inputs = begin_with(predictor.inputs, token)
-        return None
-    predictor.targets = begin_with(predictor.targets, token)
-    return token
+        return inputs, targets
+    if marian:
+        return begin_with(inputs, language_token(special_tokens(inputs), target)), targets
+    return inputs, begin_with(targets, language_token(special_tokens(targets), target))
 
 
 def find_languages(predictor: Any, source: str, target: str) -> tuple[str | None, str | None]:

@@ -72,6 +72,26 @@ def tokenizer_class(settings: TokenizerSettings) -> str | None:
     return kind if kind in SOURCE_LANGUAGES else None
 
 
+def check_languages(settings: TokenizerSettings) -> None:
+    """Raises ValueError, with the remedy, for tokenizers of these families that are not read."""
+    folder, kind = settings.folder, settings.kind
+    if kind == "MBartTokenizer" or (not kind and settings.model.get("model_type") == "mbart"):
+        raise ValueError(
+            f"{folder}: mBART-25 puts the id of its language after a text, which is not read here. "
+            "Take an mBART-50, such as facebook/mbart-large-50"
+        )
+    if kind == "NllbTokenizer" and settings.tokenizer.get("legacy_behaviour"):
+        raise ValueError(
+            f"{folder}: legacy_behaviour puts the id of the language after a text, where NLLB was "
+            "trained with it before: set it to false in tokenizer_config.json"
+        )
+    if settings.tokenizer.get("separate_vocabs") or (folder / "target_vocab.json").exists():
+        raise ValueError(
+            f"{folder}: a Marian with a vocabulary for each side (separate_vocabs) is not read; "
+            "take one whose sides share vocab.json, as most of Helsinki-NLP/opus-mt-* do"
+        )
+
+
 def open_renumbered(settings: TokenizerSettings) -> tuple[Any, Callable, Callable]:
     """Opens such a tokenizer: vocabulary, its ids by name, and the ends put around a text.
 

@@ -4,11 +4,14 @@
 import io
 import json
 import random
+import shutil
 
 import pytest
 from test_tokenizers import SENTENCES
 
+from t5x_lite import config
 from t5x_lite.checkpoints import text_settings
+from t5x_lite.data import built_in
 from t5x_lite.tokenizers import huggingface_tokenizer, renumbered, vocabularies
 
 WORDS = " ".join(SENTENCES).split() + ["①", "ﬁne", "zzz", "жук", "ß", "12,5", "—", "𝕳", "x_y"]
@@ -207,6 +210,115 @@ def test_a_language_may_stand_before_a_text_of_marian(folders):
         renumbered.language_token(vocabulary.special, "xyz")
 
 
+def open_task(folder, path, **languages):
+    """A task of two rows with the vocabulary of a folder.
+
+    Args:
+      folder: the checkpoint.
+      path: folder for the rows.
+      languages: fields of config.Vocabulary.
+    """
+    (path / "rows.tsv").write_text("in\tout\nthe fox\tder Zürich\nnumbers\tlazy\n")
+    vocabulary = config.Vocabulary("checkpoint", path=str(folder), **languages)
+    files = config.Files("t", str(path / "rows.tsv"), vocabulary, inputs="in", targets="out")
+    return built_in.from_files(files, str(path))
+
+
+@pytest.mark.parametrize(
+    "name, source, target",
+    [
+        ("m2m100", "de", "ro"),
+        ("m2m100", None, "ro"),
+        ("mbart50", "en_XX", "de_DE"),
+        ("nllb", "eng_Latn", "deu_Latn"),
+    ],
+)
+def test_training_reads_and_predicts_the_ids_of_languages(name, source, target, folders, tmp_path):
+    from transformers import AutoTokenizer
+
+    options = {} if source is None else {"src_lang": source}
+    theirs = AutoTokenizer.from_pretrained(folders[name], tgt_lang=target, **options)
+    task = open_task(folders[name], tmp_path, source_language=source, target_language=target)
+    (chunk,) = task.read("train")
+    rows = [(row.inputs, row.targets) for row in chunk.rows]
+    expected = theirs([text for text, _ in rows], text_target=[text for _, text in rows])
+    assert [ids.tolist() for ids in chunk.inputs] == expected["input_ids"]
+    assert [ids.tolist() for ids in chunk.targets] == expected["labels"]
+    vocabularies.save_pair(tmp_path / "saved", *task.vocabularies)
+    saved = vocabularies.load_pair(tmp_path / "saved")
+    assert [each.bos for each in saved] == [each.bos for each in task.vocabularies]
+    texts = [saved[1].decode(ids) for ids in chunk.targets]
+    assert texts == [task.vocabularies[1].decode(ids[1:]) for ids in chunk.targets]
+
+
+def test_marian_trains_on_inputs_after_the_language_to_write(folders, tmp_path):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folders["marian"])
+    (chunk,) = open_task(folders["marian"], tmp_path, target_language="fra").read("train")
+    expected = theirs([f">>fra<< {row.inputs}" for row in chunk.rows])["input_ids"]
+    assert [ids.tolist() for ids in chunk.inputs] == expected
+    expected = theirs(text_target=[row.targets for row in chunk.rows])["input_ids"]
+    assert [ids.tolist() for ids in chunk.targets] == expected
+
+
+@pytest.mark.parametrize(
+    "name, languages, message",
+    [
+        ("m2m100", {"target_language": "xx"}, "xx is no language of the tokenizer"),
+        ("bart", {"source_language": "en"}, "en is no language of the tokenizer"),
+        ("marian", {"source_language": "en", "target_language": "fra"}, "nothing of the source"),
+    ],
+)
+def test_a_language_that_a_tokenizer_lacks_is_refused(name, languages, message, folders, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        open_task(folders[name], tmp_path, **languages)
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("mbart50", {"tokenizer_class": "MBartTokenizer"}, "mBART-25 .* Take an mBART-50"),
+        ("mbart50", {"tokenizer_class": None}, "mBART-25"),
+        ("nllb", {"legacy_behaviour": True}, "legacy_behaviour .*: set it to false in"),
+        ("marian", {"separate_vocabs": True}, r"\(separate_vocabs\) is not read; take one"),
+    ],
+)
+def test_tokenizers_that_are_not_read_are_refused_with_the_remedy(
+    name, settings, message, folders, tmp_path
+):
+    shutil.copytree(folders[name], tmp_path / name)
+    path = tmp_path / name / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    with pytest.raises(ValueError, match=message):
+        text_settings.read_hugging_face(tmp_path / name)
+
+
+@pytest.mark.parametrize("language", [None, "deu_Latn"])
+def test_an_older_nllb_file_is_read_as_transformers_reads_it(language, folders, tmp_path):
+    """Files of before transformers 4.28 have the language after the text."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folders["nllb"], tmp_path / "nllb")
+    path = tmp_path / "nllb/tokenizer.json"
+    content = json.loads(path.read_text())
+    single = content["post_processor"]["single"]
+    content["post_processor"]["single"] = [*single[1:], single[0]]
+    path.write_text(json.dumps(content))
+    path = tmp_path / "nllb/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"src_lang": language}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "nllb")
+    inputs, _ = text_settings.read_hugging_face(tmp_path / "nllb").vocabularies
+    rows = [ids.tolist() for ids in vocabularies.encode_texts(inputs, LINES[:50])]
+    assert rows == theirs(LINES[:50])["input_ids"]
+
+
+def test_languages_are_a_checkpoints():
+    with pytest.raises(ValueError, match='bind Vocabulary.kind = "checkpoint"'):
+        config.Vocabulary("bytes", target_language="de")
+
+
 @pytest.fixture(scope="module")
 def translators(folders):
     """Folders of tiny models with these tokenizers."""
@@ -229,6 +341,7 @@ def translators(folders):
         "mbart50": build(
             "mbart50", transformers.MBartForConditionalGeneration, decoder_start_token_id=2
         ),
+        "bart": build("bart", transformers.BartForConditionalGeneration, decoder_start_token_id=2),
     }
 
 
@@ -268,3 +381,34 @@ def test_a_translation_writes_what_transformers_writes(
     assert pipe(line) == before != same and session.predictor.inputs is inputs
     with pytest.raises(ValueError, match="xx is no language"):
         pipe(line, tgt_lang="xx")
+
+
+def test_the_defaults_of_a_folder_write_what_transformers_writes(translators, folders, tmp_path):
+    import torch
+    from transformers import AutoTokenizer
+
+    from t5x_lite import interactive
+
+    def write(**settings):
+        out = translators["bart"].generate(ids, max_new_tokens=10, do_sample=False, **settings)
+        return out[0].tolist()[1:]
+
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folders["bart"])(LINES[0])["input_ids"]])
+    free = write(num_beams=1)
+    followed = {
+        "forced_bos_token_id": 9,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[write(num_beams=1, forced_bos_token_id=9)[3]], [free[1], free[2]]],
+    }
+    ignored = {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True}
+    ignored["forced_eos_token_id"] = 2
+    shutil.copytree(folders["bart"], tmp_path / "bart")
+    path = tmp_path / "bart/generation_config.json"
+    settings = json.loads(path.read_text()) | followed | ignored | {"max_new_tokens": 10}
+    path.write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="not followed here") as warned:
+        session = interactive.load(tmp_path / "bart")
+    assert all(f"{name} = " in str(warned[0].message) for name in ignored)
+    expected = write(num_beams=1, **followed)
+    assert expected[0] == 9 and expected != free
+    assert list(map(int, session.predict(LINES[0]).tokens[0]))[: len(expected)] == expected
