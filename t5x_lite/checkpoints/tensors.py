@@ -176,8 +176,9 @@ def map_gguf_tensors(source: gguf.GgufTensors) -> MappedTensors:
     """The tensors of a .gguf file with its table."""
     family, cfg = source.family(), gguf_config.read_gguf_config(source)
     duplicates = {
-        gguf.tensor_name(name, source.architecture): gguf.tensor_name(other, source.architecture)
+        copy: gguf.tensor_name(other, source.architecture)
         for name, other in family.duplicates(cfg).items()
+        if (copy := gguf.find_tensor_name(name, source.architecture)) is not None
     }
     fields = gguf_config.hugging_face_config(source)
     return MappedTensors(

@@ -43,6 +43,7 @@ def test_a_t5s_file_holds_the_model_of_its_hugging_face_folder(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, pair.params)
 
 
+@pytest.mark.slow
 def test_a_t5s_file_gives_the_outputs_of_transformers(tmp_path):
     theirs = toys.TOYS["gated"](2)
     cfg, params = read_t5(toys.write_t5(tmp_path / "toy.gguf", theirs))

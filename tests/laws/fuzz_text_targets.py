@@ -242,6 +242,20 @@ def make_gguf_tokenizer(folder: Path) -> None:
     writer.close()
 
 
+def make_gguf_t5_tokenizer(folder: Path) -> None:
+    """Writes a T5's tokenizer as a .gguf file."""
+    import gguf
+    import gguf_toys
+
+    writer = gguf.GGUFWriter(folder / "toy.gguf", "t5")
+    model = trained_pieces(vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    gguf_toys.add_t5_tokenizer(model)(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def read_gguf_tokenizer(folder: Path) -> None:
     """Reads the tokenizer of a .gguf file."""
     from t5x_lite.checkpoints.formats import gguf
@@ -308,6 +322,7 @@ TARGETS = {
     "sentencepiece": Target(make_pieces, read_tokenizer),
     "byt5": Target(make_bytes, read_tokenizer),
     "gguf_tokenizer": Target(make_gguf_tokenizer, read_gguf_tokenizer),
+    "gguf_t5_tokenizer": Target(make_gguf_t5_tokenizer, read_gguf_tokenizer),
     "vocabulary": Target(make_vocabularies, read_vocabularies),
     "chat": Target(make_chat, read_chat, ("chat template",)),
 }

@@ -4,12 +4,9 @@
 import gguf
 import gguf_toys
 import numpy as np
-import sentencepiece
 import transformers
 from family_models import t5, t5_config
 from parity import shaken
-
-from t5x_lite.tokenizers.renumbered import parse_proto
 
 T5, UMT5 = transformers.T5ForConditionalGeneration, transformers.UMT5ForConditionalGeneration
 # Rows of quantized tensors are multiples of 32. llama.cpp knows one largest distance.
@@ -47,14 +44,15 @@ def t5_metadata(described) -> dict:
 
 
 def t5_tensors(theirs) -> dict[str, np.ndarray]:
-    """The tensors under the names of the gguf package's own table, tables of embeddings once."""
+    """The tensors under the names of the gguf package's own table, a shared table once."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, 8)
     arrays = {}
     for name, tensor in theirs.state_dict().items():
-        tied = name == "lm_head.weight" and tensor is theirs.state_dict()["shared.weight"]
-        if not tied and not name.endswith("embed_tokens.weight"):
+        if not name.endswith("embed_tokens.weight"):
             stem, _, part = name.rpartition(".")
             arrays[f"{names.get_name(stem)}.{part}"] = tensor.numpy()
+    if np.array_equal(arrays.get("output.weight"), arrays["token_embd.weight"]):
+        del arrays["output.weight"]
     return arrays
 
 
@@ -68,48 +66,8 @@ def write_t5(path, theirs, architecture="t5", kind=None, **options):
       kind: quantization of matrices; None for none.
       **options: further options of `gguf_toys.write`.
     """
-    arrays = t5_tensors(theirs)
-    if getattr(theirs.config, "tie_word_embeddings", False) and "output.weight" in arrays:
-        same = np.array_equal(arrays["output.weight"], arrays["token_embd.weight"])
-        arrays = {
-            name: each for name, each in arrays.items() if name != "output.weight" or not same
-        }
     fields = t5_metadata(theirs.config)
     if architecture == "t5encoder":
         del fields["decoder_block_count"], fields["decoder_start_token_id"]
-    gguf_toys.write(path, architecture, arrays, kind, fields, **options)
+    gguf_toys.write(path, architecture, t5_tensors(theirs), kind, fields, **options)
     return path
-
-
-def add_t5_tokenizer(model, padding=128, user=()):
-    """Adds a SentencePiece model as llama.cpp's converter does.
-
-    Args:
-      model: content of its .model file.
-      padding: ids that the model has beyond its tokenizer.
-      user: names of added tokens that take the place of padding.
-    """
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    pieces, spec = list(parse_proto(model).pieces), parse_proto(model).normalizer_spec
-    names = [piece.piece for piece in pieces]
-    padded = [*user, *(f"[PAD{len(names) + k}]" for k in range(len(user), padding))]
-
-    def add(writer):
-        writer.add_tokenizer_model("t5")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list([*names, *padded])
-        scores = [-1000.0 if name in user else -10000.0 for name in padded]
-        writer.add_token_scores([*(piece.score for piece in pieces), *scores])
-        writer.add_token_types(
-            [*(piece.type for piece in pieces), *(4 if name in user else 5 for name in padded)]
-        )
-        writer.add_add_space_prefix(spec.add_dummy_prefix)
-        writer.add_remove_extra_whitespaces(spec.remove_extra_whitespaces)
-        writer.add_precompiled_charsmap(spec.precompiled_charsmap)
-        writer.add_eos_token_id(processor.eos_id())
-        writer.add_unk_token_id(processor.unk_id())
-        writer.add_pad_token_id(processor.pad_id())
-        writer.add_add_bos_token(False)
-        writer.add_add_eos_token(True)
-
-    return add

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import sentencepiece
 
 from t5x_lite.checkpoints import matching
 from t5x_lite.checkpoints.formats import gguf as ours
 from t5x_lite.checkpoints.formats import huggingface
+from t5x_lite.tokenizers.renumbered import parse_proto
 
 LAYERS, HEADS, KEY_HEADS, WIDTH, MLP, VOCABULARY = 6, 4, 2, 32, 128, 48
 # What transformers does not read from a .gguf file but takes for granted; GPT-2's MLP too.
@@ -185,3 +187,37 @@ def numbered(name: str, architecture: str) -> str:
     kind = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     stem, _, part = name.rpartition(".")
     return f"{gguf.get_tensor_name_map(kind, LAYERS).get_name(stem)}.{part}"
+
+
+def add_t5_tokenizer(model, padding=128, user=()):
+    """Adds a SentencePiece model as llama.cpp's converter does.
+
+    Args:
+      model: content of its .model file.
+      padding: ids that the model has beyond its tokenizer.
+      user: names of added tokens that take the place of padding.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces, spec = list(parse_proto(model).pieces), parse_proto(model).normalizer_spec
+    names = [piece.piece for piece in pieces]
+    padded = [*user, *(f"[PAD{len(names) + k}]" for k in range(len(user), padding))]
+
+    def add(writer):
+        writer.add_tokenizer_model("t5")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([*names, *padded])
+        scores = [-1000.0 if name in user else -10000.0 for name in padded]
+        writer.add_token_scores([*(piece.score for piece in pieces), *scores])
+        writer.add_token_types(
+            [*(piece.type for piece in pieces), *(4 if name in user else 5 for name in padded)]
+        )
+        writer.add_add_space_prefix(spec.add_dummy_prefix)
+        writer.add_remove_extra_whitespaces(spec.remove_extra_whitespaces)
+        writer.add_precompiled_charsmap(spec.precompiled_charsmap)
+        writer.add_eos_token_id(processor.eos_id())
+        writer.add_unk_token_id(processor.unk_id())
+        writer.add_pad_token_id(processor.pad_id())
+        writer.add_add_bos_token(False)
+        writer.add_add_eos_token(True)
+
+    return add

@@ -232,14 +232,21 @@ def gguf_names(architecture: str) -> dict[str, str]:
 
 def tensor_name(name: str, architecture: str) -> str:
     """Name in a .gguf file of a tensor of a Hugging Face checkpoint."""
+    theirs = find_tensor_name(name, architecture)
+    if theirs is None:
+        raise GgufError(f"{name} has no name in a GGUF file of architecture {architecture}")
+    return theirs
+
+
+def find_tensor_name(name: str, architecture: str) -> str | None:
+    """`tensor_name`; None for a tensor that GGUF files of the architecture do not have."""
     stem, _, kind = re.sub(r"^(model|transformer)\.", "", name).rpartition(".")
-    names = gguf_names(architecture)
     # A T5 has its relative bias in the first block alone.
     general = stem.replace(".block.0.", ".block.{layer}.")
-    if general not in names:
-        raise GgufError(f"{name} has no name in a GGUF file of architecture {architecture}")
-    theirs = names[general] if general == stem else names[general].replace("{layer}", "0")
-    return f"{theirs}.{kind}"
+    theirs = gguf_names(architecture).get(general)
+    if theirs is None:
+        return None
+    return f"{theirs if general == stem else theirs.replace('{layer}', '0')}.{kind}"
 
 
 def rename_entry(entry: Entry, architecture: str) -> Entry:
