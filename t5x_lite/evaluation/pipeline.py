@@ -11,10 +11,10 @@ from typing import Any
 from t5x_lite import config
 from t5x_lite.checkpoints import sources
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
-from t5x_lite.evaluation import languages
 from t5x_lite.evaluation.arguments import list_texts
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import Prediction
+from t5x_lite.tokenizers import languages
 from t5x_lite.utils.nearest import suggest
 
 # Tasks by a pattern of their names, with the field of their results.
@@ -126,12 +126,13 @@ class TextPipeline:
           ValueError: an argument is no language of the tokenizer.
         """
         named = re.fullmatch(r"translation_([a-zA-Z]+)_to_([a-zA-Z]+)", self.task)
-        source, target = (
-            languages.find_languages(self.predictor, *named.groups()) if named else (None, None)
-        )
+        pair = self.predictor.inputs, self.predictor.targets
+        source, target = languages.find_languages(pair, *named.groups()) if named else (None, None)
         source = arguments.pop("src_lang", None) or source
         target = arguments.pop("tgt_lang", None) or target
-        return languages.set_languages(self.predictor, source, target)
+        pair = languages.set_languages(pair, source, target)
+        self.predictor.inputs, self.predictor.targets = pair
+        return None if target is None else pair[1].bos
 
     def truncate(self, ids: list[int]) -> list[int]:
         """Ids of an input without those that are too many for the tokenizer; the end stays."""

@@ -40,16 +40,18 @@ def set_languages(
     return inputs, begin_with(targets, language_token(special_tokens(targets), target))
 
 
-def find_languages(predictor: Any, source: str, target: str) -> tuple[str | None, str | None]:
-    """The codes of a source and a target language that a predictor's tokenizers know, for
-    `set_languages`; None for each that they do not.
+def find_languages(
+    pair: tuple[TextVocabulary, TextVocabulary], source: str, target: str
+) -> tuple[str | None, str | None]:
+    """The codes of a source and a target language that vocabularies know, for `set_languages`; None
+    for each that they do not.
 
     Args:
-      predictor: as of `set_languages`.
+      pair: vocabularies of inputs and targets.
       source: code of the language of inputs.
       target: code of the language to write.
     """
-    inputs, targets = special_tokens(predictor.inputs), special_tokens(predictor.targets)
+    inputs, targets = map(special_tokens, pair)
     if f">>{target}<<" in inputs:
         return None, target
     known = [

@@ -9,7 +9,7 @@ import numpy as np
 import parity
 import pytest
 from test_tokenizers import NASTY, SENTENCES, t5_pieces
-from test_translation_tokenizers import LINES, without_ties
+from translation_toys import LINES, without_ties
 
 from t5x_lite.checkpoints import text_settings
 from t5x_lite.checkpoints.opening import open_checkpoint
