@@ -58,7 +58,8 @@ assert not loaded, loaded
 def decode_greedily(
     run: Path, rows: list[list[int]], stops: list[int], **options
 ) -> list[list[int]]:
-    """Ids of our own decoding; options are fields of `Decode`."""
+    """Ids that the model of a run itself decodes after rows, until one of stops; further options
+    are fields of `Decode`."""
     predictor, decode = interactive.load(run).predictor, Decode(max_new_tokens=NEW, **options)
     # Rows for every device of the tests.
     batch = len(rows) * jax.device_count()

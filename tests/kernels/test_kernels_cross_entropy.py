@@ -128,7 +128,8 @@ def test_losses_and_gradients_are_those_of_the_logits_written_out(form, config):
 
 
 def with_bias(config, arrays, seed=3):
-    """The bias, and arrays whose products have it as one more column of the table."""
+    """A bias drawn by seed, and arrays whose products, scaled as config says, have it as one more
+    column of the table."""
     hidden, table, targets, gradient = arrays
     bias = 2 * np.random.default_rng(seed).normal(size=table.shape[0 if config.tied else 1])
     bias = jnp.asarray(bias, jnp.float32)
@@ -139,7 +140,14 @@ def with_bias(config, arrays, seed=3):
 
 
 def agree_with_bias(form, config, reference_config, **sizes):
-    """Losses and the three gradients of logits with a bias are those in float64."""
+    """Losses and the three gradients of logits with a bias are those in float64.
+
+    Args:
+      form: the function under test.
+      config: of its logits.
+      reference_config: the same without a split vocabulary.
+      **sizes: of `drawn`.
+    """
     hidden, table, targets, gradient = arrays = drawn(config, **sizes)
     bias, widened = with_bias(config, arrays)
 
