@@ -29,8 +29,8 @@ def generate(rows, new_tokens):
         params[name] = weights[slice(*tensor["data_offsets"])].view("<f4").reshape(tensor["shape"])
     program = jax.export.deserialize(bytearray((FOLDER / "generate.jax").read_bytes()))
     first = np.full(batch, settings["forced_bos_token_id"], np.int32)
-    ids, counts = program.call(params, inputs, lengths, first, np.int32(new_tokens))
-    return [row[:end].tolist() for row, end in zip(np.asarray(ids), counts, strict=True)][:count]
+    texts = map(np.asarray, program.call(params, inputs, lengths, first, np.int32(new_tokens)))
+    return [row[:end].tolist() for row, end in zip(*texts, strict=True)][:count]
 
 
 if __name__ == "__main__":

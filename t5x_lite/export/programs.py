@@ -237,6 +237,26 @@ class Written(NamedTuple):
     ended: Bool[Array, " b"]
 
 
+def begin_rows(
+    cfg: config.Model, rows: Int[Array, "b s"], length: Int[Array, " b"]
+) -> tuple[Int[Array, "b p"], Int[Array, " b"], Int[Array, " b"]]:
+    """Prompts of the decoder, their lengths, and their last tokens.
+
+    Args:
+      cfg: config of the model.
+      rows: ids of inputs, or of prompts of a decoder alone.
+      length: number of ids of each row.
+    """
+    if cfg.encoder is not None:
+        rows, length = rows[:, :0], 0 * length
+    start = start_tokens(cfg)
+    before = jnp.broadcast_to(jnp.array(start, jnp.int32), (rows.shape[0], len(start)))
+    prompts = jnp.concatenate([jax.reshard(before, jax.typeof(rows).sharding), rows], axis=1)
+    length = length + len(start)
+    here = jnp.arange(prompts.shape[1]) == length[:, None] - 1
+    return prompts, length, jnp.sum(jnp.where(here, prompts, 0), axis=1)
+
+
 def generate(
     cfg: config.Model,
     params: Mapping[str, Any],
@@ -263,15 +283,8 @@ def generate(
     Returns:
       The new tokens, and how many each row has; those after them mean nothing.
     """
-    memory: tuple = ()
-    prompts, filled = rows, length
-    if cfg.encoder is not None:
-        memory, prompts, filled = encode(cfg, params, rows, length), rows[:, :0], 0 * length
-    start = start_tokens(cfg)
-    before = jnp.broadcast_to(jnp.array(start, jnp.int32), (rows.shape[0], len(start)))
-    prompts = jnp.concatenate([jax.reshard(before, jax.typeof(prompts).sharding), prompts], axis=1)
-    filled = filled + len(start)
-    last = jnp.sum(jnp.where(jnp.arange(prompts.shape[1]) == filled[:, None] - 1, prompts, 0), 1)
+    memory = () if cfg.encoder is None else encode(cfg, params, rows, length)
+    prompts, filled, last = begin_rows(cfg, rows, length)
 
     def write_next(state: Written) -> Written:
         where = filled - 1 + state.place
@@ -284,15 +297,9 @@ def generate(
         ends = jnp.isin(token, jnp.array(stops, jnp.int32)) | (where + 2 >= slots)
         return Written(state.place + 1, cache, token, tokens, lengths, state.ended | ends)
 
-    nothing = jnp.where(jnp.arange(slots) >= 0, 0 * last[:, None], 0)
-    begin = Written(
-        jnp.zeros((), jnp.int32),
-        prefill(cfg, params, memory, prompts, filled, slots=slots),
-        last,
-        nothing,
-        0 * last,
-        last < 0,
-    )
+    cache = prefill(cfg, params, memory, prompts, filled, slots=slots)
+    tokens = 0 * last[:, None] * jnp.arange(slots)
+    begin = Written(jnp.zeros((), jnp.int32), cache, last, tokens, 0 * last, last < 0)
     written = jax.lax.while_loop(
         lambda state: (state.place < new_tokens) & ~jnp.all(state.ended), write_next, begin
     )
