@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.1, help="seconds of each answer")
     parser.add_argument("--json")
     args = parser.parse_args()
-    repeats = 2 if args.quick else 9
+    repeats = 2 if args.quick else 5
     with tempfile.TemporaryDirectory() as folder, HubServer() as hub, delayed_answers(args.delay):
         path = Path(folder)
         local = write_folders(path) / "hf"
