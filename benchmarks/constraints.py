@@ -31,8 +31,8 @@ import schemas
 PACKAGES = ["jax", "jaxlib", "flax", "jsonschema", "check-jsonschema"]
 PACKAGES += ["validate-pyproject-schema-store", "transformers", "torch", "llguidance"]
 COUNT = 200  # schemas that can be followed
-LENGTH = 192  # most new tokens of a text
-SPEED_LENGTH, ROUNDS = 48, 9
+LENGTH = 128  # most new tokens of a text
+SPEED_LENGTH, ROUNDS = 32, 7
 PROMPT = "Settings of a small project, as JSON:\n"
 
 

@@ -173,6 +173,13 @@ SCHEMAS = {
         },
         "required": ["tree", "pair"],
     },
+    "types that exclude each other": {
+        "properties": {
+            "to": {"type": "array", "anyOf": [{"type": "object"}, {"type": "string"}]},
+            "kind": {"allOf": [{"type": "null"}, {"type": "string", "enum": ["a", None]}]},
+            "count": {"type": "integer"},
+        },
+    },
     "tuple": {
         "type": "array",
         "prefixItems": [{"type": "integer"}, {"type": "string"}],

@@ -126,7 +126,7 @@ class SchemaReader:
             return constants_expression(schema, place)
         types = stated_types(schema, place)
         if not types:
-            return any_value()
+            return None if "type" in schema else any_value()
         return one_of([self.typed(kind, schema, place) for kind in types])
 
     def merged(self, schema: Any, place: str) -> dict[str, Any] | None:

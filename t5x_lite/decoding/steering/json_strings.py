@@ -49,7 +49,7 @@ def constants_expression(schema: dict[str, Any], place: str) -> Expression | Non
     values = schema.get("enum", [schema.get("const")])
     values = [value for value in values if "const" not in schema or value == schema["const"]]
     types = stated_types(schema, place)
-    fitting = [value for value in values if not types or fits_types(value, types)]
+    fitting = [value for value in values if "type" not in schema or fits_types(value, types)]
     return one_of([json_text(value) for value in fitting if fits_string(value, schema, place)])
 
 
