@@ -68,12 +68,12 @@ def test_a_search_is_guided_by_a_function_of_the_working_folder(folder, monkeypa
         assert row["utilities"] == [-len(text) for text in row["predictions"]]
         assert row["utilities"] == sorted(row["utilities"], reverse=True)
     session = interactive.load(folder)
-    found = session.search(
+    results = session.search(
         WORDS[:2],
         lambda input, texts: [-len(text) for text in texts],
         **dict(search="best", particles=3, segment_tokens=4, segment_stop=" ", n_best=3, seed=4),
     )
-    assert [each.texts for each in found] == [row["predictions"] for row in judged]
+    assert [each.texts for each in results] == [row["predictions"] for row in judged]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def run_search(logits, search, rules=()):
 
 
 def grow(logits, live, apart=lambda token: 0.0):
-    """Texts that continue live ones by a token, best first."""
+    """Texts that continue live ones by a token of logits, less what keeps it apart; best first."""
     grown = [
         ((*text, token), total + float(logits[len(text), (text or (0,))[-1], token]) - apart(token))
         for text, total in live
@@ -88,7 +88,14 @@ def grow(logits, live, apart=lambda token: 0.0):
 
 
 def group_search(logits, groups, size, penalty):
-    """Group beam search of transformers 4.49 by lists: Hamming diversity, early stopping."""
+    """Group beam search of transformers 4.49 by lists: Hamming diversity, early stopping.
+
+    Args:
+      logits: table of the model.
+      groups: number of groups.
+      size: beams of a group.
+      penalty: of a token for each group that has it.
+    """
     live = [[((), 0.0)] for _ in range(groups)]
     finished = [[] for _ in range(groups)]
     done = [False] * groups
@@ -157,7 +164,7 @@ def state_of(text):
 
 
 def bank_search(logits, beams, automaton):
-    """Beam search whose continuations are taken in turns from banks, by lists."""
+    """Beam search of logits whose beams are taken in turns from banks of an automaton, by lists."""
     left, shortest = automaton.tokens_left, automaton.tokens_left[0].min()
     live, finished = [((), 0.0)], []
     for step in range(LENGTH):

@@ -51,7 +51,7 @@ def forked(kind, drafting=generation.PLAIN, decode=DRAWN, **options):
 
 
 def finish(decoder, forks, segment):
-    """Texts at the end, decoded in segments."""
+    """Texts of forks at the end, by a decoder, a segment at a time."""
     while True:
         forks, texts = decoder.advance(forks, segment)
         if all(texts.done):
@@ -183,38 +183,40 @@ def tilted(length):
     return {text: weight / total for text, weight in weights.items()}
 
 
-def distance(found, law):
-    """Total variation of texts that were found from a law."""
+def distance(results, law):
+    """Total variation of texts from a law."""
     counts = dict.fromkeys(law, 0)
-    for each in found:
+    for each in results:
         counts[tuple(each.texts.tokens[each.row])] += 1
-    return sum(abs(counts[text] / len(found) - law[text]) for text in law) / 2
+    return sum(abs(counts[text] / len(results) - law[text]) for text in law) / 2
 
 
 def test_smc_with_a_constant_judge_samples_plainly():
     kind = "encoder_decoder"
     settings = SearchSettings(particles=ROWS, segment=3)
-    found = search.sample_particles(forked(kind), lambda texts: [7.0] * len(texts.tokens), settings)
-    tokens = sorted(each.texts.tokens[each.row] for each in found)
-    assert tokens == sorted(samples(kind)) and {each.value for each in found} == {7.0}
+    results = search.sample_particles(
+        forked(kind), lambda texts: [7.0] * len(texts.tokens), settings
+    )
+    tokens = sorted(each.texts.tokens[each.row] for each in results)
+    assert tokens == sorted(samples(kind)) and {each.value for each in results} == {7.0}
 
 
 @pytest.mark.parametrize("segment", [1, 2])
 def test_smc_samples_the_renormalized_law(segment):
-    found = search.sample_particles(
+    results = search.sample_particles(
         tiny(3, seed=2), judge_texts, SearchSettings(particles=16384, segment=segment, seed=2)
     )
-    assert distance(found, tilted(3)) < 0.045
-    assert distance(found, tiny_law(3)) > 0.15  # or there is nothing to see
+    assert distance(results, tilted(3)) < 0.045
+    assert distance(results, tiny_law(3)) > 0.15  # or there is nothing to see
 
 
 def test_rejection_samples_the_renormalized_law_and_by_a_constant_judge_plainly():
     settings = SearchSettings(particles=4, segment=WHOLE, rounds=64)
-    found = []
+    results = []
     for seed in range(1000):
-        found += search.reject_segments(tiny(2, seed), judge_texts, settings._replace(seed=seed))
-    assert distance(found, tilted(2)) < 0.06
-    assert distance(found, tiny_law(2)) > 0.15
+        results += search.reject_segments(tiny(2, seed), judge_texts, settings._replace(seed=seed))
+    assert distance(results, tilted(2)) < 0.06
+    assert distance(results, tiny_law(2)) > 0.15
     (same,) = search.reject_segments(
         forked("encoder_decoder"), lambda texts: [0.0] * len(texts.tokens), settings
     )
@@ -227,10 +229,10 @@ def test_the_best_of_n_is_the_best_sample_and_by_segments_the_best_beginning_is_
 
     every = samples("decoder_only")
     settings = SearchSettings(particles=ROWS, segment=LENGTH)
-    found = search.choose_best(forked("decoder_only"), judge, settings)
-    assert [each.texts.tokens[each.row] for each in found] == sorted(every, key=sum)
-    found = search.choose_best(forked("decoder_only"), judge, settings._replace(segment=4))
-    assert found[0].texts.tokens[found[0].row][:4] == min((row[:4] for row in every), key=sum)
+    results = search.choose_best(forked("decoder_only"), judge, settings)
+    assert [each.texts.tokens[each.row] for each in results] == sorted(every, key=sum)
+    results = search.choose_best(forked("decoder_only"), judge, settings._replace(segment=4))
+    assert results[0].texts.tokens[results[0].row][:4] == min((row[:4] for row in every), key=sum)
 
 
 def test_puct_finds_the_best_leaf_of_a_tree():
@@ -246,21 +248,23 @@ def test_puct_finds_the_best_leaf_of_a_tree():
         ]
 
     settings = SearchSettings(particles=4, segment=1, rounds=24)
-    found = search.search_tree(tiny(3), judge, settings)
-    assert tuple(found[0].texts.tokens[found[0].row]) == goal and found[0].value == 3
-    assert [each.value for each in found] == sorted((each.value for each in found), reverse=True)
+    results = search.search_tree(tiny(3), judge, settings)
+    assert tuple(results[0].texts.tokens[results[0].row]) == goal and results[0].value == 3
+    assert [each.value for each in results] == sorted(
+        (each.value for each in results), reverse=True
+    )
 
 
 def test_puct_sees_every_leaf_and_then_ends():
-    seen = set()
+    texts_found = set()
 
     def judge(texts):
-        seen.update(map(tuple, texts.tokens))
+        texts_found.update(map(tuple, texts.tokens))
         return [float("-inf")] * len(texts.tokens)
 
     decoder = tiny(2)
     search.search_tree(decoder, judge, SearchSettings(particles=8, segment=1, rounds=2000))
-    assert seen == set(tiny_law(2)) and decoder.row_passes < 16000
+    assert texts_found == set(tiny_law(2)) and decoder.row_passes < 16000
 
 
 def test_systematic_resampling_copies_by_weight():
@@ -305,5 +309,5 @@ def test_rows_that_the_judge_drops_are_not_continued():
 
     settings = SearchSettings(particles=16, segment=1, rounds=50)
     for policy in (search.sample_particles, search.reject_segments, search.choose_best):
-        found = policy(tiny(3), judge, settings)
-        assert {each.texts.tokens[each.row][0] for each in found} == {2}, policy.__name__
+        results = policy(tiny(3), judge, settings)
+        assert {each.texts.tokens[each.row][0] for each in results} == {2}, policy.__name__

@@ -79,8 +79,8 @@ def test_merging_adds_texts_that_the_search_has_dropped():
         for text in itertools.product(range(4), repeat=size)
         if EOS not in text[:-1] and (text[-1] == EOS or size == LENGTH)
     ]
-    found = {tuple(ids) for ids, _ in lattice_of(table(1), len(every), 99).list_paths()}
-    assert found == set(every)
+    results = {tuple(ids) for ids, _ in lattice_of(table(1), len(every), 99).list_paths()}
+    assert results == set(every)
 
 
 @pytest.mark.parametrize("kind", KINDS)

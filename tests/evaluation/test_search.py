@@ -36,19 +36,19 @@ def session_of(name, scale=0.3):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_judge_sees_the_input_and_the_texts_so_far(name):
-    session, seen = session_of(name), []
+    session, texts_judged = session_of(name), []
 
     def judge(input, texts):
-        seen.append((input, list(texts)))
+        texts_judged.append((input, list(texts)))
         return [text.count("a") for text in texts]
 
     options = dict(temperature=1.0, seed=3, n_best=4)
     searched = dict(search="best", particles=4, segment_tokens=5)
-    found = session.search("ab ab", judge, **options, **searched)
-    assert {input for input, _ in seen} == {"ab ab"} and len(seen) <= 3
-    assert [len(texts) for _, texts in seen] == [4] * len(seen)
-    assert found.texts == sorted(seen[-1][1], key=lambda text: -text.count("a"))
-    assert found.utilities == [text.count("a") for text in found.texts]
+    results = session.search("ab ab", judge, **options, **searched)
+    assert {input for input, _ in texts_judged} == {"ab ab"} and len(texts_judged) <= 3
+    assert [len(texts) for _, texts in texts_judged] == [4] * len(texts_judged)
+    assert results.texts == sorted(texts_judged[-1][1], key=lambda text: -text.count("a"))
+    assert results.utilities == [text.count("a") for text in results.texts]
     # Segments as long as the text: the samples of plain decoding.
     whole = session.search("ab ab", judge, **options, **searched | {"segment_tokens": 99})
     assert sorted(whole.texts) == sorted(session.generate("ab ab", **options))
