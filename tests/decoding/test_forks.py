@@ -211,7 +211,7 @@ def test_smc_samples_the_renormalized_law(segment):
 
 
 def test_rejection_samples_the_renormalized_law_and_by_a_constant_judge_plainly():
-    settings = SearchSettings(particles=4, segment=WHOLE, rounds=64)
+    settings = SearchSettings(particles=1, segment=WHOLE, rounds=64)
     results = []
     for seed in range(1000):
         results += search.reject_segments(tiny(2, seed), judge_texts, settings._replace(seed=seed))

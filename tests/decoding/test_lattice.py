@@ -83,6 +83,45 @@ def test_merging_adds_texts_that_the_search_has_dropped():
     assert results == set(every)
 
 
+def count_texts(history, beams):
+    """Texts of a search where those with the same last token merge, counted step by step.
+
+    Args:
+      history: continuations of every step.
+      beams: k.
+    """
+    ways, last, total = {None: 1}, [None], 0
+    for parents, tokens, probabilities in zip(*history, strict=True):
+        rows = [
+            (last[parent], token, place)
+            for place, (parent, token, p) in enumerate(
+                zip(parents, tokens.tolist(), probabilities, strict=True)
+            )
+            if np.isfinite(p)
+        ]
+        if not rows:
+            return total
+        last = [token for _, token, _ in rows if token != EOS][:beams]
+        ends = any(token == EOS and place < beams for _, token, place in rows)
+        kept = {pair[:2] for pair in rows if pair[1] in last or (ends and pair[1] == EOS)}
+        after = dict.fromkeys([*last, EOS], 0)
+        for source, token in kept:
+            after[token] += ways.get(source, 0)
+        total += after.pop(EOS)
+        ways = after
+    return total + sum(ways.values())
+
+
+def test_dropped_texts_go_on_as_those_that_they_merge_with():
+    for seed in range(6):
+        logits = table(seed)
+        tokens = generation.shard_rows(np.zeros((1, 1), np.int32))
+        prompts = target.Prompts(tokens, tokens[:, 0] + 1)
+        history = jax.device_get(history_program(3)(logits, prompts))
+        history = jax.tree.map(lambda x: x[0], history)
+        assert lattice_of(logits, 3, 1).count_paths() == count_texts(history, 3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_lattice_of_a_model_has_its_beams(kind):
     cfg, params = KINDS[kind], lively(KINDS[kind])
