@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding by the program of this folder, with jax alone: python generate.py 5 3 22"""
+"""Greedy decoding by this folder, with jax and flatbuffers: python generate.py 5 3 22"""
 
 import json
 import sys
