@@ -173,7 +173,7 @@ def describe_metrics(facts: CardFacts) -> Iterator[str]:
 def loading_code(facts: CardFacts) -> Iterator[str]:
     """Lines of Python that load the model; the command that runs an exported program."""
     if facts.format == "stablehlo":
-        yield "After `pip install jax flatbuffers`, in this folder; the numbers are ids of the input:"
+        yield "In this folder, after `pip install jax flatbuffers`; the numbers are input ids:"
         yield ""
         yield "```bash"
         yield "python generate.py 5 3 22"
