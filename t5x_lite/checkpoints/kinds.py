@@ -96,6 +96,8 @@ def explain_missing(path: Path) -> str:
     """The message for a path where nothing is: a run to train, or a model of the hub."""
     if path.suffix == ".gin":
         return f"There is no {path}; and a checkpoint is the folder of a run, not its config"
+    if path.suffix in (".gguf", ".safetensors"):
+        return f"There is no {path}. A file of the hub is named owner/name:{path.name}"
     named = hub_names.NAME.fullmatch(str(path))
     other = f". A model of the hub is named {hub_names.SCHEME}{path}" if named else ""
     if near := nearest.near_names(str(path), packaged.packaged_names()):

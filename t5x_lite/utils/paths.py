@@ -20,6 +20,8 @@ REMEDIES = {
     "hf": "a model of the hub can be read as a checkpoint, and not written",
 }
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# An address that lost a slash would be a folder of this machine.
+ONE_SLASH = re.compile(r"(gs|s3|hf|https?|file):/", re.IGNORECASE)
 
 
 def is_address(text: str | os.PathLike) -> bool:
@@ -40,20 +42,29 @@ def check_local(text: str) -> str:
 def check_path(text: str) -> str:
     """Returns the text of a path or of an address that can be read; raises ValueError for others,
     with the remedy."""
+    check_slashes(text)
     if is_address(text):
         parse_path(text)
     return text
+
+
+def check_slashes(text: str) -> None:
+    """Raises ValueError for an address with a slash too few."""
+    if (short := ONE_SLASH.match(text)) and not is_address(text):
+        rest = text[short.end() :]
+        raise ValueError(f"{text} has one slash; an address has two: {short[1]}://{rest}")
 
 
 def local_path(text: str | os.PathLike) -> Path:
     """The path of this machine that a person typed, with ~ as the home folder.
 
     Raises:
-      ValueError: it is an address such as gs://bucket/run, or empty.
+      ValueError: it is an address such as gs://bucket/run, or one with a slash too few, or empty.
     """
     text = os.fspath(text)
     if not text.strip():
         raise ValueError("the path is empty")
+    check_slashes(text)
     try:
         return Path(check_local(text)).expanduser()
     except RuntimeError as error:  # no home folder, or none of that user

@@ -234,6 +234,8 @@ def test_what_is_no_checkpoint_says_what_it_is(tmp_path, makes, monkeypatch):
         open_checkpoint("runs/mine")
     with pytest.raises(ValueError, match="There is no .*/absent. Train a run first"):
         open_checkpoint(folder / "absent")
+    with pytest.raises(ValueError, match="There is no .* is named owner/name:absent.gguf"):
+        open_checkpoint(folder / "absent.gguf")
     (folder / "notes.txt").write_text("nothing")
     with pytest.raises(ValueError, match="neither a run folder .* nor a .gguf file"):
         open_checkpoint(folder)

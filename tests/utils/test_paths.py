@@ -82,6 +82,8 @@ def test_a_field_that_describes_a_file_is_a_path():
         ("MODEL_DIR=hf://google/t5", "can be read"),
         ("MODEL_DIR=memory://", "names no bucket: memory://BUCKET/NAME"),
         ("MODEL_DIR=", "Run.model_dir: the path is empty"),
+        ("MODEL_DIR=gs:/bucket/run", "has one slash; an address has two: gs://bucket/run"),
+        ("INITIAL_CHECKPOINT_PATH=S3:/b/run", "an address has two: S3://b/run"),
     ],
 )
 def test_an_address_of_no_use_is_refused_when_a_config_loads_with_its_remedy(binding, message):
