@@ -155,7 +155,7 @@ class Peft:
         weights = [weight for weight in self.net.parameters() if weight.requires_grad]
         self.trained = sum(weight.numel() for weight in weights)
         self.optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
-        self.start = net.config.bos_token_id
+        self.start = load_run(source, []).model.decoder_start_token_id
         self.batches = {split: read_batches(folder, split) for split in ("train", "validation")}
 
     def losses(self, arrays: dict[str, np.ndarray]):

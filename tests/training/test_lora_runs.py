@@ -214,6 +214,7 @@ def test_dropout_is_on_what_adapters_read_and_only_while_they_train():
     # A mask per row, shared by its tokens: twice the sum of the features that are kept.
     assert {*np.unique((kept[:, 0] / 8).round(4) % 1)} == {0.0}
     np.testing.assert_allclose(kept.mean(0), still, rtol=0.2)
+    assert len(np.unique(kept[:, 0, 0, 0])) > 8
 
 
 @pytest.mark.slow
