@@ -228,6 +228,7 @@ def test_survivors_by_order_are_those_by_probability_where_the_order_is_by_proba
 EXAMPLES = [[5, 9, 33], [7], [60, 2, 2, 8, 14, 31, 9], [12, 13]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_of_a_model_are_searched_the_same_in_any_batch_and_on_any_mesh(kind):
     cfg, params = KINDS[kind], lively(KINDS[kind])

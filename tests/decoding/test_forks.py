@@ -68,6 +68,7 @@ def samples(kind, count=ROWS):
     return decoding.generate(KINDS[kind], params, request, decode).tokens[0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", DRAFTINGS)
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
 def test_rows_that_stop_and_fork_have_the_texts_of_plain_decoding(kind, drafter):
@@ -210,6 +211,7 @@ def test_smc_samples_the_renormalized_law(segment):
     assert distance(results, tiny_law(3)) > 0.15  # or there is nothing to see
 
 
+@pytest.mark.slow
 def test_rejection_samples_the_renormalized_law_and_by_a_constant_judge_plainly():
     settings = SearchSettings(particles=1, segment=WHOLE, rounds=64)
     results = []

@@ -54,6 +54,7 @@ def test_a_judge_sees_the_input_and_the_texts_so_far(name):
     assert sorted(whole.texts) == sorted(session.generate("ab ab", **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", ["best", "rejection:2", "smc", "puct:3"])
 def test_every_search_works_with_drafters_stops_and_details(search):
     session = session_of("t5")
