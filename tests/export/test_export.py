@@ -57,6 +57,12 @@ assert not loaded, loaded
     return json.loads(done.stdout)
 
 
+def call_script(folder: Path, rows: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Ids that the script in a folder writes after rows, up to new_tokens, in this process."""
+    with jax.set_mesh(None):
+        return runpy.run_path(str(folder / "generate.py"))["generate"](rows, new_tokens)
+
+
 def decode_greedily(
     run: Path, rows: list[list[int]], stops: list[int], **options
 ) -> list[list[int]]:
@@ -98,12 +104,11 @@ def test_the_script_begins_with_the_forced_token(tmp_path):
 
 def test_a_rows_places_bound_its_text(folder):
     """A row of 16 places, of which the start token takes one, has 15 new ids at most."""
-    generate = runpy.run_path(str(folder / "generate.py"))["generate"]
-    texts = generate(draw_rows(3, seed=4), 100)
+    texts = call_script(folder, draw_rows(3, seed=4), 100)
     stops = json.loads((folder / "export.json").read_text())["stops"]
     assert all(len(text) == 15 or text[-1] in stops for text in texts)
     assert any(len(text) == 15 for text in texts)
-    shorter = generate(draw_rows(3, seed=4), 4)
+    shorter = call_script(folder, draw_rows(3, seed=4), 4)
     assert shorter == [text[:4] for text in texts]
 
 
@@ -138,8 +143,7 @@ def test_a_forced_first_token_is_exported(tmp_path):
     to = tmp_path / "export"
     convert.main([f"--from={tmp_path / 'hf'}", f"--to={to}", "--format=stablehlo", *sizes, *BARE])
     assert json.loads((to / "export.json").read_text())["forced_bos_token_id"] == 7
-    generate = runpy.run_path(str(to / "generate.py"))["generate"]
-    assert generate([[3, 4]], 3)[0][0] == 7
+    assert call_script(to, [[3, 4]], 3)[0][0] == 7
 
 
 def test_the_card_names_the_script_and_no_door_that_does_not_open_the_folder(folder):
@@ -191,9 +195,8 @@ def test_positions_that_a_model_lacks_are_refused(tmp_path, capsys):
     ids=["large", "negative", "empty", "long", "many", "none"],
 )
 def test_the_script_refuses_rows_that_do_not_fit(folder, rows):
-    generate = runpy.run_path(str(folder / "generate.py"))["generate"]
     with pytest.raises(ValueError, match="takes 1 to 3 rows of 1 to 6 ids from 0 to 39"):
-        generate(rows, 4)
+        call_script(folder, rows, 4)
 
 
 @pytest.fixture(scope="module")
