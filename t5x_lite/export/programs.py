@@ -24,6 +24,8 @@ from t5x_lite.kernels.dispatch import BACKEND_VARIABLE
 from t5x_lite.utils.not_none import not_none
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+# How many callers of an operation a program names, by the paths of their files.
+CALLERS = "jax_traceback_in_locations_limit"
 
 
 class ExportShapes(NamedTuple):
@@ -60,6 +62,17 @@ def without_environment(name: str) -> Generator[None]:
             os.environ[name] = value
 
 
+@contextlib.contextmanager
+def without_paths() -> Generator[None]:
+    """Context in which programs do not name files of this machine."""
+    callers = getattr(jax.config, CALLERS)
+    jax.config.update(CALLERS, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(CALLERS, callers)
+
+
 def export_programs(
     cfg: config.Model,
     params: Mapping[str, jax.ShapeDtypeStruct],
@@ -70,7 +83,7 @@ def export_programs(
     and step.
 
     They compute as decoding on a CPU does: in float32, attention in plain XLA, whatever the
-    environment selects.
+    environment selects. They name no file of this machine.
 
     Args:
       cfg: config of the model.
@@ -92,7 +105,7 @@ def export_programs(
         leaves = [describe_rows(each.shape, each.dtype) for each in programs[name].out_avals]
         return jax.tree.unflatten(programs[name].out_tree, leaves)
 
-    with sharding.one_device_mesh(), without_environment(BACKEND_VARIABLE):
+    with sharding.one_device_mesh(), without_environment(BACKEND_VARIABLE), without_paths():
         one_each, rows_of_ids = describe_rows((rows,)), describe_rows((rows, length))
         prompts = rows_of_ids if cfg.encoder is None else describe_rows((rows, 1))
         memory = () if cfg.encoder is None else add("encode", encode, rows_of_ids, one_each)

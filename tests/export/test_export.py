@@ -127,6 +127,12 @@ def test_the_environment_does_not_change_programs(tmp_path, monkeypatch, folder)
         assert texts[0] == texts[1]
 
 
+def test_programs_name_no_file_of_this_machine(folder):
+    for name in PROGRAMS:
+        data = (folder / f"{name}.jax").read_bytes()
+        assert len(data) > 1000 and b".py" not in data and str(Path.cwd()).encode() not in data
+
+
 def test_the_script_has_thirty_lines_of_code():
     lines = Path("t5x_lite/export/generate.py").read_text().splitlines()
     assert len([line for line in lines if line.strip()]) <= 30
