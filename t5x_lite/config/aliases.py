@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from t5x_lite.utils.nearest import suggest
+from t5x_lite.utils.nearest import near_names, suggest
 
 CLASSES = {
     "HeadLoss": "DraftHeadLoss",
@@ -149,8 +149,14 @@ def suggest_field(name: str, owner: str, known: Collection[str], dashes: str = "
     """
     if reason := ABSENT.get((owner, name)):
         return reason
-    here = ELSEWHERE.get((owner, name))
-    return f"it is called {dashes}{here} here" if here else suggest(name, known)
+    if here := ELSEWHERE.get((owner, name)):
+        return f"it is called {dashes}{here} here"
+    # An old name that is misspelled is near the old name and not its new one.
+    former = {old: new for (cls, old), new in FIELDS.items() if cls == owner}
+    near = near_names(name, [*known, *former])
+    if near and near[0] in former:
+        return f"did you mean {dashes}{former[near[0]]}?"
+    return suggest(name, known)
 
 
 def rename_folder(path: str) -> str:

@@ -303,3 +303,9 @@ def test_a_name_of_another_library_leads_to_a_field_at_every_door(owner, name, c
     with pytest.raises(SystemExit):
         infer.parser().parse(["--checkpoint=x", f"--{name}=4"])
     assert f"unknown option --{name}: it is called --{here} here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lenght", "lengt"])
+def test_a_misspelled_old_name_leads_to_the_new_one(name):
+    with pytest.raises(ValueError, match="did you mean .*max_new_tokens"):
+        gin_file.load_run(G2P, [f"config.Decode.{name}=4"])
