@@ -197,8 +197,8 @@ def test_every_mesh_gives_the_same_losses(quantize):
 
 
 def test_dropout_is_on_what_adapters_read_and_only_while_they_train():
-    x = jnp.arange(1.0, 25.0).reshape(2, 3, 4)
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+    x = jnp.arange(1.0, 25.0).reshape(2, 3, 4)
     lora = dataclasses.replace(LORA, dropout=0.5)
     base = {"w": jnp.zeros((1, 4, 5))}
     tree = {"w": {"a": jnp.ones((1, 4, 2)), "b": jnp.ones((1, 2, 5))}}
