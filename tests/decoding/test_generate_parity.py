@@ -69,8 +69,17 @@ RULES = {
     ),
 }
 # A forced first token is for encoder-decoders; transformers guides decoder-only models alone.
+# All rules together are quick, each alone is slow on T5 and exhaustive on the others: one code.
 CASES = [
-    pytest.param(toy, rule, marks=[] if rule in ("guidance", "all") else pytest.mark.slow)
+    pytest.param(
+        toy,
+        rule,
+        marks=[]
+        if rule in ("guidance", "all")
+        else pytest.mark.slow
+        if toy == "t5"
+        else pytest.mark.exhaustive,
+    )
     for toy in TOYS
     for rule in [*RULES, "first"]
     if rule != ("first" if toy == "llama" else "guidance")

@@ -31,7 +31,7 @@ slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 # A kernel's interpretation compiles for seconds to a minute. T5 and T5Gemma 2 have every kind of
 # mask and bias; umT5's is T5's in each layer, and T5Gemma is tried on a mesh.
 MARKS = {name: slow for name in CASES} | {"t5": (), "t5gemma2": ()}
-MARKS |= dict.fromkeys(("umt5", "t5gemma"), exhaustive)
+MARKS |= dict.fromkeys(("umt5", "t5gemma", "m2m100"), exhaustive)
 NAMES = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
 
 

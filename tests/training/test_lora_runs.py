@@ -28,6 +28,7 @@ from t5x_lite.model import adapters, quantization
 from t5x_lite.model.layers import project
 from t5x_lite.training import frozen_base
 
+LONG = pytest.mark.exhaustive
 LORA = config.Lora(rank=2, alpha=4.0, weights=("*.query", "*.out", "*.gate"))
 
 
@@ -118,7 +119,9 @@ def test_a_run_saves_adapters_alone_and_goes_on_bitwise(place_of_run, folders):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "int8", "int4:4"])
+@pytest.mark.parametrize(
+    "quantize", ["int4:4", *(pytest.param(each, marks=LONG) for each in (None, "int8"))]
+)
 def test_a_hundred_steps_leave_every_bit_of_the_base(quantize):
     run = toy_run(dataclasses.replace(LORA, quantize=quantize, dora=True))
     state, losses, base = take_steps(run, 100)
@@ -150,7 +153,7 @@ def test_the_optimizers_bytes_are_those_of_adapters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=LONG), True])
 def test_new_adapters_change_nothing_and_a_frozen_base_in_bits_is_its_rounded_weights(dora):
     lora = dataclasses.replace(LORA, quantize="int4:4", dora=dora)
     run = toy_run(lora)
@@ -180,7 +183,7 @@ def test_new_adapters_change_nothing_and_a_frozen_base_in_bits_is_its_rounded_we
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [pytest.param(None, marks=LONG), "int8"])
 def test_every_mesh_gives_the_same_losses(quantize):
     lora = dataclasses.replace(LORA, dora=True, quantize=quantize)
     cfg = dataclasses.replace(

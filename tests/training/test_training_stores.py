@@ -114,6 +114,9 @@ def test_a_second_process_is_refused(store, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "store", ["s3", pytest.param("gs", marks=pytest.mark.exhaustive)], indirect=True
+)
 def test_two_processes_train_in_a_store_as_on_a_disk(store, tmp_path):
     mesh = config.Mesh(data=2, fsdp=2)
     run = run_of("encoder_decoder", tmp_path, steps=4, mesh=mesh, evaluate=UNMEASURED)
