@@ -117,11 +117,16 @@ def check_search(decode: Any) -> None:
 
 
 def check_beams(decode: Any) -> None:
-    """Checks groups of beams.
+    """Checks what beams cannot follow, and their groups.
 
     Raises:
-      ValueError: the beams cannot be divided, or a group has nothing to differ from.
+      ValueError: a stop is given, the beams cannot be divided, or a group has nothing to differ
+        from.
     """
+    require(
+        decode.beams == 1 or not decode.stop,
+        "Decode.stop ends a text at a token; beam search (Decode.beams) knows EOS alone",
+    )
     require(
         decode.beams % decode.beam_groups == 0,
         f"Decode.beams ({decode.beams}) must be a multiple of Decode.beam_groups "

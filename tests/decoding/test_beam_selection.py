@@ -146,15 +146,14 @@ def words_automaton(limit=LENGTH):
     for state in range(4):
         for token, bit in ((0, 0), (2, 1), (3, 2)):
             following[state, token] = state | bit
-    final = np.arange(4) == 3
-    left = count_tokens_left(following, final)
+    left = count_tokens_left(following, np.where(np.arange(4) == 3, 1, NEVER))
     tokens_left = np.where(following >= 0, left[np.maximum(following, 0)] + 1, NEVER)
     following[3, EOS], tokens_left[3, EOS] = 3, 1
     return TokenAutomaton(
         following,
         tokens_left.astype(np.int32),
         np.arange(VOCABULARY, dtype=np.int32),
-        np.array(0, np.int32),
+        generation.shard_rows(np.zeros(1, np.int32)),
         generation.shard_rows(np.array([limit], np.int32)),
     )
 

@@ -111,7 +111,7 @@ class TokenAutomaton:
           0 for a token that brings the text no nearer to its end, to count - 1 where no more than
           the end is missing.
         """
-        shortest = jnp.min(self.tokens_left[self.start])
+        shortest = jnp.min(take_rows(self.tokens_left, self.start))
         gone = shortest + 1 - take_rows(self.tokens_left, state.state)
         banks = jnp.clip(jnp.maximum(gone, 0) * count // shortest, 0, count - 1)
         return jax.vmap(lambda row: row[self.classes])(banks)
