@@ -84,7 +84,9 @@ def test_the_memory_of_a_run_has_its_teacher_in_it(school, tmp_path, monkeypatch
     monkeypatch.setattr(preflight, "device_memory", lambda: own_bytes + size - 1)
     preflight.check_memory(run, shapes)
     for refuse in (lambda: loop.train(run), lambda: preflight.check_run(run, print)):
-        with pytest.raises(ValueError, match=r"GB of each device \(.*, teacher 0.0 GB\)"):
+        with pytest.raises(
+            ValueError, match=r"GB of each device besides activations \(.*, teacher 0.0 GB\)"
+        ):
             refuse()
     monkeypatch.setattr(preflight, "device_memory", lambda: own_bytes + size)
     preflight.check_run(run, print)

@@ -139,7 +139,13 @@ def with_tokens(value, frequent: list[int]):
 
 
 def our_texts(pair: Pair, options: dict, eos: int = EOS) -> np.ndarray:
-    """Tokens that ours writes, up to the first end."""
+    """Tokens that ours writes, up to the first end.
+
+    Args:
+      pair: both models.
+      options: fields of Decode.
+      eos: the token that ends a text.
+    """
     decode = config.Decode(max_new_tokens=NEW, seed=SEED, **options)
     cfg, params = target.with_cpu_dtype(pair.cfg), decoding.prepare_params(pair.cfg, pair.params)
     ids = inputs_of(pair)
@@ -153,7 +159,13 @@ def our_texts(pair: Pair, options: dict, eos: int = EOS) -> np.ndarray:
 
 
 def their_texts(pair: Pair, options: dict, eos: int) -> np.ndarray:
-    """Tokens that transformers writes, with its processors and our noise."""
+    """Tokens that transformers writes, with its processors and our noise.
+
+    Args:
+      pair: both models.
+      options: fields of Decode.
+      eos: the token that ends a text.
+    """
     ids, theirs = inputs_of(pair), pair.theirs
     named, processors = dict(options), transformers.LogitsProcessorList()
     for name, kind in SAMPLERS.items():

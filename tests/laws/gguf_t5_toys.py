@@ -22,7 +22,7 @@ TOYS = {
 def lone_toy(seed):
     """An encoder alone, of widths that can be quantized."""
     described = t5_config(transformers.T5EncoderModel, seed, **GATED)
-    return shaken(transformers.T5EncoderModel._from_config(described), seed)
+    return shaken(transformers.T5EncoderModel(described), seed)
 
 
 def t5_metadata(described) -> dict:
