@@ -180,7 +180,8 @@ def test_the_commands_take_the_file_as_it_is(tmp_path):
     command = [sys.executable, "-m", "t5x_lite.infer", f"--checkpoint={weights()}", "--text"]
     process = subprocess.run(
         [*command, f"--input={words}", "--max_new_tokens=2"],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        # One device: each of eight would have a copy of the weights.
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         cwd=tmp_path,
         capture_output=True,
         text=True,
