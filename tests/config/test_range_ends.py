@@ -160,7 +160,7 @@ def test_the_widest_window_is_none(form):
     read = model.InspectionInputs(ids, np.array([12]), np.array([1]), ids, np.array([12]))
     logits = [
         model.Inspected(each, scan=False).apply(
-            {"params": params}, read, method=model.Inspected.next_token_logits
+            {"params": model.unstack(params)}, read, method=model.Inspected.next_token_logits
         )
         for each in (cfg, windowed)
     ]
