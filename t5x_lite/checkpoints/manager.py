@@ -4,7 +4,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import warnings
@@ -54,15 +53,17 @@ class CheckpointManager:
         processes.barrier()
         self.had_files = self.has_files()
         self.metadata = readable_metadata(self.folder)
+        self.vocabulary: str | None = None
+        self.vocabulary_read = False
         self.pending: CheckpointMetadata | None = None
         self.background = concurrent.futures.ThreadPoolExecutor(1, "metrics of checkpoints")
         self.adding: concurrent.futures.Future | None = None
         self.writer = checkpoint_io.open_writer(self.folder, PATIENCE)
 
-    @functools.cached_property
-    def vocabulary(self) -> str | None:
-        """Digest of the run's vocabularies, which stand before the first checkpoint."""
-        return vocabulary_digest(self.folder.parent)
+    def read_vocabulary(self) -> None:
+        """Computes the digest of the run's vocabularies, which checkpoints name. Where it is not
+        called, the first `save` does, and waits for the answers of a store."""
+        self.vocabulary, self.vocabulary_read = vocabulary_digest(self.folder.parent), True
 
     def save(self, state: TrainState, metadata: CheckpointMetadata) -> None:
         """Begins to write a checkpoint of `state`, after the one before is done.
@@ -73,6 +74,8 @@ class CheckpointManager:
         import orbax.checkpoint as ocp
 
         self.wait()
+        if processes.is_first() and not self.vocabulary_read:
+            self.read_vocabulary()
         parts = checkpoint_io.state_items(state)
         metadata = dataclasses.replace(
             metadata,

@@ -108,8 +108,7 @@ class Training:
         self.run, self.handler, self.check_lock = run, handler, lock
         self.path = parse_path(run.model_dir)
         self.console = stderr_console(quiet=not processes.is_first())
-        # The newest evaluation: its step and its metrics.
-        self.held_out: tuple[int, dict[str, float]] = (-1, {})
+        self.held_out: tuple[int, dict[str, float]] = (-1, {})  # newest step with its metrics
         self.last_metrics: dict[str, float] = {}
         self.saved_step: int | None = None
         self.profiler = StepProfiler(self.path / "profile", profile, self.log)
@@ -147,6 +146,7 @@ class Training:
         # A finished run of more steps stays as it is described.
         if self.start <= self.run.train.steps:
             model_dir.write_description(self.run, self.assembled.vocabularies)
+        self.checkpoints.read_vocabulary()
         board = self.run.train.tensorboard
         self.writer = metric_writers.MetricWriter(self.path, board, self.saved_step, self.log)
         step, values = self.held_out

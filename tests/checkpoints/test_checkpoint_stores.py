@@ -17,6 +17,7 @@ from t5x_lite.utils.paths import parse_path
 def test_saving_waits_for_no_answer_of_a_store(store):
     place = store.address("held")
     saved = CheckpointManager(place, config.Checkpoint(keep=1, metric="per"))
+    saved.read_vocabulary()
     answers, waited = threading.Event(), []
 
     def hold(method: str, path: str) -> str:
