@@ -100,19 +100,24 @@ def export_programs(
     programs: dict[str, export.Exported] = {}
 
     def add(name: str, function: Callable, *arguments: Any) -> Any:
-        jitted = jax.jit(functools.partial(function, cfg))
-        programs[name] = export.export(jitted, platforms=PLATFORMS)(dict(params), *arguments)
+        programs[name] = export.export(jax.jit(function), platforms=PLATFORMS)(
+            dict(params), *arguments
+        )
         leaves = [describe_rows(each.shape, each.dtype) for each in programs[name].out_avals]
         return jax.tree.unflatten(programs[name].out_tree, leaves)
 
     with sharding.one_device_mesh(), without_environment(BACKEND_VARIABLE), without_paths():
         one_each, rows_of_ids = describe_rows((rows,)), describe_rows((rows, length))
         prompts = rows_of_ids if cfg.encoder is None else describe_rows((rows, 1))
-        memory = () if cfg.encoder is None else add("encode", encode, rows_of_ids, one_each)
-        fill = functools.partial(prefill, slots=shapes.row_length)
+        memory = (
+            ()
+            if cfg.encoder is None
+            else add("encode", functools.partial(encode, cfg), rows_of_ids, one_each)
+        )
+        fill = functools.partial(prefill, cfg, slots=shapes.row_length)
         cache = add("prefill", fill, memory, prompts, one_each)
-        add("step", step, memory, cache, one_each, one_each)
-        write = functools.partial(generate, slots=shapes.row_length, stops=stops)
+        add("step", functools.partial(step, cfg), memory, cache, one_each, one_each)
+        write = functools.partial(generate, GreedySettings(cfg, shapes.row_length, stops))
         count = jax.ShapeDtypeStruct((), jnp.int32)
         add("generate", write, rows_of_ids, one_each, one_each, count)
     return {name: bytes(program.serialize()) for name, program in programs.items()}
@@ -230,6 +235,20 @@ def step(
     return model_.logits(hidden)[:, 0], (cache.keys, cache.values)
 
 
+class GreedySettings(NamedTuple):
+    """Model and sizes that a program of greedy decoding is compiled for.
+
+    Attributes:
+      model: config of the model.
+      slots: places of a row, prompt and new tokens together.
+      stops: ids of which any ends a text.
+    """
+
+    model: config.Model
+    slots: int
+    stops: tuple[int, ...]
+
+
 class Written(NamedTuple):
     """State of greedy decoding.
 
@@ -271,31 +290,27 @@ def begin_rows(
 
 
 def generate(
-    cfg: config.Model,
+    settings: GreedySettings,
     params: Mapping[str, Any],
     rows: Int[Array, "b s"],
     length: Int[Array, " b"],
     first: Int[Array, " b"],
     new_tokens: Int[Array, ""],
-    *,
-    slots: int,
-    stops: tuple[int, ...],
 ) -> tuple[Int[Array, "b n"], Int[Array, " b"]]:
     """The most probable tokens of each row, up to one that ends a text.
 
     Args:
-      cfg: config of the model.
+      settings: model, sizes and ends.
       params: weights by name.
       rows: ids of inputs, or of prompts of a decoder alone, padded on the right with any id.
       length: number of ids of each row.
       first: the first new token of each row, such as a language's; -1 leaves it free.
       new_tokens: most tokens to write; a row ends in any case where it is full.
-      slots: places of a row, prompt and new tokens together.
-      stops: ids of which any ends a text.
 
     Returns:
       The new tokens, and how many each row has; those after them mean nothing.
     """
+    cfg, slots, stops = settings
     memory = () if cfg.encoder is None else encode(cfg, params, rows, length)
     prompts, filled, last = begin_rows(cfg, rows, length)
 
