@@ -103,7 +103,7 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_written(one_devic
         session.stream("a", beams=2)
     with pytest.raises(ValueError, match="every must be at least 1; got 0"):
         session.stream("a", every=0)
-    with pytest.raises(ValueError, match="did you mean draft_length"):
+    with pytest.raises(ValueError, match="did you mean max_new_tokens"):
         session.stream("a", lenght=2)
 
 
