@@ -16,8 +16,9 @@ from t5x_lite.batch import Batch
 from t5x_lite.checkpoints import train_state
 from t5x_lite.decoding.drafters.early_exit import EarlyExit
 from t5x_lite.decoding.protocol import chain
-from t5x_lite.training import optimizer, step
+from t5x_lite.training import objective, optimizer, step
 from t5x_lite.training.losses import early_exit
+from t5x_lite.training.step_values import StepContext
 
 LAYERS = 3
 
@@ -94,11 +95,13 @@ def test_objective_and_gradient_are_those_of_all_shorter_models(layout):
     """After n layers the exit is the model that has n layers, unrolled."""
     (cfg, weights), batch = lively(layout), toy_batch(layout, rows=16)
     skip = config.LayerSkip(dropout=0.0, exits=0.5)
-    moment = step.StepContext(jax.random.key(0))
+    moment = StepContext(jax.random.key(0))
 
     def skipped(params, batch):
         run = make_run(cfg, skip, label_smoothing=0.1)
-        return step.token_sums(model.Transformer(cfg), run, params, batch, moment, None).objective
+        return objective.token_sums(
+            model.Transformer(cfg), run, params, batch, moment, None
+        ).objective
 
     def shorter(params, batch):
         total, factors = 0.0, np.array([0.5, 1.5, 4.5]) / 6.5
@@ -106,7 +109,7 @@ def test_objective_and_gradient_are_those_of_all_shorter_models(layout):
             short, part = with_layers(cfg, params, range(count))
             run = make_run(short, None, label_smoothing=0.1)
             unrolled, part = model.Transformer(short, scan=False), model.unstack(part)
-            sums = step.token_sums(unrolled, run, part, batch, step.StepContext(), None)
+            sums = objective.token_sums(unrolled, run, part, batch, StepContext(), None)
             total += factor * sums.objective
         return total
 

@@ -13,7 +13,8 @@ from test_training_step import CUBE, DATA, assert_same
 
 from t5x_lite import config, model, sharding
 from t5x_lite.checkpoints import train_state
-from t5x_lite.training import optimizer, schedules, step
+from t5x_lite.training import objective, optimizer, schedules, step
+from t5x_lite.training.step_values import StepContext
 
 SHAPES = ("stern", "block_diagonal", "medusa", "hydra")
 
@@ -86,7 +87,7 @@ def sums_of(run: config.Run, weights, batch, *keys):
     @jax.jit
     def sums_and_hidden(params, rows, key):
         hidden = transformer.apply({"params": params}, rows, method=model.Transformer.hidden)
-        return step.token_sums(transformer, run, params, rows, step.StepContext(key), None), hidden
+        return objective.token_sums(transformer, run, params, rows, StepContext(key), None), hidden
 
     placed = sharding.place_batch(batch)
     return jax.device_get([sums_and_hidden(weights, placed, key) for key in keys or (None,)])

@@ -12,8 +12,9 @@ from conftest import toy_model
 
 from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch
-from t5x_lite.training import flops, step
+from t5x_lite.training import flops, objective
 from t5x_lite.training.reporting import curves, metric_writers, progress_line
+from t5x_lite.training.step_values import StepContext
 
 
 @pytest.mark.slow
@@ -39,7 +40,7 @@ def test_the_formula_counts_what_the_compiler_counts(layout):
     run = config.Run("run", cfg, train=config.Train(steps=1, batch_size=8))
 
     def sums(params):
-        return step.token_sums(unrolled, run, params, batch, step.StepContext(), None)
+        return objective.token_sums(unrolled, run, params, batch, StepContext(), None)
 
     def loss(params):
         return sums(params).objective
