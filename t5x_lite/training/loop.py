@@ -32,6 +32,7 @@ from t5x_lite.config import gin_file
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.data.task import DataChangedError
 from t5x_lite.training import frozen_base, model_dir, preflight, schedules, setup
+from t5x_lite.training.held_out import HeldOut
 from t5x_lite.training.preemption import Interrupted, PreemptionHandler
 from t5x_lite.training.profiler import StepProfiler
 from t5x_lite.training.reporting import (
@@ -89,7 +90,7 @@ class Training:
       totals: seconds and tokens over all restarts.
       checkpoints, writer: None before `prepare`.
       bar, meter: None before `run_steps`.
-      evaluator, teacher_params, base: None without an evaluation, a teacher or adapters.
+      teacher_params, base: None without a teacher or adapters.
     """
 
     state: TrainState
@@ -98,7 +99,6 @@ class Training:
     writer: Any
     bar: Any
     meter: Any
-    evaluator: Any
     teacher_params: Any
     base: frozen_base.FrozenBase | None
 
@@ -108,11 +108,11 @@ class Training:
         self.run, self.handler, self.check_lock = run, handler, lock
         self.path = parse_path(run.model_dir)
         self.console = stderr_console(quiet=not processes.is_first())
-        self.held_out: tuple[int, dict[str, float]] = (-1, {})  # newest step with its metrics
+        self.held_out = HeldOut(run)
         self.last_metrics: dict[str, float] = {}
         self.saved_step: int | None = None
         self.profiler = StepProfiler(self.path / "profile", profile, self.log)
-        self.compile_seconds = self.evaluate_seconds = 0.0
+        self.compile_seconds = 0.0
         self.writer = self.checkpoints = self.bar = self.meter = self.teacher_params = None
 
     def prepare(self, try_memory: bool, ignore_damaged: bool) -> None:
@@ -123,7 +123,7 @@ class Training:
             self.assembled = setup.assemble_run(run)
             if not try_memory:
                 preflight.check_memory(run, self.assembled.shapes, self.assembled.teacher)
-            self.evaluator = setup.make_evaluator(run)
+            self.held_out.evaluator = setup.make_evaluator(run)
         self.cost, statistics = step_cost(run), str(self.assembled.batches.statistics)
         table = overview.overview_table(run, self.assembled.shapes, self.cost.flops, statistics)
         self.console.print(table)
@@ -149,10 +149,12 @@ class Training:
         self.checkpoints.read_vocabulary()
         board = self.run.train.tensorboard
         self.writer = metric_writers.MetricWriter(self.path, board, self.saved_step, self.log)
-        step, values = self.held_out
+        held_out = self.held_out
         # A kill comes between the checkpoint's metrics and the line with them, too.
-        if values and not metric_writers.has_line(self.path, step, self.run.data.eval_split):
-            self.writer.write(step, values, self.run.data.eval_split)
+        if held_out.values and not metric_writers.has_line(
+            self.path, held_out.step, held_out.split
+        ):
+            self.writer.write(held_out.step, held_out.values, held_out.split)
 
     def restore(self, ignore_damaged: bool) -> None:
         """Sets the state of the newest usable checkpoint, or that of a new run."""
@@ -172,7 +174,7 @@ class Training:
         self.assembled.batches.restore(note.data)
         self.totals, self.saved_step = RunTotals(**note.totals), note.step
         if note.metrics:
-            self.held_out = note.step, note.metrics
+            self.held_out.step, self.held_out.values = note.step, note.metrics
         self.log(f"Going on from the checkpoint of step {note.step}.")
 
     def compile(self) -> None:
@@ -227,14 +229,9 @@ class Training:
 
     def evaluate_if_due(self, done: int) -> None:
         """Evaluates after `done` steps if it is due and not done yet."""
-        if self.evaluation_due(done) and self.evaluator and self.held_out[0] != done:
+        if self.held_out.is_due(done) and self.held_out.is_missing(done):
             with self.pause():
                 self.evaluate(done)
-
-    def evaluation_due(self, done: int) -> bool:
-        """True if the weights after `done` steps are to be evaluated."""
-        every = self.run.evaluate.every
-        return done == self.run.train.steps or (every > 0 and done % every == 0)
 
     @contextlib.contextmanager
     def pause(self) -> Generator[None]:
@@ -277,7 +274,7 @@ class Training:
 
     def after_step(self, done: int) -> None:
         """Logs, saves and evaluates if it is due after `done` steps; stops after a signal."""
-        run, evaluate = self.run, self.evaluation_due(done)
+        run, evaluate = self.run, self.held_out.is_due(done)
         self.handler.reached(done)
         self.checkpoints.check_writer()
         self.bar.advance(done)
@@ -308,21 +305,14 @@ class Training:
 
     def evaluate(self, done: int) -> None:
         """Measures the weights after `done` steps on the held-out split."""
-        began, split = time.perf_counter(), self.run.data.eval_split
         with self.saving_on_failure(done):
             params = frozen_base.whole_params(self.run, self.state.params, self.base)
-            values = self.evaluator(params, done, self.show_decoded)
-            if not self.evaluator.failures:
-                setup.check_metric(self.run.checkpoint, values)
-        self.evaluate_seconds += time.perf_counter() - began
-        self.held_out = done, values
+            values = self.held_out.measure(params, done, self.show_decoded)
         if self.saved_step == done:
             self.checkpoints.add_metrics(done, values)
-        self.writer.write(done, values, split, self.evaluator.failures)
-        words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.log(f"step {done} {split}: {words}")
-        for name, reason in self.evaluator.failures.items():
-            self.log(f"step {done} {split}: {name} not computed: {reason}")
+        self.writer.write(done, values, self.held_out.split, self.held_out.failures)
+        for line in self.held_out.describe():
+            self.log(line)
 
     def show_decoded(self, examples: int) -> None:
         """Shows the number of examples decoded so far."""
@@ -342,7 +332,7 @@ class Training:
             step=done,
             config=gin_file.to_text(self.run),
             data=self.assembled.batches.state(),
-            metrics=self.held_out[1] if self.held_out[0] == done else {},
+            metrics=self.held_out.values_at(done),
             totals=vars(self.totals).copy(),
             base=self.base.digests if self.base else {},
         )
@@ -375,13 +365,13 @@ class Training:
         if self.start >= self.run.train.steps and (report := model_dir.read_report(path, done)):
             self.log(f"Its report is {path}.")
             return report
-        if self.evaluator and self.held_out[0] != done:
+        if self.held_out.is_missing(done):
             self.evaluate(done)
         with waiting(self.console, f"Writing the checkpoint of step {done}"):
             self.checkpoints.wait()
         self.writer.flush()
         seconds = time.perf_counter() - began
-        report = run_report.collect_report(self, self.held_out[1], seconds)
+        report = run_report.collect_report(self, seconds)
         if not processes.is_first():
             return report
         write_atomically(path, json.dumps(report, indent=2) + "\n")
