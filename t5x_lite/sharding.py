@@ -48,6 +48,7 @@ RULES = {
     "buckets": None,
     "positions": None,
     "projected": None,
+    "outputs": None,
     "draft_heads": None,
     "rank": None,
     "sources": None,

@@ -34,6 +34,7 @@ from t5x_lite.config.objectives import Denoisers as Denoisers
 from t5x_lite.config.objectives import FillInTheMiddle as FillInTheMiddle
 from t5x_lite.config.objectives import PrefixLM as PrefixLM
 from t5x_lite.config.objectives import SpanCorruption as SpanCorruption
+from t5x_lite.config.readout import Readout as Readout
 from t5x_lite.config.training import Checkpoint as Checkpoint
 from t5x_lite.config.training import Evaluate as Evaluate
 from t5x_lite.config.training import Mesh as Mesh

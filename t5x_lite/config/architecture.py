@@ -25,6 +25,7 @@ from t5x_lite.config.checked import (
     require,
 )
 from t5x_lite.config.draft_heads import DraftHeads
+from t5x_lite.config.readout import Readout
 
 # Two is the fewest that a softmax, or a distance, can tell apart.
 VocabularySize = Annotated[int, Range(2, MOST_TOKENS)]
@@ -246,6 +247,7 @@ class Model(Checked):
         devices at hand; T5X_LITE_ATTENTION in the environment overrides it.
       pooling: makes text embeddings; None has none.
       draft_heads: heads that draft the tokens after the next one; None has none.
+      readout: labels, a number or a vector in place of text; None writes text.
     """
 
     vocab: VocabularySize
@@ -267,6 +269,7 @@ class Model(Checked):
     attention: Literal["auto", "pallas", "reference"] = "auto"
     pooling: Pooling | None = None
     draft_heads: DraftHeads | None = None
+    readout: Readout | None = None
 
     def check(self):
         require(self.encoder is not None or self.decoder is not None, "Model has no Stack at all")
@@ -289,6 +292,10 @@ class Model(Checked):
         require(
             self.draft_heads is None or self.decoder is not None,
             "Model.draft_heads drafts what a decoder writes: an encoder alone writes nothing",
+        )
+        require(
+            self.readout is None or self.draft_heads is None,
+            "Model.readout writes no text for Model.draft_heads to draft: bind one of them",
         )
         self.check_widths()
         for name, sides in (("encoder", 2), ("decoder", 1)):
@@ -324,3 +331,16 @@ class Model(Checked):
         if self.decoder is None:
             return "encoder_only"
         return "decoder_only" if self.encoder is None else "encoder_decoder"
+
+    @property
+    def batch_layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:
+        """Layout of the batches that train it: `layout`, but with Model.readout labels stand beside
+        the inputs, whatever the stacks: one for each token (tags), or apart."""
+        if self.readout is None:
+            return self.layout
+        return "encoder_only" if self.readout.kind == "tags" else "encoder_decoder"
+
+    @property
+    def writes(self) -> bool:
+        """True if its outputs are logits of ids, not those of `readout`."""
+        return self.readout is None

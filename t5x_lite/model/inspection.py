@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_lite.model.attention import AttentionContext
-from t5x_lite.model.transformer import Transformer, on_rows
+from t5x_lite.model.contexts import on_rows
+from t5x_lite.model.transformer import Transformer
 from t5x_lite.utils.not_none import not_none
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pooling of hidden states into sentence embeddings."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -15,16 +16,47 @@ def pool(x: Float[Array, "b s d"], exists: Bool[Array, "b s"], kind: str) -> Flo
       exists: [b s] True for tokens, False for padding.
       kind: "mean", "first" or "last" of the tokens.
     """
-    place = jnp.arange(exists.shape[1])
-    if kind == "mean":
-        weights = exists.astype(jnp.float32)
-    elif kind == "first":
-        weights = exists & (place == jnp.argmax(exists, axis=1, keepdims=True))
-    else:
-        weights = exists & (place == jnp.max(jnp.where(exists, place, -1), axis=1, keepdims=True))
-    weights = weights.astype(jnp.float32)
-    weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
+    weights = token_weights(exists, kind)
     return jnp.einsum("bs,bsd->bd", sharding.by_rows(weights), x.astype(jnp.float32))
+
+
+def pool_segments(
+    x: Float[Array, "b s d"],
+    chosen: Bool[Array, "b t s"],
+    kind: str,
+    query: Float[Array, " d"] | None = None,
+) -> Float[Array, "b t d"]:
+    """Pools tokens into several float32 vectors per row; zero where no token is chosen.
+
+    Args:
+      x: [b s d] hidden states.
+      chosen: [b t s] True for the tokens of each vector.
+      kind: "mean", "first", "last", or "attention", whose weights are the softmax of the states'
+        products with the query.
+      query: [d] learned query of attention; None for the others.
+    """
+    x = x.astype(jnp.float32)
+    if query is None:
+        weights = token_weights(chosen, kind)
+    else:
+        scores = jnp.einsum("bsd,d->bs", x, query.astype(jnp.float32)) * x.shape[-1] ** -0.5
+        weights = jax.nn.softmax(scores[:, None], axis=-1, where=chosen)
+        weights = jnp.where(chosen, weights, 0)
+    return jnp.einsum("bts,bsd->btd", sharding.by_rows(weights), x)
+
+
+def token_weights(exists: Bool[Array, "... s"], kind: str) -> Float[Array, "... s"]:
+    """Weights of tokens in their mean, or of the first or last of them; they sum to 1, or to 0
+    without tokens."""
+    place = jnp.arange(exists.shape[-1])
+    if kind == "mean":
+        weights = exists
+    elif kind == "first":
+        weights = exists & (place == jnp.argmax(exists, axis=-1, keepdims=True))
+    else:
+        weights = exists & (place == jnp.max(jnp.where(exists, place, -1), axis=-1, keepdims=True))
+    weights = weights.astype(jnp.float32)
+    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
 
 
 def normalize(x: Float[Array, "b d"]) -> Float[Array, "b d"]:

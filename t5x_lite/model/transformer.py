@@ -17,11 +17,14 @@ from t5x_lite import config
 from t5x_lite.batch import Batch
 from t5x_lite.kernels import api as kernels
 from t5x_lite.kernels.api import TokenLosses
+from t5x_lite.model import contexts
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock
+from t5x_lite.model.contexts import on_rows, shift_right
 from t5x_lite.model.draft_heads import Heads
 from t5x_lite.model.layers import FlaxModule, all_gather, dropout, param, split, weight
 from t5x_lite.model.pooling import normalize, pool
+from t5x_lite.model.readout import ReadoutHead
 from t5x_lite.model.stack import LayerStack
 from t5x_lite.sharding import spec
 from t5x_lite.utils.not_none import not_none
@@ -67,9 +70,10 @@ class Transformer(FlaxModule):
             self.encoder_embedding = weight(self, "encoder_embedding", axes, cfg.embedding_std)
         if cfg.eoi is not None:
             self.eoi_embedding = weight(self, "eoi_embedding", "norm", 0.0)
-        if not cfg.tied:
+        if not cfg.tied and cfg.writes:
             self.head = param(self, "head", "embed -> vocab")
-        self.logits_bias = weight(self, "logits_bias", "vocab", 0.0) if cfg.logits_bias else None
+        has_bias = cfg.logits_bias and cfg.writes
+        self.logits_bias = weight(self, "logits_bias", "vocab", 0.0) if has_bias else None
         if cfg.pooling and cfg.pooling.project:
             self.projection = weight(self, "projection", "embed -> projected")
         if cfg.encoder:
@@ -79,12 +83,17 @@ class Transformer(FlaxModule):
             self.decoder = LayerStack(cfg, cfg.decoder, source=source, **options)
         if cfg.draft_heads:
             self.heads = Heads(cfg)
+        if cfg.readout:
+            self.readout_head = ReadoutHead(cfg, name="readout")
 
     def __call__(self, batch: Batch, key=None) -> Float[Array, "b t v"]:
-        """Logits of every target given the targets before it, with teacher forcing.
+        """Logits of every target given the targets before it, with teacher forcing; with
+        Model.readout its outputs.
 
         key is the dropout key; None for no dropout.
         """
+        if self.cfg.readout:
+            return self.readout(batch, key)
         hidden = self.hidden(batch, key)
         if self.is_initializing() and self.cfg.draft_heads:
             self.draft_hidden(hidden, slice(0, 1), batch.targets[:, :, None])
@@ -125,19 +134,15 @@ class Transformer(FlaxModule):
         segments, where = on_rows(batch.target_segments), on_rows(batch.target_positions)
         encoded, input_mask = None, None
         if self.cfg.layout == "encoder_decoder":
-            encoded = self.encode(
-                batch.inputs, batch.input_segments, batch.input_positions, encoder_key
-            )
+            inputs = batch.inputs, batch.input_segments, batch.input_positions
+            encoded = self.encode(*inputs, encoder_key)
             input_mask = self.mask(segments, on_rows(batch.input_segments))
-        tokens = on_rows(
-            shift_right(batch.targets, batch.target_positions, self.cfg.decoder_start_token_id)
-        )
-        mask, backend = self.causal_mask(batch), self.backend
-        context = AttentionContext(
-            where, mask, encoded=encoded, input_mask=input_mask, backend=backend
-        )
+        tokens = shift_right(batch.targets, batch.target_positions, self.cfg.decoder_start_token_id)
+        inside = contexts.inside_prefix(batch) if self.cfg.prefix_lm else None
+        mask = self.mask(segments, segments, causal=True, query_prefix=inside, key_prefix=inside)
+        context = AttentionContext(where, mask, None, encoded, input_mask, None, self.backend)
         embedding_key, decoder_key = split(decoder_key, 2)
-        return self.embed(tokens, embedding_key), context, decoder_key
+        return self.embed(on_rows(tokens), embedding_key), context, decoder_key
 
     def encode(
         self,
@@ -159,6 +164,53 @@ class Transformer(FlaxModule):
         context = AttentionContext(where, self.mask(segments, segments), backend=self.backend)
         return self.encoder(self.embed(inputs, embedding_key, for_encoder=True), context, key)
 
+    def readout(self, batch: Batch, key: jax.Array | None = None) -> Float[Array, "b t r"]:
+        """Outputs of `Model.readout` for every target of batch, float32.
+
+        Those of tags are for the input at the same place, all others for the inputs of the target's
+        segment, so that packed rows are read as rows of their own.
+
+        Args:
+          batch: inputs, and segments of the targets.
+          key: dropout key; None for no dropout.
+        """
+        key, head_key = split(key, 2)
+        segments = on_rows(batch.input_segments)
+        states = self.input_states(batch.inputs, segments, batch.input_positions, key)
+        return self.readout_head(states, segments, on_rows(batch.target_segments), head_key)
+
+    def input_states(
+        self,
+        inputs: Int[Array, "b s"],
+        segments: Int[Array, "b s"],
+        where: Int[Array, "b s"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b s d"]:
+        """States of the last stack at the inputs.
+
+        The decoder of an encoder-decoder reads them shifted right, a decoder alone as they are.
+
+        Args:
+          inputs: [b s] token ids.
+          segments: [b s] segment ids; tokens attend within a segment, 0 is padding.
+          where: [b s] positions within each segment.
+          key: dropout key; None for no dropout.
+        """
+        if self.cfg.decoder is None:
+            return self.encode(inputs, segments, where, key)
+        encoder_key, key = split(key, 2)
+        encoded, input_mask = None, None
+        segments, where = on_rows(segments), on_rows(where)
+        inside = segments > 0 if self.cfg.prefix_lm else None
+        mask = self.mask(segments, segments, causal=True, query_prefix=inside, key_prefix=inside)
+        if self.cfg.encoder:
+            encoded = self.encode(inputs, segments, where, encoder_key)
+            input_mask = self.mask(segments, segments)
+            inputs = shift_right(inputs, where, self.cfg.decoder_start_token_id)
+        context = AttentionContext(where, mask, None, encoded, input_mask, None, self.backend)
+        embedding_key, key = split(key, 2)
+        return self.decoder(self.embed(on_rows(inputs), embedding_key), context, key)
+
     def cross_kv(self, encoded: Float[Array, "b s d"]) -> Cache:
         """Cross-attention keys and values of every decoder layer."""
         return self.decoder.cross_kv(encoded)
@@ -176,7 +228,7 @@ class Transformer(FlaxModule):
         Returns:
           The hidden states [b w d], and the cache with the block written into it.
         """
-        context = self.block_context(block, cache, encoder_memory)
+        context = self.block_context(block, cache, encoder_memory.input_mask)
         x = self.embed(on_rows(block).tokens)
         return self.decoder.decode(x, context, cache, encoder_memory.cross_kv)
 
@@ -206,7 +258,7 @@ class Transformer(FlaxModule):
         Returns:
           The state after the last layer [b w d], and the cache with the block written into it.
         """
-        context = self.block_context(block, cache, encoder_memory)
+        context = self.block_context(block, cache, encoder_memory.input_mask)
         return self.decoder.decode_layers(x, context, cache, encoder_memory.cross_kv)
 
     def final_norm(self, x: Float[Array, "b w d"]) -> Float[Array, "b w d"]:
@@ -214,28 +266,18 @@ class Transformer(FlaxModule):
         return self.decoder.norm(x)
 
     def block_context(
-        self, block: TokenBlock, cache: Cache, encoder_memory: EncoderMemory
+        self, block: TokenBlock, cache: Cache, input_mask: jax.Array | None
     ) -> AttentionContext:
-        """Context of a decoded block: positions, and masks over the cache and the inputs.
+        """Context of a decoded block, from `contexts.block_context`.
 
         Args:
           block: tokens, their place in the cache, and their tree if they are one.
           cache: keys and values of the layers, for the number of slots.
-          encoder_memory: has the mask of the inputs.
+          input_mask: [b s] mask of the inputs; None for a lone decoder.
         """
-        block, input_mask = on_rows(block), on_rows(encoder_memory.input_mask)
         slots = (cache.keys if self.scan else cache.keys[0]).shape[-2]
-        prefix = block.prefix if self.cfg.prefix_lm else None
-        width = block.tokens.shape[1]
-        mask = kernels.CacheMask(
-            block.index, width, slots, block.depth, block.ancestors, prefix=prefix
-        )
-        if input_mask is not None:
-            input_mask = kernels.prepare_mask(input_mask, self.backend)
-        where, mask = mask.query_positions(), kernels.prepare_mask(mask, self.backend)
-        return AttentionContext(
-            where, mask, input_mask=input_mask, index=block.index, backend=self.backend
-        )
+        block = on_rows(block if self.cfg.prefix_lm else block._replace(prefix=None))
+        return contexts.block_context(block, slots, on_rows(input_mask), self.backend)
 
     def embed(
         self, ids: Int[Array, "b t"], key: jax.Array | None = None, for_encoder: bool = False
@@ -333,15 +375,9 @@ class Transformer(FlaxModule):
           segments: [b s] segment ids; 0 is padding, on either side.
           where: [b s] positions.
         """
-        if self.cfg.encoder:
-            x = self.encode(inputs, segments, where)
-        else:
-            context = AttentionContext(
-                where, self.mask(segments, segments, causal=True), backend=self.backend
-            )
-            x = self.decoder(self.embed(inputs), context)
+        read = self.encode if self.cfg.encoder else self.input_states
         pooling = not_none(self.cfg.pooling)
-        x = pool(x, segments > 0, pooling.kind)
+        x = pool(read(inputs, segments, where), segments > 0, pooling.kind)
         if pooling.project:
             x = jnp.einsum("bd,dp->bp", x, self.projection.astype(jnp.float32))
         return normalize(x) if pooling.normalize else x
@@ -359,41 +395,3 @@ class Transformer(FlaxModule):
           **options: further fields of `kernels.Mask`, such as causal.
         """
         return kernels.prepare_mask(kernels.Mask(queries, keys, **options), self.backend)
-
-    def causal_mask(self, batch: Batch):
-        """Mask among targets: causal within a segment, bidirectional within a prefix."""
-        inside = None
-        if batch.prefix is not None and self.cfg.prefix_lm:
-            # Decoder inputs are shifted right: the query of the first target after the prefix is
-            # the prefix's last token, and the start token belongs to the prefix.
-            begins = batch.target_positions == 0
-            inside = on_rows(begins | jnp.pad(batch.prefix[:, :-1], ((0, 0), (1, 0))))
-        segments = on_rows(batch.target_segments)
-        prefix = {"query_prefix": inside, "key_prefix": inside}
-        return self.mask(segments, segments, causal=True, **prefix)
-
-
-def shift_right(
-    targets: Int[Array, "b t"], where: Int[Array, "b t"], start: int
-) -> Int[Array, "b t"]:
-    """Shifts targets right to decoder inputs.
-
-    Args:
-      targets: [b t] token ids.
-      where: [b t] positions; 0 at the beginning of an example.
-      start: id of the start token, the input at position 0.
-    """
-    return jnp.where(where == 0, start, jnp.pad(targets[:, :-1], ((0, 0), (1, 0))))
-
-
-def on_rows(rows):
-    """Places rows [b ...] with the batch axis sharded, or the fields of a TokenBlock.
-
-    depth and ancestors of a block have no batch axis and stay replicated.
-    """
-    if rows is None:
-        return None
-    if isinstance(rows, TokenBlock):
-        fields = ("tokens", "index", "prefix")
-        return rows._replace(**{name: on_rows(getattr(rows, name)) for name in fields})
-    return jax.reshard(rows, spec("batch" + " length" * (rows.ndim - 1)))

@@ -29,6 +29,7 @@ SAMPLES = [
     config.RotaryScaling("llama3", 2.0),
     config.Pooling(),
     config.DraftHeads(4),
+    config.Readout("number"),
     config.Data("cmudict_g2p", {"inputs": 8, "targets": 8}),
     config.Files("sample", "data.jsonl", BYTES),
     config.HubDataset("owner/name", BYTES),

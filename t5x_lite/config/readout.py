@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config of a readout: labels, a number or a vector in place of text."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from t5x_lite.config.checked import Checked, ShareBelowOne, require
+
+# Kinds whose outputs have names.
+NAMED_KINDS = ("classes", "labels", "tags")
+# Begins the tag of a span's first token, and of its others; OUTSIDE is in no span.
+BEGIN, INSIDE, OUTSIDE = "B-", "I-", "O"
+
+
+@dataclass(frozen=True)
+class Readout(Checked):
+    """Labels of a text, a number or a vector, in place of the text that other models write.
+
+    It reads the states at the tokens of the inputs: those of an encoder alone, of a decoder alone,
+    or of the decoder of an encoder-decoder, which reads the inputs once more, shifted right, as in
+    transformers' T5ForSequenceClassification.
+
+    Attributes:
+      kind: one of the labels (classes), any number of them (labels), a number, a label for each
+        token (tags), or the pooled states themselves (vector).
+      pooling: the state of the first or the last token, their mean, or their mean weighted by
+        attention with a learned query. A decoder's last state alone has seen all of the text. Tags
+        are read from every state.
+      labels: their names; () in a run with data for those of the training split, in the order of
+        the alphabet. Tags have OUTSIDE ("O") first, then "B-NAME" and "I-NAME" of each name.
+      dense: a layer with tanh before the output, as in T5's and BART's classification heads.
+      bias: the output has a bias.
+      dropout: rate of dropout of what the output reads.
+    """
+
+    kind: Literal["classes", "labels", "number", "tags", "vector"]
+    pooling: Literal["first", "last", "mean", "attention"] = "last"
+    labels: tuple[str, ...] = ()
+    dense: bool = False
+    bias: bool = True
+    dropout: ShareBelowOne = 0.0
+
+    def check(self):
+        require(
+            not self.labels or self.kind in NAMED_KINDS,
+            f"Readout.labels names classes, labels or tags; a {self.kind} has none",
+        )
+        repeated = {name for name in self.labels if self.labels.count(name) > 1}
+        require(not repeated, f"Readout.labels has {', '.join(sorted(repeated))} more than once")
+        require("" not in self.labels, "Readout.labels has an empty name: leave it out, or name it")
+        require(
+            self.kind != "tags" or not self.labels or self.labels == tag_labels(self.tagged),
+            f'Readout.labels of tags are "{OUTSIDE}", then "{BEGIN}NAME" and "{INSIDE}NAME" of '
+            f"each name; got {', '.join(self.labels)}",
+        )
+
+    @property
+    def tagged(self) -> tuple[str, ...]:
+        """Names of the spans that tags mark."""
+        return tuple(name.removeprefix(BEGIN) for name in self.labels if name.startswith(BEGIN))
+
+    @property
+    def size(self) -> int:
+        """Number of outputs; raises ValueError before the labels are known."""
+        if self.kind == "number":
+            return 1
+        require(
+            len(self.labels) > 0,
+            'Readout.labels is empty: bind names, such as ("no", "yes"), or name data with labels '
+            "to train on",
+        )
+        return len(self.labels)
+
+
+def tag_labels(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels of tags that mark spans of these names."""
+    return (OUTSIDE, *(f"{sign}{name}" for name in names for sign in (BEGIN, INSIDE)))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head of `Model.readout`: from the states at the inputs to labels, a number or a vector.
+
+b batch    s input position    t target    d width    r outputs
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from t5x_lite import config
+from t5x_lite.model.layers import dropout, split, weight
+from t5x_lite.model.pooling import pool_segments
+from t5x_lite.utils.not_none import not_none
+
+
+class ReadoutHead(nn.Module):
+    """Pooling, an optional layer with tanh, and the output; computed in float32.
+
+    With dense and bias it is transformers' T5ClassificationHead, without either its `score`.
+    Attention's query is initialized to zero, so that it begins as the mean. model is the
+    architecture of the whole model.
+    """
+
+    model: config.Model
+
+    @property
+    def cfg(self) -> config.Readout:
+        return not_none(self.model.readout)
+
+    @property
+    def sizes(self):
+        width = self.model.last_stack.embed
+        size = 0 if self.cfg.kind == "vector" else self.cfg.size
+        return {"embed": width, "norm": width, "projected": width, "outputs": size}
+
+    def setup(self):
+        cfg = self.cfg
+        pooled = cfg.kind != "tags" and cfg.pooling == "attention"
+        self.query = weight(self, "query", "norm", 0.0) if pooled else None
+        if cfg.dense:
+            self.dense = weight(self, "dense", "embed -> projected")
+            self.dense_bias = weight(self, "dense_bias", "projected", 0.0)
+        if cfg.kind != "vector":
+            self.out = weight(self, "out", "embed -> outputs")
+            self.out_bias = weight(self, "out_bias", "outputs", 0.0) if cfg.bias else None
+
+    def __call__(
+        self,
+        states: Float[Array, "b s d"],
+        segments: Int[Array, "b s"],
+        wanted: Int[Array, "b t"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b t r"]:
+        """Outputs for the segments that are wanted; of tags for each state.
+
+        Args:
+          states: [b s d] states at the inputs.
+          segments: [b s] segment ids of the inputs; 0 is padding.
+          wanted: [b t] segment id of each target; 0 is padding.
+          key: dropout key; None for no dropout.
+        """
+        cfg = self.cfg
+        x = states.astype(jnp.float32)
+        if cfg.kind != "tags":
+            chosen = (wanted[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+            x = pool_segments(x, chosen, cfg.pooling, self.query)
+        first, second = split(key, 2)
+        x = dropout(x, cfg.dropout, first)
+        if cfg.dense:
+            x = jnp.einsum("btd,de->bte", x, self.dense.astype(jnp.float32))
+            x = dropout(jnp.tanh(x + self.dense_bias.astype(jnp.float32)), cfg.dropout, second)
+        if cfg.kind == "vector":
+            return x
+        x = jnp.einsum("btd,dr->btr", x, self.out.astype(jnp.float32))
+        return x if self.out_bias is None else x + self.out_bias.astype(jnp.float32)
