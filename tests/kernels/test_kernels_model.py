@@ -29,9 +29,10 @@ CASES = {
 }
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 # A kernel's interpretation compiles for seconds to a minute. T5 and T5Gemma 2 have every kind of
-# mask and bias; umT5's is T5's in each layer, and T5Gemma is tried on a mesh.
+# mask and bias; umT5's is T5's in each layer, BART
+# asks for less than either, and T5Gemma is tried on a mesh.
 MARKS = {name: slow for name in CASES} | {"t5": (), "t5gemma2": ()}
-MARKS |= dict.fromkeys(("umt5", "t5gemma", "m2m100"), exhaustive)
+MARKS |= dict.fromkeys(("umt5", "t5gemma", "m2m100", "bart"), exhaustive)
 NAMES = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
 
 
