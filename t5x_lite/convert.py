@@ -10,10 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from t5x_lite import config
 from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
-from t5x_lite.config.checked import Count, CountOrZero
+from t5x_lite.config.checked import Count, CountOrZero, field_types
 from t5x_lite.utils import bounded_files, hub_upload
 from t5x_lite.utils.hub import source_identity
 from t5x_lite.utils.hub_names import HubName, source_argument
@@ -137,7 +138,7 @@ def add_special(group) -> None:
     )
     add(
         "--extra_ids",
-        type=number_parser(CountOrZero),
+        type=number_parser(field_types(config.Vocabulary)["extra_ids"]),
         default=0,
         metavar="N",
         help="sentinels on top of --vocabulary (T5's have 100)",

@@ -21,6 +21,8 @@ LARGEST_INT = 2**31 - 1
 FAR = 2**12
 # Ids of a vocabulary, tokens or rows of a batch: sums of a few of them are int32 still.
 MOST_TOKENS = 2**24
+# T5 has 100; adding ten million to a SentencePiece model took minutes.
+MOST_SENTINELS = 10**5
 # Begins the remedy of a message: a value that would do.
 WRITE = ": write "
 SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from t5x_lite.config.checked import (
+    MOST_SENTINELS,
     MOST_TOKENS,
     AnyPath,
     Checked,
@@ -52,7 +53,7 @@ class Vocabulary(Checked):
     kind: Literal["bytes", "sentencepiece", "tokenizer_json", "trained", "checkpoint"]
     path: SourcePath | None = None
     size: Length | None = None
-    extra_ids: Annotated[int, Range(0, 2**20)] = 0
+    extra_ids: Annotated[int, Range(0, MOST_SENTINELS)] = 0
     names: tuple[str, ...] = ()
     sentinels: str | None = None
     source_language: str | None = None

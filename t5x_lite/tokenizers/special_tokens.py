@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-# T5 has 100; adding ten million to a SentencePiece model took minutes.
-MAX_SENTINELS = 10**5
+from t5x_lite.config.checked import MOST_SENTINELS, require
+
 # Name of the k-th sentinel in a text.
 SENTINEL = "<extra_id_{}>"
 
@@ -33,7 +33,15 @@ def sentinel_name(size: int, token: int) -> str:
 
 
 def top_ids(size: int, count: int) -> np.ndarray:
-    """The last ids [count] of a vocabulary from the top down."""
+    """The last ids [count] of a vocabulary from the top down.
+
+    Raises:
+      ValueError: more sentinels than any vocabulary has.
+    """
+    require(
+        count <= MOST_SENTINELS,
+        f"extra_ids is {count:,}; it is at most {MOST_SENTINELS:,} in any vocabulary",
+    )
     return np.arange(size - 1, size - 1 - count, -1, dtype=np.int32)
 
 
@@ -44,7 +52,7 @@ def find_sentinels(token: Callable[[str], int | None], pattern: str = SENTINEL) 
       token: returns the id of a piece; None for a name that is none.
       pattern: their name, with {} for the number.
     """
-    tokens = (token(pattern.replace("{}", str(k))) for k in range(MAX_SENTINELS))
+    tokens = (token(pattern.replace("{}", str(k))) for k in range(MOST_SENTINELS))
     return np.array(list(itertools.takewhile(lambda each: each is not None, tokens)), np.int32)
 
 
@@ -96,6 +104,48 @@ class SentencePieceIds(SpecialIds):
     known: int | None = None
 
 
+def join_numbered(parts: Mapping[str, str]) -> list[str]:
+    """The alternatives of an expression, those of <extra_id_0>, <extra_id_1>, ... in one.
+
+    To compile 100,000 of them took seconds.
+
+    Args:
+      parts: expression of each name, the longest name first.
+    """
+    zero, one = (SENTINEL.replace("{}", str(k)) for k in range(2))
+    if not {zero, one} <= parts.keys():
+        return [*parts.values()]
+    around = parts[zero].partition(re.escape(zero))
+    count = 0
+    while (name := SENTINEL.replace("{}", str(count))) in parts:
+        if parts[name] != f"{around[0]}{re.escape(name)}{around[2]}":
+            break
+        count += 1
+    sentinels = {SENTINEL.replace("{}", str(k)) for k in range(count)}
+    numbered = re.escape(SENTINEL).replace(re.escape("{}"), f"(?:{number_expression(count)})")
+    other = {name: part for name, part in parts.items() if name not in sentinels}
+    # A name that has a sentinel's in it is longer than that.
+    longer = [name for name in other if re.search(numbered, name)]
+    return [
+        *(other.pop(name) for name in longer),
+        f"{around[0]}{numbered}{around[2]}",
+        *other.values(),
+    ]
+
+
+def number_expression(count: int) -> str:
+    """Expression of the decimal numbers from 0 to `count` - 1."""
+    last = str(count - 1)
+    parts = [last, *(f"[1-9][0-9]{{{size - 1}}}" for size in range(2, len(last)))]
+    parts += ["[0-9]"] if len(last) > 1 else []
+    for place, digit in enumerate(last):
+        least = 1 if place == 0 and len(last) > 1 else 0
+        if int(digit) > least:
+            more = len(last) - place - 1
+            parts.append(f"{last[:place]}[{least}-{int(digit) - 1}][0-9]{{{more}}}")
+    return "|".join(parts)
+
+
 class NamedTokens:
     """Names such as <s> or <|user|> that a text may contain, each of them one id.
 
@@ -107,6 +157,7 @@ class NamedTokens:
     ):
         self.ids = dict(ids)
         self.names = {token: name for name, token in self.ids.items()}
+        spaced = frozenset(spaced)
 
         def expression(name: str) -> str:
             if name in bare:
@@ -115,8 +166,9 @@ class NamedTokens:
 
         # The longest name that fits wins: <|user|>s before <|user|>.
         longest = sorted(self.ids, key=len, reverse=True)
+        parts = {name: expression(name) for name in longest}
         # Without names nothing matches.
-        self.pattern = re.compile(f"({'|'.join(map(expression, longest)) or '(?!)'})")
+        self.pattern = re.compile(f"({'|'.join(join_numbered(parts)) or '(?!)'})")
 
     def split(self, text: str) -> Iterator[tuple[str, int | None]]:
         """The pieces of a text in order, each with its id, or None if it is plain text."""

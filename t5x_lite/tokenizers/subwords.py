@@ -308,9 +308,9 @@ class TokenizerJsonVocabulary:
         for token in until_end(ids, self.stops, self.pad):
             if token < self.base:
                 run += [] if token in self.hidden else [token]
-                continue
-            parts += [self.plain(run), sentinel_name(self.size, token)]
-            run = []
+            elif token < self.size:  # ids beyond, which a model may have, have no text
+                parts += [self.plain(run), sentinel_name(self.size, token)]
+                run = []
         return "".join([*parts, self.plain(run)])
 
     def plain(self, ids: Sequence[int]) -> str:

@@ -93,15 +93,19 @@ def tokenizer_json_bytes(vocabulary: TokenizerJsonVocabulary) -> TokenBytes:
     Raises:
       ValueError: the decoder is of another kind.
     """
-    decoder = json.loads(vocabulary.json).get("decoder") or {}
-    steps = decoder.get("decoders", [decoder])
-    kinds = [step.get("type") for step in steps]
+    decoder = json.loads(vocabulary.json).get("decoder")
     names = vocabulary.tokenizer.get_vocab(with_added_tokens=True)
     pieces = {
         token: name
         for name, token in names.items()
         if token not in vocabulary.hidden and token < vocabulary.base
     }
+    if decoder is None:
+        # The library puts a space between two tokens.
+        first = {token: name.encode() for token, name in pieces.items()}
+        return TokenBytes({token: b" " + name for token, name in first.items()}, first)
+    steps = decoder.get("decoders", [decoder])
+    kinds = [step.get("type") for step in steps]
     if {*kinds} - {"Fuse"} == {"ByteLevel"}:
         table = byte_of_character()
         by_id = {

@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t5x_lite.tokenizers.special_tokens import MAX_SENTINELS
+from t5x_lite.config.checked import MOST_SENTINELS
 from t5x_lite.utils import bounded_files
 from t5x_lite.utils.bounded_files import UnreadableFileError
 
@@ -79,8 +79,9 @@ class TokenizerSettings(NamedTuple):
     def extra_ids(self, default: int) -> int:
         """Number of sentinels that the tokenizer adds."""
         count = self.check_count("extra_ids", self.tokenizer.get("extra_ids", default))
-        if count is None or count >= MAX_SENTINELS:
-            raise self.wrong("extra_ids", count, f"a number of sentinels below {MAX_SENTINELS:,}")
+        if count is None or count > MOST_SENTINELS:
+            most = f"a number of sentinels, at most {MOST_SENTINELS:,}"
+            raise self.wrong("extra_ids", count, most)
         return count
 
     def check_count(self, name: str, value: Any) -> Any:

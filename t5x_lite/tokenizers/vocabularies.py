@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from t5x_lite.config.checked import WrongType, coerce, type_in_words
+from t5x_lite.config.checked import MOST_SENTINELS, WrongType, coerce, type_in_words
 from t5x_lite.tokenizers.errors import describe_error, panics_as_errors
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.fast_tokenizers import MAX_IDS
-from t5x_lite.tokenizers.special_tokens import MAX_SENTINELS, sentinel_name
+from t5x_lite.tokenizers.special_tokens import sentinel_name
 from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonVocabulary
 from t5x_lite.tokenizers.symbols import ByteVocabulary, IntegerVocabulary, SymbolVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -198,9 +198,9 @@ def check_option(name: str, value: Any) -> None:
         coerce(value, hint)
     except WrongType:
         raise ValueError(f"{name} must be {type_in_words(hint)}; got {value!r:.80}") from None
-    most = MAX_SENTINELS if name == "extra_ids" else MAX_IDS
-    if type(value) is int and not -1 <= value < most:
-        raise ValueError(f"{name} is {value:,}; it is below {most:,} in any vocabulary")
+    most = MOST_SENTINELS if name == "extra_ids" else MAX_IDS - 1
+    if type(value) is int and not -1 <= value <= most:
+        raise ValueError(f"{name} is {value:,}; it is at most {most:,} in any vocabulary")
 
 
 def save_pair(folder: str | Path, inputs: TextVocabulary, targets: TextVocabulary) -> None:

@@ -4,6 +4,7 @@
 import functools
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,11 +17,16 @@ from test_tokenizers import (
     written,
 )
 
-from t5x_lite import config
+from t5x_lite import config, convert
 from t5x_lite.checkpoints import text_settings
-from t5x_lite.config import windows
+from t5x_lite.config import checked, windows
 from t5x_lite.data import built_in, objectives, randomness
-from t5x_lite.tokenizers import extended, sentencepiece_training, vocabularies
+from t5x_lite.tokenizers import (
+    extended,
+    sentencepiece_training,
+    special_tokens,
+    vocabularies,
+)
 from t5x_lite.tokenizers import huggingface_tokenizer as conversion
 
 COUNT = 5
@@ -196,6 +202,16 @@ def test_sentinels_are_found_by_name_below_added_tokens(tmp_path):
     assert expected[0] in inputs.tokens
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_an_id_beyond_the_vocabulary_is_no_sentinel(every, kind):
+    """A model often has more ids than its vocabulary, and may write any of them."""
+    vocabulary = every[kind]
+    last = vocabulary.sentinel_ids[0]
+    for token in (vocabulary.size, vocabulary.size + 50, 2**31 - 1):
+        assert "extra_id" not in vocabulary.decode([token])
+        assert vocabulary.decode([last, token]).count("<extra_id_") == 1
+
+
 NAMES = [f"<extra_id_{k}>" for k in range(4)]
 ORDERS = {
     "descending": NAMES[::-1],
@@ -270,3 +286,47 @@ def test_half_a_surrogate_pair_is_refused_by_every_vocabulary(every, kind):
     for encode in (every[kind].encode, lambda text: every[kind].encode_all(["a", text])):
         with pytest.raises(ValueError, match="not Unicode text: character 2 is half of a surr"):
             encode("a\ud83db")
+
+
+MOST = checked.MOST_SENTINELS
+OTHERS = ["<extra_id_", "<extra_id_7>s", "<extra_id_100>", "<extra_id_07>", " <extra_id_3> x"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 100, 101, 110, 999])
+@pytest.mark.parametrize("spaced", ["none", "all", "some"])
+def test_numbered_names_are_found_as_in_a_list_of_all_of_them(count, spaced):
+    names = [special_tokens.SENTINEL.replace("{}", str(k)) for k in range(count)]
+    ids = {name: token for token, name in enumerate(dict.fromkeys([*OTHERS, *names]))}
+    taken = {"none": [], "all": names, "some": names[::3]}[spaced]
+    named = special_tokens.NamedTokens(ids, spaced=taken)
+    alternatives = [
+        (" ?" if name in taken else "") + re.escape(name)
+        for name in sorted(ids, key=len, reverse=True)
+    ]
+    listed = re.compile(f"({'|'.join(alternatives)})")
+    numbers = [*range(12), 99, 100, 101, 109, 110, 998, 999, 1000, "007", "", "-1"]
+    typed = [f"<extra_id_{number}>" for number in numbers]
+    text = "b ".join([f"{name}{name} {name}s  {name} x" for name in typed] + OTHERS)
+    assert named.pattern.split(text) == listed.split(text)
+
+
+def test_the_largest_number_of_sentinels_is_the_same_everywhere(tmp_path):
+    cfg = config.Vocabulary("bytes", extra_ids=MOST)
+    vocabulary, _ = built_in.vocabulary_pair(cfg, built_in.TrainingText(list, str), str(tmp_path))
+    vocabularies.save_vocabulary(vocabulary, tmp_path)
+    again = vocabularies.load_vocabulary(tmp_path)
+    assert again.encode(f"<extra_id_{MOST - 1}>") == vocabulary.encode(f"<extra_id_{MOST - 1}>")
+    assert again.sentinels == MOST and len(again.named.pattern.pattern) < 1000
+    with pytest.raises(ValueError, match="Vocabulary.extra_ids must be at most 100,000"):
+        config.Vocabulary("bytes", extra_ids=MOST + 1)
+    more = json.dumps(vocabulary.description() | {"extra_ids": MOST + 1})
+    for make in (
+        lambda: vocabularies.build_vocabulary(more, None),
+        lambda: vocabularies.ByteVocabulary(MOST + 1),
+        lambda: vocabularies.SymbolVocabulary("ab", extra_ids=MOST + 1),
+        lambda: extended.ExtendedVocabulary(vocabularies.ByteVocabulary(), extra_ids=MOST + 1),
+    ):
+        with pytest.raises(ValueError, match="extra_ids is 100,001; it is at most 100,000"):
+            make()
+    with pytest.raises(SystemExit):
+        convert.parser().parse(["--from=a", "--to=b", f"--extra_ids={MOST + 1}"])
