@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from t5x_lite import config
 from t5x_lite.decoding.steering import constraints, patterns
 from t5x_lite.tokenizers import token_bytes, vocabularies
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonVocabulary
-from t5x_lite.tokenizers.symbols import SymbolVocabulary
+from t5x_lite.tokenizers.symbols import IntegerVocabulary, SymbolVocabulary
 
 PATTERNS = (" ?a( [ab]+)*", " a.*", "[ ab]{0,5}", "(ab| b)?", "  ?b?|a")
 PIECES = ("▁", "▁a", "▁▁a", "a", "b", "ab", "a▁", "▁b", "▁▁")
@@ -44,7 +45,7 @@ def train_sentencepiece(**options) -> SentencePieceVocabulary:
     return SentencePieceVocabulary(model.getvalue())
 
 
-def tokenizer_json(decoder: dict, pieces=PIECES, added=()) -> TokenizerJsonVocabulary:
+def tokenizer_json(decoder: dict | None, pieces=PIECES, added=()) -> TokenizerJsonVocabulary:
     names = [END, "<unk>", *pieces, *(f"<0x{byte:02X}>" for byte in range(256))]
     model = {"type": "BPE", "vocab": {name: token for token, name in enumerate(names)}}
     model |= {"merges": [], "byte_fallback": True, "unk_token": "<unk>"}
@@ -84,6 +85,7 @@ MAKERS = {
     "metaspace": lambda: tokenizer_json(METASPACE),
     "metaspace, never": lambda: tokenizer_json(METASPACE | {"prepend_scheme": "never"}),
     "added": lambda: tokenizer_json(sequence(REPLACE, BYTES, FUSE, STRIP), added=[" ab", "▁b▁"]),
+    "none": lambda: tokenizer_json(None),
     "byte level": lambda: tokenizer_json(BYTE_LEVEL, ("Ġ", "Ġa", "ĠĠa", "a", "b", "ab")),
     "symbols": lambda: SymbolVocabulary(["a", "b", "ab", " "], " "),
     "characters": lambda: SymbolVocabulary(["a", "b", " "]),
@@ -140,3 +142,22 @@ def test_ids_are_accepted_if_their_text_matches(kind):
 def test_decoders_that_do_not_say_what_a_token_writes_are_refused(decoder):
     with pytest.raises(ValueError, match="decoding cannot be constrained"):
         token_bytes.token_bytes(tokenizer_json(decoder))
+
+
+@pytest.mark.parametrize(
+    "field, wrong, right",
+    [
+        ("regex", "(a", "a"),
+        ("json_schema", '{"type": "strin"}', '{"type": "string"}'),
+        ("json_schema", "{", "{}"),
+        ("grammar", "start: (", 'start: "a"'),
+        ("grammar", "root ::= (", 'root ::= "a"'),
+    ],
+)
+def test_a_mistake_in_a_constraint_is_reported_before_what_the_vocabulary_lacks(
+    field, wrong, right
+):
+    numbers = IntegerVocabulary(10)
+    for text, words in ((wrong, f"Decode.{field}"), (right, "cannot be constrained")):
+        with pytest.raises(ValueError, match=words):
+            constraints.find_constraint(config.Decode(**{field: text}), numbers, 10)

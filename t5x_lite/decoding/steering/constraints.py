@@ -73,6 +73,7 @@ def find_constraint(
     constraint = make_constraint(decode)
     if constraint is None:
         return None
+    constraint.parse()  # a mistake in it is reported before what the vocabulary lacks
     table = load_table(constraint, vocabulary, vocab)
     if table.shortest > decode.max_new_tokens:
         raise ValueError(

@@ -15,6 +15,7 @@ from t5x_lite.decoding.steering.byte_automaton import (
 )
 from t5x_lite.decoding.steering.expressions import (
     MOST_STATES,
+    Expression,
     compile_expression,
     either,
     text,
@@ -83,18 +84,26 @@ class Constraint(NamedTuple):
         Raises:
           ValueError: an expression, schema or grammar is none, cannot be followed, or is too large.
         """
-        if self.json_schema is not None:
-            return compile_grammar(parse_schema(self.json_schema), self.nesting, self.name)
-        if self.grammar is not None:
-            grammar = parse_grammar(self.grammar, "Decode.grammar")
-            return compile_grammar(grammar, self.nesting, self.name)
-        if self.regex is not None:
-            expression = parse_regex(self.regex, "Decode.regex")
-        elif self.choices:
-            expression = either(map(text, self.choices))
-        else:
+        stated = self.parse()
+        if stated is None:
             return valid_text()
-        return compile_expression(expression, self.name)
+        if isinstance(stated, Grammar):
+            return compile_grammar(stated, self.nesting, self.name)
+        return compile_expression(stated, self.name)
+
+    def parse(self) -> Grammar | Expression | None:
+        """Returns its expression, or its grammar; None if it allows all texts.
+
+        Raises:
+          ValueError: an expression, schema or grammar is none, or has what cannot be followed.
+        """
+        if self.json_schema is not None:
+            return parse_schema(self.json_schema)
+        if self.grammar is not None:
+            return parse_grammar(self.grammar, "Decode.grammar")
+        if self.regex is not None:
+            return parse_regex(self.regex, "Decode.regex")
+        return either(map(text, self.choices)) if self.choices else None
 
 
 def parse_grammar(content: str, name: str) -> Grammar:
