@@ -4,6 +4,7 @@
 A card has family, data, metrics, config, and code that loads it.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ CLASSES = {
 # Values of report.json that say how it went, not how good the model is.
 NOT_METRICS = re.compile(r"seconds|_per_|^(steps|split|device|parameters|not_computed|skipped)|mfu")
 # Paths of one machine: of them the last part is kept.
-LOCAL = re.compile(r"(?<=')(?:/|~/|[A-Za-z][\w+.-]*://)[^']*/(?=[^'/]+')")
+LOCAL = re.compile(r"/|~|\.\.|[A-Za-z][\w+.-]*://")
 
 
 class CardFacts(NamedTuple):
@@ -62,7 +63,7 @@ def format_card(facts: CardFacts) -> str:
     lines = [
         *metadata(facts),
         "",
-        f"# {facts.name.rpartition('/')[2]}",
+        f"# {in_a_line(facts.name.rpartition('/')[2])}",
         "",
         *describe_model(facts),
         *describe_data(facts.run),
@@ -139,7 +140,8 @@ def describe_data(run: config.Run) -> Iterator[str]:
     if run.data is None:
         return
     tasks = run.data.task.tasks if isinstance(run.data.task, config.Mixture) else (run.data.task,)
-    named = ", ".join(task if isinstance(task, str) else task.name for task in tasks)
+    names = (task if isinstance(task, str) else shorten_local(task.name) for task in tasks)
+    named = in_a_line(", ".join(names))
     lengths = ", ".join(f"{name} {length}" for name, length in run.data.lengths.items())
     yield ""
     yield "## Data"
@@ -162,16 +164,19 @@ def describe_metrics(facts: CardFacts) -> Iterator[str]:
     yield "## Metrics"
     yield ""
     if split := facts.report.get("split"):
-        yield f"On the split {split}, after {facts.report.get('steps', facts.step):,} steps:"
+        steps = facts.report.get("steps")
+        steps = steps if isinstance(steps, int) else facts.step
+        yield f"On the split {in_a_line(split)}, after {steps:,} steps:"
         yield ""
     yield "| Metric | Value |"
     yield "| --- | --- |"
     for name, value in metrics.items():
-        yield f"| {name} | {value:.6g} |"
+        yield f"| {in_a_line(name)} | {value:.6g} |"
 
 
 def loading_code(facts: CardFacts) -> Iterator[str]:
     """Lines of Python that load the model; the command that runs an exported program."""
+    name = json.dumps(facts.name, ensure_ascii=False)  # in quotes
     if facts.format == "stablehlo":
         yield "In this folder, after `pip install jax flatbuffers`; the numbers are input ids:"
         yield ""
@@ -185,7 +190,7 @@ def loading_code(facts: CardFacts) -> Iterator[str]:
     else:
         yield "from t5x_lite import interactive"
         yield ""
-        yield f'model = interactive.load("{facts.name}")'
+        yield f"model = interactive.load({name})"
         method = "embed" if facts.run.model.decoder is None else "generate"
         yield f'model.{method}("...")'
     if facts.format == "huggingface":
@@ -195,20 +200,40 @@ def loading_code(facts: CardFacts) -> Iterator[str]:
         yield f"from transformers import {tokenizer}{kind}"
         yield ""
         if facts.has_tokenizer:
-            yield f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")'
-        yield f'model = {kind}.from_pretrained("{facts.name}")'
+            yield f"tokenizer = AutoTokenizer.from_pretrained({name})"
+        yield f"model = {kind}.from_pretrained({name})"
     yield "```"
 
 
 def shorten(source: str) -> str:
-    """A source as others may read it: the name of a model of the hub, the last part of a path."""
-    return source if hub_names.NAME.fullmatch(source) else source.rstrip("/").rpartition("/")[2]
+    """A source as others may read it: the name of a model of the hub, the last part of a path.
+
+    An address may have a password before its host, and a signature after its path.
+    """
+    if hub_names.NAME.fullmatch(source):
+        return source
+    if "://" in source:
+        source = re.split("[?#]", source.partition("://")[2].partition("/")[2])[0]
+    return source.rstrip("/").rpartition("/")[2] or "."
 
 
 def without_local_paths(run: config.Run) -> str:
     """The config as text, with the last part of each path of the machine that trained."""
-    shared = run_sources.map_sources(run, lambda place, source: shorten(source))
-    return LOCAL.sub("", gin_file.to_text(shared).strip())
+    run = run_sources.map_sources(run, lambda place, source: shorten(source))
+    run = run_sources.map_sources(
+        run, lambda place, path: shorten_local(path), kinds=run_sources.PATHS
+    )
+    return gin_file.to_text(run).strip()
+
+
+def shorten_local(path: str) -> str:
+    """A path as others may read it: what is relative to a folder stays as it is."""
+    return shorten(path) if LOCAL.match(path) else path
+
+
+def in_a_line(text: object) -> str:
+    """A text of the user as a part of a line of Markdown, also within a table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def summarize_model(cfg: config.Model, params: Any) -> list[str]:

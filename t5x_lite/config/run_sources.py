@@ -3,16 +3,24 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from t5x_lite.config.checked import SourcePath, field_types
+from t5x_lite.config.checked import AnyPath, LocalPath, OutputPath, SourcePath, field_types
 
-# Begins a drafter that is a checkpoint: "draft:runs/small".
-DRAFT = "draft:"
+# Begins a value that names a checkpoint, by the field: drafter = "draft:runs/small".
+NAMED = {"drafter": "draft:", "companion": "model:", "choose": "rerank:", "judge": "rerank:"}
+# Annotations of fields.
+SOURCES = (SourcePath,)
+PATHS = (SourcePath, AnyPath, LocalPath, OutputPath)
 
 
-def map_sources(value: Any, replace: Callable[[str, str], str], place: str = "") -> Any:
+def map_sources(
+    value: Any,
+    replace: Callable[[str, str], str],
+    place: str = "",
+    kinds: Sequence[Any] = SOURCES,
+) -> Any:
     """A config with other sources.
 
     Args:
@@ -20,9 +28,10 @@ def map_sources(value: Any, replace: Callable[[str, str], str], place: str = "")
       replace: returns the new source, by the place of a source ("data.task.vocabulary.path") and
         the source.
       place: the place of `value`.
+      kinds: annotations of the fields; PATHS for all paths.
     """
     if isinstance(value, tuple):
-        return tuple(map_sources(e, replace, f"{place}.{n}") for n, e in enumerate(value))
+        return tuple(map_sources(e, replace, f"{place}.{n}", kinds) for n, e in enumerate(value))
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     changes = {}
@@ -30,20 +39,23 @@ def map_sources(value: Any, replace: Callable[[str, str], str], place: str = "")
         before, inner = getattr(value, name), f"{place}.{name}".lstrip(".")
         if before is None:
             continue
-        if is_source(hint):
+        if holds_any(hint, kinds):
             after = map_texts(before, replace, inner)
-        elif name == "drafter":
-            after = "+".join(replace_draft(part, replace, inner) for part in before.split("+"))
+        elif name in NAMED:
+            parts = before.split("+") if name == "drafter" else [before]
+            begins = NAMED[name]
+            after = "+".join(replace_named(part, begins, replace, inner) for part in parts)
         else:
-            after = map_sources(before, replace, inner)
+            after = map_sources(before, replace, inner, kinds)
         if after != before:
             changes[name] = after
     return dataclasses.replace(value, **changes) if changes else value
 
 
-def is_source(hint: Any) -> bool:
-    """True for the annotation of a field that holds sources, as they are or inside others."""
-    return hint is SourcePath or hint == SourcePath or any(map(is_source, typing.get_args(hint)))
+def holds_any(hint: Any, kinds: Sequence[Any]) -> bool:
+    """True for the annotation of a field that holds one of others, as it is or inside it."""
+    inner = typing.get_args(hint)
+    return any(hint == kind for kind in kinds) or any(holds_any(each, kinds) for each in inner)
 
 
 def map_texts(value: Any, replace: Callable[[str, str], str], place: str) -> Any:
@@ -61,16 +73,17 @@ def map_texts(value: Any, replace: Callable[[str, str], str], place: str) -> Any
     return tuple(map_texts(each, replace, f"{place}.{n}") for n, each in enumerate(value))
 
 
-def replace_draft(part: str, replace: Callable[[str, str], str], place: str) -> str:
-    """One of the drafters of Decode.drafter, with another checkpoint if it is one.
+def replace_named(part: str, begins: str, replace: Callable[[str, str], str], place: str) -> str:
+    """A value such as "draft:SOURCE" with another checkpoint, if it names one.
 
     Args:
-      part: the drafter.
+      part: the value.
+      begins: what stands before a checkpoint.
       replace: as of `map_sources`.
-      place: the place of Decode.drafter.
+      place: the place of the field.
     """
-    source = part.removeprefix(DRAFT)
-    return DRAFT + replace(place, source) if part.startswith(DRAFT) and source else part
+    source = part.removeprefix(begins)
+    return begins + replace(place, source) if part.startswith(begins) and source else part
 
 
 def list_sources(value: Any) -> dict[str, str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of exports: a model card says what they are, and what is uploaded is what is loaded."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -175,3 +176,66 @@ def test_a_model_of_no_other_library_has_a_card_too():
     facts = model_card.CardFacts(config.Run("x", odd), "x", "ours", "", {}, 0, 1, "float32", False)
     text = model_card.format_card(facts)
     assert model_card.family_name(odd) is None and "tags:\n- t5x_lite\n---" in text
+
+
+SECRETS = [
+    "/home/alice/data/{}",
+    "/home/alice/it's/data/{}",
+    '/home/alice/"/data/{}',
+    "~alice/{}",
+    "~/alice/{}",
+    "../../alice/{}",
+    "/home/alice/" + "x " * 80 + "/data/{}",
+    "/home/alice/{}/",
+    "memory://alice/data/{}",
+    "memory://me:alice@host/{}?signature=alice#alice",
+]
+
+
+def fields_with(path):
+    """A run in which every field that names a path or a checkpoint is `path`."""
+    vocabulary = config.Vocabulary("sentencepiece", path=path)
+    files = config.Files("mine", path, vocabulary, validation=path, test=path)
+    place = "/home/alice/runs" if "://" in path or path.startswith("~alice") else path
+    hub = config.HubDataset(place, vocabulary)
+    return config.Run(
+        place,
+        T5,
+        data=config.Data(
+            config.Mixture((files, hub), (1.0, 1.0)), {"inputs": 8, "targets": 8}, cache_dir=place
+        ),
+        adaptation=config.Adaptation(path, path),
+        distillation=config.Distillation(path, top_k=2, answers=place),
+        decode=config.Decode(
+            drafter=f"lookup+draft:{path}",
+            companion=f"model:{path}",
+            temperature=1.0,
+            n_best=2,
+            choose=f"rerank:{path}",
+        ),
+        compare=config.Compare(seeds=1, trained={"causal_decoder": (path,)}),
+    )
+
+
+@pytest.mark.parametrize("template", SECRETS)
+def test_a_card_names_no_folder_bucket_or_signature_of_the_machine_that_trained(template):
+    path = template.format("kept.x")
+    run = fields_with(path)
+    facts = model_card.CardFacts(run, "x", "ours", path, {}, 0, 1, "float32", False)
+    text = model_card.format_card(facts)
+    assert "alice" not in text and text.count("kept.x") >= 8
+    shown = gin_file.from_text(re.search(r"```gin\n(.*)```", text, re.DOTALL)[1])
+    assert shown.model == T5
+
+
+def test_names_and_metrics_of_any_text_leave_a_card_whole():
+    odd = 'a"b`c\n# d|e'
+    report = {"split": odd, odd: 0.5, "steps": odd}
+    run = dataclasses.replace(fields_with("kept.x"), model_dir="runs/x")
+    facts = model_card.CardFacts(run, f"me/{odd}", "huggingface", "", report, 7, 1, "float32", True)
+    text = model_card.format_card(facts)
+    assert '# a"b`c # d\\|e\n' in text and "\n# d" not in text
+    assert "after 7 steps" in text and '| a"b`c # d\\|e | 0.5 |' in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.literal_eval(call.args[0]) for call in calls].count(f"me/{odd}") == 3

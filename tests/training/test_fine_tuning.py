@@ -143,7 +143,13 @@ def test_every_source_of_a_config_is_found_by_its_place(served, folders):
         T5,
         data=config.Data(task, {"inputs": 8, "targets": 8}, vocabulary=vocabulary),
         adaptation=config.Adaptation(NAME, f"{NAME}:config.json"),
-        decode=config.Decode(drafter=f"lookup+draft:{NAME}"),
+        decode=config.Decode(
+            drafter=f"lookup+draft:{NAME}",
+            companion=f"model:{NAME}",
+            temperature=1.0,
+            n_best=2,
+            choose=f"rerank:{NAME}",
+        ),
         compare=config.Compare(seeds=1, trained={"causal_decoder": (NAME,)}),
     )
     pinned = derived.pin_sources(run)
@@ -152,7 +158,9 @@ def test_every_source_of_a_config_is_found_by_its_place(served, folders):
         f"{NAME}@{commit}:config.json",
     }
     assert run_sources.list_sources(run).keys() == run_sources.list_sources(pinned).keys()
-    assert len(run_sources.list_sources(run)) == 6
+    assert len(run_sources.list_sources(run)) == 8
+    assert pinned.decode.companion == f"model:{NAME}@{commit}"
+    assert pinned.decode.choose == f"rerank:{NAME}@{commit}"
     assert pinned.decode.drafter == f"lookup+draft:{NAME}@{commit}"
     assert derived.pin_sources(pinned) is pinned
 
