@@ -3,11 +3,13 @@
 files are unpacked."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from t5x_lite import config
@@ -59,16 +61,73 @@ def expand_glob(pattern: Path) -> list[Path]:
     """The file of this name, or else those that the glob matches, in order.
 
     A path that exists is no pattern, and neither is the part of one that is a folder: data/[1] may
-    be a name.
+    be a name. A file that links lead to again, as one to a folder above does, is read once.
+
+    Raises:
+      ValueError: the glob matches a link to nothing, or a pipe: a part of the data would be left
+        out.
     """
     if pattern.is_file():
         return [pattern]
     if is_address(pattern):
         return sorted(remote_paths.expand_glob(pattern))
     folder = next((each for each in pattern.parents if each.is_dir()), Path())
-    rest = str(pattern.relative_to(folder))
-    matches = sorted(folder / name for name in glob.glob(rest, root_dir=folder, recursive=True))
-    return [path for path in matches if path.is_file()]
+    files: dict[str, Path] = {}
+    for path in sorted(expand_parts(folder, pattern.relative_to(folder).parts)):
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            kind = "is not a regular file" if path.exists() else "is a link to nothing"
+            raise ValueError(f"{path} {kind}: put the file there, or take {path.name} away")
+        first = files.setdefault(os.path.realpath(path), path)
+        if first is not path:
+            report_again(path, first)
+    return [*files.values()]
+
+
+def expand_parts(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yields what a glob matches, as glob.glob does; ** takes each folder once.
+
+    glob.glob follows a link to a folder above 40 times, and two such links into 2**40 folders.
+
+    Args:
+      folder: where the glob begins.
+      parts: of the glob, between slashes.
+    """
+    if "**" not in parts:
+        yield from (folder / name for name in glob.glob("/".join(parts), root_dir=folder))
+        return
+    place, visited = parts.index("**"), set[str]()
+    tops = expand_parts(folder, parts[:place]) if place else [folder]
+    for top in filter(Path.is_dir, tops):
+        for inner in folders_below(top, visited):
+            yield from expand_parts(inner, parts[place + 1 :] or ("*",))
+
+
+def folders_below(top: Path, visited: set[str]) -> Iterator[Path]:
+    """Yields a folder and those below it, but hidden ones, each once whatever links lead to it.
+
+    Args:
+      top: the folder.
+      visited: real paths of the folders so far; they are added.
+
+    Raises:
+      OSError: a folder cannot be read.
+    """
+    real = os.path.realpath(top)
+    if real in visited:
+        return
+    visited.add(real)
+    yield top
+    for name in sorted(os.listdir(top)):
+        if not name.startswith(".") and (top / name).is_dir():
+            yield from folders_below(top / name, visited)
+
+
+@functools.cache
+def report_again(path: Path, first: Path) -> None:
+    """Logs that a link leads to a file that is read under another name."""
+    log.warning("%s is %s by a link: it is read once", path, first)
 
 
 def source(cfg: config.Files, split: str) -> str:

@@ -14,6 +14,7 @@ from t5x_lite.utils.bounded_files import repeated_name
 # Byte order mark: some editors begin a UTF-8 file with it.
 MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+UTF_32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 # A comma that ends a list of fields or items.
 LAST_COMMA = re.compile(r",(\s*[}\]])")
 
@@ -39,7 +40,9 @@ def decode_line(line: bytes, number: int, errors: str = "strict") -> str:
         text = line.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 (byte {error.start + 1} is 0x{line[error.start]:02x})"
-        if number == 1 and line.startswith(UTF_16):
+        if number == 1 and line.startswith(UTF_32):
+            reason = "not UTF-8 but UTF-32 (iconv -f UTF-32 -t UTF-8 converts the file)"
+        elif number == 1 and line.startswith(UTF_16):
             reason = "not UTF-8 but UTF-16 (iconv -f UTF-16 -t UTF-8 converts the file)"
         raise TextError(reason) from error
     if errors == "strict":
@@ -52,6 +55,8 @@ def check_nul(text: str) -> None:
     place = text.find("\0")
     if place < 0:
         return
+    if not text.strip("\0\r\n"):
+        raise TextError("not text but NULs, as a crash leaves them: copy the file again")
     if 3 * text.count("\0") > len(text):
         order = "BE" if place == 0 else "LE"
         raise TextError(f"not UTF-8 but UTF-16 (iconv -f UTF-16{order} -t UTF-8 converts the file)")

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of a user's files end early or guess nowhere: each fault is named, with file and line."""
 
+import bz2
+import dataclasses
+import glob
+import gzip
 import json
 import logging
+import lzma
+import os
+from pathlib import Path
 
+import numpy as np
+import pyarrow
 import pytest
 from file_toys import GOOD, described, read
 
@@ -166,3 +175,119 @@ def test_numbers_that_are_no_ids_are_broken_lines(tmp_path, caplog):
         cfg = described(path, vocabulary=vocabulary, broken="skip")
         assert statistics(cfg, tmp_path).counts == {"broken lines left out": 2}
     assert "line 4 is left out: 'hello' is no id" in caplog.text
+
+
+def pack_zst(content):
+    packed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()
+
+
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": pack_zst}
+
+
+def json_rows(count, first=0):
+    draw = np.random.default_rng(first).bytes(8 * count).hex()
+    lines = [
+        json.dumps({"inputs": draw[16 * i : 16 * i + 16], "targets": f"{first + i}"})
+        for i in range(count)
+    ]
+    return "\n".join([*lines, ""]).encode()
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+@pytest.mark.parametrize(
+    "damage", ["nothing", "beginning", "middle", "end", "garbage", "cut", "empty"]
+)
+def test_a_packed_file_is_read_to_its_end_or_refused(ending, damage, tmp_path):
+    """Parallel packers write many streams: a damaged one is not the end of the file."""
+    streams = [PACKERS[ending](json_rows(5000, first)) for first in (0, 5000)]
+    second = bytearray(streams[1])
+    if damage in ("beginning", "middle", "end"):
+        place = {"beginning": 1, "middle": len(second) // 2, "end": len(second) - 6}[damage]
+        second[place] ^= 0x55
+    content = streams[0] + bytes(second)
+    content += b"garbage" if damage == "garbage" else b""
+    content = {"cut": content[:-20], "empty": b""}.get(damage, content)
+    path = tmp_path / f"mine.jsonl{ending}"
+    path.write_bytes(content)
+    cfg = described(path, inputs="inputs", targets="targets")
+    if damage == "nothing":
+        targets = [row.targets for row in files.read_rows(cfg, "train")]
+        assert targets == [str(number) for number in range(10_000)]
+        return
+    with pytest.raises(ValueError, match=rf"mine.jsonl{ending} is not a complete {ending} file"):
+        list(files.read_rows(dataclasses.replace(cfg, broken="skip"), "train"))
+
+
+def test_zeros_between_and_after_xz_streams_are_padding(tmp_path):
+    one, two = (lzma.compress(json_rows(3, first)) for first in (0, 3))
+    path = tmp_path / "mine.jsonl.xz"
+    for zeros in (b"", b"\0" * 4, b"\0" * 2**18):
+        path.write_bytes(one + zeros + two + zeros)
+        rows = list(files.read_rows(described(path, inputs="inputs", targets="targets"), "train"))
+        assert [row.targets for row in rows] == list("012345")
+
+
+def test_links_neither_repeat_data_nor_leave_any_out(tmp_path, caplog):
+    folder = tmp_path / "data"
+    (folder / "day1").mkdir(parents=True)
+    (folder / "day1" / "a.jsonl").write_bytes(json_rows(3))
+    (folder / "b.jsonl").write_bytes(json_rows(2, 3))
+    (folder / "latest").symlink_to("day1")
+    (folder / "day1" / "up").symlink_to("..")
+    (folder / "twin.jsonl").symlink_to("b.jsonl")
+    cfg = described(folder / "**" / "*.jsonl", inputs="inputs", targets="targets")
+    targets = [row.targets for row in files.read_rows(cfg, "train")]
+    assert sorted(targets) == list("01234")
+    assert "by a link: it is read once" in caplog.text
+    (folder / "c.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(ValueError, match="c.jsonl is a link to nothing"):
+        list(files.read_rows(cfg, "train"))
+    (folder / "c.jsonl").unlink()
+    os.mkfifo(folder / "c.jsonl")
+    with pytest.raises(ValueError, match="c.jsonl is not a regular file"):
+        list(files.read_rows(cfg, "train"))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"\0" * 40 + b"\n", "not text but NULs, as a crash leaves them"),
+        ("{}\n".encode("utf-32"), "UTF-32 .iconv -f UTF-32 "),
+        ("{}\n".encode("utf-16"), "UTF-16 .iconv -f UTF-16 "),
+        ("{}\n".encode("utf-16-le"), "UTF-16 .iconv -f UTF-16LE "),
+    ],
+)
+def test_what_is_no_utf8_is_named_for_what_it_is(content, words, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"mine.jsonl, line 1: .*{words}"):
+        list(files.read_rows(described(path, inputs="inputs", targets="targets"), "train"))
+
+
+PATTERNS = (
+    "**/*.j",
+    "**",
+    "*/*.j",
+    "a/**/*.j",
+    "**/b/**/*.j",
+    "*/**/c/*",
+    "**/**/1.j",
+    "a/**/c/1.j",
+)
+PATTERNS += ("none/**/x", "**/[[]x]/*.j", "**/.h/**/1.j", "**/*", "*", "**/c")
+
+
+def test_a_glob_matches_what_glob_does_where_no_link_is(tmp_path):
+    for folder in ("a/b/c", "a/.h/x", "d", "a/d/e", "[x]"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("1.j", "2.k", ".3.j"):
+            (tmp_path / folder / name).touch()
+    for pattern in PATTERNS:
+        expected = {
+            tmp_path / each for each in glob.glob(pattern, root_dir=tmp_path, recursive=True)
+        }
+        found = set(files.expand_parts(tmp_path, Path(pattern).parts))
+        assert {*filter(Path.is_file, found)} == {*filter(Path.is_file, expected)}, pattern
