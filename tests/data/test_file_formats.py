@@ -289,5 +289,5 @@ def test_a_glob_matches_what_glob_does_where_no_link_is(tmp_path):
         expected = {
             tmp_path / each for each in glob.glob(pattern, root_dir=tmp_path, recursive=True)
         }
-        found = set(files.expand_parts(tmp_path, Path(pattern).parts))
-        assert {*filter(Path.is_file, found)} == {*filter(Path.is_file, expected)}, pattern
+        matched = set(files.expand_parts(tmp_path, Path(pattern).parts))
+        assert {*filter(Path.is_file, matched)} == {*filter(Path.is_file, expected)}, pattern
