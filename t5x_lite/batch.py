@@ -46,7 +46,8 @@ class Batch(NamedTuple):
 
       pair      inputs [b s] for the encoder, targets [b t] for the decoder.
       joined    decoder only: inputs and targets one after the other in targets [b t].
-      aligned   encoder only: targets[b, i] is predicted at inputs[b, i].
+      aligned   encoder only: targets[b, i] is predicted at inputs[b, i], or at the input before it
+                by a lone decoder whose layers are not causal.
 
     Decoder inputs are not stored: they are the targets shifted right within each segment,
     beginning with Model.decoder_start_token_id.

@@ -133,12 +133,13 @@ class AdaptedWeights:
         side, part = self.plan.side(path), path.partition("/")[0]
         table = self.checkpoints[origin.source].read(origin.path, layer).astype(np.float32)
         wanted = getattr(self.plan.model, part)
+        both_sides = part == "encoder" or not self.plan.model.causal_decoder
         new_buckets, old_buckets = (
-            bucket_function(wanted, part == "encoder"),
+            bucket_function(wanted, both_sides),
             bucket_function(side.stack, side.both_sides),
         )
         backward = -distances_up_to(wanted.max_distance)[::-1]
-        forward = -backward[-2::-1] if part == "encoder" else []
+        forward = -backward[-2::-1] if both_sides else []
         distances = np.concatenate([backward, forward]).astype(np.int64)
         by_bucket = new_buckets(distances)
         known = table[old_buckets(distances if side.both_sides else -np.abs(distances))]

@@ -67,7 +67,7 @@ class Side(NamedTuple):
     @property
     def both_sides(self) -> bool:
         """True if attention is bidirectional."""
-        return self.tower == "encoder"
+        return self.tower == "encoder" or not self.model.causal_decoder
 
     @property
     def table(self) -> str:

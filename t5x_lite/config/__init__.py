@@ -6,6 +6,7 @@ back; `Run` is its root. A field has a default only where one value serves nearl
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 # Dataclasses of other modules are bound by the same name as all others: config.Stack.layers.
 from t5x_lite.config import windows
@@ -85,6 +86,13 @@ class Run(Checked):
     compare: Compare | None = None
     seed: Seed = 0
 
+    @property
+    def batch_layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:
+        """Layout of batches: that of the model, but a lone decoder that attends to later tokens is
+        trained as an encoder is."""
+        lone = self.model.layout == "decoder_only"
+        return "encoder_only" if lone and not self.model.causal_decoder else self.model.layout
+
     def check(self):
         require(
             self.adaptation is None or self.checkpoint.initial is None,
@@ -106,20 +114,20 @@ class Run(Checked):
         if self.data is None:
             return
         require(
-            self.model.layout != "encoder_decoder" or "inputs" in self.data.lengths,
+            self.batch_layout != "encoder_decoder" or "inputs" in self.data.lengths,
             'Data.lengths needs "inputs": the model has an encoder',
         )
         objective = self.data.objective
         parts = objective.parts if isinstance(objective, Denoisers) else (objective,)
         require(
             not (
-                self.model.layout == "encoder_decoder"
+                self.batch_layout == "encoder_decoder"
                 and any(isinstance(part, CausalLM) for part in parts)
             ),
             "CausalLM has no inputs for the encoder: use PrefixLM or SpanCorruption",
         )
         vocabulary = self.data.declared_vocabulary
-        lengths = windows.length_limits(self.data.lengths, self.model.layout)
+        lengths = windows.length_limits(self.data.lengths, self.batch_layout)
         if vocabulary is not None and vocabulary.sentinel_count is not None:
             for part in filter(None, parts):
                 mode = vocabulary.most_ids(getattr(part, "mode", None))

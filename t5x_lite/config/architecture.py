@@ -101,6 +101,8 @@ class Stack(Checked):
       window_form: the window of an encoder's layer: |d| < window (below), |d| <= window (within),
         or (window + 1) // 2 keys up to its own and window // 2 after it (halved).
       sliding_rotary_base: rotary base of sliding layers, never scaled; None takes `rotary_base`.
+      causal: layer by layer, repeated over the layers, whether tokens attend to no later ones; None
+        is every layer of a decoder, and no layer of an encoder.
     """
 
     layers: Few
@@ -137,6 +139,7 @@ class Stack(Checked):
     window: Count | None = None
     window_form: Literal["below", "within", "halved"] = "below"
     sliding_rotary_base: Positive | None = None
+    causal: tuple[bool, ...] | None = None
 
     def check(self):
         require(
@@ -165,6 +168,7 @@ class Stack(Checked):
             "Stack.post_norms nor Stack.merged",
         )
         require(len(self.pattern) > 0, 'Stack.pattern is empty: ("full",) is every layer alike')
+        require(self.causal != (), "Stack.causal is empty: (True,) is every layer causal")
         require(
             ("sliding" in self.pattern) == (self.window is not None),
             'Stack.window belongs to a Stack.pattern with "sliding" layers: bind both or neither',
@@ -184,6 +188,15 @@ class Stack(Checked):
         """For each layer, whether it sees a window only."""
         cycle = len(self.pattern)
         return tuple(self.pattern[layer % cycle] == "sliding" for layer in range(self.layers))
+
+    def causal_layers(self, both_sides: bool) -> tuple[bool, ...]:
+        """For each layer, whether its tokens attend to no later ones.
+
+        Args:
+          both_sides: bidirectional unless `causal` says otherwise, as an encoder is.
+        """
+        cycle = (not both_sides,) if self.causal is None else self.causal
+        return tuple(cycle[layer % len(cycle)] for layer in range(self.layers))
 
 
 def check_buckets(name: str, stack: Stack, sides: int) -> None:
@@ -286,6 +299,11 @@ class Model(Checked):
             "Model.prefix_lm is for a decoder alone: an encoder reads in both directions anyway",
         )
         require(
+            not self.prefix_lm or self.causal_decoder,
+            "Model.prefix_lm is for a decoder whose layers are all causal: leave out one of it and "
+            "Stack.causal",
+        )
+        require(
             not self.separate_embeddings or self.layout == "encoder_decoder",
             "Model.separate_embeddings is for an encoder-decoder",
         )
@@ -298,7 +316,7 @@ class Model(Checked):
             "Model.readout writes no text for Model.draft_heads to draft: bind one of them",
         )
         self.check_widths()
-        for name, sides in (("encoder", 2), ("decoder", 1)):
+        for name, sides in (("encoder", 2), ("decoder", 1 if self.causal_decoder else 2)):
             stack = getattr(self, name)
             if stack is not None and stack.positions == "relative":
                 check_buckets(f"Model.{name}", stack, sides)
@@ -324,6 +342,11 @@ class Model(Checked):
         stack = self.decoder or self.encoder
         assert stack is not None
         return stack
+
+    @property
+    def causal_decoder(self) -> bool:
+        """True if no layer of the decoder attends to later tokens, so that it can write text."""
+        return self.decoder is None or all(self.decoder.causal_layers(both_sides=False))
 
     @property
     def layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:

@@ -25,6 +25,8 @@ class SpanCorruption(Checked):
       join: what stands between two examples in a window: a newline, where the vocabulary has one
         and the first does not end in it; nothing, as in t5 (whose pieces begin with a space); or
         examples are never joined (t5's merge_examples_to_reduce_padding = False).
+      mask: name of the token that stands for a hidden token of a masked language model (an encoder
+        alone, or a decoder whose layers are not causal); None takes the first sentinel.
     """
 
     noise_density: ShareBetween = 0.15
@@ -32,6 +34,7 @@ class SpanCorruption(Checked):
     mode: str | None = None
     overflow: Literal["fail", "cap"] = "fail"
     join: Join = "newline"
+    mask: str | None = None
 
 
 @dataclass(frozen=True)

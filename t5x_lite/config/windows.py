@@ -199,14 +199,14 @@ def check_sentinels(objective: Objective, lengths: LengthLimits, mode: int, sent
         )
     if not isinstance(objective, SpanCorruption):
         return
-    if sentinels < 1:
+    if sentinels < 1 and objective.mask is None:
         raise ValueError(
             "SpanCorruption needs a sentinel, and the vocabulary has none named <extra_id_0>: set "
             "Vocabulary.extra_ids to at least 1, or name pieces that are there by "
             'Vocabulary.sentinels = "<unused{}>"'
         )
     tokens = longest_window(objective, lengths, mode, sentinels)
-    if lengths.layout == "encoder_only" or tokens < 2:
+    if lengths.layout == "encoder_only" or tokens < 2 or sentinels < 1:
         return
     spans = span_shape(objective, tokens, mode, sentinels).spans
     if spans > sentinels:

@@ -15,7 +15,7 @@ from t5x_lite import config
 from t5x_lite.config import windows
 from t5x_lite.config.objectives import Objective
 from t5x_lite.config.windows import LengthLimits
-from t5x_lite.data import randomness
+from t5x_lite.data import objective_ids, randomness
 from t5x_lite.data.ragged import Ragged, column, side_by_side
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
@@ -29,7 +29,7 @@ class WindowPreprocessor:
       lengths: limits of the rows.
       window: tokens of a window of text.
       eos: id of the end.
-      sentinels: ids of the sentinels [k].
+      sentinels: ids of the sentinels [k]; of a masked language model that of its mask [1].
       mode: ids of the mode that inputs begin with [m].
       marks: ids of fill-in-the-middle's marks [3].
       seam: ids between two examples whose ends are not tokens of the text [n].
@@ -85,8 +85,8 @@ class WindowPreprocessor:
         return noise_mask(tokens, *windows.noise_and_spans(tokens, density, span, most), keys)
 
     def masked_lm(self, texts: np.ndarray, keys: np.ndarray) -> tuple[Ragged, Ragged, np.ndarray]:
-        """Returns inputs with each hidden token replaced by the first sentinel, and the text with
-        loss on the hidden tokens (the masked language model of an encoder, with T5's spans)."""
+        """Returns inputs with each hidden token replaced by the mask, and the text with loss on the
+        hidden tokens (the masked language model of an encoder, with T5's spans)."""
         mask = self.mask(texts.shape[1], keys)
         mode = np.tile(self.mode.astype(texts.dtype), (len(texts), 1))
         inputs = np.hstack([mode, np.where(mask, self.sentinels[0], texts)])
@@ -141,7 +141,7 @@ def make_preprocessor(
     name = type(objective).__name__
     check_layout(objective, lengths)
     mode = np.array(vocabulary.encode(getattr(objective, "mode", None) or ""), np.int32)
-    sentinels = vocabulary.sentinel_ids
+    sentinels = objective_ids.mask_id(objective, lengths, vocabulary)
     window = windows.longest_window(objective, lengths, len(mode), len(sentinels))
     if window < 2:
         raise ValueError(
@@ -149,8 +149,12 @@ def make_preprocessor(
             f"{name}: not even a window of 2 tokens fits"
         )
     windows.check_sentinels(objective, lengths, len(mode), len(sentinels))
-    marks = marks_of(objective, vocabulary)
-    seam = newline_ids(vocabulary) if getattr(objective, "join", None) == "newline" else []
+    marks = objective_ids.marks_of(objective, vocabulary)
+    seam = (
+        objective_ids.newline_ids(vocabulary)
+        if getattr(objective, "join", None) == "newline"
+        else []
+    )
     return WindowPreprocessor(
         objective=objective,
         lengths=lengths,
@@ -163,22 +167,13 @@ def make_preprocessor(
     )
 
 
-def newline_ids(vocabulary: TextVocabulary) -> list[int]:
-    """The ids of a newline after a text; none where the vocabulary drops it or has none."""
-    try:
-        before, after = vocabulary.encode("a"), vocabulary.encode("a\n")
-    except ValueError:
-        return []  # texts of integers
-    known = vocabulary.decode(after) == vocabulary.decode(before) + "\n"
-    return after[len(before) :] if known and after[: len(before)] == before else []
-
-
 def check_layout(objective: Objective, lengths: LengthLimits) -> None:
     """Raises ValueError unless a model of the layout can be trained with the objective."""
     name, spans = type(objective).__name__, isinstance(objective, config.SpanCorruption)
     if lengths.layout == "encoder_only" and not spans:
         raise ValueError(
-            f"{name} is for a model with a decoder; an encoder alone is trained with SpanCorruption"
+            f"{name} is for a model with a decoder; an encoder alone, and a decoder whose "
+            "layers are not causal, are trained with SpanCorruption"
         )
     if lengths.layout == "encoder_decoder" and isinstance(objective, config.CausalLM):
         raise ValueError("CausalLM leaves the encoder nothing to read: use PrefixLM")
@@ -187,23 +182,6 @@ def check_layout(objective: Objective, lengths: LengthLimits) -> None:
     )
     if wants_inputs and not lengths.inputs:
         raise ValueError(f'{name} needs Data.lengths["inputs"]')
-
-
-def marks_of(objective: Objective, vocabulary: TextVocabulary) -> np.ndarray:
-    """Ids of fill-in-the-middle's marks [3]: before the prefix, before the suffix, after both.
-
-    Raises ValueError for a mark that is not one id.
-    """
-    if not isinstance(objective, config.FillInTheMiddle) or objective.marks is None:
-        return vocabulary.sentinel_ids[: windows.MARKS]
-    coded = [vocabulary.encode(name) for name in objective.marks]
-    for name, ids in zip(objective.marks, coded, strict=True):
-        if len(ids) != 1:
-            raise ValueError(
-                f"FillInTheMiddle.marks: {name!r} is {len(ids)} ids, not one: add it to "
-                "Vocabulary.names, or leave marks out and sentinels are used"
-            )
-    return np.array(coded, np.int32).reshape(-1)
 
 
 def denoisers(

@@ -239,6 +239,12 @@ def check_examples(cfg: config.Model, examples: Sequence[Sequence[int]]) -> None
     """Raises ValueError for examples that the model cannot continue."""
     if cfg.decoder is None:
         raise ValueError("An encoder alone writes no text: the model needs a decoder Stack")
+    if not cfg.causal_decoder:
+        raise ValueError(
+            f"A decoder with Stack.causal = {cfg.decoder.causal!r} writes no text: tokens of a "
+            "layer that is not causal attend to later ones, so that what is cached of them changes "
+            "with every token. Readouts and embeddings of whole texts work"
+        )
     if not examples:
         raise ValueError("There is nothing to decode: the request has no rows")
     check_ids(cfg, "Input", examples, empty=cfg.encoder is None)

@@ -164,7 +164,8 @@ def keep_layers(cfg: config.Model, first: int, last: int) -> config.Model:
     sliding = decoder.sliding[first:last]
     pattern = tuple("sliding" if each else "full" for each in sliding)
     window = decoder.window if any(sliding) else None
-    decoder = dataclasses.replace(decoder, layers=last - first, pattern=pattern, window=window)
+    changes = {"layers": last - first, "pattern": pattern, "window": window, "causal": None}
+    decoder = dataclasses.replace(decoder, **changes)
     return dataclasses.replace(cfg, decoder=decoder)
 
 

@@ -48,7 +48,7 @@ class Evaluator:
         host, hosts = sharding.batch_share()
         self.batches = open_batches(
             run.data,
-            run.model.layout,
+            run.batch_layout,
             rows,
             run.seed,
             split=self.split,
@@ -180,7 +180,8 @@ def check_metrics(run: config.Run, dataset: Dataset) -> None:
 
 def has_predictions(run: config.Run, dataset: Dataset) -> bool:
     """True if the model writes text and the split has inputs for it."""
-    return run.model.decoder is not None and dataset.has_inputs
+    writes = run.model.decoder is not None and run.model.causal_decoder
+    return writes and dataset.has_inputs
 
 
 def uses_task_metrics(run: config.Run, dataset: Dataset) -> bool:

@@ -55,13 +55,21 @@ class LayerConfig(NamedTuple):
 
 
 def layer_configs(stack: config.Stack, both_sides: bool) -> LayerConfig:
-    """Returns the settings of all layers of a stack, stacked along a first axis."""
-    form = stack.window_form if both_sides else "below"
+    """Returns the settings of all layers of a stack, stacked along a first axis.
+
+    both_sides is true if the mask that they share is bidirectional.
+    """
+    causal = stack.causal_layers(both_sides)
     windows = [not_none(stack.window) if sliding else EVERYTHING for sliding in stack.sliding]
     frequency = [positions.frequencies(stack, sliding) for sliding in stack.sliding]
-    window_size = np.array([positions.window_size(window, form) for window in windows], np.int32)
+    forms = ["below" if each else stack.window_form for each in causal]
+    sizes = [positions.window_size(*each) for each in zip(windows, forms, strict=True)]
+    if both_sides:
+        # The shared mask is bidirectional: the window of a causal layer ends at the token itself.
+        pairs = zip(sizes, causal, strict=True)
+        sizes = [(left, 0 if alone else right) for (left, right), alone in pairs]
     return LayerConfig(
-        window_size if any(stack.sliding) else None,
+        np.array(sizes, np.int32) if any(stack.sliding) or (both_sides and any(causal)) else None,
         np.stack(frequency) if stack.positions == "rotary" else None,
     )
 

@@ -101,7 +101,8 @@ class Inspected(Transformer):
         prefix = input_mask = None
         if self.cfg.prefix_lm:
             prefix = jnp.arange(inputs.tokens.shape[1]) < inputs.prompt[:, None]
-        mask = self.mask(segments, segments, causal=True, query_prefix=prefix, key_prefix=prefix)
+        options = {"query_prefix": prefix, "key_prefix": prefix}
+        mask = self.mask(segments, segments, causal=self.cfg.causal_decoder, **options)
         if encoded is not None:
             input_segments, _ = segments_and_positions(
                 not_none(inputs.inputs), not_none(inputs.inputs_length)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
@@ -80,7 +80,7 @@ class Transformer(FlaxModule):
             self.encoder = LayerStack(cfg, cfg.encoder, both_sides=True, **options)
         if cfg.decoder:
             source = cfg.encoder.embed if cfg.encoder else None
-            self.decoder = LayerStack(cfg, cfg.decoder, source=source, **options)
+            self.decoder = LayerStack(cfg, cfg.decoder, not cfg.causal_decoder, source, **options)
         if cfg.draft_heads:
             self.heads = Heads(cfg)
         if cfg.readout:
@@ -137,9 +137,11 @@ class Transformer(FlaxModule):
             inputs = batch.inputs, batch.input_segments, batch.input_positions
             encoded = self.encode(*inputs, encoder_key)
             input_mask = self.mask(segments, on_rows(batch.input_segments))
-        tokens = shift_right(batch.targets, batch.target_positions, self.cfg.decoder_start_token_id)
+        masked = self.cfg.layout == "decoder_only" and not self.cfg.causal_decoder
+        read, start = batch.inputs if masked else batch.targets, self.cfg.decoder_start_token_id
+        tokens = shift_right(read, batch.target_positions, start)
         inside = contexts.inside_prefix(batch) if self.cfg.prefix_lm else None
-        mask = self.mask(segments, segments, causal=True, query_prefix=inside, key_prefix=inside)
+        mask = self.decoder_mask(segments, inside)
         context = AttentionContext(where, mask, None, encoded, input_mask, None, self.backend)
         embedding_key, decoder_key = split(decoder_key, 2)
         return self.embed(on_rows(tokens), embedding_key), context, decoder_key
@@ -201,8 +203,7 @@ class Transformer(FlaxModule):
         encoder_key, key = split(key, 2)
         encoded, input_mask = None, None
         segments, where = on_rows(segments), on_rows(where)
-        inside = segments > 0 if self.cfg.prefix_lm else None
-        mask = self.mask(segments, segments, causal=True, query_prefix=inside, key_prefix=inside)
+        mask = self.decoder_mask(segments, segments > 0 if self.cfg.prefix_lm else None)
         if self.cfg.encoder:
             encoded = self.encode(inputs, segments, where, encoder_key)
             input_mask = self.mask(segments, segments)
@@ -395,3 +396,13 @@ class Transformer(FlaxModule):
           **options: further fields of `kernels.Mask`, such as causal.
         """
         return kernels.prepare_mask(kernels.Mask(queries, keys, **options), self.backend)
+
+    def decoder_mask(self, segments: Int[Array, "b t"], inside: Bool[Array, "b t"] | None):
+        """Mask among a decoder's tokens: causal, unless one of its layers is not (Stack.causal).
+
+        Args:
+          segments: [b t] segment ids.
+          inside: [b t] True in a prefix, which is read in both directions; None without one.
+        """
+        prefix = {"query_prefix": inside, "key_prefix": inside}
+        return self.mask(segments, segments, causal=self.cfg.causal_decoder, **prefix)

@@ -7,7 +7,7 @@ import pytest
 
 from t5x_lite import config, data
 from t5x_lite.config import gin_file, windows
-from t5x_lite.data import cache, objectives, rows
+from t5x_lite.data import cache, objective_ids, objectives, rows
 from t5x_lite.tokenizers import vocabularies
 
 VOCABULARY = vocabularies.ByteVocabulary(extra_ids=30)
@@ -109,7 +109,7 @@ def test_the_seam_is_the_newline_of_the_vocabulary_or_nothing():
         vocabularies.SymbolVocabulary(["AA", "B"], separator=" ", extra_ids=30),
     ):
         assert preprocessor("newline", without).seam.tolist() == []
-    assert objectives.newline_ids(vocabularies.IntegerVocabulary(50)) == []
+    assert objective_ids.newline_ids(vocabularies.IntegerVocabulary(50)) == []
 
 
 def test_a_saved_run_goes_on_as_it_was_trained():

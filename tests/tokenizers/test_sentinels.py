@@ -20,7 +20,7 @@ from test_tokenizers import (
 from t5x_lite import config, convert
 from t5x_lite.checkpoints import text_settings
 from t5x_lite.config import checked, windows
-from t5x_lite.data import built_in, objectives, randomness
+from t5x_lite.data import built_in, objective_ids, objectives, randomness
 from t5x_lite.tokenizers import (
     extended,
     sentencepiece_training,
@@ -274,7 +274,7 @@ def test_a_vocabulary_without_sentinels_says_what_there_is():
 @pytest.mark.parametrize("kind", MAKERS)
 def test_the_newline_between_examples_is_read_back_or_there_is_none(every, kind):
     vocabulary = every[kind]
-    seam = objectives.newline_ids(vocabulary)
+    seam = objective_ids.newline_ids(vocabulary)
     assert bool(seam) == (kind not in ("t5", "spaced"))  # T5's pieces begin with a space instead
     first, second = vocabulary.encode("a b"), vocabulary.encode("b a")
     text = vocabulary.decode([*first, *seam, *second])

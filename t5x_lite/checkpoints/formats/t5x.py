@@ -16,7 +16,10 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.checkpoints.formats.huggingface import t5
-from t5x_lite.checkpoints.formats.huggingface.fields import require_values
+from t5x_lite.checkpoints.formats.huggingface.fields import (
+    require_usual_causality,
+    require_values,
+)
 from t5x_lite.checkpoints.transforms import Entry
 from t5x_lite.config import gin_file
 from t5x_lite.tokenizers.errors import SourceError
@@ -44,6 +47,7 @@ def check_expressible(cfg: config.Model) -> None:
         cfg, "T5X", logits_softcap=None, scale_embedding=False, separate_embeddings=False
     )
     require_values(cfg, "T5X", eoi=None, logits_bias=False)
+    require_usual_causality(cfg, "T5X")
     require_values(cfg, "T5X", scale_logits=cfg.tied and cfg.decoder is not None)
     if cfg.decoder is None:
         raise ValueError("T5X's T5 has a decoder; this Model lacks one: export to Hugging Face")

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from types import ModuleType
 
 from t5x_lite import config
+from t5x_lite.checkpoints.formats.huggingface import fields
 
 # model_type of config.json -> module here, imported when it is needed.
 FAMILIES = {
@@ -118,6 +119,7 @@ def family_for_export(cfg: config.Model, name: str | None = None) -> ModuleType:
     Raises:
       ValueError: there is none; names for every family the field that it cannot express.
     """
+    fields.require_usual_causality(cfg, "transformers")
     refused = []
     for module in [name] if name else default_families():
         try:

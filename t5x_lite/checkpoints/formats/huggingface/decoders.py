@@ -39,7 +39,7 @@ ROTARY = {
 }
 # Fields on which no logits depend, or that checkpoints of other libraries do not have.
 NOT_COMPARED = ("dtype", "dropout", "embedding_std", "add_bos", "encoder", "decoder")
-NOT_COMPARED_IN_STACK = ("bias_std", "kv_heads", "pattern", "window_form")
+NOT_COMPARED_IN_STACK = ("bias_std", "kv_heads", "pattern", "window_form", "causal")
 POSITION_FIELDS = {
     "relative": ("buckets", "max_distance", "bias_per_layer"),
     "rotary": ("rotary_base", "rotary_scaling", "sliding_rotary_base"),

@@ -66,6 +66,23 @@ def require_values(owner: config.Stack | config.Model, family: str, **wanted: An
             )
 
 
+def require_usual_causality(cfg: config.Model, library: str) -> None:
+    """Raises ValueError unless encoders read in both directions and decoders are causal.
+
+    Args:
+      cfg: config of the model.
+      library: library that reads the export, for the message.
+    """
+    for name, both_sides in (("encoder", True), ("decoder", False)):
+        stack = getattr(cfg, name)
+        if stack is not None and set(stack.causal_layers(both_sides)) != {not both_sides}:
+            usual = "attends in both directions" if both_sides else "is causal"
+            raise ValueError(
+                f"{library} cannot express Stack.causal = {stack.causal!r} of the {name}: there "
+                f"every layer of {'an encoder' if both_sides else 'a decoder'} {usual}"
+            )
+
+
 def require_equal(one: config.Stack, other: config.Stack, family: str, *names: str) -> None:
     """Checks fields that config.json has once for encoder and decoder.
 
