@@ -38,10 +38,11 @@ without a default.
 # From the root down; a dataclass that is not listed here is missed by the test of this page.
 GROUPS = {
     "A run": ("Run",),
-    "Model": ("Model", "Stack", "RotaryScaling", "Pooling", "DraftHeads", "Readout"),
+    "Model": ("Model", "Stack", "RotaryScaling", "DraftHeads", "Readout"),
     "Data": ("Data", "Files", "HubDataset", "Mixture", "Vocabulary"),
     "Objectives": ("SpanCorruption", "PrefixLM", "CausalLM", "FillInTheMiddle", "Denoisers"),
-    "Training": ("Train", "Schedule", "Optimizer", "ParamGroup", "DraftHeadLoss", "LayerSkip"),
+    "Training": ("Train", "Schedule", "Optimizer", "ParamGroup", "DraftHeadLoss", "LayerSkip")
+    + ("Contrastive",),
     "Evaluation, checkpoints, decoding, devices": ("Evaluate", "Checkpoint", "Decode", "Mesh"),
     "Adapters, adaptation, distillation, comparison": (
         "Lora",

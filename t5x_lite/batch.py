@@ -62,6 +62,9 @@ class Batch(NamedTuple):
       input_positions: [b s] int32, as target_positions.
       prefix: [b t] True for tokens of the inputs in layout joined; None in others.
       teacher_data: input or predictions of the teacher; None for a run without one.
+      negatives: [b t] int32 token ids of a hard negative of each row; None without them.
+      negative_segments: [b t] int32, as target_segments.
+      negative_positions: [b t] int32, as target_positions.
     """
 
     targets: Any
@@ -73,3 +76,6 @@ class Batch(NamedTuple):
     input_positions: Any = None
     prefix: Any = None
     teacher_data: TeacherBatch | TeacherLogits | None = None
+    negatives: Any = None
+    negative_segments: Any = None
+    negative_positions: Any = None

@@ -92,13 +92,9 @@ class Session:
         """
         predictions = self.predict(texts, **options)
         several = self.settings(options).n_best > 1
-
-        def result(prediction):
-            return prediction.texts if several else prediction.texts[0]
-
-        if isinstance(texts, str):
-            return result(predictions)
-        return [result(each) for each in predictions]
+        listed = [predictions] if isinstance(texts, str) else predictions
+        results = [each.texts if several else each.texts[0] for each in listed]
+        return results[0] if isinstance(texts, str) else results
 
     def set_languages(self, source: str | None = None, target: str | None = None) -> None:
         """Sets the languages of a translation by their codes in its tokenizer (fr, fra_Latn);
@@ -233,15 +229,19 @@ class Session:
         return scores[0] if isinstance(inputs, str) else scores
 
     def embed(
-        self, texts: str | Sequence[str], pooling: str | None = None, on_progress: Any = None
+        self,
+        texts: str | Sequence[str],
+        pooling: str | None = None,
+        on_progress: Any = None,
+        prompt: str | None = None,
     ) -> Any:
         """Embeds texts as float32 vectors [n d], or one text as [d].
 
         Args:
           texts: a text or a list of texts.
-          pooling: "mean", "first" or "last" token; None for the model's own pooling, or else the
-            mean.
+          pooling: "mean", "first" or "last" token; None for the readout's own, or else the mean.
           on_progress: callback with the number of texts that are done; None for no reports.
+          prompt: "query" or "document", whose prompt of the readout begins each text; or None.
 
         Raises:
           ValueError: texts are not texts, or an unknown pooling.
@@ -250,7 +250,7 @@ class Session:
 
         check_argument("pooling", pooling, str | None)
         check_callback("on_progress", on_progress)
-        vectors = embed.embed(self.predictor, list_texts(texts), pooling, on_progress)
+        vectors = embed.embed(self.predictor, list_texts(texts), pooling, on_progress, prompt)
         return vectors[0] if isinstance(texts, str) else vectors
 
     @takes_decode_options

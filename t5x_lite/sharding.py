@@ -49,6 +49,7 @@ RULES = {
     "positions": None,
     "projected": None,
     "outputs": None,
+    "temperature": None,
     "draft_heads": None,
     "rank": None,
     "sources": None,

@@ -52,8 +52,8 @@ def derive_model(
     """
     changes: dict[str, Any] = {
         "vocab": round_vocabulary(max(source.vocab, vocab)),
-        "prefix_lm": False,
-        "separate_embeddings": False,
+        **dict.fromkeys(("prefix_lm", "separate_embeddings"), False),
+        "readout": None,
         "eoi": source.eoi if arrangement.eoi is None else arrangement.eoi,
     }
     decoder = derive_new_decoder(source, arrangement) if arrangement.new_layers else source.decoder
@@ -64,7 +64,7 @@ def derive_model(
     if arrangement.to == "decoder_only":
         assert decoder is not None
         changes |= {"encoder": None, "decoder": dataclasses.replace(decoder, merged=False)}
-        return dataclasses.replace(source, **changes, pooling=None)
+        return dataclasses.replace(source, **changes)
     reader = source if encoder_source is None else encoder_source
     encoder = reader.encoder
     if encoder is None:
@@ -78,7 +78,7 @@ def derive_model(
     two = encoder_source is not None or encoder.embed != decoder.embed or arrangement.separate
     changes |= {"separate_embeddings": two or source.separate_embeddings, "add_bos": True}
     decoder = dataclasses.replace(decoder, merged=arrangement.merged)
-    return dataclasses.replace(source, **changes, encoder=encoder, decoder=decoder, pooling=None)
+    return dataclasses.replace(source, **changes, encoder=encoder, decoder=decoder)
 
 
 def derive_new_decoder(source: config.Model, arrangement: Arrangement) -> config.Stack:

@@ -11,7 +11,7 @@ from t5x_lite.checkpoints.matching import Leaf
 from t5x_lite.utils.not_none import not_none
 
 SELF, CROSS = "layers/attention/", "layers/cross_attention/"
-HEAD, EOI, PROJECTION = "head", "eoi_embedding", "projection"
+HEAD, EOI, READOUT = "head", "eoi_embedding", "readout"
 # Which axes of a weight do not count ids or positions.
 WIDTHS = {name: slice(1, None) for name in ("embedding", "encoder_embedding", "positions")}
 WIDTHS |= {HEAD: slice(0, 1)}
@@ -142,7 +142,7 @@ def find_origin(
             return new_decoder_origin(not_none(plan.model.decoder), adaptation, inside)
         if path == HEAD or (path == "embedding" and plan.model.separate_embeddings):
             return WeightOrigin("new")
-    if path == PROJECTION:
+    if part == READOUT:
         known = path in there[side.source]
         return WeightOrigin("copied", side.source, path) if known else WeightOrigin("new")
     if path == EOI:

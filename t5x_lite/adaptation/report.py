@@ -12,14 +12,14 @@ from rich.table import Table
 
 from t5x_lite import config
 from t5x_lite.adaptation.adapted_weights import SPREAD
-from t5x_lite.adaptation.mapping import EOI, HEAD, PROJECTION, AdaptationPlan
+from t5x_lite.adaptation.mapping import EOI, HEAD, AdaptationPlan
 from t5x_lite.checkpoints.matching import Leaf
 
 ROWS = {
     "mean": f"new ids: mean of all rows, and {SPREAD:g} of their spread as noise",
     "random": "new ids: drawn as for pretraining",
 }
-SINGLE = ("embedding", "encoder_embedding", HEAD, EOI, PROJECTION)
+SINGLE = ("embedding", "encoder_embedding", HEAD, EOI)
 
 
 class ReportRow(NamedTuple):

@@ -141,7 +141,7 @@ def open_hugging_face_tensors(
             if head:
                 raise SourceError(explain_head(folder, head)) from error
             raise
-    if sentence_t5.KEY in config_json and cfg.pooling is None:
+    if sentence_t5.KEY in config_json and cfg.readout is None:
         warnings.warn(
             f"{folder}/modules.json: the pooling of sentence-transformers is read for T5 only; "
             "embeddings are pooled as --embed says",

@@ -6,7 +6,6 @@ back; `Run` is its root. A field has a default only where one value serves nearl
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 # Dataclasses of other modules are bound by the same name as all others: config.Stack.layers.
 from t5x_lite.config import windows
@@ -14,11 +13,11 @@ from t5x_lite.config.adaptation import Adaptation as Adaptation
 from t5x_lite.config.adaptation import Distillation as Distillation
 from t5x_lite.config.adaptation import ParamGroup as ParamGroup
 from t5x_lite.config.architecture import Model as Model
-from t5x_lite.config.architecture import Pooling as Pooling
 from t5x_lite.config.architecture import RotaryScaling as RotaryScaling
 from t5x_lite.config.architecture import Stack as Stack
 from t5x_lite.config.checked import Checked, OutputPath, Seed, require
 from t5x_lite.config.comparison import Compare as Compare
+from t5x_lite.config.contrastive import Contrastive as Contrastive
 from t5x_lite.config.data import Data as Data
 from t5x_lite.config.data import Files as Files
 from t5x_lite.config.data import HubDataset as HubDataset
@@ -64,6 +63,7 @@ class Run(Checked):
       mesh: devices.
       adaptation: initial weights from models of other shapes; None for none.
       distillation: teacher; None for none.
+      contrastive: trains vectors of inputs and targets to find each other; None does not.
       lora: low-rank adapters, which train while the weights of Checkpoint.initial are frozen; None
         trains the weights.
       compare: comparison of twins (`python -m t5x_lite.compare`); None for none.
@@ -82,16 +82,10 @@ class Run(Checked):
     mesh: Mesh = Mesh()
     adaptation: Adaptation | None = None
     distillation: Distillation | None = None
+    contrastive: Contrastive | None = None
     lora: Lora | None = None
     compare: Compare | None = None
     seed: Seed = 0
-
-    @property
-    def batch_layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:
-        """Layout of batches: that of the model, but a lone decoder that attends to later tokens is
-        trained as an encoder is."""
-        lone = self.model.layout == "decoder_only"
-        return "encoder_only" if lone and not self.model.causal_decoder else self.model.layout
 
     def check(self):
         require(
@@ -106,6 +100,7 @@ class Run(Checked):
         )
         if self.lora is not None:
             self.check_lora()
+        self.check_contrastive()
         if self.train is not None and self.train.layer_skip is not None:
             decoder = self.model.decoder
             require(decoder is not None, "Train.layer_skip is for a decoder's layers")
@@ -114,20 +109,20 @@ class Run(Checked):
         if self.data is None:
             return
         require(
-            self.batch_layout != "encoder_decoder" or "inputs" in self.data.lengths,
+            self.model.batch_layout != "encoder_decoder" or "inputs" in self.data.lengths,
             'Data.lengths needs "inputs": the model has an encoder',
         )
         objective = self.data.objective
         parts = objective.parts if isinstance(objective, Denoisers) else (objective,)
         require(
             not (
-                self.batch_layout == "encoder_decoder"
+                self.model.batch_layout == "encoder_decoder"
                 and any(isinstance(part, CausalLM) for part in parts)
             ),
             "CausalLM has no inputs for the encoder: use PrefixLM or SpanCorruption",
         )
         vocabulary = self.data.declared_vocabulary
-        lengths = windows.length_limits(self.data.lengths, self.batch_layout)
+        lengths = windows.length_limits(self.data.lengths, self.model.batch_layout)
         if vocabulary is not None and vocabulary.sentinel_count is not None:
             for part in filter(None, parts):
                 mode = vocabulary.most_ids(getattr(part, "mode", None))
@@ -146,6 +141,33 @@ class Run(Checked):
         require(
             self.model.draft_heads is None,
             "Run.lora freezes Model.draft_heads too: train heads in a run without Run.lora",
+        )
+
+    def check_contrastive(self) -> None:
+        """Raises ValueError unless vectors, and vectors alone, are trained by contrast."""
+        readout = self.model.readout
+        vectors = readout is not None and readout.kind == "vector"
+        trains = self.train is not None and self.data is not None
+        require(
+            not (vectors and trains) or self.contrastive is not None,
+            'Readout.kind = "vector" has no labels to train on: bind config.Run.contrastive = '
+            "@config.Contrastive()",
+        )
+        if self.contrastive is None:
+            return
+        require(vectors, 'Run.contrastive trains vectors: bind Readout.kind = "vector"')
+        require(
+            self.distillation is None,
+            "Run.contrastive trains vectors and Run.distillation logits: bind one of them",
+        )
+        require(
+            self.train is None or self.train.microbatches == 1,
+            "Run.contrastive compares all texts of a batch at once: bind Train.microbatches = 1",
+        )
+        require(
+            self.data is None or (self.data.objective is None and not self.data.pack),
+            "Run.contrastive reads pairs of texts, one pair a row: leave out Data.objective and "
+            "bind Data.pack = False",
         )
 
     def check_distillation(self, objectives: tuple) -> None:

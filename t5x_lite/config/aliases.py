@@ -16,10 +16,12 @@ CLASSES = {
     "HeadLoss": "DraftHeadLoss",
     "Heads": "DraftHeads",
     "Part": "ParamGroup",
+    "Pooling": "Readout",
 }
 
-# (class, old field): new field. The class by its new name.
+# (class, old field): new field. The class by its new name, unless both had such a field.
 FIELDS = {
+    ("Pooling", "kind"): "pooling",
     ("Compare", "quantised"): "quantized",
     ("Decode", "decoder"): "drafter",
     ("Decode", "length"): "max_new_tokens",
@@ -27,6 +29,7 @@ FIELDS = {
     ("DraftHeadLoss", "own"): "main_loss_weight",
     ("Model", "activations"): "dtype",
     ("Model", "blockwise"): "draft_heads",
+    ("Model", "pooling"): "readout",
     ("Model", "start"): "decoder_start_token_id",
     ("Model", "starts_prompts"): "add_bos",
     ("Train", "heads"): "draft_head_loss",
@@ -44,6 +47,7 @@ MACROS = {"INITIAL_CHECKPOINT": "INITIAL_CHECKPOINT_PATH"}
 
 # (class, new field): the value, as .gin text, by which a saved config without it goes on as before.
 FORMER_VALUES = {
+    ("Readout", "kind"): "'vector'",
     ("FillInTheMiddle", "join"): "'nothing'",
     ("SpanCorruption", "join"): "'nothing'",
 }
@@ -134,8 +138,14 @@ def former_bindings(saved: str) -> list[str]:
     return [
         f"config.{owner}.{field} = {value}"
         for (owner, field), value in FORMER_VALUES.items()
-        if f"config.{owner}()" in saved and f"config.{owner}.{field} =" not in saved
+        if any(f"config.{name}()" in saved for name in class_names(owner))
+        and f"config.{owner}.{field} =" not in saved
     ]
+
+
+def class_names(owner: str) -> list[str]:
+    """The name of a class, and its old names."""
+    return [owner, *(old for old, new in CLASSES.items() if new == owner)]
 
 
 def suggest_field(name: str, owner: str, known: Collection[str], dashes: str = "") -> str:

@@ -217,23 +217,6 @@ def check_buckets(name: str, stack: Stack, sides: int) -> None:
 
 
 @dataclass(frozen=True)
-class Pooling(Checked):
-    """One vector per text from an encoder's output, or from a lone decoder's.
-
-    Attributes:
-      kind: mean over the tokens, or the first or last of them.
-      project: width of a projection without bias after it (Sentence-T5); None has none.
-      normalize: divides the vector by its Euclidean norm.
-      max_length: tokens at which a text is cut, its end included (Sentence-T5); None for no cut.
-    """
-
-    kind: Literal["mean", "first", "last"] = "mean"
-    project: Width | None = None
-    normalize: bool = False
-    max_length: Length | None = None
-
-
-@dataclass(frozen=True)
 class Model(Checked):
     """An encoder-decoder, a decoder alone (GPT-like) or an encoder alone: by which stacks exist.
 
@@ -258,7 +241,6 @@ class Model(Checked):
         computes in float32 on a CPU, where that is faster, unless this is bound.
       attention: kernels (pallas), plain XLA (reference), or (auto) the faster of both on the
         devices at hand; T5X_LITE_ATTENTION in the environment overrides it.
-      pooling: makes text embeddings; None has none.
       draft_heads: heads that draft the tokens after the next one; None has none.
       readout: labels, a number or a vector in place of text; None writes text.
     """
@@ -280,7 +262,6 @@ class Model(Checked):
     embedding_std: NotNegative = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "pallas", "reference"] = "auto"
-    pooling: Pooling | None = None
     draft_heads: DraftHeads | None = None
     readout: Readout | None = None
 
@@ -358,7 +339,10 @@ class Model(Checked):
     @property
     def batch_layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:
         """Layout of the batches that train it: `layout`, but with Model.readout labels stand beside
-        the inputs, whatever the stacks: one for each token (tags), or apart."""
+        the inputs, whatever the stacks: one for each token (tags), or apart. A lone decoder that
+        attends to later tokens is trained as an encoder is."""
+        if self.readout is None and self.layout == "decoder_only" and not self.causal_decoder:
+            return "encoder_only"
         if self.readout is None:
             return self.layout
         return "encoder_only" if self.readout.kind == "tags" else "encoder_decoder"

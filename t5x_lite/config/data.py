@@ -111,6 +111,8 @@ class Files(Checked):
         source (language modeling).
       targets: field of the targets, or a template. A list of texts is a list of right answers, of
         which the first is trained on.
+      negatives: field of a text that is no right answer to these inputs, or a template: a hard
+        negative of contrastive training (Run.contrastive); None for none.
       metrics: metrics of the task.
       whole_files: a `text` file is one example.
       broken: what a line that cannot be read does: stop, or skip, which is counted.
@@ -130,6 +132,7 @@ class Files(Checked):
     format: Literal["jsonl", "json", "tsv", "csv", "text", "parquet"] | None = None
     inputs: str | None = None
     targets: str = "targets"
+    negatives: str | None = None
     metrics: tuple[str, ...] = ("exact_match",)
     whole_files: bool = False
     broken: Literal["stop", "skip"] = "stop"
@@ -164,6 +167,7 @@ class HubDataset(Checked):
       test: its split for the test.
       inputs: column of the inputs or a template, as in `Files`; None means text alone.
       targets: column of the targets or a template. Labels that the dataset names are text.
+      negatives: column of hard negatives or a template, as in `Files`.
       metrics: metrics of the task.
       streaming: reads the dataset as it is needed, without a copy on this machine; a folder is
         always read so.
@@ -181,6 +185,7 @@ class HubDataset(Checked):
     test: str | None = None
     inputs: str | None = None
     targets: str = "targets"
+    negatives: str | None = None
     metrics: tuple[str, ...] = ("exact_match",)
     streaming: bool = False
     broken: Literal["stop", "skip"] = "stop"
@@ -246,8 +251,17 @@ class Data(Checked):
         require("targets" in self.lengths, 'Data.lengths needs "targets"')
 
     @property
+    def tasks(self) -> tuple[str | Files | HubDataset, ...]:
+        """The task, or those of the mixture."""
+        return self.task.tasks if isinstance(self.task, Mixture) else (self.task,)
+
+    @property
+    def has_negatives(self) -> bool:
+        """True if a task has hard negatives."""
+        return any(getattr(task, "negatives", None) is not None for task in self.tasks)
+
+    @property
     def declared_vocabulary(self) -> Vocabulary | None:
         """Vocabulary of the targets, if the config has it; None for a task with its own."""
-        tasks = self.task.tasks if isinstance(self.task, Mixture) else (self.task,)
-        declared = (task.vocabulary for task in tasks if isinstance(task, Files | HubDataset))
+        declared = (task.vocabulary for task in self.tasks if isinstance(task, Files | HubDataset))
         return self.vocabulary or next(declared, None)

@@ -107,7 +107,8 @@ class Renamer:
         else:
             return
         owner = aliases.CLASSES.get(written, written)
-        field = aliases.FIELDS.get((owner, signs[-1]), signs[-1])
+        known = aliases.FIELDS.get((owner, signs[-1]), signs[-1])
+        field = aliases.FIELDS.get((written, signs[-1]), known)
         self.bind(Name(scope, owner, field), selector[-1], f"config.{written}.{signs[-1]}")
         if (owner, field) in aliases.VALUES:
             self.value((owner, field), right)

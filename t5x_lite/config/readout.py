@@ -4,7 +4,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from t5x_lite.config.checked import Checked, ShareBelowOne, require
+from t5x_lite.config.checked import (
+    Checked,
+    Length,
+    Positive,
+    ShareBelowOne,
+    Width,
+    require,
+)
 
 # Kinds whose outputs have names.
 NAMED_KINDS = ("classes", "labels", "tags")
@@ -31,6 +38,14 @@ class Readout(Checked):
       dense: a layer with tanh before the output, as in T5's and BART's classification heads.
       bias: the output has a bias.
       dropout: rate of dropout of what the output reads.
+      project: width of a vector after a projection without bias (Sentence-T5); None for none.
+      normalize: divides a vector by its Euclidean norm.
+      max_length: tokens at which a text that becomes a vector is cut, its end included; None for no
+        cut.
+      query_prompt: text before queries, texts that search (sentence-transformers' prompt "query").
+      document_prompt: text before documents, texts that are found.
+      temperature: the first value of a temperature that is trained with the vectors
+        (Run.contrastive); None has none.
     """
 
     kind: Literal["classes", "labels", "number", "tags", "vector"]
@@ -39,8 +54,21 @@ class Readout(Checked):
     dense: bool = False
     bias: bool = True
     dropout: ShareBelowOne = 0.0
+    project: Width | None = None
+    normalize: bool = False
+    max_length: Length | None = None
+    query_prompt: str = ""
+    document_prompt: str = ""
+    temperature: Positive | None = None
 
     def check(self):
+        names = ("project", "normalize", "max_length", "query_prompt", "document_prompt")
+        bound = [name for name in (*names, "temperature") if getattr(self, name)]
+        require(
+            self.kind == "vector" or not bound,
+            f"Readout.{', Readout.'.join(bound)} belongs to a vector, and Readout.kind is "
+            f"{self.kind!r}: leave it out",
+        )
         require(
             not self.labels or self.kind in NAMED_KINDS,
             f"Readout.labels names classes, labels or tags; a {self.kind} has none",

@@ -26,11 +26,13 @@ class LengthLimits(NamedTuple):
       inputs: most tokens of its inputs.
       targets: most tokens of its targets.
       layout: that of config.Model; a decoder alone has inputs and targets in one row.
+      negatives: true if rows have hard negatives, which are as long as targets.
     """
 
     inputs: int
     targets: int
     layout: str
+    negatives: bool = False
 
     @property
     def row(self) -> int:

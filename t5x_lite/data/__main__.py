@@ -105,7 +105,7 @@ def load_data(files: list[str], bindings: list[str]) -> tuple[config.Data, str, 
         run = with_run_vocabulary(derived.load_run(files, bindings))
         if run.data is None:
             raise ValueError("the run has no config.Data: it is a checkpoint alone")
-        return run.data, run.batch_layout, run.seed
+        return run.data, run.model.batch_layout, run.seed
     data = gin_file.load_data(files, bindings)
     return data, "encoder_decoder" if "inputs" in data.lengths else "decoder_only", 0
 

@@ -176,7 +176,8 @@ class Batches:
                 if self.lengths.layout == "encoder_decoder"
                 else self.lengths.row
             )
-            places = {"inputs": wide, "targets": self.lengths.row}
+            row = self.lengths.row
+            places = {"inputs": wide, "targets": row, "negatives": row}
             fill = {name: tokens[name] / (count * places[name]) for name in tokens}
         return Statistics(
             examples=examples,
@@ -236,7 +237,7 @@ def open_batches(
       ValueError: the data do not suit the layout or the lengths, or cannot be read.
     """
     shard = HostShard(host, hosts, batch_size)
-    lengths = length_limits(cfg.lengths, layout)
+    lengths = length_limits(cfg.lengths, layout)._replace(negatives=has_negatives(cfg, layout))
     parts, rates = [], []
     sources = list_sources(cfg, split)
     if split == "train":
@@ -262,6 +263,11 @@ def open_batches(
     level = logging.WARNING if lost else logging.INFO
     log.log(level, "%s, %s: %s", "+".join(part.name for part in parts), split, statistics)
     return batches
+
+
+def has_negatives(cfg: config.Data, layout: str) -> bool:
+    """True if rows of this layout have hard negatives beside their targets."""
+    return layout == "encoder_decoder" and cfg.objective is None and cfg.has_negatives
 
 
 class PartSource(NamedTuple):

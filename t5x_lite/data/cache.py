@@ -77,6 +77,7 @@ class Tokens:
       digest: of all ids.
       rows: text of the examples where it was kept.
       counts: counts of the reader (broken lines), by name.
+      negatives: feature of the hard negatives; None without them.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Tokens:
     digest: str
     rows: "Rows | None"
     counts: dict[str, int]
+    negatives: Feature | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -301,6 +303,7 @@ def read_folder(folder: Path, name: str) -> Tokens:
         digest=hashlib.sha256(digests.encode()).hexdigest()[:20],
         rows=rows,
         counts=meta["counts"],
+        negatives=features.get("negatives"),
     )
 
 
@@ -309,7 +312,7 @@ def map_feature(folder: Path, name: str, meta: dict) -> Feature:
 
     Args:
       folder: of the entry.
-      name: "inputs" or "targets".
+      name: "inputs", "targets" or "negatives".
       meta: what `FeatureWriter.close` returned.
     """
     offsets = np.load(folder / f"{name}_offsets.npy")

@@ -36,11 +36,13 @@ class TextExample(NamedTuple):
       inputs: text of the inputs; None for text alone.
       targets: text to predict.
       references: all right answers.
+      negative: a text that is no right answer, for contrastive training; None for none.
     """
 
     inputs: str | None
     targets: str
     references: tuple[str, ...] = ()
+    negative: str | None = None
 
 
 def split_of(name: str) -> str:

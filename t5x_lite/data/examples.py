@@ -27,7 +27,7 @@ def fields_of(side: str) -> list[str]:
 
 def fields_read(cfg: config.TextSource) -> list[str]:
     """Names of the fields that are read, each once."""
-    sides = [cfg.targets] if cfg.inputs is None else [cfg.inputs, cfg.targets]
+    sides = [side for side in (cfg.inputs, cfg.targets, cfg.negatives) if side is not None]
     return list(dict.fromkeys(name for side in sides for name in fields_of(side)))
 
 
@@ -113,7 +113,9 @@ class ExampleBuilder:
         """
         targets = self.side(fields, self.cfg.targets, several=True)
         inputs = None if self.cfg.inputs is None else self.side(fields, self.cfg.inputs)[0]
-        return TextExample(inputs, targets[0], tuple(targets))
+        hard = self.cfg.negatives
+        negative = None if hard is None else self.side(fields, hard)[0]
+        return TextExample(inputs, targets[0], tuple(targets), negative)
 
     def side(self, fields: Mapping[str, Any], side: str, several: bool = False) -> list[str]:
         """Texts of one side of a record: one, or a list of right answers.

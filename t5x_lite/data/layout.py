@@ -139,7 +139,31 @@ def join_pairs(
 def empty_batch(rows: int, lengths: LengthLimits) -> Batch:
     """A batch of padding."""
     none = Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
-    return build_batch(lengths, rows, np.zeros(0, np.int64), (none, none))
+    row = np.zeros(0, np.int64)
+    batch = build_batch(lengths, rows, row, (none, none))
+    return add_negatives(batch, row, none, lengths)
+
+
+def add_negatives(
+    batch: Batch, row: np.ndarray, negatives: Ragged | None, lengths: LengthLimits
+) -> Batch:
+    """The batch with the hard negatives of its rows, if rows have such.
+
+    Args:
+      batch: inputs and targets.
+      row: row of each example, ascending [examples].
+      negatives: ids of the negatives; None for a task without them.
+      lengths: limits of the rows.
+    """
+    if not lengths.negatives:
+        return batch
+    rows = len(batch.targets)
+    if negatives is None:
+        negatives = Ragged(np.zeros(0, np.int32), np.zeros(len(row), np.int64))
+    tokens, segments, positions = lay_out_side(row, negatives, (rows, lengths.row))
+    return batch._replace(
+        negatives=tokens, negative_segments=segments, negative_positions=positions
+    )
 
 
 def copy_rows(batch: Batch, places: np.ndarray, part: Batch) -> None:

@@ -73,6 +73,8 @@ class Examples:
                 "inputs": (tokens.inputs, inputs),
                 "targets": (tokens.targets, lengths.targets),
             }
+        if tokens.negatives is not None and lengths.negatives:
+            self.sides["negatives"] = tokens.negatives, lengths.targets
         cut = {
             name: np.minimum(feature.lengths, most) for name, (feature, most) in self.sides.items()
         }
@@ -111,7 +113,8 @@ class Examples:
         }
         row = np.repeat(np.arange(len(numbers)), np.concatenate(counts))
         pair = taken.get("inputs"), taken["targets"]
-        return layout.build_batch(self.lengths, len(numbers), row, pair)
+        batch = layout.build_batch(self.lengths, len(numbers), row, pair)
+        return layout.add_negatives(batch, row, taken.get("negatives"), self.lengths)
 
 
 def row_shapes(

@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from t5x_lite.data import content, layout, randomness
 from t5x_lite.data.cache import Feature, Tokens
 from t5x_lite.data.rows import EpochCounts, Examples, Windows
 from t5x_lite.data.task import SplitFiles, Task, digest_beginning, read_checked
-from t5x_lite.data.token_writer import Chunk
+from t5x_lite.data.token_writer import FEATURES, Chunk
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
 
@@ -186,7 +186,8 @@ class Streamed:
                 break
             taken.append(chunk)
             count += len(chunk.targets)
-            size += sum(map(len, chunk.targets)) + sum(map(len, chunk.inputs or ()))
+            for name in FEATURES:
+                size += sum(map(len, getattr(chunk, name) or ()))
         if not taken:
             raise ValueError(f"{self.task.name} has no examples in {self.split}")
         self.files.check_unchanged()
@@ -202,14 +203,13 @@ def join_chunks(chunks: list[Chunk], task: Task, split: str) -> Tokens:
       task: that they are from.
       split: of the task.
     """
-    inputs = None
-    if chunks[0].inputs is not None:
-        inputs = join_feature(
-            [ids for chunk in chunks for ids in not_none(chunk.inputs)], task.vocabularies[0]
-        )
-    targets = join_feature([ids for chunk in chunks for ids in chunk.targets], task.vocabularies[1])
-    name = f"{task.name}-{split}"
-    return Tokens(name, inputs, targets, digest="", rows=None, counts=task.counts.get(split, {}))
+    features: dict[str, Any] = dict.fromkeys(FEATURES)
+    for name, side in FEATURES.items():
+        if getattr(chunks[0], name) is not None:
+            examples = [ids for chunk in chunks for ids in getattr(chunk, name)]
+            features[name] = join_feature(examples, task.vocabularies[side])
+    name, counts = f"{task.name}-{split}", task.counts.get(split, {})
+    return Tokens(name, **features, digest="", rows=None, counts=counts)
 
 
 def join_feature(examples: list[np.ndarray], vocabulary: TextVocabulary) -> Feature:

@@ -15,7 +15,7 @@ import numpy as np
 
 from t5x_lite.data import cache, content
 from t5x_lite.data.corpora import TextExample
-from t5x_lite.data.token_writer import CacheEntry, Chunk
+from t5x_lite.data.token_writer import FEATURES, CacheEntry, Chunk
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
@@ -140,8 +140,8 @@ def read_checked(
       ValueError: an example has an id that its vocabulary lacks.
     """
     for chunk in task.read(split, begin=begin, epoch=epoch, probe=probe):
-        for name, vocabulary in zip(("inputs", "targets"), task.vocabularies, strict=True):
-            examples = getattr(chunk, name)
+        for name, side in FEATURES.items():
+            examples, vocabulary = getattr(chunk, name), task.vocabularies[side]
             if examples is not None:
                 check_ids(f"{task.name} ({split}), {name}", examples, vocabulary.size, begin)
         begin += len(chunk.targets)
@@ -190,8 +190,8 @@ def digest_beginning(task: Task, split: str) -> str:
     """
     chunk = next(read_checked(task, split, probe=True), None)
     digest = hashlib.sha256()
-    for examples in (chunk.inputs, chunk.targets) if chunk is not None else ():
-        for ids in examples or ():
+    for name in FEATURES if chunk is not None else ():
+        for ids in getattr(chunk, name) or ():
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
     if chunk is not None and split != "train":
         digest.update(json.dumps(chunk.rows).encode())
@@ -229,15 +229,22 @@ class TextReader:
                 texts = [not_none(row.inputs) for row in batch]
                 inputs = vocabularies.encode_texts(self.pair[0], texts)
             targets = vocabularies.encode_texts(self.pair[1], [row.targets for row in shorter])
-            yield Chunk(inputs, targets, shorter)
+            negatives = None
+            if batch[0].negative is not None:
+                texts = [not_none(row.negative) for row in shorter]
+                negatives = vocabularies.encode_texts(self.pair[1], texts)
+            yield Chunk(inputs, targets, shorter, negatives)
 
 
 def drop_typed_ends(vocabulary: TextVocabulary, row: TextExample) -> TextExample:
     """An example whose answers do not end in the text of the end, which no prediction has."""
     references = tuple(vocabularies.drop_typed_end(vocabulary, text) for text in row.references)
-    return row._replace(
+    row = row._replace(
         targets=vocabularies.drop_typed_end(vocabulary, row.targets), references=references
     )
+    if row.negative is None:
+        return row
+    return row._replace(negative=vocabularies.drop_typed_end(vocabulary, row.negative))
 
 
 def next_batch(rows: Iterator[TextExample], size: int) -> Iterator[TextExample]:
@@ -245,7 +252,7 @@ def next_batch(rows: Iterator[TextExample], size: int) -> Iterator[TextExample]:
     characters = 0
     for row in itertools.islice(rows, size):
         yield row
-        characters += len(row.targets) + len(row.inputs or "")
+        characters += len(row.targets) + len(row.inputs or "") + len(row.negative or "")
         if characters > size * CHARACTERS:
             return
 

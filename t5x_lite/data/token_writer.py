@@ -23,6 +23,8 @@ from t5x_lite.utils.atomic_files import sync_folder
 from t5x_lite.utils.paths import explain_unwritable
 
 META = "meta.json"
+# Features of a split, and the vocabulary of each: 0 is that of the inputs, 1 that of the targets.
+FEATURES = {"inputs": 0, "targets": 1, "negatives": 1}
 
 
 class Chunk(NamedTuple):
@@ -32,11 +34,13 @@ class Chunk(NamedTuple):
       inputs: token ids of each; None for text alone.
       targets: token ids of each.
       rows: their text, if known.
+      negatives: token ids of a hard negative of each; None without them.
     """
 
     inputs: list[np.ndarray] | None
     targets: list[np.ndarray]
     rows: list[TextExample] | None = None
+    negatives: list[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def write_chunks(folder: Path, entry: CacheEntry) -> None:
     rows = RowWriter(folder) if entry.keep_rows else None
     examples = 0
     for chunk in entry.chunks:
-        for position, name in enumerate(("inputs", "targets")):
+        for name, position in FEATURES.items():
             ids: list[np.ndarray] | None = getattr(chunk, name)
             if ids is None:
                 continue

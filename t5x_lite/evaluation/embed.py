@@ -19,19 +19,28 @@ from t5x_lite.tokenizers.vocabularies import end_ids
 from t5x_lite.utils.not_none import not_none
 
 KINDS = ("mean", "first", "last")
+PROMPTS = ("query", "document")
 
 
 def with_pooling(cfg: config.Model, kind: str | None) -> config.Model:
-    """cfg with the pooling `kind`; by default its own pooling, or else the mean.
+    """The model that makes vectors: with its own readout of them, or of its encoder if it has one.
+
+    Args:
+      cfg: config of any model.
+      kind: pooling, one of KINDS; None for the readout's own, or else the mean.
 
     Raises:
       ValueError: an unknown kind.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"Embeddings are pooled by {', '.join(KINDS)}; got {kind!r}")
-    pooling = cfg.pooling or config.Pooling()
-    pooling = dataclasses.replace(pooling, kind=kind or pooling.kind)
-    return dataclasses.replace(cfg, pooling=pooling)
+    readout = cfg.readout
+    if readout is None or readout.kind != "vector":
+        readout = config.Readout("vector", kind or "mean")
+        if cfg.encoder is not None:
+            cfg = dataclasses.replace(cfg, decoder=None, separate_embeddings=False)
+    readout = dataclasses.replace(readout, pooling=kind or readout.pooling)
+    return dataclasses.replace(cfg, readout=readout, draft_heads=None)
 
 
 def embed(
@@ -39,6 +48,7 @@ def embed(
     texts: Sequence[str],
     kind: str | None = None,
     on_progress: Callable[[int], None] | None = None,
+    prompt: str | None = None,
 ) -> np.ndarray:
     """Computes the vectors [n d] of texts, float32.
 
@@ -49,32 +59,46 @@ def embed(
       texts: n texts.
       kind: pooling, one of KINDS; by default the model's own.
       on_progress: called with the number of texts done.
+      prompt: one of PROMPTS, whose text in the readout stands before each text; None for none.
 
     Raises:
-      ValueError: an unknown kind, or a text that the model cannot read.
+      ValueError: an unknown kind or prompt, or a text that the model cannot read.
     """
     cfg = decoding.with_cpu_dtype(with_pooling(predictor.cfg, kind))
-    ids = predictor.encode_inputs(texts)
-    longest = not_none(cfg.pooling).max_length
+    readout, params = not_none(cfg.readout), predictor.params
+    if predictor.cfg.separate_embeddings and cfg.decoder is None:
+        params = params | {"embedding": params["encoder_embedding"]}
+    before = prompt_text(readout, prompt)
+    ids = predictor.encode_inputs([before + text for text in texts])
+    longest = readout.max_length
     if longest is not None:
         ids = [cut_text(predictor, row, longest) for row in ids]
     check_positions(cfg, "Text", ids)
     if cfg.encoder is None:
         ids = [decoder_prompt(cfg, row) for row in ids]
     check_ids(cfg, "Text", ids)
-    width = not_none(cfg.pooling).project or cfg.last_stack.embed
+    width = readout.project or cfg.last_stack.embed
     embeddings = np.zeros((len(ids), width), np.float32)
     done = 0
     for places in predictor.batches(ids):
         rows = [ids[place] for place in places]
         rows += [rows[0]] * (predictor.padded_rows(len(places)) - len(places))
         padded = decoding.pad_rows(rows, decoding.bucket_length(max(map(len, rows))))
-        vectors = pooled_vectors(cfg, predictor.params, *generation.shard_rows(padded))
+        vectors = pooled_vectors(cfg, params, *generation.shard_rows(padded))
         embeddings[places] = jax.device_get(vectors)[: len(places)]
         done += len(places)
         if on_progress:
             on_progress(done)
     return embeddings
+
+
+def prompt_text(readout: config.Readout, prompt: str | None) -> str:
+    """Text that stands before texts of a kind; raises ValueError for an unknown kind."""
+    if prompt is None:
+        return ""
+    if prompt not in PROMPTS:
+        raise ValueError(f"Texts are embedded as {' or '.join(PROMPTS)}; got {prompt!r}")
+    return getattr(readout, f"{prompt}_prompt")
 
 
 def cut_text(predictor: Predictor, row: list[int], longest: int) -> list[int]:

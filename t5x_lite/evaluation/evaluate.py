@@ -48,7 +48,7 @@ class Evaluator:
         host, hosts = sharding.batch_share()
         self.batches = open_batches(
             run.data,
-            run.batch_layout,
+            run.model.batch_layout,
             rows,
             run.seed,
             split=self.split,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transformer's layers attend to in rows of tokens and in decoded blocks."""
+"""Contexts of a transformer's layers: rows of tokens, and decoded blocks."""
 
 import jax
 import jax.numpy as jnp

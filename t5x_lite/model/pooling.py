@@ -1,23 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pooling of hidden states into sentence embeddings."""
+"""Pooling of hidden states into vectors."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from t5x_lite import sharding
-
-
-def pool(x: Float[Array, "b s d"], exists: Bool[Array, "b s"], kind: str) -> Float[Array, "b d"]:
-    """Pools tokens into one float32 vector per row; zero for a row without tokens.
-
-    Args:
-      x: [b s d] hidden states.
-      exists: [b s] True for tokens, False for padding.
-      kind: "mean", "first" or "last" of the tokens.
-    """
-    weights = token_weights(exists, kind)
-    return jnp.einsum("bs,bsd->bd", sharding.by_rows(weights), x.astype(jnp.float32))
 
 
 def pool_segments(

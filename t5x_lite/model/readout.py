@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import config
 from t5x_lite.model.layers import dropout, split, weight
-from t5x_lite.model.pooling import pool_segments
+from t5x_lite.model.pooling import normalize, pool_segments
 from t5x_lite.utils.not_none import not_none
 
 
@@ -32,8 +32,11 @@ class ReadoutHead(nn.Module):
     @property
     def sizes(self):
         width = self.model.last_stack.embed
-        size = 0 if self.cfg.kind == "vector" else self.cfg.size
-        return {"embed": width, "norm": width, "projected": width, "outputs": size}
+        size = self.cfg.project if self.cfg.kind == "vector" else self.cfg.size
+        return {"embed": width, "norm": width, "projected": width} | {
+            "outputs": size,
+            "temperature": 1,
+        }
 
     def setup(self):
         cfg = self.cfg
@@ -42,9 +45,18 @@ class ReadoutHead(nn.Module):
         if cfg.dense:
             self.dense = weight(self, "dense", "embed -> projected")
             self.dense_bias = weight(self, "dense_bias", "projected", 0.0)
+        if cfg.project is not None:
+            self.projection = weight(self, "projection", "embed -> outputs")
+        if cfg.temperature is not None:
+            self.log_temperature = weight(self, "log_temperature", "temperature", 0.0)
         if cfg.kind != "vector":
             self.out = weight(self, "out", "embed -> outputs")
             self.out_bias = weight(self, "out_bias", "outputs", 0.0) if cfg.bias else None
+
+    def temperature(self) -> Float[Array, ""]:
+        """The temperature that is trained: its first value times an exponential, so that no step
+        makes it negative."""
+        return not_none(self.cfg.temperature) * jnp.exp(self.log_temperature[0].astype(jnp.float32))
 
     def __call__(
         self,
@@ -72,6 +84,8 @@ class ReadoutHead(nn.Module):
             x = jnp.einsum("btd,de->bte", x, self.dense.astype(jnp.float32))
             x = dropout(jnp.tanh(x + self.dense_bias.astype(jnp.float32)), cfg.dropout, second)
         if cfg.kind == "vector":
-            return x
+            if cfg.project is not None:
+                x = jnp.einsum("btd,dr->btr", x, self.projection.astype(jnp.float32))
+            return normalize(x) if cfg.normalize else x
         x = jnp.einsum("btd,dr->btr", x, self.out.astype(jnp.float32))
         return x if self.out_bias is None else x + self.out_bias.astype(jnp.float32)

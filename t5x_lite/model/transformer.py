@@ -23,7 +23,6 @@ from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock
 from t5x_lite.model.contexts import on_rows, shift_right
 from t5x_lite.model.draft_heads import Heads
 from t5x_lite.model.layers import FlaxModule, all_gather, dropout, param, split, weight
-from t5x_lite.model.pooling import normalize, pool
 from t5x_lite.model.readout import ReadoutHead
 from t5x_lite.model.stack import LayerStack
 from t5x_lite.sharding import spec
@@ -55,11 +54,8 @@ class Transformer(FlaxModule):
     @property
     def sizes(self):
         cfg = self.cfg
-        embed = cfg.last_stack.embed
-        sizes = {"vocab": cfg.vocab, "embed": embed, "norm": embed}
-        if cfg.encoder:
-            sizes |= {"encoder_embed": cfg.encoder.embed}
-        return sizes | ({"projected": cfg.pooling.project} if cfg.pooling else {})
+        sizes = {"vocab": cfg.vocab} | dict.fromkeys(("embed", "norm"), cfg.last_stack.embed)
+        return sizes | ({"encoder_embed": cfg.encoder.embed} if cfg.encoder else {})
 
     def setup(self):
         cfg = self.cfg
@@ -74,8 +70,6 @@ class Transformer(FlaxModule):
             self.head = param(self, "head", "embed -> vocab")
         has_bias = cfg.logits_bias and cfg.writes
         self.logits_bias = weight(self, "logits_bias", "vocab", 0.0) if has_bias else None
-        if cfg.pooling and cfg.pooling.project:
-            self.projection = weight(self, "projection", "embed -> projected")
         if cfg.encoder:
             self.encoder = LayerStack(cfg, cfg.encoder, both_sides=True, **options)
         if cfg.decoder:
@@ -367,21 +361,23 @@ class Transformer(FlaxModule):
         return kernels.cross_entropy(hidden, table, targets, rule, self.backend, self.logits_bias)
 
     def pooled(
-        self, inputs: Int[Array, "b s"], segments: Int[Array, "b s"], where: Int[Array, "b s"]
-    ) -> Float[Array, "b d"]:
-        """Sentence embeddings: one float32 vector per row, pooled as `Model.pooling` says.
+        self,
+        inputs: Int[Array, "b s"],
+        segments: Int[Array, "b s"],
+        where: Int[Array, "b s"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b r"]:
+        """Outputs of `Model.readout` for rows of one text each, float32: its vectors.
 
         Args:
           inputs: [b s] token ids.
-          segments: [b s] segment ids; 0 is padding, on either side.
+          segments: [b s] 1 for tokens; 0 is padding, on either side.
           where: [b s] positions.
+          key: dropout key; None for no dropout.
         """
-        read = self.encode if self.cfg.encoder else self.input_states
-        pooling = not_none(self.cfg.pooling)
-        x = pool(read(inputs, segments, where), segments > 0, pooling.kind)
-        if pooling.project:
-            x = jnp.einsum("bd,dp->bp", x, self.projection.astype(jnp.float32))
-        return normalize(x) if pooling.normalize else x
+        key, head_key = split(key, 2)
+        states, segments = self.input_states(inputs, segments, where, key), on_rows(segments)
+        return self.readout_head(states, segments, jnp.ones_like(segments[:, :1]), head_key)[:, 0]
 
     @property
     def backend(self) -> kernels.Backend | None:
@@ -398,11 +394,6 @@ class Transformer(FlaxModule):
         return kernels.prepare_mask(kernels.Mask(queries, keys, **options), self.backend)
 
     def decoder_mask(self, segments: Int[Array, "b t"], inside: Bool[Array, "b t"] | None):
-        """Mask among a decoder's tokens: causal, unless one of its layers is not (Stack.causal).
-
-        Args:
-          segments: [b t] segment ids.
-          inside: [b t] True in a prefix, which is read in both directions; None without one.
-        """
+        """Mask among a decoder's tokens: causal, unless a layer is not; inside is the prefix."""
         prefix = {"query_prefix": inside, "key_prefix": inside}
         return self.mask(segments, segments, causal=self.cfg.causal_decoder, **prefix)

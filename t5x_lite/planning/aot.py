@@ -16,14 +16,14 @@ from t5x_lite.training import flops, frozen_base, optimizer, schedules, step
 def abstract_batch(run: TrainingRun) -> Batch:
     """Shapes of a batch, placed on the mesh in force."""
     rows, lengths = run.train.batch_size, run.data.lengths
-    inputs, targets = flops.row_lengths(run.batch_layout, lengths)
+    inputs, targets = flops.row_lengths(run.model.batch_layout, lengths)
 
     def array(length: int, dtype) -> jax.ShapeDtypeStruct:
         placement = sharding.named_sharding("batch length")
         return jax.ShapeDtypeStruct((rows, length), dtype, sharding=placement)
 
     ids, weights = array(targets, jnp.int32), array(targets, jnp.float32)
-    if run.batch_layout == "decoder_only":
+    if run.model.batch_layout == "decoder_only":
         return Batch(ids, ids, ids, weights, prefix=array(targets, bool))
     read = array(inputs, jnp.int32)
     return Batch(ids, ids, ids, weights, read, read, read)

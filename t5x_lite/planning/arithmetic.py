@@ -107,7 +107,7 @@ def figures(run: TrainingRun, slice_: Slice, shapes: StepShapes) -> Figures:
     }
     peak = sum(kinds.values())
     excess = max(0, peak - slice_.chip.memory)
-    lengths = flops.row_lengths(run.batch_layout, run.data.lengths)
+    lengths = flops.row_lengths(run.model.batch_layout, run.data.lengths)
     needed = flops.run_flops(run)
     recomputation = 4 / 3 if run.train.remat == "full" else 1.0
     return Figures(
@@ -144,7 +144,7 @@ class StackSizes(NamedTuple):
         run = self.run
         rows = run.train.batch_size / run.train.microbatches
         rows /= self.mesh["data"] * self.mesh["fsdp"] * self.context
-        inputs, targets = flops.row_lengths(run.batch_layout, run.data.lengths)
+        inputs, targets = flops.row_lengths(run.model.batch_layout, run.data.lengths)
         pairs = ((run.model.encoder, inputs), (run.model.decoder, targets))
         return [(stack, rows * length) for stack, length in pairs if stack is not None]
 

@@ -88,7 +88,7 @@ def with_split_rows(sizes: dict[str, int], lengths: Iterable[int]) -> list[dict[
 def candidates(run: TrainingRun, slice_: Slice) -> list[Candidate]:
     """Every candidate that may fit by arithmetic, the fastest first."""
     shapes, result = arithmetic.step_shapes(run), []
-    lengths = flops.row_lengths(run.batch_layout, run.data.lengths)
+    lengths = flops.row_lengths(run.model.batch_layout, run.data.lengths)
     every = [each for sizes in meshes(slice_.count) for each in with_split_rows(sizes, lengths)]
     for sizes in every:
         shards = sizes["data"] * sizes["fsdp"]

@@ -61,7 +61,7 @@ def training(run: config.Run, devices: list) -> Step:
         "batch": train_state.bytes_per_device(aot.abstract_batch(run)),
     }
     rows, lengths = run.train.batch_size, run.data.lengths
-    tokens = rows * sum(row_lengths(run.batch_layout, lengths))
+    tokens = rows * sum(row_lengths(run.model.batch_layout, lengths))
     flops = run_flops(run)
     return Step(aot.trace_step(run, devices), kinds, tokens, flops)
 

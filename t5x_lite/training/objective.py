@@ -16,7 +16,13 @@ from t5x_lite.kernels import api as kernels
 from t5x_lite.model import Transformer, mixed_precision
 from t5x_lite.sharding import batch_shards, spec
 from t5x_lite.training import frozen_base
-from t5x_lite.training.losses import cross_entropy, distillation, draft_heads, early_exit
+from t5x_lite.training.losses import (
+    contrastive,
+    cross_entropy,
+    distillation,
+    draft_heads,
+    early_exit,
+)
 from t5x_lite.training.losses.distillation import DistillationTerms
 from t5x_lite.training.optimizer.param_groups import Selection
 from t5x_lite.training.step_values import LossSums, StepContext
@@ -55,7 +61,10 @@ def make_objective(run: TrainingRun, selection: Selection, teacher: Teacher | No
             terms = functools.partial(
                 distillation_terms, run.distillation, teacher, teacher_params, batch.teacher_data
             )
-        sums = token_sums(transformer, run, params, batch, context, terms)
+        if run.contrastive is not None:
+            sums = pair_sums(transformer, run.contrastive, params, batch, context)
+        else:
+            sums = token_sums(transformer, run, params, batch, context, terms)
         return sums.objective / total, sums
 
     return objective
@@ -90,6 +99,42 @@ def distillation_terms(
         ids, log_probabilities = teacher_data.ids, teacher_data.log_probabilities
     divergence = distillation.top_k_divergence(logits, ids, log_probabilities, cfg.temperature)
     return DistillationTerms(divergence, teacher_data.known)
+
+
+def pair_sums(
+    transformer, cfg: config.Contrastive, params, batch: Batch, context: StepContext
+) -> LossSums:
+    """Computes the sums over the pairs of a batch, one for each of its rows.
+
+    Args:
+      transformer: the `model.Transformer` that trains.
+      cfg: config of the loss.
+      params: weights, those that train with their gradient slots.
+      batch: all rows of the step, with the weights of `contrastive.weigh_pairs`.
+      context: key and number of the step.
+    """
+    apply = functools.partial(transformer.apply, {"params": params})
+    texts = contrastive.pair_texts(batch)
+    read = functools.partial(apply, method=Transformer.pooled)
+    vectors = contrastive.pair_vectors(read, texts, context.key)
+    temperature = cfg.temperature
+    if transformer.cfg.readout.temperature is not None:
+        temperature = apply(method=trained_temperature)
+    losses = contrastive.pair_losses(texts, vectors, temperature, cfg.symmetric)
+    weights = jnp.sum(batch.loss_weights, axis=1)
+    loss = jnp.sum(losses.nll * weights)
+    return LossSums(
+        objective=loss,
+        loss=loss,
+        correct=jnp.sum(losses.correct * weights),
+        weights=jnp.sum(weights),
+        tokens=count_unpadded_tokens(batch),
+    )
+
+
+def trained_temperature(transformer: Transformer) -> jax.Array:
+    """The temperature that trains with the vectors (Readout.temperature)."""
+    return transformer.readout_head.temperature()
 
 
 @sharding.split_rows()
@@ -217,8 +262,8 @@ def use_chunked_loss(run: TrainingRun, batch: Batch) -> bool:
 
 
 def count_unpadded_tokens(batch: Batch) -> jax.Array:
-    """Number of positions of a batch that are not padding, inputs and targets together."""
-    segments = (batch.target_segments, batch.input_segments)
+    """Number of positions of a batch that are not padding, inputs, targets and negatives."""
+    segments = (batch.target_segments, batch.input_segments, batch.negative_segments)
     return functools.reduce(
         jnp.add, (jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
     )

@@ -44,7 +44,7 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
     shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update)
     model_dir.check_writable(parse_path(run.model_dir))
     source = data.with_run_vocabulary(run)
-    data.check_examples(source.data, run.batch_layout, "train")
+    data.check_examples(source.data, run.model.batch_layout, "train")
     vocabularies = data.open_vocabularies(source.data)
     data.check_run_vocabulary(run.model_dir, vocabularies)
     setup.check_vocabulary_sizes(run, vocabularies)
@@ -53,7 +53,7 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
         check_memory(run, shapes, teacher if isinstance(teacher, Teacher) else None)
     if setup.check_evaluation(source) is not None:
         with setup.evaluation_errors(run):
-            data.check_examples(source.data, run.batch_layout, run.data.eval_split)
+            data.check_examples(source.data, run.model.batch_layout, run.data.eval_split)
     if not manager.list_steps(run.model_dir):
         check_initial_weights(run, vocabularies)
     for warning in schedules.list_warnings(run):

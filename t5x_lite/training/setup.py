@@ -68,7 +68,7 @@ def assemble_run(run: TrainingRun) -> AssembledRun:
     source = data.with_run_vocabulary(run).data
     batches = data.open_batches(
         source,
-        run.batch_layout,
+        run.model.batch_layout,
         run.train.batch_size,
         run.seed,
         host=host,
@@ -128,7 +128,7 @@ def check_lengths(run: TrainingRun, context: int) -> None:
     """Raises ValueError if rows cannot be split into `context` parts; names the binding."""
     if context == 1:
         return
-    lengths = flops.row_lengths(run.batch_layout, run.data.lengths)
+    lengths = flops.row_lengths(run.model.batch_layout, run.data.lengths)
     lengths_text = " and ".join(str(length) for length in lengths if length)
     config.require(
         all(length % context == 0 for length in lengths),
@@ -139,6 +139,7 @@ def check_lengths(run: TrainingRun, context: int) -> None:
         "Model.draft_heads": run.model.draft_heads,
         "Train.layer_skip": run.train.layer_skip,
         "Run.distillation": run.distillation,
+        "Run.contrastive": run.contrastive,
     }
     bound = [name for name, value in whole_row_options.items() if value is not None]
     config.require(

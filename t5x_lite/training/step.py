@@ -15,6 +15,7 @@ from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import mixed_precision
 from t5x_lite.sharding import spec
+from t5x_lite.training.losses import contrastive
 from t5x_lite.training.objective import make_objective, samples_heads
 from t5x_lite.training.optimizer.param_groups import Selection
 from t5x_lite.training.step_values import LossSums, StepContext, StepMetrics
@@ -51,6 +52,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch, teacher_params: Any = None, base: Any = None):
         context = step_context(run, state)
+        batch = contrastive.weigh_pairs(batch) if run.contrastive else batch
         frozen = (state.params, teacher_params, base)
         sums_and_gradient = functools.partial(differentiated, frozen=frozen)
         slots = mixed_precision.gradient_slots(selection.take(state.params), run.model.dtype)
@@ -62,9 +64,8 @@ def make_step(
         count = state.step - state.skipped
         parts = jax.tree.leaves(mixed_precision.recompute(selection.moving(squares, count)))
         norm = jnp.sqrt(sum(jnp.sum(part) for part in parts))
-        rate = schedule(count)
         state, finite = apply_gradient(optimizer, selection, state, gradient, jnp.isfinite(norm))
-        return state, StepMetrics(sums, rate, norm, ~finite, state.consecutive, squares)
+        return state, StepMetrics(sums, schedule(count), norm, ~finite, state.consecutive, squares)
 
     # Donated, all new weights wait in temporary memory for the norm: on CPU its pages are fetched
     # anew each step unless `host.keep_freed` was called (65 against 48 ms for 1.4M weights;

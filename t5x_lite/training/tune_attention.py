@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 def cases(run: TrainingRun) -> list[Case]:
     """The kinds of attention in a training step of a run."""
-    inputs, targets = flops.row_lengths(run.batch_layout, run.data.lengths)
+    inputs, targets = flops.row_lengths(run.model.batch_layout, run.data.lengths)
     encoder, decoder, kinds = run.model.encoder, run.model.decoder, []
     if encoder:
         length = inputs or targets

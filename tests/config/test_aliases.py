@@ -27,8 +27,10 @@ BOUND = {
     ("DraftHeadLoss", "own"): ("heads_g2p", "0.5"),
     ("Model", "activations"): ("g2p", "bfloat16"),
     ("Model", "blockwise"): ("heads_g2p", "None"),
+    ("Model", "pooling"): ("g2p", '@config.Readout()\nconfig.Readout.kind="number"'),
     ("Model", "start"): ("g2p", "3"),
     ("Model", "starts_prompts"): ("g2p", "False"),
+    ("Pooling", "kind"): ("sentence_t5", "first"),
     ("Train", "heads"): (
         "heads_g2p",
         '@config.DraftHeadLoss()\nconfig.DraftHeadLoss.heads="random"',
@@ -72,7 +74,7 @@ def test_a_saved_config_loads_to_the_run_that_it_describes(name):
         part = node(run, scope)
         assert type(part).__name__ == aliases.CLASSES.get(owner, owner)
         key = type(part).__name__, field
-        new = aliases.FIELDS.get(key, field)
+        new = aliases.FIELDS.get((owner, field), aliases.FIELDS.get(key, field))
         scopes.setdefault(scope, (part, set()))[1].add(new)
         item = getattr(part, new)
         if "@" in value:
@@ -108,7 +110,7 @@ def test_every_class_field_and_value_of_the_table_is_in_a_saved_config():
     def new(owner):
         return aliases.CLASSES.get(owner, owner)
 
-    fields = {(new(owner), field): [] for _, owner, field, _ in rows}
+    fields = {(name, field): [] for _, old, field, _ in rows for name in (old, new(old))}
     for _, owner, field, value in rows:
         fields[new(owner), field].append(value.strip("'"))
     assert {owner for _, owner, _, _ in rows} >= aliases.CLASSES.keys()

@@ -27,7 +27,6 @@ SAMPLES = [
     dataclasses.replace(STACK, pattern=("sliding",), window=4),
     dataclasses.replace(STACK, positions="learned", max_length=4),
     config.RotaryScaling("llama3", 2.0),
-    config.Pooling(),
     config.DraftHeads(4),
     config.Readout("number"),
     config.Data("cmudict_g2p", {"inputs": 8, "targets": 8}),
@@ -53,6 +52,7 @@ SAMPLES = [
     config.Adaptation("source"),
     config.Distillation("teacher", top_k=4),
     config.Lora(rank=8, alpha=16.0),
+    config.Contrastive(),
     config.Compare(),
 ]
 

@@ -99,8 +99,8 @@ def test_a_decoders_last_vector_is_what_its_next_token_is_read_from(mesh):
 
 
 def test_a_models_own_pooling_is_kept(mesh):
-    first_pooling = config.Pooling("first", project=5, normalize=True)
-    cfg = dataclasses.replace(MODELS["encoder"], pooling=first_pooling)
+    first_pooling = config.Readout("vector", "first", project=5, normalize=True)
+    cfg = dataclasses.replace(MODELS["encoder"], readout=first_pooling)
     vectors = embed.embed(predictor_of(cfg), TEXTS[:3])
     assert vectors.shape == (3, 5)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
@@ -109,14 +109,14 @@ def test_a_models_own_pooling_is_kept(mesh):
 
 
 def test_a_text_is_cut_as_sentence_transformers_cuts_it(mesh):
-    pooling = config.Pooling("mean", max_length=5)
-    cfg = dataclasses.replace(MODELS["encoder"], pooling=pooling)
+    pooling = config.Readout("vector", "mean", max_length=5)
+    cfg = dataclasses.replace(MODELS["encoder"], readout=pooling)
     params = params_of(cfg)
     predictor = predictor_of(cfg, params)
     # Four letters and the end: the beginning of a longer text has the same vector.
     cut, whole = embed.embed(predictor, ["helloagain", "hell"])
     np.testing.assert_allclose(cut, whole, atol=1e-6)
-    uncut = predictor_of(dataclasses.replace(cfg, pooling=config.Pooling("mean")), params)
+    uncut = predictor_of(dataclasses.replace(cfg, readout=config.Readout("vector", "mean")), params)
     np.testing.assert_allclose(embed.embed(uncut, ["hell"])[0], cut, atol=1e-6)
     assert np.abs(embed.embed(uncut, ["helloagain"])[0] - cut).max() > 1e-3
 

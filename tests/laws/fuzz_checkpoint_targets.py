@@ -37,7 +37,7 @@ SENTENCE_T5 = config.Model(
     vocab=40,
     encoder=config.Stack(layers=2, **SMALL),
     tied=True,
-    pooling=config.Pooling(normalize=True),
+    readout=config.Readout("vector", "mean", normalize=True),
 )
 
 
@@ -119,8 +119,8 @@ def make_sentence_t5(folder: Path) -> None:
     """Writes a Sentence-T5 with its modules."""
     family = huggingface.family_module("t5")
     refill(folder, lambda new: write_hugging_face(new, family, SENTENCE_T5, Drawn(SENTENCE_T5)))
-    pooling = config.Pooling(normalize=True, project=4)
-    projected = dataclasses.replace(SENTENCE_T5, pooling=pooling)
+    readout = config.Readout("vector", "mean", normalize=True, project=4)
+    projected = dataclasses.replace(SENTENCE_T5, readout=readout)
     for name, content in sentence_t5.export_files(projected).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))

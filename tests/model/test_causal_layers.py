@@ -48,8 +48,13 @@ def two_rows(seed=0):
 
 
 def states_of(cfg, params, rows):
-    """States of every token: of the encoder, or of the lone decoder that reads the ids as they
-    are."""
+    """States of every token: of the encoder, or of the lone decoder that reads ids as they are.
+
+    Args:
+      cfg: architecture.
+      params: weights.
+      rows: ids, segments and positions.
+    """
 
     def read(transformer, ids, segments, where):
         if cfg.encoder is not None:

@@ -273,7 +273,7 @@ UNWRITABLE = [
     (("llama",), "Model.scale_embedding", {"scale_embedding": True}),
     (("llama",), "Model.prefix_lm", {"prefix_lm": True}),
     (("llama",), "Model.eoi", {"eoi": 3}),
-    (("llama",), "Model.pooling", {"pooling": config.Pooling()}),
+    (("llama",), "Model.readout", {"readout": config.Readout("vector")}),
     (QWENS, "Stack.mlp_bias", {"mlp_bias": True}),
     (QWENS, "Stack.sliding_rotary_base", SLIDES | {"sliding_rotary_base": 50.0}),
     (QWENS, "Stack.softcap", {"softcap": 1.0}),

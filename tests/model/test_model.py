@@ -351,8 +351,8 @@ def test_a_window_shows_what_its_form_says(one_device, form, both_sides):
 @pytest.mark.parametrize("kind", ["mean", "first", "last"])
 @pytest.mark.parametrize("layout", ["encoder_only", "decoder_only"])
 def test_padding_on_either_side_does_not_change_a_pooled_vector(one_device, layout, kind):
-    pooling = config.Pooling(kind, project=5, normalize=True)
-    cfg = dataclasses.replace(toy_model(layout, positions="rotary"), pooling=pooling)
+    readout = config.Readout("vector", kind, project=5, normalize=True)
+    cfg = dataclasses.replace(toy_model(layout, positions="rotary"), readout=readout)
     params = model.initialize(cfg, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(2, 64, (1, 6)).astype(np.int32)
     place = np.arange(6, dtype=np.int32)[None]

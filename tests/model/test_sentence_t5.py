@@ -63,7 +63,7 @@ def test_sentence_t5_gives_the_mean_projected_and_normalized(sentence_folder):
     folder, theirs, dense = sentence_folder
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
     read = tensors.open_hugging_face_tensors(folder)
-    assert read.model.pooling == config.Pooling("mean", project=5, normalize=True)
+    assert read.model.readout == config.Readout("vector", "mean", project=5, normalize=True)
     cfg = dataclasses.replace(read.model, dtype="float32")
     params = parity.ours(
         read.source, cfg, family_of_config(json.loads((folder / "config.json").read_text()))
@@ -79,16 +79,16 @@ def test_sentence_t5_gives_the_mean_projected_and_normalized(sentence_folder):
 
 
 @pytest.mark.parametrize(
-    "pooling",
+    "readout",
     [
-        config.Pooling("mean", project=5, normalize=True),
-        config.Pooling("first"),
-        config.Pooling("last", normalize=True),
+        config.Readout("vector", "mean", project=5, normalize=True),
+        config.Readout("vector", "first", query_prompt="query: ", document_prompt="passage: "),
+        config.Readout("vector", "last", normalize=True),
     ],
 )
-def test_written_pooling_is_read_again(pooling, tmp_path):
+def test_written_readout_is_read_again(readout, tmp_path):
     stack = config.Stack(layers=1, embed=6, heads=1, head_dim=4, mlp=8)
-    cfg = config.Model(vocab=VOCAB, encoder=stack, tied=True, pooling=pooling)
+    cfg = config.Model(vocab=VOCAB, encoder=stack, tied=True, readout=readout)
     family = family_for_export(cfg)
     for name, content in sentence_t5.export_files(cfg).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ def test_written_pooling_is_read_again(pooling, tmp_path):
     ]
     config_json = sentence_t5.add_modules(tmp_path, family.config_json(cfg))
     assert family.parse_config(config_json, names) == cfg
-    assert (sentence_t5.dense_file(tmp_path) is None) == (pooling.project is None)
+    assert (sentence_t5.dense_file(tmp_path) is None) == (readout.project is None)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_written_pooling_is_read_again(pooling, tmp_path):
 def test_a_pooling_mode_by_name_is_read(sentence_folder, mode, kind):
     file = sentence_folder[0] / "1_Pooling/config.json"
     file.write_text(json.dumps({"embedding_dimension": 16, "pooling_mode": mode}))
-    assert tensors.open_hugging_face_tensors(sentence_folder[0]).model.pooling.kind == kind
+    assert tensors.open_hugging_face_tensors(sentence_folder[0]).model.readout.pooling == kind
 
 
 LENGTHS = {
@@ -131,7 +131,7 @@ def test_the_length_of_texts_is_read_and_written_back(sentence_folder, files, lo
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     cfg = tensors.open_hugging_face_tensors(folder).model
-    assert cfg.pooling.max_length == longest
+    assert cfg.readout.max_length == longest
     back = sentence_t5.export_files(cfg).get("sentence_bert_config.json", {})
     assert back.get("max_seq_length") == longest
 

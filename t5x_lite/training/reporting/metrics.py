@@ -67,7 +67,7 @@ def step_cost(run: TrainingRun) -> StepCost:
     lengths, rows = run.data.lengths, run.train.batch_size
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     return StepCost(
-        positions=rows * sum(flops.row_lengths(run.batch_layout, lengths)),
+        positions=rows * sum(flops.row_lengths(run.model.batch_layout, lengths)),
         flops=flops.run_flops(run),
         peak=peak and peak * jax.device_count(),
     )

@@ -7,10 +7,12 @@ projection's tensor goes by the name PROJECTION among the T5's own.
 """
 
 from pathlib import Path
+from typing import Any
 
 from t5x_lite import config
 from t5x_lite.checkpoints.transforms import Entry
 from t5x_lite.utils import bounded_files
+from t5x_lite.utils.not_none import not_none
 
 KEY = "sentence_transformers"
 PROJECTION = "2_Dense.linear.weight"
@@ -19,6 +21,9 @@ KINDS = {
     "first": "pooling_mode_cls_token",
     "last": "pooling_mode_lasttoken",
 }
+# Fields of a readout, and the names of their prompts: ours first, then those that are read too.
+PROMPTS = {"query_prompt": ("query",), "document_prompt": ("document", "passage")}
+PROMPTS_FILE = "config_sentence_transformers"
 # The same as values of pooling_mode, which sentence-transformers writes since version 5.4.
 MODES = {"mean": "mean", "cls": "first", "lasttoken": "last"}
 # Files with the length at which sentence-transformers cuts texts, the newest name first.
@@ -29,16 +34,16 @@ STEPS = ("Transformer", "Pooling", "Dense", "Normalize")
 IDENTITY = "torch.nn.modules.linear.Identity"
 
 
-def parse_pooling(config_json: dict) -> config.Pooling | None:
-    """Pooling of texts to vectors, from a config.json of `add_modules`; None for other models."""
-    return config.Pooling(**config_json[KEY]) if KEY in config_json else None
+def parse_readout(config_json: dict) -> config.Readout | None:
+    """Readout of vectors, from a config.json of `add_modules`; None for other models."""
+    return config.Readout("vector", **config_json[KEY]) if KEY in config_json else None
 
 
 def entries(cfg: config.Model) -> list[Entry]:
     """The projection, which lies in a file of its own."""
-    if cfg.pooling is None or cfg.pooling.project is None:
+    if cfg.readout is None or cfg.readout.project is None:
         return []
-    return [Entry("projection", PROJECTION, "projected embed")]
+    return [Entry("readout/projection", PROJECTION, "outputs embed")]
 
 
 def add_modules(folder: Path, config_json: dict) -> dict:
@@ -61,10 +66,38 @@ def add_modules(folder: Path, config_json: dict) -> dict:
     if chain[0][1]:
         raise ValueError(f"{folder}/modules.json: give its folder {chain[0][1]} itself to convert")
     paths = dict(chain)
-    pooling = {"kind": pooling_kind(folder, paths["Pooling"]), "normalize": "Normalize" in paths}
+    kind = pooling_kind(folder, paths["Pooling"])
+    fields: dict[str, Any] = {"pooling": kind, "normalize": "Normalize" in paths}
     if "Dense" in paths:
-        pooling["project"] = projection_width(folder, paths["Dense"])
-    return config_json | {KEY: pooling | {"max_length": longest_text(folder)}}
+        fields["project"] = projection_width(folder, paths["Dense"])
+    fields |= {"max_length": longest_text(folder)} | read_prompts(folder)
+    return config_json | {KEY: fields}
+
+
+def read_prompts(folder: Path) -> dict[str, str]:
+    """Texts before queries and documents, by the name of their field; {} without any.
+
+    Raises:
+      ValueError: they are no texts, or one is added to every text.
+    """
+    if not (folder / f"{PROMPTS_FILE}.json").is_file():
+        return {}
+    values = read_json_file(folder, PROMPTS_FILE)
+    prompts = values.get("prompts") or {}
+    texts = prompts.values() if isinstance(prompts, dict) else (None,)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{folder}/{PROMPTS_FILE}.json: prompts are not texts by name")
+    default = values.get("default_prompt_name")
+    if default is not None and prompts.get(default):
+        raise ValueError(
+            f"{folder}/{PROMPTS_FILE}.json: default_prompt_name = {default!r} is not implemented; "
+            "name the prompt where texts are embedded"
+        )
+    texts_of = {
+        field: [prompts[name] for name in names if name in prompts]
+        for field, names in PROMPTS.items()
+    }
+    return {field: known[0] for field, known in texts_of.items() if known}
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]]:
@@ -164,9 +197,10 @@ def export_files(cfg: config.Model) -> dict[str, dict | list]:
 
     The projection belongs into 2_Dense/model.safetensors as linear.weight.
     """
-    pooled = cfg.pooling
-    if pooled is None:
+    pooled = cfg.readout
+    if pooled is None or pooled.kind != "vector":
         return {}
+    check_expressible(cfg)
     paths = {"Transformer": "", "Pooling": "1_Pooling"}
     paths |= {"Dense": "2_Dense"} if pooled.project else {}
     paths |= {"Normalize": f"{len(paths)}_Normalize"} if pooled.normalize else {}
@@ -175,9 +209,14 @@ def export_files(cfg: config.Model) -> dict[str, dict | list]:
         for i, (kind, path) in enumerate(paths.items())
     ]
     embed = cfg.last_stack.embed
-    modes = {mode: kind == pooled.kind for kind, mode in KINDS.items()}
+    modes = {mode: kind == pooled.pooling for kind, mode in KINDS.items()}
     files = {
         "modules.json": modules,
+        f"{PROMPTS_FILE}.json": {
+            "prompts": {"query": pooled.query_prompt, "document": pooled.document_prompt},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
         "1_Pooling/config.json": {"word_embedding_dimension": embed} | modes,
     }
     if pooled.max_length is not None:
@@ -187,3 +226,20 @@ def export_files(cfg: config.Model) -> dict[str, dict | list]:
         dense = {"in_features": embed, "out_features": pooled.project, "bias": False}
         files["2_Dense/config.json"] = dense | {"activation_function": IDENTITY}
     return files
+
+
+def check_expressible(cfg: config.Model) -> None:
+    """Raises ValueError, naming the field, for a readout that sentence-transformers lacks."""
+    readout = not_none(cfg.readout)
+    if readout.pooling not in KINDS:
+        raise ValueError(
+            f"sentence-transformers cannot express Readout.pooling = {readout.pooling!r}; it has "
+            f"{', '.join(KINDS)}"
+        )
+    if readout.dense:
+        raise ValueError("Readout.dense of a vector is not exported: Readout.project is")
+    if cfg.layout == "encoder_decoder":
+        raise ValueError(
+            "sentence-transformers reads one stack, and this Model has two: "
+            "python -m t5x_lite.adapt --to=encoder_only keeps the encoder"
+        )

@@ -53,8 +53,8 @@ CROSS_ATTENTION_AXES = "kv_heads head_dim) encoder_embed"
 def parse_config(config_json: dict, names: Collection[str]) -> config.Model:
     """The Model of a T5 with this config.json, whose files have tensors of these names."""
     stack = tower_fields(config_json)
-    pooling = sentence_t5.parse_pooling(config_json)
-    pair = pooling is None and any(name.startswith("decoder.") for name in names)
+    readout = sentence_t5.parse_readout(config_json)
+    pair = readout is None and any(name.startswith("decoder.") for name in names)
     layers = config_json.get("num_decoder_layers")
     decoder = stack | {"layers": stack["layers"] if layers is None else layers}
     return config.Model(
@@ -65,7 +65,7 @@ def parse_config(config_json: dict, names: Collection[str]) -> config.Model:
         scale_logits=pair and has_scaled_logits(config_json),
         decoder_start_token_id=config_json.get("decoder_start_token_id") or 0,
         dropout=config_json.get("dropout_rate", 0.1),
-        pooling=None if pair else pooling or config.Pooling(),
+        readout=readout,
     )
 
 

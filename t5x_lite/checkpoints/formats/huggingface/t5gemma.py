@@ -67,7 +67,6 @@ def parse_config(config_json: dict, names: Collection[str]) -> config.Model:
         separate_embeddings=pair,
         decoder_start_token_id=top["bos_token_id"],
         dropout=config_json.get("dropout_rate", 0.0),
-        pooling=None if pair else config.Pooling(),
     )
 
 
