@@ -118,9 +118,7 @@ class ForkedDecoder:
         delimiters: StopTable | None = None,
     ):
         self.program = generation.make_program(cfg, decode, drafting)
-        placed = generation.place_request(request)
-        rules = generation.make_rules(request, decode)
-        self.arguments = DecodeArguments(params, placed, rules, drafting.weights, decode.alpha)
+        self.arguments = streaming.place_arguments(params, request, decode, drafting)
         arrays: Any = delimiters
         self.delimiters = None if delimiters is None else StopStrings(*arrays)
         self.first_seed, self.seeds, self.passes, self.row_passes = decode.seed, 1, 0, 0

@@ -37,6 +37,26 @@ class DecodeArguments(NamedTuple):
     alpha: Any = 0.0
 
 
+def place_arguments(
+    params: Any, request: Request, decode: config.Decode, drafting: Drafting
+) -> DecodeArguments:
+    """Places the arguments of a program on the mesh.
+
+    Args:
+      params: weights from `prepare_params`.
+      request: the rows, on the host.
+      decode: limits and sampling.
+      drafting: its weights are taken.
+    """
+    return DecodeArguments(
+        params=params,
+        request=generation.place_request(request),
+        rules=generation.make_rules(request, decode),
+        weights=drafting.weights,
+        alpha=decode.alpha,
+    )
+
+
 def stream(
     cfg: config.Model,
     params: Any,
@@ -110,9 +130,7 @@ class DecodeStream:
     ):
         self.cfg, self.request, self.decode = cfg, request, decode
         self.program = generation.make_program(cfg, decode, drafting)
-        placed = generation.place_request(request)
-        rules = generation.make_rules(request, decode)
-        self.arguments = DecodeArguments(params, placed, rules, drafting.weights, decode.alpha)
+        self.arguments = place_arguments(params, request, decode, drafting)
         self.encoded: Any = None
         self.state: Any = None
 

@@ -40,7 +40,7 @@ def test_rules_are_the_formulas_of_their_papers(companion, combine, layers):
     with jax.set_mesh(None):
         both = jax.nn.log_softmax(jnp.array(plain)), jax.nn.log_softmax(jnp.array(others))
         entropy = sampling.entropy(both[1][0])[..., 0] if rule.window else None
-        ours = rule.combine(*both, entropy).logits
+        ours = rule.combine(rules.BothLogits(*both, entropy)).logits
     for row in range(COUNT):
         expected = combine_by_hand(case, plain[row, 0], others[:, row, 0])
         assert_same_logits(ours[row, 0], expected, atol=2e-5)
@@ -58,11 +58,11 @@ def test_guidance_is_the_processor_of_transformers():
     expected = theirs(torch.zeros(COUNT, 3).long(), torch.tensor(plain)).numpy()
     rule = rules.make_rule(parse_combination("guidance:1.7", "unconditional"))
     with jax.set_mesh(None):
-        ours = rule.combine(
+        both = rules.BothLogits(
             jax.nn.log_softmax(jnp.array(plain))[:, None],
             jax.nn.log_softmax(jnp.array(other))[None, :, None],
-            None,
-        ).logits[:, 0]
+        )
+        ours = rule.combine(both).logits[:, 0]
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 

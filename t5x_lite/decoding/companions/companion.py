@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from t5x_lite import config, model, sharding
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding import target as targets
-from t5x_lite.decoding.companions.rules import IMPLAUSIBLE, CombinationRule
+from t5x_lite.decoding.companions.rules import IMPLAUSIBLE, BothLogits, CombinationRule
 from t5x_lite.decoding.protocol import Prompts, Target, Tree
 from t5x_lite.decoding.request import PromptRows
 from t5x_lite.utils.not_none import not_none
@@ -194,11 +194,12 @@ def combine_logits(
     if companion.rule.window:
         entropy = sampling.entropy(others[0])[..., 0]
         mean = mean_entropy(state.recent, entropy, view.tree)
-    combined, by_model = companion.rule.combine(
-        jnp.maximum(jax.nn.log_softmax(model_logits), IMPLAUSIBLE),
-        jnp.maximum(jax.nn.log_softmax(others), IMPLAUSIBLE),
-        mean,
+    both = BothLogits(
+        model=jnp.maximum(jax.nn.log_softmax(model_logits), IMPLAUSIBLE),
+        others=jnp.maximum(jax.nn.log_softmax(others), IMPLAUSIBLE),
+        entropy=mean,
     )
+    combined, by_model = companion.rule.combine(both)
     combined = jnp.where(never, -jnp.inf, combined)
     missing = [(0, 0), (0, 0), (0, logits.shape[-1] - shared)]
     combined = jnp.pad(combined, missing, constant_values=-jnp.inf)

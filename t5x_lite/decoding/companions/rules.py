@@ -37,6 +37,20 @@ class CombinedLogits(NamedTuple):
     by_model: Bool[Array, "b w"] | None = None
 
 
+class BothLogits(NamedTuple):
+    """Log-probabilities of the next token, of the model and of its companion.
+
+    Attributes:
+      model: the model's.
+      others: the companion's: one, or as many as it has layers.
+      entropy: mean entropy of the first of `others` over the rule's window; None without one.
+    """
+
+    model: Float[Array, "b w v"]
+    others: Float[Array, "c b w v"]
+    entropy: Float[Array, "b w"] | None = None
+
+
 class CombinationRule(Protocol):
     """A rule: a registered dataclass whose numbers may change without compiling again."""
 
@@ -44,19 +58,8 @@ class CombinationRule(Protocol):
     def window(self) -> int:
         """Number of tokens over which the rule reads the companion's entropy; 0 for none."""
 
-    def combine(
-        self,
-        model: Float[Array, "b w v"],
-        others: Float[Array, "c b w v"],
-        entropy: Float[Array, "b w"] | None,
-    ) -> CombinedLogits:
-        """Combines log-probabilities.
-
-        Args:
-          model: the model's.
-          others: those of its companions: one, or as many as there are layers.
-          entropy: mean entropy of the first companion over the window; None without one.
-        """
+    def combine(self, both: BothLogits) -> CombinedLogits:
+        """Returns the logits of the next token."""
 
 
 @functools.partial(
@@ -83,22 +86,10 @@ class Linear:
     least: Float[Array, ""]
     window: ClassVar[int] = 0
 
-    def combine(
-        self,
-        model: Float[Array, "b w v"],
-        others: Float[Array, "c b w v"],
-        entropy: Float[Array, "b w"] | None = None,
-    ) -> CombinedLogits:
-        """Returns the weighted sum.
-
-        Args:
-          model: log-probabilities of the model.
-          others: those of its companion, c = 1.
-          entropy: unused.
-        """
-        return CombinedLogits(
-            keep_plausible(self.model * model + self.other * others[0], model, self.least)
-        )
+    def combine(self, both: BothLogits) -> CombinedLogits:
+        """Returns the weighted sum."""
+        summed = self.model * both.model + self.other * both.others[0]
+        return CombinedLogits(keep_plausible(summed, both.model, self.least))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["least"], meta_fields=[])
@@ -117,23 +108,12 @@ class LayerContrast:
     least: Float[Array, ""]
     window: ClassVar[int] = 0
 
-    def combine(
-        self,
-        model: Float[Array, "b w v"],
-        others: Float[Array, "c b w v"],
-        entropy: Float[Array, "b w"] | None = None,
-    ) -> CombinedLogits:
-        """Returns the contrast with one layer for each node.
-
-        Args:
-          model: log-probabilities of the model.
-          others: those of its layers.
-          entropy: unused.
-        """
-        mean = jnp.logaddexp(model, others) - np.log(2)
-        terms = jnp.exp(mean) * (2 * mean - model - others)
-        layer = take_best(jnp.sum(terms, axis=-1), others)
-        return CombinedLogits(keep_plausible(model - layer, model, self.least))
+    def combine(self, both: BothLogits) -> CombinedLogits:
+        """Returns the contrast with one layer for each node."""
+        mean = jnp.logaddexp(both.model, both.others) - np.log(2)
+        terms = jnp.exp(mean) * (2 * mean - both.model - both.others)
+        layer = take_best(jnp.sum(terms, axis=-1), both.others)
+        return CombinedLogits(keep_plausible(both.model - layer, both.model, self.least))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "mass"], meta_fields=[])
@@ -152,22 +132,12 @@ class LayerCorrection:
     mass: Float[Array, ""]
     window: ClassVar[int] = 0
 
-    def combine(
-        self,
-        model: Float[Array, "b w v"],
-        others: Float[Array, "c b w v"],
-        entropy: Float[Array, "b w"] | None = None,
-    ) -> CombinedLogits:
-        """Returns the corrected log-probabilities.
-
-        Args:
-          model: log-probabilities of the model.
-          others: those of its layers.
-          entropy: unused.
-        """
+    def combine(self, both: BothLogits) -> CombinedLogits:
+        """Returns the corrected log-probabilities."""
+        model = both.model
         likely = sampling.top_mass(model, jnp.exp(model), self.mass[None, None, None])
-        surest = jnp.max(jnp.where(likely, others, -jnp.inf), axis=-1)
-        layer = take_best(surest, others)
+        surest = jnp.max(jnp.where(likely, both.others, -jnp.inf), axis=-1)
+        layer = take_best(surest, both.others)
         sure = jnp.exp(jnp.max(surest, axis=0))[..., None]
         return CombinedLogits(
             jnp.where(likely, model + self.weight * sure * layer, model + IMPLAUSIBLE)
@@ -190,21 +160,11 @@ class Switch:
     least: Float[Array, ""]
     window: int = 1
 
-    def combine(
-        self,
-        model: Float[Array, "b w v"],
-        others: Float[Array, "c b w v"],
-        entropy: Float[Array, "b w"] | None,
-    ) -> CombinedLogits:
-        """Returns one of the two.
-
-        Args:
-          model: log-probabilities of the model.
-          others: those of its companion, c = 1.
-          entropy: mean entropy of the companion.
-        """
-        by_model = not_none(entropy) >= self.least
-        return CombinedLogits(jnp.where(by_model[..., None], model, others[0]), by_model)
+    def combine(self, both: BothLogits) -> CombinedLogits:
+        """Returns one of the two."""
+        by_model = not_none(both.entropy) >= self.least
+        logits = jnp.where(by_model[..., None], both.model, both.others[0])
+        return CombinedLogits(logits, by_model)
 
 
 def keep_plausible(
