@@ -12,10 +12,10 @@ import pytest
 
 from t5x_lite.decoding.steering import (
     byte_automaton,
-    expressions,
     grammar,
     json_schema,
     json_strings,
+    machine,
     regex_syntax,
 )
 
@@ -71,7 +71,7 @@ EXPRESSIONS = [
 @pytest.mark.parametrize("pattern", EXPRESSIONS)
 def test_an_expression_has_the_texts_of_re(pattern):
     alphabet = "abcABC.-^{}]\n"
-    automaton = expressions.compile_expression(
+    automaton = machine.compile_expression(
         regex_syntax.parse_regex(pattern, "the pattern"), "the pattern"
     )
     texts = map(
@@ -89,9 +89,7 @@ def test_an_expression_has_the_texts_of_re(pattern):
     [r"\w", r"\W", r"\d", r"\D", r"\s", r"\S", r"[^\w\s]", "[à-ÿ]", "(?i)k", "(?i)[^ſ]", "."],
 )
 def test_a_set_has_the_characters_of_re(pattern):
-    automaton = expressions.compile_expression(
-        regex_syntax.parse_regex(pattern, "the set"), "the set"
-    )
+    automaton = machine.compile_expression(regex_syntax.parse_regex(pattern, "the set"), "the set")
     draw = np.random.default_rng(0).integers(0, 0x110000, 3000)
     every = [*range(0x3000), 0x212A, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10FFFF, *draw.tolist()]
     for code in every:
@@ -219,6 +217,21 @@ SCHEMAS = {
         ]
     },
     "pattern": {"type": "string", "pattern": r"^[a-z]+-\d{2}$"},
+    "pattern with lengths": {
+        "type": "string",
+        "pattern": "[a-z]+-",
+        "minLength": 9,
+        "maxLength": 12,
+    },
+    "pattern with a format": {
+        "type": "object",
+        "properties": {
+            "date": {"pattern": r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", "format": "date"},
+            "host": {"format": "idn-hostname", "minLength": 4, "maxLength": 8},
+            "expression": {"format": "regex", "pattern": "^[a-z*+^$]+$"},
+        },
+        "required": ["date", "host", "expression"],
+    },
     "escaped pattern": {"type": "string", "pattern": '["\\\\\n]x'},
     "map": {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1},
     "named map": {"type": "object", "propertyNames": {"pattern": "^x"}, "maxProperties": 2},
@@ -307,6 +320,12 @@ def test_integers_between_bounds_are_all_there(low, high):
     assert texts == {str(number) for number in inside}
 
 
+def test_all_rules_of_a_string_hold():
+    schema = {"type": "string", "pattern": "^a+b*$", "minLength": 2, "maxLength": 3}
+    texts = language(compile_schema(schema), 7, 'ab"')
+    assert texts == {'"aa"', '"ab"', '"aaa"', '"aab"', '"abb"'}
+
+
 @pytest.mark.parametrize(
     "schema, message",
     [
@@ -322,6 +341,7 @@ def test_integers_between_bounds_are_all_there(low, high):
         ({"properties": {"a": 3}}, "#/properties/a is not a schema"),
         ({"properties": 3}, "is not a JSON schema"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, "allows nothing"),
+        ({"type": "string", "pattern": "^[a-z]+$", "format": "ipv4"}, "allows nothing"),
         ({"properties": {"a": False}, "required": ["a"]}, "allows nothing"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "allows nothing"),
     ],
@@ -343,7 +363,7 @@ def test_texts_are_found_wherever_they_stand():
 
 
 def test_both_automata_accept_what_their_intersection_accepts():
-    one = expressions.compile_expression(regex_syntax.parse_regex("[abc]*", "one"), "one")
+    one = machine.compile_expression(regex_syntax.parse_regex("[abc]*", "one"), "one")
     both = byte_automaton.intersect(one, byte_automaton.find_texts([b"ab"]), 100, "both")
     both = byte_automaton.intersect(both, byte_automaton.find_texts([b"ca"]), 100, "both")
     texts = map("".join, itertools.product("abc", repeat=5))

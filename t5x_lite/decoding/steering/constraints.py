@@ -24,7 +24,7 @@ from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import cache_folder
 
-FORMAT = 4  # raised when the same constraint gives another table
+FORMAT = 5  # raised when the same constraint gives another table
 FOLDER = "~/.cache/t5x_lite/constraints"
 
 

@@ -12,17 +12,16 @@ from typing import NamedTuple
 
 from t5x_lite.decoding.steering.byte_automaton import ByteAutomaton
 from t5x_lite.decoding.steering.expressions import (
-    MOST_REPEATED,
+    AllOf,
     Chain,
     Characters,
     Expression,
     Literal,
-    Machine,
     OneOf,
     Repeat,
     RuleReference,
-    run_machine,
 )
+from t5x_lite.decoding.steering.machine import MOST_REPEATED, Machine, run_machine
 
 
 class Grammar(NamedTuple):
@@ -208,7 +207,7 @@ def list_references(expression: Expression) -> list[str]:
     if isinstance(expression, Repeat):
         parts: Iterable[Expression] = (expression.part, expression.between)
     else:
-        parts = () if isinstance(expression, Literal | Characters) else expression.parts
+        parts = () if isinstance(expression, Literal | Characters | AllOf) else expression.parts
     return [name for part in parts for name in list_references(part)]
 
 

@@ -6,7 +6,15 @@ import math
 import re
 from typing import Any
 
-from t5x_lite.decoding.steering.expressions import Expression, Repeat, chain, either, text
+from t5x_lite.decoding.steering.expressions import (
+    AllOf,
+    Expression,
+    Repeat,
+    chain,
+    either,
+    text,
+)
+from t5x_lite.decoding.steering.machine import intersect_expressions
 from t5x_lite.decoding.steering.regex_syntax import JSON_CHARACTER, parse_json_pattern, regex
 from t5x_lite.decoding.steering.schema_algebra import (
     STATED_BY,
@@ -17,21 +25,33 @@ from t5x_lite.decoding.steering.schema_algebra import (
 )
 
 OF_STRINGS = ("pattern", "minLength", "maxLength")
-# The days that every month has.
-DATE = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
+# The years of four digits that Python has, and the days that every month has.
+DATE = r"[1-9][0-9]{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
 CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 TIME = rf"{CLOCK}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:Z|[+-]{CLOCK})"
 BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-HOST = r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?){0,4}"
+LABEL = "[a-z0-9]{1,24}(?:-[a-z0-9]{1,12}){0,2}"  # two hyphens in a row are for encoded names
+HOST = rf"{LABEL}(?:\.{LABEL}){{0,4}}"
+EMAIL = rf"[A-Za-z0-9_+-]{{1,32}}(?:\.[A-Za-z0-9_+-]{{1,32}}){{0,3}}@{HOST}"
+QUERY = r"(?:\?[A-Za-z0-9._~%=&-]*)?"
+URI = rf"https?://{HOST}(?:/[A-Za-z0-9._~%-]*){{0,8}}{QUERY}"
+REFERENCE = rf"(?:https?://{HOST})?(?:/|[A-Za-z0-9._~-])*{QUERY}(?:#[A-Za-z0-9._~/-]*)?"
+COUNT = "[0-9]{1,4}"
+# Of each format a part, which every checker takes for it: of "regex" one without brackets.
 FORMATS = {
     "date": DATE,
     "time": TIME,
     "date-time": f"{DATE}T{TIME}",
+    "duration": f"P(?:{COUNT}[YMWD]|(?:{COUNT}D)?T{COUNT}[HMS])",
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "ipv4": rf"{BYTE}(?:\.{BYTE}){{3}}",
-    "hostname": HOST,
-    "email": rf"[A-Za-z0-9_+-]{{1,32}}(?:\.[A-Za-z0-9_+-]{{1,32}}){{0,3}}@{HOST}",
-    "uri": rf"https?://{HOST}(?:/[A-Za-z0-9._~%-]*){{0,8}}(?:\?[A-Za-z0-9._~%=&-]*)?",
+    "ipv6": "[0-9a-f]{1,4}(?::[0-9a-f]{1,4}){7}",
+    **dict.fromkeys(("hostname", "idn-hostname"), HOST),
+    **dict.fromkeys(("email", "idn-email"), EMAIL),
+    **dict.fromkeys(("uri", "iri"), URI),
+    **dict.fromkeys(("uri-reference", "iri-reference"), REFERENCE),
+    "json-pointer": "(?:/[A-Za-z0-9_.-]*){0,8}",
+    "regex": r"\^?(?:(?:[A-Za-z0-9_/.-]|\[[A-Za-z0-9_]+\])[*+?]?)*\$?",
 }
 
 
@@ -84,15 +104,19 @@ def json_text(value: Any) -> Expression:
 def string_expression(schema: dict[str, Any], place: str) -> Expression | None:
     """Returns an expression for the strings of a schema; None if there are none."""
     least, most = schema.get("minLength", 0), schema.get("maxLength")
-    if "pattern" in schema:
-        if least > 1 or most is not None:
-            raise SchemaError(f"{place} has 'pattern' beside 'minLength' or 'maxLength'")
-        return chain('"', parse_json_pattern(schema["pattern"], f"{place}/pattern"), '"')
-    if schema.get("format") in FORMATS and not least and most is None:
-        return chain('"', regex(FORMATS[schema["format"]]), '"')
     if most is not None and least > most:
         return None
-    return chain('"', Repeat(JSON_CHARACTER, least, most), '"')
+    rules: list[Expression] = []
+    if "pattern" in schema:
+        rules.append(parse_json_pattern(schema["pattern"], f"{place}/pattern"))
+    if schema.get("format") in FORMATS:
+        rules.append(regex(FORMATS[schema["format"]]))
+    if not rules or least or most is not None:
+        rules.append(Repeat(JSON_CHARACTER, least, most))
+    if len(rules) == 1:
+        return chain('"', rules[0], '"')
+    content = AllOf(tuple(rules))
+    return chain('"', content, '"') if intersect_expressions(content).final.any() else None
 
 
 def matches_any(pattern: str, names: dict[str, Any]) -> bool:

@@ -13,17 +13,12 @@ from t5x_lite.decoding.steering.byte_automaton import (
     intersect,
     valid_text,
 )
-from t5x_lite.decoding.steering.expressions import (
-    MOST_STATES,
-    Expression,
-    compile_expression,
-    either,
-    text,
-)
+from t5x_lite.decoding.steering.expressions import Expression, either, text
 from t5x_lite.decoding.steering.grammar import Grammar, compile_grammar
 from t5x_lite.decoding.steering.grammar_syntax import GbnfReader
 from t5x_lite.decoding.steering.json_schema import parse_schema
 from t5x_lite.decoding.steering.lark_syntax import LarkReader
+from t5x_lite.decoding.steering.machine import MOST_STATES, compile_expression
 from t5x_lite.decoding.steering.regex_syntax import parse_regex
 
 

@@ -13,6 +13,7 @@ from t5x_lite.decoding.steering.byte_automaton import ByteAutomaton, hash_rows
 from t5x_lite.tokenizers.token_bytes import TokenBytes
 
 MOST_ENTRIES = 2**25  # of a table: 128 MB
+PAIRS = 256  # of a column and a byte, that are followed at a time
 
 
 class TokenTransitions(NamedTuple):
@@ -120,15 +121,23 @@ def walk_texts(
         pairs, inverse = np.unique(
             column[left] * 256 + content[begins[left] + place], return_inverse=True
         )
-        check_entries(len(columns) + len(pairs), len(states), name)
-        after = following[columns[pairs // 256], pairs[:, None] % 256]
-        numbers, new = number_of(after, known)
-        columns = np.concatenate([columns, after[new]])
-        column[left] = numbers[inverse]
+        parts, numbers = [columns], []
+        for first in range(0, len(pairs), PAIRS):
+            some = pairs[first : first + PAIRS]
+            after = following[columns[some // 256], some[:, None] % 256]
+            number, new = number_of(after, known)
+            check_entries(len(known), len(states), name)
+            parts.append(after[new])
+            numbers.append(number)
+        columns = np.concatenate(parts)
+        column[left] = np.concatenate(numbers)[inverse]
         place += 1
         left = left[lengths[left] > place]
-    used, column = np.unique(column, return_inverse=True)
-    columns = columns[used]
+        # What only led to longer texts is dropped: most columns, where states are many.
+        used, column = np.unique(column, return_inverse=True)
+        columns = columns[used]
+        keys = np.array([*known], np.uint64)[used].tolist()
+        known = dict(zip(keys, range(len(keys)), strict=True))
     return np.where(columns == dead, -1, columns), column
 
 
