@@ -121,7 +121,16 @@ def test_few_beams_find_what_a_plain_search_finds(seed, beams):
 
 
 class Recurrent(NamedTuple):
-    """A toy whose logits depend on the whole text, through a state in the cache."""
+    """A toy whose logits depend on the whole text, through a state in the cache.
+
+    Attributes:
+      vocabulary: number of tokens.
+      beams: beams of its search.
+      length: most new tokens.
+      rows: number of prompts.
+      alpha: exponent of the length penalty.
+      seed: seed of its weights and prompts.
+    """
 
     vocabulary: int
     beams: int
