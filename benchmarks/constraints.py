@@ -6,12 +6,12 @@
             transformers with llguidance in the same run
 
   pip install check-jsonschema validate-pyproject-schema-store nbformat debugpy llguidance
-  python benchmarks/constraints.py schemas --smollm2 FILE.gguf --work build/schemas --share 1/4
+  python benchmarks/constraints.py schemas --smollm2 FILE.gguf --work build/schemas
   python benchmarks/constraints.py speed --smollm2 FILE.gguf --work build/speed
   python benchmarks/constraints.py report --work build/schemas --work build/speed \\
       --json benchmarks/results/constraints.json
 
-A share adds its lines to the file of --work; a schema that has a line already is not done again.
+What is measured is kept in the files of --work: the same command goes on until all is done.
 """
 
 import argparse
@@ -56,13 +56,13 @@ def use_fresh_cache() -> None:
     constraints.FOLDER = tempfile.mkdtemp(prefix="constraints-")
 
 
-def measure_schemas(checkpoint: str, work: str, share: str) -> None:
-    """Writes a line for each schema of a share: why it is refused, or seconds and validity.
+def measure_schemas(checkpoint: str, work: str, seconds: float) -> None:
+    """Writes a line for each schema, up to COUNT: why it is refused, or seconds and validity.
 
     Args:
       checkpoint: SmolLM2's .gguf file.
       work: file of the lines.
-      share: "2/4" is the second of four shares.
+      seconds: no schema is begun after these.
     """
     from t5x_lite import config, interactive
     from t5x_lite.decoding.steering.constraints import find_constraint, vocabulary_digest
@@ -71,11 +71,16 @@ def measure_schemas(checkpoint: str, work: str, share: str) -> None:
     session = interactive.load(checkpoint)
     predictor = session.predictor
     vocabulary_digest(predictor.targets)  # once for each vocabulary, not for each schema
-    part, parts = map(int, share.split("/"))
-    done = {line["name"] for line in read_work(work)}
+    started, lines = time.monotonic(), read_work(work)
+    done, followed = {line["name"] for line in lines}, sum("text" in line for line in lines)
     for number, (name, schema) in enumerate(schemas.list_schemas()):
-        if number % parts != part - 1 or name in done:
+        if followed == COUNT:
+            break
+        if name in done:
             continue
+        if time.monotonic() - started > seconds:
+            print(f"{COUNT - followed} schemas are left: the same command goes on")
+            break
         decode = config.Decode(max_new_tokens=LENGTH, json_schema=schema, drafter="plain")
         line: dict[str, Any] = {"name": name, "number": number}
         began = time.perf_counter()
@@ -91,10 +96,11 @@ def measure_schemas(checkpoint: str, work: str, share: str) -> None:
         line["table"] = None if table is None else [*table.following.shape]
         (text,) = session.generate([PROMPT], **vars(decode))
         line |= {"text": text, "trouble": describe_trouble(text, schema)}
-        if number % 8 == part - 1:
+        if followed % 8 == 0:
             (free,) = session.generate([PROMPT], max_new_tokens=LENGTH, drafter="plain")
             line["free trouble"] = describe_trouble(free, schema)
         add_work(work, line)
+        followed += 1
         print(name, line["table"], f"{line['first']:.2f} s", line["trouble"], flush=True)
 
 
@@ -257,11 +263,11 @@ def main() -> None:
     parser.add_argument("--smollm2", help="SmolLM2's .gguf file")
     parser.add_argument("--folder", default="build/smollm2", help="the same as a folder")
     parser.add_argument("--work", action="append", required=True, metavar="FILE")
-    parser.add_argument("--share", default="1/1", help="which schemas: 2/4 is every fourth")
+    parser.add_argument("--seconds", type=float, default=400, help="begin no schema after these")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.what == "schemas":
-        measure_schemas(args.smollm2, args.work[0], args.share)
+        measure_schemas(args.smollm2, args.work[0], args.seconds)
     elif args.what == "speed":
         measure_speed(args.smollm2, args.work[0], args.folder)
     else:
