@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t5x_lite import config, processes, sharding
 from t5x_lite.config.training_run import DataRun
 from t5x_lite.data import Dataset, open_batches, open_dataset
 from t5x_lite.data.batches import list_sources
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.request import check_row_lengths
-from t5x_lite.evaluation import choosing, losses, metrics
+from t5x_lite.evaluation import choosing, losses, metrics, retrieval
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import Prediction
 from t5x_lite.utils.atomic_files import write_atomically
@@ -66,12 +68,30 @@ class Evaluator:
           step: steps that they have trained.
           on_progress: called with the number of examples decoded.
         """
+        if retrieval.makes_vectors(self.run.model):
+            return self.search(params, step, on_progress)
         values = self.losses(params)
         # A task's own metric called "loss" does not take the place of the loss.
         return values | {
             f"task/{name}" if name in values else name: value
             for name, value in self.predictions(params, step, on_progress).items()
         }
+
+    def search(
+        self, params: Any, step: int, on_progress: Callable[[int], None] | None = None
+    ) -> dict[str, float]:
+        """Computes metrics of retrieval by vectors, and writes the best document of each query.
+
+        Args:
+          params: weights of the run's model.
+          step: steps that they have trained.
+          on_progress: called with the number of examples embedded.
+        """
+        if not min(len(self.dataset), self.run.evaluate.examples):
+            return {}
+        result = retrieval.search_split(self.run, params, self.dataset, on_progress)
+        self.keep_predictions(step, result.rows)
+        return result.values
 
     def losses(self, params: Any) -> dict[str, float]:
         """Computes loss, perplexity, accuracy and bits per byte."""
@@ -115,13 +135,7 @@ class Evaluator:
         if self.run.decode.n_best > 1:
             for name in set(names) - self.failures.keys():
                 values |= choosing.measure_choice(name, predictions, references)
-        try:
-            self.predictions_path = self.write_predictions(
-                step, prediction_rows(texts, predictions, references)
-            )
-        except OSError as error:
-            # The numbers are worth more than the texts, and training goes on without them.
-            self.failures["predictions"] = f"their file could not be written: {error}"
+        self.keep_predictions(step, prediction_rows(texts, predictions, references))
         counts = {"examples": count, "truncated_inputs": cut}
         return values | {name: float(size) for name, size in counts.items() if size}
 
@@ -164,6 +178,13 @@ class Evaluator:
         """True if no metric is named and the user's seqio task has metric functions."""
         return uses_task_metrics(self.run, self.dataset)
 
+    def keep_predictions(self, step: int, rows: list[dict]) -> None:
+        """Writes predictions; a failure is noted, as numbers are worth more than texts."""
+        try:
+            self.predictions_path = self.write_predictions(step, rows)
+        except OSError as error:
+            self.failures["predictions"] = f"their file could not be written: {error}"
+
     def write_predictions(self, step: int, rows: list[dict]) -> Path | None:
         """Writes predictions/<split>-<step>.jsonl, on the first process."""
         if not processes.is_first():
@@ -174,6 +195,9 @@ class Evaluator:
 
 def check_metrics(run: config.Run, dataset: Dataset) -> None:
     """Raises ValueError for the name of an unknown metric of the run, or of its task."""
+    if retrieval.makes_vectors(run.model):
+        retrieval.choose_metrics(run)
+        return
     for name in (*run.evaluate.metrics, *dataset.metrics):
         metrics.find_metric(name)
 
@@ -192,6 +216,9 @@ def uses_task_metrics(run: config.Run, dataset: Dataset) -> bool:
 def measured_names(run: DataRun, dataset: Dataset) -> list[str] | None:
     """Names of all that `Evaluator` measures; None where functions of the user name it."""
     names = []
+    if retrieval.makes_vectors(run.model):
+        best = [np.ones(1)]
+        return [*retrieval.measure_retrieval(retrieval.choose_metrics(run), best)]
     if run.evaluate.batches:
         names += losses.NAMES
         sources = [source.name for source, _ in list_sources(run.data, dataset.split)]
