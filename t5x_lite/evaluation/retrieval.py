@@ -121,21 +121,24 @@ def measure_retrieval(names: Sequence[str], ranks: Sequence[np.ndarray]) -> dict
     return values
 
 
-def retrieval_rows(pool: Pool, queries: np.ndarray, documents: np.ndarray) -> list[dict[str, Any]]:
-    """Rows of a predictions file: each query, the document that it finds first, the right ones.
+def retrieval_rows(
+    pool: Pool, vectors: tuple[np.ndarray, np.ndarray], ranks: Sequence[np.ndarray]
+) -> list[dict[str, Any]]:
+    """Rows of a predictions file: each query, the document that it finds first, the right ones, and
+    the rank of the first of these.
 
     Args:
       pool: texts.
-      queries: [q r] vectors.
-      documents: [n r] vectors.
+      vectors: [q r] of the queries, and [n r] of the documents.
+      ranks: of the right documents of each query.
     """
     rows = []
-    for query, vector, places in zip(pool.queries, queries, pool.relevant, strict=True):
-        scores = documents @ vector
+    for number, (query, places) in enumerate(zip(pool.queries, pool.relevant, strict=True)):
+        scores = vectors[1] @ vectors[0][number]
         best = int(np.argmax(scores))
         row = {"input": query, "prediction": pool.documents[best]}
         row["references"] = [pool.documents[place] for place in places]
-        rows.append(row | {"score": round(float(scores[best]), 4)})
+        rows.append(row | {"score": round(float(scores[best]), 4), "rank": int(ranks[number][0])})
     return rows
 
 
@@ -200,7 +203,7 @@ def search_split(
     ranks = rank_documents(*vectors, pool.relevant)
     values = measure_retrieval(choose_metrics(run), ranks)
     values |= {"queries": float(count), "documents": float(len(pool.documents))}
-    return RetrievalResult(values, retrieval_rows(pool, *vectors))
+    return RetrievalResult(values, retrieval_rows(pool, vectors, ranks))
 
 
 def cut_texts(cfg: config.Model, most: int) -> config.Model:
