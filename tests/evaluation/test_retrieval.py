@@ -33,7 +33,13 @@ def by_hand(queries, documents, relevant) -> dict[str, float]:
 
 
 def drawn(seed: int, queries: int, documents: int):
-    """Vectors of small integers, so that many products are equal, and right documents."""
+    """Vectors of small integers, so that many products are equal, and right documents.
+
+    Args:
+      seed: of the draw.
+      queries: their number.
+      documents: their number.
+    """
     draw = np.random.default_rng(seed)
     vectors = [draw.integers(-2, 3, (n, 3)).astype(np.float32) for n in (queries, documents)]
     relevant = [
