@@ -98,6 +98,10 @@ def prompt_text(readout: config.Readout, prompt: str | None) -> str:
         return ""
     if prompt not in PROMPTS:
         raise ValueError(f"Texts are embedded as {' or '.join(PROMPTS)}; got {prompt!r}")
+    config.require(
+        bool(readout.query_prompt or readout.document_prompt),
+        "The model has no prompts (Readout.query_prompt, Readout.document_prompt): leave it out",
+    )
     return getattr(readout, f"{prompt}_prompt")
 
 

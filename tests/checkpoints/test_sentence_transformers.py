@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of sentence-transformers folders: a readout gives the same vectors there and here."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conversion_toys import T5, Drawn, write_ours
+
+from t5x_lite import config, convert, interactive, sharding
+from t5x_lite.tokenizers import vocabularies
+
+LETTERS = [chr(97 + i) for i in range(26)]
+TEXTS = ["cab", "a", "zebra", "abcabcabcabc"]
+READOUTS = {
+    "sentence_t5": config.Readout("vector", "mean", project=5, normalize=True, max_length=9),
+    "first": config.Readout("vector", "first", query_prompt="qq", document_prompt="d"),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    """Sets a mesh of one device."""
+    sharding.use_mesh(config.Mesh(), jax.devices()[:1])
+
+
+@pytest.fixture(params=READOUTS)
+def folders(request, tmp_path):
+    """A run folder of an encoder with a readout, and what convert makes of it."""
+    cfg = dataclasses.replace(
+        T5, decoder=None, tied=True, dtype="float32", readout=READOUTS[request.param]
+    )
+    ours = write_ours(tmp_path / "ours", cfg, Drawn(cfg))
+    symbols = vocabularies.SymbolVocabulary(LETTERS)
+    vocabularies.save_pair(ours / "vocabulary", symbols, symbols)
+    theirs = tmp_path / "theirs"
+    convert.main([f"--from={ours}", f"--to={theirs}", "--format=huggingface"])
+    return ours, theirs, cfg.readout
+
+
+def test_an_exported_folder_is_read_with_its_readout(folders):
+    ours, theirs, readout = folders
+    one, other = interactive.load(ours), interactive.load(theirs)
+    assert other.predictor.cfg.readout == readout
+    np.testing.assert_allclose(other.embed(TEXTS), one.embed(TEXTS), atol=1e-6)
+
+
+def test_sentence_transformers_gives_the_same_vectors(folders):
+    library = pytest.importorskip("sentence_transformers")
+    ours, theirs, readout = folders
+    session, reader = interactive.load(ours), library.SentenceTransformer(str(theirs), device="cpu")
+    np.testing.assert_allclose(session.embed(TEXTS), reader.encode(TEXTS), atol=1e-4)
+    if readout.query_prompt:
+        for prompt, encode in (
+            ("query", reader.encode_query),
+            ("document", reader.encode_document),
+        ):
+            vectors = session.embed(TEXTS, prompt=prompt)
+            np.testing.assert_allclose(vectors, encode(TEXTS), atol=1e-4)
+            assert np.abs(vectors - session.embed(TEXTS)).max() > 1e-3
+    else:
+        with pytest.raises(ValueError, match="The model has no prompts"):
+            session.embed(TEXTS, prompt="query")
+
+
+@pytest.mark.parametrize(
+    "readout, words",
+    [
+        (config.Readout("vector", "attention"), "cannot express Readout.pooling = 'attention'"),
+        (config.Readout("vector", "mean", dense=True), "Readout.dense of a vector"),
+    ],
+)
+def test_a_readout_that_sentence_transformers_lacks_is_not_exported(
+    tmp_path, capsys, readout, words
+):
+    cfg = dataclasses.replace(T5, decoder=None, tied=True, readout=readout)
+    ours = write_ours(tmp_path / "ours", cfg, Drawn(cfg))
+    with pytest.raises(SystemExit):
+        convert.main([f"--from={ours}", f"--to={tmp_path / 'x'}", "--format=huggingface"])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
