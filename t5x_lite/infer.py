@@ -51,6 +51,16 @@ examples:
 read becomes {"line": 7, "error": "..."}. FILE.settings.json has the settings of the command.
 """
 
+# Values of --embed: pooling and prompt, None for those of the readout, and for none.
+EMBEDDINGS = {
+    "mean": ("mean", None),
+    "first": ("first", None),
+    "last": ("last", None),
+    "readout": (None, None),
+    "query": (None, "query"),
+    "document": (None, "document"),
+}
+
 
 def parser() -> Parser:
     """Parser of the command."""
@@ -88,10 +98,8 @@ def add_streams(group) -> None:
     add("--field", default="input", metavar="NAME", help="field of JSONL input (default: input)")
     add("--text", action="store_true", help="write the best text of each line, not JSON")
     add("--targets", metavar="NAME", help="score the texts in this field instead of predicting")
-    embed = "write a vector for each text: of all tokens, the first, the last, or by its readout"
-    add("--embed", choices=("mean", "first", "last", "readout"), help=embed)
-    prompt = "which prompt of the readout stands before every text that becomes a vector"
-    add("--prompt", choices=("query", "document"), help=prompt)
+    embed = "write a vector: mean, first, last, or readout, query, document"
+    add("--embed", choices=EMBEDDINGS, metavar="HOW", help=embed)
     pairs = "write the best and the worst text: prompt, chosen, rejected"
     add("--pairs", action="store_true", help=pairs)
     handling = "skip and count lines that cannot be read (default), or stop"
@@ -145,8 +153,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--targets names a field of JSONL input, and its scores are JSON")
     if args.embed and (args.targets or args.text):
         raise ValueError("--embed writes vectors as JSON: leave out --targets and --text")
-    if args.prompt and not args.embed:
-        raise ValueError("--prompt is for texts that become vectors: pass --embed=readout")
     if args.pairs and (args.text or args.targets or args.embed):
         raise ValueError("--pairs writes two texts of each line as JSON: leave out the rest")
     if (args.verify or args.draw) and (args.embed or args.targets):
@@ -166,7 +172,7 @@ def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict
       session: the model that is loaded.
       digest: of the input's content; None of a stream.
     """
-    names = ("quantize", "input", "field", "text", "targets", "embed", "prompt", "pairs")
+    names = ("quantize", "input", "field", "text", "targets", "embed", "pairs")
     names += ("source_language", "target_language")
     options = {name: getattr(args, name) for name in names} | {"input_digest": digest}
     checkpoint = source_identity(args.checkpoint)
@@ -224,8 +230,8 @@ class PredictionWriter:
             scores = session.score(texts, [record.fields[args.targets] for record in records])
             return [{"log_probability": round(score, 4)} for score in scores]
         if args.embed:
-            kind = None if args.embed == "readout" else args.embed
-            vectors = session.embed(texts, kind, progress, args.prompt).tolist()
+            kind, prompt = EMBEDDINGS[args.embed]
+            vectors = session.embed(texts, kind, progress, prompt).tolist()
             return [{"embedding": [float(f"{x:.7g}") for x in vector]} for vector in vectors]
         predictions = inference.predict(session, records, texts, progress)
         rows = [record.number - 1 for record in records]

@@ -77,6 +77,13 @@ def test_a_readout_that_sentence_transformers_lacks_is_not_exported(
     cfg = dataclasses.replace(T5, decoder=None, tied=True, readout=readout)
     ours = write_ours(tmp_path / "ours", cfg, Drawn(cfg))
     with pytest.raises(SystemExit):
-        convert.main([f"--from={ours}", f"--to={tmp_path / 'x'}", "--format=huggingface"])
+        convert.main(
+            [
+                f"--from={ours}",
+                f"--to={tmp_path / 'x'}",
+                "--format=huggingface",
+                "--vocabulary=none",
+            ]
+        )
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
