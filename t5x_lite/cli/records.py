@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from t5x_lite.config import aliases
-from t5x_lite.utils import bounded_files
+from t5x_lite.utils import bounded_files, packed_files
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import is_address, parse_output_path, parse_path
 from t5x_lite.utils.text_lines import TextError, check_unicode, decode_line, parse_object
@@ -44,7 +44,7 @@ class Source:
     """An input of records.
 
     Attributes:
-      path: a file, or "-" for stdin.
+      path: a file, packed or not, or "-" for stdin.
       jsonl: whether lines are JSON objects; else each is a text.
       field: the field of JSONL that holds the text.
     """
@@ -59,9 +59,12 @@ class Source:
             for number, line in enumerate(bounded_lines(lines), 1):
                 yield self.record(number, line)
 
-    def open(self) -> Any:
-        """The bytes of the file."""
-        return parse_path(self.path).open("rb")
+    @contextmanager
+    def open(self) -> Generator[Any]:
+        """The bytes of the file, unpacked; raises ValueError where a packed one is broken."""
+        path = parse_path(self.path)
+        with packed_files.unpacking_errors(path), packed_files.open_binary(path) as content:
+            yield content
 
     def record(self, number: int, line: bytes) -> Record:
         """The record of a line, `number` from 1."""
@@ -104,8 +107,9 @@ class Source:
 
 
 def is_json_lines(path: str) -> bool:
-    """True for a name that ends as files of JSON lines do."""
-    return path.lower().endswith((".jsonl", ".ndjson"))
+    """True for a name that ends as files of JSON lines do, packed ones too."""
+    packed = packed_files.packed_ending(Path(path))
+    return path.lower().removesuffix(packed).endswith((".jsonl", ".ndjson"))
 
 
 def describe_text(fields: dict[str, Any], name: str) -> str | None:

@@ -12,9 +12,10 @@ from typing import Any
 from t5x_lite import config
 from t5x_lite.data.examples import column_of, fields_of, fields_read
 from t5x_lite.data.tables import read_csv, read_tsv
-from t5x_lite.data.text_files import MOST_BYTES, check_size, decoded_lines, open_binary
+from t5x_lite.data.text_files import MOST_BYTES, check_size, decoded_lines
 from t5x_lite.utils.bounded_files import repeated_name
 from t5x_lite.utils.not_none import not_none
+from t5x_lite.utils.packed_files import open_binary
 from t5x_lite.utils.text_lines import TextError, decode_line, describe_bracket, parse_object
 
 Records = Iterator[tuple[str, dict | str]]

@@ -16,8 +16,8 @@ from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.examples import ExampleBuilder, FieldError
 from t5x_lite.data.file_formats import READERS
-from t5x_lite.data.text_files import packed_ending, unpacking_errors
 from t5x_lite.utils import remote_paths
+from t5x_lite.utils.packed_files import packed_ending, unpacking_errors
 from t5x_lite.utils.paths import is_address, parse_path
 
 log = logging.getLogger(__name__)

@@ -24,11 +24,16 @@ def open_reader(path: Any) -> io.BufferedReader:
 
 
 class ObjectReader(io.RawIOBase):
-    """An object as a raw stream; each read is a request of a range."""
+    """An object as a raw stream; each read is a request of a range.
+
+    A site that does not send ranges, or does not say the size, is read once, as a whole.
+    """
 
     def __init__(self, path: Any):
         super().__init__()
         self.path, self.position, self.size = path, 0, path.stat().st_size
+        self.whole = path.read_bytes() if not self.size else None
+        self.size = self.size if self.whole is None else len(self.whole)
 
     def readable(self) -> bool:
         return True
@@ -48,10 +53,19 @@ class ObjectReader(io.RawIOBase):
         end = min(self.position + len(buffer), self.size)
         if end <= self.position:
             return 0
-        content = self.path.read_range(self.position, end)
+        content = self.read_until(end)
         buffer[: len(content)] = content
         self.position += len(content)
         return len(content)
+
+    def read_until(self, end: int) -> bytes:
+        """The bytes from the position up to `end`."""
+        if self.whole is None:
+            content = self.path.read_range(self.position, end)
+            if len(content) <= end - self.position:
+                return content
+            self.whole = content
+        return self.whole[self.position : end]
 
 
 class UploadedFile(io.BufferedWriter):

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of commands on stores: they read and write there what they read and write on a disk."""
 
+import bz2
+import functools
 import gzip
+import hashlib
+import http.server
 import json
+import lzma
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +21,10 @@ from t5x_lite import config, convert, data, infer
 from t5x_lite.checkpoints import sources
 from t5x_lite.checkpoints.formats import safetensors_files
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, ConversionOptions, open_checkpoint
+from t5x_lite.cli import records
 from t5x_lite.config import gin_file
 from t5x_lite.data import files
-from t5x_lite.utils import remote_folders
+from t5x_lite.utils import remote_folders, remote_streams
 from t5x_lite.utils.paths import parse_path
 from t5x_lite.utils.remote_paths import RemotePath
 
@@ -123,6 +130,55 @@ def test_lines_of_a_store_are_decoded_into_a_store(place, folders, tmp_path):
     there.write_text(lines[0])
     infer.main([*words, *options])
     assert there.read_text() == "".join(lines)
+
+
+PACKED = {
+    "": lambda content: content,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: bytes(pyarrow.compress(content, "zstd", asbytes=True)),
+}
+
+
+@pytest.fixture
+def site(tmp_path):
+    """Address of a site that has the files of a folder, and sends no ranges of them."""
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_packed_lines_are_read_from_a_disk_a_store_and_a_site(
+    place, site, tmp_path, monkeypatch, ending
+):
+    monkeypatch.setattr(remote_streams, "READ_BYTES", 512)
+    rows = [{"text": f"wörd {k}"} for k in range(300)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    name = f"rows.JSONL{ending}"
+    (tmp_path / name).write_bytes(PACKED[ending](lines))
+    (place.parent / name).write_bytes(PACKED[ending](lines))
+    digests = []
+    for path in (tmp_path / name, place.parent / name, f"{site}/{name}"):
+        source = records.Source(str(path), records.is_json_lines(str(path)), "text")
+        assert [record.text for record in source.records()] == [row["text"] for row in rows]
+        assert source.count() == 300
+        digests.append(source.digest())
+    # Whatever packs them, an output goes on after the same lines.
+    assert digests == 3 * [hashlib.sha256(lines).hexdigest()]
+
+
+@pytest.mark.parametrize("ending", [ending for ending in PACKED if ending])
+def test_a_truncated_input_is_refused_by_name(tmp_path, ending):
+    path = tmp_path / f"rows.txt{ending}"
+    path.write_bytes(PACKED[ending](b"".join(b"%d\n" % (k * k) for k in range(9999)))[:-9])
+    with pytest.raises(ValueError, match=rf"rows.txt\{ending} is not a complete .*copy it again"):
+        records.Source(str(path), False, "input").count()
 
 
 def test_files_of_a_store_are_examples_by_globs(place, tmp_path):
