@@ -13,6 +13,7 @@ from t5x_lite import config, decoding, model, sharding
 from t5x_lite.analysis import reading
 from t5x_lite.decoding import generation, loop, target
 from t5x_lite.decoding.acceptance import exact
+from t5x_lite.decoding.beam_ranking import LengthPenalty
 from t5x_lite.decoding.protocol import DecodeContext, Prompts, StoppingCriteria
 from t5x_lite.decoding.result import Result, loop_result
 
@@ -95,7 +96,7 @@ def jit_decode_layers(
     plain = loop.Plain()
     state = generation.initial_state(context, cache, slots, plain.begin(context))
     state = loop.run_loop(context, plain, exact.Exact(), state)
-    result = loop_result(state, prompts, shape.length, jnp.float32(0))
+    result = loop_result(state, prompts, shape.length, LengthPenalty(0.0))
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
 
 

@@ -70,7 +70,6 @@ ELSEWHERE = {
     ("Decode", "beam_size"): "beams",
     ("Decode", "decode_length"): "max_new_tokens",
     ("Decode", "do_sample"): "temperature (0 is greedy, 1 samples)",
-    ("Decode", "length_penalty"): "alpha (log-probability / ((5 + length) / 6) ** alpha)",
     ("Decode", "max_decode_len"): "max_new_tokens",
     ("Decode", "max_decoding_length"): "max_new_tokens",
     ("Decode", "max_length"): "max_new_tokens (the prompt is not counted)",

@@ -3,7 +3,7 @@
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Annotated
+from typing import Annotated, Literal
 
 from t5x_lite.config.checked import (
     Checked,
@@ -67,6 +67,12 @@ class Decode(Checked):
       beams: beams of the search; 1 is none.
       alpha: length penalty: beams are ranked by log-probability / ((5 + length) / 6) ** alpha (Wu
         et al., 2016, eq. 14).
+      length_penalty: transformers' penalty in place of alpha: beams are ranked by log-probability /
+        length ** length_penalty; None takes alpha.
+      early_stopping: transformers' rule for the end of a beam search: True, at as many ended texts
+        as beams; False, once no unfinished text has, at its length, a higher score than all of
+        these; "never", once none could have at any length. None is True, but texts that the limit
+        cuts off then stand in for missing ones only.
       n_best: texts returned for an input: the best beams, best first, or so many samples.
       drafter: what drafts tokens ahead, which changes the speed and not the text: auto, plain,
         lookup, early:4, draft:PATH, lookup+recycling, ... (`infer --help` lists them).
@@ -137,6 +143,8 @@ class Decode(Checked):
     seed: Seed = 0
     beams: Few = 1
     alpha: Annotated[float, Range(-10, 10)] = 0.6
+    length_penalty: Annotated[float, Range(-10, 10)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
     n_best: Few = 1
     drafter: str = "auto"
     draft_length: Annotated[int, Range(2, 64, also=(0,))] = 0

@@ -3,7 +3,8 @@
 
 A hypothesis is finished when EOS is among the row's k best continuations, and a row is done when it
 has k finished ones (as in fairseq and CTranslate2; with one beam this is greedy decoding). Texts
-that the limit cuts off count as finished where there are fewer than k.
+that the limit cuts off count as finished where there are fewer than k. With
+config.Decode.early_stopping the rules are those of transformers instead.
 
   b rows    k beams    T slots of a row    v vocabulary    m continuations of a row
 The cache holds the live hypotheses as b * k rows.
@@ -17,6 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.decoding import commit, loop, verification
+from t5x_lite.decoding.beam_ranking import (
+    BeamHypotheses,
+    EarlyStopping,
+    EndingRule,
+    LengthPenalty,
+)
 from t5x_lite.decoding.beam_selection import (
     NEVER,
     BeamContinuations,
@@ -46,37 +53,23 @@ class BeamSearch(NamedTuple):
     Attributes:
       beams: k.
       n_best: number of texts to return per row, at most k.
-      alpha: exponent of the length penalty.
+      penalty: length penalty.
       groups: number of groups of k beams each; every group has rows of its own, b in all.
       diversity: subtracted from a log-probability for each beam of an earlier group that takes the
         token at the same step.
       banks: divides the beams by how much of a constraint they have met.
       recorded: steps whose continuations are kept; 0 for none.
+      early_stopping: when the search ends, as in config.Decode.
     """
 
     beams: int
     n_best: int
-    alpha: Any
+    penalty: LengthPenalty
     groups: int = 1
     diversity: Any = 0.0
     banks: bool = False
     recorded: int = 0
-
-
-class BeamHypotheses(NamedTuple):
-    """k texts per row.
-
-    Attributes:
-      tokens: prompt and new tokens by slot.
-      lengths: number of new tokens.
-      log_probability: sum over the new tokens.
-      score: log_probability over the length penalty; minus infinity where there is no text.
-    """
-
-    tokens: Int[Array, "b k T"]
-    lengths: Int[Array, "b k"]
-    log_probability: Float[Array, "b k"]
-    score: Float[Array, "b k"]
+    early_stopping: EarlyStopping = None
 
 
 class BeamState(NamedTuple):
@@ -105,11 +98,6 @@ class BeamState(NamedTuple):
     processor_states: tuple = ()
     history: BeamContinuations | None = None
     companion_state: Any = None
-
-
-def length_penalty(lengths: Int[Array, "..."], alpha: float | jax.Array) -> Float[Array, "..."]:
-    """Divisor of log-probabilities: ((5 + length) / 6) ** alpha (Wu et al., 2016, eq. 14)."""
-    return ((5.0 + lengths) / 6.0) ** alpha
 
 
 def repeat_rows(x: Array, beams: int) -> Array:
@@ -299,21 +287,25 @@ def advance_beams(
     stopping = context.stopping
     stops = commit.ends_text(best.token, stopping)
     within = jnp.arange(stops.shape[1]) < search.beams
-    ended = best._replace(log_probability=jnp.where(stops & within, best.log_probability, NEVER))
+    full = state.length + 2 >= stopping.limit
+    # In transformers a text that the limit cuts off has ended as any other.
+    over = stops if search.early_stopping is None else stops | full[:, None]
+    ended = best._replace(log_probability=jnp.where(over & within, best.log_probability, NEVER))
     ended = extend_hypotheses(search, state, ended)
     survivors = choose_survivors(best, stops, search.beams, in_order=search.banks)
     live = extend_hypotheses(search, state, survivors)
     finished = merge_hypotheses(search, state.finished, ended)
-    complete = jnp.isfinite(finished.score[:, -1])
-    full = state.length + 2 >= stopping.limit
-    cut_off = merge_hypotheses(search, finished, live)
-    finished = select_rows(full & ~complete, cut_off, finished)
+    if search.early_stopping is None:
+        incomplete = full & ~jnp.isfinite(finished.score[:, -1])
+        finished = select_rows(incomplete, merge_hypotheses(search, finished, live), finished)
+    rule = EndingRule(search.early_stopping, search.penalty)
+    ended_early = rule.has_ended(finished, live, stopping.limit - state.prompt)
     return BeamState(
         live=select_rows(state.done, state.live, live),
         finished=select_rows(state.done, state.finished, finished),
         length=state.length + jnp.where(state.done, 0, 1),
         prompt=state.prompt,
-        done=state.done | complete | full,
+        done=state.done | ended_early | full,
         steps=state.steps + 1,
         cache=jax.tree.map(lambda x: take_cache_rows(x, survivors.parent), state.cache),
         processor_states=observe_beams(context, state.processor_states, survivors),
@@ -352,7 +344,7 @@ def extend_hypotheses(
     new = jnp.arange(tokens.shape[2]) == (state.length + 1)[:, None, None]
     tokens = jnp.where(new, best.token[:, :, None], tokens)
     lengths = jnp.broadcast_to((state.length + 2 - state.prompt)[:, None], best.token.shape)
-    score = best.log_probability / length_penalty(lengths, search.alpha)
+    score = best.log_probability / search.penalty.divisor(lengths)
     return BeamHypotheses(tokens, lengths, best.log_probability, score)
 
 

@@ -249,8 +249,7 @@ def advance_rows(
     if delimiters is not None:
         state = state._replace(stop_state=state.stop_state[0])
     state = state._replace(done=before.done | find_ended(stopping, state))
-    alpha = jnp.float32(arguments.alpha)
-    result = loop_result(state, context.prompts, program.length, alpha)
+    result = loop_result(state, context.prompts, program.length, arguments.penalty)
     outcome = (result, state.done, forks.exists, state.steps - before.steps)
     outcome = jax.tree.map(lambda x: jax.reshard(x, P()), outcome)
     return forks._replace(state=state), outcome

@@ -18,6 +18,7 @@ from t5x_lite.decoding import beam, loop, target
 from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.adaptive.adaptive_loop import begin_adaptive, run_adaptive_loop
 from t5x_lite.decoding.adaptive.drafter import Adaptive
+from t5x_lite.decoding.beam_ranking import EarlyStopping, LengthPenalty, make_length_penalty
 from t5x_lite.decoding.companions.companion import Companion, CompanionState
 from t5x_lite.decoding.companions.rows import place_companion
 from t5x_lite.decoding.initial_state import initial_state
@@ -50,6 +51,7 @@ class DecodeProgram(NamedTuple):
       logprobs: how many alternatives of each token to return; None for no TokenDetails.
       groups: groups that the beams are divided into.
       banks: divides the beams by how much of a constraint they have met.
+      early_stopping: when a search ends, as in config.Decode.
     """
 
     cfg: config.Model
@@ -62,6 +64,7 @@ class DecodeProgram(NamedTuple):
     logprobs: int | None = None
     groups: int = 1
     banks: bool = False
+    early_stopping: EarlyStopping = None
 
 
 class Drafting(NamedTuple):
@@ -106,8 +109,8 @@ def generate(
     program = make_program(cfg, decode, drafting)
     placed = place_request(request)
     rules = make_rules(request, decode)
-    alpha = jnp.float32(decode.alpha)
-    result = compiled_generate(program, params, placed, rules, alpha, drafting.weights)
+    penalty = make_length_penalty(decode)
+    result = compiled_generate(program, params, placed, rules, penalty, drafting.weights)
     return trim_result(jax.device_get(result), decode)
 
 
@@ -132,6 +135,7 @@ def make_program(
         logprobs=decode.logprobs,
         groups=decode.beam_groups,
         banks=decode.beams > decode.beam_groups == 1 and bool(decode.force_words),
+        early_stopping=decode.early_stopping,
     )
 
 
@@ -180,7 +184,7 @@ def compiled_generate(
     params: Any,
     request: Request,
     rules: ChoiceRules,
-    alpha: Array,
+    penalty: LengthPenalty,
     weights: Any,
 ) -> Result:
     """Decodes a request; temperature, limits, seeds and penalties share one executable.
@@ -190,14 +194,14 @@ def compiled_generate(
       params: weights of the model.
       request: the rows, on the mesh.
       rules: by which the next token is chosen.
-      alpha: exponent of the length penalty, float32.
+      penalty: length penalty, float32.
       weights: the drafter's own weights.
 
     Returns:
       The result, replicated, its arrays `program.length` long.
     """
     if program.beams > 1:
-        state, search = run_beams(program, params, request, rules, alpha)
+        state, search = run_beams(program, params, request, rules, penalty)
         result = beam_result(state, search, program.length)
     else:
         encoded, cache = read_request(program, params, request)
@@ -208,7 +212,7 @@ def compiled_generate(
         state = state._replace(companion_state=companion_state)
         state = begin_drafting(context, program.drafter, state)
         state = run_decoding(program, context, state)
-        result = loop_result(state, context.prompts, program.length, alpha)
+        result = loop_result(state, context.prompts, program.length, penalty)
     return jax.tree.map(lambda x: jax.reshard(x, P()), result)
 
 
@@ -217,7 +221,7 @@ def run_beams(
     params: Any,
     request: Request,
     rules: ChoiceRules,
-    alpha: Array,
+    penalty: LengthPenalty,
     recorded: int = 0,
 ) -> tuple[beam.BeamState, beam.BeamSearch]:
     """Searches with beams.
@@ -227,7 +231,7 @@ def run_beams(
       params: weights of the model.
       request: the rows, on the mesh.
       rules: by which the next token is chosen.
-      alpha: exponent of the length penalty.
+      penalty: length penalty.
       recorded: steps whose continuations are kept.
 
     Returns:
@@ -239,11 +243,12 @@ def run_beams(
     search = beam.BeamSearch(
         beams=program.beams // program.groups,
         n_best=program.n_best,
-        alpha=alpha,
+        penalty=penalty,
         groups=program.groups,
         diversity=rules.diversity,
         banks=program.banks,
         recorded=recorded,
+        early_stopping=program.early_stopping,
     )
     state = beam.initial_beams(context, search, cache, context.slots)
     state = state._replace(companion_state=begin_companion(program, request, rules.companion))

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config
 from t5x_lite.decoding import generation
+from t5x_lite.decoding.beam_ranking import LengthPenalty, make_length_penalty
 from t5x_lite.decoding.beam_selection import BeamContinuations
 from t5x_lite.decoding.generation import ChoiceRules, DecodeProgram
 from t5x_lite.decoding.request import Request
@@ -92,8 +93,8 @@ def search_lattices(
     program = generation.make_program(cfg, decode)
     placed = generation.place_request(request)
     rules = generation.make_rules(request, decode)
-    alpha = np.float32(decode.alpha)
-    history = jax.device_get(compiled_history(program, params, placed, rules, alpha))
+    penalty = make_length_penalty(decode)
+    history = jax.device_get(compiled_history(program, params, placed, rules, penalty))
     stops = np.atleast_1d(request.eos).tolist()
     limits = np.asarray(request.limit).tolist()
     rows = zip(*history, limits, strict=True)
@@ -105,7 +106,11 @@ def search_lattices(
 
 @functools.partial(jax.jit, static_argnums=0)
 def compiled_history(
-    program: DecodeProgram, params: Any, request: Request, rules: ChoiceRules, alpha: Any
+    program: DecodeProgram,
+    params: Any,
+    request: Request,
+    rules: ChoiceRules,
+    penalty: LengthPenalty,
 ) -> BeamContinuations:
     """Returns the continuations of every step of a beam search, [b steps m].
 
@@ -114,9 +119,9 @@ def compiled_history(
       params: weights of the model.
       request: the rows, on the mesh.
       rules: by which the next token is chosen.
-      alpha: exponent of the length penalty.
+      penalty: length penalty.
     """
-    state, _ = generation.run_beams(program, params, request, rules, alpha, program.length)
+    state, _ = generation.run_beams(program, params, request, rules, penalty, program.length)
     return jax.tree.map(lambda x: jax.reshard(x, P()), state.history)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, Shaped
 
 from t5x_lite import config, sharding
 from t5x_lite.decoding import beam
+from t5x_lite.decoding.beam_ranking import BeamHypotheses, LengthPenalty
 from t5x_lite.decoding.beam_selection import take_beams
 from t5x_lite.decoding.protocol import DecodeState, Prompts, TokenDetails
 from t5x_lite.decoding.request import count_samples
@@ -57,21 +58,23 @@ def trim_result(result: Result, decode: config.Decode) -> Result:
     return jax.tree.map(collect, result._replace(steps=None))._replace(steps=steps)
 
 
-def loop_result(state: DecodeState, prompts: Prompts, length: int, alpha: Array) -> Result:
+def loop_result(
+    state: DecodeState, prompts: Prompts, length: int, penalty: LengthPenalty
+) -> Result:
     """Returns the text that each row has after its prompt.
 
     Args:
       state: state of the loop.
       prompts: the prompts.
       length: L.
-      alpha: exponent of the length penalty.
+      penalty: length penalty.
     """
     lengths = state.length + 1 - prompts.length
 
     def new(slots):
         return slice_new_tokens(slots, prompts.length, lengths, length)[:, None]
 
-    scores = state.log_probability / beam.length_penalty(lengths, alpha)
+    scores = state.log_probability / penalty.divisor(lengths)
     companion = state.companion_state
     return Result(
         tokens=new(state.tokens),
@@ -111,7 +114,7 @@ def beam_result(state: beam.BeamState, search: beam.BeamSearch, length: int) -> 
 
 def join_groups(
     search: beam.BeamSearch, state: beam.BeamState
-) -> tuple[beam.BeamHypotheses, Int[Array, " b"]]:
+) -> tuple[BeamHypotheses, Int[Array, " b"]]:
     """Returns the finished texts of all groups of a request, best first, and the prompts' lengths.
 
     Args:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from t5x_lite import config, model
 from t5x_lite.decoding import generation, target
+from t5x_lite.decoding.beam_ranking import LengthPenalty, make_length_penalty
 from t5x_lite.decoding.companions.companion import replace_cache
 from t5x_lite.decoding.generation import PLAIN, ChoiceRules, DecodeProgram, Drafting
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Prompts
@@ -27,14 +28,14 @@ class DecodeArguments(NamedTuple):
       request: the rows.
       rules: by which the next token is chosen.
       weights: the drafter's own weights.
-      alpha: exponent of the length penalty.
+      penalty: length penalty.
     """
 
     params: Any
     request: Request
     rules: ChoiceRules
     weights: Any
-    alpha: Any = 0.0
+    penalty: LengthPenalty = LengthPenalty(0.0)
 
 
 def place_arguments(
@@ -53,7 +54,7 @@ def place_arguments(
         request=generation.place_request(request),
         rules=generation.make_rules(request, decode),
         weights=drafting.weights,
-        alpha=decode.alpha,
+        penalty=make_length_penalty(decode),
     )
 
 
@@ -199,8 +200,7 @@ def advance_stream(
     context = stream_context(program, arguments, encoded)
     paused = context.stopping._replace(pause=state.steps + every)
     state = generation.run_decoding(program, context._replace(stopping=paused), state)
-    alpha = jnp.float32(arguments.alpha)
-    result = loop_result(state, context.prompts, program.length, alpha)
+    result = loop_result(state, context.prompts, program.length, arguments.penalty)
     result, done = jax.tree.map(lambda x: jax.reshard(x, P()), (result, jnp.all(state.done)))
     return state, result, done
 

@@ -24,9 +24,13 @@ RESULTS = {
     r"translation(_\w+_to_\w+)?": "translation",
 }
 # Names of transformers for fields of config.Decode that mean the same.
-RENAMED = {"num_beams": "beams", "num_return_sequences": "n_best", "length_penalty": "alpha"}
-# Arguments that change no text here: when a search ends, and what returns besides texts.
-WITHOUT_EFFECT = {"early_stopping", "use_cache", "return_dict_in_generate"}
+RENAMED = {"num_beams": "beams", "num_return_sequences": "n_best"}
+# Arguments that change no text here.
+WITHOUT_EFFECT = {"use_cache", "return_dict_in_generate"}
+# Fields of generation_config.json that pipelines take; config.Decode follows others for all uses.
+GENERATION = ("num_beams", "length_penalty", "early_stopping", "max_length", "min_length")
+# Defaults of a beam search there.
+BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 # transformers samples among so many tokens, and cuts inputs of a tokenizer without a length there.
 TOP_K, INPUT_LENGTH = 50, 512
 # Lengths of tokenizers that cut no text are 1e30.
@@ -47,7 +51,7 @@ class TextPipeline:
       predictor: an encoder-decoder with its weights and vocabularies.
       settings: makes a config.Decode of fields by name, as `interactive.Session.settings` does.
       parameters: the model's own arguments and prefix of each task (task_specific_params of its
-        config.json).
+        config.json), and those of all tasks under "".
       defaults: arguments of every call, which a call can replace.
 
     Raises:
@@ -70,6 +74,7 @@ class TextPipeline:
         )
         of_task = parameters.get(task)
         of_task = dict(of_task) if isinstance(of_task, Mapping) else {}
+        of_task = parameters.get("", {}) | of_task
         self.prefix = str(of_task.pop("prefix", None) or "")
         self.defaults = of_task | dict(defaults)
 
@@ -173,10 +178,12 @@ def result_name(task: str) -> str:
 
 
 def task_parameters(source: str) -> dict[str, Any]:
-    """The arguments and prefixes of tasks (task_specific_params) of a checkpoint; {} for none."""
-    path = sources.locate_source(source, weights=False).path
-    tasks = kept_fields.find_kept(path).config.get("task_specific_params")
-    return tasks if isinstance(tasks, dict) else {}
+    """The arguments and prefixes of tasks (task_specific_params) of a checkpoint, and under "" the
+    arguments for all tasks in its generation_config.json."""
+    kept = kept_fields.find_kept(sources.locate_source(source, weights=False).path)
+    tasks = kept.config.get("task_specific_params")
+    of_all = {name: kept.generation[name] for name in GENERATION if name in kept.generation}
+    return (tasks if isinstance(tasks, dict) else {}) | {"": of_all}
 
 
 def translate_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,8 +201,10 @@ def translate_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     samples = fields.pop("do_sample", None)
     if samples:
         fields = {"temperature": 1.0, "top_k": TOP_K} | fields
-    elif samples is not None or fields.get("beams", 1) > 1:
+    elif samples is not None or (fields.get("beams") or 1) > 1:
         fields["temperature"] = 0.0
+    if (fields.get("beams") or 1) > 1 and "alpha" not in fields:
+        fields = BEAMS | fields
     return fields
 
 

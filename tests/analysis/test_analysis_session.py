@@ -205,7 +205,6 @@ def test_a_session_prints_what_was_loaded(one_device):
         ("max_length", "max_new_tokens"),
         ("max_tokens", "max_new_tokens"),
         ("do_sample", "temperature"),
-        ("length_penalty", "alpha"),
         ("num_assistant_tokens", "draft_length"),
     ],
 )

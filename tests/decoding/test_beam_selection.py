@@ -23,6 +23,7 @@ from test_decoding_loop import use_one_device
 
 from t5x_lite import config, decoding, sharding
 from t5x_lite.decoding import beam, generation, protocol, target
+from t5x_lite.decoding.beam_ranking import LengthPenalty
 from t5x_lite.decoding.beam_selection import BeamContinuations, choose_survivors
 from t5x_lite.decoding.result import join_groups
 from t5x_lite.decoding.steering.automaton import NEVER, TokenAutomaton
@@ -47,7 +48,9 @@ def search_program(beams, groups, banks):
 
     @jax.jit
     def run(logits, prompts, numbers, rules):
-        search = beam.BeamSearch(beams, groups * beams, numbers[0], groups, numbers[1], banks)
+        search = beam.BeamSearch(
+            beams, groups * beams, LengthPenalty(numbers[0]), groups, numbers[1], banks
+        )
         stopping = protocol.StoppingCriteria(EOS, prompts.length + LENGTH)
         model = of_table(logits)._replace(vocab=VOCABULARY)
         context = protocol.DecodeContext(model, stopping, prompts, processors=Processors(rules))
@@ -67,7 +70,7 @@ def run_search(logits, search, rules=()):
     """
     tokens = generation.shard_rows(np.zeros((1, 1), np.int32))
     prompts = target.Prompts(tokens, tokens[:, 0] + 1)
-    numbers = jnp.float32(search.alpha), jnp.float32(search.diversity)
+    numbers = jnp.float32(search.penalty.exponent), jnp.float32(search.diversity)
     program = search_program(search.beams, search.groups, search.banks)
     result = jax.device_get(program(logits, prompts, numbers, rules))
     texts = [
@@ -125,7 +128,7 @@ def group_search(logits, groups, size, penalty):
 def test_groups_of_beams_are_those_of_a_group_search_by_lists(groups, size, penalty):
     for seed in range(4):
         logits = table(seed + 20)
-        search = beam.BeamSearch(size, groups * size, 0.0, groups, penalty)
+        search = beam.BeamSearch(size, groups * size, LengthPenalty(0.0), groups, penalty)
         result, expected = run_search(logits, search), group_search(logits, groups, size, penalty)
         assert sorted(text for text, _ in result) == sorted(text for text, _ in expected)
         scores = [score for _, score in expected]
@@ -134,7 +137,7 @@ def test_groups_of_beams_are_those_of_a_group_search_by_lists(groups, size, pena
 
 def test_groups_differ_the_more_the_larger_the_penalty():
     def different(penalty):
-        search = beam.BeamSearch(1, 4, 0.0, 4, penalty)
+        search = beam.BeamSearch(1, 4, LengthPenalty(0.0), 4, penalty)
         return np.mean([len({t for t, _ in run_search(table(s), search)}) for s in range(6)])
 
     assert different(0.0) == 1 < different(5.0)
@@ -191,7 +194,7 @@ def test_banks_are_those_of_a_search_by_lists_and_every_text_has_the_words(beams
     automaton = words_automaton()
     for seed in range(4):
         logits = table(seed + 30)
-        search = beam.BeamSearch(beams, beams, jnp.float32(0.6), banks=True)
+        search = beam.BeamSearch(beams, beams, LengthPenalty(jnp.float32(0.6)), banks=True)
         result = run_search(logits, search, (automaton,))
         expected = bank_search(logits, beams, automaton)
         assert [text for text, _ in result] == [text for text, _ in expected]
@@ -204,7 +207,7 @@ def test_with_banks_for_all_the_best_texts_that_have_the_words_are_found():
     every = {text: penalized(logits, text, 0.6) for text in every_text(LENGTH)}
     # Of those that the limit cuts off, an automaton allows none.
     every = {text: every[text] for text in every if text[-1] == EOS and {2, 3} <= {*text}}
-    search = beam.BeamSearch(60, 60, 0.6, banks=True)
+    search = beam.BeamSearch(60, 60, LengthPenalty(0.6), banks=True)
     result = run_search(logits, search, (words_automaton(),))
     assert [text for text, _ in result] == sorted(every, key=every.get, reverse=True)
 

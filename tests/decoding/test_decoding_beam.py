@@ -15,6 +15,7 @@ from conftest import toy_model
 
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.decoding import beam, generation, protocol, target
+from t5x_lite.decoding.beam_ranking import LengthPenalty
 from t5x_lite.decoding.result import beam_result
 
 VOCABULARY, LENGTH, EOS = 4, 4, 1
@@ -50,7 +51,7 @@ def run_search(logits, beams, alpha, length=LENGTH):
     tokens = generation.shard_rows(np.zeros((1, 1), np.int32))
     prompts = target.Prompts(tokens, tokens[:, 0] + 1)
     stopping = protocol.StoppingCriteria(EOS, prompts.length + length)
-    search = beam.BeamSearch(beams, beams, alpha)
+    search = beam.BeamSearch(beams, beams, LengthPenalty(alpha))
 
     def run(prompts):
         context = protocol.DecodeContext(of_table(logits), stopping, prompts)
@@ -161,7 +162,7 @@ class Recurrent(NamedTuple):
                 stopping=protocol.StoppingCriteria(EOS, limit),
                 prompts=target.Prompts(tokens, lengths),
             )
-            search = beam.BeamSearch(self.beams, self.beams, self.alpha)
+            search = beam.BeamSearch(self.beams, self.beams, LengthPenalty(self.alpha))
             empty = jnp.zeros((self.rows, width)) * lengths[:, None]
             cache = (beam.repeat_rows(empty, self.beams),)
             state = beam.initial_beams(context, search, cache, self.length + 7)
@@ -224,7 +225,7 @@ def one_beam(cfg, params, request, length):
         if placed.inputs is not None:
             encoded = target.encode_inputs(cfg, params, placed.inputs, placed.inputs_length)
         cache = target.prefill(cfg, params, encoded, prompts, prompts.tokens.shape[1] + length + 1)
-        search = beam.BeamSearch(1, 1, 0.6)
+        search = beam.BeamSearch(1, 1, LengthPenalty(0.6))
         stopping = protocol.StoppingCriteria(request.eos, prompts.length + length)
         decoded = target.make_target(cfg, params, encoded)
         context = protocol.DecodeContext(decoded, stopping, prompts)
@@ -286,8 +287,8 @@ def test_a_row_is_searched_the_same_in_any_batch_and_on_any_mesh():
 
 
 def test_the_length_penalty_is_that_of_wu_et_al():
-    assert math.isclose(beam.length_penalty(7, 0.6), 2**0.6)
-    assert beam.length_penalty(1, 3.0) == 1.0
+    assert math.isclose(LengthPenalty(0.6).divisor(7), 2**0.6)
+    assert LengthPenalty(3.0).divisor(1) == 1.0
 
 
 @pytest.mark.slow

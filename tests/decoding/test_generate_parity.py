@@ -220,3 +220,39 @@ def test_texts_are_those_of_transformers(pair_of, toy, rule):
         assert not their_row[length:].any()
     if options:
         assert not np.array_equal(ours, our_texts(pair, {}, eos))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_beams_are_those_of_transformers(pair_of, early_stopping):
+    pair = pair_of("t5")
+    eos = frequent_tokens(pair)[1]
+    cfg, params = target.with_cpu_dtype(pair.cfg), decoding.prepare_params(pair.cfg, pair.params)
+    lengths = set()
+    for exponent in (-1.0, 0.0, 1.0, 3.0):
+        rule = dict(length_penalty=exponent, early_stopping=early_stopping)
+        decode = config.Decode(max_new_tokens=NEW, beams=4, n_best=4, **rule)
+        request = decoding.make_request(cfg, inputs_of(pair).tolist(), decode, eos=eos)
+        ours = decoding.generate(cfg, params, request, decode)
+        theirs = pair.theirs.generate(
+            tensor(inputs_of(pair)),
+            max_new_tokens=NEW,
+            do_sample=False,
+            num_beams=4,
+            num_return_sequences=4,
+            eos_token_id=eos,
+            pad_token_id=0,
+            decoder_start_token_id=cfg.decoder_start_token_id,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **rule,
+        )
+        written = theirs.sequences.numpy().reshape(ROWS, 4, -1)[:, :, 1:]
+        width = written.shape[2]
+        # It pads with eos where the id of padding is 0.
+        past = np.arange(width) >= ours.lengths[:, :, None]
+        np.testing.assert_array_equal(np.where(past, eos, ours.tokens[:, :, :width]), written)
+        scores = theirs.sequences_scores.numpy().reshape(ROWS, 4)
+        np.testing.assert_allclose(ours.scores, scores, rtol=1e-4)
+        lengths |= set(ours.lengths.ravel().tolist())
+    assert len(lengths) > 2

@@ -12,6 +12,7 @@ from test_decoding_loop import use_one_device
 
 from t5x_lite import config, decoding
 from t5x_lite.decoding import beam, generation, protocol, target
+from t5x_lite.decoding.beam_ranking import LengthPenalty
 from t5x_lite.decoding.lattice import build_lattice, search_lattices
 
 ALL = 60  # beams for every text of the toy
@@ -25,7 +26,7 @@ def one_device():
 @functools.cache
 def history_program(beams):
     """A compiled search: (log-probabilities of the toy, prompts) -> its history."""
-    search = beam.BeamSearch(beams, beams, 0.0, recorded=LENGTH)
+    search = beam.BeamSearch(beams, beams, LengthPenalty(0.0), recorded=LENGTH)
 
     @jax.jit
     def run(logits, prompts):

@@ -54,6 +54,10 @@ def theirs(folder):
     [
         ("text2text-generation", dict(max_length=7, min_length=5)),
         ("text2text-generation", dict(max_new_tokens=4, num_beams=3, length_penalty=0.0)),
+        ("text2text-generation", dict(max_length=8, num_beams=4)),
+        ("text2text-generation", dict(max_length=8, num_beams=4, early_stopping=True)),
+        ("text2text-generation", dict(num_beams=3, max_length=9, early_stopping="never")),
+        ("text2text-generation", dict(max_length=9, num_beams=3, length_penalty=-1.5)),
         ("text2text-generation", dict(max_length=7, min_new_tokens=5, no_repeat_ngram_size=1)),
         ("summarization", dict(length_penalty=0.0)),
         ("translation_en_to_de", {}),
