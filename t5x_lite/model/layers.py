@@ -203,7 +203,8 @@ def project(x: jax.Array, matrix: jax.Array | Quantized | AdaptedWeight, axes: s
 def project_adapted(x: jax.Array, adapted: AdaptedWeight, axes: str) -> jax.Array:
     """Matrix product with a frozen weight and its adapter.
 
-    As in peft, dropout is on what the adapter reads, and with DoRA on what the weight reads too.
+    As in peft, dropout is on what the adapter reads. With DoRA, what it drops passes the frozen
+    weight as it would without an adapter: W (x - d) + m (W d + scale d A B) for d = dropout(x).
 
     Args:
       x: [b t ...], with the input axes last.
@@ -228,7 +229,8 @@ def project_adapted(x: jax.Array, adapted: AdaptedWeight, axes: str) -> jax.Arra
         gathered = dataclasses.replace(
             gathered, weight=all_gather(adapted.weight, axes.replace("->", ""))
         )
-    return y * adapters.column_scales(gathered, outward, len(inward.split())).astype(y.dtype)
+    y = y * adapters.column_scales(gathered, outward, len(inward.split())).astype(y.dtype)
+    return y if thinned is x else y + project(x - thinned, adapted.weight, axes)
 
 
 def normalizer(module: nn.Module, name: str, axis: str = "norm") -> Callable:
