@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,9 +35,8 @@ examples:
   echo photograph | python -m t5x_lite.infer --checkpoint=runs/g2p --text
   # JSONL in: the text is in field "word", the other fields are kept
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.jsonl --field=word --output=out.jsonl
-  # the 3 best of 8 beams; or sampled at temperature 0.8, reproducible by seed
+  # the 3 best of 8 beams
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --beams=8 --n_best=3
-  python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --temperature=0.8 --seed=7
   # 8 samples, the one nearest to the others first; or resampled on the way by a judge
   python -m t5x_lite.infer --checkpoint=runs/g2p --temperature=1 --n_best=8 --choose=mbr:per <words
   python -m t5x_lite.infer --checkpoint=runs/g2p --temperature=1 --search=smc --judge=score <words
@@ -85,7 +85,7 @@ def parser() -> Parser:
 def add_streams(group) -> None:
     """Adds what is read and written to a group of options."""
     add = group.add_argument
-    source = "text, or JSONL if it ends in .jsonl; - is stdin"
+    source = "text, or .jsonl; also .gz, .bz2, .xz, .zst; - is stdin"
     add("--input", type=path_argument, default="-", metavar="FILE", help=source)
     add(
         "--output",
@@ -97,6 +97,7 @@ def add_streams(group) -> None:
     add("--jsonl", action="store_true", help="the input is JSONL, whatever its name")
     add("--field", default="input", metavar="NAME", help="field of JSONL input (default: input)")
     add("--text", action="store_true", help="write the best text of each line, not JSON")
+    options.add_adapter(group, "LoRA that lines of JSONL name in the field adapter")
     add("--targets", metavar="NAME", help="score the texts in this field instead of predicting")
     embed = "write a vector: mean, first, last, or readout, query, document"
     add("--embed", choices=EMBEDDINGS, metavar="HOW", help=embed)
@@ -140,7 +141,7 @@ def infer(args: argparse.Namespace) -> None:
         # A person who types gets an answer per line.
         typed = args.input == "-" and sys.stdin.isatty()
         size = 1 if typed else 16 * session.predictor.batch_size
-        writer = PredictionWriter(args, session, watch)
+        writer = PredictionWriter(args, adapted_sessions(args, session), watch)
         inference.write_lines(records, output, progress, size, writer.lines)
     if writer.troubled:
         print(f"{writer.troubled:,} of these lines could not be read", file=sys.stderr)
@@ -155,6 +156,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--embed writes vectors as JSON: leave out --targets and --text")
     if args.pairs and (args.text or args.targets or args.embed):
         raise ValueError("--pairs writes two texts of each line as JSON: leave out the rest")
+    if args.adapter and not is_jsonl(args):
+        raise ValueError("--adapter is named by lines of JSONL input, in the field adapter")
+    if args.adapter and (args.verify or args.draw):
+        raise ValueError("--verify and --draw are about one model: leave out --adapter")
     if (args.verify or args.draw) and (args.embed or args.targets):
         raise ValueError("--verify and --draw are about predicted texts: leave out the rest")
 
@@ -176,7 +181,14 @@ def settings(args: argparse.Namespace, session: Any, digest: str | None) -> dict
     names += ("source_language", "target_language")
     options = {name: getattr(args, name) for name in names} | {"input_digest": digest}
     checkpoint = source_identity(args.checkpoint)
+    if args.adapter:
+        options["adapters"] = {name: source_identity(source) for name, source in args.adapter}
     return {"checkpoint": checkpoint} | options | inference.decode_settings(session)
+
+
+def adapted_sessions(args: argparse.Namespace, session: Any) -> dict[str | None, Any]:
+    """The session by None, and those with each of --adapter by name."""
+    return {None: session} | options.attach_named(session, args.adapter or [])
 
 
 def checked_records(records: Iterator[Record], targets: str | None) -> Iterator[Record]:
@@ -193,13 +205,14 @@ class PredictionWriter:
 
     Attributes:
       args: options of the command.
-      session: the model.
+      sessions: the model by None, and with adapters by name.
       watch: reports on speculative decoding.
       troubled: how many records could not be read so far.
     """
 
-    def __init__(self, args: argparse.Namespace, session: Any, watch: Any):
-        self.args, self.session, self.watch = args, session, watch
+    def __init__(self, args: argparse.Namespace, sessions: dict[str | None, Any], watch: Any):
+        self.args, self.sessions, self.watch = args, sessions, watch
+        self.session = sessions[None]
         self.troubled = 0
 
     def lines(self, chunk: Sequence[Record], progress: Callable[[int], None]) -> list[str]:
@@ -218,13 +231,42 @@ class PredictionWriter:
 
     def describe_trouble(self, record: Record) -> str:
         """The reason why the model cannot read a record; "" where it can."""
+        named = self.adapter_of(record)
+        if named is not None and not (isinstance(named, str) and named in self.sessions):
+            known = ", ".join(name for name in self.sessions if name is not None)
+            return f"adapter {named!r:.80} is none of --adapter: {known}"
         target = record.fields[self.args.targets] if self.args.targets else None
         new_tokens = 1 if self.args.embed else self.session.decode.max_new_tokens
         return self.session.predictor.describe_trouble(not_none(record.text), new_tokens, target)
 
+    def adapter_of(self, record: Record) -> Any:
+        """The name of the adapter that a record has; None for none."""
+        return record.fields.get("adapter") if self.args.adapter else None
+
     def answers(self, records: list[Record], progress: Callable[[int], None]) -> list[dict]:
-        """Fields that the model adds to each record: a score, a vector or a text."""
-        args, session = self.args, self.session
+        """Fields that the model adds to each record, with the adapter that the record names."""
+        groups: dict[str | None, list[int]] = {}
+        for place, record in enumerate(records):
+            groups.setdefault(self.adapter_of(record), []).append(place)
+        answers: dict[int, dict] = {}
+        for name, places in groups.items():
+            report = functools.partial(inference.report_within, progress, len(answers))
+            chosen = [records[place] for place in places]
+            rows = self.answer_alike(self.sessions[name], chosen, report)
+            answers |= dict(zip(places, rows, strict=True))
+        return [answers[place] for place in range(len(records))]
+
+    def answer_alike(
+        self, session: Any, records: list[Record], progress: Callable[[int], None]
+    ) -> list[dict]:
+        """Fields that a model adds to each record: a score, a vector or a text.
+
+        Args:
+          session: the model.
+          records: what it reads.
+          progress: called with how many are done.
+        """
+        args = self.args
         texts = [not_none(record.text) for record in records]
         if args.targets:
             scores = session.score(texts, [record.fields[args.targets] for record in records])

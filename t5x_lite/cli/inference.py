@@ -44,7 +44,7 @@ def write_lines(
     return count
 
 
-def report_within(progress: Progress, before: int, count: int) -> None:
+def report_within(progress: Callable[[int], None], before: int, count: int) -> None:
     """Reports `count` records of a chunk that begins after `before` of them.
 
     Args:

@@ -4,7 +4,7 @@
 import argparse
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from t5x_lite import config
@@ -124,6 +124,45 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         help="int8, int4, int8_activations, int4_activations or int4_int8_activations; int4:32 has "
         "a scale for each 32 numbers",
     )
+
+
+def add_adapter(group: Any, text: str) -> None:
+    """Adds --adapter, which may be repeated, to a group of options; `text` is its help."""
+    group.add_argument(
+        "--adapter", type=named_source, action="append", metavar="NAME=PATH", help=text
+    )
+
+
+def named_source(text: str) -> tuple[str, str]:
+    """A name and a source, for `type=` of argparse.
+
+    Raises:
+      argparse.ArgumentTypeError: it is not written NAME=PATH.
+    """
+    name, sign, source = text.partition("=")
+    if not (name and sign and source):
+        raise argparse.ArgumentTypeError(f"{text!r} is not written as NAME=PATH")
+    return name, source_argument(source)
+
+
+def attach_named(session: Any, named: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Sessions with adapters by name, which share the weights of one.
+
+    Args:
+      session: an interactive.Session of the base.
+      named: names and sources of adapters.
+
+    Raises:
+      ValueError: a name is there twice, or a source has no adapters of this model.
+    """
+    sessions: dict[str, Any] = {}
+    for name, source in named:
+        config.require(name not in sessions, f"--adapter has the name {name} twice")
+        try:
+            sessions[name] = session.with_adapters(source)
+        except ValueError as error:
+            raise ValueError(f"--adapter {name}: {error}") from error
+    return sessions
 
 
 def add_mesh(group) -> None:

@@ -7,7 +7,7 @@ import sys
 from typing import Annotated
 
 from t5x_lite.cli.command import Command
-from t5x_lite.cli.options import add_number, number_parser
+from t5x_lite.cli.options import add_adapter, add_number, number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, Range
 from t5x_lite.demo.limits import Limits
@@ -21,6 +21,8 @@ examples:
   python -m t5x_lite.demo --checkpoint=runs/g2p
   # twins side by side, each with its time to first token and its tokens per second
   python -m t5x_lite.demo --checkpoint=runs/g2p --checkpoint=runs/g2p_decoder
+  # a model, and beside it the same weights with adapters
+  python -m t5x_lite.demo --checkpoint=google/flan-t5-small --adapter reviews=runs/reviews
   # a Hugging Face folder or a .gguf file; at most 128 new tokens of a text
   python -m t5x_lite.demo --checkpoint=SmolLM2-135M-Instruct.Q4_1.gguf --most_tokens=128
 
@@ -49,6 +51,8 @@ def parser() -> Parser:
         help="the MODEL_DIR of a run, a Hugging Face folder, a .gguf file or a model of the hub, "
         "owner/name; again for another one",
     )
+    beside = "the first checkpoint with adapters (LoRA), beside it; again for another one"
+    add_adapter(command, beside)
     port = "0 takes any free one (default: 8765)"
     add_number(command, "port", Annotated[int, Range(0, 65535)], "N", port, default=8765)
     add(
@@ -103,6 +107,9 @@ def serve(args: argparse.Namespace) -> int:
         for path, name in zip(args.checkpoint, short_names(args.checkpoint), strict=True):
             print(f"loading {name}", file=sys.stderr)
             models.load(name, path)
+        for name, path in args.adapter or []:
+            print(f"loading adapters {name}", file=sys.stderr)
+            models.attach(name, path)
         names = [*connections.own_names(host), *map(str.lower, args.allow_host)]
         shown = host if ":" not in host else f"[{host}]"
         print(f"open http://{shown}:{port} (Ctrl-C stops)", file=sys.stderr)

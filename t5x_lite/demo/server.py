@@ -83,6 +83,21 @@ class Models:
 
         self.add(name, lambda: interactive.load(path), parse_path(path))
 
+    def attach(self, name: str, path: str) -> None:
+        """Adds the first model with adapters, which share its weights.
+
+        Args:
+          name: its name on the page.
+          path: a run with adapters, or a folder of peft.
+
+        Raises:
+          ValueError: the name is taken, or these are no adapters of the model.
+        """
+        if name in self.sessions:
+            raise ValueError(f"--adapter {name}: a model on the page has this name already")
+        base = next(iter(self.sessions.values()))
+        self.add(name, lambda: base.with_adapters(path), parse_path(path))
+
     def add(self, name: str, make: Any, folder: Path | None = None) -> None:
         """Adds a session.
 

@@ -13,7 +13,7 @@ from hub_toys import write_folders
 from lora_parity import draw_pair
 from safetensors.numpy import load_file
 
-from t5x_lite import config, convert, interactive
+from t5x_lite import config, convert, infer, interactive
 from t5x_lite.checkpoints import adapters as saved_adapters
 from t5x_lite.checkpoints import matching
 from t5x_lite.checkpoints.formats.huggingface import gpt2, peft, t5
@@ -134,6 +134,47 @@ def test_sessions_with_adapters_share_a_base_and_score_as_merged_ones(folders, a
         sessions["one"].train_step("abc", "cba")
     with pytest.raises(ValueError, match="has no adapters"):
         base.with_adapters(folders / "hf")
+
+
+@pytest.mark.slow
+def test_lines_of_an_input_name_their_adapters(folders, adapters_of, tmp_path, capsys):
+    names = [None, "two", "one", "three", "two", 7]
+    rows = [{"input": "abc", "out": "cba"} | ({"adapter": name} if name else {}) for name in names]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = [f"--adapter={name}={path}" for name, path in adapters_of.items()]
+    words = [f"--checkpoint={folders / 'hf'}", f"--input={tmp_path / 'in.jsonl'}", *named]
+    infer.main([*words, f"--output={tmp_path / 'out.jsonl'}", "--targets=out"])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    base = interactive.load(folders / "hf")
+    sessions = {None: base} | {name: base.with_adapters(path) for name, path in adapters_of.items()}
+    for row, line in zip(rows, lines, strict=True):
+        name = row.get("adapter")
+        if name in sessions:
+            score = sessions[name].score("abc", "cba")
+            assert line == row | {"log_probability": pytest.approx(score, abs=2e-4)}
+        else:
+            assert line["error"] == f"adapter {name!r} is none of --adapter: one, two"
+    assert len({line.get("log_probability") for line in lines}) == 4
+    # Other adapters would write other lines after these.
+    capsys.readouterr()
+    words[-1] = f"--adapter=two={adapters_of['one']}"
+    with pytest.raises(SystemExit, match="2"):
+        infer.main([*words, f"--output={tmp_path / 'out.jsonl'}", "--targets=out"])
+    assert "was written with adapters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--input=a.jsonl", "--adapter=one"], "'one' is not written as NAME=PATH"),
+        (["--input=a.txt", "--adapter=one=runs/a"], "--adapter is named by lines of JSONL"),
+        (["--input=a.jsonl", "--adapter=one=runs/a", "--verify"], "leave out --adapter"),
+    ],
+)
+def test_adapters_that_no_line_could_name_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        infer.main(["--checkpoint=runs/never", *words])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
