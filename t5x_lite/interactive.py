@@ -104,8 +104,8 @@ class Session:
         reader = self.predictor
         pair = languages.set_languages((reader.inputs, reader.targets), source, target)
         reader.inputs, reader.targets = pair
-        first = None if target is None else pair[1].bos
-        self.decode = dataclasses.replace(self.decode, forced_bos_token_id=first)
+        if target is not None:
+            self.decode = dataclasses.replace(self.decode, forced_bos_token_id=pair[1].bos)
 
     @takes_decode_options
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:

@@ -30,7 +30,7 @@ from t5x_lite.checkpoints.sources import LocatedSource
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.config.training_run import require_lora
-from t5x_lite.tokenizers import errors
+from t5x_lite.tokenizers import errors, languages
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
 from t5x_lite.utils.not_none import not_none
@@ -141,6 +141,7 @@ def open_run_folder(
     run_folder.warn_of_vocabulary(path, checkpoint)
     folder = path / text_settings.VOCABULARY_FOLDER
     text = choose_text_settings(path, options, lambda: text_settings.read_vocabulary_folder(folder))
+    run = with_first_token(run, text)
     # Of a model of the hub, the weights of one step are there.
     newest = step is None and not best and source.repository is None
     kept = kept_fields.load_kept(path)
@@ -157,6 +158,15 @@ def open_run_folder(
     if run.lora is None:
         return opened
     return with_run_adapters(opened)
+
+
+def with_first_token(run: config.Run, text: TextSettings | None) -> config.Run:
+    """The run that writes first what its targets began with: the id of a language."""
+    first = None if text is None else languages.first_token(text.vocabularies[1])
+    if first is None or run.decode.forced_bos_token_id is not None:
+        return run
+    decode = dataclasses.replace(run.decode, forced_bos_token_id=first)
+    return dataclasses.replace(run, decode=decode)
 
 
 def with_run_adapters(opened: OpenedCheckpoint) -> OpenedCheckpoint:

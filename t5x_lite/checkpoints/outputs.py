@@ -238,9 +238,12 @@ class HuggingFaceOutput(RenamedOutput):
         if len(dtypes) == 1:
             config_json |= {"dtype": next(iter(dtypes)).name}
         ends, kept = text_end_fields(self.contents.text, model), self.contents.kept
+        first = self.contents.run.decode.forced_bos_token_id
+        generation = {} if first is None else {"forced_bos_token_id": first}
+        generation = {"_from_model_config": False} | kept.generation | generation | ends
         return {
             "config.json": kept_fields.merge_config(config_json, kept.config) | ends,
-            kept_fields.GENERATION: {"_from_model_config": False} | kept.generation | ends,
+            kept_fields.GENERATION: generation,
         } | sentence_t5.export_files(model)
 
 

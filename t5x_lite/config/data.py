@@ -199,7 +199,7 @@ TextSource = Files | HubDataset
 
 @dataclass(frozen=True)
 class Mixture(Checked):
-    """Several tasks with the same vocabularies.
+    """Several tasks with the same vocabularies, but for the languages that these begin texts with.
 
     Attributes:
       tasks: their names, Files or HubDatasets.
@@ -216,6 +216,14 @@ class Mixture(Checked):
             f"Mixture.rates needs one rate for each of the {len(self.tasks)} tasks; got "
             f"{len(self.rates)}",
         )
+        named = [task.vocabulary for task in self.tasks if not isinstance(task, str)]
+        for side in ("source_language", "target_language"):
+            bound = [getattr(each, side) is not None for each in named]
+            require(
+                all(bound) or not any(bound),
+                f"Vocabulary.{side} is bound for some of Mixture.tasks: bind it for each of them, "
+                "or for none",
+            )
 
 
 @dataclass(frozen=True)

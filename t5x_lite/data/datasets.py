@@ -3,7 +3,7 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,19 @@ class Dataset(Sequence):
         """Returns input and target ids of an example, with their ends."""
         part, i = self.find(i)
         return None if part.inputs is None else part.inputs[i], part.targets[i]
+
+    def list_languages(self, count: int) -> Iterator[tuple[range, Task]]:
+        """Yields the numbers of consecutive examples among the first `count` that are of the same
+        languages, with a task in these."""
+        begin, end, chosen = 0, 0, self.tasks[0]
+        for task, part in zip(self.tasks, self.parts, strict=True):
+            spoken = [[each.bos for each in one.vocabularies] for one in (chosen, task)]
+            if spoken[0] != spoken[1] and end > begin:
+                yield range(begin, end), chosen
+                begin = end
+            chosen = task
+            end = min(count, end + len(part))
+        yield range(begin, end), chosen
 
     def inputs_text(self, i: int) -> str | None:
         return self[i].inputs

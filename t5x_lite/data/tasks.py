@@ -16,7 +16,7 @@ from t5x_lite.checkpoints import step_folders, text_settings
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data.built_in import BUILT_IN, built_in_task, from_files, from_hub
 from t5x_lite.data.task import Task
-from t5x_lite.tokenizers import vocabularies
+from t5x_lite.tokenizers import languages, vocabularies
 from t5x_lite.tokenizers.chat import ChatTemplate
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.extras import install_command
@@ -67,8 +67,9 @@ def check_vocabularies(parts: list[Task]) -> None:
 
 
 def endless_fingerprint(vocabulary: TextVocabulary) -> str:
-    """Fingerprint of the ids of a vocabulary, whether its sequences end or not."""
-    bare: Any = copy.copy(vocabulary)
+    """Fingerprint of the ids of a vocabulary, whether its sequences end or not, and in whatever
+    language they are."""
+    bare: Any = copy.copy(languages.without_language(vocabulary))
     bare.ends = False
     return vocabularies.fingerprint(bare)
 
@@ -126,13 +127,16 @@ def tasks_with_split(cfg: config.Data, split: str) -> list[tuple[Task, float]]:
 
 
 def in_vocabulary(data: config.Data, vocabulary: config.Vocabulary) -> config.Data:
-    """Data with another vocabulary; a seqio task keeps its own."""
+    """Data with the vocabulary of a checkpoint, in the languages of the data; a seqio task keeps
+    its own vocabulary."""
 
     def replaced(task: Any) -> Any:
         if isinstance(task, config.Mixture):
             return dataclasses.replace(task, tasks=tuple(map(replaced, task.tasks)))
         if isinstance(task, config.TextSource):
-            return dataclasses.replace(task, vocabulary=vocabulary)
+            names = ("source_language", "target_language")
+            spoken = {name: getattr(task.vocabulary, name) for name in names}
+            return dataclasses.replace(task, vocabulary=dataclasses.replace(vocabulary, **spoken))
         return task
 
     built_in = isinstance(data.task, str) and data.task in BUILT_IN

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of a run on one split: losses, predictions, their metrics, and their file."""
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.evaluation import choosing, losses, metrics, retrieval
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import Prediction
+from t5x_lite.tokenizers import languages
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import parse_path
@@ -125,7 +128,7 @@ class Evaluator:
         )
         predictor.find_chooser(self.run.decode)
         ids, cut = self.inputs(count)
-        predictions = predictor.predict_ids(ids, self.run.decode, on_progress=on_progress)
+        predictions = self.decode_inputs(predictor, self.run.decode, ids, on_progress)
         texts = [not_none(self.dataset.inputs_text(i)) for i in range(count)]
         predictions = predictor.order_texts(texts, predictions, self.run.decode)
         self.tally = predictor.tally
@@ -170,6 +173,33 @@ class Evaluator:
         fitting = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in rows]
         return fitting, sum(len(row) > most for row in rows)
 
+    def decode_inputs(
+        self,
+        predictor: Predictor,
+        decode: config.Decode,
+        ids: Sequence[Sequence[int]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """Predicts from inputs, each in the languages of its task.
+
+        Args:
+          predictor: the model.
+          decode: config of decoding.
+          ids: ids of the first examples.
+          on_progress: called with the number of examples decoded.
+        """
+        predictions: list[Prediction] = []
+        for places, task in self.dataset.list_languages(len(ids)):
+            first = languages.first_token(task.vocabularies[1])
+            spoken = decode
+            if first is not None:
+                predictor.inputs, predictor.targets = task.vocabularies
+                spoken = dataclasses.replace(decode, forced_bos_token_id=first)
+            report = on_progress and functools.partial(add_progress, on_progress, places.start)
+            rows = [ids[place] for place in places]
+            predictions += predictor.predict_ids(rows, spoken, rows=places, on_progress=report)
+        return predictions
+
     def has_predictions(self) -> bool:
         """True if the model writes text and the split has inputs for it."""
         return has_predictions(self.run, self.dataset)
@@ -191,6 +221,17 @@ class Evaluator:
             return None
         folder = parse_path(self.run.model_dir) / "predictions"
         return write_anew(folder / f"{self.split}-{step}.jsonl", rows)
+
+
+def add_progress(on_progress: Callable[[int], None], before: int, count: int) -> None:
+    """Reports `count` examples that are done after `before` others.
+
+    Args:
+      on_progress: called with the number of examples decoded.
+      before: examples of earlier tasks.
+      count: examples of this one.
+    """
+    on_progress(before + count)
 
 
 def check_metrics(run: config.Run, dataset: Dataset) -> None:

@@ -137,9 +137,9 @@ def measure_setting(
     dataset = evaluator.dataset
     ids, _ = evaluator.inputs(count)
     predictor.find_chooser(decode)
-    predictions = predictor.predict_ids(ids, decode)
+    predictions = evaluator.decode_inputs(predictor, decode, ids)
     began = time.perf_counter()
-    predictor.predict_ids(ids, decode)
+    evaluator.decode_inputs(predictor, decode, ids)
     seconds = time.perf_counter() - began
     tokens = sum(len(text) for each in predictions for text in each.tokens)
     inputs = [not_none(dataset.inputs_text(i)) for i in range(count)]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Languages of a translation, as models read them: ids that begin inputs and targets."""
 
+import copy
 import json
 
 from t5x_lite.tokenizers import vocabularies
+from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.renumbered import language_names, language_token
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
@@ -61,13 +63,29 @@ def find_languages(
     return (source, target) if all(known) else (None, None)
 
 
+def first_token(targets: TextVocabulary) -> int | None:
+    """The id of a language that every target begins with; None where it is none."""
+    return targets.bos if targets.bos in special_tokens(targets).values() else None
+
+
+def without_language(vocabulary: TextVocabulary) -> TextVocabulary:
+    """The vocabulary whose texts begin with no id of a language."""
+    return vocabulary if first_token(vocabulary) is None else begin_with(vocabulary, None)
+
+
 def special_tokens(vocabulary: TextVocabulary) -> dict[str, int]:
     """Ids by name of the special tokens of a vocabulary; {} where it has none."""
+    if isinstance(vocabulary, ExtendedVocabulary):
+        return special_tokens(vocabulary.inner)
     return getattr(vocabulary, "special", {})
 
 
-def begin_with(vocabulary: TextVocabulary, token: int) -> TextVocabulary:
-    """The vocabulary whose texts begin with an id."""
+def begin_with(vocabulary: TextVocabulary, token: int | None) -> TextVocabulary:
+    """The vocabulary whose texts begin with an id; None for no id."""
+    if isinstance(vocabulary, ExtendedVocabulary):
+        extended = copy.copy(vocabulary)
+        extended.inner = begin_with(vocabulary.inner, token)
+        return extended
     description = vocabulary.description() | {"bos": token}
     text = json.dumps(description, ensure_ascii=False)
     return vocabularies.build_vocabulary(text, vocabulary.model_bytes())

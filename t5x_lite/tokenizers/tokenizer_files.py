@@ -20,6 +20,8 @@ TARGETS = "targets"  # subfolder of the targets' tokenizer, where it is another 
 GENERAL = "PreTrainedTokenizerFast"
 # Names of the list of further special tokens, before and since transformers 5.
 EXTRA = ("additional_special_tokens", "extra_special_tokens")
+# Classes that put the id of src_lang before a text, whatever their tokenizer.json does.
+SPEAKING = ("NllbTokenizer", "NllbTokenizerFast")
 
 
 class StartToken(NamedTuple):
@@ -264,6 +266,8 @@ def fast_tokenizer_files(
         extra = [*before, *(name for name in extra if name not in map(token_content, before))]
     settings = {"tokenizer_class": GENERAL, "clean_up_tokenization_spaces": False} | origin
     settings |= special | {field: extra}
+    if vocabulary.bos in names and origin.get("tokenizer_class") in SPEAKING:
+        settings["src_lang"] = names[vocabulary.bos]
     return {
         "tokenizer.json": encode_json(content),
         "tokenizer_config.json": encode_json(settings),

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from translation_toys import FOLDERS, LINES
+from translation_toys import FOLDERS, LINES, write_translator
 
 from t5x_lite import config
 from t5x_lite.checkpoints import text_settings
@@ -196,28 +196,8 @@ def test_languages_are_a_checkpoints():
 
 @pytest.fixture(scope="module")
 def translators(folders):
-    """Folders of tiny models with these tokenizers."""
-    import torch
-    import transformers
-    from parity import shaken
-
-    def build(name, kind, **fields):
-        size = len(transformers.AutoTokenizer.from_pretrained(folders[name])) + 8
-        shared = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8)
-        shared |= dict(encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=8)
-        described = kind.config_class(**shared | dict(vocab_size=size, dropout=0.0) | fields)
-        described.forced_eos_token_id = None
-        theirs = shaken(kind._from_config(described, dtype=torch.float32), 3)
-        theirs.save_pretrained(folders[name])
-        return theirs
-
-    return {
-        "m2m100": build("m2m100", transformers.M2M100ForConditionalGeneration),
-        "mbart50": build(
-            "mbart50", transformers.MBartForConditionalGeneration, decoder_start_token_id=2
-        ),
-        "bart": build("bart", transformers.BartForConditionalGeneration, decoder_start_token_id=2),
-    }
+    """Tiny models in the folders of these tokenizers."""
+    return {name: write_translator(name, folders[name]) for name in ("m2m100", "mbart50", "bart")}
 
 
 @pytest.mark.slow

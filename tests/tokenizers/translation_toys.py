@@ -130,3 +130,55 @@ def pegasus(folder):
 
 
 FOLDERS = {each.__name__: each for each in (bart, marian, m2m100, mbart50, nllb, pegasus)}
+
+
+def write_translator(name, folder):
+    """Writes a folder with one of these tokenizers and a tiny model of its family; returns it.
+
+    Args:
+      name: key of FOLDERS.
+      folder: an empty folder.
+    """
+    import torch
+    import transformers
+    from parity import shaken
+
+    kinds = {
+        "bart": transformers.BartForConditionalGeneration,
+        "marian": transformers.MarianMTModel,
+        "mbart50": transformers.MBartForConditionalGeneration,
+        "pegasus": transformers.PegasusForConditionalGeneration,
+    }
+    kind = kinds.get(name, transformers.M2M100ForConditionalGeneration)
+    FOLDERS[name](folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # Those of M2M100 say that ids without a piece follow.
+    size = len(tokenizer) + 8 * (name == "m2m100")
+    fields = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8)
+    fields |= dict(encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=8)
+    ends = tokenizer.pad_token_id, tokenizer.eos_token_id
+    starts = {"marian": ends[0], "pegasus": ends[0]}
+    described = kind.config_class(
+        **fields,
+        vocab_size=size,
+        dropout=0.0,
+        pad_token_id=ends[0],
+        eos_token_id=ends[1],
+        decoder_start_token_id=starts.get(name, ends[1]),
+        forced_eos_token_id=None,
+    )
+    theirs = shaken(kind._from_config(described, dtype=torch.float32), 4)
+    with torch.no_grad():
+        # Otherwise the bias of the last norm, or the last token, would decide what follows.
+        for each, weight in theirs.named_parameters():
+            if each.endswith("norm.bias"):
+                weight.zero_()
+            elif weight.ndim == 1 and "norm" not in each:
+                weight.mul_(0.1)
+            elif weight.ndim == 2 and "embed" not in each and "shared" not in each:
+                weight.mul_(3)
+        theirs.get_input_embeddings().weight.mul_(0.1)
+        # As transformers trains it: the embedding of padding is zero.
+        theirs.get_input_embeddings().weight[ends[0]] = 0
+    theirs.save_pretrained(folder)
+    return theirs

@@ -239,6 +239,9 @@ def config_json(cfg: config.Model) -> dict:
         "d_model": encoder.embed,
         "activation_function": names[encoder.activation],
         "scale_embedding": cfg.scale_embedding,
+        # transformers knows them by the family; CTranslate2 reads them.
+        "normalize_before": encoder.norm_order == "pre",
+        "normalize_embedding": encoder.embedding_norm,
         "decoder_start_token_id": cfg.decoder_start_token_id,
         "dropout": cfg.dropout,
         "init_std": cfg.embedding_std,
@@ -256,6 +259,9 @@ def config_json(cfg: config.Model) -> dict:
         }
     if encoder.max_length is not None:
         values["max_position_embeddings"] = encoder.max_length
+    if model_type == "mbart":
+        # Without it CTranslate2 takes the model for an mBART-25, which begins with a language.
+        values["tokenizer_class"] = "MBart50Tokenizer"
     check_round_trip(cfg, values)
     return values
 
