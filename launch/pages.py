@@ -42,7 +42,7 @@ GROUPS = {
     "Data": ("Data", "Files", "HubDataset", "Mixture", "Vocabulary"),
     "Objectives": ("SpanCorruption", "PrefixLM", "CausalLM", "FillInTheMiddle", "Denoisers"),
     "Training": ("Train", "Schedule", "Optimizer", "ParamGroup", "DraftHeadLoss", "LayerSkip")
-    + ("Contrastive",),
+    + ("WeightAverage", "Contrastive"),
     "Evaluation, checkpoints, decoding, devices": ("Evaluate", "Checkpoint", "Decode", "Mesh"),
     "Adapters, adaptation, distillation, comparison": (
         "Lora",

@@ -13,6 +13,7 @@ COMMANDS = {
     "eval": ("t5x_lite.eval", "measures a trained run on held-out data"),
     "infer": ("t5x_lite.infer", "predicts a text for every line of a file, or scores texts"),
     "convert": ("t5x_lite.convert", "converts checkpoints: ours, Hugging Face, T5X, GGUF"),
+    "average": ("t5x_lite.average", "averages the weights of checkpoints into a new one"),
     "adapt": ("t5x_lite.adapt", "makes an encoder-decoder of a pretrained decoder, or the reverse"),
     "distill": ("t5x_lite.distill", "writes a teacher's probabilities or texts for training"),
     "data": ("t5x_lite.data.__main__", "previews what a run reads"),

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "t5x_lite"
-COMMANDS = {"train", "eval", "infer", "convert", "adapt", "distill", "plan", "compare", "tune"}
+COMMANDS = {
+    *("train", "eval", "infer", "convert", "average", "adapt", "distill", "plan", "compare", "tune")
+}
 # From top to bottom: a room imports only rooms of the floors below its own.
 FLOORS = (
     {"__main__"},

@@ -45,6 +45,7 @@ class CardFacts(NamedTuple):
       parameters: number of its parameters.
       dtypes: dtypes of the weights, in words.
       has_tokenizer: the export has a tokenizer.
+      average: the checkpoints whose mean the weights are; {} for weights of one checkpoint.
     """
 
     run: config.Run
@@ -56,6 +57,7 @@ class CardFacts(NamedTuple):
     parameters: int
     dtypes: str
     has_tokenizer: bool
+    average: Mapping[str, Any] = {}
 
 
 def format_card(facts: CardFacts) -> str:
@@ -126,7 +128,13 @@ def describe_model(facts: CardFacts) -> Iterator[str]:
     kind = f"{family}, " if family else ""
     yield f"{kind}{cfg.layout.replace('_', '-')}: {towers}, {cfg.vocab:,} ids."
     yield f"{facts.parameters:,} parameters, {facts.dtypes}."
-    if facts.step:
+    if facts.average:
+        each = (
+            f"{shorten(part['source'])}, step {part['step']:,}, {part['share']:.4f}"
+            for part in facts.average["checkpoints"]
+        )
+        yield f"Its weights are a mean ({facts.average['kind']}) of: {'; '.join(each)}."
+    elif facts.step:
         yield f"Trained for {facts.step:,} steps with t5x_lite."
     initial = facts.run.checkpoint.initial
     if initial is not None:

@@ -36,6 +36,8 @@ from t5x_lite.tokenizers import huggingface_tokenizer
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import is_address
 
+# File of a run folder that names the checkpoints whose mean its weights are.
+AVERAGE = "average.json"
 FORMATS = ("ours", "huggingface", "t5x", "t5x_scanned")
 
 
@@ -66,6 +68,8 @@ class CheckpointContents(NamedTuple):
       origin: the checkpoint that it comes from, as its model card says it.
       report: report.json of the run; {} without one.
       base: digests of the weights that the output are adapters of; {} for whole weights.
+      average: the checkpoints whose mean the weights are, as `averaging.describe_average` has
+        them; {} for weights of one checkpoint.
     """
 
     run: config.Run
@@ -75,6 +79,7 @@ class CheckpointContents(NamedTuple):
     origin: str = ""
     report: Mapping[str, Any] = {}
     base: Mapping[str, int] = {}
+    average: Mapping[str, Any] = {}
 
     @property
     def model(self) -> config.Model:
@@ -149,6 +154,9 @@ class RunFolderOutput:
         """
         write_text_settings(self.contents, folder / text_settings.VOCABULARY_FOLDER)
         kept_fields.save_kept(folder, self.contents.kept)
+        if self.contents.average:
+            text = json.dumps(self.contents.average, indent=2, ensure_ascii=False)
+            (folder / AVERAGE).write_text(text + "\n", encoding="utf-8")
         run = dataclasses.replace(self.contents.run, model_dir=str(self.to))
         transfer.write_run_folder(
             weights, run, folder, self.settings.dtype, on_progress, self.contents.base
@@ -338,6 +346,7 @@ def describe_output(output: OutputFormat, weights: Weights, name: str) -> CardFa
         name=name,
         format=settings.format,
         origin=contents.origin,
+        average=contents.average,
         report=contents.report,
         step=contents.step,
         parameters=matching.count_parameters(weights.leaves),

@@ -34,6 +34,8 @@ from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import parse_path
 
 STEP = 0
+# Begins the names of the averaged copy in the item "rest".
+AVERAGE = "average."
 # Fields of a model on which no trained weight depends: an edit of config.gin may change them.
 EDITABLE = ("dtype", "attention", "dropout")
 
@@ -137,24 +139,42 @@ class SavedWeights:
     """Weights of a checkpoint in a run folder: of the newest one, or that of `step`.
 
     Every weight's digest is compared when its last layer was read.
-
-    Raises:
-      ValueError: there is no such checkpoint, it is damaged, or it is not of the model of its
-        config.
     """
 
-    def __init__(self, folder: str | Path, step: int | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        step: int | None = None,
+        leaves: dict[str, Leaf] | None = None,
+        averaged: bool = False,
+    ):
+        """Reads the metadata of the checkpoint.
+
+        Args:
+          folder: the run folder.
+          step: which checkpoint; None for the newest.
+          leaves: axis names and shape of what trained; None for all weights of the model.
+          averaged: read the averaged copy that Train.average keeps, where a weight has one.
+
+        Raises:
+          ValueError: there is no such checkpoint, it is damaged, or it is not of the model of its
+            config.
+        """
         run = read_run_config(folder)
         self.step = selection.select_steps(folder, step)[0]
         self.folder = parse_path(folder) / manager.FOLDER / str(self.step)
         self.run = with_saved_model(run, self.folder)
         metadata = checkpoint_io.read_metadata(self.folder)
-        self.leaves = matching.model_leaves(self.run.model)
+        self.leaves = matching.model_leaves(self.run.model) if leaves is None else leaves
         shapes = {path: leaf.shape for path, leaf in self.leaves.items()}
         # Metadata of each weight by our path, as `checkpoint_io.describe_arrays` has them.
         self.described = {
             name.replace(".", "/"): array for name, array in metadata.arrays["params"].items()
         }
+        # Item and name of each weight that is not read from "params".
+        self.places: dict[str, tuple[str, str]] = {}
+        if averaged:
+            self.read_averaged(metadata)
         if shapes != {path: tuple(each["shape"]) for path, each in self.described.items()}:
             raise SourceError(f"{self.folder} is not of the model in {folder}/config.gin")
         self.names = {
@@ -162,6 +182,24 @@ class SavedWeights:
         }
         self.readers: dict[str, zarr_arrays.ArrayReader] = {}
         self.digests: dict[str, dict[int | None, int]] = {}
+
+    def read_averaged(self, metadata: CheckpointMetadata) -> None:
+        """From now on the averaged copy is read in place of the weights that it is of.
+
+        Raises:
+          CheckpointError: the checkpoint has none.
+        """
+        rest = metadata.arrays["rest"] if "rest" in metadata.arrays else {}
+        copies = {n.removeprefix(AVERAGE): n for n in rest if n.startswith(AVERAGE)}
+        if not copies:
+            raise checkpoint_io.CheckpointError(
+                f"{self.folder} has no averaged copy of its weights: a run keeps one with "
+                "config.Train.average = @config.WeightAverage()"
+            )
+        for name, stored in copies.items():
+            path = name.replace(".", "/")
+            self.places[path] = "rest", stored
+            self.described[path] = rest[stored]
 
     def leave_out(self, part: str) -> None:
         """From now on the weights of this part are not among those that are read."""
@@ -182,9 +220,9 @@ class SavedWeights:
     def read_values(self, path: str, layer: int | None) -> np.ndarray:
         """Values of a weight, or of one layer of it."""
         if path not in self.readers:
-            params = self.folder / "params"
-            ocdbt = (params / "manifest.ocdbt").exists()
-            self.readers[path] = zarr_arrays.ArrayReader(params, path.replace("/", "."), ocdbt)
+            item, name = self.places.get(path, ("params", path.replace("/", ".")))
+            ocdbt = (self.folder / item / "manifest.ocdbt").exists()
+            self.readers[path] = zarr_arrays.ArrayReader(self.folder / item, name, ocdbt)
         reader = self.readers[path]
         if (reader.shape, reader.dtype) != self.names[path]:
             raise DamagedCheckpointError(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """State of training: the weights and everything else that a step changes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ class TrainState(NamedTuple):
       optimizer: state of the optimizer.
       skipped: number of batches whose gradient or update was not finite, int32 [].
       consecutive: number of those that came last in a row, int32 [].
+      average: averaged copy of the weights that train, float32; None without Train.average.
     """
 
     step: jax.Array
@@ -26,31 +28,58 @@ class TrainState(NamedTuple):
     optimizer: Any
     skipped: jax.Array
     consecutive: jax.Array
+    average: Any = None
 
 
-def new_state(params: Any, optimizer: Any) -> TrainState:
-    """The state before the first step, to be traced; `optimizer` is an optax transformation."""
+# Takes out of a tree of the weights' structure those that are averaged.
+Take = Callable[[Any], Any]
+
+
+def new_state(params: Any, optimizer: Any, averaged: Take | None = None) -> TrainState:
+    """The state before the first step, to be traced.
+
+    Args:
+      params: initial weights.
+      optimizer: optax transformation.
+      averaged: the weights of which an averaged copy is kept; None keeps none.
+    """
 
     def zero() -> jax.Array:
         return jnp.zeros((), jnp.int32)
 
-    return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+    # A copy: a buffer cannot be donated twice.
+    average = None if averaged is None else jax.tree.map(jnp.copy, averaged(params))
+    return TrainState(zero(), params, optimizer.init(params), zero(), zero(), average)
 
 
-def begin_state(params: Any, optimizer: Any) -> TrainState:
-    """The state before the first step, the optimizer's part placed as the weights are."""
-    return jax.jit(lambda params: new_state(params, optimizer), donate_argnums=0)(params)
+def begin_state(params: Any, optimizer: Any, averaged: Take | None = None) -> TrainState:
+    """The state before the first step, its other parts placed as the weights are.
+
+    Args:
+      params: initial weights.
+      optimizer: optax transformation.
+      averaged: as of `new_state`.
+    """
+    make = jax.jit(lambda params: new_state(params, optimizer, averaged), donate_argnums=0)
+    return make(params)
 
 
-def state_shapes(params: Any, optimizer: Any) -> TrainState:
-    """The state as a tree of jax.ShapeDtypeStruct with placements, from that of the weights."""
+def state_shapes(params: Any, optimizer: Any, averaged: Take | None = None) -> TrainState:
+    """The state as a tree of jax.ShapeDtypeStruct with placements.
+
+    Args:
+      params: shapes and placements of the weights.
+      optimizer: optax transformation.
+      averaged: as of `new_state`.
+    """
 
     def place(leaf):
         spec = leaf.sharding.spec if leaf.sharding else jax.sharding.PartitionSpec()
         placement = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
-    return jax.tree.map(place, jax.eval_shape(lambda params: new_state(params, optimizer), params))
+    shapes = jax.eval_shape(lambda params: new_state(params, optimizer, averaged), params)
+    return jax.tree.map(place, shapes)
 
 
 def tree_bytes(tree: Any) -> int:

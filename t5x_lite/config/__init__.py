@@ -41,6 +41,7 @@ from t5x_lite.config.training import Mesh as Mesh
 from t5x_lite.config.training import Optimizer as Optimizer
 from t5x_lite.config.training import Schedule as Schedule
 from t5x_lite.config.training import Train as Train
+from t5x_lite.config.training import WeightAverage as WeightAverage
 
 
 @dataclass(frozen=True)

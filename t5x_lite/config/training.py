@@ -72,6 +72,34 @@ class Schedule(Checked):
 
 
 @dataclass(frozen=True)
+class WeightAverage(Checked):
+    """An averaged copy of the weights that train, kept beside them and saved with them.
+
+    Attributes:
+      kind: uniform: the mean of the weights after the last `last` of every `every` steps, of which
+        the final step is one; before the first of these the copy is the weights. exponential:
+        after each update the copy moves to the weights by a share of 1 - decay.
+      last: weights in the uniform mean.
+      every: steps from one of these to the next.
+      decay: decay of the exponential average.
+      warmup: after t updates the decay is at most (1 + t) / (warmup + t), so that the copy soon
+        forgets the initial weights; 0 has no such limit.
+      evaluate: evaluations measure the copy too, as average/loss and so on.
+    """
+
+    kind: Literal["uniform", "exponential"]
+    last: Count = 5
+    every: Count = 1000
+    decay: ShareBelowOne = 0.999
+    warmup: CountOrZero = 10
+    evaluate: bool = False
+
+    def first_step(self, steps: int) -> int:
+        """Step after which the weights are the first of the uniform mean in a run of `steps`."""
+        return steps - (self.last - 1) * self.every
+
+
+@dataclass(frozen=True)
 class Train(Checked):
     """Length of the run and the training step.
 
@@ -96,6 +124,7 @@ class Train(Checked):
         all logits would take more than 1 GiB of a device.
       draft_head_loss: the loss of `Model.draft_heads`.
       layer_skip: trains the decoder to exit early; None does not.
+      average: an averaged copy of the weights; None keeps none.
     """
 
     steps: Count
@@ -112,6 +141,7 @@ class Train(Checked):
     cross_entropy: Literal["auto", "full", "chunked"] = "auto"
     draft_head_loss: DraftHeadLoss = DraftHeadLoss()
     layer_skip: LayerSkip | None = None
+    average: WeightAverage | None = None
 
     def check(self):
         require(
@@ -124,6 +154,12 @@ class Train(Checked):
             not late,
             f"ParamGroup.begin = {late[:1]} is beyond the run's {self.steps} steps: its weights "
             "would never train. Bind ParamGroup.rate = 0 if that is meant",
+        )
+        average = self.average
+        require(
+            average is None or average.kind != "uniform" or average.first_step(self.steps) > 0,
+            "WeightAverage.last and WeightAverage.every reach further back than the run's "
+            f"{self.steps} steps: lower one of them",
         )
 
 

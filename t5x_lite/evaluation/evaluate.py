@@ -33,6 +33,7 @@ class Evaluator:
       split: name of the split.
       predictions_path: file of the newest predictions; None before there are any.
       tally: acceptance of their drafts.
+      label: begins the names of files of predictions, for other weights than a step's own.
       failures: metrics of the newest evaluation that failed or are not computed, with reasons.
 
     Raises:
@@ -42,6 +43,7 @@ class Evaluator:
     def __init__(self, run: DataRun, split: str | None = None):
         self.run = run
         self.split = split or run.data.eval_split
+        self.label = ""
         self.predictions_path: Path | None = None
         self.tally = AcceptanceStats()
         check_row_lengths(run.model, run.data.lengths, "The model")
@@ -220,7 +222,7 @@ class Evaluator:
         if not processes.is_first():
             return None
         folder = parse_path(self.run.model_dir) / "predictions"
-        return write_anew(folder / f"{self.split}-{step}.jsonl", rows)
+        return write_anew(folder / f"{self.label}{self.split}-{step}.jsonl", rows)
 
 
 def add_progress(on_progress: Callable[[int], None], before: int, count: int) -> None:

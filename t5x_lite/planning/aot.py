@@ -10,7 +10,7 @@ from t5x_lite import sharding
 from t5x_lite.batch import Batch
 from t5x_lite.checkpoints import train_state
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training import flops, frozen_base, optimizer, schedules, step
+from t5x_lite.training import flops, frozen_base, optimizer, schedules, step, weight_average
 
 
 def abstract_batch(run: TrainingRun) -> Batch:
@@ -34,7 +34,8 @@ def abstract_state(run: TrainingRun) -> train_state.TrainState:
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     axes = frozen_base.trained_axes(run)
     update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
-    return train_state.state_shapes(frozen_base.trained_shapes(run), update)
+    averaged = weight_average.averaged_weights(run)
+    return train_state.state_shapes(frozen_base.trained_shapes(run), update, averaged)
 
 
 def trace_step(run: TrainingRun, devices: list) -> Any:
@@ -46,6 +47,7 @@ def trace_step(run: TrainingRun, devices: list) -> Any:
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
     axes = frozen_base.trained_axes(run)
     update = optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
-    shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update)
+    averaged = weight_average.averaged_weights(run)
+    shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update, averaged)
     traced = step.make_step(run, update, schedule, axes)
     return traced.trace(shapes, abstract_batch(run), None, frozen_base.base_shapes(run))

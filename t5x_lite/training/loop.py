@@ -31,7 +31,7 @@ from t5x_lite.cli.progress import Progress, stderr_console, waiting
 from t5x_lite.config import gin_file
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.data.task import DataChangedError
-from t5x_lite.training import frozen_base, model_dir, preflight, schedules, setup
+from t5x_lite.training import frozen_base, model_dir, preflight, schedules, setup, weight_average
 from t5x_lite.training.held_out import HeldOut
 from t5x_lite.training.preemption import Interrupted, PreemptionHandler
 from t5x_lite.training.profiler import StepProfiler
@@ -39,10 +39,10 @@ from t5x_lite.training.reporting import (
     curves,
     metric_writers,
     overview,
-    progress_line,
     run_report,
 )
 from t5x_lite.training.reporting.metrics import Meter, RunTotals, step_cost
+from t5x_lite.training.reporting.step_progress import StepProgress
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import is_address, parse_path
@@ -89,7 +89,7 @@ class Training:
       state: weights, optimizer and counts.
       totals: seconds and tokens over all restarts.
       checkpoints, writer: None before `prepare`.
-      bar, meter: None before `run_steps`.
+      progress: None before `run_steps`.
       teacher_params, base: None without a teacher or adapters.
     """
 
@@ -97,8 +97,7 @@ class Training:
     totals: RunTotals
     checkpoints: Any
     writer: Any
-    bar: Any
-    meter: Any
+    progress: Any
     teacher_params: Any
     base: frozen_base.FrozenBase | None
 
@@ -109,11 +108,10 @@ class Training:
         self.path = parse_path(run.model_dir)
         self.console = stderr_console(quiet=not processes.is_first())
         self.held_out = HeldOut(run)
-        self.last_metrics: dict[str, float] = {}
         self.saved_step: int | None = None
         self.profiler = StepProfiler(self.path / "profile", profile, self.log)
         self.compile_seconds = 0.0
-        self.writer = self.checkpoints = self.bar = self.meter = self.teacher_params = None
+        self.writer = self.checkpoints = self.progress = self.teacher_params = None
 
     def prepare(self, try_memory: bool, ignore_damaged: bool) -> None:
         """Does all that comes before the first step: data, weights, compiled step, overview."""
@@ -170,6 +168,7 @@ class Training:
             self.totals = RunTotals()
             return
         self.state, note = restored
+        self.state = weight_average.check_window(self.run, self.state, note)
         frozen_base.check_base(self.run, self.base, note.base)
         self.assembled.batches.restore(note.data)
         self.totals, self.saved_step = RunTotals(**note.totals), note.step
@@ -203,9 +202,10 @@ class Training:
             of = f"of {stop} is" if self.start == stop else f"is beyond TRAIN_STEPS = {stop} and"
             self.log(f"This run is finished: step {self.start} {of} done.")
             return
-        self.bar = Progress("step", stop, self.start, self.console)
-        self.bar.label("first steps")
-        self.meter = Meter(self.run.train, self.cost, self.totals)
+        self.progress = StepProgress(
+            Progress("step", stop, self.start, self.console),
+            Meter(self.run.train, self.cost, self.totals),
+        )
         batches = data.prefetch(self.assembled.batches, self.start, stop)
         try:
             self.evaluate_first()
@@ -218,7 +218,7 @@ class Training:
         finally:
             batches.close()
             self.profiler.close()
-            self.bar.close()
+            self.progress.bar.close()
 
     def evaluate_first(self) -> None:
         """Evaluates adapted or initial weights before they train, and a checkpoint whose evaluation
@@ -230,14 +230,8 @@ class Training:
     def evaluate_if_due(self, done: int) -> None:
         """Evaluates after `done` steps if it is due and not done yet."""
         if self.held_out.is_due(done) and self.held_out.is_missing(done):
-            with self.pause():
+            with self.progress.pause():
                 self.evaluate(done)
-
-    @contextlib.contextmanager
-    def pause(self) -> Generator[None]:
-        """Context whose time does not count as training: evaluation, saving."""
-        with self.meter.pause(), self.bar.pause():
-            yield
 
     @contextlib.contextmanager
     def saving_on_failure(self, done: int) -> Generator[None]:
@@ -266,25 +260,25 @@ class Training:
           batch: rows of this host, numpy.
           waited: seconds that the loop has waited for batches so far.
         """
-        self.meter.record_batch(waited)
+        self.progress.meter.record_batch(waited)
         placed = sharding.place_batch(batch)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.step(self.state, placed, *self.constants())
-        self.meter.record_step(number, metrics)
+        self.progress.meter.record_step(number, metrics)
 
     def after_step(self, done: int) -> None:
         """Logs, saves and evaluates if it is due after `done` steps; stops after a signal."""
         run, evaluate = self.run, self.held_out.is_due(done)
         self.handler.reached(done)
         self.checkpoints.check_writer()
-        self.bar.advance(done)
+        self.progress.bar.advance(done)
         save = done == run.train.steps or done % run.checkpoint.every == 0
         if done % run.train.log_every == 0 or evaluate or save or self.handler.due:
             self.log_window(done)
-        elif self.bar.due() and (line := self.meter.peek()):
-            self.show_metrics(line)
+        else:
+            self.progress.show_if_due()
         if save or (evaluate and run.checkpoint.metric):
-            with self.pause():
+            with self.progress.pause():
                 self.save(done)
         self.evaluate_if_due(done)
         if self.handler.due:
@@ -294,30 +288,18 @@ class Training:
 
     def log_window(self, done: int) -> None:
         """Closes the window of metrics: one line for writer and console."""
-        self.last_metrics = self.meter.close_window()
-        self.writer.write(done, self.last_metrics)
-        self.show_metrics(self.last_metrics)
-
-    def show_metrics(self, values: dict[str, float]) -> None:
-        """Shows a line of metrics: always beside a live progress bar, else now and then."""
-        if self.bar.live or self.bar.due() or self.bar.done == self.bar.total:
-            self.bar.show(progress_line.format_metrics(values, self.bar.seconds_left()))
+        self.writer.write(done, self.progress.close_window())
 
     def evaluate(self, done: int) -> None:
         """Measures the weights after `done` steps on the held-out split."""
+        show = self.progress.show_decoded if self.progress else None
         with self.saving_on_failure(done):
-            params = frozen_base.whole_params(self.run, self.state.params, self.base)
-            values = self.held_out.measure(params, done, self.show_decoded)
+            values = self.held_out.measure(self.state, self.base, done, show)
         if self.saved_step == done:
             self.checkpoints.add_metrics(done, values)
         self.writer.write(done, values, self.held_out.split, self.held_out.failures)
         for line in self.held_out.describe():
             self.log(line)
-
-    def show_decoded(self, examples: int) -> None:
-        """Shows the number of examples decoded so far."""
-        if self.bar is not None and (self.bar.live or self.bar.due()):
-            self.bar.show(f"evaluating: {examples} examples decoded")
 
     # ---- Checkpoints and signals ----
 
@@ -341,7 +323,7 @@ class Training:
 
     def save_now(self, done: int) -> None:
         """Saves `done` steps, their metrics included, and waits until that is on disk."""
-        if self.meter is not None and self.meter.window:
+        if self.progress is not None and self.progress.meter.window:
             self.log_window(done)
         self.save(done)
         self.checkpoints.wait()

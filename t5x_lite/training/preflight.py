@@ -41,7 +41,7 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
     """
     model_dir.check_config(run, report)
     _, update = setup.make_update(run)
-    shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update)
+    shapes = setup.state_shapes(run, update)
     model_dir.check_writable(parse_path(run.model_dir))
     source = data.with_run_vocabulary(run)
     data.check_examples(source.data, run.model.batch_layout, "train")

@@ -26,7 +26,7 @@ from t5x_lite.evaluation.evaluate import (
     has_predictions,
     measured_names,
 )
-from t5x_lite.training import flops, frozen_base, optimizer, schedules, step
+from t5x_lite.training import flops, frozen_base, optimizer, schedules, step, weight_average
 from t5x_lite.training.frozen_base import FrozenBase
 from t5x_lite.training.reporting import overview
 from t5x_lite.utils.nearest import suggest
@@ -80,7 +80,7 @@ def assemble_run(run: TrainingRun) -> AssembledRun:
     vocabularies = data.open_dataset(source, "train").vocabularies
     data.check_run_vocabulary(run.model_dir, vocabularies)
     check_vocabulary_sizes(run, vocabularies)
-    shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update)
+    shapes = state_shapes(run, update)
     axes = frozen_base.trained_axes(run)
     batches, teacher = distilled_batches.make_distilled_batches(run, batches, vocabularies)
     train_step = step.make_step(run, update, schedule, axes, teacher)
@@ -94,6 +94,12 @@ def assemble_run(run: TrainingRun) -> AssembledRun:
         step=train_step,
         teacher=teacher,
     )
+
+
+def state_shapes(run: TrainingRun, update: Any) -> TrainState:
+    """Shapes and placements of a run's state; `update` is its optimizer."""
+    averaged = weight_average.averaged_weights(run)
+    return train_state.state_shapes(frozen_base.trained_shapes(run), update, averaged)
 
 
 def make_update(run: TrainingRun) -> tuple[Any, Any]:
@@ -187,7 +193,8 @@ def initial_train_state(
         params = initial_weights(
             run.checkpoint.initial, run.model, assembled.shapes.params, run.seed
         )
-    return train_state.begin_state(params, assembled.optimizer)
+    averaged = weight_average.averaged_weights(run)
+    return train_state.begin_state(params, assembled.optimizer, averaged)
 
 
 def initial_weights(folder: str, cfg: config.Model, shapes: Any, seed: int = 0) -> dict[str, Any]:
@@ -267,6 +274,8 @@ def check_evaluation(run: TrainingRun) -> data.Dataset | None:
             registry.check_names(run.model, run.decode)
             check_companion(run.model, run.decode)
         names = measured_names(run, dataset) if run.checkpoint.metric else None
+        if names is not None and weight_average.is_measured(run):
+            names = [*names, *map(weight_average.metric_name, names)]
         if names is not None:
             check_metric(run.checkpoint, names)
         return dataset

@@ -15,6 +15,7 @@ from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import mixed_precision
 from t5x_lite.sharding import spec
+from t5x_lite.training import weight_average
 from t5x_lite.training.losses import contrastive
 from t5x_lite.training.objective import make_objective, samples_heads
 from t5x_lite.training.optimizer.param_groups import Selection
@@ -32,8 +33,7 @@ def make_step(
 
     Its gradient is that of the loss summed over all target tokens of all microbatches and hosts,
     over their number: as that is known before the first microbatch, no pass over the gradient is
-    needed to divide it. A step whose gradient or update is not finite changes neither weights nor
-    optimizer.
+    needed to divide it. Where gradient or update is not finite, weights and optimizer stay.
 
     Args:
       run: config of the run.
@@ -65,6 +65,7 @@ def make_step(
         parts = jax.tree.leaves(mixed_precision.recompute(selection.moving(squares, count)))
         norm = jnp.sqrt(sum(jnp.sum(part) for part in parts))
         state, finite = apply_gradient(optimizer, selection, state, gradient, jnp.isfinite(norm))
+        state = weight_average.follow_weights(run.train, selection, state, finite)
         return state, StepMetrics(sums, schedule(count), norm, ~finite, state.consecutive, squares)
 
     # Donated, all new weights wait in temporary memory for the norm: on CPU its pages are fetched
@@ -175,7 +176,7 @@ def apply_gradient(
     def keep(old, new):
         return jnp.where(finite, new, old)
 
-    state = TrainState(
+    state = state._replace(
         step=state.step + 1,
         params=selection.put(state.params, jax.tree.map(add, trained, updates)),
         optimizer=jax.tree.map(keep, state.optimizer, new),

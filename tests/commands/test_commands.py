@@ -29,6 +29,7 @@ COMPLETE = {
     "eval": ("--checkpoint=nowhere",),
     "infer": ("--checkpoint=nowhere",),
     "convert": ("--from=nowhere", "--to=made"),
+    "average": ("--from=nowhere", "--last=2", "--to=made"),
     "adapt": ("--source=nowhere", "--output=made"),
     "distill": ("generate", "--teacher=nowhere", "--output=made", f"--input={__file__}"),
     "data": GIN,
@@ -43,6 +44,7 @@ NEAR = {
     "eval": ("--metrcs=per", "--metrics"),
     "infer": ("--beems=2", "--beams"),
     "convert": ("--dtyp=float32", "--dtype"),
+    "average": ("--wights=1,2", "--weights"),
     "adapt": ("--sentinls=100", "--sentinels"),
     "distill": ("--techer=x", "--teacher"),
     "data": ("--previw=1", "--preview"),
@@ -52,7 +54,7 @@ NEAR = {
     "demo": ("--prt=1", "--port"),
 }
 READ_GIN = ["train", "eval", "distill", "data", "plan", "compare", "tune"]
-READ_CHECKPOINTS = ["eval", "infer", "convert", "adapt", "distill", "demo"]
+READ_CHECKPOINTS = ["eval", "infer", "convert", "average", "adapt", "distill", "demo"]
 HEAVY = {"jax", "flax", "numpy", "tensorflow", "seqio", "rich", "orbax", "gin", "uvicorn"}
 
 

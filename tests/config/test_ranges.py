@@ -40,6 +40,7 @@ SAMPLES = [
     config.FillInTheMiddle(),
     config.Denoisers((config.SpanCorruption(), config.PrefixLM()), (1.0, 2.0)),
     config.Train(steps=4, batch_size=4),
+    config.WeightAverage("exponential"),
     config.Schedule("constant", 0.1),
     config.Optimizer(options={"b1": 0.9}),
     config.ParamGroup(("*",)),

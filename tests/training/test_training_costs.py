@@ -13,7 +13,7 @@ from conftest import toy_model
 from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch
 from t5x_lite.training import flops, objective
-from t5x_lite.training.reporting import curves, metric_writers, progress_line
+from t5x_lite.training.reporting import curves, metric_writers, step_progress
 from t5x_lite.training.step_values import StepContext
 
 
@@ -71,11 +71,11 @@ VALUES = {
 
 
 def test_a_line_of_progress_has_everything_in_words():
-    line = progress_line.format_metrics(VALUES | {"mfu": 0.412}, left=3700)
+    line = step_progress.format_metrics(VALUES | {"mfu": 0.412}, left=3700)
     for part in ("loss 1.5", "12.3k target tok/s", "2.5M tok/s", "padding 6%", "waiting 0%"):
         assert part in line
     assert "MFU 41.2%" in line and "ETA 1:01:40" in line
-    assert "skipped 2" in progress_line.format_metrics(VALUES | {"skipped": 2}, left=None)
+    assert "skipped 2" in step_progress.format_metrics(VALUES | {"skipped": 2}, left=None)
 
 
 def test_steps_done_again_after_a_restart_count_once(tmp_path):

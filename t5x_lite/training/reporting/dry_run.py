@@ -22,7 +22,7 @@ def describe_run(run: TrainingRun) -> str:
     """
     _, update = setup.make_update(run)
     axes = frozen_base.trained_axes(run)
-    shapes = states.state_shapes(frozen_base.trained_shapes(run), update)
+    shapes = setup.state_shapes(run, update)
     counts = model.count(run.model)
     flops = run_flops(run)
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())

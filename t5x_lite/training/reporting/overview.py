@@ -63,18 +63,21 @@ def mesh_text() -> str:
 
 
 def state_bytes(run: TrainingRun, shapes: TrainState) -> dict[str, int]:
-    """Bytes per device of weights, optimizer and gradient; frozen weights beside adapters."""
+    """Bytes per device of weights, optimizer, gradient and averaged copy; frozen weights beside
+    adapters."""
     trained = param_groups.Selection(run.train.param_groups, shapes.params).take(shapes.params)
     trees = {"weights": shapes.params, "optimizer": shapes.optimizer, "gradient": trained}
     if run.lora is not None:
         trees = {"frozen weights": frozen_base.base_shapes(run), "adapters": shapes.params} | {
             name: tree for name, tree in trees.items() if name != "weights"
         }
+    if shapes.average is not None:
+        trees["averaged copy"] = shapes.average
     return {name: states.bytes_per_device(tree) for name, tree in trees.items()}
 
 
 def bytes_text(run: TrainingRun, shapes: TrainState) -> str:
-    """MiB per device of weights, optimizer and gradient."""
+    """MiB per device of all parts of the state."""
     parts = state_bytes(run, shapes).items()
     return ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts)
 

@@ -21,7 +21,7 @@ def collect_report(training: Any, total_seconds: float) -> dict[str, Any]:
         "split": held_out.split if held_out.evaluator else None,
         **held_out.values,
         "not_computed": held_out.failures,
-        "train_loss": training.last_metrics.get("loss"),
+        "train_loss": training.progress.newest.get("loss") if training.progress else None,
         "skipped_steps": int(state.skipped),
         **training.totals.report(),
         "compile_seconds": training.compile_seconds,
