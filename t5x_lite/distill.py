@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -185,7 +186,8 @@ def generate(args: argparse.Namespace) -> None:
 
     session = interactive.load(args.teacher, mesh=args.mesh)
     options.configure_session(session, args)
-    sink = Sink(args.output, settings(args, session, digest))
+    sources = (args.input, *filter(os.path.isfile, [args.teacher]))
+    sink = Sink(args.output, settings(args, session, digest), sources)
     count = sink.begin(args.overwrite)
     done = last_line(args.output) if count else 0
     if count:

@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from t5x_lite.cli.records import (
     Record,
     Sink,
     Source,
+    check_apart,
     describe_text,
     is_json_lines,
     json_line,
@@ -116,6 +118,9 @@ def infer(args: argparse.Namespace) -> None:
     watch = DraftReport(args.verify, args.draw)
     source = Source(args.input, is_jsonl(args), args.field)
     total, digest = source.count(), source.digest()
+    weights = filter(os.path.isfile, [args.checkpoint])
+    sources = (args.input, args.json_schema, args.grammar, *weights)
+    check_apart("--draw", args.draw or "-", sources)
     from t5x_lite import interactive
 
     selection = {name: getattr(args, name) for name in ("step", "best", "mesh", "quantize")}
@@ -132,7 +137,7 @@ def infer(args: argparse.Namespace) -> None:
     session.predictor.drafters.tiered.at_once = args.verify or args.draw is not None
     if args.draw and session.decode.beams > 1:
         raise ValueError("--draw shows the drafter of each token, and beam search has none")
-    sink = Sink(args.output, settings(args, session, digest))
+    sink = Sink(args.output, settings(args, session, digest), sources)
     done = sink.begin(args.overwrite)
     if done:
         print(f"{args.output} has {done:,} lines already: going on after them", file=sys.stderr)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
@@ -141,10 +141,12 @@ class Sink:
     Attributes:
       path: a file, or "-" for stdout.
       settings: what decides the lines; kept beside the file, and compared before it is continued.
+      sources: files that are read; the output is none of them.
     """
 
     path: str
     settings: dict[str, Any]
+    sources: tuple[str | None, ...] = ()
 
     @property
     def settings_path(self) -> Path:
@@ -155,11 +157,13 @@ class Sink:
         """Number of lines that exist already, by the same settings; 0 for a new output.
 
         Raises:
-          ValueError: the output exists, with other settings or without any, or another process
-            writes it.
+          ValueError: the output exists, with other settings or without any, is a source, or another
+            process writes it.
         """
         if self.path == "-":
             return 0
+        for written in (self.path, f"{self.path}.settings.json"):
+            check_apart("--output", written, self.sources)
         path = parse_output_path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with nullcontext() if is_address(path) else locked_output(path):
@@ -205,6 +209,26 @@ class Sink:
             return nullcontext(sys.stdout.buffer)
         path = parse_output_path(self.path)
         return path.open("ab") if is_address(path) else locked_output(path)
+
+
+def check_apart(flag: str, written: str, sources: Iterable[str | None]) -> None:
+    """Checks that a file that is written is not one that is read, under whatever name.
+
+    Args:
+      flag: option that names what is written, for the message.
+      written: the file.
+      sources: what is read; "-" and None are no files.
+
+    Raises:
+      ValueError: it is one of them.
+    """
+    for source in sources:
+        if not source or source == "-":
+            continue
+        paths = parse_path(written), parse_path(source)
+        local = not any(map(is_address, paths)) and all(path.exists() for path in paths)
+        if paths[0] == paths[1] or (local and paths[0].samefile(paths[1])):
+            raise ValueError(f"{flag} would write over {source}, which is read: name another file")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from t5x_lite.utils.hub_names import check_source
 from t5x_lite.utils.paths import check_local, check_path, expand_output_path
+from t5x_lite.utils.text_lines import check_unicode
 
 # Numbers end up in int32 and float32 arrays: a larger one would wrap around or be infinite there,
 # and a nearer to 0 would be 0.
@@ -141,7 +142,7 @@ def coerce(value: Any, hint: Any) -> Any:
     Raises:
       WrongType: the value is of another type.
       OutOfRange: it is a number outside the annotated range.
-      ValueError: it is text that the annotated function refuses.
+      ValueError: it is no Unicode text, or text that the annotated function refuses.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -161,6 +162,8 @@ def coerce(value: Any, hint: Any) -> Any:
         # Python refuses to make a float of a larger integer.
         return float(value) if abs(value) <= LARGEST_FLOAT else math.inf
     if origin is None and isinstance(value, hint) and type(value) is not bool:
+        if isinstance(value, str):
+            check_unicode(value)
         return value
     if hint is bool and type(value) is bool:
         return value

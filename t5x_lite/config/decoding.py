@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from t5x_lite.config.checked import (
+    FAR,
     Checked,
     CountOrZero,
     Few,
@@ -156,7 +157,7 @@ class Decode(Checked):
     repetition_penalty: Positive = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    no_repeat_ngram_size: LengthOrZero = 0
+    no_repeat_ngram_size: Annotated[int, Range(0, FAR)] = 0
     min_new_tokens: LengthOrZero = 0
     bad_words: tuple[str, ...] = ()
     bad_words_ids: tuple[tuple[CountOrZero, ...], ...] = ()

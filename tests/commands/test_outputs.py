@@ -23,3 +23,24 @@ def test_two_processes_do_not_mix_their_lines_in_one_output(tmp_path):
     nowhere = [records.Sink("/dev/null", {"input_digest": "x"}) for _ in range(2)]
     with nowhere[0].open(), nowhere[1].open():
         pass
+
+
+@pytest.mark.parametrize("name", ["words.txt", "./words.txt", "link.txt", "hard.txt", "new.txt"])
+def test_an_output_never_replaces_what_is_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read = tmp_path / "words.txt"
+    read.write_text("cat\n")
+    (tmp_path / "link.txt").symlink_to("words.txt")
+    (tmp_path / "hard.txt").hardlink_to(read)
+    (tmp_path / "of.txt.settings.json").hardlink_to(read)
+    sources = (None, "-", "gone.txt", str(read))
+    sink = records.Sink(name, {"input_digest": "x"}, sources)
+    if name == "new.txt":
+        assert sink.begin(overwrite=True) == 0
+        sink = records.Sink("of.txt", {"input_digest": "x"}, sources)
+    for overwrite in (False, True):
+        with pytest.raises(
+            ValueError, match="--output would write over .*words.txt, which is read"
+        ):
+            sink.begin(overwrite)
+    assert read.read_text() == "cat\n"

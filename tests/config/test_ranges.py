@@ -221,3 +221,27 @@ def test_two_seeds_are_two_runs():
     largest = typing.get_args(field_types(config.Run)["seed"])[1].most
     keys = [tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in (0, 1, largest)]
     assert len(set(keys)) == 3
+
+
+def texts(hint: Any, wrap=lambda value: value) -> typing.Iterator[typing.Callable[[str], Any]]:
+    """Functions that put a text where an annotation has room for one."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is str:
+        yield wrap
+    elif origin is tuple:
+        yield from texts(inner[0], lambda value: wrap((value,)))
+    elif origin is dict:
+        yield from texts(inner[0], lambda value: wrap({value: 8}))
+        yield from texts(inner[1], lambda value: wrap({"targets": value}))
+    elif origin is not typing.Literal:
+        for each in inner:
+            yield from texts(each, wrap)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
+def test_a_text_that_no_file_can_hold_is_refused_by_name(sample):
+    """A command line with bytes that are no UTF-8, or half of a surrogate pair."""
+    for name, hint in field_types(type(sample)).items():
+        for wrap in texts(hint):
+            with pytest.raises(ValueError, match=rf"{type(sample).__name__}.{name}: not Unicode"):
+                dataclasses.replace(sample, **{name: wrap("a\udcff")})

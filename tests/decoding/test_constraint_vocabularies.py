@@ -161,3 +161,22 @@ def test_a_mistake_in_a_constraint_is_reported_before_what_the_vocabulary_lacks(
     for text, words in ((wrong, f"Decode.{field}"), (right, "cannot be constrained")):
         with pytest.raises(ValueError, match=words):
             constraints.find_constraint(config.Decode(**{field: text}), numbers, 10)
+
+
+@pytest.mark.parametrize(
+    "field, text, words",
+    [
+        ("grammar", "root ::= root", "allows no text at all"),
+        ("grammar", 'start: "a" start', "allows no text at all"),
+        ("regex", "[^\\x00-\\U0010ffff]", "allows no text at all"),
+        ("regex", "\\ud83d", "has half of a surrogate pair"),
+        ("grammar", 'root ::= "\\ud83d"', "has half of a surrogate pair"),
+        ("json_schema", '{"const": "\\ud83d"}', "has half of a surrogate pair"),
+        ("regex", "z", "can be spelled with the tokens"),
+        ("regex", "(" * 5000 + ")" * 5000, "nests its groups too deeply"),
+    ],
+)
+def test_a_message_says_if_a_constraint_or_the_vocabulary_lacks_a_text(field, text, words):
+    letters = SymbolVocabulary(["a", "b"])
+    with pytest.raises(ValueError, match=rf"Decode.{field} .*{words}"):
+        constraints.find_constraint(config.Decode(**{field: text}), letters, letters.size)

@@ -16,10 +16,11 @@ from decoding_laws import EXAMPLES, KINDS
 from test_decoding_loop import lively, use_one_device
 
 from t5x_lite import config, decoding
+from t5x_lite.config.checked import field_types
 from t5x_lite.decoding import generation, sampling, streaming
 from t5x_lite.decoding.drafters import lookup, recycling
 from t5x_lite.decoding.protocol import Tree, chain
-from t5x_lite.decoding.steering import processor
+from t5x_lite.decoding.steering import processor, sequences
 from t5x_lite.decoding.steering.build import make_processors
 
 VOCAB, EOS, ROWS, SLOTS = 24, 1, 3, 20
@@ -183,6 +184,22 @@ def test_penalties_count_the_new_text_alone():
             counts = np.bincount([*new, *block[row, path]], minlength=VOCAB)
             expected = logits[row, node].astype(np.float64) - 0.5 * counts - 0.75 * (counts > 0)
             np.testing.assert_allclose(ours[row, node], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("no_mesh")
+def test_an_ngram_that_no_text_has_room_for_costs_nothing():
+    """100,000 tokens took 33 s to compile: a comparison for each of them."""
+    limits = field_types(config.Decode)["no_repeat_ngram_size"].__metadata__[0]
+    assert limits.most <= 4096
+    tree, logits = TREES["tree"], np.ones((1, TREES["tree"].width, VOCAB), np.float32)
+    paths = processor.draft_paths(tree.paths, tree.depth, jnp.ones((1, tree.width), jnp.int32))
+    counts = {}
+    for size in (SLOTS, SLOTS + 1, int(limits.most)):
+        rule = sequences.NoRepeatNgram(size)
+        text = processor.Text(jnp.ones((1, SLOTS), jnp.int32), jnp.array([4]), jnp.array([2]))
+        traced = jax.make_jaxpr(lambda x, rule=rule, text=text: rule.process((), text, paths, x))
+        counts[size] = len(traced(logits).eqns)
+    assert counts[SLOTS] > 0 and counts[SLOTS + 1] == counts[limits.most] == 0
 
 
 @pytest.mark.usefixtures("no_mesh")

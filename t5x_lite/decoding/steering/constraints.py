@@ -16,7 +16,7 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.decoding.steering.automaton import NEVER, TokenAutomaton
-from t5x_lite.decoding.steering.byte_automaton import begin_with
+from t5x_lite.decoding.steering.byte_automaton import begin_with, reachable
 from t5x_lite.decoding.steering.patterns import Constraint, make_constraint
 from t5x_lite.decoding.steering.token_table import TokenTransitions, token_transitions
 from t5x_lite.tokenizers.token_bytes import TokenBytes, token_bytes
@@ -73,8 +73,13 @@ def find_constraint(
     constraint = make_constraint(decode)
     if constraint is None:
         return None
-    constraint.parse()  # a mistake in it is reported before what the vocabulary lacks
-    table = load_table(constraint, vocabulary, vocab)
+    try:
+        constraint.parse()  # a mistake in it is reported before what the vocabulary lacks
+        table = load_table(constraint, vocabulary, vocab)
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{constraint.name} has half of a surrogate pair (\\ud800 to \\udfff): no text has"
+        ) from None
     if table.shortest > decode.max_new_tokens:
         raise ValueError(
             f"The shortest text of {constraint.name} has {table.shortest} tokens with its end, and "
@@ -167,9 +172,12 @@ def compile_table(
       vocab: size of the model's vocabulary.
 
     Raises:
-      ValueError: it is not an expression, or the ids can spell no text of it.
+      ValueError: it is not an expression, has no text, or the ids can spell none of it.
     """
-    moves = token_transitions(constraint.compile(), vocabulary, vocab, constraint.name)
+    automaton = constraint.compile()
+    if not (automaton.final & reachable(automaton.following, automaton.start)).any():
+        raise ValueError(f"{constraint.name} allows no text at all, not even an empty one")
+    moves = token_transitions(automaton, vocabulary, vocab, constraint.name)
     table = make_table(moves, stops, constraint.is_open)
     if table.shortest == NEVER:
         raise ValueError(

@@ -137,7 +137,9 @@ def check_syntax(pattern: str, name: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)
             re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
+    except RecursionError:
+        raise ValueError(f"{name} nests its groups too deeply") from None
+    except (re.error, OverflowError, FutureWarning) as error:
         raise ValueError(f"{name} is not a regular expression: {error}") from None
 
 

@@ -97,6 +97,8 @@ class NoRepeatNgram(TextProcessor):
           paths: draft tokens between the root and each node.
           logits: scores of the tokens.
         """
+        if self.size > text.tokens.shape[1]:
+            return logits  # no text is so long
         rows = rows_of_nodes(text, paths)
         length = text.length[:, None] + paths.depth
         context = last_tokens(text, paths, self.size - 1) if self.size > 1 else None
