@@ -17,16 +17,19 @@ from t5x_lite.tokenizers.vocabulary import TextVocabulary
 class TeacherBatchBuilder:
     """Builds the rows that the teacher reads from a batch of the data.
 
-    A row of the teacher has the same texts as the row of the batch, in their order. A start token
-    of the encoder's inputs (bos) is left out if the teacher has its own.
+    A row of the teacher has the same texts as the row of the batch, in their order. Hidden spans
+    stand where they were hidden: the teacher reads the text before the spans were taken out, and
+    has no distribution for sentinels and ends, whose targets are one-hot (T5Gemma 2, section 3.1).
+    A start token of the encoder's inputs (bos) is left out if the teacher has its own.
 
     Attributes:
       teacher: model of the teacher.
       size: number of ids with logits of the teacher.
+      vocabulary: of the run's targets, whose sentinels mark hidden spans; None for texts without.
     """
 
-    def __init__(self, teacher: config.Model, size: int):
-        self.teacher, self.size = teacher, size
+    def __init__(self, teacher: config.Model, size: int, vocabulary: TextVocabulary | None = None):
+        self.teacher, self.size, self.vocabulary = teacher, size, vocabulary
 
     def teacher_data(self, batch: Batch, step: int | None = None) -> TeacherBatch:
         """The teacher rows of a batch of the layouts pair and joined, numpy [b s + t] and [b t].
@@ -35,6 +38,8 @@ class TeacherBatchBuilder:
           ValueError: the batch has ids that the teacher does not know.
         """
         tokens, segments, of_inputs = concatenate_parts(batch)
+        order, added = self.restore_order(tokens, segments, of_inputs)
+        segments = np.where(added, 0, segments)
         self.check_ids(tokens, segments)
         if self.teacher.add_bos:
             first = (
@@ -43,14 +48,16 @@ class TeacherBatchBuilder:
                 & (tokens == self.teacher.decoder_start_token_id)
             )
             segments = np.where(first, 0, segments)
-        order = np.argsort(np.where(segments > 0, segments, np.iinfo(np.int32).max), 1, "stable")
+        # Segments first; in each of them the order of the text.
+        order = order + segments.astype(np.int64) * (order.max(initial=0) + 1)
+        order = np.argsort(np.where(segments > 0, order, np.iinfo(np.int64).max), 1, "stable")
         tokens, segments, of_inputs = (
             np.take_along_axis(x, order, 1) for x in (tokens, segments, of_inputs)
         )
         positions = segment_positions(segments)
         targets = batch.targets.shape[1]
         places = np.argsort(order, 1)[:, -targets:]
-        known = batch.target_segments > 0
+        known = segments_of_targets(batch, added) > 0
         read = tokens
         if self.teacher.add_bos:
             # The decoder's input at a position is the token before it.
@@ -73,13 +80,34 @@ class TeacherBatchBuilder:
             inside=(of_inputs & used) if self.teacher.prefix_lm else None,
         )
 
+    def restore_order(
+        self, tokens: np.ndarray, segments: np.ndarray, of_inputs: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The place of each token in its text before spans were hidden, and a mask of the tokens
+        that hiding has added: sentinels, and ends of what has some. Both [b s + t].
+
+        Args:
+          tokens: ids of inputs and targets [b s + t].
+          segments: numbers of their texts.
+          of_inputs: true for tokens of the inputs.
+        """
+        if self.vocabulary is None or not len(self.vocabulary.sentinel_ids):
+            # All inputs, and then all targets.
+            return np.where(of_inputs, 0, 1), np.zeros(tokens.shape, bool)
+        sentinel = np.isin(tokens, self.vocabulary.sentinel_ids) & (segments > 0)
+        spans = count_in_runs(sentinel, 2 * segments + of_inputs)
+        # A span of the targets stands behind what is before its sentinel in the inputs, and before
+        # what follows it there; targets before any sentinel go on from all inputs.
+        place = 3 * spans + np.where(of_inputs, 1, np.where(spans > 0, 0, 2))
+        return place, sentinel | ((tokens == self.vocabulary.eos) & (spans > 0))
+
     def check_ids(self, tokens: np.ndarray, segments: np.ndarray) -> None:
         """Raises ValueError if the tokens have ids that the teacher lacks."""
         strange = tokens[(segments > 0) & (tokens >= self.size)]
         if len(strange):
             raise ValueError(
                 f"The data have id {strange[0]}, but Distillation.teacher knows {self.size} ids: "
-                "texts for a teacher have neither sentinels nor names that were added"
+                "texts for a teacher have no names that were added"
             )
 
 
@@ -92,6 +120,25 @@ def concatenate_parts(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     tokens = np.concatenate([batch.inputs, batch.targets], 1)
     segments = np.concatenate([batch.input_segments, batch.target_segments], 1)
     return tokens, segments, np.broadcast_to(of_inputs, tokens.shape)
+
+
+def segments_of_targets(batch: Batch, added: np.ndarray) -> np.ndarray:
+    """Segments of the targets [b t], 0 for those that hiding has added (`added` [b s + t])."""
+    length = batch.targets.shape[1]
+    return np.where(added[:, -length:], 0, batch.target_segments)
+
+
+def count_in_runs(mask: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Number of true values so far in the run of equal numbers that each place is in [b t].
+
+    Args:
+      mask: what is counted [b t].
+      runs: numbers that are equal within a run [b t].
+    """
+    total = np.cumsum(mask, axis=1)
+    begins = np.diff(runs, axis=1, prepend=-1) != 0
+    before = np.where(begins, total - mask, 0)
+    return total - np.maximum.accumulate(before, axis=1)
 
 
 def start_positions(batch: Batch) -> np.ndarray:
@@ -162,8 +209,13 @@ def make_distilled_batches(
     if isinstance(source, SavedTeacherLogits):
         return DistillationData(DistilledBatches(batches, source), None)
     return DistillationData(
-        DistilledBatches(batches, TeacherBatchBuilder(source.model, source.size)), source
+        DistilledBatches(batches, make_builder(source, vocabularies[1])), source
     )
+
+
+def make_builder(teacher: Teacher, vocabulary: TextVocabulary) -> TeacherBatchBuilder:
+    """The builder of a teacher's rows; `vocabulary` is that of the run's targets."""
+    return TeacherBatchBuilder(teacher.model, teacher.size, vocabulary)
 
 
 def check_teacher(

@@ -178,7 +178,7 @@ class Run(Checked):
             "Run.distillation is for a model with a decoder: a teacher predicts the next token",
         )
         require(
-            all(part is None or isinstance(part, PrefixLM | CausalLM) for part in objectives),
-            "Run.distillation needs targets that go on from their inputs, as a decoder-only "
-            "teacher reads them: PrefixLM, CausalLM, or a task's own pairs",
+            not any(isinstance(part, FillInTheMiddle) for part in objectives),
+            "Run.distillation needs targets in the order of their text, as a decoder-only teacher "
+            "reads it: PrefixLM, CausalLM, SpanCorruption, or a task's own pairs",
         )

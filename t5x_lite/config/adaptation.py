@@ -75,7 +75,9 @@ class Distillation(Checked):
     """A frozen decoder-only teacher, whose next-token distribution is part of the loss.
 
     The loss is (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher, student), both
-    distributions at that temperature (Hinton et al., 2015).
+    distributions at that temperature (Hinton et al., 2015). With SpanCorruption the teacher reads
+    the text before spans were hidden; targets that it has no distribution for, sentinels and ends,
+    have cross entropy alone (T5Gemma 2: arXiv 2512.14856, section 3.1).
 
     Attributes:
       teacher: checkpoint of any format, or a model of the hub by name.

@@ -59,7 +59,7 @@ def write_teacher_logits(
         check_space(output, needed * max(0, steps - done) // steps)
         on_progress = progress(done, needed)
         top_k = jit_teacher(not_none(run.distillation), teacher)
-        builder = distilled_batches.TeacherBatchBuilder(teacher.model, teacher.size)
+        builder = distilled_batches.make_builder(teacher, vocabularies[1])
         for first in folder.missing(steps):
             logits, rows = [], []
             for step in range(first, min(first + chunk, steps)):
