@@ -236,7 +236,8 @@ def attach_adapters(
       key: random key of dropout; None for no dropout.
     """
     if "a" in adapters:
-        weight, layers = base, adapters["a"].shape[0]
+        # Each is in a GradientSlot while the model computes in another dtype.
+        weight, layers = base, jax.tree.leaves(adapters["a"])[0].shape[0]
         keys = None if key is None or lora.dropout == 0 else jax.random.split(key, layers)
         return AdaptedWeight(
             weight,

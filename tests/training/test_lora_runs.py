@@ -221,6 +221,17 @@ def test_dropout_is_on_what_adapters_read_and_only_while_they_train():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dora, quantize", [(False, None), (True, "int4:4")])
+def test_adapters_train_in_bfloat16_as_in_float32(dora, quantize):
+    run = toy_run(dataclasses.replace(LORA, quantize=quantize, dora=dora))
+    _, expected, _ = take_steps(run, 5)
+    narrow = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="bfloat16"))
+    state, losses, _ = take_steps(narrow, 5)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    np.testing.assert_allclose(losses, expected, rtol=0.02)
+
+
+@pytest.mark.slow
 def test_merged_weights_compute_what_the_adapters_did(place_of_run, folders):
     quantized = "--gin.config.Lora.quantize=int8"
     assert train.main(lora_flags(place_of_run, folders / "hf", quantized, steps=3)) == 0
