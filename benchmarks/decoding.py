@@ -153,6 +153,12 @@ def entrants(case: Case, threads: int) -> list[System]:
     if case.run:
         model = systems.restored(case.run, model.stops)
     made = [System(OURS, lambda: systems.ours(case, model, "plain"))]
+    for compute in ("int8", "bfloat16"):
+
+        def make(compute=compute):
+            return systems.ours(case, model, "plain", compute=compute)
+
+        made.append(System(f"{OURS}, {compute}", make))
     for name, width in DRAFTERS[case.name]:
         label = f"{OURS}, {name} {width or 'auto'}"
 

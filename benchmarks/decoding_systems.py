@@ -112,12 +112,24 @@ def restored(run: str, stops: tuple[int, ...]) -> Model:
     return Model(found.run.model, decoding.prepare_params(found.run.model, found.params), stops)
 
 
-def ours(case: Case, model: Model, decoder: str, width: int = 0) -> Write:
-    """t5x_lite with a drafter by name; adds its calls to `write.calls`."""
+def ours(case: Case, model: Model, decoder: str, width: int = 0, compute: str = "auto") -> Write:
+    """t5x_lite with a drafter by name; adds its calls to `write.calls`.
+
+    Args:
+      case: what is written.
+      model: our side of the case.
+      decoder: name of the drafter.
+      width: tokens of a block; 0 for one by measurement.
+      compute: Decode.compute.
+    """
     from t5x_lite import config, decoding
     from t5x_lite.evaluation.drafting import DrafterCache
+    from t5x_lite.model.computation import params_for_compute
 
-    decode = config.Decode(max_new_tokens=case.length, drafter=decoder, draft_length=width)
+    decode = config.Decode(
+        max_new_tokens=case.length, drafter=decoder, draft_length=width, compute=compute
+    )
+    params = params_for_compute(model.cfg, model.params, compute)
     drafters = DrafterCache(model.cfg, None)
     drafters.tiered.at_once = True
     # An id that no token has: nothing ends a text.
@@ -125,7 +137,7 @@ def ours(case: Case, model: Model, decoder: str, width: int = 0) -> Write:
 
     def write(rows: Sequence[Ids]) -> list[Ids]:
         request = decoding.make_request(model.cfg, rows, decode, eos=eos)
-        result = drafters.generate(model.params, request, decode)
+        result = drafters.generate(params, request, decode)
         write.calls += result.steps
         each = zip(result.tokens[:, 0].tolist(), result.lengths[:, 0].tolist(), strict=True)
         return [cut(ids[:length], () if case.forced else model.stops) for ids, length in each]

@@ -225,7 +225,8 @@ class Session:
     def score(self, inputs: str | Sequence[str], targets: str | Sequence[str]) -> Any:
         """Log-probability in nats of each target given its input; a float for a single pair."""
         pairs = list_pairs("score", inputs, targets)
-        scores = [total for total, _ in self.predictor.score(*pairs)]
+        scorer = self.predictor.for_compute(self.decode.compute)
+        scores = [total for total, _ in scorer.score(*pairs)]
         return scores[0] if isinstance(inputs, str) else scores
 
     def embed(
@@ -250,7 +251,8 @@ class Session:
 
         check_argument("pooling", pooling, str | None)
         check_callback("on_progress", on_progress)
-        vectors = embed.embed(self.predictor, list_texts(texts), pooling, on_progress, prompt)
+        reader = self.predictor.for_compute(self.decode.compute)
+        vectors = embed.embed(reader, list_texts(texts), pooling, on_progress, prompt)
         return vectors[0] if isinstance(texts, str) else vectors
 
     @takes_decode_options

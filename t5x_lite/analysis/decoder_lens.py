@@ -16,6 +16,7 @@ from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.beam_ranking import LengthPenalty
 from t5x_lite.decoding.protocol import DecodeContext, Prompts, StoppingCriteria
 from t5x_lite.decoding.result import Result, loop_result
+from t5x_lite.model.computation import with_dtype_of
 
 
 class LensShape(NamedTuple):
@@ -51,7 +52,7 @@ def decode_layers(
             "DecoderLens lets the decoder read the layers of an encoder, and this model has none; "
             "its own layers are in the logit lens: .lens"
         )
-    shape = LensShape(decoding.with_cpu_dtype(cfg), decoding.bucket_length(length))
+    shape = LensShape(with_dtype_of(cfg, params), decoding.bucket_length(length))
     text = reading.ExplainedText(inputs, [cfg.decoder_start_token_id], 0)
     placed = reading.place_text(
         cfg, text._replace(tokens=[cfg.decoder_start_token_id, cfg.decoder_start_token_id])

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.decoding import generation, sampling
 from t5x_lite.decoding.request import check_ids, check_positions, decoder_prompt
+from t5x_lite.model.computation import with_dtype_of
 from t5x_lite.utils.not_none import not_none
 
 # The most bytes of attention probabilities, which grow with the square of the text.
@@ -145,7 +146,7 @@ def inspect_text(cfg: config.Model, params: Any, text: ExplainedText, top: int) 
     """
     if not 1 <= top <= cfg.vocab:
         raise ValueError(f"top must be in 1..{cfg.vocab}, the vocabulary; got {top}")
-    cfg = decoding.with_cpu_dtype(cfg)
+    cfg = with_dtype_of(cfg, params)
     placed = place_text(cfg, text)
     inside = jit_inspect(cfg, params, placed)
     wanted = jnp.asarray(decoding.pad_rows([text.tokens[1:]], placed.tokens.shape[1])[0][0])

@@ -25,10 +25,11 @@ DECODE = (
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
     *("bad_words", "regex", "choices", "json_schema", "grammar"),
     *("force_words", "stop", "target_prefix", "span_of_input", "token_healing"),
-    *("drafter", "draft_length", "accept", "companion", "combine"),
+    *("drafter", "draft_length", "accept", "companion", "combine", "compute"),
     *("logprobs", "choose", "beam_groups", "diversity_penalty"),
     *("search", "judge", "judge_weight", "particles", "segment_tokens", "segment_stop"),
 )
+COMPUTE = typing.get_args(field_types(config.Decode)["compute"])
 FILES_OF_DECODE = ("json_schema", "grammar")  # whose options name a file
 
 # Names of `decoding.drafters.registry`; A+B is both at once.
@@ -181,6 +182,8 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in NUMBERS_OF_DECODE.items():
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add_number(group, "batch_size", Count, "N", "how many texts are decoded at once")
+    computed = "float32 (default on a CPU), bfloat16, or int8: faster on a CPU, CHANGES THE TEXT"
+    group.add_argument("--compute", choices=COMPUTE, metavar="DTYPE", help=computed)
     group = parser.add_argument_group(
         "several texts for an input (--n_best)", name_table("--choose", CHOICES)
     )

@@ -135,6 +135,8 @@ class Decode(Checked):
       combine: rule that combines them with the model's, before all other rules: guidance:1.5,
         contrast:0.1, contrast:0.1:0.5, instructive:0.3, dola:0.1, deco:0.6:0.9, switch:NATS:TOKENS;
         "" is contrast for a model, guidance for a prompt, dola for layers.
+      compute: what products are computed in: auto (float32 on a CPU, else Model.dtype), float32,
+        bfloat16, or int8, which quantizes weights and activations and changes the text.
     """
 
     max_new_tokens: Length = 64
@@ -188,6 +190,7 @@ class Decode(Checked):
     dynatemp_exponent: Positive = 1.0
     companion: str = ""
     combine: str = ""
+    compute: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
 
     def check(self):
         for name in ("stop", "segment_stop"):

@@ -6,7 +6,7 @@ from t5x_lite.decoding.request import Request, bucket_length, make_request, pad_
 from t5x_lite.decoding.result import Result
 from t5x_lite.decoding.scoring import Scores, score
 from t5x_lite.decoding.streaming import stream
-from t5x_lite.decoding.target import prepare_params, with_cpu_dtype
+from t5x_lite.decoding.target import prepare_params
 
 __all__ = [
     "Drafting",
@@ -20,5 +20,4 @@ __all__ = [
     "prepare_params",
     "score",
     "stream",
-    "with_cpu_dtype",
 ]

@@ -27,6 +27,7 @@ from t5x_lite.decoding.result import Result, loop_result
 from t5x_lite.decoding.sampling import SamplingParams
 from t5x_lite.decoding.steering.stop_strings import StopStrings, StopTable
 from t5x_lite.decoding.streaming import DecodeArguments
+from t5x_lite.model.computation import with_dtype_of
 
 
 @functools.partial(
@@ -117,7 +118,7 @@ class ForkedDecoder:
         drafting: Drafting = PLAIN,
         delimiters: StopTable | None = None,
     ):
-        self.program = generation.make_program(cfg, decode, drafting)
+        self.program = generation.make_program(with_dtype_of(cfg, params), decode, drafting)
         self.arguments = streaming.place_arguments(params, request, decode, drafting)
         arrays: Any = delimiters
         self.delimiters = None if delimiters is None else StopStrings(*arrays)

@@ -35,6 +35,7 @@ from t5x_lite.decoding.result import Result, beam_result, loop_result, trim_resu
 from t5x_lite.decoding.sampling import make_sampling_params
 from t5x_lite.decoding.steering.build import ChoiceRules, make_processors
 from t5x_lite.decoding.steering.stop_strings import StopStrings
+from t5x_lite.model.computation import with_dtype_of
 
 
 class DecodeProgram(NamedTuple):
@@ -106,7 +107,7 @@ def generate(
     Returns:
       The new tokens, as numpy arrays.
     """
-    program = make_program(cfg, decode, drafting)
+    program = make_program(with_dtype_of(cfg, params), decode, drafting)
     placed = place_request(request)
     rules = make_rules(request, decode)
     penalty = make_length_penalty(decode)
@@ -120,12 +121,12 @@ def make_program(
     """Returns the static arguments of a request's program.
 
     Args:
-      cfg: config of the model.
+      cfg: config of the model, of the dtype of its prepared weights.
       decode: limits and beams.
       drafting: drafter and acceptance rule.
     """
     return DecodeProgram(
-        cfg=target.with_cpu_dtype(cfg),
+        cfg=cfg,
         length=bucket_length(decode.max_new_tokens),
         beams=decode.beams,
         n_best=decode.n_best,

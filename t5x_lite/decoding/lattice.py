@@ -22,6 +22,7 @@ from t5x_lite.decoding.beam_ranking import LengthPenalty, make_length_penalty
 from t5x_lite.decoding.beam_selection import BeamContinuations
 from t5x_lite.decoding.generation import ChoiceRules, DecodeProgram
 from t5x_lite.decoding.request import Request
+from t5x_lite.model.computation import with_dtype_of
 
 
 class LatticeEdge(NamedTuple):
@@ -90,7 +91,7 @@ def search_lattices(
     config.require(decode.beams > 1, "A lattice is of a beam search: set Decode.beams to 2 or more")
     config.require(decode.beam_groups == 1, "A lattice is of one group of beams: leave out groups")
     config.require(merged >= 1, f"Texts are merged that agree in 1 or more tokens; got {merged}")
-    program = generation.make_program(cfg, decode)
+    program = generation.make_program(with_dtype_of(cfg, params), decode)
     placed = generation.place_request(request)
     rules = generation.make_rules(request, decode)
     penalty = make_length_penalty(decode)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import config, model
 from t5x_lite.batch import Batch
-from t5x_lite.decoding import generation, target, verification
+from t5x_lite.decoding import generation, verification
 from t5x_lite.decoding.request import (
     bucket_length,
     check_examples,
@@ -26,6 +26,7 @@ from t5x_lite.decoding.request import (
     pad_rows,
 )
 from t5x_lite.decoding.sampling import gather_vocabulary
+from t5x_lite.model.computation import with_dtype_of
 
 
 class Scores(NamedTuple):
@@ -72,7 +73,7 @@ def score(
         rows, ends = score_as_blocks(cfg, params, inputs, targets, stops)
     else:
         batch = generation.shard_rows(teacher_forced_batch(cfg, inputs, targets))
-        scored = compiled_scores(target.with_cpu_dtype(cfg), params, batch, stop_ids(stops))
+        scored = compiled_scores(with_dtype_of(cfg, params), params, batch, stop_ids(stops))
         rows, ends = jax.device_get(scored)
     begins = np.zeros(len(targets), int) if cfg.encoder else np.array([len(x) for x in inputs])
     lengths = np.array([len(row) for row in targets])
@@ -208,7 +209,7 @@ def score_as_blocks(
     ids, _ = pad_rows(rows, bucket_length(max(map(len, rows))))
     prefix = np.array([len(row) for row in inputs], np.int32)
     ids, prefix = generation.shard_rows((ids, prefix))
-    cfg = target.with_cpu_dtype(cfg)
+    cfg = with_dtype_of(cfg, params)
     return jax.device_get(compiled_block_scores(cfg, params, ids, prefix, stop_ids(stops)))
 
 

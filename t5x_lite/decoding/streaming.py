@@ -18,6 +18,7 @@ from t5x_lite.decoding.generation import PLAIN, ChoiceRules, DecodeProgram, Draf
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Prompts
 from t5x_lite.decoding.request import Request
 from t5x_lite.decoding.result import Result, loop_result, trim_result
+from t5x_lite.model.computation import with_dtype_of
 
 
 class DecodeArguments(NamedTuple):
@@ -129,8 +130,9 @@ class DecodeStream:
         decode: config.Decode,
         drafting: Drafting = PLAIN,
     ):
-        self.cfg, self.request, self.decode = cfg, request, decode
-        self.program = generation.make_program(cfg, decode, drafting)
+        self.cfg = with_dtype_of(cfg, params)
+        self.request, self.decode = request, decode
+        self.program = generation.make_program(self.cfg, decode, drafting)
         self.arguments = place_arguments(params, request, decode, drafting)
         self.encoded: Any = None
         self.state: Any = None

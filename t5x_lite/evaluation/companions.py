@@ -66,7 +66,7 @@ class CompanionCache:
         if kind == "layers":
             return Companion(rule, layers=companion_layers(self.cfg, decode.companion))
         if kind != "model":
-            return Companion(rule, cfg=decoding.with_cpu_dtype(self.cfg))
+            return Companion(rule, cfg=self.cfg)
         cfg, params = self.load(argument, f"companion=model:{argument}")
         alike = ("layout", "add_bos", "decoder_start_token_id")
         differing = [name for name in alike if getattr(cfg, name) != getattr(self.cfg, name)]
@@ -75,7 +75,7 @@ class CompanionCache:
             f"companion=model:{argument} reads its texts otherwise than the model: Model."
             f"{differing and differing[0]} differs",
         )
-        return Companion(rule, params, cfg=decoding.with_cpu_dtype(cfg))
+        return Companion(rule, cfg=cfg).with_params(params)
 
     def attach(
         self,

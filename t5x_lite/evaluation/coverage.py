@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from t5x_lite import config, decoding
 from t5x_lite.decoding import generation
 from t5x_lite.evaluation.choosing import Candidates
+from t5x_lite.model.computation import with_dtype_of
 from t5x_lite.model.inspection import Inspected, InspectionInputs
 
 
@@ -64,7 +65,7 @@ def coverage_penalties(predictor: Any, inputs: Sequence[str], texts: Sequence[st
       inputs: texts that the encoder reads.
       texts: as many outputs.
     """
-    cfg = decoding.with_cpu_dtype(predictor.cfg)
+    cfg = with_dtype_of(predictor.cfg, predictor.params)
     ids, target_ids = predictor.encode_inputs(inputs), predictor.encode_targets(texts)
     # The token after the last one is not written, so the last one is not read.
     read = [[cfg.decoder_start_token_id, *row[:-1]] for row in target_ids]

@@ -15,6 +15,7 @@ from t5x_lite import config, decoding, model
 from t5x_lite.decoding import generation
 from t5x_lite.decoding.request import check_ids, check_positions, decoder_prompt
 from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.model.computation import with_dtype_of
 from t5x_lite.tokenizers.vocabularies import end_ids
 from t5x_lite.utils.not_none import not_none
 
@@ -64,7 +65,7 @@ def embed(
     Raises:
       ValueError: an unknown kind or prompt, or a text that the model cannot read.
     """
-    cfg = decoding.with_cpu_dtype(with_pooling(predictor.cfg, kind))
+    cfg = with_dtype_of(with_pooling(predictor.cfg, kind), predictor.params)
     readout, params = not_none(cfg.readout), predictor.params
     if predictor.cfg.separate_embeddings and cfg.decoder is None:
         params = params | {"embedding": params["encoder_embedding"]}

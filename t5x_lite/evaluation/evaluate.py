@@ -19,6 +19,7 @@ from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.evaluation import choosing, losses, metrics, retrieval
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import Prediction
+from t5x_lite.model.computation import params_for_compute, with_dtype_of
 from t5x_lite.tokenizers import languages
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
@@ -103,8 +104,11 @@ class Evaluator:
         if not self.run.evaluate.batches:
             return {}
         vocabulary = self.dataset.vocabularies[1]
-        most = self.run.evaluate.batches
-        return losses.measure_losses(self.run.model, params, self.batches, vocabulary, most)
+        most, model = self.run.evaluate.batches, self.run.model
+        if self.run.decode.compute != "auto":
+            params = params_for_compute(model, params, self.run.decode.compute)
+            model = with_dtype_of(model, params)
+        return losses.measure_losses(model, params, self.batches, vocabulary, most)
 
     def predictions(
         self, params: Any, step: int, on_progress: Callable[[int], None] | None = None

@@ -27,6 +27,7 @@ from t5x_lite.evaluation.drafting import DrafterCache
 from t5x_lite.evaluation.prediction import Prediction, drafter_names, make_prediction
 from t5x_lite.evaluation.search import list_sources, search_texts
 from t5x_lite.evaluation.steered_rows import SteeredRows
+from t5x_lite.model.computation import params_for_compute
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
@@ -45,6 +46,7 @@ class Predictor:
       ended: true if an input ends with eos, as the source of an example does; the beginning of a
         text to be continued does not.
       batch_size: most inputs of a batch.
+      compute: Decode.compute of the weights.
     """
 
     def __init__(
@@ -65,13 +67,30 @@ class Predictor:
         self.ended = ended
         self.batch_size = batch_size
         self.choosers: dict[tuple[str, str], choosing.Chooser] = {}
+        self.compute = "auto"
+        # Predictors of the same weights by Decode.compute; they share the dict.
+        self.computing = {self.compute: self}
 
     def with_params(self, params: Any) -> "Predictor":
         """Returns a predictor like this one with other weights, prepared for decoding."""
         other = copy.copy(self)
         other.params, other.tally, other.choosers = params, AcceptanceStats(), {}
         other.drafters = DrafterCache(self.cfg, self.targets)
+        other.drafters.tiered.at_once = self.drafters.tiered.at_once
+        other.companions = CompanionCache(self.cfg, other.drafters.load_model)
+        other.computing = {other.compute: other}
         return other
+
+    def for_compute(self, compute: str) -> "Predictor":
+        """Returns the predictor of the same weights that computes as Decode.compute says."""
+        if compute not in self.computing:
+            origin = self.computing["auto"]
+            params = params_for_compute(self.cfg, origin.params, compute)
+            other = origin.with_params(params)
+            other.compute, other.computing = compute, self.computing
+            other.tally, other.choosers = origin.tally, origin.choosers
+            self.computing[compute] = other
+        return self.computing[compute]
 
     def predict(
         self,
@@ -164,6 +183,10 @@ class Predictor:
           on_progress: called with the number of inputs done.
           counted: false to leave `tally` as it is.
         """
+        if decode.compute != self.compute:
+            return self.for_compute(decode.compute).predict_ids(
+                ids, decode, texts=texts, rows=rows, on_progress=on_progress, counted=counted
+            )
         self.check_inputs(ids, decode)
         rows = range(len(ids)) if rows is None else rows
         if decode.search:

@@ -141,6 +141,7 @@ def search_lattice(predictor: Any, text: str, decode: config.Decode, merged: int
       decode: config of decoding, with beams.
       merged: tokens in which texts agree that are merged.
     """
+    predictor = predictor.for_compute(decode.compute)
     (ids,) = predictor.encode_inputs([text])
     check_positions(predictor.cfg, "Input", [ids], decode.max_new_tokens)
     steered = steer_row(predictor, ids, decode)

@@ -50,6 +50,7 @@ def stream_text(
     Raises:
       ValueError: beams are above 1, every is below 1, or the model cannot read the text.
     """
+    predictor = predictor.for_compute(decode.compute)
     vocabularies, ids = (predictor.inputs, predictor.targets), predictor.encode_inputs([text])
     steered = SteeredRows(predictor.cfg, vocabularies, ids, decode)
     decode, request = steered.decode, steered.request([0], predictor.padded_rows(1))

@@ -15,6 +15,7 @@ from flax.core import meta
 from jaxtyping import Array, Float
 
 from t5x_lite import config, sharding
+from t5x_lite.kernels import api as kernels
 from t5x_lite.model import adapters, quantization
 from t5x_lite.model.adapters import AdaptedWeight
 from t5x_lite.model.mixed_precision import GradientSlot
@@ -195,7 +196,12 @@ def project(x: jax.Array, matrix: jax.Array | Quantized | AdaptedWeight, axes: s
     rows = "batch" if spec("length") == spec("whole") else "batch length"
     many = x.shape[:2] if rows == "batch length" else (-1,)
     flat = jnp.reshape(x, (*many, inner), out_sharding=placed(f"{rows} {inward[0]}"))
+    single = flat.dtype == jnp.bfloat16 and flat.shape[:-1] == (1,)
+    if single:
+        # XLA's CPU multiplies a matrix and a vector ten times faster with a second row.
+        flat = jnp.concatenate([flat, jnp.zeros_like(flat)])
     y = jnp.einsum("...i,io->...o", flat, square, out_sharding=placed(f"{rows} {outward[0]}"))
+    y = y[:1] if single else y
     shape = (*x.shape[:2], *matrix.shape[len(inward) :])
     return jnp.reshape(y, shape, out_sharding=placed(f"batch length {' '.join(outward)}"))
 
@@ -231,6 +237,28 @@ def project_adapted(x: jax.Array, adapted: AdaptedWeight, axes: str) -> jax.Arra
         )
     y = y * adapters.column_scales(gathered, outward, len(inward.split())).astype(y.dtype)
     return y if thinned is x else y + project(x - thinned, adapted.weight, axes)
+
+
+def project_to_vocabulary(
+    hidden: Float[Array, "b t d"], table: jax.Array | Quantized, tied: bool
+) -> Float[Array, "b t v"]:
+    """Matrix product of hidden states with an embedding or an output head.
+
+    Args:
+      hidden: [b t d] hidden states.
+      table: [v d] embedding if tied, else [d v] head, as `param` returns it.
+      tied: which one it is.
+    """
+    if isinstance(table, Quantized):
+        return project(hidden, table, "embed -> vocab")
+    table = all_gather(table, "vocab embed" if tied else "embed vocab")
+    if not tied:
+        return jnp.einsum("btd,dv->btv", hidden, table)
+    if kernels.target_device().platform == "cpu":
+        # The table first, as XLA's CPU would otherwise pack all of it anew for a few rows: 8
+        # rows of T5-base take 9.7 ms of one core for 17.4, 64 rows 43 for 50 (jaxlib 0.10.2).
+        return jnp.moveaxis(jnp.einsum("vd,btd->vbt", table, hidden), 0, 2)
+    return jnp.einsum("btd,vd->btv", hidden, table)
 
 
 def normalizer(module: nn.Module, name: str, axis: str = "norm") -> Callable:

@@ -17,7 +17,7 @@ from t5x_lite import config
 from t5x_lite.batch import Batch
 from t5x_lite.kernels import api as kernels
 from t5x_lite.kernels.api import TokenLosses
-from t5x_lite.model import contexts
+from t5x_lite.model import contexts, layers
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock
 from t5x_lite.model.contexts import on_rows, shift_right
@@ -66,7 +66,9 @@ class Transformer(FlaxModule):
             self.encoder_embedding = weight(self, "encoder_embedding", axes, cfg.embedding_std)
         if cfg.eoi is not None:
             self.eoi_embedding = weight(self, "eoi_embedding", "norm", 0.0)
-        if not cfg.tied and cfg.writes:
+        # A tied model has a head of its own where it is quantized and the embedding is not.
+        self.has_head = cfg.writes and (not cfg.tied or self.has_variable("params", "head"))
+        if self.has_head:
             self.head = param(self, "head", "embed -> vocab")
         has_bias = cfg.logits_bias and cfg.writes
         self.logits_bias = weight(self, "logits_bias", "vocab", 0.0) if has_bias else None
@@ -298,17 +300,8 @@ class Transformer(FlaxModule):
         """Float32 logits of hidden states."""
         if self.cfg.scale_logits:
             hidden = hidden * hidden.shape[-1] ** -0.5
-        axes = "vocab embed" if self.cfg.tied else "embed vocab"
-        table = all_gather(self.embedding if self.cfg.tied else self.head, axes)
-        if self.cfg.tied and kernels.target_device().platform == "cpu":
-            # The table first, as XLA's CPU would otherwise pack all of it anew for a few rows: 8
-            # rows of T5-base take 9.7 ms of one core for 17.4, 64 rows 43 for 50 (jaxlib 0.10.2).
-            logits = jnp.moveaxis(jnp.einsum("vd,btd->vbt", table, hidden), 0, 2)
-        elif self.cfg.tied:
-            logits = jnp.einsum("btd,vd->btv", hidden, table)
-        else:
-            logits = jnp.einsum("btd,dv->btv", hidden, table)
-        logits = logits.astype(jnp.float32)
+        table = self.head if self.has_head else self.embedding
+        logits = layers.project_to_vocabulary(hidden, table, not self.has_head).astype(jnp.float32)
         if self.logits_bias is not None:
             logits = logits + self.logits_bias.astype(jnp.float32)
         cap = self.cfg.logits_softcap

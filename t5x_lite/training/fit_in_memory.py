@@ -17,6 +17,7 @@ from t5x_lite.decoding.request import decoder_prompt
 from t5x_lite.decoding.sampling import gather_vocabulary
 from t5x_lite.decoding.scoring import check_pairs
 from t5x_lite.model import adapters, quantization
+from t5x_lite.model.computation import with_dtype_of
 
 # Adam without its learning rate, an argument of every step; clipped, since batches are small.
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
@@ -45,7 +46,7 @@ class Learner:
     """
 
     def __init__(self, cfg: config.Model, params: Any):
-        self.cfg = decoding.with_cpu_dtype(cfg)
+        self.cfg = with_dtype_of(cfg, params)
         self.params = params
         self.master = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
         self.optimizer = jax.jit(ADAM.init)(self.master)

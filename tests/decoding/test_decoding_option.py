@@ -86,7 +86,7 @@ def test_auto_drafts_only_where_it_is_safe_and_pays():
 
 
 def test_auto_is_plain_decoding_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(registry.target, "with_cpu_dtype", lambda cfg: cfg)
+    monkeypatch.setattr(registry, "dtype_of_computation", lambda cfg, compute: cfg.dtype)
     narrow = dataclasses.replace(LARGE, dtype="bfloat16")
     assert (
         drafting_of("auto", narrow, max_new_tokens=registry.MIN_LOOKUP_LENGTH)

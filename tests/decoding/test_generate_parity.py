@@ -15,10 +15,10 @@ from parity import Pair, read, tensor
 
 from t5x_lite import config, decoding
 from t5x_lite.config.companions import parse_combination
-from t5x_lite.decoding import target
 from t5x_lite.decoding.companions.companion import Companion
 from t5x_lite.decoding.companions.rows import attach_companion, last_rows
 from t5x_lite.decoding.companions.rules import make_rule
+from t5x_lite.model import computation
 
 TOYS = {
     "t5": t5(transformers.T5ForConditionalGeneration),
@@ -147,7 +147,8 @@ def our_texts(pair: Pair, options: dict, eos: int = EOS) -> np.ndarray:
       eos: the token that ends a text.
     """
     decode = config.Decode(max_new_tokens=NEW, seed=SEED, **options)
-    cfg, params = target.with_cpu_dtype(pair.cfg), decoding.prepare_params(pair.cfg, pair.params)
+    params = decoding.prepare_params(pair.cfg, pair.params)
+    cfg = computation.with_dtype_of(pair.cfg, params)
     ids = inputs_of(pair)
     begins = 1 if cfg.encoder is None and cfg.add_bos else 0
     request = decoding.make_request(cfg, ids[:, begins:].tolist(), decode, eos=eos)

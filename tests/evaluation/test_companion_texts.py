@@ -11,7 +11,6 @@ from test_decoding_loop import lively, use_one_device
 
 from t5x_lite import config, decoding
 from t5x_lite.config.companions import parse_combination
-from t5x_lite.decoding import target
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.companions import rules
 from t5x_lite.decoding.companions.companion import Companion
@@ -22,6 +21,7 @@ from t5x_lite.decoding.companions.rows import (
 from t5x_lite.decoding.request import prompt_rows
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.streaming import stream_text
+from t5x_lite.model import computation
 from t5x_lite.tokenizers import vocabularies
 
 BYTES = vocabularies.ByteVocabulary(0)
@@ -53,7 +53,7 @@ def test_a_predictor_reads_what_is_named():
         )
         others = predictor.encode_inputs([f"say {text} twice"])
         rule = rules.make_rule(parse_combination("guidance:3", "unconditional"))
-        cfg = target.with_cpu_dtype(predictor.cfg)
+        cfg = computation.with_dtype_of(predictor.cfg, predictor.params)
         companion = Companion(rule, predictor.params, cfg=cfg)
         request = attach_companion(request, companion, prompt_rows(cfg, others))
         result = decoding.generate(predictor.cfg, predictor.params, request, decode)

@@ -141,7 +141,7 @@ def with_companion(request, name: str, kind: str, examples=EXAMPLES):
     if case.companion.startswith("layers"):
         return attach_companion(request, Companion(rule, layers=(1,)))
     seed = 2 if case.companion.startswith("model") else 1
-    companion = Companion(rule, prepared(kind, mesh, seed), cfg=target.with_cpu_dtype(cfg))
+    companion = Companion(rule, cfg=cfg).with_params(prepared(kind, mesh, seed))
     if case.companion.startswith("prompt"):
         rows = prompt_rows(cfg, [others_of(example) for example in examples])
         return attach_companion(request, companion, rows)

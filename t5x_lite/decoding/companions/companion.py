@@ -24,6 +24,7 @@ from t5x_lite.decoding import target as targets
 from t5x_lite.decoding.companions.rules import IMPLAUSIBLE, BothLogits, CombinationRule
 from t5x_lite.decoding.protocol import Prompts, Target, Tree
 from t5x_lite.decoding.request import PromptRows
+from t5x_lite.model.computation import with_dtype_of
 from t5x_lite.utils.not_none import not_none
 
 
@@ -88,8 +89,9 @@ class Companion:
     layers: tuple[int, ...] = ()
 
     def with_params(self, params: Any) -> "Companion":
-        """Returns the companion with other weights."""
-        return dataclasses.replace(self, params=params)
+        """Returns the companion with those weights, which it computes in the dtype of."""
+        cfg = with_dtype_of(not_none(self.cfg), params)
+        return dataclasses.replace(self, params=params, cfg=cfg)
 
     def begin(self, prompts: Prompts, slots: int) -> CompanionState:
         """Encodes the inputs of the companion, and fills its cache.

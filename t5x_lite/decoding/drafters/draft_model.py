@@ -25,6 +25,7 @@ from t5x_lite.decoding.protocol import (
     VerifyOutput,
     chain,
 )
+from t5x_lite.model.computation import with_dtype_of
 from t5x_lite.utils.not_none import not_none
 
 
@@ -83,7 +84,8 @@ class DraftModel:
 
     def begin(self, context: DecodeContext) -> DraftModelState:
         """Encodes the source with the draft model, and fills its cache with the prompts."""
-        cfg, params = targets.with_cpu_dtype(self.cfg), context.weights
+        params = context.weights
+        cfg = with_dtype_of(self.cfg, params)
         source, length = self.source(context)
         # Without a start token, an empty prompt goes on after its padding.
         encoded, prompts = model.EncoderMemory(), Prompts(source, jnp.maximum(length, 1))
@@ -188,7 +190,7 @@ class DraftModel:
         """
         index = index + drafter_state.offset
         block = model.TokenBlock(self.clip_ids(tokens), index, prefix=drafter_state.prompt)
-        transformer = self.transformer()
+        transformer = self.transformer(context)
         return transformer.apply(
             {"params": context.weights},
             block,
@@ -199,7 +201,7 @@ class DraftModel:
 
     def logits(self, context: DecodeContext, hidden: Float[Array, "b 1 d"]) -> Float[Array, "b v"]:
         """Computes the logits of the target's vocabulary: the ids agree, the padding may differ."""
-        logits = self.transformer().apply(
+        logits = self.transformer(context).apply(
             {"params": context.weights}, hidden, method=model.Transformer.logits
         )
         logits = sampling.gather_vocabulary(logits)[:, 0]
@@ -207,9 +209,9 @@ class DraftModel:
         logits = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
         return logits[:, : self.target.vocab]
 
-    def transformer(self) -> model.Transformer:
+    def transformer(self, context: DecodeContext) -> model.Transformer:
         """Returns the module of the draft model."""
-        return model.Transformer(targets.with_cpu_dtype(self.cfg), scan=False)
+        return model.Transformer(with_dtype_of(self.cfg, context.weights), scan=False)
 
     def observe(
         self,

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from t5x_lite import config
-from t5x_lite.decoding import target
 from t5x_lite.decoding.acceptance import approximate, exact, speculative
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.autoregressive import check_layer_number
@@ -28,6 +27,7 @@ from t5x_lite.decoding.drafters.trigram import Trigram
 from t5x_lite.decoding.drafters.union import union
 from t5x_lite.decoding.generation import PLAIN, Drafting
 from t5x_lite.decoding.protocol import Drafter, Tree, chain
+from t5x_lite.model.computation import dtype_of_computation
 from t5x_lite.utils.nearest import suggest
 from t5x_lite.utils.not_none import not_none
 
@@ -303,7 +303,8 @@ def resolve_name(cfg: config.Model, decode: config.Decode) -> str:
     """
     if decode.drafter != "auto":
         return decode.drafter
-    unsafe = target.with_cpu_dtype(cfg).dtype != "float32" or decode.accept != "exact"
+    dtype = dtype_of_computation(cfg, decode.compute)
+    unsafe = dtype != "float32" or decode.accept != "exact"
     if decode.beams > 1 or unsafe or count_decoder_weights(cfg) < MIN_ADAPTIVE_WEIGHTS:
         return "plain"
     if cfg.draft_heads is not None:
