@@ -70,11 +70,8 @@ class Session:
         """Returns what was loaded: source, family and size of the model, dtype, step."""
         from t5x_lite.checkpoints import model_card
 
-        parts = [
-            *model_card.summarize_model(self.predictor.cfg, self.predictor.params),
-            f"step {self.step:,}",
-            *(["chat template"] if self.template is not None else []),
-        ]
+        parts = model_card.summarize_model(self.predictor.cfg, self.predictor.params)
+        parts = [*parts, f"step {self.step:,}", *["chat template"] * (self.template is not None)]
         return f"<Session of {self.source}: {', '.join(parts)}>"
 
     @takes_decode_options

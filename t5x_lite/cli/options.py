@@ -122,8 +122,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantize",
         metavar="KIND",
-        help="int8, int4, int8_activations, int4_activations or int4_int8_activations; int4:32 has "
-        "a scale for each 32 numbers",
+        help="keeps weights in int8, int4, int4:32, int8_activations, ...",
     )
 
 
@@ -182,7 +181,7 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in NUMBERS_OF_DECODE.items():
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add_number(group, "batch_size", Count, "N", "how many texts are decoded at once")
-    computed = "float32 (default on a CPU), bfloat16, or int8: faster on a CPU, CHANGES THE TEXT"
+    computed = "float32, bfloat16, or int8: faster on a CPU, CHANGES THE TEXT"
     group.add_argument("--compute", choices=COMPUTE, metavar="DTYPE", help=computed)
     group = parser.add_argument_group(
         "several texts for an input (--n_best)", name_table("--choose", CHOICES)

@@ -37,13 +37,14 @@ class QuantizationConfig(NamedTuple):
       bits: bits of a weight, 8 or 4.
       activations: bits of an activation, 8 or 4; None for activations that are not quantized.
       group: number of values along the fan-in that share a scale; None for the whole channel.
-      channels_first: the axes of the fan-in are the last ones of the values, not the first.
+      channel_axes: number of leading axes of the values that are channels, with the fan-in last;
+        None for values whose fan-in is first.
     """
 
     bits: int
     activations: int | None = None
     group: int | None = None
-    channels_first: bool = False
+    channel_axes: int | None = None
 
 
 def parse_quantization(name: str) -> QuantizationConfig:
@@ -135,8 +136,13 @@ def group_count(inner: int, kind: QuantizationConfig) -> int:
 
 def dequantize(weight: Quantized) -> Float[Array, "..."]:
     """Returns the float32 values of a quantized weight that is not stacked, its fan-in first."""
-    groups = weight.scales.shape[0]
-    assert not weight.kind.channels_first
+    groups, channels = weight.scales.shape
+    outward = weight.kind.channel_axes
+    if outward is not None:
+        rows = weight.values.reshape(channels, -1).astype(jnp.float32) * weight.scales.T
+        axes = range(weight.values.ndim)
+        order = (*axes[outward:], *axes[:outward])
+        return jnp.transpose(rows.reshape(weight.values.shape), order)
     grouped = weight.values.astype(jnp.float32).reshape(groups, -1, weight.scales.shape[1])
     return (grouped * weight.scales[:, None]).reshape(weight.values.shape)
 
@@ -171,11 +177,11 @@ def local_matmul(
     """
     groups, channels = scales.shape
     size = math.prod(values.shape) // channels
-    if kind.channels_first:
-        rows, outward = values.reshape(channels, size), values.shape[: count_axes(values, channels)]
+    if kind.channel_axes is not None:
+        rows = values.reshape(channels, size)
         y = rowwise_matmul(x.reshape(-1, size), rows, scales[0], not_none(kind.activations))
-        return y.astype(x.dtype).reshape(*x.shape[:2], *outward)
-    rank = count_axes(values, size)
+        return y.astype(x.dtype).reshape(*x.shape[:2], *values.shape[: kind.channel_axes])
+    rank = next(n for n in range(values.ndim + 1) if math.prod(values.shape[:n]) == size)
     flat = x.reshape(-1, size)
     # Both operands of an integer product need the same dtype.
     grouped = values.astype(jnp.int8).reshape(groups, size // groups, channels)
@@ -189,11 +195,6 @@ def local_matmul(
     else:
         y = flat @ (grouped * scales[:, None]).astype(x.dtype).reshape(size, channels)
     return y.astype(x.dtype).reshape(*x.shape[:2], *values.shape[rank:])
-
-
-def count_axes(values: jax.Array, size: int) -> int:
-    """Number of leading axes of values whose lengths multiply to size."""
-    return next(n for n in range(values.ndim + 1) if math.prod(values.shape[:n]) == size)
 
 
 def rowwise_matmul(
@@ -288,7 +289,7 @@ def quantize_channels(weight: jax.Array, fan_in: int) -> Quantized:
       weight: the weight.
       fan_in: number of leading axes that a product sums over.
     """
-    kind = QuantizationConfig(8, 8, channels_first=True)
+    kind = QuantizationConfig(8, 8, channel_axes=weight.ndim - fan_in)
     order = (*range(fan_in, weight.ndim), *range(fan_in))
     where = jax.typeof(weight).sharding.spec.partitions
     placed = Quantized(P(*(where[axis] for axis in order)), P(None, None), kind)
