@@ -69,7 +69,7 @@ class Predictor:
         self.choosers: dict[tuple[str, str], choosing.Chooser] = {}
         self.compute = "auto"
         # Predictors of the same weights by Decode.compute; they share the dict.
-        self.computing = {self.compute: self}
+        self.computing: dict[str, Predictor] = {self.compute: self}
 
     def with_params(self, params: Any) -> "Predictor":
         """Returns a predictor like this one with other weights, prepared for decoding."""

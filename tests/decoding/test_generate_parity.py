@@ -228,7 +228,8 @@ def test_texts_are_those_of_transformers(pair_of, toy, rule):
 def test_beams_are_those_of_transformers(pair_of, early_stopping):
     pair = pair_of("t5")
     eos = frequent_tokens(pair)[1]
-    cfg, params = target.with_cpu_dtype(pair.cfg), decoding.prepare_params(pair.cfg, pair.params)
+    params = decoding.prepare_params(pair.cfg, pair.params)
+    cfg = computation.with_dtype_of(pair.cfg, params)
     lengths = set()
     for exponent in (-1.0, 0.0, 1.0, 3.0):
         rule = dict(length_penalty=exponent, early_stopping=early_stopping)

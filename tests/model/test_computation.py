@@ -10,6 +10,7 @@ import pytest
 from conftest import toy_model
 
 from t5x_lite import config, decoding, interactive, model, sharding
+from t5x_lite.checkpoints import weights
 from t5x_lite.evaluation import predict
 from t5x_lite.model import adapters, computation, quantization
 from t5x_lite.tokenizers import vocabularies
@@ -115,9 +116,12 @@ def test_int8_by_channels_is_int8_of_stacked_layers_to_the_last_bit(name):
 
 
 def placed(cfg: config.Model, params: dict) -> dict:
-    """Params placed on the mesh as a checkpoint's are."""
-    from t5x_lite.checkpoints import weights
+    """Params placed on the mesh as a checkpoint's are.
 
+    Args:
+      cfg: the model.
+      params: arrays of the host.
+    """
     return weights.place_arrays(model.shapes(cfg), params, "drawn")
 
 
