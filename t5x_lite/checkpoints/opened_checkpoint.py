@@ -16,6 +16,7 @@ from t5x_lite.checkpoints import (
     checkpoint_io,
     manager,
     matching,
+    readouts,
     run_folder,
     sources,
     text_settings,
@@ -178,20 +179,21 @@ class OpenedCheckpoint:
           keep: makes of each weight what is kept, before the next one is placed.
 
         Returns:
-          params; draft heads are among them only where the checkpoint has some.
+          params; draft heads and a readout are among them only where the checkpoint has some.
 
         Raises:
           ValueError: they are not weights of `cfg`; the shapes are named.
         """
-        trunk = dataclasses.replace(cfg, draft_heads=None)
+        trunk = readouts.trunk_of(self.model, cfg, self.path)
         if self.is_saved_whole:
             self.fetch_arrays()
             arrays, _ = manager.load_params(self.path, step=None if self.newest else self.step)
             shapes = weights.with_heads(shapes, arrays)
+            arrays = readouts.without_outputs(arrays, cfg)
             params = weights.place_arrays(shapes, arrays, self.path, cast=True, keep=keep)
         else:
-            params = weights.place_weights(self.weights_for(trunk), trunk, keep=keep)
-        if different := "" if self.assumed else matching.list_differences(self.model, trunk):
+            params = weights.place_weights(self.weights_for(trunk, cfg), trunk, keep=keep)
+        if different := "" if self.assumed else matching.list_differences(self.model, cfg):
             warnings.warn(
                 f"{self.path} was made with {different}; this run has others", stacklevel=2
             )
@@ -199,29 +201,34 @@ class OpenedCheckpoint:
 
     def check_fits(self, cfg: config.Model, shapes: dict[str, Any]) -> None:
         """Raises ValueError where `params_for` would by the shapes alone; reads no weight."""
+        trunk = readouts.trunk_of(self.model, cfg, self.path)
         if not self.is_saved_whole:
-            self.weights_for(dataclasses.replace(cfg, draft_heads=None), read=False)
+            self.weights_for(trunk, cfg, read=False)
             return
         folder = self.path / manager.FOLDER / str(self.step)
         stored = checkpoint_io.stored_shapes(checkpoint_io.read_metadata(folder), "params")
         shapes = weights.with_heads(shapes, {name.split(".")[0] for name in stored})
+        stored = readouts.without_outputs(stored, cfg)
         weights.check_arrays(stored, shapes, self.path)
 
-    def weights_for(self, trunk: config.Model, read: bool = True) -> Weights:
-        """Another library's tensors, or merged adapters, as weights of a run's model without draft
-        heads.
+    def weights_for(self, trunk: config.Model, cfg: config.Model, read: bool = True) -> Weights:
+        """Another library's tensors, or merged adapters, as weights of a run's model.
 
         Args:
-          trunk: config of the run's model.
+          trunk: the part of the model that the checkpoint has, as `readouts.trunk_of` says.
+          cfg: config of the run's model.
           read: as of `weights`.
         """
         if self.adapters is not None:
             merged = self.weights(read=read)
             shapes = {path: leaf.shape for path, leaf in merged.leaves.items()}
             needed = flatten_tree(model.shapes(trunk), "/")
+            shapes = readouts.without_outputs(shapes, cfg)
             checkpoint_io.check_shapes(shapes, needed, f"{self.path} is of another model")
             return merged
         mapped = not_none(self.tensors)._replace(model=trunk)
+        if cfg.readout is not None:
+            mapped = readouts.drop_parts(mapped)
         if self.kind == CheckpointKind.T5X:
             names = mapped.source.names
             mapped = mapped._replace(entries=t5x.entries_to_read(trunk, names))

@@ -20,6 +20,8 @@ from t5x_lite.tokenizers.errors import SourceError
 
 # Where params have the draft heads of Model.draft_heads, which only our checkpoints can have.
 HEADS = "heads"
+# Where params have the head of Model.readout.
+READOUT = "readout"
 # Bit pattern of +inf; larger patterns are NaN.
 EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}
 
@@ -255,8 +257,13 @@ def place_weights(
 
 
 def with_heads(shapes: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
-    """Shapes of a model, of its draft heads only where the checkpoint has stored some."""
-    return {name: part for name, part in shapes.items() if name != HEADS or name in stored}
+    """Shapes of a model, of its draft heads and its readout only where the checkpoint has stored
+    some."""
+    return {
+        name: part
+        for name, part in shapes.items()
+        if name not in (HEADS, READOUT) or name in stored
+    }
 
 
 def check_arrays(

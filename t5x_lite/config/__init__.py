@@ -34,6 +34,7 @@ from t5x_lite.config.objectives import Denoisers as Denoisers
 from t5x_lite.config.objectives import FillInTheMiddle as FillInTheMiddle
 from t5x_lite.config.objectives import PrefixLM as PrefixLM
 from t5x_lite.config.objectives import SpanCorruption as SpanCorruption
+from t5x_lite.config.readout import SMOOTHED_KINDS
 from t5x_lite.config.readout import Readout as Readout
 from t5x_lite.config.training import Checkpoint as Checkpoint
 from t5x_lite.config.training import Evaluate as Evaluate
@@ -99,6 +100,8 @@ class Run(Checked):
             "Run.adaptation has no weights for Model.draft_heads: train them in a run that begins "
             "with the adapted weights (Checkpoint.initial)",
         )
+        if self.model.readout is not None and self.model.readout.kind != "vector":
+            self.check_labels(self.model.readout)
         if self.lora is not None:
             self.check_lora()
         self.check_contrastive()
@@ -130,6 +133,29 @@ class Run(Checked):
                 windows.check_sentinels(part, lengths, mode, vocabulary.sentinel_count)
         if self.distillation is not None:
             self.check_distillation(parts)
+
+    def check_labels(self, readout: Readout) -> None:
+        """Raises ValueError for parts of a run that are about text, where it trains on labels."""
+        of_text = {
+            "Data.objective": self.data and self.data.objective,
+            "Run.distillation": self.distillation,
+            "Run.adaptation": self.adaptation,
+            "Train.layer_skip": self.train and self.train.layer_skip,
+        }
+        bound = [name for name, value in of_text.items() if value is not None]
+        require(
+            not bound,
+            f"A readout of kind {readout.kind} writes no text, which {' and '.join(bound)} is for: leave it out, or "
+            "train the readout in a second run (Checkpoint.initial)",
+        )
+        require(
+            self.data is None or self.data.readout in (None, readout),
+            "Data.readout is another than Model.readout: leave Data.readout out",
+        )
+        require(
+            self.train is None or self.train.label_smoothing == 0 or readout.kind in SMOOTHED_KINDS,
+            f"Train.label_smoothing is for classes and tags, not for {readout.kind}: bind 0",
+        )
 
     def check_lora(self) -> None:
         """Raises ValueError unless there is a base to adapt, and nothing else would train."""

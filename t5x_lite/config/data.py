@@ -9,6 +9,7 @@ from t5x_lite.config.checked import (
     MOST_TOKENS,
     AnyPath,
     Checked,
+    CountOrZero,
     Length,
     LocalPath,
     Positive,
@@ -23,6 +24,7 @@ from t5x_lite.config.objectives import (
     PrefixLM,
     SpanCorruption,
 )
+from t5x_lite.config.readout import Readout
 from t5x_lite.utils.paths import CACHE
 
 # A token and its end.
@@ -121,7 +123,8 @@ class Files(Checked):
         looks quoted. A csv file always has such quotes.
       delimiter: character between the cells of a csv file; None is a comma.
       numbers: fields that are numbers are read as text, as Python writes them.
-      labels: names of the labels in `targets` by number, from 0; () for targets that are text.
+      labels: names of the labels in `targets` by number, from 0; () for targets that are text or,
+        with Model.readout, names.
     """
 
     name: str
@@ -242,6 +245,8 @@ class Data(Checked):
       cache_dir: folder of cached tokens.
       stream: reads the training split anew instead of caching its tokens, for sources too large
         for `cache_dir`.
+      readout: what the targets are in place of text; None takes Model.readout.
+      start: id that begins the inputs; None takes that of a decoder alone with Model.readout.
     """
 
     task: str | Files | HubDataset | Mixture
@@ -252,11 +257,17 @@ class Data(Checked):
     vocabulary: Vocabulary | None = None
     cache_dir: LocalPath = CACHE
     stream: bool = False
+    readout: Readout | None = None
+    start: CountOrZero | None = None
 
     def check(self):
         unknown = set(self.lengths) - {"inputs", "targets"}
         require(not unknown, f"Data.lengths has unknown features {sorted(unknown)}")
         require("targets" in self.lengths, 'Data.lengths needs "targets"')
+        require(
+            self.readout is None or self.objective is None,
+            "Data.objective makes targets of running text: it goes with no Model.readout",
+        )
 
     @property
     def tasks(self) -> tuple[str | Files | HubDataset, ...]:

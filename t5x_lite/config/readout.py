@@ -15,6 +15,8 @@ from t5x_lite.config.checked import (
 
 # Kinds whose outputs have names.
 NAMED_KINDS = ("classes", "labels", "tags")
+# Kinds that choose one of the labels: label smoothing and z-loss are for their softmax.
+SMOOTHED_KINDS = ("classes", "tags")
 # Begins the tag of a span's first token, and of its others; OUTSIDE is in no span.
 BEGIN, INSIDE, OUTSIDE = "B-", "I-", "O"
 

@@ -14,8 +14,10 @@ from t5x_lite.checkpoints.sources import locate_file
 from t5x_lite.checkpoints.text_settings import read_text_settings
 from t5x_lite.data import content, corpora, files, hub_datasets
 from t5x_lite.data.corpora import TextExample
+from t5x_lite.data.target_form import TEXT, TargetForm, describe_label
 from t5x_lite.data.task import Task, TextReader
 from t5x_lite.tokenizers import extended, languages, sentencepiece_training, vocabularies
+from t5x_lite.tokenizers.labels import LabelVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
@@ -86,13 +88,16 @@ BUILT_IN = {
 }
 
 
-def built_in_task(name: str, vocabulary: config.Vocabulary | None, cache_dir: str) -> Task:
+def built_in_task(
+    name: str, vocabulary: config.Vocabulary | None, cache_dir: str, form: TargetForm = TEXT
+) -> Task:
     """Opens a built-in task.
 
     Args:
       name: a key of BUILT_IN.
       vocabulary: for both sides; None is that of the task.
       cache_dir: folder of trained vocabularies.
+      form: of its examples.
     """
     corpus = BUILT_IN[name]
     if vocabulary is None:
@@ -100,12 +105,13 @@ def built_in_task(name: str, vocabulary: config.Vocabulary | None, cache_dir: st
     else:
         text = TrainingText(partial(corpus.rows, "train"), partial(corpus.source, "train"))
         pair = vocabulary_pair(vocabulary, text, cache_dir)
+    pair = form.label_targets(pair)
     return Task(
         name=name,
         splits=corpora.SPLITS,
         vocabularies=pair,
-        read=TextReader(lambda split, counts: corpus.rows(split), pair),
-        source=corpus.source,
+        read=TextReader(lambda split, counts: corpus.rows(split), pair, start=form.start),
+        source=form.extend_source(corpus.source),
         has_inputs=corpus.has_inputs,
         metrics=corpus.metrics,
     )
@@ -123,16 +129,22 @@ class TrainingText(NamedTuple):
     source: Callable[[], str]
 
 
-def training_text(every: Sequence[config.TextSource], cache_dir: str) -> TrainingText:
-    """Training text of one or more Files or datasets, one after the other."""
+def training_text(
+    every: Sequence[config.TextSource], cache_dir: str, readout: config.Readout | None = None
+) -> TrainingText:
+    """Training text of one or more Files or datasets, one after the other.
+
+    Args:
+      every: the Files or datasets.
+      cache_dir: folder that remembers digests.
+      readout: what the targets are; None for text. Labels are no text to train on.
+    """
 
     def rows() -> Iterator[TextExample]:
         for each in every:
             # Without counts: what is left out is counted where tokens are read.
-            if isinstance(each, config.Files):
-                yield from files.read_rows(each, "train")
-            else:
-                yield from hub_datasets.read_rows(each, "train")
+            for row in read_training_rows(each, readout):
+                yield row if readout is None else row._replace(targets="")
 
     def source() -> str:
         parts, folder = [], cache_folder(cache_dir)
@@ -144,15 +156,27 @@ def training_text(every: Sequence[config.TextSource], cache_dir: str) -> Trainin
                 digests = content.digest_files(hub_datasets.list_paths(each, "train"), folder)
                 digests |= hub_datasets.remote_identity(each, "train")
                 parts.append([hub_datasets.source(each, "train"), *digests.values()])
+        if readout is not None:
+            parts.append(["inputs alone", readout.kind])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     return TrainingText(rows, source)
+
+
+def read_training_rows(
+    cfg: config.TextSource, readout: config.Readout | None = None
+) -> Iterator[TextExample]:
+    """Yields the training examples of Files or a dataset, as `files.read_rows` does."""
+    if isinstance(cfg, config.Files):
+        return files.read_rows(cfg, "train", readout=readout)
+    return hub_datasets.read_rows(cfg, "train", readout=readout)
 
 
 def from_hub(
     cfg: config.HubDataset,
     cache_dir: str,
     trained_on: Sequence[config.TextSource] = (),
+    form: TargetForm = TEXT,
 ) -> Task:
     """A dataset of the hub as a task.
 
@@ -160,17 +184,18 @@ def from_hub(
       cfg: the dataset.
       cache_dir: folder of trained vocabularies.
       trained_on: sources whose text trains a `trained` vocabulary; none means `cfg` alone.
+      form: of its examples.
     """
     splits = files.list_splits(cfg)
     counts: dict[str, dict[str, int]] = {split: {} for split in splits}
-    pair = vocabulary_pair(cfg.vocabulary, training_text(trained_on or [cfg], cache_dir), cache_dir)
-    rows = partial(hub_datasets.read_rows, cfg, describe=describe_words(pair))
+    pair = open_vocabulary_pair(cfg, cache_dir, trained_on, form)
+    rows = partial(hub_datasets.read_rows, cfg, describe=describe_words(pair), readout=form.readout)
     return Task(
         name=hub_datasets.task_name(cfg),
         splits=splits,
         vocabularies=pair,
-        read=TextReader(rows, pair, counts),
-        source=partial(hub_datasets.source, cfg),
+        read=TextReader(rows, pair, counts, form.start),
+        source=form.extend_source(partial(hub_datasets.source, cfg)),
         has_inputs=cfg.inputs is not None,
         metrics=cfg.metrics,
         counts=counts,
@@ -183,6 +208,7 @@ def from_files(
     cfg: config.Files,
     cache_dir: str,
     trained_on: Sequence[config.TextSource] = (),
+    form: TargetForm = TEXT,
 ) -> Task:
     """A user's own files as a task.
 
@@ -190,16 +216,18 @@ def from_files(
       cfg: the files.
       cache_dir: folder of trained vocabularies.
       trained_on: Files whose text trains a `trained` vocabulary; none means `cfg` alone.
+      form: of its examples.
     """
     splits = files.list_splits(cfg)
     counts: dict[str, dict[str, int]] = {split: {} for split in splits}
-    pair = vocabulary_pair(cfg.vocabulary, training_text(trained_on or [cfg], cache_dir), cache_dir)
+    pair = open_vocabulary_pair(cfg, cache_dir, trained_on, form)
+    rows = partial(files.read_rows, cfg, describe=describe_words(pair), readout=form.readout)
     return Task(
         name=cfg.name,
         splits=splits,
         vocabularies=pair,
-        read=TextReader(partial(files.read_rows, cfg, describe=describe_words(pair)), pair, counts),
-        source=partial(files.source, cfg),
+        read=TextReader(rows, pair, counts, form.start),
+        source=form.extend_source(partial(files.source, cfg)),
         has_inputs=cfg.inputs is not None,
         metrics=cfg.metrics,
         counts=counts,
@@ -207,11 +235,31 @@ def from_files(
     )
 
 
+def open_vocabulary_pair(
+    cfg: config.TextSource,
+    cache_dir: str,
+    trained_on: Sequence[config.TextSource],
+    form: TargetForm,
+) -> tuple[TextVocabulary, TextVocabulary]:
+    """Vocabularies (inputs, targets) of Files or a dataset; arguments as of `from_files`.
+
+    Args:
+      cfg: the files or the dataset.
+      cache_dir: folder of trained vocabularies.
+      trained_on: sources whose text trains a `trained` vocabulary; none means `cfg` alone.
+      form: of the examples.
+    """
+    text = training_text(trained_on or [cfg], cache_dir, form.readout)
+    return form.label_targets(vocabulary_pair(cfg.vocabulary, text, cache_dir))
+
+
 def describe_words(
     pair: tuple[TextVocabulary, TextVocabulary],
 ) -> Callable[[TextExample], str] | None:
-    """Function that returns the reason why an example is not numbers of the vocabularies, "" if it
-    is; None for vocabularies that read any text."""
+    """Function that returns the reason why an example is not numbers or labels of the vocabularies,
+    "" if it is; None for vocabularies that read any text."""
+    if isinstance(pair[1], LabelVocabulary):
+        return partial(describe_label, pair[0], pair[1])
     checked = [isinstance(each, vocabularies.IntegerVocabulary) for each in pair]
 
     def describe(row: TextExample) -> str:

@@ -13,6 +13,8 @@ from t5x_lite.config import gin_file, run_sources
 from t5x_lite.config.checked import MOST_TOKENS
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data.datasets import open_vocabularies
+from t5x_lite.data.label_names import find_labels, lacks_labels, with_readout
+from t5x_lite.tokenizers.labels import largest_id_count
 from t5x_lite.utils import hub, hub_names
 from t5x_lite.utils.hub_errors import HubError, HubUnreachable
 from t5x_lite.utils.hub_names import HubName
@@ -66,8 +68,31 @@ def load_run(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config
     if not whole and has_initial:
         run = gin_file.load_run(paths, bindings, defaults=[*defaults, *PLACEHOLDER])
         if run.checkpoint.initial is not None:
-            return derive_model(pin_sources(run), bound)
+            return complete_labels(derive_model(pin_sources(run), bound))
     run = pin_sources(gin_file.load_run(paths, bindings, defaults=defaults))
+    return complete_vocabulary(complete_labels(run))
+
+
+def complete_labels(run: config.Run) -> config.Run:
+    """The run with the labels of Model.readout: those that are bound, of MODEL_DIR, or
+    else of the training data."""
+    if lacks_labels(run):
+        readout, saved = not_none(run.model.readout), saved_model(run)
+        former = None if saved is None else saved.readout
+        if former is not None and former.kind == readout.kind:
+            found = former.labels
+        else:
+            config.require(
+                run.data is not None,
+                "Readout.labels is empty, and the run has no data with labels: bind their names",
+            )
+            found = find_labels(not_none(run.data), readout)
+        run = with_model(run, readout=dataclasses.replace(readout, labels=found))
+    return with_readout(run)
+
+
+def complete_vocabulary(run: config.Run) -> config.Run:
+    """The run with the size of its vocabulary as Model.vocab, where nothing binds it."""
     if run.model.vocab != UNBOUND:
         return run
     saved = saved_model(run)
@@ -77,7 +102,7 @@ def load_run(paths: str | Sequence[str], bindings: Sequence[str] = ()) -> config
         run.data is not None,
         "config.Model is not complete: bind vocab. The run has no data with a vocabulary",
     )
-    size = max(vocabulary.size for vocabulary in open_vocabularies(not_none(run.data)))
+    size = largest_id_count(open_vocabularies(not_none(run.data)))
     return with_model(run, vocab=-(-size // MULTIPLE) * MULTIPLE)
 
 

@@ -2,54 +2,14 @@
 """From a record to an example of text: fields, templates, numbers and label names."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
+from t5x_lite.data.fields import PLACE, FieldError, fields_of, find_field
+from t5x_lite.data.label_fields import UNLABELED, write_target
 from t5x_lite.utils.text_lines import TextError, check_unicode
-
-# A field in a template: "translate English to German: {translation.en}".
-PLACE = re.compile(r"\{([^{}]+)\}")
-# A split without labels has this number in their place.
-UNLABELED = -1
-
-
-class FieldError(ValueError):
-    """A record has no such field, or it is no text; the message says why."""
-
-
-def fields_of(side: str) -> list[str]:
-    """Names of the fields of a side: those in its template, or the side itself."""
-    return PLACE.findall(side) or [side]
-
-
-def fields_read(cfg: config.TextSource) -> list[str]:
-    """Names of the fields that are read, each once."""
-    sides = [side for side in (cfg.inputs, cfg.targets, cfg.negatives) if side is not None]
-    return list(dict.fromkeys(name for side in sides for name in fields_of(side)))
-
-
-def column_of(name: str, columns: Sequence[str] | Mapping[str, Any]) -> str:
-    """The column that holds a field: of its whole name, else of its part before the first dot."""
-    return name if name in columns else name.partition(".")[0]
-
-
-def find_field(fields: Mapping[str, Any], name: str) -> Any:
-    """Value of a field; "translation.en" is the field "en" of the field "translation".
-
-    Raises FieldError if it is not there.
-    """
-    if name in fields:
-        return fields[name]
-    first, _, rest = name.partition(".")
-    if rest and isinstance(fields.get(first), Mapping):
-        try:
-            return find_field(fields[first], rest)
-        except FieldError as error:
-            raise FieldError(f"field {first!r} has {error}") from None
-    raise FieldError(f"no field {name!r}; there are {', '.join(map(repr, fields))}")
 
 
 def text_of(cfg: config.TextSource, name: str, value: Any, labels: Sequence[str]) -> str:
@@ -94,14 +54,16 @@ class ExampleBuilder:
         self,
         cfg: config.TextSource,
         label_names: Mapping[str, Sequence[str]] | None = None,
+        readout: config.Readout | None = None,
     ):
         """Creates the builder.
 
         Args:
           cfg: the files or the data set.
           label_names: names of labels by field, where the data have them.
+          readout: what the targets are; None for text.
         """
-        self.cfg = cfg
+        self.cfg, self.readout = cfg, readout
         self.label_names = dict(label_names or {})
         if cfg.labels:
             self.label_names |= dict.fromkeys(fields_of(cfg.targets), cfg.labels)
@@ -111,11 +73,31 @@ class ExampleBuilder:
 
         Raises FieldError if it has none.
         """
+        if self.readout is not None:
+            return self.build_labeled(fields, self.readout.kind)
         targets = self.side(fields, self.cfg.targets, several=True)
         inputs = None if self.cfg.inputs is None else self.side(fields, self.cfg.inputs)[0]
         hard = self.cfg.negatives
         negative = None if hard is None else self.side(fields, hard)[0]
         return TextExample(inputs, targets[0], tuple(targets), negative)
+
+    def build_labeled(self, fields: Mapping[str, Any], kind: str) -> TextExample:
+        """Example whose target is labels, a number or spans.
+
+        Words in a list are a text with single spaces between them, for tags of words.
+        """
+        name = self.cfg.inputs or ""
+        words = find_field(fields, name) if kind == "tags" and name in fields else None
+        if isinstance(words, list) and all(isinstance(word, str) for word in words):
+            fields = {**fields, name: " ".join(words)}
+        (inputs,) = self.side(fields, name)
+        value = find_field(fields, self.cfg.targets)
+        try:
+            names = self.label_names.get(self.cfg.targets, ())
+            target = write_target(kind, value, names, inputs)
+        except FieldError as error:
+            raise FieldError(f"field {self.cfg.targets!r} {error}") from None
+        return TextExample(inputs, target, (target,))
 
     def side(self, fields: Mapping[str, Any], side: str, several: bool = False) -> list[str]:
         """Texts of one side of a record: one, or a list of right answers.

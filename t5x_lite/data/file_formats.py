@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite import config
-from t5x_lite.data.examples import column_of, fields_of, fields_read
+from t5x_lite.data.fields import column_of, fields_of, fields_read
 from t5x_lite.data.tables import read_csv, read_tsv
 from t5x_lite.data.text_files import MOST_BYTES, check_size, decoded_lines
 from t5x_lite.utils.bounded_files import repeated_name

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
-from t5x_lite.data.examples import ExampleBuilder, FieldError
+from t5x_lite.data.examples import ExampleBuilder
+from t5x_lite.data.fields import FieldError
 from t5x_lite.data.file_formats import READERS
 from t5x_lite.utils import remote_paths
 from t5x_lite.utils.packed_files import packed_ending, unpacking_errors
@@ -160,6 +161,7 @@ def read_rows(
     split: str,
     counts: dict[str, int] | None = None,
     describe: Callable[[TextExample], str] | None = None,
+    readout: config.Readout | None = None,
 ) -> Iterator[TextExample]:
     """Yields the examples of a split, file after file.
 
@@ -169,6 +171,7 @@ def read_rows(
       counts: receives the number of lines left out by this pass, if Files.broken is "skip", and the
         first of them are logged; None for a pass that reports nothing.
       describe: returns the reason why the vocabularies cannot read an example, "" if they can.
+      readout: what the targets are; None for text.
 
     Raises:
       ValueError: a line cannot be read and Files.broken is not "skip"; with its file and number.
@@ -178,7 +181,7 @@ def read_rows(
         for path in list_paths(cfg, split)
         for place, record in read_records(cfg, path)
     )
-    return build_examples(ExampleBuilder(cfg), records, counts, describe)
+    return build_examples(ExampleBuilder(cfg, readout=readout), records, counts, describe)
 
 
 def build_examples(

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from t5x_lite import config
 from t5x_lite.data import content
 from t5x_lite.data.corpora import TextExample
-from t5x_lite.data.examples import ExampleBuilder, column_of, fields_read
+from t5x_lite.data.examples import ExampleBuilder
+from t5x_lite.data.fields import column_of, fields_read
 from t5x_lite.data.files import build_examples
 from t5x_lite.utils import hub
 from t5x_lite.utils.extras import install_command
@@ -193,6 +194,7 @@ def read_rows(
     split: str,
     counts: dict[str, int] | None = None,
     describe: Callable[[TextExample], str] | None = None,
+    readout: config.Readout | None = None,
 ) -> Iterator[TextExample]:
     """Yields the examples of a split.
 
@@ -201,6 +203,7 @@ def read_rows(
       split: train, validation or test.
       counts: as in `files.read_rows`.
       describe: as in `files.read_rows`.
+      readout: as in `files.read_rows`.
 
     Raises:
       ValueError: the dataset cannot be read, or a row and HubDataset.broken is not "skip".
@@ -214,7 +217,7 @@ def read_rows(
             for number, row in enumerate(rows, 1):
                 yield f"{task_name(cfg)} ({getattr(cfg, split)}), row {number}", row
 
-    return build_examples(ExampleBuilder(cfg, labels), records(), counts, describe)
+    return build_examples(ExampleBuilder(cfg, labels, readout), records(), counts, describe)
 
 
 def list_paths(cfg: config.HubDataset, split: str) -> list[Path]:

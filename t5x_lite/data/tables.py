@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from t5x_lite import config
-from t5x_lite.data.examples import column_of, fields_read
+from t5x_lite.data.fields import column_of, fields_read
 from t5x_lite.data.text_files import MOST_BYTES, decoded_lines
 from t5x_lite.utils.text_lines import TextError, check_nul, check_unicode
 

@@ -17,6 +17,7 @@ from t5x_lite.data import cache, content
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.token_writer import FEATURES, CacheEntry, Chunk
 from t5x_lite.tokenizers import vocabularies
+from t5x_lite.tokenizers.labels import LabelVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import cache_folder
@@ -207,11 +208,13 @@ class TextReader:
       rows: returns the examples of a split; receives the counts of this pass, or None.
       pair: vocabularies of (inputs, targets).
       counts: of the last pass over a split, by split and name.
+      start: id that begins inputs, unless they have it already; None for none.
     """
 
     rows: Callable[[str, dict[str, int] | None], Iterable[TextExample]]
     pair: tuple[TextVocabulary, TextVocabulary]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    start: int | None = None
 
     def __call__(
         self, split: str, begin: int = 0, epoch: int = 0, probe: bool = False
@@ -228,12 +231,35 @@ class TextReader:
             if batch[0].inputs is not None:
                 texts = [not_none(row.inputs) for row in batch]
                 inputs = vocabularies.encode_texts(self.pair[0], texts)
-            targets = vocabularies.encode_texts(self.pair[1], [row.targets for row in shorter])
-            negatives = None
+            inputs, negatives = self.begin_inputs(inputs), None
             if batch[0].negative is not None:
                 texts = [not_none(row.negative) for row in shorter]
                 negatives = vocabularies.encode_texts(self.pair[1], texts)
-            yield Chunk(inputs, targets, shorter, negatives)
+            yield Chunk(inputs, self.encode_targets(shorter, inputs), shorter, negatives)
+
+    def begin_inputs(self, inputs: list[np.ndarray] | None) -> list[np.ndarray] | None:
+        """Ids of inputs with `start` before those that do not begin with it."""
+        if self.start is None or inputs is None:
+            return inputs
+        start = np.array([self.start], np.int32)
+        begun = [len(ids) > 0 and ids[0] == self.start for ids in inputs]
+        return [
+            ids if has_start else np.concatenate([start, ids])
+            for ids, has_start in zip(inputs, begun, strict=True)
+        ]
+
+    def encode_targets(
+        self, rows: list[TextExample], inputs: list[np.ndarray] | None
+    ) -> list[np.ndarray]:
+        """Ids of the targets of examples; tags are one for each of the ids of their inputs."""
+        labels = self.pair[1]
+        if not isinstance(labels, LabelVocabulary) or labels.outputs != "tags":
+            return vocabularies.encode_texts(labels, [row.targets for row in rows])
+        tags = [labels.encode_tags(row.inputs or "", row.targets, self.pair[0]) for row in rows]
+        return [
+            np.pad(ids, (len(whole) - len(ids), 0), constant_values=labels.eos)
+            for ids, whole in zip(tags, not_none(inputs), strict=True)
+        ]
 
 
 def drop_typed_ends(vocabulary: TextVocabulary, row: TextExample) -> TextExample:

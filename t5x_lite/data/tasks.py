@@ -15,6 +15,7 @@ from t5x_lite import config
 from t5x_lite.checkpoints import step_folders, text_settings
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data.built_in import BUILT_IN, built_in_task, from_files, from_hub
+from t5x_lite.data.target_form import TEXT, TargetForm
 from t5x_lite.data.task import Task
 from t5x_lite.tokenizers import languages, vocabularies
 from t5x_lite.tokenizers.chat import ChatTemplate
@@ -86,15 +87,21 @@ def resolve_task(
       cfg: the data.
       together: Files and datasets that one vocabulary is trained on.
     """
+    form = TargetForm(cfg.readout, cfg.start)
     if not isinstance(task, str):
         if cfg.vocabulary is not None:
             kind = type(task).__name__
             raise ValueError(f"Data.vocabulary is for built-in tasks; here it is {kind}.vocabulary")
         if isinstance(task, config.Files):
-            return [(from_files(task, cfg.cache_dir, together), 1.0)]
-        return [(from_hub(task, cfg.cache_dir, together), 1.0)]
+            return [(from_files(task, cfg.cache_dir, together, form), 1.0)]
+        return [(from_hub(task, cfg.cache_dir, together, form), 1.0)]
     if task in BUILT_IN:
-        return [(built_in_task(task, cfg.vocabulary, cfg.cache_dir), 1.0)]
+        return [(built_in_task(task, cfg.vocabulary, cfg.cache_dir, form), 1.0)]
+    config.require(
+        form == TEXT,
+        f"Data.task {task!r} has no labels for Model.readout: write them to a file of two columns, "
+        "and describe it as config.Files",
+    )
     if importlib.util.find_spec("seqio"):
         from t5x_lite.data import seqio_tasks
 

@@ -16,7 +16,14 @@ from t5x_lite.data import Dataset, open_batches, open_dataset
 from t5x_lite.data.batches import list_sources
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.request import check_row_lengths
-from t5x_lite.evaluation import choosing, losses, metrics, retrieval
+from t5x_lite.evaluation import (
+    choosing,
+    label_metrics,
+    losses,
+    metrics,
+    readouts,
+    retrieval,
+)
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import Prediction
 from t5x_lite.model.computation import params_for_compute, with_dtype_of
@@ -101,7 +108,8 @@ class Evaluator:
 
     def losses(self, params: Any) -> dict[str, float]:
         """Computes loss, perplexity, accuracy and bits per byte."""
-        if not self.run.evaluate.batches:
+        readout = self.run.model.readout
+        if not self.run.evaluate.batches or (readout is not None and readout.kind == "vector"):
             return {}
         vocabulary = self.dataset.vocabularies[1]
         most, model = self.run.evaluate.batches, self.run.model
@@ -121,6 +129,8 @@ class Evaluator:
           step: steps that they have trained.
           on_progress: called with the number of examples decoded.
         """
+        if self.run.model.readout is not None:
+            return self.readout_values(params, step, on_progress)
         names = self.run.evaluate.metrics or self.dataset.metrics
         self.failures = {} if self.run.evaluate.metrics else self.dataset.unsupported_metrics
         count = min(len(self.dataset), self.run.evaluate.examples)
@@ -145,6 +155,37 @@ class Evaluator:
             for name in set(names) - self.failures.keys():
                 values |= choosing.measure_choice(name, predictions, references)
         self.keep_predictions(step, prediction_rows(texts, predictions, references))
+        counts = {"examples": count, "truncated_inputs": cut}
+        return values | {name: float(size) for name, size in counts.items() if size}
+
+    def readout_values(
+        self, params: Any, step: int, on_progress: Callable[[int], None] | None
+    ) -> dict[str, float]:
+        """Computes metrics of labels, numbers or tags.
+
+        Args:
+          params: weights of the run's model.
+          step: steps that they have trained.
+          on_progress: called with the number of examples done.
+        """
+        self.failures, names = {}, label_metric_names(self.run)
+        count = min(len(self.dataset), self.run.evaluate.examples)
+        if not count or not names:
+            return {}
+        vocabularies, size = self.dataset.vocabularies, self.run.evaluate.batch_size
+        predictor = Predictor(self.run.model, params, vocabularies, batch_size=size)
+        ids, cut = self.inputs(count)
+        texts = [not_none(self.dataset.inputs_text(i)) for i in range(count)]
+        references = [self.dataset.references(i)[0] for i in range(count)]
+        predictions = readouts.predict_readouts(predictor, texts, ids, on_progress)
+        outputs = readouts.collect_outputs(predictor, predictions, texts, references)
+        values, self.failures = label_metrics.measure_labels(names, outputs)
+        rows = [
+            {"input": text, "prediction": readouts.prediction_text(each), "references": [right]}
+            | readouts.prediction_fields(each)
+            for text, right, each in zip(texts, references, predictions, strict=True)
+        ]
+        self.keep_predictions(step, rows)
         counts = {"examples": count, "truncated_inputs": cut}
         return values | {name: float(size) for name, size in counts.items() if size}
 
@@ -245,13 +286,21 @@ def check_metrics(run: config.Run, dataset: Dataset) -> None:
     if retrieval.makes_vectors(run.model):
         retrieval.choose_metrics(run)
         return
+    if run.model.readout is not None:
+        label_metrics.check_label_metrics(label_metric_names(run), run.model.readout)
+        return
     for name in (*run.evaluate.metrics, *dataset.metrics):
         metrics.find_metric(name)
 
 
+def label_metric_names(run: config.Run) -> list[str]:
+    """Names of the metrics of a run with Model.readout: those that it names, or all of its kind."""
+    return list(run.evaluate.metrics) or label_metrics.metric_names(not_none(run.model.readout))
+
+
 def has_predictions(run: config.Run, dataset: Dataset) -> bool:
     """True if the model writes text and the split has inputs for it."""
-    writes = run.model.decoder is not None and run.model.causal_decoder
+    writes = run.model.writes and run.model.decoder is not None and run.model.causal_decoder
     return writes and dataset.has_inputs
 
 
@@ -266,6 +315,9 @@ def measured_names(run: DataRun, dataset: Dataset) -> list[str] | None:
     if retrieval.makes_vectors(run.model):
         best = [np.ones(1)]
         return [*retrieval.measure_retrieval(retrieval.choose_metrics(run), best)]
+    if run.model.readout is not None:
+        names += losses.READOUT_NAMES if run.evaluate.batches else []
+        return names + (label_metric_names(run) if run.evaluate.examples else [])
     if run.evaluate.batches:
         names += losses.NAMES
         sources = [source.name for source, _ in list_sources(run.data, dataset.split)]

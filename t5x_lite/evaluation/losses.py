@@ -16,10 +16,13 @@ from t5x_lite.batch import Batch
 from t5x_lite.data import Batches
 from t5x_lite.decoding import sampling, verification
 from t5x_lite.kernels.vocabulary.logits import best_other_logit, target_mask
+from t5x_lite.model.readout import target_losses
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 
 # Measured of every split.
 NAMES = ("loss", "perplexity", "accuracy", "bits_per_byte", "target_tokens")
+# Measured of every split of a model with Model.readout.
+READOUT_NAMES = ("loss", "target_tokens")
 
 
 class TargetSums(NamedTuple):
@@ -45,15 +48,21 @@ def target_sums(cfg: config.Model, params: Any, batch: Batch) -> TargetSums:
       params: its weights.
       batch: rows on the mesh.
     """
-    logits = sampling.gather_vocabulary(model.Transformer(cfg).apply({"params": params}, batch))
+    outputs = model.Transformer(cfg).apply({"params": params}, batch)
+    if cfg.readout is not None:
+        losses = target_losses(cfg.readout, outputs, batch.targets, batch.target_positions)
+        right = jnp.zeros_like(losses.nll) if losses.correct is None else losses.correct
+        return TargetSums(*(weighted_sum(batch, x) for x in (losses.nll, 1.0, right)))
+    logits = sampling.gather_vocabulary(outputs)
     nats = -verification.token_log_probability(logits, batch.targets)
     target = jnp.sum(jnp.where(target_mask(logits, batch.targets), logits, 0), axis=-1)
     right = (target > best_other_logit(logits, batch.targets)).astype(jnp.float32)
+    return TargetSums(*(weighted_sum(batch, x) for x in (nats, 1.0, right)))
 
-    def weighted_sum(x):
-        return jax.reshard(jnp.sum(x * batch.loss_weights), P())
 
-    return TargetSums(weighted_sum(nats), weighted_sum(jnp.ones_like(nats)), weighted_sum(right))
+def weighted_sum(batch: Batch, x: jax.Array | float) -> jax.Array:
+    """Sum of values [b t] of the targets of a batch by their weights in the loss."""
+    return jax.reshard(jnp.sum(x * batch.loss_weights), P())
 
 
 def text_bytes(batch: Batch, vocabulary: TextVocabulary) -> int:
@@ -100,8 +109,10 @@ def measure_losses(
     """Computes loss (nats per target token), perplexity, accuracy, bits per byte, and the number of
     tokens.
 
-    Neither label smoothing nor z-loss counts, whatever the training adds. If rows come from several
-    tasks or denoisers, each gets an equal part of the batches, and a loss "loss/<name>".
+    Of a model with Model.readout there are the loss (nats, or squared error of numbers) and the
+    number of targets alone. Neither label smoothing nor z-loss counts, whatever the training adds.
+    If rows come from several tasks or denoisers, each gets an equal part of the batches, and a loss
+    "loss/<name>".
 
     Args:
       cfg: config of the model.
@@ -119,6 +130,8 @@ def measure_losses(
         sums[part.name] = split_sums(cfg, params, alone, vocabulary, each)
     total = functools.reduce(SplitSums.plus, sums.values(), SplitSums())
     loss = total.loss()
+    if cfg.readout is not None:
+        return {"loss": loss, "target_tokens": total.tokens}
     by_part = {f"loss/{name}": part.loss() for name, part in sums.items() if part.tokens}
     values = (
         loss,
@@ -144,7 +157,7 @@ def split_sums(
     """
     sums, size = np.zeros(3), 0
     for batch in itertools.islice(batches.evaluation(), most):
-        size += text_bytes(batch, vocabulary)
+        size += text_bytes(batch, vocabulary) if cfg.writes else 0
         sums += np.array(target_sums(cfg, params, sharding.place_batch(batch)), np.float64)
     return SplitSums(*sums.tolist(), size)
 

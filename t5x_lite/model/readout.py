@@ -4,12 +4,15 @@
 b batch    s input position    t target    d width    r outputs
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config
+from t5x_lite.kernels.vocabulary.logits import best_other_logit, target_mask
 from t5x_lite.model.layers import dropout, split, weight
 from t5x_lite.model.pooling import normalize, pool_segments
 from t5x_lite.utils.not_none import not_none
@@ -89,3 +92,51 @@ class ReadoutHead(nn.Module):
             return normalize(x) if cfg.normalize else x
         x = jnp.einsum("btd,dr->btr", x, self.out.astype(jnp.float32))
         return x if self.out_bias is None else x + self.out_bias.astype(jnp.float32)
+
+
+class TargetLosses(NamedTuple):
+    """Losses of targets.
+
+    Attributes:
+      objective: [b t] what is minimized.
+      nll: [b t] cross entropy in nats, or squared error of numbers.
+      correct: [b t] True where the output says the target; None for numbers.
+    """
+
+    objective: Float[Array, "b t"]
+    nll: Float[Array, "b t"]
+    correct: Bool[Array, "b t"] | None
+
+
+def target_losses(
+    cfg: config.Readout,
+    outputs: Float[Array, "b t r"],
+    targets: Int[Array, "b t"],
+    places: Int[Array, "b t"],
+) -> TargetLosses:
+    """Losses of targets, without label smoothing.
+
+    Classes and tags have the cross entropy of the target among all labels, labels the binary cross
+    entropy of the label at the target's place, and a number its squared error.
+
+    Args:
+      cfg: config of the readout.
+      outputs: [b t r] float32.
+      targets: [b t] ids, as `tokenizers.labels` has them.
+      places: [b t] place of each target in its example.
+    """
+    if cfg.kind == "number":
+        error = jnp.square(outputs[:, :, 0] - decode_numbers(targets))
+        return TargetLosses(error, error, None)
+    chosen = places if cfg.kind == "labels" else targets
+    logits = jnp.sum(jnp.where(target_mask(outputs, chosen), outputs, 0), axis=-1)
+    if cfg.kind == "labels":
+        loss = jax.nn.softplus(logits) - logits * targets
+        return TargetLosses(loss, loss, (logits > 0) == (targets > 0))
+    loss = jax.nn.logsumexp(outputs, axis=-1) - logits
+    return TargetLosses(loss, loss, logits > best_other_logit(outputs, targets))
+
+
+def decode_numbers(targets: Int[Array, "b t"]) -> Float[Array, "b t"]:
+    """Numbers of ids, as `tokenizers.labels.decode_number`."""
+    return jax.lax.bitcast_convert_type(jnp.left_shift(targets, 1), jnp.float32)

@@ -19,6 +19,7 @@ from t5x_lite.config.checked import MOST_SENTINELS, WrongType, coerce, type_in_w
 from t5x_lite.tokenizers.errors import describe_error, panics_as_errors
 from t5x_lite.tokenizers.extended import ExtendedVocabulary
 from t5x_lite.tokenizers.fast_tokenizers import MAX_IDS
+from t5x_lite.tokenizers.labels import LabelVocabulary
 from t5x_lite.tokenizers.special_tokens import sentinel_name
 from t5x_lite.tokenizers.subwords import SentencePieceVocabulary, TokenizerJsonVocabulary
 from t5x_lite.tokenizers.symbols import ByteVocabulary, IntegerVocabulary, SymbolVocabulary
@@ -102,6 +103,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "sentencepiece": SentencePieceVocabulary,
     "tokenizer_json": TokenizerJsonVocabulary,
     "numbers": IntegerVocabulary,
+    "labels": LabelVocabulary,
     "grown": extended_vocabulary,
 }
 
@@ -122,6 +124,7 @@ OPTIONS = {
     "known": int | None,
     "inner": dict,
     "names": tuple[str, ...],
+    "outputs": str,
     "pattern": str | None,
     "origin": dict,
 }

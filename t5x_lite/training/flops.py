@@ -53,7 +53,12 @@ def step_flops(model: config.Model, rows: int, lengths: dict[str, int]) -> int:
       rows: rows of a batch.
       lengths: Data.lengths, tokens by feature.
     """
-    inputs, targets = row_lengths(model.layout, lengths)
+    inputs, targets = row_lengths(model.batch_layout, lengths)
+    outputs = model.vocab
+    if model.readout is not None:
+        # Every stack reads the inputs.
+        outputs = 0 if model.readout.kind == "vector" else model.readout.size
+        targets = inputs
     forward = 0
     encoder, decoder = model.encoder, model.decoder
     if encoder:
@@ -62,7 +67,7 @@ def step_flops(model: config.Model, rows: int, lengths: dict[str, int]) -> int:
         forward += self_attention_and_mlp_flops(decoder, targets)
     if encoder and decoder:
         forward += cross_attention_flops(decoder, targets, inputs)
-    forward += 2 * model.last_stack.embed * model.vocab * targets
+    forward += 2 * model.last_stack.embed * outputs * targets
     return 3 * rows * forward
 
 

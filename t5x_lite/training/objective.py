@@ -22,6 +22,7 @@ from t5x_lite.training.losses import (
     distillation,
     draft_heads,
     early_exit,
+    readout,
 )
 from t5x_lite.training.losses.distillation import DistillationTerms
 from t5x_lite.training.optimizer.param_groups import Selection
@@ -128,7 +129,7 @@ def pair_sums(
         loss=loss,
         correct=jnp.sum(losses.correct * weights),
         weights=jnp.sum(weights),
-        tokens=count_unpadded_tokens(batch),
+        tokens=readout.count_unpadded_tokens(batch),
     )
 
 
@@ -151,6 +152,8 @@ def token_sums(
       context: key and number of the step.
       terms: DistillationTerms as a function of the logits [b t v]; None without a teacher.
     """
+    if run.model.readout is not None:
+        return readout.readout_sums(transformer, run, params, batch, context.key)
     cfg = run.train
     weights = split_along_rows(batch.loss_weights.astype(jnp.float32))
     apply = functools.partial(transformer.apply, {"params": params})
@@ -166,7 +169,7 @@ def token_sums(
         loss=jnp.sum(losses.nll * weights),
         correct=jnp.sum(losses.correct * weights),
         weights=jnp.sum(weights),
-        tokens=count_unpadded_tokens(batch),
+        tokens=readout.count_unpadded_tokens(batch),
     )
     if terms is not None:
         teaching = terms(logits)
@@ -259,11 +262,3 @@ def use_chunked_loss(run: TrainingRun, batch: Batch) -> bool:
     logit_bytes = 4 * batch.targets.size * run.model.vocab / batch_shards()
     fused = kernels.select_backend(run.model.attention) is not None and not run.model.logits_bias
     return fused or logit_bytes > MAX_LOGIT_BYTES
-
-
-def count_unpadded_tokens(batch: Batch) -> jax.Array:
-    """Number of positions of a batch that are not padding, inputs, targets and negatives."""
-    segments = (batch.target_segments, batch.input_segments, batch.negative_segments)
-    return functools.reduce(
-        jnp.add, (jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
-    )

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from t5x_lite.checkpoints import matching, train_state, weights
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError, DamagedCheckpointError
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
-from t5x_lite.checkpoints.weights import HEADS
+from t5x_lite.checkpoints.weights import HEADS, READOUT
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.decoding.companions.rows import check_companion
 from t5x_lite.decoding.drafters import registry
@@ -26,10 +27,15 @@ from t5x_lite.evaluation.evaluate import (
     has_predictions,
     measured_names,
 )
+from t5x_lite.tokenizers.labels import largest_id_count
 from t5x_lite.training import flops, frozen_base, optimizer, schedules, step, weight_average
 from t5x_lite.training.frozen_base import FrozenBase
 from t5x_lite.training.reporting import overview
 from t5x_lite.utils.nearest import suggest
+
+log = logging.getLogger(__name__)
+
+NEW_READOUT = "Checkpoint.initial (%s) has no head for Model.readout: a new one is drawn"
 
 
 class AssembledRun(NamedTuple):
@@ -143,6 +149,7 @@ def check_lengths(run: TrainingRun, context: int) -> None:
     )
     whole_row_options = {
         "Model.draft_heads": run.model.draft_heads,
+        "Model.readout": run.model.readout,
         "Train.layer_skip": run.train.layer_skip,
         "Run.distillation": run.distillation,
         "Run.contrastive": run.contrastive,
@@ -157,7 +164,7 @@ def check_lengths(run: TrainingRun, context: int) -> None:
 
 def check_vocabulary_sizes(run: config.Run, vocabularies: tuple) -> None:
     """Raises ValueError if a vocabulary has more ids than Model.vocab."""
-    size = max(vocabulary.size for vocabulary in vocabularies)
+    size = largest_id_count(vocabularies)
     more = "" if run.checkpoint.initial is None else f". {matching.MORE_IDS}"
     config.require(
         size <= run.model.vocab,
@@ -205,7 +212,8 @@ def initial_weights(folder: str, cfg: config.Model, shapes: Any, seed: int = 0) 
       folder: value of Checkpoint.initial.
       cfg: config of the run's model.
       shapes: shape and placement of every weight, as `model.shapes` has them.
-      seed: seed of the draft heads (Model.draft_heads), which are new if the checkpoint has none.
+      seed: seed of draft heads (Model.draft_heads) and readout, which are new if the checkpoint has
+        none.
 
     Returns:
       float32 params on the mesh in force.
@@ -215,9 +223,14 @@ def initial_weights(folder: str, cfg: config.Model, shapes: Any, seed: int = 0) 
     """
     with initial_errors():
         params = open_checkpoint(folder, options=WEIGHTS_ONLY).params_for(cfg, shapes)
-    if cfg.draft_heads is None or HEADS in params:
+    new = [name for name in (HEADS, READOUT) if name in shapes and name not in params]
+    if READOUT in new:
+        log.warning(NEW_READOUT, folder)
+    if not new:
         return params
-    return params | {HEADS: weights.new_weights(cfg, seed, lambda params: params[HEADS])}
+    return params | weights.new_weights(
+        cfg, seed, lambda params: {name: params[name] for name in new}
+    )
 
 
 @contextlib.contextmanager

@@ -77,7 +77,8 @@ def make_step(
 def step_context(run: TrainingRun, state: TrainState) -> StepContext:
     """The key fold_in(seed, step) where something is random, and the number of the step."""
     key = None
-    dropout = run.model.dropout > 0 or (run.lora is not None and run.lora.dropout > 0)
+    rates = [part.dropout for part in (run.model, run.lora, run.model.readout) if part is not None]
+    dropout = max(rates) > 0
     if dropout or samples_heads(run) or run.train.layer_skip:
         key = jax.random.fold_in(jax.random.key(run.seed), state.step)
     return StepContext(key, state.step)
@@ -116,6 +117,8 @@ def accumulate_microbatches(
         return jax.tree.map(jnp.add, totals, (sums, to_float32(gradient))), None
 
     zeros = LossSums(*[jnp.zeros(())] * 4, jnp.zeros((), jnp.int32))
+    if run.model.readout is not None and run.model.readout.kind == "number":
+        zeros = zeros._replace(correct=None)
     if batch.teacher_data is not None:
         zeros = zeros._replace(divergence=jnp.zeros(()), teacher_tokens=jnp.zeros(()))
     if run.model.draft_heads is not None:

@@ -12,7 +12,7 @@ class LossSums(NamedTuple):
     Attributes:
       objective: scalar, what is minimized.
       loss: scalar, cross entropy in nats.
-      correct: scalar, targets whose logit is the largest.
+      correct: scalar, targets whose logit is the largest; None for numbers.
       weights: scalar, loss weights: the number of targets that count.
       tokens: int32 scalar, positions that are not padding, inputs and targets together.
       divergence: scalar, KL to the teacher over `teacher_tokens`; None without a teacher.
@@ -23,7 +23,7 @@ class LossSums(NamedTuple):
 
     objective: jax.Array
     loss: jax.Array
-    correct: jax.Array
+    correct: jax.Array | None
     weights: jax.Array
     tokens: jax.Array
     divergence: jax.Array | None = None

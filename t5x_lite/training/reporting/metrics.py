@@ -143,7 +143,6 @@ class Meter:
         line = {
             "loss": sum_over_steps("loss", finite) / weights,
             "objective": sum_over_steps("objective", finite) / weights,
-            "accuracy": 100 * sum_over_steps("correct", finite) / weights,
             "gradient_norm": float(steps[-1].gradient_norm),
             "learning_rate": float(steps[-1].learning_rate),
             "skipped": int(sum(bool(metrics.skipped) for metrics in steps)),
@@ -153,6 +152,8 @@ class Meter:
             "waiting": min(1.0, self.waited / seconds),
             "step_seconds": seconds / len(steps),
         }
+        if steps[0].sums.correct is not None:
+            line["accuracy"] = 100 * sum_over_steps("correct", finite) / weights
         if steps[0].sums.divergence is not None:
             line["divergence"] = sum_over_steps("divergence", finite) / max(
                 sum_over_steps("teacher_tokens", finite), 1.0
