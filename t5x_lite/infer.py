@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,8 @@ examples:
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=v.jsonl --embed=mean
   # drafts copied from text or input: the same text, faster; --verify compares, --draw shows them
   python -m t5x_lite.infer --checkpoint=smollm2.gguf --input=a.txt --drafter=lookup --draw=b.html
+  # labels with probabilities, numbers or spans, of a model with Model.readout
+  python -m t5x_lite.infer --checkpoint=runs/classify --input=reviews.txt --output=labels.jsonl
   # log-probability of targets: adds "log_probability" (nats) to every line
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=pairs.jsonl --targets=phonemes
 
@@ -134,6 +137,7 @@ def infer(args: argparse.Namespace) -> None:
         not session.decode.search or not (args.verify or args.draw),
         "--verify and --draw are about texts written from beginning to end: leave out --search",
     )
+    check_readout(args, session)
     session.predictor.drafters.tiered.at_once = args.verify or args.draw is not None
     if args.draw and session.decode.beams > 1:
         raise ValueError("--draw shows the drafter of each token, and beam search has none")
@@ -167,6 +171,18 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--verify and --draw are about one model: leave out --adapter")
     if (args.verify or args.draw) and (args.embed or args.targets):
         raise ValueError("--verify and --draw are about predicted texts: leave out the rest")
+
+
+def check_readout(args: argparse.Namespace, session: Any) -> None:
+    """Raises ValueError for options that are about text if the model writes labels."""
+    if session.predictor.cfg.readout is None:
+        return
+    bound = [name for name in ("targets", "pairs", "verify", "draw") if getattr(args, name)]
+    bound += list(options.decode_fields(args))
+    config.require(
+        not bound,
+        f"{args.checkpoint} writes no text (Model.readout): leave out --{' and --'.join(bound)}",
+    )
 
 
 def is_jsonl(args: argparse.Namespace) -> bool:
@@ -241,7 +257,8 @@ class PredictionWriter:
             known = ", ".join(name for name in self.sessions if name is not None)
             return f"adapter {named!r:.80} is none of --adapter: {known}"
         target = record.fields[self.args.targets] if self.args.targets else None
-        new_tokens = 1 if self.args.embed else self.session.decode.max_new_tokens
+        reads = self.args.embed or self.session.predictor.cfg.readout is not None
+        new_tokens = 1 if reads else self.session.decode.max_new_tokens
         return self.session.predictor.describe_trouble(not_none(record.text), new_tokens, target)
 
     def adapter_of(self, record: Record) -> Any:
@@ -280,6 +297,11 @@ class PredictionWriter:
             kind, prompt = EMBEDDINGS[args.embed]
             vectors = session.embed(texts, kind, progress, prompt).tolist()
             return [{"embedding": [float(f"{x:.7g}") for x in vector]} for vector in vectors]
+        if session.predictor.cfg.readout is not None:
+            from t5x_lite.evaluation import readouts
+
+            labeled = readouts.predict_readouts(session.predictor, texts, on_progress=progress)
+            return [readouts.prediction_fields(each) for each in labeled]
         predictions = inference.predict(session, records, texts, progress)
         rows = [record.number - 1 for record in records]
         self.watch(session.predictor, texts, rows, session.decode, predictions)
@@ -290,7 +312,10 @@ class PredictionWriter:
 
 def plain(row: dict[str, Any]) -> str:
     """The prediction on one line; nothing for a line that could not be read."""
-    return row.get("prediction", "").replace("\n", "\\n")
+    prediction = row.get("prediction", "")
+    if not isinstance(prediction, str):
+        return json.dumps(prediction, ensure_ascii=False)
+    return prediction.replace("\n", "\\n")
 
 
 def prediction_fields(prediction: Any) -> dict[str, Any]:

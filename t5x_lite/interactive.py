@@ -40,6 +40,7 @@ from t5x_lite.evaluation.arguments import (
     list_pairs,
     list_texts,
     merge_options,
+    predict_texts,
     takes_decode_options,
 )
 
@@ -106,7 +107,8 @@ class Session:
 
     @takes_decode_options
     def predict(self, texts: str | Sequence[str], **options: Any) -> Any:
-        """Generates texts with scores and ids, as `evaluation.prediction.Prediction`.
+        """Generates texts with scores and ids, as `evaluation.prediction.Prediction`; with
+        Model.readout predicts labels, a number or spans, as `evaluation.readouts` has them.
 
         Args:
           texts: a text or a list of texts.
@@ -115,7 +117,7 @@ class Session:
         Raises:
           ValueError: texts are not texts, an unknown option, or options that contradict each other.
         """
-        predictions = self.predictor.predict(list_texts(texts), self.settings(options))
+        predictions = predict_texts(self.predictor, list_texts(texts), options, self.settings)
         return predictions[0] if isinstance(texts, str) else predictions
 
     @takes_decode_options
@@ -165,7 +167,6 @@ class Session:
 
         Returns:
           `evaluation.extraction.Span` of every span, the most probable one first.
-
         """
         from t5x_lite.evaluation import extraction
 

@@ -145,8 +145,8 @@ class Run(Checked):
         bound = [name for name, value in of_text.items() if value is not None]
         require(
             not bound,
-            f"A readout of kind {readout.kind} writes no text, which {' and '.join(bound)} is for: leave it out, or "
-            "train the readout in a second run (Checkpoint.initial)",
+            f"Readout.kind = {readout.kind!r} writes no text, which {' and '.join(bound)} is for: "
+            "leave it out, or train the readout in a second run (Checkpoint.initial)",
         )
         require(
             self.data is None or self.data.readout in (None, readout),

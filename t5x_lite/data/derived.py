@@ -80,14 +80,14 @@ def complete_labels(run: config.Run) -> config.Run:
         readout, saved = not_none(run.model.readout), saved_model(run)
         former = None if saved is None else saved.readout
         if former is not None and former.kind == readout.kind:
-            found = former.labels
+            labels = former.labels
         else:
             config.require(
                 run.data is not None,
                 "Readout.labels is empty, and the run has no data with labels: bind their names",
             )
-            found = find_labels(not_none(run.data), readout)
-        run = with_model(run, readout=dataclasses.replace(readout, labels=found))
+            labels = find_labels(not_none(run.data), readout)
+        run = with_model(run, readout=dataclasses.replace(readout, labels=labels))
     return with_readout(run)
 
 

@@ -43,17 +43,17 @@ def find_labels(data: config.Data, readout: config.Readout) -> tuple[str, ...]:
     """
     tasks = data.task.tasks if isinstance(data.task, config.Mixture) else (data.task,)
     named = [name for task in tasks if not isinstance(task, str) for name in task.labels]
-    found = dict.fromkeys(named)
+    names = dict.fromkeys(named)
     if not named:
         for name in (name for task in tasks for name in names_of(task, readout)):
-            found[name] = None
+            names[name] = None
             config.require(
-                len(found) <= MOST_LABELS,
+                len(names) <= MOST_LABELS,
                 f"The targets of {data_name(tasks)} have more than {MOST_LABELS:,} different "
                 'labels: are they text, or numbers (Readout.kind = "number")?',
             )
-    config.require(bool(found), f"The targets of {data_name(tasks)} have no label at all")
-    names = tuple(found) if named else tuple(sort_names(found))
+    config.require(bool(names), f"The targets of {data_name(tasks)} have no label at all")
+    names = tuple(names) if named else tuple(sort_names(names))
     return tag_labels(names) if readout.kind == "tags" else names
 
 

@@ -237,6 +237,11 @@ def decoder_prompt(cfg: config.Model, example: Sequence[int]) -> list[int]:
 
 def check_examples(cfg: config.Model, examples: Sequence[Sequence[int]]) -> None:
     """Raises ValueError for examples that the model cannot continue."""
+    if cfg.readout is not None:
+        raise ValueError(
+            f"Model.readout (kind {cfg.readout.kind}) writes no text: interactive's predict, infer "
+            "and eval have what it says of a text"
+        )
     if cfg.decoder is None:
         raise ValueError("An encoder alone writes no text: the model needs a decoder Stack")
     if not cfg.causal_decoder:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from t5x_lite import config
@@ -151,3 +151,31 @@ def shorten(value: Any) -> str:
     """The representation of a value, cut for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def predict_texts(
+    predictor: Any,
+    texts: list[str],
+    options: Mapping[str, Any],
+    merge: Callable[[dict[str, Any]], config.Decode],
+) -> list[Any]:
+    """Predictions of a model for texts: texts, or with Model.readout what `readouts` reads.
+
+    Args:
+      predictor: `evaluation.predict.Predictor`.
+      texts: the texts.
+      options: fields of config.Decode, which a model with a readout does not take.
+      merge: adds them to the defaults of the session.
+
+    Raises:
+      ValueError: an option that the model does not take, or a text that it cannot read.
+    """
+    if predictor.cfg.readout is None:
+        return predictor.predict(texts, merge(dict(options)))
+    from t5x_lite.evaluation import readouts
+
+    bound = [name for name, value in options.items() if value is not None]
+    config.require(
+        not bound, f"The model writes no text (Model.readout): leave out {', '.join(bound)}"
+    )
+    return readouts.predict_readouts(predictor, texts)

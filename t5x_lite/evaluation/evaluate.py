@@ -12,6 +12,7 @@ import numpy as np
 
 from t5x_lite import config, processes, sharding
 from t5x_lite.config.training_run import DataRun
+from t5x_lite.config.windows import length_limits
 from t5x_lite.data import Dataset, open_batches, open_dataset
 from t5x_lite.data.batches import list_sources
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
@@ -181,8 +182,9 @@ class Evaluator:
         outputs = readouts.collect_outputs(predictor, predictions, texts, references)
         values, self.failures = label_metrics.measure_labels(names, outputs)
         rows = [
-            {"input": text, "prediction": readouts.prediction_text(each), "references": [right]}
+            {"input": text}
             | readouts.prediction_fields(each)
+            | {"prediction": readouts.prediction_text(each), "references": [right]}
             for text, right, each in zip(texts, references, predictions, strict=True)
         ]
         self.keep_predictions(step, rows)
@@ -213,7 +215,8 @@ class Evaluator:
 
     def inputs(self, count: int) -> tuple[list[list[int]], int]:
         """Input ids of the first examples, truncated as in training; counts truncated ones."""
-        most = self.run.data.lengths.get("inputs", 0)
+        limits = length_limits(self.run.data.lengths, self.run.model.batch_layout)
+        most = limits.row if limits.layout == "encoder_only" else limits.inputs
         rows = [not_none(self.dataset.ids(i)[0]).tolist() for i in range(count)]
         vocabulary = self.dataset.vocabularies[0]
         end = [vocabulary.eos] if vocabulary.ends else []

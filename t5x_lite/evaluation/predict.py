@@ -326,6 +326,8 @@ class Predictor:
 
 def has_inputs(run: config.Run) -> bool:
     """True if the run's examples have inputs that end, false for text to be continued."""
+    if run.model.readout is not None:
+        return True
     if run.data is None:
         return run.model.layout != "decoder_only"
     task = run.data.task

@@ -89,13 +89,13 @@ def predict_readouts(
     outputs = compute_outputs(predictor, ids, on_progress)
     if readout.kind != "tags":
         return [describe_outputs(readout, each[0]) for each in outputs]
-    found = []
+    predictions = []
     for text, row in zip(texts, outputs, strict=True):
         offsets = token_offsets(predictor.inputs, text)
         # A start token that the model adds has no characters, and a cut text fewer tokens.
         row = row[max(len(row) - len(offsets), 0) :]
-        found.append(describe_tags(readout, row, offsets[: len(row)], text))
-    return found
+        predictions.append(describe_tags(readout, row, offsets[: len(row)], text))
+    return predictions
 
 
 def describe_outputs(readout: config.Readout, row: np.ndarray) -> ReadoutPrediction:
@@ -167,12 +167,12 @@ def compute_outputs(
         rows = [ids[place] for place in places]
         rows += [rows[0]] * (predictor.padded_rows(len(places)) - len(places))
         padded = decoding.pad_rows(rows, decoding.bucket_length(max(map(len, rows))))
-        found = np.asarray(
+        read = np.asarray(
             jax.device_get(read_rows(cfg, predictor.params, *generation.shard_rows(padded)))
         )
         for row, place in enumerate(places):
             length = len(ids[place]) if not_none(cfg.readout).kind == "tags" else 1
-            outputs[place] = found[row, :length]
+            outputs[place] = read[row, :length]
         if on_progress:
             on_progress(len(outputs))
     return [outputs[place] for place in range(len(ids))]
@@ -201,15 +201,10 @@ def read_rows(cfg: config.Model, params: Any, ids, length):
 
 def prediction_fields(prediction: ReadoutPrediction) -> dict[str, Any]:
     """A prediction as fields of a line of JSON."""
-    fields: dict[str, Any] = {}
-    if prediction.label is not None:
-        fields["label"] = prediction.label
-    if prediction.labels is not None:
-        fields["labels"] = prediction.labels
     if prediction.number is not None:
-        fields["number"] = float(f"{prediction.number:.7g}")
+        return {"prediction": float(f"{prediction.number:.7g}")}
     if prediction.spans is not None:
-        fields["spans"] = [
+        spans = [
             {
                 "start": span.begin,
                 "end": span.end,
@@ -219,10 +214,12 @@ def prediction_fields(prediction: ReadoutPrediction) -> dict[str, Any]:
             }
             for span in prediction.spans
         ]
-    if prediction.probabilities is not None:
-        shares = prediction.probabilities.items()
-        fields["probabilities"] = {name: round(share, 6) for name, share in shares}
-    return fields
+        return {"prediction": spans}
+    shares = not_none(prediction.probabilities).items()
+    return {
+        "prediction": prediction.label if prediction.labels is None else prediction.labels,
+        "probabilities": {name: round(share, 6) for name, share in shares},
+    }
 
 
 def prediction_text(prediction: ReadoutPrediction) -> str:

@@ -26,7 +26,13 @@ class LabelError(ValueError):
 
 
 class TextSpan(NamedTuple):
-    """A named part of a text: its characters begin to end - 1."""
+    """A named part of a text.
+
+    Attributes:
+      begin: its first character.
+      end: the character after its last.
+      name: its name.
+    """
 
     begin: int
     end: int

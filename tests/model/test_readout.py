@@ -25,7 +25,13 @@ def make_model(shape: str, readout: config.Readout) -> config.Model:
 
 
 def lay_out(rows: list[list[list[int]]], width: int, tags: bool) -> Batch:
-    """Batch of texts in rows, with a target for each text, or for each token."""
+    """Batch of texts in rows, with a target for each text.
+
+    Args:
+      rows: ids of the texts of each row.
+      width: ids of a row.
+      tags: a target for each token instead.
+    """
     inputs, segments, positions = (np.zeros((len(rows), width), np.int32) for _ in range(3))
     wanted = np.zeros((len(rows), 3), np.int32)
     for row, texts in enumerate(rows):
@@ -106,7 +112,13 @@ def drawn(cfg: config.Model) -> dict:
 
 
 def outputs(cfg: config.Model, params: dict, batch: Batch) -> np.ndarray:
-    """Outputs [b t r] of a batch."""
+    """Outputs [b t r] of a batch.
+
+    Args:
+      cfg: config of the model.
+      params: its weights.
+      batch: rows on the host.
+    """
     apply = jax.jit(lambda params, batch: model.Transformer(cfg).apply({"params": params}, batch))
     return np.asarray(apply(params, sharding.place_batch(batch)))
 
