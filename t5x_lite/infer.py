@@ -31,8 +31,8 @@ from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
 examples:
-  # a text per line in, a JSON object per line out: {"input", "prediction", "score"}; after an
-  # interruption the same command goes on from the last line
+  # a text per line in, a JSON object per line out: {"input", "prediction", "score"}, or with
+  # Model.readout "probabilities"; after an interruption the same command goes on
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=out.jsonl
   # a pipe; plain text out
   echo photograph | python -m t5x_lite.infer --checkpoint=runs/g2p --text
@@ -47,8 +47,6 @@ examples:
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=v.jsonl --embed=mean
   # drafts copied from text or input: the same text, faster; --verify compares, --draw shows them
   python -m t5x_lite.infer --checkpoint=smollm2.gguf --input=a.txt --drafter=lookup --draw=b.html
-  # labels with probabilities, numbers or spans, of a model with Model.readout
-  python -m t5x_lite.infer --checkpoint=runs/classify --input=reviews.txt --output=labels.jsonl
   # log-probability of targets: adds "log_probability" (nats) to every line
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=pairs.jsonl --targets=phonemes
 

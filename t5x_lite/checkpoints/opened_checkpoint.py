@@ -33,6 +33,7 @@ from t5x_lite.checkpoints.weights import HEADS, Keep, Weights, keep_all, layer_n
 from t5x_lite.model import adapters as low_rank
 from t5x_lite.model import quantization
 from t5x_lite.tokenizers.chat import ChatTemplate
+from t5x_lite.tokenizers.labels import LabelVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.remote_folders import RemoteFolder
@@ -303,7 +304,7 @@ def check_vocabulary_sizes(opened: OpenedCheckpoint) -> None:
     ours = opened.kind == CheckpointKind.OURS
     path = opened.path / text_settings.VOCABULARY_FOLDER if ours else opened.path
     for name, each in zip(("inputs", "targets"), not_none(opened.text).vocabularies, strict=True):
-        if each.size > opened.model.vocab:
+        if each.size > opened.model.vocab and not isinstance(each, LabelVocabulary):
             raise ValueError(
                 f"{path} ({name}) has {each.size} ids, more than the {opened.model.vocab} of "
                 "Model.vocab: is it the vocabulary of another model?"

@@ -33,6 +33,7 @@ from t5x_lite.checkpoints.unfinished import OutputError
 from t5x_lite.checkpoints.weights import Weights
 from t5x_lite.cli.progress import Progress
 from t5x_lite.tokenizers import huggingface_tokenizer
+from t5x_lite.tokenizers.labels import LabelVocabulary
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import is_address
 
@@ -172,7 +173,7 @@ def write_text_settings(contents: CheckpointContents, folder: Path) -> None:
     if contents.text is None:
         return
     for each in contents.text.vocabularies:
-        if each.size > contents.model.vocab:
+        if each.size > contents.model.vocab and not isinstance(each, LabelVocabulary):
             raise OutputError(
                 f"The vocabulary has {each.size} ids, more than the {contents.model.vocab} of the "
                 "model"
