@@ -109,8 +109,7 @@ class Evaluator:
 
     def losses(self, params: Any) -> dict[str, float]:
         """Computes loss, perplexity, accuracy and bits per byte."""
-        readout = self.run.model.readout
-        if not self.run.evaluate.batches or (readout is not None and readout.kind == "vector"):
+        if not self.run.evaluate.batches:
             return {}
         vocabulary = self.dataset.vocabularies[1]
         most, model = self.run.evaluate.batches, self.run.model
