@@ -17,6 +17,7 @@ from t5x_lite.decoding import generation
 from t5x_lite.decoding.request import check_ids, check_positions, decoder_prompt
 from t5x_lite.evaluation.label_metrics import LabeledOutputs
 from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.model.computation import with_dtype_of
 from t5x_lite.tokenizers import labels as label_texts
 from t5x_lite.tokenizers.labels import LabelVocabulary, TextSpan
 from t5x_lite.tokenizers.offsets import token_offsets
@@ -157,7 +158,7 @@ def compute_outputs(
       ids: ids of the texts.
       on_progress: called with the number of texts done.
     """
-    cfg = decoding.with_cpu_dtype(predictor.cfg)
+    cfg = with_dtype_of(predictor.cfg, predictor.params)
     check_positions(cfg, "Text", ids)
     if cfg.encoder is None:
         ids = [decoder_prompt(cfg, predictor.without_start(list(row))) for row in ids]
