@@ -55,6 +55,8 @@ class Question:
 
 # Draft length, the same for all drafters: measuring the best one would take minutes.
 WIDTH = 8
+# Companions of a request: those that name no file.
+COMPANIONS = ("", "unconditional", "layers:low", "layers:high")
 # Numeric fields of a request: type, default, least and greatest value.
 NUMBERS = {
     "max_new_tokens": (int, 64, 1, math.inf),
@@ -66,7 +68,7 @@ NUMBERS = {
 def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) -> Question:
     """Parses a request.
 
-    Drafters that read a path (draft:PATH) are not allowed: a page cannot name files.
+    What reads a path (draft:PATH, model:PATH) is not allowed: a page cannot name files.
 
     Args:
       body: the request as JSON.
@@ -91,6 +93,11 @@ def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) 
     drafter = read_string(fields, "drafter", "plain")
     if drafter not in drafters[model]:
         raise ValueError(f"drafter must be one of {', '.join(drafters[model])}")
+    companion = read_string(fields, "companion", "")
+    if companion not in COMPANIONS:
+        raise ValueError(
+            f"companion must be one of {', '.join(filter(None, COMPANIONS))}, or empty"
+        )
     numbers = {name: read_number(fields, name) for name in NUMBERS}
     if numbers["max_new_tokens"] > limits.tokens:
         raise ValueError(
@@ -104,7 +111,11 @@ def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) 
     if sum(map(len, choices)) > limits.characters:
         raise ValueError(f"choices have more than {limits.characters} characters")
     decode = config.Decode(
-        drafter=drafter, draft_length=width, choices=tuple(filter(None, choices)), **numbers
+        drafter=drafter,
+        draft_length=width,
+        choices=tuple(filter(None, choices)),
+        companion=companion,
+        **numbers,
     )
     return Question(model, text, decode, chat)
 

@@ -238,7 +238,8 @@ def program_key(predictor: Any, question: Question, text: str) -> tuple:
 
     decode, length = question.decode, len(predictor.encode_inputs([text])[0])
     sizes = decoding.bucket_length(length), decoding.bucket_length(decode.max_new_tokens)
-    return question.model, decode.drafter, decode.temperature > 0, decode.choices, *sizes
+    rules = decode.drafter, decode.temperature > 0, decode.choices, decode.companion
+    return question.model, *rules, *sizes
 
 
 def application(models: Models, hosts: Collection[str], addresses: bool = False) -> Starlette:

@@ -76,6 +76,22 @@ def test_a_search_is_guided_by_a_function_of_the_working_folder(folder, monkeypa
     assert [each.texts for each in results] == [row["predictions"] for row in judged]
 
 
+@pytest.mark.slow
+def test_a_companion_guides_the_texts_of_a_command_and_of_a_session(folder):
+    def written(*options):
+        return [row["prediction"] for row in predicted(folder, *options, "--overwrite")]
+
+    plain, named = written(), "--companion=unconditional"
+    guided = written(named, "--combine=guidance:3")
+    assert guided != plain and written(named, "--combine=guidance:1") == plain
+    drafts = ("--drafter=lookup", "--draft_length=4")
+    assert written(named, "--combine=guidance:3", *drafts) == guided
+    session = interactive.load(folder)
+    options = dict(companion="unconditional", combine="guidance:3")
+    assert session.generate(WORDS[:2], **options) == guided
+    assert "".join(session.stream(WORDS[0], **options)) == guided[0]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -94,6 +110,9 @@ def test_a_search_is_guided_by_a_function_of_the_working_folder(folder, monkeypa
         ),
         (("--beams=4", "--beam_groups=3"), "--beams (4) must be a multiple of --beam_groups (3)"),
         (("--beams=4", "--diversity_penalty=1"), "set --beam_groups to 2 or more"),
+        (("--companion=layers:high",), "companion layers:high: the decoder has one layer only"),
+        (("--companion=guidance",), "is not one of model:PATH, prompt:TEXT"),
+        (("--combine=dola",), "--combine dola has nothing to combine: set --companion"),
     ],
 )
 def test_contradictions_are_refused_by_the_names_of_their_options(folder, capsys, options, words):
