@@ -93,11 +93,6 @@ def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) 
     drafter = read_string(fields, "drafter", "plain")
     if drafter not in drafters[model]:
         raise ValueError(f"drafter must be one of {', '.join(drafters[model])}")
-    companion = read_string(fields, "companion", "")
-    if companion not in COMPANIONS:
-        raise ValueError(
-            f"companion must be one of {', '.join(filter(None, COMPANIONS))}, or empty"
-        )
     numbers = {name: read_number(fields, name) for name in NUMBERS}
     if numbers["max_new_tokens"] > limits.tokens:
         raise ValueError(
@@ -107,17 +102,30 @@ def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) 
     if not isinstance(chat, bool):
         raise ValueError("chat must be true or false")
     width = 0 if drafter == "plain" else WIDTH
-    choices = [each.strip() for each in read_string(fields, "choices", "").split(",")]
-    if sum(map(len, choices)) > limits.characters:
-        raise ValueError(f"choices have more than {limits.characters} characters")
     decode = config.Decode(
         drafter=drafter,
         draft_length=width,
-        choices=tuple(filter(None, choices)),
-        companion=companion,
+        choices=read_choices(fields, limits),
+        companion=read_companion(fields),
         **numbers,
     )
     return Question(model, text, decode, chat)
+
+
+def read_choices(fields: dict[str, Any], limits: Limits) -> tuple[str, ...]:
+    """Reads the texts to choose from, between commas."""
+    choices = [each.strip() for each in read_string(fields, "choices", "").split(",")]
+    if sum(map(len, choices)) > limits.characters:
+        raise ValueError(f"choices have more than {limits.characters} characters")
+    return tuple(filter(None, choices))
+
+
+def read_companion(fields: dict[str, Any]) -> str:
+    """Reads the companion, which is one of COMPANIONS."""
+    companion = read_string(fields, "companion", "")
+    if companion not in COMPANIONS:
+        raise ValueError(f"companion must be empty or one of {', '.join(filter(None, COMPANIONS))}")
+    return companion
 
 
 def read_string(fields: dict[str, Any], name: str, otherwise: str | None = None) -> str:

@@ -144,7 +144,7 @@ REFUSED = [
     (request_body(choices="a" * 3000), "choices have more than"),
     (request_body(seed=2**32), "seed must be a number"),
     (request_body(drafter="draft:/etc/passwd"), "drafter must be one of plain"),
-    (request_body(companion="model:/etc"), "companion must be one of unconditional, layers:low"),
+    (request_body(companion="model:/etc"), "companion must be empty or one of unconditional"),
     (request_body(chat=1), "chat must be true or false"),
     (request_body(drafter="blockwise"), "drafter must be one of plain, lookup"),
     (b'"' + b"a" * 4000 + b'"', "longer than 3200 bytes"),
