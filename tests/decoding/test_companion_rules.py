@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules of companions: the formulas of their papers, the processor of transformers, refusals."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,15 @@ import pytest
 import torch
 import transformers
 from companion_toys import CASES, Case, assert_same_logits, combine_by_hand
+from jax import Array
 from transformers.modeling_outputs import CausalLMOutput
 
 from t5x_lite import config
 from t5x_lite.config.companions import parse_combination
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding.companions import rules
+from t5x_lite.decoding.companions.companion import BlockView, CompanionState, combine_logits
+from t5x_lite.decoding.protocol import chain
 
 VOCAB, COUNT = 24, 100
 
@@ -64,6 +69,32 @@ def test_guidance_is_the_processor_of_transformers():
         )
         ours = rule.combine(both).logits[:, 0]
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+class Stub(NamedTuple):
+    """A companion whose logits are known."""
+
+    rule: rules.CombinationRule
+    others: Array
+
+    def read(self, target, state, view, inner):
+        """Its logits, whatever is read."""
+        return self.others, state
+
+
+@pytest.mark.parametrize("combine", ["guidance:1.7", "contrast:0.1", "switch:0.01"])
+def test_what_either_of_both_never_writes_is_never_written(combine):
+    """Also where one vocabulary is padded to more ids than the other."""
+    never = -np.inf
+    model_logits = np.array([1, never, 2, 0, 5, 1], np.float32)
+    others = np.array([0, 3, never, 1], np.float32)
+    rule = rules.make_rule(parse_combination(combine, "model:other"))
+    with jax.set_mesh(None):
+        stub = Stub(rule, jnp.array(others)[None, None, None])
+        state = CompanionState(jnp.zeros(1, jnp.int32), jnp.zeros((1, 0)))
+        view = BlockView(jnp.zeros((1, 1), jnp.int32), jnp.ones(1), jnp.ones(1), chain(1))
+        output = combine_logits(stub, None, state, view, {}, jnp.array(model_logits)[None, None])
+    assert np.isneginf(output.logits[0, 0]).tolist() == [False, True, True, False, True, True]
 
 
 @pytest.mark.parametrize(

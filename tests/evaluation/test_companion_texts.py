@@ -35,9 +35,9 @@ def byte_predictor():
     return Predictor(cfg, lively(cfg), (BYTES, BYTES), ended=False)
 
 
-def predicted(companion, combine, texts=("abc", "de")):
-    decode = config.Decode(max_new_tokens=8, companion=companion, combine=combine)
-    return [each.tokens[0] for each in byte_predictor().predict(list(texts), decode)]
+def predicted(companion, combine, **options):
+    decode = config.Decode(max_new_tokens=8, companion=companion, combine=combine, **options)
+    return [each.tokens[0] for each in byte_predictor().predict(["abc", "de"], decode)]
 
 
 @pytest.mark.slow
@@ -80,6 +80,10 @@ def test_the_share_that_the_model_decides_is_reported():
     assert "tokens that the model decided, not its companion: 0%" in str(predictor.tally)
     predicted("model:small", "switch:1e-9")
     assert predictor.tally.report()["model_tokens"] == predictor.tally.tokens / 2
+    # Drafts that are not accepted count for nobody.
+    predictor.tally = AcceptanceStats()
+    predicted("model:small", "switch:1e-9", drafter="lookup", draft_length=4)
+    assert predictor.tally.report()["model_tokens"] == predictor.tally.tokens > 0
 
 
 def test_companions_that_do_not_fit_the_model_are_refused():
