@@ -54,7 +54,9 @@ def params_for_compute(cfg: config.Model, params: Any, compute: str) -> Any:
 
 
 def quantize_computation(params: dict, tied: bool) -> dict:
-    """Quantizes layers and output head to int8, and the activations that they multiply.
+    """Quantizes layers and output head to int8, and what they multiply to two int8 rows each.
+
+    With activations in 8 bits alone, SmolLM2-135M loses 1.4 % of its loss, half of it in the head.
 
     Weights that are quantized already keep their bits. An embedding that is the head too stays for
     the tokens, and the head beside it is a weight of its own.
@@ -69,10 +71,10 @@ def quantize_computation(params: dict, tied: bool) -> dict:
         if fan_in is None:
             return weight
         if quantization.is_quantized(weight):
-            return dataclasses.replace(weight, kind=weight.kind._replace(activations=8))
+            return dataclasses.replace(weight, kind=weight.kind._replace(activations=16))
         if any(isinstance(key, jax.tree_util.SequenceKey) for key in path):
             return quantization.quantize_channels(weight, fan_in)
-        return quantization.quantize_layers(weight, fan_in, quantization.QuantizationConfig(8, 8))
+        return quantization.quantize_layers(weight, fan_in, quantization.QuantizationConfig(8, 16))
 
     def convert_inner(path, leaf):
         if isinstance(leaf, AdaptedWeight):

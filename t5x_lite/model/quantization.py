@@ -25,6 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite.utils.not_none import not_none
 
+# Levels of the fine half of a 16-bit activation within a level of its coarse half.
+FINE_LEVELS = 254
 # Number of leading axes of a matrix that are its fan-in; all others are channels.
 FAN_IN = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 NAMES = ("int8", "int4", "int8_activations", "int4_activations", "int4_int8_activations")
@@ -35,7 +37,7 @@ class QuantizationConfig(NamedTuple):
 
     Attributes:
       bits: bits of a weight, 8 or 4.
-      activations: bits of an activation, 8 or 4; None for activations that are not quantized.
+      activations: bits of an activation, 16, 8 or 4; None for activations that are not quantized.
       group: number of values along the fan-in that share a scale; None for the whole channel.
       channel_axes: number of leading axes of the values that are channels, with the fan-in last;
         None for values whose fan-in is first.
@@ -202,8 +204,7 @@ def rowwise_matmul(
 ) -> Float[Array, "r o"]:
     """`integer_matmul` of a weight whose channels are its rows, without groups.
 
-    XLA's CPU multiplies a few rows with it a fifth faster, the weight first (jaxlib 0.12.0.1). One
-    row is padded to two: 12 matrices of [3072, 768] take 47 ms with a vector and 2 with two rows.
+    XLA's CPU multiplies a few rows with it a fifth faster, the weight first (jaxlib 0.12.0.1).
 
     Args:
       x: [r i] activations.
@@ -211,15 +212,14 @@ def rowwise_matmul(
       scales: [o] float32 scales of the weight.
       bits: bits of an activation.
     """
-    integers, sizes = round_symmetric(x, bits, 1)
-    integers = integers.astype(jnp.int8)
-    if x.shape[0] == 1:
-        integers = jnp.concatenate([integers, jnp.zeros_like(integers)])
-    contracted = (((1,), (1,)), ((), ()))
+    integers, sizes = round_activations(x, bits)
     sums = jax.lax.dot_general(
-        values.astype(jnp.int8), integers, contracted, preferred_element_type=jnp.int32
+        values.astype(jnp.int8),
+        integers,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
     )
-    return sums[:, : x.shape[0]].T.astype(jnp.float32) * sizes * scales
+    return add_parts(sums.T.astype(jnp.float32) * sizes * scales, bits)
 
 
 def integer_matmul(
@@ -233,13 +233,45 @@ def integer_matmul(
       scales: [g o] float32 scales of the weight.
       bits: bits of an activation.
     """
-    integers, sizes = round_symmetric(x, bits, 2)
-    integers = integers.astype(jnp.int8)
+    integers, sizes = round_activations(x, bits)
     if len(scales) == 1:
         sums = jnp.matmul(integers[:, 0], values[0], preferred_element_type=jnp.int32)
-        return sums.astype(jnp.float32) * sizes[:, 0] * scales
+        return add_parts(sums.astype(jnp.float32) * sizes[:, 0] * scales, bits)
     sums = jnp.einsum("rgi,gio->rgo", integers, values, preferred_element_type=jnp.int32)
-    return jnp.einsum("rgo,rg,go->ro", sums.astype(jnp.float32), sizes[:, :, 0], scales)
+    products = jnp.einsum("rgo,rg,go->ro", sums.astype(jnp.float32), sizes[:, :, 0], scales)
+    return add_parts(products, bits)
+
+
+def round_activations(x: Float[Array, "r ..."], bits: int) -> tuple[jax.Array, jax.Array]:
+    """Quantizes activations to int8, with a scale for each slice of the last axis.
+
+    16 bits are two rows of int8 for each row: the nearest levels, and what they leave in levels of
+    1 / 254 of theirs. XLA's CPU has no fast product of an int8 matrix and a vector (12 of
+    [3072, 768] take 47 ms with one row and 1.3 with two, jaxlib 0.12.0.1), so that a row that is
+    decoded alone has the second one for nothing.
+
+    Args:
+      x: activations by rows.
+      bits: 4, 8 or 16.
+
+    Returns:
+      int8 values and float32 scales; with 16 bits all coarse rows first, then all fine ones.
+    """
+    if bits != 16:
+        integers, sizes = round_symmetric(x, bits, x.ndim - 1)
+        return integers.astype(jnp.int8), sizes
+    coarse, sizes = round_symmetric(x, 8, x.ndim - 1)
+    rest = x.astype(jnp.float32) / sizes - coarse.astype(jnp.float32)
+    fine = jnp.round(rest * FINE_LEVELS).astype(jnp.int8)
+    return jnp.concatenate([coarse, fine]), jnp.concatenate([sizes, sizes / FINE_LEVELS])
+
+
+def add_parts(products: Float[Array, "r o"], bits: int) -> Float[Array, "r o"]:
+    """Adds the products of the coarse and the fine rows of `round_activations`."""
+    if bits != 16:
+        return products
+    coarse, fine = jnp.split(products, 2)
+    return coarse + fine
 
 
 def quantize_params(params: dict, kind: QuantizationConfig) -> dict:
@@ -283,13 +315,15 @@ def quantize_layers(weight: jax.Array, fan_in: int, kind: QuantizationConfig) ->
 
 
 def quantize_channels(weight: jax.Array, fan_in: int) -> Quantized:
-    """Quantizes a weight that is not stacked to int8 with its channels first, for `rowwise_matmul`.
+    """Quantizes a weight that is not stacked to int8, channels first, for `rowwise_matmul`.
+
+    Activations have 16 bits.
 
     Args:
       weight: the weight.
       fan_in: number of leading axes that a product sums over.
     """
-    kind = QuantizationConfig(8, 8, channel_axes=weight.ndim - fan_in)
+    kind = QuantizationConfig(8, 16, channel_axes=weight.ndim - fan_in)
     order = (*range(fan_in, weight.ndim), *range(fan_in))
     where = jax.typeof(weight).sharding.spec.partitions
     placed = Quantized(P(*(where[axis] for axis in order)), P(None, None), kind)

@@ -52,6 +52,14 @@ def in_eight_bits(x: np.ndarray, axis: int) -> np.ndarray:
     return np.round(x / scale) * scale
 
 
+def in_sixteen_bits(x: np.ndarray) -> np.ndarray:
+    """Rows in 8 bits, and what that leaves in 254ths of a level, in float64."""
+    scale = np.abs(x).max(1, keepdims=True) / 127
+    scale[scale == 0] = 1
+    coarse = np.round(x / scale)
+    return scale * (coarse + np.round(254 * (x / scale - coarse)) / 254)
+
+
 @pytest.mark.parametrize("inward, outward", [((24,), (2, 8)), ((3, 8), (10,)), ((7,), (1,))])
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_a_product_is_that_of_the_rounded_numbers(inward, outward, rows):
@@ -63,7 +71,7 @@ def test_a_product_is_that_of_the_rounded_numbers(inward, outward, rows):
     placed = sharding.spec(" ".join(["batch length", *(["whole"] * len(outward))]))
     product = jax.jit(lambda x: quantization.quantized_matmul(x, weight, placed))
     size = int(np.prod(inward))
-    wanted = in_eight_bits(x.reshape(rows, size).astype(np.float64), 1) @ in_eight_bits(
+    wanted = in_sixteen_bits(x.reshape(rows, size).astype(np.float64)) @ in_eight_bits(
         matrix.reshape(size, -1).astype(np.float64), 0
     )
     got = np.array(product(jnp.asarray(x)))
@@ -94,7 +102,7 @@ def test_every_matrix_is_in_eight_bits_and_the_embedding_stays():
         leaf.kind for leaf in quantization.weight_leaves(few) if quantization.is_quantized(leaf)
     ]
     matrices = 2 * 6 + 4  # attention and Mlp of both stacks, and cross-attention
-    assert len(kinds) == matrices + 1 and all(kind.activations == 8 for kind in kinds)
+    assert len(kinds) == matrices + 1 and all(kind.activations == 16 for kind in kinds)
     assert few["embedding"] is not few["head"] and few["embedding"].dtype == jnp.float32
     assert few["head"].values.shape == (cfg.vocab, 16)
     assert params.keys() == few.keys() - {"head"}
@@ -125,6 +133,7 @@ def placed(cfg: config.Model, params: dict) -> dict:
     return weights.place_arrays(model.shapes(cfg), params, "drawn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "decoder"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
 def test_a_text_in_int8_is_the_same_alone_in_company_and_drafted(name, options):
