@@ -50,6 +50,7 @@ RULES = {
     "projected": None,
     "outputs": None,
     "temperature": None,
+    "answers": None,
     "draft_heads": None,
     "rank": None,
     "sources": None,

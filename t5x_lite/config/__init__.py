@@ -188,6 +188,10 @@ class Run(Checked):
             "Run.contrastive trains vectors and Run.distillation logits: bind one of them",
         )
         require(
+            (self.contrastive.matching > 0) == (readout is not None and readout.matching),
+            "Contrastive.matching trains the classifier of Readout.matching: bind both or neither",
+        )
+        require(
             self.train is None or self.train.microbatches == 1,
             "Run.contrastive compares all texts of a batch at once: bind Train.microbatches = 1",
         )

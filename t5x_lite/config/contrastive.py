@@ -17,8 +17,9 @@ class Contrastive(Checked):
     Attributes:
       temperature: what the products are divided by, unless Readout.temperature is trained.
       symmetric: the targets are to find their inputs too; the loss is the mean of both (CLIP).
-      matching: weight of a second loss, that of telling pairs from pairs with hard negatives, which
-        are drawn from the batch by their products (ALBEF); 0 has none.
+      matching: weight of a second loss, of Readout.matching: pairs are told from each input with a
+        negative of its targets, and each target with one of its inputs, both drawn from the batch
+        by the softmax of their products (ALBEF, Li et al., 2021; CodeT5+); 0 has none.
     """
 
     temperature: Positive = 0.05

@@ -48,6 +48,8 @@ class Readout(Checked):
       document_prompt: text before documents, texts that are found.
       temperature: the first value of a temperature that is trained with the vectors
         (Run.contrastive); None has none.
+      matching: beside vectors, a classifier that reads two texts as one row, and tells whether they
+        belong together (Contrastive.matching).
     """
 
     kind: Literal["classes", "labels", "number", "tags", "vector"]
@@ -62,10 +64,11 @@ class Readout(Checked):
     query_prompt: str = ""
     document_prompt: str = ""
     temperature: Positive | None = None
+    matching: bool = False
 
     def check(self):
         names = ("project", "normalize", "max_length", "query_prompt", "document_prompt")
-        bound = [name for name in (*names, "temperature") if getattr(self, name)]
+        bound = [name for name in (*names, "temperature", "matching") if getattr(self, name)]
         require(
             self.kind == "vector" or not bound,
             f"Readout.{', Readout.'.join(bound)} belongs to a vector, and Readout.kind is "

@@ -39,6 +39,7 @@ class ReadoutHead(nn.Module):
         return {"embed": width, "norm": width, "projected": width} | {
             "outputs": size,
             "temperature": 1,
+            "answers": 2,
         }
 
     def setup(self):
@@ -50,11 +51,29 @@ class ReadoutHead(nn.Module):
             self.dense_bias = weight(self, "dense_bias", "projected", 0.0)
         if cfg.project is not None:
             self.projection = weight(self, "projection", "embed -> outputs")
+        if cfg.matching:
+            self.matching = weight(self, "matching", "embed -> answers")
+            self.matching_bias = weight(self, "matching_bias", "answers", 0.0)
         if cfg.temperature is not None:
             self.log_temperature = weight(self, "log_temperature", "temperature", 0.0)
         if cfg.kind != "vector":
             self.out = weight(self, "out", "embed -> outputs")
             self.out_bias = weight(self, "out_bias", "outputs", 0.0) if cfg.bias else None
+
+    def match(
+        self, states: Float[Array, "b j d"], segments: Int[Array, "b j"], key: jax.Array | None
+    ) -> Float[Array, "b 2"]:
+        """Logits of "apart" and "together" for rows of two texts.
+
+        Args:
+          states: [b j d] states at the tokens of both.
+          segments: [b j] 1 for tokens, 0 for padding.
+          key: dropout key; None for no dropout.
+        """
+        x = pool_segments(states, segments[:, None] > 0, self.cfg.pooling, self.query)[:, 0]
+        x = dropout(x[:, None], self.cfg.dropout, key)[:, 0]
+        logits = jnp.einsum("bd,da->ba", x, self.matching.astype(jnp.float32))
+        return logits + self.matching_bias.astype(jnp.float32)
 
     def temperature(self) -> Float[Array, ""]:
         """The temperature that is trained: its first value times an exponential, so that no step

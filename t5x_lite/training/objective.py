@@ -14,6 +14,7 @@ from t5x_lite.batch import Batch, TeacherBatch
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import Transformer, mixed_precision
+from t5x_lite.model.matching import match_logits
 from t5x_lite.sharding import batch_shards, spec
 from t5x_lite.training import frozen_base
 from t5x_lite.training.losses import (
@@ -34,6 +35,8 @@ from t5x_lite.utils.not_none import not_none
 MAX_LOGIT_BYTES = 1 << 30
 # Folded into the step's key, which dropout splits, for the draw of a head.
 HEAD_KEY = 1 << 31
+# The same for the draw of pairs that do not belong together.
+MATCHING_KEY = HEAD_KEY + 1
 
 
 def make_objective(run: TrainingRun, selection: Selection, teacher: Teacher | None) -> Callable:
@@ -121,11 +124,18 @@ def pair_sums(
     temperature = cfg.temperature
     if transformer.cfg.readout.temperature is not None:
         temperature = apply(method=trained_temperature)
-    losses = contrastive.pair_losses(texts, vectors, temperature, cfg.symmetric)
+    targets = contrastive.score_targets(texts, vectors, temperature)
+    inputs = contrastive.score_inputs(texts, vectors, temperature)
+    losses = contrastive.pair_losses(targets, inputs if cfg.symmetric else None)
     weights = jnp.sum(batch.loss_weights, axis=1)
-    loss = jnp.sum(losses.nll * weights)
+    loss = objective = jnp.sum(losses.nll * weights)
+    if cfg.matching:
+        match = functools.partial(apply, method=match_logits)
+        key = jax.random.fold_in(not_none(context.key), MATCHING_KEY)
+        telling = contrastive.matching_losses(match, texts, (targets, inputs), key)
+        objective = loss + cfg.matching * jnp.sum(telling * weights)
     return LossSums(
-        objective=loss,
+        objective=objective,
         loss=loss,
         correct=jnp.sum(losses.correct * weights),
         weights=jnp.sum(weights),

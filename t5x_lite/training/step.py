@@ -79,7 +79,8 @@ def step_context(run: TrainingRun, state: TrainState) -> StepContext:
     key = None
     rates = [part.dropout for part in (run.model, run.lora, run.model.readout) if part is not None]
     dropout = max(rates) > 0
-    if dropout or samples_heads(run) or run.train.layer_skip:
+    matching = run.contrastive is not None and run.contrastive.matching > 0
+    if dropout or matching or samples_heads(run) or run.train.layer_skip:
         key = jax.random.fold_in(jax.random.key(run.seed), state.step)
     return StepContext(key, state.step)
 

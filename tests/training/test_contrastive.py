@@ -11,6 +11,7 @@ from conftest import toy_model
 
 from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch
+from t5x_lite.model import matching
 from t5x_lite.training import objective
 from t5x_lite.training.losses import contrastive
 from t5x_lite.training.losses.contrastive import PairTexts, PairVectors, TextRows
@@ -80,7 +81,9 @@ def actual_losses(vectors, temperature, symmetric, hard):
     q, d, n = jnp.asarray(vectors, jnp.float32)
     vectors = PairVectors(q, d, n if hard else None)
     texts = jax.tree.map(jnp.asarray, texts)
-    return contrastive.pair_losses(texts, vectors, temperature, symmetric)
+    targets = contrastive.score_targets(texts, vectors, temperature)
+    inputs = contrastive.score_inputs(texts, vectors, temperature) if symmetric else None
+    return contrastive.pair_losses(targets, inputs)
 
 
 @pytest.mark.parametrize("symmetric, hard", CASES)
@@ -136,9 +139,11 @@ MESHES = {
 
 @pytest.mark.slow
 def test_negatives_are_those_of_the_whole_batch_on_every_mesh():
-    readout = config.Readout("vector", "mean", project=8, normalize=True, temperature=0.1)
+    readout = config.Readout(
+        "vector", "mean", project=8, normalize=True, temperature=0.1, matching=True
+    )
     cfg = dataclasses.replace(toy_model("encoder_only", layers=1), readout=readout)
-    loss = config.Contrastive(symmetric=True)
+    loss = config.Contrastive(symmetric=True, matching=0.5)
     results, weights = {}, None
     for name, (mesh, devices) in MESHES.items():
         sharding.use_mesh(mesh, jax.devices()[:devices])
@@ -150,7 +155,9 @@ def test_negatives_are_those_of_the_whole_batch_on_every_mesh():
         def loss_of(params, batch):
             batch = contrastive.weigh_pairs(batch)
             transformer = model.Transformer(cfg)
-            sums = objective.pair_sums(transformer, loss, params, batch, StepContext())
+            sums = objective.pair_sums(
+                transformer, loss, params, batch, StepContext(jax.random.key(5))
+            )
             return sums.objective / sums.weights, sums
 
         differentiated = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
@@ -162,3 +169,61 @@ def test_negatives_are_those_of_the_whole_batch_on_every_mesh():
     for name, result in results.items():
         for leaf, wanted in zip(jax.tree.leaves(result), expected, strict=True):
             np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_joined_texts_are_one_after_the_other_without_padding(one_device):
+    rows = matching.join_texts(*jax.tree.map(jnp.asarray, (rows_of(INPUTS), rows_of(TARGETS, 4))))
+    for row, (first, second) in enumerate(zip(INPUTS, TARGETS, strict=True)):
+        size = len(first + second)
+        assert rows.ids[row].tolist() == first + second + [0] * (10 - size)
+        assert rows.segments[row].tolist() == [1] * size + [0] * (10 - size)
+        assert rows.positions[row, :size].tolist() == list(range(size))
+
+
+def test_negatives_are_drawn_by_the_softmax_of_their_scores(one_device):
+    texts = jax.tree.map(
+        jnp.asarray, PairTexts(rows_of(INPUTS), rows_of(TARGETS), rows_of(NEGATIVES))
+    )
+    q, d, n = jnp.asarray(drawn_vectors(), jnp.float32)
+    scored = contrastive.score_targets(texts, PairVectors(q, d, n), 1.0)
+    draw = jax.jit(jax.vmap(lambda key: contrastive.draw_negatives(scored, key).others.ids))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+    every = np.concatenate([np.asarray(part.ids) for part in scored.texts])
+    scores = np.where(scored.positive, -np.inf, np.asarray(scored.scores, np.float64))
+    for row in range(7):
+        law = np.exp(scores[row] - scores[row].max())
+        law /= law.sum()
+        for text in np.unique(every[law > 0], axis=0):
+            wanted = law[(every == text).all(axis=1)].sum()
+            share = (drawn[:, row] == text).all(axis=1).mean()
+            assert abs(share - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / 4000) + 1e-3
+        # Neither the pair's own text, in any of its places, nor padding is drawn.
+        assert not (drawn[:, row] == every[row]).all(axis=1).any()
+        assert (drawn[:, row] > 0).any(axis=1).all()
+
+
+def test_the_loss_of_matching_is_that_of_three_rows_for_each_pair(one_device):
+    texts = jax.tree.map(jnp.asarray, PairTexts(rows_of(INPUTS), rows_of(TARGETS), None))
+    q, d, _ = jnp.asarray(drawn_vectors(), jnp.float32)
+    vectors, calls = PairVectors(q, d, None), []
+
+    def match(first, second, key):
+        calls.append((np.asarray(first.ids), np.asarray(second.ids)))
+        margin = (first.ids.sum(axis=1) - second.ids.sum(axis=1)) / 10.0
+        return jnp.stack([margin, -margin], axis=1)
+
+    scored = (
+        contrastive.score_targets(texts, vectors, 1.0),
+        contrastive.score_inputs(texts, vectors, 1.0),
+    )
+    losses = contrastive.matching_losses(match, texts, scored, jax.random.key(1))
+    expected = np.zeros(8)
+    for (first, second), together in zip(calls, (1, 0, 0), strict=True):
+        margin = (first.sum(axis=1) - second.sum(axis=1)) / 10.0
+        expected += np.log1p(np.exp(2 * margin if together else -2 * margin)) / 3
+    np.testing.assert_allclose(losses[:7], expected[:7], rtol=1e-5)
+    (one, other), (same, wrong), (stranger, again) = calls
+    np.testing.assert_array_equal(one, same)
+    np.testing.assert_array_equal(other, again)
+    assert (wrong[:7] != other[:7]).any(axis=1).all()
+    assert (stranger[:7] != one[:7]).any(axis=1).all()

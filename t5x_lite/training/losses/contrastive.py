@@ -4,35 +4,18 @@
 b batch    n texts of the batch on all devices, then hard negatives    r width of a vector
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, UInt
 
 from t5x_lite.batch import Batch
 from t5x_lite.model.layers import split
+from t5x_lite.model.matching import TextRows
 from t5x_lite.sharding import by_rows, spec
-
-
-class TextRows(NamedTuple):
-    """Texts, one in a row.
-
-    Attributes:
-      ids: [b s] int32 token ids.
-      segments: [b s] int32, 1 for tokens and 0 for padding.
-      positions: [b s] int32 positions.
-    """
-
-    ids: Int[Array, "b s"]
-    segments: Int[Array, "b s"]
-    positions: Int[Array, "b s"]
-
-    @property
-    def exists(self) -> Bool[Array, " b"]:
-        """True for rows that have a text."""
-        return jnp.any(self.segments > 0, axis=1)
 
 
 class PairTexts(NamedTuple):
@@ -132,7 +115,7 @@ def equal_texts(rows: TextRows, others: TextRows) -> Bool[Array, "b n"]:
     return jnp.all(mine[:, None] == theirs[None], axis=-1)
 
 
-def make_candidates(
+def gather_compared(
     sides: tuple[TextRows, TextRows],
     vectors: Float[Array, "b r"],
     negatives: tuple[TextRows, Float[Array, "b r"]] | None = None,
@@ -179,11 +162,58 @@ def masked_scores(
     return jnp.where(candidates.allowed, products / temperature, -jnp.inf)
 
 
-class PairLosses(NamedTuple):
-    """Losses of queries.
+class ScoredTexts(NamedTuple):
+    """Scores of the texts that each query is compared with.
 
     Attributes:
-      nll: [b] float32, negative log-probability of the positive among the candidates.
+      scores: [b n] float32 products over the temperature; -inf for texts not compared.
+      positive: [b n] True for the query's positive.
+      texts: the n texts, in parts.
+    """
+
+    scores: Float[Array, "b n"]
+    positive: Bool[Array, "b n"]
+    texts: tuple[TextRows, ...]
+
+
+def score_targets(
+    texts: PairTexts, vectors: PairVectors, temperature: Float[Array, ""] | float
+) -> ScoredTexts:
+    """Scores of all targets and hard negatives of the batch for each input.
+
+    Args:
+      texts: the texts.
+      vectors: their vectors.
+      temperature: what products are divided by.
+    """
+    hard, parts = None, (texts.targets,)
+    if texts.negatives is not None and vectors.negatives is not None:
+        hard, parts = (texts.negatives, vectors.negatives), (texts.targets, texts.negatives)
+    compared = gather_compared((texts.inputs, texts.targets), vectors.targets, hard)
+    scores = masked_scores(vectors.inputs, compared, temperature)
+    return ScoredTexts(scores, compared.positive, parts)
+
+
+def score_inputs(
+    texts: PairTexts, vectors: PairVectors, temperature: Float[Array, ""] | float
+) -> ScoredTexts:
+    """Scores of all inputs of the batch for each target; the arguments of `score_targets`.
+
+    Args:
+      texts: the texts.
+      vectors: their vectors.
+      temperature: what products are divided by.
+    """
+    compared = gather_compared((texts.targets, texts.inputs), vectors.inputs)
+    scores = masked_scores(vectors.targets, compared, temperature)
+    return ScoredTexts(scores, compared.positive, (texts.inputs,))
+
+
+class PairLosses(NamedTuple):
+    """Losses of pairs.
+
+    Attributes:
+      nll: [b] float32, negative log-probability of the positive among the texts compared.
       correct: [b] float32, 1 where it has the largest score.
     """
 
@@ -191,35 +221,79 @@ class PairLosses(NamedTuple):
     correct: Float[Array, " b"]
 
 
-def query_losses(scores: Float[Array, "b n"], positive: Bool[Array, "b n"]) -> PairLosses:
-    """Losses of queries by their scores, of which one is of the query's own text."""
+def query_losses(scored: ScoredTexts) -> PairLosses:
+    """Losses of queries by the scores of the texts that they are compared with."""
+    scores, positive, _ = scored
     score = jnp.sum(jnp.where(positive, scores, 0), axis=1)
     others = jnp.max(jnp.where(positive, -jnp.inf, scores), axis=1)
     nll = jax.nn.logsumexp(scores, axis=1) - score
     return PairLosses(nll, (score > others).astype(jnp.float32))
 
 
-def pair_losses(
-    texts: PairTexts,
-    vectors: PairVectors,
-    temperature: Float[Array, ""] | float,
-    symmetric: bool,
-) -> PairLosses:
+def pair_losses(targets: ScoredTexts, inputs: ScoredTexts | None = None) -> PairLosses:
     """Contrastive losses of the pairs of a batch; `correct` is that of the inputs.
 
     Args:
-      texts: the texts.
-      vectors: their vectors.
-      temperature: what products are divided by.
-      symmetric: also of the targets, which are to find their inputs.
+      targets: as the inputs score them.
+      inputs: as the targets score them, for the mean of both losses; None for the first alone.
     """
-    hard = None
-    if texts.negatives is not None and vectors.negatives is not None:
-        hard = texts.negatives, vectors.negatives
-    documents = make_candidates((texts.inputs, texts.targets), vectors.targets, hard)
-    losses = query_losses(masked_scores(vectors.inputs, documents, temperature), documents.positive)
-    if not symmetric:
+    losses = query_losses(targets)
+    if inputs is None:
         return losses
-    queries = make_candidates((texts.targets, texts.inputs), vectors.inputs)
-    back = query_losses(masked_scores(vectors.targets, queries, temperature), queries.positive)
-    return losses._replace(nll=(losses.nll + back.nll) / 2)
+    return losses._replace(nll=(losses.nll + query_losses(inputs).nll) / 2)
+
+
+class HardPairs(NamedTuple):
+    """Texts that do not belong to the queries, drawn by their scores.
+
+    Attributes:
+      others: one for each query.
+      exists: [b] False for a query that is compared with its positive alone.
+    """
+
+    others: TextRows
+    exists: Bool[Array, " b"]
+
+
+def draw_negatives(scored: ScoredTexts, key: jax.Array) -> HardPairs:
+    """Draws a negative of each query by the softmax of its scores."""
+    scores = jnp.where(scored.positive, -jnp.inf, jax.lax.stop_gradient(scored.scores))
+    noise = by_rows(jax.random.gumbel(key, scores.shape))
+    chosen = jnp.argmax(scores + noise, axis=1)
+
+    def take(*parts):
+        every = jnp.concatenate([gather_rows(part) for part in parts])
+        return every.at[chosen].get(out_sharding=spec("batch whole"))
+
+    others = TextRows(*(take(*parts) for parts in zip(*scored.texts, strict=True)))
+    return HardPairs(others, jnp.any(scores > -jnp.inf, axis=1))
+
+
+def matching_losses(
+    match: Callable[..., Float[Array, "b 2"]],
+    texts: PairTexts,
+    scored: tuple[ScoredTexts, ScoredTexts],
+    key: jax.Array,
+) -> Float[Array, " b"]:
+    """Cross entropy [b] of telling pairs from hard ones: the mean of a pair, its input with another
+    target, and its target with another input.
+
+    Args:
+      match: function of the texts of both sides and a dropout key: [b 2] logits.
+      texts: the texts.
+      scored: the targets and the inputs, whose scores say which negatives are hard.
+      key: random key of the draw, and of dropout.
+    """
+    draws, *drops = jax.random.split(key, 4)
+    targets, inputs = map(draw_negatives, scored, jax.random.split(draws))
+    rows = (
+        (texts.inputs, texts.targets, 1, jnp.ones_like(targets.exists)),
+        (texts.inputs, targets.others, 0, targets.exists),
+        (inputs.others, texts.targets, 0, inputs.exists),
+    )
+    losses, counts = [], []
+    for (first, second, together, exists), drop in zip(rows, drops, strict=True):
+        log_probabilities = jax.nn.log_softmax(match(first, second, drop), axis=-1)
+        losses.append(jnp.where(exists, -log_probabilities[:, together], 0))
+        counts.append(exists.astype(jnp.float32))
+    return (losses[0] + losses[1] + losses[2]) / (counts[0] + counts[1] + counts[2])
