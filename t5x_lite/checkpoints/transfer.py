@@ -63,6 +63,11 @@ def write_run_folder(
     writer.finish()
 
 
+# Weights that no vector is computed with, which other formats leave out: the temperature and the
+# classifier of contrastive training.
+OF_TRAINING = {f"readout/{name}" for name in ("log_temperature", "matching", "matching_bias")}
+
+
 def group_by_tensor(
     source: Weights, cfg: config.Model, entries: Iterable[Entry]
 ) -> dict[str, list[WeightMapping]]:
@@ -80,7 +85,7 @@ def group_by_tensor(
     for mapping in matching.map_weights(cfg, entries, source.leaves):
         tensors[mapping.theirs].append(mapping)
     placed = {mapping.entry.ours for mappings in tensors.values() for mapping in mappings}
-    lost = sorted(source.leaves.keys() - placed)
+    lost = sorted(source.leaves.keys() - placed - OF_TRAINING)
     if lost:
         raise matching.MatchError(
             f"{', '.join(lost)}: these weights have no place in the requested format"

@@ -12,7 +12,6 @@ from typing import Any
 from t5x_lite import config
 from t5x_lite.checkpoints.transforms import Entry
 from t5x_lite.utils import bounded_files
-from t5x_lite.utils.not_none import not_none
 
 KEY = "sentence_transformers"
 PROJECTION = "2_Dense.linear.weight"
@@ -200,7 +199,6 @@ def export_files(cfg: config.Model) -> dict[str, dict | list]:
     pooled = cfg.readout
     if pooled is None or pooled.kind != "vector":
         return {}
-    check_expressible(cfg)
     paths = {"Transformer": "", "Pooling": "1_Pooling"}
     paths |= {"Dense": "2_Dense"} if pooled.project else {}
     paths |= {"Normalize": f"{len(paths)}_Normalize"} if pooled.normalize else {}
@@ -229,8 +227,10 @@ def export_files(cfg: config.Model) -> dict[str, dict | list]:
 
 
 def check_expressible(cfg: config.Model) -> None:
-    """Raises ValueError, naming the field, for a readout that sentence-transformers lacks."""
-    readout = not_none(cfg.readout)
+    """Raises ValueError, naming the field, for vectors that sentence-transformers lacks."""
+    readout = cfg.readout
+    if readout is None or readout.kind != "vector":
+        return
     if readout.pooling not in KINDS:
         raise ValueError(
             f"sentence-transformers cannot express Readout.pooling = {readout.pooling!r}; it has "

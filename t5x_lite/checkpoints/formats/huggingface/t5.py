@@ -231,3 +231,4 @@ def check_expressible(cfg: config.Model) -> None:
         require_values(stack, "T5", kv_heads=(None, stack.heads))
         require_values(stack, "T5", **T5_STACK)
     require_equal(stacks[0], stacks[-1], "T5", *SHARED)
+    sentence_t5.check_expressible(cfg)
