@@ -246,7 +246,8 @@ class Data(Checked):
       stream: reads the training split anew instead of caching its tokens, for sources too large
         for `cache_dir`.
       readout: what the targets are in place of text; None takes Model.readout.
-      start: id that begins the inputs; None takes that of a decoder alone with Model.readout.
+      start: id that begins the inputs, and targets to be compared with them; None takes that of a
+        decoder alone with Model.readout.
     """
 
     task: str | Files | HubDataset | Mixture

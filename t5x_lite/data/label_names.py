@@ -16,15 +16,17 @@ MOST_LABELS = 10_000
 
 
 def with_readout(run: RunT) -> RunT:
-    """The run whose data have labels as Model.readout reads them; any other run as it is."""
+    """The run whose data have labels, or texts to compare, as Model.readout reads them; any other
+    run as it is."""
     readout = run.model.readout
-    if readout is None or readout.kind == "vector" or run.data is None:
+    if readout is None or run.data is None:
         return run
     start = None
     if run.model.layout == "decoder_only" and run.model.add_bos:
         start = run.model.decoder_start_token_id
+    labels_of = None if readout.kind == "vector" else readout
     return dataclasses.replace(
-        run, data=dataclasses.replace(run.data, readout=readout, start=start)
+        run, data=dataclasses.replace(run.data, readout=labels_of, start=start)
     )
 
 

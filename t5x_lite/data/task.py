@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -208,7 +208,8 @@ class TextReader:
       rows: returns the examples of a split; receives the counts of this pass, or None.
       pair: vocabularies of (inputs, targets).
       counts: of the last pass over a split, by split and name.
-      start: id that begins inputs, unless they have it already; None for none.
+      start: id that begins inputs, and targets that are texts, unless they have it already; None
+        for none.
     """
 
     rows: Callable[[str, dict[str, int] | None], Iterable[TextExample]]
@@ -235,10 +236,13 @@ class TextReader:
             if batch[0].negative is not None:
                 texts = [not_none(row.negative) for row in shorter]
                 negatives = vocabularies.encode_texts(self.pair[1], texts)
-            yield Chunk(inputs, self.encode_targets(shorter, inputs), shorter, negatives)
+            targets = self.encode_targets(shorter, inputs)
+            if not isinstance(self.pair[1], LabelVocabulary):
+                targets, negatives = self.begin_inputs(targets), self.begin_inputs(negatives)
+            yield Chunk(inputs, targets, shorter, negatives)
 
-    def begin_inputs(self, inputs: list[np.ndarray] | None) -> list[np.ndarray] | None:
-        """Ids of inputs with `start` before those that do not begin with it."""
+    def begin_inputs(self, inputs: Any) -> Any:
+        """Ids of texts, or None, with `start` before those that do not begin with it."""
         if self.start is None or inputs is None:
             return inputs
         start = np.array([self.start], np.int32)

@@ -195,7 +195,9 @@ def search_split(
     pool = make_pool(texts, [dataset.references(i) for i in range(count)])
     sides = {}
     for side, each in (("targets", pool.documents), ("inputs", pool.queries)):
-        cfg = cut_texts(run.model, run.data.lengths[side])
+        # The id that begins the texts of a decoder alone has a place of its own.
+        most = run.data.lengths[side] - (run.data.start is not None)
+        cfg = cut_texts(run.model, most)
         predictor = Predictor(cfg, params, dataset.vocabularies, batch_size=run.evaluate.batch_size)
         progress = on_progress if side == "inputs" else None
         sides[side] = embed.embed(predictor, each, on_progress=progress)

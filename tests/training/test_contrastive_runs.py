@@ -10,6 +10,7 @@ import pytest
 from t5x_lite import config, data, interactive, train
 from t5x_lite import eval as eval_command
 from t5x_lite.config import gin_file
+from t5x_lite.data import label_names
 from t5x_lite.evaluation import retrieval
 
 MODEL = """
@@ -141,3 +142,13 @@ def test_what_contrast_cannot_train_is_refused(pairs, more, words):
     with pytest.raises(gin_file.ConfigError) as caught:
         load(pairs, "config.Model.vocab=384", *more)
     assert words in str(caught.value)
+
+
+def test_a_decoder_trains_on_texts_that_begin_as_those_it_embeds(pairs):
+    """All of a row begins with the start token that `embed` puts before a prompt."""
+    changes = ["config.Model.encoder=None", "config.Model.decoder=@config.Stack()"]
+    changes += ["config.Model.decoder_start_token_id=2", "config.Stack.positions='rotary'"]
+    run = label_names.with_readout(load(pairs, "config.Model.vocab=384", *changes))
+    batch = data.open_batches(run.data, run.model.batch_layout, 12, seed=0).at(0)
+    for side in (batch.inputs, batch.targets, batch.negatives):
+        assert (side[:, 0] == 2).all() and (side[:, 1:] != 2).all()
