@@ -19,7 +19,6 @@ from t5x_lite.data.task import Task, TextReader
 from t5x_lite.tokenizers import extended, languages, sentencepiece_training, vocabularies
 from t5x_lite.tokenizers.labels import LabelVocabulary
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
-from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import cache_folder
 
@@ -350,12 +349,13 @@ def train_pieces(size: int, text: TrainingText, cache_dir: str) -> bytes:
     """
     identity = json.dumps([sentencepiece_training.FORMAT, size, text.source()]).encode()
     root = cache_folder(cache_dir)
-    path = root / f"pieces-{size}-{hashlib.sha256(identity).hexdigest()[:20]}.model"
-    if path.exists():
-        return path.read_bytes()
+    path = root / f"pieces-{size}-{hashlib.sha256(identity).hexdigest()[:20]}.checked"
+    kept = content.read_checked(path)
+    if kept is not None:
+        return kept
     model = sentencepiece_training.train_sentencepiece(
         (side for row in text.rows() for side in row[:2] if side), size
     )
     root.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, model)
+    content.write_checked(path, model)
     return model

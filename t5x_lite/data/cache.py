@@ -123,6 +123,7 @@ def open_tokens(cache_dir: str, entry: CacheEntry) -> Tokens:
     root = cache_folder(cache_dir)
     folder = root / f"{prefix_of(entry)}{key_of(entry)}"
     if folder.exists():
+        there = folder_state(folder)
         try:
             tokens = read_folder(folder, entry.name)
             log.info(
@@ -133,7 +134,7 @@ def open_tokens(cache_dir: str, entry: CacheEntry) -> Tokens:
             return tokens
         except DamagedTokens as error:
             log.warning("The tokens in %s are damaged (%s): they are written again", folder, error)
-            remove_folder(folder)
+            remove_folder(folder, there)
         write_folder(root, folder, entry)
     else:
         write_folder(root, folder, entry)
@@ -223,11 +224,30 @@ def date_of(folder: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
 
 
-def remove_folder(folder: Path) -> None:
-    """Removes a folder, at once for all who would open it.
+def folder_state(folder: Path) -> tuple[int, int] | None:
+    """Values that differ between a folder and another one in its place; None if it is gone."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
-    Raises ValueError if it cannot be removed.
+
+def remove_folder(folder: Path, state: tuple[int, int] | None) -> None:
+    """Removes a damaged folder, at once for all who would open it.
+
+    Of several processes that find the damage, the first one writes the folder again; the others
+    leave what is there then.
+
+    Args:
+      folder: the folder.
+      state: of the damaged one.
+
+    Raises:
+      ValueError: it cannot be removed.
     """
+    if folder_state(folder) != state:
+        return
     aside = folder.with_name(f".{folder.name}-damaged-{os.getpid()}")
     try:
         folder.rename(aside)

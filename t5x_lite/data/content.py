@@ -11,16 +11,24 @@ the digest is the same.
 import functools
 import hashlib
 import json
+import logging
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.paths import is_address, parse_path
 
+log = logging.getLogger(__name__)
+
 REMEMBERED = "file_digests.json"
 SMALL = 2**20
+HEXADECIMAL = re.compile("[0-9a-f]{64}")
+# Bytes of a digest.
+DIGEST = hashlib.sha256().digest_size
 # A file that changed this recently may change again without another time stamp.
 SETTLED_NS = 2_000_000_000
 # A sample of a file is at most BLOCKS blocks, spread evenly over it, and at least two; of all files
@@ -113,7 +121,38 @@ def read_remembered(memory: Path) -> dict[str, list]:
         return {}
     if not isinstance(known, dict):
         return {}
-    return {path: each for path, each in known.items() if isinstance(each, list) and each}
+    return {path: each for path, each in known.items() if is_record(each)}
+
+
+def is_record(value: Any) -> bool:
+    """True for a state and a digest, as `digest_files` remembers them."""
+    digest = value[-1] if isinstance(value, list) and value else None
+    return isinstance(digest, str) and HEXADECIMAL.fullmatch(digest) is not None
+
+
+def write_checked(path: Path, content: bytes) -> None:
+    """Writes a file of a cache, its digest before its content."""
+    write_atomically(path, hashlib.sha256(content).digest() + content)
+
+
+def read_checked(path: Path) -> bytes | None:
+    """The content that `write_checked` wrote; None if there is none, or it is damaged.
+
+    A damaged file is reported: what it held is made again.
+    """
+    try:
+        written = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): delete it, or bind another Data.cache_dir"
+        ) from error
+    digest, content = written[:DIGEST], written[DIGEST:]
+    if hashlib.sha256(content).digest() == digest:
+        return content
+    log.warning("%s is damaged: it is written again", path)
+    return None
 
 
 def remember(memory: Path, digests: dict[str, list]) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_data_content import described, first_target, write_pairs
 
-from t5x_lite import data
-from t5x_lite.data import cache, token_writer
+from t5x_lite import config, data
+from t5x_lite.data import cache, content, token_writer
 
 
 def overwrite(name, ids):
@@ -102,3 +102,67 @@ def test_tokens_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatc
     write_pairs(tmp_path / "train.jsonl")
     first_target(described(tmp_path))
     assert len(events) == 1
+
+
+def test_a_process_leaves_what_another_wrote_in_place_of_the_damage(tmp_path, monkeypatch):
+    write_pairs(tmp_path / "train.jsonl")
+    cfg = described(tmp_path)
+    first_target(cfg)
+    (folder,) = (tmp_path / "cache").iterdir()
+    change_meta(folder)
+    read, states = cache.read_folder, []
+
+    def read_late(path, name):
+        if not states:  # the damage is found, and another process is faster
+            states.append(None)
+            with pytest.raises(cache.DamagedTokens) as damage:
+                read(path, name)
+            first_target(cfg)
+            states.append(cache.folder_state(folder))
+            raise damage.value
+        return read(path, name)
+
+    monkeypatch.setattr(cache, "read_folder", read_late)
+    first_target(cfg)
+    assert cache.folder_state(folder) == states[1] is not None
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [folder.name]
+
+
+CUTS = {
+    "empty": lambda written: b"",
+    "half": lambda written: written[: len(written) // 2],
+    "a byte short": lambda written: written[:-1],
+    "another letter": lambda written: written[:-400] + bytes([written[-400] ^ 1]) + written[-399:],
+    "zeros": lambda written: bytes(len(written)),
+    "text": lambda written: b"hello",
+}
+
+
+@pytest.mark.parametrize("damage", CUTS)
+def test_a_damaged_vocabulary_in_the_cache_is_trained_again(damage, tmp_path, caplog):
+    write_pairs(tmp_path / "a.jsonl", "black zebra, quick jumping fox " * 9)
+    trained = config.Vocabulary("trained", size=310)
+    vocabularies, texts = [], []
+    for _ in range(3):
+        files = config.Files("mine", str(tmp_path / "a.jsonl"), trained, inputs="inputs")
+        cfg = config.Data(files, {"inputs": 24, "targets": 24}, cache_dir=str(tmp_path / "cache"))
+        vocabularies.append(data.open_vocabularies(cfg)[1].model_bytes())
+        texts.append(caplog.text)
+        caplog.clear()
+        (kept,) = (tmp_path / "cache").glob("pieces-*")
+        if len(vocabularies) == 1:
+            kept.write_bytes(CUTS[damage](kept.read_bytes()))
+    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
+    assert ["is damaged: it is written again" in text for text in texts] == [False, True, False]
+
+
+@pytest.mark.parametrize("digest", ["", None, 5, [1], {}, "x", "0" * 63, True])
+def test_a_remembered_digest_that_is_none_is_read_again(digest, tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "SMALL", 0)
+    path, memory = tmp_path / "a.jsonl", tmp_path / content.REMEMBERED
+    path.write_text("one")
+    expected = content.digest_files([path])
+    entries = {str(path): [*content.file_state(path), digest]}
+    for known in (entries, {str(path): digest}, {str(path): []}, [digest]):
+        memory.write_text(json.dumps(known))
+        assert content.digest_files([path], tmp_path) == expected
