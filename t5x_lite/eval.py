@@ -24,23 +24,21 @@ EXAMPLES = """\
 examples:
   # loss, perplexity, bits per byte and the task's metrics on the validation split
   python -m t5x_lite.eval --checkpoint=runs/g2p
-  # the test split with 4 beams, from the best checkpoint
-  python -m t5x_lite.eval --checkpoint=runs/g2p --split=test --beams=4 --best
-  # quick: 200 examples, other metrics, the numbers as JSON too
-  python -m t5x_lite.eval --checkpoint=runs/g2p --examples=200 --metrics=exact_match,bleu \\
-      --json=runs/g2p/test.json
+  # the best checkpoint on 200 examples of the test split, 4 beams, another metric, JSON too
+  python -m t5x_lite.eval --checkpoint=runs/g2p --split=test --beams=4 --best --examples=200 \\
+      --metrics=bleu --json=test.json
   # a checkpoint of another format has no data: name those to measure on
   python -m t5x_lite.eval --checkpoint=smollm2.q8_0.gguf --gin_file=configs/data/jsonl_pairs.gin \\
       --gin.config.Files.validation=pairs.jsonl
-  # how much do settings matter? Quality and tokens per second of each of six combinations
-  python -m t5x_lite.eval --checkpoint=runs/g2p --examples=200 --sweep temperature=0.5,1 \\
-      top_p=0.8,0.95,1 --plot=sweep.png
-  # a seqio task of your own: import the module that registers it
-  python -m t5x_lite.eval --checkpoint=runs/mine --import=my_tasks
+  # quality and tokens per second of each of six settings
+  python -m t5x_lite.eval --checkpoint=runs/g2p --sweep temperature=0.5,1 top_p=0.8,0.95,1
+  # tasks of EleutherAI's lm-evaluation-harness (extra: lm_eval)
+  python -m t5x_lite.eval --checkpoint=smollm2.q8_0.gguf --lm_eval=hellaswag,arc_easy
+  # SuperGLUE without it, from its own files: which choice is most likely, per token
+  python -m t5x_lite.eval --checkpoint=flan-t5-small --superglue=SuperGLUE --normalize=tokens
 
 metrics: exact_match, edit_distance, per and wer (phoneme and word error rate), bleu, chrf, rouge.
-Predictions are kept as JSONL in DIR/predictions/<split>-<step>.jsonl (of a checkpoint of another
-format in runs/eval_NAME): input, prediction, references, score.
+Predictions: DIR/predictions/<split>-<step>.jsonl (of another format's checkpoint: runs/eval_NAME).
 """
 
 
@@ -76,10 +74,20 @@ def parser() -> Parser:
         metavar="N",
         help="print N predictions (default 5)",
     )
-    grid = "measure each combination of these settings of decoding: quality, speed, sensitivity"
+    grid = "quality and speed of each combination of these settings"
     add("--sweep", nargs="+", metavar="NAME=A,B", help=grid)
     plot = "draw quality over speed of --sweep: .png, .svg or .pdf"
     add("--plot", type=path_argument, metavar="FILE", help=plot)
+    tasks = "in place of data: tasks of lm-evaluation-harness, .yaml files"
+    add("--lm_eval", metavar="A,B", help=tasks)
+    shots = "examples before each question of --lm_eval"
+    add("--few_shot", type=number_parser(CountOrZero), metavar="N", help=shots)
+    folder = "in place of data: DIR/BoolQ/val.jsonl, DIR/CB/val.jsonl ..."
+    add("--superglue", type=path_argument, metavar="DIR", help=folder)
+    measures = "choices by likelihood: none, tokens, characters, prior"
+    add("--normalize", choices=options.NORMALIZATIONS, metavar="HOW", help=measures)
+    kinds = "of --superglue: t5, or plain for decoders"
+    add("--prompts", choices=options.PROMPT_STYLES, metavar="KIND", help=kinds)
     data = (
         "measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "
         "--gin.NAME=VALUE sets a macro or a field of it"
@@ -101,6 +109,10 @@ def measure(args: argparse.Namespace) -> int:
     host.prepare_jax()
     opened = open_checkpoint(args.checkpoint, args.step, args.best)
     restored = opened.load(args.mesh, args.quantize)
+    if args.lm_eval:
+        return measure_harness_tasks(args, opened, restored)
+    if args.superglue:
+        return measure_superglue_tasks(args, restored)
     run = with_options(with_data(restored.run, requested, args.checkpoint), args)
     evaluator = Evaluator(run, args.split)
     difference = describe_pair_difference(restored.vocabularies, evaluator.dataset.vocabularies)
@@ -150,6 +162,82 @@ def check_options(args: argparse.Namespace) -> None:
         f"--plot {args.plot}: the name must end in one of {', '.join(endings)}",
     )
     sweep.parse_grid(args.sweep or [])
+    config.require(
+        args.lm_eval or args.few_shot is None,
+        "--few_shot is about tasks of the lm-evaluation-harness: name some with --lm_eval",
+    )
+    for name in ("normalize", "prompts"):
+        config.require(
+            args.superglue or getattr(args, name) is None,
+            f"--{name} is about the choices of --superglue: name its folder",
+        )
+    own = "lm_eval" if args.lm_eval else "superglue"
+    data = [name for name in ("split", "metrics", "sweep", "gin_file") if getattr(args, name)]
+    data = [name for name in data if own == "lm_eval" or name != "split"]
+    config.require(
+        not (args.lm_eval or args.superglue) or not data,
+        f"--{own} measures tasks of their own data and metrics: leave out --{data and data[0]}",
+    )
+
+
+def measure_harness_tasks(args: argparse.Namespace, opened: Any, restored: Any) -> int:
+    """Measures the tasks of --lm_eval, prints and writes their numbers; returns the exit status.
+
+    Args:
+      args: options of the command.
+      opened: the checkpoint.
+      restored: its weights and vocabularies.
+    """
+    from t5x_lite import processes
+    from t5x_lite.evaluation import lm_harness
+
+    decode = dataclasses.replace(restored.run.decode, **options.decode_fields(args))
+    restored = restored._replace(run=dataclasses.replace(restored.run, decode=decode))
+    model = lm_harness.make_harness_model(opened, restored, args.batch_size)
+    tasks = args.lm_eval.split(",")
+    results = lm_harness.measure_tasks(model, tasks, args.few_shot, args.examples)
+    if not processes.is_first():
+        return 0
+    print(f"{args.checkpoint}, step {restored.step}")
+    print(lm_harness.format_results(results))
+    if args.json:
+        kept = {name: results[name] for name in ("results", "versions", "n-shot", "n-samples")}
+        text = json.dumps(kept, indent=1, default=str)
+        write_atomically(parse_output_path(args.json), text + "\n")
+    return 0
+
+
+def measure_superglue_tasks(args: argparse.Namespace, restored: Any) -> int:
+    """Measures the tasks in the folder of --superglue, prints and writes their numbers; returns the
+    exit status.
+
+    Args:
+      args: options of the command.
+      restored: the checkpoint.
+    """
+    from t5x_lite.evaluation import superglue
+    from t5x_lite.evaluation.predict import Predictor, has_inputs
+
+    files = superglue.find_files(parse_path(args.superglue), args.split or "val")
+    run, ended = restored.run, has_inputs(restored.run)
+    rows = args.batch_size or run.evaluate.batch_size
+    parts = run.model, restored.params, restored.vocabularies
+    predictor = Predictor(*parts, ended=ended, batch_size=rows)
+    style = args.prompts or ("t5" if ended else "plain")
+    normalize, report = args.normalize or "none", {}
+    print(f"{args.checkpoint}, step {restored.step}, {style} prompts, normalized by {normalize}")
+    for file in files:
+        questions = superglue.read_questions(file, style, args.examples)
+        with Progress(file.task, sum(len(each.choices) for each in questions)) as progress:
+            numbers = superglue.measure_questions(
+                predictor, file.task, questions, normalize, progress
+            )
+        report[file.task] = numbers
+        text = ", ".join(f"{name} {number:,.2f}" for name, number in numbers.items())
+        print(f"  {file.task:<10}{text}")
+    if args.json:
+        write_atomically(parse_output_path(args.json), json.dumps(report, indent=1) + "\n")
+    return 0
 
 
 def sweep_settings(args: argparse.Namespace, run: DataRun, restored: Any) -> int:

@@ -32,6 +32,10 @@ DECODE = (
 COMPUTE = typing.get_args(field_types(config.Decode)["compute"])
 FILES_OF_DECODE = ("json_schema", "grammar")  # whose options name a file
 
+# Measures of `evaluation.multiple_choice`, and prompts of `data.superglue`.
+NORMALIZATIONS = ("none", "tokens", "characters", "prior")
+PROMPT_STYLES = ("t5", "plain")
+
 # Names of `decoding.drafters.registry`; A+B is both at once.
 DRAFTERS = {
     "auto": "the model's draft heads, or lookup for long texts; plain if neither is safe or pays",

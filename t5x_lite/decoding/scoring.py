@@ -36,13 +36,29 @@ class Scores(NamedTuple):
       log_probability: [b], of each target.
       tokens: [b t], of each of its tokens, 0 after the last.
       lengths: [b], lengths of the targets.
+      greedy: [b], true where every token of a target is the most probable one of its place.
       ends: [b t], that the text ends before each of the tokens; None unless asked for.
     """
 
     log_probability: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
+    greedy: np.ndarray
     ends: np.ndarray | None = None
+
+
+class PlaceScores(NamedTuple):
+    """Statistics of every place of padded rows.
+
+    Attributes:
+      tokens: [b t], log-probability of the token there.
+      greedy: [b t], the token is the most probable one.
+      ends: [b t], log-probability that the text ends there instead; None unless asked for.
+    """
+
+    tokens: Any
+    greedy: Any
+    ends: Any
 
 
 def score(
@@ -70,23 +86,24 @@ def score(
     check_pairs(cfg, inputs, targets)
     if cfg.encoder is None and not cfg.add_bos:
         inputs = [decoder_prompt(cfg, row) for row in inputs]
-        rows, ends = score_as_blocks(cfg, params, inputs, targets, stops)
+        places = score_as_blocks(cfg, params, inputs, targets, stops)
     else:
         batch = generation.shard_rows(teacher_forced_batch(cfg, inputs, targets))
         scored = compiled_scores(with_dtype_of(cfg, params), params, batch, stop_ids(stops))
-        rows, ends = jax.device_get(scored)
+        places = jax.device_get(scored)
     begins = np.zeros(len(targets), int) if cfg.encoder else np.array([len(x) for x in inputs])
     lengths = np.array([len(row) for row in targets])
     width = max(lengths)
-    where = np.minimum(begins[:, None] + np.arange(width), rows.shape[1] - 1)
+    where = np.minimum(begins[:, None] + np.arange(width), places.tokens.shape[1] - 1)
     inside = np.arange(width) < lengths[:, None]
 
     def take_targets(array):
         return np.where(inside, np.take_along_axis(array, where, axis=1), 0)
 
-    tokens = take_targets(rows)
-    ends = None if ends is None else take_targets(ends)
-    return Scores(tokens.sum(axis=1, dtype=np.float64), tokens, lengths, ends)
+    tokens = take_targets(places.tokens)
+    greedy = np.all(take_targets(places.greedy) | ~inside, axis=1)
+    ends = None if places.ends is None else take_targets(places.ends)
+    return Scores(tokens.sum(axis=1, dtype=np.float64), tokens, lengths, greedy, ends)
 
 
 def stop_ids(stops: Sequence[int] | None) -> np.ndarray | None:
@@ -165,23 +182,36 @@ def teacher_forced_batch(
 @functools.partial(jax.jit, static_argnums=0)
 def compiled_scores(
     cfg: config.Model, params: Any, batch: Batch, stops: Int[Array, " e"] | None = None
-) -> tuple[Float[Array, "b t"], Float[Array, "b t"] | None]:
-    """Computes the log-probability of every target token, 0 where its loss weight is.
+) -> PlaceScores:
+    """Computes statistics of every target token; its log-probability is 0 where its loss weight is.
 
     Args:
       cfg: config of the model.
       params: weights from `prepare_params`.
       batch: the rows, on the mesh.
       stops: ids that end a text; None without ends.
-
-    Returns:
-      Those of the tokens, and those of an end in their place.
     """
     logits = gather_vocabulary(model.Transformer(cfg, scan=False).apply({"params": params}, batch))
-    tokens = verification.token_log_probability(logits, batch.targets)
-    tokens = jnp.where(batch.loss_weights > 0, tokens, 0)
-    scored = tokens, end_log_probability(logits, stops)
-    return jax.tree.map(lambda x: jax.reshard(x, P()), scored)
+    scored = score_places(logits, batch.targets, stops)
+    tokens = jnp.where(batch.loss_weights > 0, scored.tokens, 0)
+    return jax.tree.map(lambda x: jax.reshard(x, P()), scored._replace(tokens=tokens))
+
+
+def score_places(
+    logits: Float[Array, "b t v"], tokens: Int[Array, "b t"], stops: Int[Array, " e"] | None
+) -> PlaceScores:
+    """Computes statistics of tokens under the logits of their places.
+
+    Args:
+      logits: of each place.
+      tokens: the token there.
+      stops: ids that end a text; None without ends.
+    """
+    return PlaceScores(
+        verification.token_log_probability(logits, tokens),
+        jnp.argmax(logits, axis=-1) == tokens,
+        end_log_probability(logits, stops),
+    )
 
 
 def score_as_blocks(
@@ -190,8 +220,8 @@ def score_as_blocks(
     inputs: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
     stops: Sequence[int] | None = None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Computes the log-probability of every token of inputs and targets after those before it.
+) -> PlaceScores:
+    """Computes statistics of every token of inputs and targets after those before it.
 
     For decoder-only models whose texts have no start token: the first token has 0.
 
@@ -201,9 +231,6 @@ def score_as_blocks(
       inputs: ids of the prompts.
       targets: ids of the targets.
       stops: ids that end a text; None without ends.
-
-    Returns:
-      An array [b t], and one of ends.
     """
     rows = [[*before, *after] for before, after in zip(inputs, targets, strict=True)]
     ids, _ = pad_rows(rows, bucket_length(max(map(len, rows))))
@@ -220,7 +247,7 @@ def compiled_block_scores(
     ids: Int[Array, "b t"],
     prefix: Int[Array, " b"],
     stops: Int[Array, " e"] | None = None,
-) -> tuple[Float[Array, "b t"], Float[Array, "b t"] | None]:
+) -> PlaceScores:
     """Computes what `score_as_blocks` returns: each row is one block on an empty cache.
 
     Args:
@@ -237,6 +264,5 @@ def compiled_block_scores(
     logits = gather_vocabulary(
         transformer.apply({"params": params}, hidden, method=model.Transformer.logits)
     )
-    tokens = verification.token_log_probability(logits[:, :-1], ids[:, 1:])
-    scored = tokens, end_log_probability(logits[:, :-1], stops)
+    scored = score_places(logits[:, :-1], ids[:, 1:], stops)
     return jax.tree.map(lambda x: jax.reshard(jnp.pad(x, ((0, 0), (1, 0))), P()), scored)

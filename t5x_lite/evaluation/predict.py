@@ -24,7 +24,12 @@ from t5x_lite.evaluation import choosing
 from t5x_lite.evaluation.companions import CompanionCache, companion_texts
 from t5x_lite.evaluation.coverage import CoverageScore
 from t5x_lite.evaluation.drafting import DrafterCache
-from t5x_lite.evaluation.prediction import Prediction, drafter_names, make_prediction
+from t5x_lite.evaluation.prediction import (
+    Prediction,
+    TargetScore,
+    drafter_names,
+    make_prediction,
+)
 from t5x_lite.evaluation.search import list_sources, search_texts
 from t5x_lite.evaluation.steered_rows import SteeredRows
 from t5x_lite.model.computation import params_for_compute
@@ -91,6 +96,14 @@ class Predictor:
             other.tally, other.choosers = origin.tally, origin.choosers
             self.computing[compute] = other
         return self.computing[compute]
+
+    def with_config(self, cfg: config.Model) -> "Predictor":
+        """Returns a predictor like this one whose model has another config of the same weights."""
+        other = copy.copy(self)
+        other.cfg, other.drafters = cfg, DrafterCache(cfg, self.targets)
+        other.companions = CompanionCache(cfg, other.drafters.load_model)
+        other.computing = {other.compute: other}
+        return other
 
     def predict(
         self,
@@ -223,10 +236,28 @@ class Predictor:
         self, inputs: Sequence[str], targets: Sequence[str]
     ) -> list[tuple[float, list[float]]]:
         """Log-probability of each target given its input, and of its tokens, in nats."""
-        ids, target_ids = self.encode_inputs(inputs), self.encode_targets(targets)
+        scored = self.score_ids(self.encode_inputs(inputs), self.encode_targets(targets))
+        return [(each.log_probability, each.tokens) for each in scored]
+
+    def score_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        target_ids: Sequence[Sequence[int]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[TargetScore]:
+        """Scores each target given its input, batched by length.
+
+        Args:
+          ids: ids of each input.
+          target_ids: ids of each target.
+          on_progress: called with the number of pairs done.
+
+        Raises:
+          ValueError: the model cannot read a pair.
+        """
         if ids:
             check_pairs(self.cfg, ids, target_ids)
-        scored: dict[int, tuple[float, list[float]]] = {}
+        scored: dict[int, TargetScore] = {}
         for places in self.batches([[*a, *b] for a, b in zip(ids, target_ids, strict=True)]):
             filled = [*places, *[places[0]] * (self.padded_rows(len(places)) - len(places))]
             scores = decoding.score(
@@ -237,7 +268,10 @@ class Predictor:
             )
             for row, place in enumerate(places):
                 tokens = scores.tokens[row, : scores.lengths[row]].tolist()
-                scored[place] = float(scores.log_probability[row]), tokens
+                total, greedy = float(scores.log_probability[row]), bool(scores.greedy[row])
+                scored[place] = TargetScore(total, tokens, greedy)
+            if on_progress:
+                on_progress(len(scored))
         return [scored[place] for place in range(len(ids))]
 
     def describe_trouble(self, text: str, new_tokens: int = 1, target: str | None = None) -> str:

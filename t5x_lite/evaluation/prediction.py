@@ -33,6 +33,20 @@ class TokenScore(NamedTuple):
     truncated: float
 
 
+class TargetScore(NamedTuple):
+    """A target under the model, given its input.
+
+    Attributes:
+      log_probability: in nats.
+      tokens: log-probability of each of its tokens.
+      greedy: each of its tokens is the most probable one of its place.
+    """
+
+    log_probability: float
+    tokens: list[float]
+    greedy: bool
+
+
 class Prediction(NamedTuple):
     """Texts that the model wrote for one input: beams best first, samples in the order drawn; with
     Decode.choose the chosen one first.
