@@ -78,6 +78,19 @@ def parser() -> Parser:
     add("--sweep", nargs="+", metavar="NAME=A,B", help=grid)
     plot = "draw quality over speed of --sweep: .png, .svg or .pdf"
     add("--plot", type=path_argument, metavar="FILE", help=plot)
+    add_tasks(group)
+    data = (
+        "measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "
+        "--gin.NAME=VALUE sets a macro or a field of it"
+    )
+    gin_arguments.add_gin(group, required=False, text=data)
+    options.add_decode(command)
+    return command
+
+
+def add_tasks(group: Any) -> None:
+    """Adds tasks that bring their own data to a group of options."""
+    add = group.add_argument
     tasks = "in place of data: tasks of lm-evaluation-harness, .yaml files"
     add("--lm_eval", metavar="A,B", help=tasks)
     shots = "examples before each question of --lm_eval"
@@ -88,13 +101,6 @@ def parser() -> Parser:
     add("--normalize", choices=options.NORMALIZATIONS, metavar="HOW", help=measures)
     kinds = "of --superglue: t5, or plain for decoders"
     add("--prompts", choices=options.PROMPT_STYLES, metavar="KIND", help=kinds)
-    data = (
-        "measure on the config.Data of this .gin file, in the vocabulary of the checkpoint; "
-        "--gin.NAME=VALUE sets a macro or a field of it"
-    )
-    gin_arguments.add_gin(group, required=False, text=data)
-    options.add_decode(command)
-    return command
 
 
 def measure(args: argparse.Namespace) -> int:
@@ -136,19 +142,38 @@ def measure(args: argparse.Namespace) -> int:
     if evaluator.predictions_path is not None:
         show(evaluator.predictions_path, args.show)
     if args.json:
-        report = {
-            "checkpoint": args.checkpoint,
-            "step": restored.step,
-            "split": evaluator.split,
-            "quantize": args.quantize,
-            "decode": dataclasses.asdict(run.decode),
-            "metrics": numbers,
-            "not_computed": evaluator.failures,
-            "drafting": evaluator.tally.report(),
-        }
-        write_atomically(parse_output_path(args.json), json.dumps(report, indent=1) + "\n")
+        write_report(args, run, restored.step, evaluator, numbers)
     failed = evaluator.failures.keys() - evaluator.dataset.unsupported_metrics.keys()
     return FAILURE if failed else 0
+
+
+def write_report(
+    args: argparse.Namespace,
+    run: DataRun,
+    step: int,
+    evaluator: Any,
+    numbers: dict[str, float],
+) -> None:
+    """Writes the numbers of an evaluation to the file of --json.
+
+    Args:
+      args: options of the command.
+      run: config of the run, with the options.
+      step: training step of the weights.
+      evaluator: `evaluation.evaluate.Evaluator` that measured them.
+      numbers: the values by name.
+    """
+    report = {
+        "checkpoint": args.checkpoint,
+        "step": step,
+        "split": evaluator.split,
+        "quantize": args.quantize,
+        "decode": dataclasses.asdict(run.decode),
+        "metrics": numbers,
+        "not_computed": evaluator.failures,
+        "drafting": evaluator.tally.report(),
+    }
+    write_atomically(parse_output_path(args.json), json.dumps(report, indent=1) + "\n")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -171,12 +196,12 @@ def check_options(args: argparse.Namespace) -> None:
             args.superglue or getattr(args, name) is None,
             f"--{name} is about the choices of --superglue: name its folder",
         )
-    own = "lm_eval" if args.lm_eval else "superglue"
+    option = "lm_eval" if args.lm_eval else "superglue"
     data = [name for name in ("split", "metrics", "sweep", "gin_file") if getattr(args, name)]
-    data = [name for name in data if own == "lm_eval" or name != "split"]
+    data = [name for name in data if option == "lm_eval" or name != "split"]
     config.require(
         not (args.lm_eval or args.superglue) or not data,
-        f"--{own} measures tasks of their own data and metrics: leave out --{data and data[0]}",
+        f"--{option} measures tasks of their own data and metrics: leave out --{data and data[0]}",
     )
 
 

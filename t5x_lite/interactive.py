@@ -9,6 +9,7 @@
     g2p.generate("cat", temperature=1.0, n_best=5, seed=7)  # five draws, the same for a seed
     g2p.search("cat", judge=my_score, search="smc")         # samples guided by a function of yours
     g2p.score("cat", "K AE T")                              # log-probability, in nats
+    g2p.choose("cat", ["K AE T", "D AO G"]).best            # number of the most likely one
     g2p.embed(["cat", "hats"])                              # a vector for each, numpy [2 d]
     for piece in g2p.stream("photograph"):                  # the same text, streamed
         print(piece, end="", flush=True)
@@ -227,6 +228,13 @@ class Session:
         scores = [total for total, _ in scorer.score(*pairs)]
         return scores[0] if isinstance(inputs, str) else scores
 
+    def choose(self, inputs: Any, choices: Any, normalize: str = "none", prior: str = "") -> Any:
+        """Finds the most likely choice; Args: inputs, choices, normalize and prior are those of
+        `evaluation.multiple_choice.choose`."""
+        from t5x_lite.evaluation import multiple_choice
+
+        return multiple_choice.choose(self.predictor, inputs, choices, normalize, prior)
+
     def embed(
         self,
         texts: str | Sequence[str],
@@ -255,12 +263,7 @@ class Session:
 
     @takes_decode_options
     def explain(
-        self,
-        input: str,
-        target: str | None = None,
-        *,
-        top: int = 5,
-        **options: Any,
+        self, input: str, target: str | None = None, *, top: int = 5, **options: Any
     ) -> Any:
         """Analyzes the model on input and target, or on the target that it generates.
 
@@ -292,10 +295,7 @@ class Session:
         return analysis.explain(self.predictor, input, target, decode=decode, top=top)
 
     def train_step(
-        self,
-        inputs: str | Sequence[str],
-        targets: str | Sequence[str],
-        learning_rate: float = 1e-3,
+        self, inputs: str | Sequence[str], targets: str | Sequence[str], learning_rate: float = 1e-3
     ) -> float:
         """One step of Adam; it changes the weights of this session only, and nothing on disk.
 

@@ -291,7 +291,7 @@ class HarnessModel(import_harness("api.model").TemplateLM):
         return [cut_before(text, stop) for text in written]
 
     def decode_of(self, options: Mapping[str, Any]) -> tuple[config.Decode, list[str]]:
-        """How a task's texts are written, and the texts that end them.
+        """Config by which a task's texts are written, and the texts that end them.
 
         Raises:
           ValueError: an option is unknown, or out of range.

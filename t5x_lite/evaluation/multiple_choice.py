@@ -2,10 +2,11 @@
 """Zero-shot choice: which of several texts a model finds most likely after an input."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from t5x_lite import config
 from t5x_lite.cli.options import NORMALIZATIONS
+from t5x_lite.evaluation.arguments import list_texts, shorten
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import TargetScore
 
@@ -22,6 +23,40 @@ class ChoiceScores(NamedTuple):
     best: int
     scores: list[float]
     log_probabilities: list[float]
+
+
+def choose(
+    predictor: Predictor,
+    inputs: str | Sequence[str],
+    choices: Sequence[Any],
+    normalize: str = "none",
+    prior: str = "",
+) -> Any:
+    """`score_choices` of one text, or of a list of texts.
+
+    Args:
+      predictor: the model.
+      inputs: a text or a list of texts.
+      choices: the choices of the text, or a list of them for each text.
+      normalize: how choices are compared.
+      prior: the input of a prior.
+
+    Raises:
+      ValueError: they are not texts, or do not pair up.
+    """
+    texts = list_texts(inputs)
+    alone = isinstance(inputs, str)
+    rows = [choices] if alone else list(choices)
+    # A text in place of a list would be taken for its letters.
+    plain = [row for row in rows if isinstance(row, str)]
+    config.require(
+        not plain, f"Choices are lists of texts; got {plain and shorten(plain[0])} for an input"
+    )
+    config.require(
+        len(rows) == len(texts), f"{len(texts)} inputs but choices for {len(rows)} of them"
+    )
+    scored = score_choices(predictor, texts, [*map(list_texts, rows)], normalize, prior)
+    return scored[0] if alone else scored
 
 
 def score_choices(
@@ -58,30 +93,49 @@ def score_choices(
         )
     pairs = [(text, choice) for text, each in zip(inputs, choices, strict=True) for choice in each]
     scored = score_pairs(predictor, pairs, on_progress)
-    priors = {}
-    if normalize == "prior":
-        texts = list(dict.fromkeys(choice for _, choice in pairs))
-        alone = score_pairs(predictor, [(prior, text) for text in texts])
-        priors = {text: each.log_probability for text, each in zip(texts, alone, strict=True)}
-
-    def measure(pair: tuple[str, str], each: TargetScore) -> float:
-        match normalize:
-            case "tokens":
-                return each.log_probability / len(each.tokens)
-            case "characters":
-                return each.log_probability / len(pair[1])
-            case "prior":
-                return each.log_probability - priors[pair[1]]
-        return each.log_probability
-
+    measured = normalize_scores(predictor, pairs, scored, normalize, prior)
     results, start = [], 0
     for each in choices:
         part = slice(start, start + len(each))
         start += len(each)
-        scores = [measure(*both) for both in zip(pairs[part], scored[part], strict=True)]
+        scores = measured[part]
         best = max(range(len(scores)), key=scores.__getitem__)
         results.append(ChoiceScores(best, scores, [x.log_probability for x in scored[part]]))
     return results
+
+
+def normalize_scores(
+    predictor: Predictor,
+    pairs: Sequence[tuple[str, str]],
+    scored: Sequence[TargetScore],
+    normalize: str,
+    prior: str,
+) -> list[float]:
+    """Numbers by which choices are compared.
+
+    Args:
+      predictor: the model.
+      pairs: inputs with their choices.
+      scored: log-probabilities of the choices.
+      normalize: one of NORMALIZATIONS.
+      prior: the input of a prior.
+    """
+    totals = [each.log_probability for each in scored]
+    match normalize:
+        case "tokens":
+            sizes = [len(each.tokens) for each in scored]
+        case "characters":
+            sizes = [len(choice) for _, choice in pairs]
+        case "prior":
+            texts = list(dict.fromkeys(choice for _, choice in pairs))
+            alone = score_pairs(predictor, [(prior, text) for text in texts])
+            priors = {text: each.log_probability for text, each in zip(texts, alone, strict=True)}
+            return [
+                total - priors[choice] for total, (_, choice) in zip(totals, pairs, strict=True)
+            ]
+        case _:
+            return totals
+    return [total / size for total, size in zip(totals, sizes, strict=True)]
 
 
 def score_pairs(

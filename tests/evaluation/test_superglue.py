@@ -169,10 +169,12 @@ def test_choices_are_compared_by_their_log_probability_in_each_way(session):
         for text, row in zip(inputs, choices, strict=True)
     ]
     results = {
-        how: multiple_choice.score_choices(predictor, inputs, choices, how)
-        for how in ("none", "tokens", "characters", "prior")
+        kind: multiple_choice.score_choices(predictor, inputs, choices, kind)
+        for kind in ("none", "tokens", "characters", "prior")
     }
     assert [each.best for each in results["none"]] == [0, 1]
+    assert session.choose(inputs, choices) == results["none"]
+    assert session.choose("dog", choices[1], "tokens") == results["tokens"][1]
     for row in range(2):
         raw = results["none"][row]
         np.testing.assert_allclose(raw.scores, expected[row], rtol=1e-5)
@@ -194,6 +196,10 @@ def test_mistakes_of_choices_are_answered(session):
     predictor = session.predictor
     with pytest.raises(ValueError, match="normalize must be one of none, tokens, "):
         multiple_choice.score_choices(predictor, ["cat"], [["K"]], "words")
+    with pytest.raises(ValueError, match="Choices are lists of texts; got 'K AE T'"):
+        session.choose(["cat"], ["K AE T"])
+    with pytest.raises(ValueError, match="2 inputs but choices for 1 of them"):
+        session.choose(["cat", "dog"], [["K AE T"]])
     with pytest.raises(ValueError, match="Input 1 has no choices"):
         multiple_choice.score_choices(predictor, ["cat", "dog"], [["K"], []])
 
