@@ -40,7 +40,15 @@ GROUPS = {
     "A run": ("Run",),
     "Model": ("Model", "Stack", "RotaryScaling", "DraftHeads", "Readout"),
     "Data": ("Data", "Files", "HubDataset", "Mixture", "Vocabulary"),
-    "Objectives": ("SpanCorruption", "PrefixLM", "CausalLM", "FillInTheMiddle", "Denoisers"),
+    "Objectives": (
+        "SpanCorruption",
+        "PrefixLM",
+        "CausalLM",
+        "FillInTheMiddle",
+        "MaskedNames",
+        "NameTags",
+        "Denoisers",
+    ),
     "Training": ("Train", "Schedule", "Optimizer", "ParamGroup", "DraftHeadLoss", "LayerSkip")
     + ("WeightAverage", "Contrastive"),
     "Evaluation, checkpoints, decoding, devices": ("Evaluate", "Checkpoint", "Decode", "Mesh"),

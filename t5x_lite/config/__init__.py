@@ -32,6 +32,8 @@ from t5x_lite.config.lora import Lora as Lora
 from t5x_lite.config.objectives import CausalLM as CausalLM
 from t5x_lite.config.objectives import Denoisers as Denoisers
 from t5x_lite.config.objectives import FillInTheMiddle as FillInTheMiddle
+from t5x_lite.config.objectives import MaskedNames as MaskedNames
+from t5x_lite.config.objectives import NameTags as NameTags
 from t5x_lite.config.objectives import PrefixLM as PrefixLM
 from t5x_lite.config.objectives import SpanCorruption as SpanCorruption
 from t5x_lite.config.readout import SMOOTHED_KINDS

@@ -21,6 +21,8 @@ from t5x_lite.config.objectives import (
     CausalLM,
     Denoisers,
     FillInTheMiddle,
+    MaskedNames,
+    NameTags,
     PrefixLM,
     SpanCorruption,
 )
@@ -252,7 +254,16 @@ class Data(Checked):
 
     task: str | Files | HubDataset | Mixture
     lengths: dict[str, RowLength]
-    objective: SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle | Denoisers | None = None
+    objective: (
+        SpanCorruption
+        | PrefixLM
+        | CausalLM
+        | FillInTheMiddle
+        | MaskedNames
+        | NameTags
+        | Denoisers
+        | None
+    ) = None
     pack: bool = True
     eval_split: str = "validation"
     vocabulary: Vocabulary | None = None

@@ -7,7 +7,14 @@ Each cuts inputs and targets from a window of running text; `data.objectives` do
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from t5x_lite.config.checked import Checked, Positive, Range, ShareBetween, require
+from t5x_lite.config.checked import (
+    Checked,
+    Positive,
+    Range,
+    ShareAboveZero,
+    ShareBetween,
+    require,
+)
 
 Join = Literal["newline", "nothing", "never"]
 
@@ -93,6 +100,48 @@ class FillInTheMiddle(Checked):
 
 
 @dataclass(frozen=True)
+class MaskedNames(Checked):
+    """Identifiers of Python code are hidden, all occurrences of one behind the same sentinel, and
+    are the targets (CodeT5: Wang et al., 2021, section 3.2).
+
+    A window that Python's tokenizer does not read has spans hidden instead; a line reports how many
+    did. Keywords and what stands inside f-strings are no identifiers.
+
+    Attributes:
+      share: share of the identifiers of a window that is hidden, drawn anew for each window; those
+        for which `Data.lengths` or the sentinels have no room stay.
+      noise_density: share of the tokens of other windows that is hidden.
+      mean_span: mean length of a hidden span of other windows.
+      mode: text before the inputs that names the denoiser; None has none.
+      join: what stands between two examples in a window; see `SpanCorruption`.
+    """
+
+    share: ShareAboveZero = 1.0
+    noise_density: ShareBetween = 0.15
+    mean_span: Annotated[float, Range(1)] = 3.0
+    mode: str | None = None
+    join: Join = "newline"
+
+
+@dataclass(frozen=True)
+class NameTags(Checked):
+    """Every token of Python code is tagged: the second sentinel where it belongs to an identifier,
+    and else the first (CodeT5's identifier tagging; Wang et al., 2021, section 3.2).
+
+    An encoder alone predicts the tag at each token; a decoder writes them one after the other.
+    Tokens of a window that Python's tokenizer does not read bear no loss in an encoder alone, and
+    with a decoder are tagged as no identifier; a line reports how many windows these are.
+
+    Attributes:
+      mode: text before the inputs that names the denoiser; None has none.
+      join: what stands between two examples in a window; see `SpanCorruption`.
+    """
+
+    mode: str | None = None
+    join: Join = "newline"
+
+
+@dataclass(frozen=True)
 class Denoisers(Checked):
     """Several objectives at once (UL2).
 
@@ -101,7 +150,9 @@ class Denoisers(Checked):
       rates: the proportion in which windows go to each.
     """
 
-    parts: tuple[SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle, ...]
+    parts: tuple[
+        SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle | MaskedNames | NameTags, ...
+    ]
     rates: tuple[Positive, ...]
 
     def check(self):
@@ -113,4 +164,6 @@ class Denoisers(Checked):
         )
 
 
-Objective = SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle
+Objective = SpanCorruption | PrefixLM | CausalLM | FillInTheMiddle | MaskedNames | NameTags
+# Objectives that read Python code.
+OF_NAMES = MaskedNames | NameTags

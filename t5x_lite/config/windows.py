@@ -11,6 +11,8 @@ from typing import NamedTuple
 from t5x_lite.config.objectives import (
     CausalLM,
     FillInTheMiddle,
+    MaskedNames,
+    NameTags,
     Objective,
     PrefixLM,
     SpanCorruption,
@@ -151,6 +153,16 @@ def longest_window(
             return fits_within(span_shape(objective, tokens, mode, sentinels), lengths)
 
         return largest_fitting(fits, lengths.inputs + lengths.targets)
+    if isinstance(objective, NameTags):
+        return min(lengths.inputs - mode, lengths.targets) - 1
+    if isinstance(objective, MaskedNames):
+        spans = spans_instead(objective)
+
+        def holds(tokens: int) -> bool:
+            shape = span_shape(spans, tokens, mode, sentinels)
+            return fits_within(shape._replace(inputs=mode + tokens + 1), lengths)
+
+        return largest_fitting(holds, lengths.inputs)
     inputs, targets = side_limits(objective, lengths, mode)
     if lengths.layout == "decoder_only":
         return lengths.row if isinstance(objective, CausalLM) else inputs
@@ -168,6 +180,11 @@ def longest_window(
         return tokens - least <= inputs and most <= targets
 
     return largest_fitting(fits, lengths.inputs + lengths.targets)
+
+
+def spans_instead(objective: MaskedNames) -> SpanCorruption:
+    """The span corruption of windows that are no Python code."""
+    return SpanCorruption(objective.noise_density, objective.mean_span, overflow="cap")
 
 
 def fits_within(shape: WindowShape, lengths: LengthLimits) -> bool:
@@ -198,6 +215,14 @@ def check_sentinels(objective: Objective, lengths: LengthLimits, mode: int, sent
             f"FillInTheMiddle needs {MARKS} sentinels, but the vocabulary has {sentinels}: set "
             f"Vocabulary.extra_ids to at least {MARKS}, name pieces that are there by "
             'Vocabulary.sentinels = "<unused{}>", or name FillInTheMiddle.marks'
+        )
+    least = {MaskedNames: 1, NameTags: 2}.get(type(objective), 0)
+    if sentinels < least:
+        raise ValueError(
+            f"{type(objective).__name__} needs {least} of the sentinels <extra_id_0>, "
+            f"<extra_id_1> ..., and the vocabulary has {sentinels}: set Vocabulary.extra_ids to at "
+            f"least {least}, or name pieces that are there by "
+            'Vocabulary.sentinels = "<unused{}>"'
         )
     if not isinstance(objective, SpanCorruption):
         return

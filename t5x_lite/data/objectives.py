@@ -16,8 +16,11 @@ from t5x_lite.config import windows
 from t5x_lite.config.objectives import Objective
 from t5x_lite.config.windows import LengthLimits
 from t5x_lite.data import objective_ids, randomness
+from t5x_lite.data.name_windows import NameWindows, make_name_windows
 from t5x_lite.data.ragged import Ragged, column, side_by_side
+from t5x_lite.data.spans import corrupt, noise_mask
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.not_none import not_none
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class WindowPreprocessor:
       mode: ids of the mode that inputs begin with [m].
       marks: ids of fill-in-the-middle's marks [3].
       seam: ids between two examples whose ends are not tokens of the text [n].
+      names: finds names in windows of code; None for an objective that reads none.
     """
 
     objective: Objective
@@ -43,6 +47,7 @@ class WindowPreprocessor:
     mode: np.ndarray
     marks: np.ndarray
     seam: np.ndarray
+    names: NameWindows | None = None
 
     @property
     def joins_examples(self) -> bool:
@@ -53,7 +58,7 @@ class WindowPreprocessor:
     def keeps_ends(self) -> bool:
         """True if the ends of examples are tokens of the text; denoising and infilling add their
         own ends."""
-        return not isinstance(self.objective, config.SpanCorruption | config.FillInTheMiddle)
+        return isinstance(self.objective, config.CausalLM | config.PrefixLM)
 
     @property
     def min_tokens(self) -> int:
@@ -72,6 +77,8 @@ class WindowPreprocessor:
           keys: one uint64 per window [b].
         """
         if self.lengths.layout == "encoder_only":
+            if self.names is not None:
+                return self.names.align(texts, keys, self.mode)
             return self.masked_lm(texts, keys)
         return *self.parts(texts, keys), 1.0
 
@@ -114,6 +121,9 @@ class WindowPreprocessor:
                 middle = draw_middles(tokens, *self.targets(tokens), keys)
                 inputs, targets = fill_in(texts, middle, self.marks.astype(texts.dtype), order)
                 pair = inputs, side_by_side(targets, end)
+            case config.MaskedNames() | config.NameTags():
+                inputs, targets = not_none(self.names).cut(texts, keys)
+                pair = side_by_side(inputs, end), side_by_side(targets, end)
         if not len(self.mode):
             return pair
         return side_by_side(column(self.mode.astype(texts.dtype), rows), pair[0]), pair[1]
@@ -164,16 +174,18 @@ def make_preprocessor(
         mode=mode,
         marks=marks,
         seam=np.array(seam, np.int32),
+        names=make_name_windows(objective, lengths, vocabulary, len(mode)),
     )
 
 
 def check_layout(objective: Objective, lengths: LengthLimits) -> None:
     """Raises ValueError unless a model of the layout can be trained with the objective."""
-    name, spans = type(objective).__name__, isinstance(objective, config.SpanCorruption)
+    name = type(objective).__name__
+    spans = isinstance(objective, config.SpanCorruption | config.MaskedNames | config.NameTags)
     if lengths.layout == "encoder_only" and not spans:
         raise ValueError(
             f"{name} is for a model with a decoder; an encoder alone, and a decoder whose "
-            "layers are not causal, are trained with SpanCorruption"
+            "layers are not causal, are trained with SpanCorruption, MaskedNames or NameTags"
         )
     if lengths.layout == "encoder_decoder" and isinstance(objective, config.CausalLM):
         raise ValueError("CausalLM leaves the encoder nothing to read: use PrefixLM")
@@ -227,69 +239,14 @@ def objective_name(objective: Objective) -> str:
             name = "prefix" if share is None else f"prefix {split} {share:g}"
         case config.FillInTheMiddle(order=order):
             name = f"middle {order}"
+        case config.MaskedNames():
+            name = "names"
+        case config.NameTags():
+            name = "name tags"
         case _:
             name = "causal"
     mode = getattr(objective, "mode", None)
     return name if mode is None else f"{mode} {name}"
-
-
-def segmentation(items: int, parts: int, keys: np.ndarray) -> np.ndarray:
-    """Lengths [b parts] of a random partition into positive parts, all equally likely.
-
-    Args:
-      items: number of items.
-      parts: number of parts.
-      keys: one uint64 per partition [b].
-    """
-    draws = randomness.keys(0, keys[:, None] + np.arange(1, items, dtype=np.uint64))
-    # The parts - 1 smallest draws say after which items the cuts come.
-    cuts = np.argpartition(draws, parts - 2, axis=1)[:, : parts - 1] if parts > 1 else draws[:, :0]
-    cuts = np.sort(cuts.astype(np.int64), axis=1) + 1
-    edges = np.pad(cuts, ((0, 0), (1, 1)), constant_values=((0, 0), (0, items)))
-    return np.diff(edges, axis=1)
-
-
-def noise_mask(tokens: int, noise: int, spans: int, keys: np.ndarray) -> np.ndarray:
-    """Mask of the hidden tokens [b tokens]: spans alternate with text, text first (T5's
-    random_spans_noise_mask).
-
-    Args:
-      tokens: length of a window.
-      noise: number of hidden tokens.
-      spans: number of hidden spans.
-      keys: one uint64 per window [b].
-    """
-    hidden = segmentation(noise, spans, randomness.keys(1, keys))
-    kept = segmentation(tokens - noise, spans, randomness.keys(2, keys))
-    runs = np.stack([kept, hidden], axis=2).reshape(-1)
-    flags = np.tile(np.array([False, True]), len(keys) * spans)
-    return np.repeat(flags, runs).reshape(len(keys), tokens)
-
-
-def replace_runs(windows: np.ndarray, mask: np.ndarray, sentinels: np.ndarray) -> Ragged:
-    """Replaces the k-th masked run of each window by the k-th sentinel.
-
-    Args:
-      windows: token ids [b t].
-      mask: true where they are replaced [b t].
-      sentinels: ids [k].
-    """
-    first = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
-    marked = np.array(windows)
-    marked[first] = sentinels[(np.cumsum(first, axis=1) - 1)[first]]
-    keep = first | ~mask
-    return Ragged(marked[keep], keep.sum(axis=1))
-
-
-def corrupt(windows: np.ndarray, mask: np.ndarray, sentinels: np.ndarray) -> tuple[Ragged, Ragged]:
-    """Inputs with the masked spans behind sentinels, targets with the rest, without ends.
-
-    Args:
-      windows: token ids [b t].
-      mask: true where they are hidden [b t].
-      sentinels: ids [k].
-    """
-    return replace_runs(windows, mask, sentinels), replace_runs(windows, ~mask, sentinels)
 
 
 def split_prefix(

@@ -268,6 +268,8 @@ class Windows:
         if not self.preprocessor.joins_examples:
             numbers = numbers * self.rows // rows
         batch = self.batch(numbers, None)
+        if self.preprocessor.names is not None:
+            self.preprocessor.names.report(self.tokens.name)
 
         def count(segments: np.ndarray) -> int:
             return round(int((segments > 0).sum()) * self.rows / rows)

@@ -38,6 +38,8 @@ SAMPLES = [
     config.PrefixLM(share=0.25),
     config.CausalLM(),
     config.FillInTheMiddle(),
+    config.MaskedNames(),
+    config.NameTags(),
     config.Denoisers((config.SpanCorruption(), config.PrefixLM()), (1.0, 2.0)),
     config.Train(steps=4, batch_size=4),
     config.WeightAverage("exponential"),

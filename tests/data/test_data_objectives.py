@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from t5x_lite import config
 from t5x_lite.config import windows
-from t5x_lite.data import objectives, randomness
+from t5x_lite.data import objectives, randomness, spans
 from t5x_lite.data.ragged import Ragged
 from t5x_lite.tokenizers import vocabularies
 
@@ -97,10 +97,10 @@ def corrupted(text, density, span, keys, top=10_000):
       keys: one uint64 per window [b].
       top: id of the first sentinel; the others follow downwards.
     """
-    mask = objectives.noise_mask(
+    mask = spans.noise_mask(
         text.shape[1], *windows.noise_and_spans(text.shape[1], density, span), keys
     )
-    return objectives.corrupt(text, mask, top - np.arange(text.shape[1]))
+    return spans.corrupt(text, mask, top - np.arange(text.shape[1]))
 
 
 @settings(max_examples=80, deadline=None)
@@ -117,7 +117,7 @@ def test_inputs_and_targets_give_the_text_back(tokens, density, span, seed):
 @given(*cases)
 def test_noise_is_what_the_density_asks_in_spans_that_begin_after_text(tokens, density, span, seed):
     noise, count = windows.noise_and_spans(tokens, density, span)
-    mask = objectives.noise_mask(tokens, noise, count, randomness.keys(seed, np.arange(4)))
+    mask = spans.noise_mask(tokens, noise, count, randomness.keys(seed, np.arange(4)))
     assert mask.shape == (4, tokens)
     assert (mask.sum(axis=1) == noise).all()
     assert not mask[:, 0].any()
@@ -126,7 +126,7 @@ def test_noise_is_what_the_density_asks_in_spans_that_begin_after_text(tokens, d
 
 
 def test_every_cut_into_parts_is_equally_likely():
-    parts = objectives.segmentation(5, 3, randomness.keys(1, np.arange(6000)))
+    parts = spans.segmentation(5, 3, randomness.keys(1, np.arange(6000)))
     _, counts = np.unique(parts, axis=0, return_counts=True)
     assert len(counts) == 6  # 4 choose 2
     assert counts.max() < 1.25 * counts.min()

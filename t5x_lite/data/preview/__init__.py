@@ -9,6 +9,7 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
+from t5x_lite.config.objectives import OF_NAMES
 from t5x_lite.config.windows import LengthLimits, length_limits
 from t5x_lite.data import batches, objectives
 from t5x_lite.data.objectives import WindowPreprocessor
@@ -62,7 +63,7 @@ class Denoiser:
     def limits(self) -> tuple[int, int]:
         """The most inputs and targets of an example."""
         pairs = self.preprocessor is None and any(len(each.inputs) for each in self.examples)
-        apart = pairs or isinstance(self.objective, config.SpanCorruption)
+        apart = pairs or isinstance(self.objective, config.SpanCorruption | OF_NAMES)
         if self.lengths.layout == "encoder_decoder" or (
             apart and self.lengths.layout == "decoder_only"
         ):
@@ -198,7 +199,7 @@ def count_tokens(denoiser: Denoiser, example: Example) -> tuple[int, int, int]:
         loss = example.loss.astype(int)
         return int(loss.sum()), targets - mode, int((np.diff(loss, prepend=0) == 1).sum())
     match denoiser.objective:
-        case config.SpanCorruption():
+        case config.SpanCorruption() | config.MaskedNames():
             spans = int(np.isin(example.targets, not_none(denoiser.preprocessor).sentinels).sum())
             hidden = targets - spans - 1
             return hidden, hidden + inputs - spans - 1, spans
