@@ -202,7 +202,7 @@ def printed(results: dict) -> dict[str, dict[str, str]]:
 
 
 def answers(results: dict, task: str) -> list:
-    """What a model answered to the requests of a task, by document."""
+    """Answers of a model to the requests of a task, by document."""
     samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     return [sample["filtered_resps"] for sample in samples]
 
