@@ -188,6 +188,8 @@ def convert(args: argparse.Namespace) -> None:
     if args.format != "ours" and origin.model.draft_heads is not None:
         print(f"Left out: the draft heads; {args.format} has none", file=sys.stderr)
         origin = origin.without_heads()
+    if args.format != "ours" and origin.model.shared_weights:
+        origin = origin.with_separate_towers()
     contents = outputs.CheckpointContents(
         check_adapters(args, origin),
         origin.text,

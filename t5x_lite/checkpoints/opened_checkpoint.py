@@ -116,6 +116,8 @@ class OpenedCheckpoint:
         if read:
             self.fetch_arrays()
         saved = run_folder.SavedWeights(self.path, self.step)
+        if saved.run.model.shared_weights and not self.model.shared_weights:
+            saved.spread_shared()
         if self.model.draft_heads is None and saved.run.model.draft_heads is not None:
             saved.leave_out(HEADS)
         return saved
@@ -124,6 +126,12 @@ class OpenedCheckpoint:
         """Downloads the arrays of a run folder of the hub, if that was not done yet."""
         if self.repository is not None:
             sources.fetch_step(self.repository, self.step)
+
+    def with_separate_towers(self) -> "OpenedCheckpoint":
+        """The checkpoint with the weights that its towers share in both, as other formats have
+        them."""
+        apart = dataclasses.replace(self.model, shared_weights=())
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, model=apart))
 
     def without_heads(self) -> "OpenedCheckpoint":
         """The checkpoint without its draft heads, which other formats do not have."""
@@ -185,6 +193,11 @@ class OpenedCheckpoint:
         Raises:
           ValueError: they are not weights of `cfg`; the shapes are named.
         """
+        if cfg.shared_weights and not self.model.shared_weights:
+            # The encoder's stay; a checkpoint with towers of its own has others in the decoder.
+            apart = dataclasses.replace(cfg, shared_weights=())
+            params = self.params_for(apart, model.shapes(apart), keep)
+            return model.drop_shared(cfg, params)
         trunk = readouts.trunk_of(self.model, cfg, self.path)
         if self.is_saved_whole:
             self.fetch_arrays()
@@ -202,6 +215,9 @@ class OpenedCheckpoint:
 
     def check_fits(self, cfg: config.Model, shapes: dict[str, Any]) -> None:
         """Raises ValueError where `params_for` would by the shapes alone; reads no weight."""
+        if cfg.shared_weights and not self.model.shared_weights:
+            cfg = dataclasses.replace(cfg, shared_weights=())
+            shapes = model.shapes(cfg)
         trunk = readouts.trunk_of(self.model, cfg, self.path)
         if not self.is_saved_whole:
             self.weights_for(trunk, cfg, read=False)

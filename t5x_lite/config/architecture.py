@@ -243,6 +243,9 @@ class Model(Checked):
         devices at hand; T5X_LITE_ATTENTION in the environment overrides it.
       draft_heads: heads that draft the tokens after the next one; None has none.
       readout: labels, a number or a vector in place of text; None writes text.
+      shared_weights: patterns of weights of the decoder that are the encoder's, such as
+        "decoder.layers.mlp.*" or "decoder.*", whose cross-attention remains its own. They are
+        stored once, and their gradients add up.
     """
 
     vocab: VocabularySize
@@ -264,6 +267,7 @@ class Model(Checked):
     attention: Literal["auto", "pallas", "reference"] = "auto"
     draft_heads: DraftHeads | None = None
     readout: Readout | None = None
+    shared_weights: tuple[str, ...] = ()
 
     def check(self):
         require(self.encoder is not None or self.decoder is not None, "Model has no Stack at all")
@@ -295,6 +299,10 @@ class Model(Checked):
         require(
             self.readout is None or self.draft_heads is None,
             "Model.readout writes no text for Model.draft_heads to draft: bind one of them",
+        )
+        require(
+            not self.shared_weights or self.layout == "encoder_decoder",
+            "Model.shared_weights are those of an encoder and a decoder: bind both",
         )
         self.check_widths()
         for name, sides in (("encoder", 2), ("decoder", 1 if self.causal_decoder else 2)):

@@ -10,6 +10,7 @@ from t5x_lite.batch import Batch
 from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock, empty_cache, write_rows
 from t5x_lite.model.inspection import Activations, Inspected, InspectionInputs
 from t5x_lite.model.layers import is_partitioned
+from t5x_lite.model.shared_weights import drop_shared
 from t5x_lite.model.transformer import Transformer
 from t5x_lite.sharding import batch_shards, named_sharding, spec
 
@@ -23,6 +24,7 @@ __all__ = [
     "Transformer",
     "axes",
     "count",
+    "drop_shared",
     "empty_cache",
     "initialize",
     "shapes",
@@ -123,5 +125,4 @@ def boxed(cfg: config.Model, key: jax.Array) -> dict:
     rows = batch_shards()
     zeros = jnp.zeros((rows, 1), jnp.int32, out_sharding=spec("batch length"))
     batch = Batch(zeros, zeros, zeros, zeros, zeros, zeros, zeros)
-    params = Transformer(cfg).init(key, batch)["params"]
-    return params
+    return drop_shared(cfg, Transformer(cfg).init(key, batch)["params"])

@@ -22,8 +22,9 @@ from t5x_lite.model.attention import AttentionContext
 from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock
 from t5x_lite.model.contexts import on_rows, shift_right
 from t5x_lite.model.draft_heads import Heads
-from t5x_lite.model.layers import FlaxModule, all_gather, dropout, param, split, weight
+from t5x_lite.model.layers import all_gather, dropout, param, split, weight
 from t5x_lite.model.readout import ReadoutHead
+from t5x_lite.model.shared_weights import SharingModule
 from t5x_lite.model.stack import LayerStack
 from t5x_lite.sharding import spec
 from t5x_lite.utils.not_none import not_none
@@ -31,7 +32,7 @@ from t5x_lite.utils.not_none import not_none
 NO_MEMORY = EncoderMemory()
 
 
-class Transformer(FlaxModule):
+class Transformer(SharingModule):
     """The model of a `config.Model`; every method is pure: caches go in and come out.
 
     Attributes:

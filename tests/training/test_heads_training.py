@@ -184,6 +184,18 @@ def test_a_new_head_says_what_the_model_says():
 
 
 @pytest.mark.slow
+def test_the_own_loss_is_bitwise_that_of_a_model_without_heads():
+    cfg = headed("hydra")
+    weights, batch = lively(cfg), toy_batch("encoder_decoder", rows=16)
+    ((results, _),) = sums_of(make_run(cfg), weights, batch)
+    bare = dataclasses.replace(cfg, draft_heads=None)
+    trunk = {name: part for name, part in weights.items() if name != "heads"}
+    ((alone, _),) = sums_of(make_run(bare), trunk, batch)
+    assert results.loss == alone.loss == alone.objective != results.objective
+    assert alone.head_correct is None and results.head_targets > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", ["all", "random"])
 def test_a_frozen_trunk_keeps_every_bit_and_its_heads_learn(heads):
     cfg = headed(dropout=0.1)
