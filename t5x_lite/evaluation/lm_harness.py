@@ -40,7 +40,20 @@ class NamedHarnessModel(HarnessModel):
           ValueError: an argument is unknown or of another type, or the checkpoint cannot be read.
         """
         arguments = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        return load_harness_model(**arguments | dict(arg_dict))
+        arguments |= arg_dict
+        if isinstance(size := arguments.get("batch_size"), str):
+            # The command line passes text; "auto" leaves the choice to the model.
+            arguments["batch_size"] = int(size) if size.isdigit() else None
+        return load_harness_model(**arguments)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
+    ) -> HarnessModel:
+        """Loads the checkpoint that --model_args names as one text; raises ValueError as
+        `create_from_arg_obj`."""
+        arguments = import_harness("utils").simple_parse_args_string(arg_string)
+        return cls.create_from_arg_obj(arguments, additional_config)
 
 
 import_harness("api.registry").register_model("t5x_lite")(NamedHarnessModel)

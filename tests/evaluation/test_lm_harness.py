@@ -13,12 +13,14 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("lm_eval")
+import lm_eval.api.registry  # noqa: E402
 import lm_eval.models.huggingface  # noqa: E402
 import lm_eval.tasks  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from parity import shaken  # noqa: E402
 
+from t5x_lite import config  # noqa: E402
 from t5x_lite import eval as evaluation  # noqa: E402
 from t5x_lite.evaluation import lm_harness  # noqa: E402
 
@@ -254,6 +256,20 @@ def test_the_command_measures_a_local_task(llama, tasks, tmp_path, capsys):
     assert numbers["n-samples"]["choice"]["effective"] == 6 and "rolling" in numbers["results"]
     shown = capsys.readouterr().out
     assert "acc_norm" in shown and f"{numbers['results']['choice']['acc,none']:.4f}" in shown
+
+
+def test_arguments_of_the_harness_are_read(llama):
+    make = lm_harness.NamedHarnessModel.create_from_arg_obj
+    shared = {"batch_size": "5", "max_batch_size": None, "device": "cpu"}
+    assert make({"checkpoint": str(llama), "max_length": 9}, shared).max_length == 9
+    assert make({"checkpoint": str(llama)}, shared).predictor.batch_size == 5
+    automatic = make({"checkpoint": str(llama)}, {"batch_size": "auto"}).predictor
+    assert automatic.batch_size == config.Evaluate().batch_size
+    text = f"checkpoint={llama},max_length=7"
+    named = lm_eval.api.registry.get_model("t5x_lite")
+    assert named.create_from_arg_string(text, shared).max_length == 7
+    with pytest.raises(ValueError, match="batch_size must be"):
+        make({"checkpoint": str(llama), "batch_size": 0}, shared)
 
 
 def test_mistakes_are_answered(llama):
