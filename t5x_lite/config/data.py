@@ -127,6 +127,8 @@ class Files(Checked):
       numbers: fields that are numbers are read as text, as Python writes them.
       labels: names of the labels in `targets` by number, from 0; () for targets that are text or,
         with Model.readout, names.
+      superglue: the task whose files, as SuperGLUE ships them, these are; inputs are T5's prompts
+        and targets the answers, one example for each question.
     """
 
     name: str
@@ -145,8 +147,18 @@ class Files(Checked):
     delimiter: str | None = None
     numbers: bool = False
     labels: tuple[str, ...] = ()
+    superglue: Literal["boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"] | None = (
+        None
+    )
 
     def check(self):
+        if self.superglue is not None:
+            require(
+                self.inputs in (None, "inputs") and self.targets == "targets",
+                "Files.superglue makes inputs and targets itself: leave out Files.inputs and "
+                "Files.targets",
+            )
+            object.__setattr__(self, "inputs", "inputs")
         require(
             self.delimiter is None
             or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n\0'),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from t5x_lite import config
+from t5x_lite.data import superglue
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.examples import ExampleBuilder
 from t5x_lite.data.fields import FieldError
@@ -245,4 +246,7 @@ def read_records(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | st
     Raises ValueError where the rest of the file cannot be read.
     """
     with unpacking_errors(path):
-        yield from READERS[format_of(cfg, path)](cfg, path)
+        records = READERS[format_of(cfg, path)](cfg, path)
+        if cfg.superglue is not None:
+            records = superglue.expand_records(cfg.superglue, records)
+        yield from records

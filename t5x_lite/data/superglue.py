@@ -258,6 +258,27 @@ def list_questions(name: str, record: Record, style: str = "t5") -> Iterator[Sup
         ) from error
 
 
+def expand_records(
+    name: str, records: Iterator[tuple[str, dict | str]]
+) -> Iterator[tuple[str, dict | str]]:
+    """Yields the questions of records as inputs and targets, with the place of their record, or a
+    message instead of a broken one.
+
+    Args:
+      name: key of TASKS.
+      records: places and records, or messages.
+    """
+    for place, record in records:
+        if isinstance(record, str):
+            yield place, record
+            continue
+        try:
+            for question in list_questions(name, record):
+                yield place, {"inputs": question.input, "targets": list(question.answer_texts)}
+        except ValueError as error:
+            yield place, str(error)
+
+
 def make_question(task: SuperGlueTask, flat: Record, style: str) -> SuperGlueQuestion:
     """A question of a flat record.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from t5x_lite import config, data, interactive
 from t5x_lite import eval as evaluation
-from t5x_lite import interactive
 from t5x_lite.data.superglue import TASKS, list_questions
 from t5x_lite.evaluation import multiple_choice, superglue
 
@@ -154,6 +154,33 @@ def test_metrics_are_those_of_scikit_learn_and_of_the_official_script():
 )
 def test_answers_are_compared_as_squad_does(one, other, f1):
     assert superglue.token_f1(one, other) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_run_trains_on_prompts_and_answers(tmp_path, name):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(RECORDS[name]) + "\n")
+    vocabulary = config.Vocabulary("bytes")
+    files = config.Files(name=name, train=str(path), vocabulary=vocabulary, superglue=name)
+    lengths = {"inputs": 400, "targets": 20}
+    dataset = data.open_dataset(config.Data(files, lengths, cache_dir=str(tmp_path)), "train")
+    questions = list(list_questions(name, RECORDS[name]))
+    assert len(dataset) == len(questions)
+    for number, question in enumerate(questions):
+        assert dataset.inputs_text(number) == question.input
+        assert dataset.references(number) == list(question.answer_texts)
+
+
+def test_files_of_superglue_have_no_templates_and_name_broken_lines(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"passage": "a"}\n')
+    shared = dict(name="mine", train=str(path), vocabulary=config.Vocabulary("bytes"))
+    with pytest.raises(ValueError, match="Files.superglue makes inputs and targets itself"):
+        config.Files(**shared, superglue="boolq", inputs="passage")
+    files = config.Files(**shared, superglue="boolq")
+    cfg = config.Data(files, {"inputs": 40, "targets": 20}, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="it is no record of SuperGLUE's BoolQ: KeyError"):
+        len(data.open_dataset(cfg, "train"))
 
 
 @pytest.fixture(scope="module")
