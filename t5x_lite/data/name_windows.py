@@ -131,8 +131,16 @@ class NameWindows(NamedTuple):
                 else "they have no tags",
             )
 
-    def hide(self, ids, names: dict[str, list[Occurrence]], key: np.ndarray) -> HiddenNames:
-        """Returns a window [t] with names hidden that are drawn by its key [1]."""
+    def hide(
+        self, ids: np.ndarray, names: dict[str, list[Occurrence]], key: np.ndarray
+    ) -> HiddenNames:
+        """Returns a window with names hidden that are drawn by its key.
+
+        Args:
+          ids: tokens of the window [t].
+          names: occurrences of each name.
+          key: uint64 [1].
+        """
         assert isinstance(self.objective, config.MaskedNames)
         draws = randomness.keys(NAMES, key + np.arange(len(names), dtype=np.uint64))
         count = max(round(self.objective.share * len(names)), 1)
@@ -170,7 +178,7 @@ def join_rows(rows: list[np.ndarray]) -> Ragged:
 def make_name_windows(
     objective: Objective, lengths: LengthLimits, vocabulary: TextVocabulary, mode: int
 ) -> NameWindows | None:
-    """What finds names in windows; None for an objective that reads none.
+    """Makes the cutter of an objective that reads names; None for any other objective.
 
     Args:
       objective: its config.

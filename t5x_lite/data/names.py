@@ -38,7 +38,7 @@ class Occurrence(NamedTuple):
     spaced: bool
 
 
-class Span(NamedTuple):
+class NameSpan(NamedTuple):
     """A part of a text, from begin to before end."""
 
     begin: int
@@ -82,7 +82,7 @@ class TokenText:
         broken = set()
         for begin, end in spans:
             name = raw[skipped:][begin:end].decode()
-            place = find_tokens(edges, raw, Span(begin + skipped, end + skipped))
+            place = find_tokens(edges, raw, NameSpan(begin + skipped, end + skipped))
             if place is None:
                 broken.add(name)
             else:
@@ -90,7 +90,7 @@ class TokenText:
         return {name: places for name, places in names.items() if name not in broken}
 
 
-def find_tokens(edges: np.ndarray, raw: bytes, span: Span) -> Occurrence | None:
+def find_tokens(edges: np.ndarray, raw: bytes, span: NameSpan) -> Occurrence | None:
     """The tokens of a span of bytes; None if they hold more than it and a space before it.
 
     Args:
@@ -107,7 +107,7 @@ def find_tokens(edges: np.ndarray, raw: bytes, span: Span) -> Occurrence | None:
     return Occurrence(begin, end, bool(spaced))
 
 
-def lex_bytes(raw: bytes) -> list[Span] | None:
+def lex_bytes(raw: bytes) -> list[NameSpan] | None:
     """Spans of the names in a text, in bytes; None if it is no Python code."""
     # A window may cut a character: its bytes are no letters.
     text = raw.decode("utf-8", "surrogateescape")
@@ -120,12 +120,12 @@ def lex_bytes(raw: bytes) -> list[Span] | None:
         rest = lex_names(text[first:]) if first else None
         if not rest:
             return None
-        spans = [Span(begin + first, end + first) for begin, end in rest]
+        spans = [NameSpan(begin + first, end + first) for begin, end in rest]
     places = np.concatenate([[0], np.cumsum(widths)])
-    return [Span(int(places[begin]), int(places[end])) for begin, end in spans]
+    return [NameSpan(int(places[begin]), int(places[end])) for begin, end in spans]
 
 
-def lex_names(text: str) -> list[Span] | None:
+def lex_names(text: str) -> list[NameSpan] | None:
     """Spans of the names in a text, in characters; None if it is no Python code."""
     before = "".join(open_blocks(text))
     lines = io.StringIO(before + text)
@@ -141,7 +141,7 @@ def lex_names(text: str) -> list[Span] | None:
                 begin = starts[token.start[0] - 1] + token.start[1]
                 if (before + text)[begin : begin + len(token.string)] != token.string:
                     return None
-                spans.append(Span(begin - len(before), begin - len(before) + len(token.string)))
+                spans.append(NameSpan(begin - len(before), begin - len(before) + len(token.string)))
     except tokenize.TokenError as error:
         if not GOES_ON.search(str(error.args[0])):
             return None
@@ -167,7 +167,7 @@ def open_blocks(text: str) -> list[str]:
 
 
 class HiddenNames(NamedTuple):
-    """What a window becomes whose names are hidden.
+    """Inputs and targets of a window whose names are hidden.
 
     Attributes:
       inputs: its tokens, with a sentinel in place of each occurrence of a hidden name.

@@ -45,25 +45,25 @@ def spread_shared(cfg: config.Model, params: dict) -> dict:
     return params | {"decoder": fill_in(params["encoder"], params["decoder"], "decoder", patterns)}
 
 
-def fill_in(source: dict, own: dict, path: str, patterns: Sequence[str]) -> dict:
+def fill_in(source: dict, target: dict, path: str, patterns: Sequence[str]) -> dict:
     """A part of the decoder with what it shares.
 
     Args:
       source: the same part of the encoder.
-      own: the part.
+      target: the part.
       path: its dotted name.
       patterns: names of the weights that are shared.
     """
-    filled = dict(own)
+    filled = dict(target)
     for name, part in source.items():
         where = f"{path}.{name}"
         if type(part) is tuple:
-            layers: Any = zip(part, own.get(name, [{}] * len(part)), strict=True)
+            layers: Any = zip(part, target.get(name, [{}] * len(part)), strict=True)
             filled[name] = tuple(fill_in(one, other, where, patterns) for one, other in layers)
         elif type(part) is dict:
-            if inner := fill_in(part, own.get(name, {}), where, patterns):
+            if inner := fill_in(part, target.get(name, {}), where, patterns):
                 filled[name] = inner
-        elif name not in own and matches_shared(where, patterns):
+        elif name not in target and matches_shared(where, patterns):
             filled[name] = part
     return filled
 
@@ -87,17 +87,19 @@ def drop_shared(cfg: config.Model, params: dict) -> dict:
     return params | {"decoder": decoder}
 
 
-def leave_out(source: dict, own: dict, path: str, patterns: tuple[Sequence[str], set[str]]) -> dict:
+def leave_out(
+    source: dict, target: dict, path: str, patterns: tuple[Sequence[str], set[str]]
+) -> dict:
     """A part of the decoder without what it shares.
 
     Args:
       source: the same part of the encoder.
-      own: the part.
+      target: the part.
       path: its dotted name.
       patterns: names of the weights that are shared, and a set that receives those left out.
     """
     kept = {}
-    for name, part in own.items():
+    for name, part in target.items():
         where = f"{path}.{name}"
         if type(part) is dict:
             if inner := leave_out(source.get(name, {}), part, where, patterns):
@@ -110,15 +112,15 @@ def leave_out(source: dict, own: dict, path: str, patterns: tuple[Sequence[str],
     return kept
 
 
-def check_shapes(name: str, source: Any, own: Any) -> None:
+def check_shapes(name: str, source: Any, target: Any) -> None:
     """Raises ValueError for a weight of the decoder that differs in shape from the encoder's.
 
     Args:
       name: of the weight.
       source: the encoder's, boxed during init.
-      own: the decoder's.
+      target: the decoder's.
     """
-    shapes = [getattr(getattr(part, "value", part), "shape", None) for part in (source, own)]
+    shapes = [getattr(getattr(part, "value", part), "shape", None) for part in (source, target)]
     config.require(
         shapes[0] == shapes[1],
         f"Model.shared_weights: {name} is {list(shapes[1] or ())} and the encoder's "

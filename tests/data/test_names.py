@@ -58,11 +58,11 @@ def cut(vocabulary, ids, objective=None, lengths=WIDE, key=3):
       lengths: limits of the row.
       key: random key.
     """
-    made = preprocessor(vocabulary, objective or config.MaskedNames(), lengths)
-    row = np.array([ids[: made.window]], np.int32)
-    inputs, targets, _ = made(row, randomness.keys(key, np.arange(1)))
+    cutter = preprocessor(vocabulary, objective or config.MaskedNames(), lengths)
+    row = np.array([ids[: cutter.window]], np.int32)
+    inputs, targets, _ = cutter(row, randomness.keys(key, np.arange(1)))
     assert inputs.tokens[-1] == targets.tokens[-1] == vocabulary.eos
-    return inputs.tokens[:-1].tolist(), targets.tokens[:-1].tolist(), made
+    return inputs.tokens[:-1].tolist(), targets.tokens[:-1].tolist(), cutter
 
 
 @functools.cache
@@ -81,7 +81,13 @@ def written(vocabulary, ids) -> bytes:
 
 
 def put_back(vocabulary, inputs, targets) -> bytes:
-    """Bytes of a window: each sentinel of its inputs stands for what follows it in the targets."""
+    """Bytes of a window: each sentinel of its inputs stands for what follows it in the targets.
+
+    Args:
+      vocabulary: of the tokens.
+      inputs: tokens of the inputs.
+      targets: tokens of the targets.
+    """
     sentinels, runs, run = set(vocabulary.sentinel_ids.tolist()), {}, []
     for token in targets:
         if token in sentinels:
@@ -100,13 +106,13 @@ def test_unmasking_returns_every_window_of_a_file_bitwise(vocabulary, source):
     for begin in draw.integers(0, len(ids) - 120, 60).tolist():
         window = ids[begin : begin + 110]
         share = float(draw.choice([0.3, 1.0]))
-        inputs, targets, made = cut(
+        inputs, targets, cutter = cut(
             vocabulary, window, config.MaskedNames(share=share), lengths, key=begin
         )
         assert len(inputs) < 120 and len(targets) < 90
         text = put_back(vocabulary, inputs, targets)
-        assert text == written(vocabulary, window[: made.window])
-    assert made.names.counts.other < made.names.counts.total / 2
+        assert text == written(vocabulary, window[: cutter.window])
+    assert cutter.names.counts.other < cutter.names.counts.total / 2
 
 
 def names_of(tree: ast.AST) -> set[str]:
@@ -132,7 +138,7 @@ def test_the_names_of_a_file_are_those_of_its_syntax_tree(source):
 
 def test_all_occurrences_of_a_name_have_one_sentinel(vocabulary):
     text = "def total(rows, key):\n    return sum(row[key] for row in rows) + total([], key)\n"
-    inputs, targets, made = cut(vocabulary, vocabulary.encode(text))
+    inputs, targets, cutter = cut(vocabulary, vocabulary.encode(text))
     runs = vocabulary.decode(targets)
     expected = ["total", "rows", "key", "sum", "row"]
     for number, name in enumerate(expected):
@@ -151,20 +157,20 @@ def test_inputs_and_targets_fit_whatever_the_lengths(seed, inputs, targets, sent
     ids = small.encode(SOURCES[0])
     begin = seed % (len(ids) - 100)
     lengths = LengthLimits(inputs, targets, "encoder_decoder")
-    before, after, made = cut(small, ids[begin:][:100], lengths=lengths, key=seed)
+    before, after, cutter = cut(small, ids[begin:][:100], lengths=lengths, key=seed)
     assert len(before) < inputs and len(after) < targets
-    assert put_back(small, before, after) == written(small, ids[begin:][: made.window])
+    assert put_back(small, before, after) == written(small, ids[begin:][: cutter.window])
 
 
 def test_text_that_is_no_code_has_spans_hidden_and_is_counted(caplog):
     text = "it isn't code: 'tis a line\nit isn't code either, and it's long\n"
-    inputs, targets, made = cut(BYTES, BYTES.encode(text))
+    inputs, targets, cutter = cut(BYTES, BYTES.encode(text))
     assert put_back(BYTES, inputs, targets) == text.encode()
     hidden = [token for token in targets if token not in BYTES.sentinel_ids]
     assert len(hidden) == round(0.15 * len(text))
-    assert (made.names.counts.total, made.names.counts.other) == (1, 1)
+    assert (cutter.names.counts.total, cutter.names.counts.other) == (1, 1)
     with caplog.at_level(logging.WARNING):
-        made.names.report("mine")
+        cutter.names.report("mine")
     assert "mine: 1 of 1 windows are no Python code: spans are hidden there" in caplog.text
 
 
@@ -202,8 +208,8 @@ def test_tags_mark_the_tokens_of_names(layout):
     text = "def add(one):\n    return one\n"
     ids = BYTES.encode(text)
     limits = LengthLimits(200, 200, layout)
-    made = preprocessor(BYTES, config.NameTags(), limits)
-    inputs, targets, weights = made(np.array([ids]), randomness.keys(1, np.arange(1)))
+    cutter = preprocessor(BYTES, config.NameTags(), limits)
+    inputs, targets, weights = cutter(np.array([ids]), randomness.keys(1, np.arange(1)))
     size = len(ids)
     assert inputs.tokens[:size].tolist() == ids
     marked = targets.tokens[:size] == BYTES.sentinel_ids[1]
@@ -212,14 +218,14 @@ def test_tags_mark_the_tokens_of_names(layout):
     if layout == "encoder_only":
         assert weights.tolist() == [1] * size
         broken = np.array([BYTES.encode("isn't it\nisn't")])
-        assert not made(broken, randomness.keys(1, np.arange(1)))[2].any()
+        assert not cutter(broken, randomness.keys(1, np.arange(1)))[2].any()
 
 
 def test_an_encoder_alone_predicts_the_tokens_of_hidden_names():
     ids = np.array([BYTES.encode("def add(one):\n    return one\n")])
     limits = LengthLimits(200, 200, "encoder_only")
-    made = objectives.make_preprocessor(config.MaskedNames(), limits, BYTES)
-    inputs, targets, weights = made(ids, randomness.keys(1, np.arange(1)))
+    cutter = objectives.make_preprocessor(config.MaskedNames(), limits, BYTES)
+    inputs, targets, weights = cutter(ids, randomness.keys(1, np.arange(1)))
     np.testing.assert_array_equal(targets.tokens, ids[0])
     hidden = weights > 0
     np.testing.assert_array_equal(inputs.tokens[~hidden], ids[0][~hidden])
