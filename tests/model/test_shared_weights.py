@@ -13,6 +13,7 @@ from conversion_toys import Drawn, write_ours
 from t5x_lite import config, convert, decoding, model, sharding
 from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.tokenizers import vocabularies
 
 PATTERNS = {
     "mlp": ("decoder.layers.mlp.*",),
@@ -130,6 +131,8 @@ def test_checkpoints_have_it_once_and_other_formats_twice(tmp_path):
     shared, _ = toys("mlp")
     drawn = Drawn(shared)
     folder = write_ours(tmp_path / "ours", shared, drawn)
+    letters = vocabularies.SymbolVocabulary([chr(97 + i) for i in range(26)])
+    vocabularies.save_pair(folder / "vocabulary", letters, letters)
     loaded = open_checkpoint(folder).load()
     assert {path.replace("/", ".") for path in drawn.arrays} == set(flatten_tree(loaded.params))
     convert.main([f"--from={folder}", "--format=huggingface", f"--to={tmp_path / 'hf'}"])
