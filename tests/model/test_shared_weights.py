@@ -17,7 +17,7 @@ from t5x_lite.tokenizers import vocabularies
 
 PATTERNS = {
     "mlp": ("decoder.layers.mlp.*",),
-    "attention": ("decoder.layers.attention.*", "decoder.final_norm"),
+    "attention": ("decoder.layers.attention.*", "decoder.norm"),
     "tower": ("decoder.*",),
 }
 BATCH = toy_batch("encoder_decoder", rows=2)
