@@ -11,6 +11,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from absl.flags import argparse_flags
 
+from t5x_lite import config
 from t5x_lite.cli import gin_arguments
 from t5x_lite.config import aliases
 from t5x_lite.utils import exit_status, nearest
@@ -122,6 +123,11 @@ class Parser(argparse_flags.ArgumentParser):
         if "beams" in names and ("Decode", name) in aliases.ELSEWHERE:
             hint = aliases.suggest_field(name, "Decode", names, "--")
             return f"unknown option {option}: {hint}"
+        if "beams" in names and name in config.Decode.__dataclass_fields__:
+            return (
+                f"unknown option {option}: this field of config.Decode has none; set it in the "
+                f"run's config, or pass {name}=... to session.generate"
+            )
         near = nearest.near_names(name, names)
         if not near:
             return f"unknown option {option} (--help lists the options)"

@@ -111,6 +111,10 @@ def test_a_companion_guides_the_texts_of_a_command_and_of_a_session(folder):
         (("--beams=4", "--beam_groups=3"), "--beams (4) must be a multiple of --beam_groups (3)"),
         (("--beams=4", "--diversity_penalty=1"), "set --beam_groups to 2 or more"),
         (("--companion=layers:high",), "companion layers:high: the decoder has one layer only"),
+        (
+            ("--logit_bias=3",),
+            "this field of config.Decode has none; set it in the",
+        ),
         (("--companion=guidance",), "is not one of model:PATH, prompt:TEXT"),
         (("--combine=dola",), "--combine dola has nothing to combine: set --companion"),
     ],
