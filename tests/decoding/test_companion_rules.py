@@ -78,7 +78,7 @@ class Stub(NamedTuple):
     others: Array
 
     def read(self, target, state, view, inner):
-        """Its logits, whatever is read."""
+        """Its logits, whatever target, state, view and inner are."""
         return self.others, state
 
 
