@@ -117,6 +117,10 @@ class Train(Checked):
         run stops; each of them is skipped.
       log_every: steps between lines of metrics.
       tensorboard: writes metrics for TensorBoard too.
+      trackers: services that metrics go to as well: wandb (Weights & Biases) and mlflow, which take
+        server, project and credentials from their own environment variables.
+      callbacks: classes of the user that are called while the run goes on, as MODULE.NAME; they are
+        derived from t5x_lite.training.callbacks.Callback.
       param_groups: weights with a learning-rate rule of their own; each belongs to the first group
         that names it, and the rest trains by the schedule.
       cross_entropy: logits held all at once (full), or computed a part of the vocabulary at a time
@@ -137,6 +141,8 @@ class Train(Checked):
     max_consecutive_skips: Count = 10
     log_every: Count = 10
     tensorboard: bool = True
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    callbacks: tuple[str, ...] = ()
     param_groups: tuple[ParamGroup, ...] = ()
     cross_entropy: Literal["auto", "full", "chunked"] = "auto"
     draft_head_loss: DraftHeadLoss = DraftHeadLoss()
@@ -144,6 +150,9 @@ class Train(Checked):
     average: WeightAverage | None = None
 
     def check(self):
+        for name in ("trackers", "callbacks"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"Train.{name} has a name twice")
         require(
             self.batch_size % self.microbatches == 0,
             f"Train.batch_size ({self.batch_size}) must be a multiple of Train.microbatches "

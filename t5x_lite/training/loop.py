@@ -12,6 +12,7 @@ Life of a run, all of it in `train`:
    8. at checkpoint.every: save; at evaluate.every: losses and decoded metrics, added to the
       checkpoint of the step (saved first: no failure of an evaluation costs steps)
    9. after a signal: save this step and raise Interrupted; the same command continues from there
+     callbacks of the user (callbacks.py) are called beside these
   10. after the last step: save, evaluate, write report.json and the learning curve
 """
 
@@ -32,15 +33,11 @@ from t5x_lite.config import gin_file
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.data.task import DataChangedError
 from t5x_lite.training import frozen_base, model_dir, preflight, schedules, setup, weight_average
+from t5x_lite.training.callbacks import CallbackList, RunMoment
 from t5x_lite.training.held_out import HeldOut
 from t5x_lite.training.preemption import Interrupted, PreemptionHandler
 from t5x_lite.training.profiler import StepProfiler
-from t5x_lite.training.reporting import (
-    curves,
-    metric_writers,
-    overview,
-    run_report,
-)
+from t5x_lite.training.reporting import curves, metric_writers, overview, run_report, trackers
 from t5x_lite.training.reporting.metrics import Meter, RunTotals, step_cost
 from t5x_lite.training.reporting.step_progress import StepProgress
 from t5x_lite.utils.atomic_files import write_atomically
@@ -111,12 +108,15 @@ class Training:
         self.saved_step: int | None = None
         self.profiler = StepProfiler(self.path / "profile", profile, self.log)
         self.compile_seconds = 0.0
-        self.writer = self.checkpoints = self.progress = self.teacher_params = None
+        self.writer = self.checkpoints = self.progress = self.teacher_params = self.newest = None
+        self.unreported: int | None = None  # the newest checkpoint, which may not be complete
 
     def prepare(self, try_memory: bool, ignore_damaged: bool) -> None:
         """Does all that comes before the first step: data, weights, compiled step, overview."""
         run = self.run
         model_dir.agree_on_config(run, self.log)
+        trackers.check_installed(run.train.trackers)
+        self.callbacks = CallbackList(run, self.log)
         with waiting(self.console, "Opening the data"):
             self.assembled = setup.assemble_run(run)
             if not try_memory:
@@ -145,8 +145,9 @@ class Training:
         if self.start <= self.run.train.steps:
             model_dir.write_description(self.run, self.assembled.vocabularies)
         self.checkpoints.read_vocabulary()
-        board = self.run.train.tensorboard
-        self.writer = metric_writers.MetricWriter(self.path, board, self.saved_step, self.log)
+        board, start = self.run.train.tensorboard, self.saved_step
+        opened = trackers.make_trackers(self.path, self.run, start)
+        self.writer = metric_writers.MetricWriter(self.path, board, start, self.log, opened)
         held_out = self.held_out
         # A kill comes between the checkpoint's metrics and the line with them, too.
         if held_out.values and not metric_writers.has_line(
@@ -212,6 +213,7 @@ class Training:
             for done in range(self.start, stop):
                 with self.saving_on_failure(done):
                     number, batch = next(batches)
+                self.call_back("before_step", number)
                 self.profiler.before_step(number - self.start)
                 self.take_step(number, batch, batches.waited)
                 self.after_step(number + 1)
@@ -264,12 +266,14 @@ class Training:
         placed = sharding.place_batch(batch)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.step(self.state, placed, *self.constants())
+        self.newest = metrics
         self.progress.meter.record_step(number, metrics)
 
     def after_step(self, done: int) -> None:
         """Logs, saves and evaluates if it is due after `done` steps; stops after a signal."""
         run, evaluate = self.run, self.held_out.is_due(done)
         self.handler.reached(done)
+        self.call_back("after_step", done)
         self.checkpoints.check_writer()
         self.progress.bar.advance(done)
         save = done == run.train.steps or done % run.checkpoint.every == 0
@@ -300,6 +304,21 @@ class Training:
         self.writer.write(done, values, self.held_out.split, self.held_out.failures)
         for line in self.held_out.describe():
             self.log(line)
+        self.call_back("after_evaluation", done, values, self.held_out.failures)
+
+    def call_back(self, method: str, done: int, *arguments: Any) -> None:
+        """Calls the user's callbacks.
+
+        Args:
+          method: name of their method.
+          done: steps done.
+          *arguments: its arguments after the moment.
+        """
+        if not self.callbacks.listens(method):
+            return
+        moment = RunMoment(self.run, done, self.state.params, self.newest)
+        with self.saving_on_failure(done):
+            self.callbacks.call(method, moment, *arguments)
 
     # ---- Checkpoints and signals ----
 
@@ -319,7 +338,13 @@ class Training:
             base=self.base.digests if self.base else {},
         )
         self.checkpoints.save(self.state, note)
-        self.saved_step = done
+        complete, self.saved_step, self.unreported = self.unreported, done, done
+        self.report_saved(complete, done)
+
+    def report_saved(self, step: int | None, done: int) -> None:
+        """Calls callbacks about the checkpoint of `step`, which is complete after `done` steps."""
+        if step is not None:
+            self.call_back("after_save", done, step, self.path / "checkpoints" / str(step))
 
     def save_now(self, done: int) -> None:
         """Saves `done` steps, their metrics included, and waits until that is on disk."""
@@ -351,13 +376,14 @@ class Training:
             self.evaluate(done)
         with waiting(self.console, f"Writing the checkpoint of step {done}"):
             self.checkpoints.wait()
+        self.report_saved(self.unreported, done)
         self.writer.flush()
         seconds = time.perf_counter() - began
         report = run_report.collect_report(self, seconds)
-        if not processes.is_first():
-            return report
-        write_atomically(path, json.dumps(report, indent=2) + "\n")
-        self.log(f"finished at step {done}: {path}, {curves.try_to_draw(self.path)}")
+        if processes.is_first():
+            write_atomically(path, json.dumps(report, indent=2) + "\n")
+            self.log(f"finished at step {done}: {path}, {curves.try_to_draw(self.path)}")
+        self.call_back("at_end", done, report)
         return report
 
     def close(self) -> None:

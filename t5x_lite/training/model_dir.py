@@ -29,6 +29,8 @@ CHANGEABLE_TRAIN_FIELDS = (
     "steps",
     "log_every",
     "tensorboard",
+    "trackers",
+    "callbacks",
     "max_consecutive_skips",
     "remat",
     "unroll",

@@ -18,8 +18,8 @@ from t5x_lite.checkpoints import manager, train_state
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training import frozen_base, model_dir, schedules, setup
-from t5x_lite.training.reporting import overview
+from t5x_lite.training import callbacks, frozen_base, model_dir, schedules, setup
+from t5x_lite.training.reporting import overview, trackers
 from t5x_lite.utils.paths import parse_path
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -40,6 +40,8 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
       ValueError: what the run would be refused for.
     """
     model_dir.check_config(run, report)
+    trackers.check_installed(run.train.trackers)
+    callbacks.import_callbacks(run.train.callbacks)
     _, update = setup.make_update(run)
     shapes = setup.state_shapes(run, update)
     model_dir.check_writable(parse_path(run.model_dir))

@@ -22,6 +22,8 @@ from t5x_lite.utils.remote_streams import upload_stream
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 # Lines that wait for a slow disk at most, and seconds to wait for it before a checkpoint.
 QUEUED, FLUSH_SECONDS = 10_000, 10.0
+# Seconds that the end of a run waits for a tracker: MLflow takes half a minute for a new database.
+TRACKER_SECONDS = 120.0
 
 
 class MetricWriter:
@@ -38,6 +40,7 @@ class MetricWriter:
         tensorboard: bool,
         start: int | None,
         report: Callable[[str], None] = print,
+        trackers: dict[str, Callable[[], Any]] | None = None,
     ):
         """Starts the threads that write.
 
@@ -46,10 +49,13 @@ class MetricWriter:
           tensorboard: true to write for TensorBoard too.
           start: step of the checkpoint that the run goes on from; None for a new run.
           report: is called with one sentence about a file that cannot be written any more.
+          trackers: opens the run of a service, by the service's name.
         """
         self.files = [WriterThread(lambda: JsonLines(model_dir, start), METRICS, report)]
         if tensorboard:
             self.files.append(WriterThread(lambda: EventFile(model_dir, start), BOARD, report))
+        # A server may be far away: only the end of the run waits for it.
+        self.trackers = [WriterThread(make, n, report) for n, make in (trackers or {}).items()]
 
     def write(
         self,
@@ -70,7 +76,7 @@ class MetricWriter:
             {f"{prefix}/{name}": value for name, value in by_name.items()}
             for by_name in (values, failures or {})
         )
-        for file in self.files:
+        for file in (*self.files, *self.trackers):
             file.put((step, named, reasons))
 
     def flush(self, wait: bool = True) -> None:
@@ -80,9 +86,11 @@ class MetricWriter:
             file.flush(wait)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the files, and then the runs of trackers."""
         for file in self.files:
             file.close()
+        for tracker in self.trackers:
+            tracker.close(TRACKER_SECONDS)
 
 
 class WriterThread(threading.Thread):
@@ -136,20 +144,20 @@ class WriterThread(threading.Thread):
         except queue.Full:
             self.drop(f"{QUEUED} lines wait for its disk")
 
-    def flush(self, wait: bool = True) -> None:
-        """Writes the lines so far; waits until that is done, and drops a file that takes too long,
-        unless `wait` is false."""
-        written, deadline = threading.Event(), time.monotonic() + FLUSH_SECONDS
+    def flush(self, wait: bool = True, seconds: float = FLUSH_SECONDS) -> None:
+        """Writes the lines so far; waits until that is done, and drops a file that takes longer
+        than `seconds`, unless `wait` is false."""
+        written, deadline = threading.Event(), time.monotonic() + seconds
         self.put(written)
         while wait and not self.dropped and not written.wait(0.02):
             if time.monotonic() > deadline:
-                self.drop(f"its disk has not answered for {FLUSH_SECONDS:.0f} s")
+                self.drop(f"its disk has not answered for {seconds:.0f} s")
 
-    def close(self) -> None:
-        """Ends the thread after the lines so far."""
-        self.flush()
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
+        """Ends the thread after the lines so far, for which it waits `seconds` at most."""
+        self.flush(seconds=seconds)
         self.put(None)
-        self.join(FLUSH_SECONDS)
+        self.join(seconds)
 
 
 class JsonLines:

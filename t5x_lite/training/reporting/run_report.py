@@ -26,6 +26,7 @@ def collect_report(training: Any, total_seconds: float) -> dict[str, Any]:
         **training.totals.report(),
         "compile_seconds": training.compile_seconds,
         "evaluate_seconds": held_out.seconds,
+        **({"callback_seconds": dict(seconds)} if (seconds := training.callbacks.seconds) else {}),
         "total_seconds": total_seconds,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
