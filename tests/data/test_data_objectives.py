@@ -200,9 +200,35 @@ def test_masking_predicts_only_what_is_hidden():
     np.testing.assert_array_equal(inputs.tokens[~hidden], targets.tokens[~hidden])
 
 
+def test_a_named_token_masks_in_place_of_a_sentinel():
+    """Masked next-token prediction needs no sentinel, and here never hides two tokens in a row."""
+    fit, bare = windows.LengthLimits(0, 50, "encoder_only"), vocabularies.ByteVocabulary()
+    masked = config.SpanCorruption(0.2, 1.0, mask="_")
+    text = np.random.default_rng(0).integers(3, 90, (4, 50))
+    preprocessor = objectives.make_preprocessor(masked, fit, bare)
+    inputs, targets, weights = preprocessor(text, randomness.keys(1, np.arange(4)))
+    hidden = weights.reshape(4, 50) == 1
+    assert (hidden.sum(axis=1) == 10).all() and not (hidden[:, 1:] & hidden[:, :-1]).any()
+    wanted = np.where(hidden, bare.encode("_")[0], text)
+    np.testing.assert_array_equal(inputs.tokens.reshape(4, 50), wanted)
+    np.testing.assert_array_equal(targets.tokens.reshape(4, 50), text)
+
+
 @pytest.mark.parametrize(
     "objective, fit, vocabulary, message",
     [
+        (
+            config.SpanCorruption(mask="__"),
+            (0, 9, "encoder_only"),
+            BYTES,
+            "'__' is 2 ids, not one",
+        ),
+        (
+            config.SpanCorruption(mask="_"),
+            (64, 64, "encoder_decoder"),
+            BYTES,
+            "SpanCorruption.mask is for an encoder alone",
+        ),
         (
             config.SpanCorruption(),
             (3, 2, "encoder_decoder"),

@@ -10,6 +10,7 @@ import pytest
 from conftest import toy_batch, toy_model
 
 from t5x_lite import config, decoding, model, sharding
+from t5x_lite.checkpoints.formats import huggingface
 from t5x_lite.data import layout as row_layout
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model.attention import AttentionContext, layer_configs
@@ -194,3 +195,16 @@ def test_a_hidden_token_of_a_decoder_is_predicted_from_the_state_before_it():
     )
     other = batch._replace(targets=targets + 1)
     np.testing.assert_array_equal(hidden(batch), hidden(other))
+
+
+@pytest.mark.parametrize("tower, causal", [("encoder", (True,)), ("decoder", (True, False))])
+def test_no_other_library_gets_a_model_whose_layers_it_would_compute_otherwise(tower, causal):
+    cfg = toy_model("encoder_decoder", causal=causal)
+    usual = {"encoder": (False,), "decoder": (True,)}
+    for name in usual.keys() - {tower}:
+        stack = dataclasses.replace(getattr(cfg, name), causal=usual[name])
+        cfg = dataclasses.replace(cfg, **{name: stack})
+    with pytest.raises(ValueError, match=rf"cannot express Stack.causal = .* of the {tower}"):
+        huggingface.family_for_export(cfg)
+    usual = dataclasses.replace(getattr(cfg, tower), causal=usual[tower])
+    huggingface.family_for_export(dataclasses.replace(cfg, **{tower: usual}))
