@@ -314,7 +314,9 @@ class SchemaReader:
             raise SchemaError(f"{place} has 'minProperties' of {least} without 'properties'")
         if len(patterns) == 1:
             ((name, part),) = patterns.items()
-            key = chain('"', parse_json_pattern(name, f"{place}/patternProperties"), '"')
+            key = chain(
+                '"', parse_json_pattern(name, f"Decode.json_schema: {place}/patternProperties"), '"'
+            )
         elif patterns:
             part = False
         elif "propertyNames" in schema:

@@ -108,7 +108,7 @@ def string_expression(schema: dict[str, Any], place: str) -> Expression | None:
         return None
     rules: list[Expression] = []
     if "pattern" in schema:
-        rules.append(parse_json_pattern(schema["pattern"], f"{place}/pattern"))
+        rules.append(parse_json_pattern(schema["pattern"], f"Decode.json_schema: {place}/pattern"))
     if schema.get("format") in FORMATS:
         rules.append(regex(FORMATS[schema["format"]]))
     if not rules or least or most is not None:
