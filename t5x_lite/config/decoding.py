@@ -73,7 +73,7 @@ class Decode(Checked):
       early_stopping: transformers' rule for the end of a beam search: True, at as many ended texts
         as beams; False, once no unfinished text has, at its length, a higher score than all of
         these; "never", once none could have at any length. None is True, but texts that the limit
-        cuts off then stand in for missing ones only.
+        cuts off then stand in for missing ones only; with force_words it is False.
       n_best: texts returned for an input: the best beams, best first, or so many samples.
       drafter: what drafts tokens ahead, which changes the speed and not the text: auto, plain,
         lookup, early:4, draft:PATH, lookup+recycling, ... (`infer --help` lists them).

@@ -125,6 +125,9 @@ def make_program(
       decode: limits and beams.
       drafting: drafter and acceptance rule.
     """
+    banks = decode.beams > decode.beam_groups == 1 and bool(decode.force_words)
+    # Improbable texts that have all words end first, and are not to end the search.
+    ending = False if banks and decode.early_stopping is None else decode.early_stopping
     return DecodeProgram(
         cfg=cfg,
         length=bucket_length(decode.max_new_tokens),
@@ -135,8 +138,8 @@ def make_program(
         samples=count_samples(decode),
         logprobs=decode.logprobs,
         groups=decode.beam_groups,
-        banks=decode.beams > decode.beam_groups == 1 and bool(decode.force_words),
-        early_stopping=decode.early_stopping,
+        banks=banks,
+        early_stopping=ending,
     )
 
 

@@ -21,7 +21,7 @@ from test_decoding_beam import (
 )
 from test_decoding_loop import use_one_device
 
-from t5x_lite import config, decoding, sharding
+from t5x_lite import config, decoding, interactive, sharding
 from t5x_lite.decoding import beam, generation, protocol, target
 from t5x_lite.decoding.beam_ranking import LengthPenalty
 from t5x_lite.decoding.beam_selection import BeamContinuations, choose_survivors
@@ -265,3 +265,9 @@ def test_one_group_without_a_penalty_is_beam_search():
     twice = decoding.generate(cfg, params, request, grouped)
     np.testing.assert_array_equal(twice.tokens[:, ::2], every.tokens)
     np.testing.assert_array_equal(twice.scores[:, 1::2], every.scores)
+
+
+@pytest.mark.slow
+def test_improbable_texts_that_have_the_words_do_not_end_a_search():
+    session = interactive.load("g2p")
+    assert session.generate("cat", beams=4, force_words=("T",)) == "K AE T"
