@@ -22,7 +22,7 @@ from t5x_lite.checkpoints.formats.huggingface import family_for_export, peft
 from t5x_lite.checkpoints.formats.safetensors_files import TensorSource
 from t5x_lite.checkpoints.matching import ConversionPlan, Leaf
 from t5x_lite.checkpoints.weight_paths import flatten_tree
-from t5x_lite.checkpoints.weights import ConvertedWeights, Weights, layer_numbers
+from t5x_lite.checkpoints.weights import READOUT, ConvertedWeights, Weights, layer_numbers
 from t5x_lite.config.training_run import require_lora
 from t5x_lite.model import adapters, quantization
 from t5x_lite.model.quantization import FAN_IN
@@ -54,9 +54,10 @@ def model_axes(cfg: config.Model) -> dict[str, str]:
 
 
 def adapter_leaves(cfg: config.Model, lora: config.Lora) -> dict[str, Leaf]:
-    """Axis names and shape of every array of the adapters, "decoder/layers/mlp/gate/a"."""
-    leaves = {}
+    """Axis names and shape of every array that trains, "decoder/layers/mlp/gate/a": of adapters,
+    and of the head of Model.readout."""
     weights = matching.model_leaves(cfg)
+    leaves = {path: leaf for path, leaf in weights.items() if is_readout(path)}
     for name, axes in adapters.adapter_axes(lora, model_axes(cfg)).items():
         owner = weights[name.rpartition(".")[0].replace(".", "/")]
         sizes = dict(zip(owner.axes.split(), owner.shape, strict=True)) | {"rank": lora.rank}
@@ -64,6 +65,11 @@ def adapter_leaves(cfg: config.Model, lora: config.Lora) -> dict[str, Leaf]:
         shape = tuple(sizes[axis] for axis in axes.split())
         leaves[name.replace(".", "/")] = Leaf(axes, shape)
     return leaves
+
+
+def is_readout(path: str) -> bool:
+    """True for a weight of the head of Model.readout, which trains beside adapters."""
+    return path.startswith(f"{READOUT}/")
 
 
 class ArrayWeights:
@@ -204,19 +210,25 @@ class MergedWeights:
     owner: Path
 
     def __post_init__(self):
-        self.leaves = self.base.leaves
+        head = {path: leaf for path, leaf in self.adapters.leaves.items() if is_readout(path)}
+        base_leaves = self.base.leaves.items()
+        # The head that the base may have is another one.
+        self.leaves = {path: leaf for path, leaf in base_leaves if not is_readout(path)} | head
         self.layer_digests: dict[str, dict[int | None, int]] = {}
         wide = np.dtype(np.float32)
         self.names = {
             path: (shape, np.result_type(dtype, wide) if self.is_adapted(path) else dtype)
             for path, (shape, dtype) in self.base.names.items()
-        }
+            if path in self.leaves
+        } | {path: self.adapters.names[path] for path in head}
 
     def is_adapted(self, path: str) -> bool:
         """True for a matrix with an adapter."""
         return f"{path}/a" in self.adapters.leaves
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        if is_readout(path):
+            return self.adapters.read(path, layer)
         values = self.base.read(path, layer)
         self.check_digest(path, layer, values)
         if not self.is_adapted(path):

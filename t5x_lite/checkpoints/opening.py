@@ -33,6 +33,7 @@ from t5x_lite.config.training_run import require_lora
 from t5x_lite.tokenizers import errors, languages
 from t5x_lite.tokenizers.errors import SourceError
 from t5x_lite.tokenizers.huggingface_tokenizer import SequenceEnds
+from t5x_lite.tokenizers.labels import LabelVocabulary
 from t5x_lite.utils.not_none import not_none
 
 
@@ -284,11 +285,20 @@ def from_tensors(
     """
     if text is not None and text.ends is not None:
         mapped = mapped._replace(model=with_ends(mapped.model, text.ends))
+    text = with_labels(text, mapped.model)
     decode = kept_fields.follow_generation(mapped.kept.generation, mapped.model.vocab)
     run = dataclasses.replace(run_folder.model_only_run(path, mapped.model), decode=decode)
     return OpenedCheckpoint(
         path, kind, run, text, tensors=mapped, assumed=assumed, kept=mapped.kept
     )
+
+
+def with_labels(text: TextSettings | None, cfg: config.Model) -> TextSettings | None:
+    """Text settings whose targets are the labels of Model.readout, if the model has some."""
+    if text is None or cfg.readout is None or cfg.readout.kind == "vector":
+        return text
+    labels = LabelVocabulary(cfg.readout.kind, cfg.readout.labels)
+    return text._replace(vocabularies=(text.vocabularies[0], labels))
 
 
 def choose_text_settings(

@@ -22,7 +22,7 @@ from t5x_lite.checkpoints import (
     unfinished,
 )
 from t5x_lite.checkpoints.formats import huggingface, t5x
-from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
+from t5x_lite.checkpoints.formats.huggingface import kept_fields, readouts, sentence_t5
 from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.matching import ConversionPlan, WeightMapping
 from t5x_lite.checkpoints.model_card import CardFacts
@@ -209,8 +209,20 @@ class HuggingFaceOutput(RenamedOutput):
     """A folder that transformers loads."""
 
     def __init__(self, contents: CheckpointContents, settings: OutputSettings):
-        self.family: ModuleType = huggingface.family_for_export(contents.model, settings.family)
-        super().__init__(contents, settings, self.family.entries(contents.model))
+        model = contents.model
+        labeled = readouts.is_labeled(model)
+        self.trunk = readouts.without_readout(model) if labeled else model
+        self.family: ModuleType = huggingface.family_for_export(self.trunk, settings.family)
+        entries = self.family.entries(self.trunk)
+        if labeled:
+            model_type = self.family.config_json(self.trunk)["model_type"]
+            entries = readouts.readout_entries(model, entries, readouts.prefix_of(model_type))
+            if contents.text is not None:
+                inputs = contents.text.vocabularies[0]
+                contents = contents._replace(
+                    text=contents.text._replace(vocabularies=(inputs, inputs))
+                )
+        super().__init__(contents, settings, entries)
 
     def write(self, weights: Weights, folder: Path, on_progress: ProgressCallback) -> None:
         """Writes configs, tokenizer and safetensors.
@@ -243,7 +255,9 @@ class HuggingFaceOutput(RenamedOutput):
     def files(self, dtypes: set[np.dtype]) -> dict[str, Any]:
         """Every .json file but those of the tokenizer, by name."""
         model = self.contents.model
-        config_json = self.family.config_json(model)
+        config_json = self.family.config_json(self.trunk)
+        if readouts.is_labeled(model):
+            config_json |= readouts.config_fields(model, config_json)
         if len(dtypes) == 1:
             config_json |= {"dtype": next(iter(dtypes)).name}
         ends, kept = text_end_fields(self.contents.text, model), self.contents.kept

@@ -13,7 +13,7 @@ import numpy as np
 from t5x_lite import config
 from t5x_lite.checkpoints import matching, weights
 from t5x_lite.checkpoints.formats import gguf, gguf_config, huggingface, safetensors_files
-from t5x_lite.checkpoints.formats.huggingface import kept_fields, sentence_t5
+from t5x_lite.checkpoints.formats.huggingface import kept_fields, readouts, sentence_t5
 from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.formats.safetensors_files import SafetensorsFiles, TensorSource
 from t5x_lite.checkpoints.matching import ConversionPlan
@@ -132,9 +132,15 @@ def open_hugging_face_tensors(
     head = huggingface.describe_head(config_json, source.names)
     with errors.naming_path(folder / "config.json", "the model"):
         family = huggingface.family_of_config(config_json)
+        readout = readouts.parse_readout(config_json)
+        if readout is not None:
+            source = RenamedTensors(source, readouts.renamer(config_json["model_type"]))
+            config_json = config_json | readouts.trunk_fields(config_json["model_type"])
         source = rename_tensors(source, family)
         try:
             cfg = family.parse_config(config_json, source.names.keys())
+            if readout is not None:
+                cfg = readouts.with_readout(cfg, readout)
         except KeyError as error:
             raise SourceError(f"{folder / 'config.json'} has no field {error}") from error
         except ValueError as error:
@@ -147,13 +153,15 @@ def open_hugging_face_tensors(
             "embeddings are pooled as --embed says",
             stacklevel=2,
         )
+    trunk = cfg if readout is None else readouts.without_readout(cfg)
+    entries = family.entries(trunk)
     return MappedTensors(
         folder,
         cfg,
         source,
-        family.entries(cfg),
-        family.ignored(cfg),
-        family.duplicates(cfg),
+        entries if readout is None else readouts.readout_entries(cfg, entries),
+        family.ignored(trunk),
+        family.duplicates(trunk),
         head,
         kept_fields.read_kept(folder, config_json),
     )
@@ -167,8 +175,8 @@ def innermost(source: Any) -> Any:
 def explain_head(path: Path, head: str) -> str:
     """The reason why a checkpoint with another head is not read, and what can be done."""
     return (
-        f"{path} is {head}: only language models, encoders and Sentence-T5 are read. Take the "
-        "model that it was fine-tuned from"
+        f"{path} is {head}: only language models, encoders, classifiers of texts and tokens, and "
+        "Sentence-T5 are read. Take the model that it was fine-tuned from"
     )
 
 

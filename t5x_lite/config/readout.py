@@ -36,7 +36,8 @@ class Readout(Checked):
         attention with a learned query. A decoder's last state alone has seen all of the text. Tags
         are read from every state.
       labels: their names; () in a run with data for those of the training split, in the order of
-        the alphabet. Tags have OUTSIDE ("O") first, then "B-NAME" and "I-NAME" of each name.
+        the alphabet. Tags then have "O" first, and "B-NAME" and "I-NAME" of each name of a span;
+        a tag of another form is the name of all tokens in a row that have it.
       dense: a layer with tanh before the output, as in T5's and BART's classification heads.
       bias: the output has a bias.
       dropout: rate of dropout of what the output reads.
@@ -81,16 +82,6 @@ class Readout(Checked):
         repeated = {name for name in self.labels if self.labels.count(name) > 1}
         require(not repeated, f"Readout.labels has {', '.join(sorted(repeated))} more than once")
         require("" not in self.labels, "Readout.labels has an empty name: leave it out, or name it")
-        require(
-            self.kind != "tags" or not self.labels or self.labels == tag_labels(self.tagged),
-            f'Readout.labels of tags are "{OUTSIDE}", then "{BEGIN}NAME" and "{INSIDE}NAME" of '
-            f"each name; got {', '.join(self.labels)}",
-        )
-
-    @property
-    def tagged(self) -> tuple[str, ...]:
-        """Names of the spans that tags mark."""
-        return tuple(name.removeprefix(BEGIN) for name in self.labels if name.startswith(BEGIN))
 
     @property
     def size(self) -> int:

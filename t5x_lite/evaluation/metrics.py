@@ -5,6 +5,9 @@ Every metric takes predictions (one text each) and references (the acceptable an
 returns values by name; rates are in percent, as they are published.
 """
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +116,33 @@ def rouge(predictions: Predictions, references: References) -> dict[str, float]:
     return {kind: 100 * mean_of([score[kind].fmeasure for score in scores]) for kind in kinds}
 
 
+def normalize_answer(text: str) -> str:
+    """A text as SQuAD's script compares it: lower case, without punctuation, articles and extra
+    spaces (Rajpurkar et al., 2016)."""
+    kept = "".join(each for each in text.lower() if each not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def answer_f1(prediction: str, reference: str) -> float:
+    """F1 of the words of two answers, as SQuAD's script computes it."""
+    ours, theirs = (normalize_answer(text).split() for text in (prediction, reference))
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def squad(predictions: Predictions, references: References) -> dict[str, float]:
+    """Exact match and F1 of answers as SQuAD scores them, each with its best reference."""
+    pairs = list(zip(predictions, references, strict=True))
+    exact = [
+        max(normalize_answer(answer) == normalize_answer(each) for each in acceptable)
+        for answer, acceptable in pairs
+    ]
+    scores = [max(answer_f1(answer, each) for each in acceptable) for answer, acceptable in pairs]
+    return {"squad_exact_match": 100 * mean_of(exact), "squad_f1": 100 * mean_of(scores)}
+
+
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
     "edit_distance": token_edit_distance,
@@ -121,6 +151,7 @@ METRICS: dict[str, Metric] = {
     "bleu": bleu,
     "chrf": chrf,
     "rouge": rouge,
+    "squad": squad,
 }
 
 

@@ -60,7 +60,8 @@ class LabelVocabulary:
         self.outputs, self.names = outputs, tuple(names)
         self.ids = {name: number for number, name in enumerate(self.names)}
         # A text that is cut keeps its end, and with this eos its tags keep OUTSIDE.
-        self.eos = self.ids.get(OUTSIDE, -1) if outputs == "tags" else -1
+        self.outside = self.ids.get(OUTSIDE, 0)
+        self.eos = self.outside if outputs == "tags" else -1
         self.size = {"labels": 2, "number": NUMBERS}.get(outputs, len(self.names))
 
     def token(self, name: str) -> int | None:
@@ -94,14 +95,15 @@ class LabelVocabulary:
           LabelError: a span has no token, an unknown name, or lies in another one.
         """
         offsets = token_offsets(vocabulary, text)
-        tags = np.full(len(offsets), self.ids[OUTSIDE], np.int32)
+        tags = np.full(len(offsets), self.outside, np.int32)
         for span in parse_spans(spans, len(text)):
-            inside, first = self.find_label(f"{INSIDE}{span.name}"), True
+            begins, goes_on = self.find_tags(span.name)
+            first = True
             for place, (begin, end) in enumerate(offsets):
                 if begin < end and begin < span.end and end > span.begin:
-                    if tags[place] != self.ids[OUTSIDE] and first:
+                    if tags[place] != self.outside and first:
                         continue  # the token is the end of the span before
-                    tags[place] = self.ids[f"{BEGIN}{span.name}"] if first else inside
+                    tags[place] = begins if first else goes_on
                     first = False
             if first:
                 raise LabelError(
@@ -114,9 +116,15 @@ class LabelVocabulary:
         """The number of a label; raises LabelError for an unknown one."""
         if name in self.ids:
             return self.ids[name]
-        known = [each.removeprefix(INSIDE) for each in self.names if each.startswith(INSIDE)]
-        known, name = (known, name.removeprefix(INSIDE)) if known else ([*self.names], name)
-        raise LabelError(f"{name!r:.60} is none of Model.readout's labels: {suggest(name, known)}")
+        known = [name_of_tag(each) for each in self.names] if self.outputs == "tags" else self.names
+        hint = suggest(name, dict.fromkeys(known))
+        raise LabelError(f"{name!r:.60} is none of Model.readout's labels: {hint}")
+
+    def find_tags(self, name: str) -> tuple[int, int]:
+        """Numbers of the tags of a span's first token, and of its others."""
+        if f"{BEGIN}{name}" in self.ids and f"{INSIDE}{name}" in self.ids:
+            return self.ids[f"{BEGIN}{name}"], self.ids[f"{INSIDE}{name}"]
+        return self.find_label(name), self.find_label(name)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The target of ids; of tags their names, between spaces."""
@@ -222,6 +230,11 @@ def write_spans(spans: Sequence[TextSpan]) -> str:
     return json.dumps([list(span) for span in spans], ensure_ascii=False)
 
 
+def name_of_tag(tag: str) -> str:
+    """The name of the span that a tag is part of."""
+    return tag[len(BEGIN) :] if tag.startswith((BEGIN, INSIDE)) else tag
+
+
 def spans_of_tags(
     tags: Sequence[str], offsets: Sequence[tuple[int, int]], text: str
 ) -> list[tuple[TextSpan, list[int]]]:
@@ -237,11 +250,11 @@ def spans_of_tags(
     groups: list[tuple[str, list[int]]] = []
     before = OUTSIDE
     for place, tag in enumerate(tags):
-        name, empty = tag[len(BEGIN) :], offsets[place][0] == offsets[place][1]
+        name, empty = name_of_tag(tag), offsets[place][0] == offsets[place][1]
         if tag == OUTSIDE or empty:
             before = OUTSIDE
             continue
-        if tag.startswith(BEGIN) or before == OUTSIDE or before[len(BEGIN) :] != name:
+        if tag.startswith(BEGIN) or before == OUTSIDE or name_of_tag(before) != name:
             groups.append((name, []))
         groups[-1][1].append(place)
         before = tag

@@ -35,8 +35,6 @@ from t5x_lite.utils.nearest import suggest
 
 log = logging.getLogger(__name__)
 
-NEW_READOUT = "Checkpoint.initial (%s) has no head for Model.readout: a new one is drawn"
-
 
 class AssembledRun(NamedTuple):
     """A run whose mesh is set and whose data are open; nothing is computed yet.
@@ -225,7 +223,7 @@ def initial_weights(folder: str, cfg: config.Model, shapes: Any, seed: int = 0) 
         params = open_checkpoint(folder, options=WEIGHTS_ONLY).params_for(cfg, shapes)
     new = [name for name in (HEADS, READOUT) if name in shapes and name not in params]
     if READOUT in new:
-        log.warning(NEW_READOUT, folder)
+        log.warning(frozen_base.NEW_READOUT, folder)
     if not new:
         return params
     return params | weights.new_weights(

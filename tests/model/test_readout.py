@@ -129,7 +129,6 @@ def outputs(cfg: config.Model, params: dict, batch: Batch) -> np.ndarray:
         (dict(kind="number", labels=("a",)), "a number has none"),
         (dict(kind="classes", labels=("a", "a")), "has a more than once"),
         (dict(kind="classes", labels=("a", "")), "has an empty name"),
-        (dict(kind="tags", labels=("x", "O")), 'of tags are "O", then "B-NAME" and "I-NAME"'),
     ],
 )
 def test_labels_that_cannot_be_are_refused(fields, words):
