@@ -153,17 +153,21 @@ def open_hugging_face_tensors(
             "embeddings are pooled as --embed says",
             stacklevel=2,
         )
-    trunk = cfg if readout is None else readouts.without_readout(cfg)
+    kept = kept_fields.read_kept(folder, config_json)
+    mapped = MappedTensors(folder, cfg, source, [], head=head, kept=kept)
+    return with_family_table(mapped, family)
+
+
+def with_family_table(mapped: MappedTensors, family: ModuleType) -> MappedTensors:
+    """Tensors with the table of their family, and with that of the head of Model.readout."""
+    cfg = mapped.model
+    labeled = readouts.is_labeled(cfg)
+    trunk = readouts.without_readout(cfg) if labeled else cfg
     entries = family.entries(trunk)
-    return MappedTensors(
-        folder,
-        cfg,
-        source,
-        entries if readout is None else readouts.readout_entries(cfg, entries),
-        family.ignored(trunk),
-        family.duplicates(trunk),
-        head,
-        kept_fields.read_kept(folder, config_json),
+    return mapped._replace(
+        entries=readouts.readout_entries(cfg, entries) if labeled else entries,
+        ignored=family.ignored(trunk),
+        duplicates=family.duplicates(trunk),
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of metrics of labels: each equals its definition, or scikit-learn and scipy where these are."""
+"""Laws of metrics of labels: each equals its definition, scipy, or scikit-learn if it is there."""
 
 import itertools
 
@@ -95,7 +95,7 @@ def test_spans_count_where_ends_and_name_are_right():
     assert label_metrics.span_f1(outputs) == pytest.approx(2 * 1 / (3 + 3))
 
 
-def test_a_metric_that_is_not_defined_is_told_apart():
+def test_a_metric_that_is_not_defined_has_a_reason():
     constant = LabeledOutputs(scores=np.ones(4), references=np.arange(4.0))
     values, failures = label_metrics.measure_labels(["pearson"], constant)
     assert values == {} and "the same number" in failures["pearson"]

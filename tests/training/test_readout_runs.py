@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t5x_lite import config, interactive
-from t5x_lite.checkpoints.checkpoint_io import CheckpointMismatchError
+from t5x_lite.checkpoints.checkpoint_io import CheckpointError
 from t5x_lite.data import derived
 from t5x_lite.model.readout import target_losses
 from t5x_lite.tokenizers import labels
@@ -77,7 +77,7 @@ def test_losses_equal_those_in_float64(kind):
         "labels": draw.integers(0, 2, (2, 4)),
         "number": np.vectorize(labels.encode_number)(values),
     }[kind].astype(np.int32)
-    found = np.asarray(target_losses(cfg, outputs, targets, places).nll)
+    losses = np.asarray(target_losses(cfg, outputs, targets, places).nll)
     wide = outputs.astype(np.float64)
     if kind == "number":
         expected = (wide[..., 0] - values) ** 2
@@ -87,7 +87,7 @@ def test_losses_equal_those_in_float64(kind):
     else:
         log_z = np.log(np.exp(wide).sum(-1))
         expected = log_z - np.take_along_axis(wide, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_a_run_on_labels_is_a_whole_folder_and_begins_another_with_adapters(tmp_path):
@@ -117,7 +117,7 @@ def test_other_labels_than_those_of_the_checkpoint_are_an_error_with_a_remedy(tm
     other = tmp_path / "other"
     other.mkdir()
     tuned = describe_run(other, "classes", f"INITIAL_CHECKPOINT_PATH={tmp_path}/run")
-    with pytest.raises(CheckpointMismatchError, match="with 4 labels .* Bind Readout.labels as"):
+    with pytest.raises(CheckpointError, match="with 4 labels .* Bind Readout.labels as"):
         setup.initial_weights(str(tmp_path / "run"), tuned.model, jax.eval_shape(dict))
 
 
