@@ -37,7 +37,7 @@ examples:
   # SuperGLUE without it, from its own files: which choice is most likely, per token
   python -m t5x_lite.eval --checkpoint=flan-t5-small --superglue=SuperGLUE --normalize=tokens
 
-metrics: exact_match, edit_distance, per and wer (phoneme and word error rate), bleu, chrf, rouge.
+metrics: exact_match, edit_distance, per, wer (of phonemes, of words), bleu, chrf, rouge, squad.
 Predictions: DIR/predictions/<split>-<step>.jsonl (of another format's checkpoint: runs/eval_NAME).
 """
 
