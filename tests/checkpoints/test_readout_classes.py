@@ -27,6 +27,7 @@ T5 = dict(
     d_kv=8,
     d_ff=16,
     num_layers=2,
+    decoder_start_token_id=0,
     num_heads=2,
     feed_forward_proj="gated-gelu",
 )
