@@ -138,9 +138,16 @@ class UserUtility:
         """Utilities of the texts of one input.
 
         Raises:
-          ValueError: the function returns something else than a number for each text.
+          ValueError: the function fails, or returns something else than a number for each text.
         """
-        values = self.function(candidates.input, list(candidates.texts))
+        try:
+            values = self.function(candidates.input, list(candidates.texts))
+        except (Exception, SystemExit) as error:  # also of a function that ends the process
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"Decode.{self.field}: the function failed at the texts of {candidates.input!r:.80} "
+                f"({reason:.200})"
+            ) from error
         try:
             numbers = [float(value) for value in values]
         except (TypeError, ValueError):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prediction of texts: tokenized, sorted into batches of like length, decoded, back in order."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,31 @@ from t5x_lite.evaluation.steered_rows import SteeredRows
 from t5x_lite.model.computation import params_for_compute
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
+from t5x_lite.utils.exit_status import OutOfMemoryError, is_out_of_memory
+
+
+@contextlib.contextmanager
+def naming_longest(lengths: Sequence[int], decode: config.Decode) -> Generator[None]:
+    """Context in which a lack of memory is one sentence with remedies.
+
+    Args:
+      lengths: numbers of tokens of the inputs of a batch.
+      decode: config of decoding.
+
+    Raises:
+      OutOfMemoryError: the device or the host has too little memory for the batch.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["the host has too little"])[0]
+        raise OutOfMemoryError(
+            f"Out of memory ({reason:.300}) for {len(lengths)} inputs, the longest of "
+            f"{max(lengths):,} tokens, and {decode.max_new_tokens:,} new ones: shorten or leave out "
+            "the longest, lower Decode.max_new_tokens, or decode fewer at once (batch_size)"
+        ) from error
 
 
 class Predictor:
@@ -213,7 +239,8 @@ class Predictor:
             request = steered.request(places, self.padded_rows(len(places)), numbers)
             request = self.companions.attach(request, decode, self.params, prompts, places)
             names = drafter_names(self.drafters.get(decode))
-            result = self.drafters.generate(self.params, request, decode)
+            with naming_longest([len(steered.ids[place]) for place in places], decode):
+                result = self.drafters.generate(self.params, request, decode)
             if counted:
                 self.tally.add(result, names, len(places))
             for row, place in enumerate(places):

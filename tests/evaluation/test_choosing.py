@@ -3,13 +3,16 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from t5x_lite.evaluation import choosing, metrics
+from t5x_lite import config
+from t5x_lite.evaluation import choosing, metrics, predict
 from t5x_lite.evaluation.prediction import Prediction
+from t5x_lite.utils.exit_status import OutOfMemoryError
 
 TEXTS = ["a b c", "a b", "a b c", "x y", "a b d", "a"]
 SCORES = [-1.0, -2.0, -1.0, -0.5, -3.0, -4.0]
@@ -112,6 +115,51 @@ def test_a_chooser_that_is_none_says_why(name, words):
 def test_utilities_that_are_no_numbers_are_refused(function):
     with pytest.raises(ValueError, match="must return a finite number for each of 6 texts"):
         choosing.UserUtility(function)([choosing.Candidates("in", TEXTS, SCORES)])
+
+
+def ending(*_):
+    sys.exit(3)
+
+
+@pytest.mark.parametrize("field", ["choose", "judge"])
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda *_: {}["x"], "KeyError: 'x'"),
+        (lambda *_: 1 / 0, "ZeroDivisionError"),
+        (lambda: [], "TypeError: .* takes 0 positional arguments"),
+        (ending, "SystemExit: 3"),
+    ],
+    ids=["key", "division", "arguments", "exit"],
+)
+def test_a_function_that_fails_is_named_by_its_option(function, words, field):
+    utility = choosing.UserUtility(function, field)
+    with pytest.raises(ValueError, match=rf"Decode.{field}: the function failed .*'in' \({words}"):
+        utility([choosing.Candidates("in", TEXTS, SCORES)])
+
+
+def test_a_function_cannot_change_the_texts():
+    def overwriting(_, texts):
+        texts[:] = ["other"] * len(texts)
+        return range(len(texts))
+
+    candidates = choosing.Candidates("in", [*TEXTS], SCORES)
+    choosing.UserUtility(overwriting)([candidates])
+    assert candidates.texts == [*TEXTS]
+
+
+def test_a_lack_of_memory_names_the_longest_input():
+    for error in (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()):
+        with (
+            pytest.raises(OutOfMemoryError, match="longest of 70,000 tokens, and 64 new ones"),
+            predict.naming_longest([3, 70_000], config.Decode()),
+        ):
+            raise error
+    with (
+        pytest.raises(RuntimeError, match="^another$"),
+        predict.naming_longest([1], config.Decode()),
+    ):
+        raise RuntimeError("another")
 
 
 def test_rank_correlation_is_that_of_scipy():
