@@ -145,7 +145,7 @@ class UserUtility:
         except (Exception, SystemExit) as error:  # also of a function that ends the process
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"Decode.{self.field}: the function failed at the texts of {candidates.input!r:.80} "
+                f"Decode.{self.field}: the function failed at texts of {candidates.input!r:.80} "
                 f"({reason:.200})"
             ) from error
         try:

@@ -58,8 +58,8 @@ def naming_longest(lengths: Sequence[int], decode: config.Decode) -> Generator[N
         reason = (str(error).splitlines() or ["the host has too little"])[0]
         raise OutOfMemoryError(
             f"Out of memory ({reason:.300}) for {len(lengths)} inputs, the longest of "
-            f"{max(lengths):,} tokens, and {decode.max_new_tokens:,} new ones: shorten or leave out "
-            "the longest, lower Decode.max_new_tokens, or decode fewer at once (batch_size)"
+            f"{max(lengths):,} tokens, and {decode.max_new_tokens:,} new ones: shorten the "
+            "longest, lower Decode.max_new_tokens, or decode fewer at once (batch_size)"
         ) from error
 
 

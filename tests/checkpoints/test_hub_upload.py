@@ -228,6 +228,11 @@ def test_a_card_names_no_folder_bucket_or_signature_of_the_machine_that_trained(
     assert shown.model == T5
 
 
+def test_an_address_without_a_path_is_not_shown():
+    for address in ("memory://me:alice@host", "memory://alice", "https://h?signature=alice/kept"):
+        assert model_card.shorten(address) == "."
+
+
 def test_names_and_metrics_of_any_text_leave_a_card_whole():
     odd = 'a"b`c\n# d|e'
     report = {"split": odd, odd: 0.5, "steps": odd}
