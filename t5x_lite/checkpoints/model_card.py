@@ -221,7 +221,7 @@ def shorten(source: str) -> str:
     if hub_names.NAME.fullmatch(source):
         return source
     if "://" in source:
-        source = re.split("[?#]", source.partition("://")[2].partition("/")[2])[0]
+        source = re.split("[?#]", source.partition("://")[2])[0].partition("/")[2]
     return source.rstrip("/").rpartition("/")[2] or "."
 
 

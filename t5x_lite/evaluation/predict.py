@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prediction of texts: tokenized, sorted into batches of like length, decoded, back in order."""
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,37 +29,13 @@ from t5x_lite.evaluation.prediction import (
     TargetScore,
     drafter_names,
     make_prediction,
+    naming_longest,
 )
 from t5x_lite.evaluation.search import list_sources, search_texts
 from t5x_lite.evaluation.steered_rows import SteeredRows
 from t5x_lite.model.computation import params_for_compute
 from t5x_lite.tokenizers.vocabularies import encode_texts
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
-from t5x_lite.utils.exit_status import OutOfMemoryError, is_out_of_memory
-
-
-@contextlib.contextmanager
-def naming_longest(lengths: Sequence[int], decode: config.Decode) -> Generator[None]:
-    """Context in which a lack of memory is one sentence with remedies.
-
-    Args:
-      lengths: numbers of tokens of the inputs of a batch.
-      decode: config of decoding.
-
-    Raises:
-      OutOfMemoryError: the device or the host has too little memory for the batch.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or ["the host has too little"])[0]
-        raise OutOfMemoryError(
-            f"Out of memory ({reason:.300}) for {len(lengths)} inputs, the longest of "
-            f"{max(lengths):,} tokens, and {decode.max_new_tokens:,} new ones: shorten the "
-            "longest, lower Decode.max_new_tokens, or decode fewer at once (batch_size)"
-        ) from error
 
 
 class Predictor:

@@ -10,8 +10,8 @@ import pytest
 import scipy.stats
 
 from t5x_lite import config
-from t5x_lite.evaluation import choosing, metrics, predict
-from t5x_lite.evaluation.prediction import Prediction
+from t5x_lite.evaluation import choosing, metrics
+from t5x_lite.evaluation.prediction import Prediction, naming_longest
 from t5x_lite.utils.exit_status import OutOfMemoryError
 
 TEXTS = ["a b c", "a b", "a b c", "x y", "a b d", "a"]
@@ -152,12 +152,12 @@ def test_a_lack_of_memory_names_the_longest_input():
     for error in (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()):
         with (
             pytest.raises(OutOfMemoryError, match="longest of 70,000 tokens, and 64 new ones"),
-            predict.naming_longest([3, 70_000], config.Decode()),
+            naming_longest([3, 70_000], config.Decode()),
         ):
             raise error
     with (
         pytest.raises(RuntimeError, match="^another$"),
-        predict.naming_longest([1], config.Decode()),
+        naming_longest([1], config.Decode()),
     ):
         raise RuntimeError("another")
 
