@@ -16,6 +16,17 @@ from t5x_lite.config import gin_file
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+# What the commands derive from a checkpoint and its vocabulary.
+DERIVED = """
+config.Model.vocab = 4096
+config.Model.encoder = @encoder/config.Stack()
+config.Stack.layers = 1
+config.Stack.embed = 8
+config.Stack.heads = 1
+config.Stack.head_dim = 8
+config.Stack.mlp = 8
+""".splitlines()
+
 
 def blocks(language: str):
     """(page, text) of every fenced block of a language."""
@@ -59,7 +70,7 @@ def test_a_command_of_the_documentation_is_understood(page, words, capsys):
     if not files:
         return
     if gin_file.describes_run(files):
-        gin_file.load_run(files, bindings)
+        gin_file.load_run(files, bindings, defaults=DERIVED)
     else:
         gin_file.load_data(files, bindings)
 
