@@ -52,8 +52,10 @@ GROUPS = {
     "Training": ("Train", "Schedule", "Optimizer", "ParamGroup", "DraftHeadLoss", "LayerSkip")
     + ("WeightAverage", "Contrastive"),
     "Evaluation, checkpoints, decoding, devices": ("Evaluate", "Checkpoint", "Decode", "Mesh"),
-    "Adapters, adaptation, distillation, comparison": (
+    "Adapters, preferences, adaptation, distillation, comparison": (
         "Lora",
+        "Preferences",
+        "Grpo",
         "Adaptation",
         "Distillation",
         "Compare",

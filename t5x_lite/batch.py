@@ -39,6 +39,30 @@ class TeacherLogits(NamedTuple):
     known: Any
 
 
+class PairReference(NamedTuple):
+    """Log-probabilities of the texts of pairs under a reference model.
+
+    Attributes:
+      scores: [b t] float32: that of the text with segment id k at k - 1, 0 beyond the last.
+    """
+
+    scores: Any
+
+
+class SampleData(NamedTuple):
+    """What a policy-gradient step knows of the samples in the targets of a batch.
+
+    Attributes:
+      advantages: [b t] float32, that of the row's sample at each of its tokens.
+      old: [b t] float32, log-probability of each token before the first update by these samples.
+      reference: [b t] float32, the same under the reference model; None without one.
+    """
+
+    advantages: Any
+    old: Any
+    reference: Any = None
+
+
 class Batch(NamedTuple):
     """Rows of packed examples; numpy arrays on the host, jax arrays on the mesh.
 
@@ -61,7 +85,8 @@ class Batch(NamedTuple):
       input_segments: [b s] int32, as target_segments.
       input_positions: [b s] int32, as target_positions.
       prefix: [b t] True for tokens of the inputs in layout joined; None in others.
-      teacher_data: input or predictions of the teacher; None for a run without one.
+      teacher_data: input or predictions of the teacher, scores of pairs under a reference model, or
+        what is known of samples; None for a run without any.
       negatives: [b t] int32 token ids of a hard negative of each row; None without them.
       negative_segments: [b t] int32, as target_segments.
       negative_positions: [b t] int32, as target_positions.
@@ -75,7 +100,7 @@ class Batch(NamedTuple):
     input_segments: Any = None
     input_positions: Any = None
     prefix: Any = None
-    teacher_data: TeacherBatch | TeacherLogits | None = None
+    teacher_data: TeacherBatch | TeacherLogits | PairReference | SampleData | None = None
     negatives: Any = None
     negative_segments: Any = None
     negative_positions: Any = None

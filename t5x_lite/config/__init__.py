@@ -8,6 +8,7 @@ back; `Run` is its root. A field has a default only where one value serves nearl
 from dataclasses import dataclass
 
 # Dataclasses of other modules are bound by the same name as all others: config.Stack.layers.
+from t5x_lite.config import preferences as run_preferences
 from t5x_lite.config import windows
 from t5x_lite.config.adaptation import Adaptation as Adaptation
 from t5x_lite.config.adaptation import Distillation as Distillation
@@ -36,6 +37,8 @@ from t5x_lite.config.objectives import MaskedNames as MaskedNames
 from t5x_lite.config.objectives import NameTags as NameTags
 from t5x_lite.config.objectives import PrefixLM as PrefixLM
 from t5x_lite.config.objectives import SpanCorruption as SpanCorruption
+from t5x_lite.config.preferences import Grpo as Grpo
+from t5x_lite.config.preferences import Preferences as Preferences
 from t5x_lite.config.readout import SMOOTHED_KINDS
 from t5x_lite.config.readout import Readout as Readout
 from t5x_lite.config.training import Checkpoint as Checkpoint
@@ -70,6 +73,8 @@ class Run(Checked):
       contrastive: trains vectors of inputs and targets to find each other; None does not.
       lora: low-rank adapters, which train while the weights of Checkpoint.initial are frozen; None
         trains the weights.
+      preferences: trains on pairs of texts, of which one is preferred; None does not.
+      grpo: trains on rewards of the model's own samples; None does not.
       compare: comparison of twins (`python -m t5x_lite.compare`); None for none.
       seed: seed of weights, data order and dropout.
     """
@@ -88,6 +93,8 @@ class Run(Checked):
     distillation: Distillation | None = None
     contrastive: Contrastive | None = None
     lora: Lora | None = None
+    preferences: Preferences | None = None
+    grpo: Grpo | None = None
     compare: Compare | None = None
     seed: Seed = 0
 
@@ -114,6 +121,7 @@ class Run(Checked):
             self.train.layer_skip.check_layers(decoder.layers)
         if self.data is None:
             return
+        run_preferences.check_preferences(self)
         require(
             self.model.batch_layout != "encoder_decoder" or "inputs" in self.data.lengths,
             'Data.lengths needs "inputs": the model has an encoder',

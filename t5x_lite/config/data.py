@@ -117,6 +117,10 @@ class Files(Checked):
         which the first is trained on.
       negatives: field of a text that is no right answer to these inputs, or a template: a hard
         negative of contrastive training (Run.contrastive); None for none.
+      rejected: field of a text that is worse than the targets, or a template, for
+        `Run.preferences`; None for examples without one. Evaluation reads the targets alone.
+      reference: fields of the log-probabilities, in nats, that a reference model gives the targets
+        and the rejected text; None for none.
       metrics: metrics of the task.
       whole_files: a `text` file is one example.
       broken: what a line that cannot be read does: stop, or skip, which is counted.
@@ -140,6 +144,8 @@ class Files(Checked):
     inputs: str | None = None
     targets: str = "targets"
     negatives: str | None = None
+    rejected: str | None = None
+    reference: tuple[str, str] | None = None
     metrics: tuple[str, ...] = ("exact_match",)
     whole_files: bool = False
     broken: Literal["stop", "skip"] = "stop"
@@ -168,6 +174,10 @@ class Files(Checked):
             self.delimiter is None or self.format in (None, "csv"),
             'Files.delimiter is for csv files: set Files.format = "csv"',
         )
+        require(
+            self.reference is None or (self.rejected is not None and self.broken == "stop"),
+            'Files.reference scores every pair: bind Files.rejected too, and Files.broken = "stop"',
+        )
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,7 @@ class HubDataset(Checked):
       inputs: column of the inputs or a template, as in `Files`; None means text alone.
       targets: column of the targets or a template. Labels that the dataset names are text.
       negatives: column of hard negatives or a template, as in `Files`.
+      rejected: column of a text that is worse than the targets, or a template, as in `Files`.
       metrics: metrics of the task.
       streaming: reads the dataset as it is needed, without a copy on this machine; a folder is
         always read so.
@@ -203,6 +214,7 @@ class HubDataset(Checked):
     inputs: str | None = None
     targets: str = "targets"
     negatives: str | None = None
+    rejected: str | None = None
     metrics: tuple[str, ...] = ("exact_match",)
     streaming: bool = False
     broken: Literal["stop", "skip"] = "stop"

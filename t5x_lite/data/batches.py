@@ -3,6 +3,7 @@
 
 import functools
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -316,8 +317,14 @@ def open_part(
       key: random key of their order.
     """
     task = source.task
+    reference = None
     if source.objective is None:
-        make_rows = functools.partial(rows.Examples, lengths=lengths, pack=cfg.pack)
+        paired = task.paired and split == "train"
+        if paired and task.reference is not None:
+            reference = np.array([*task.reference()], np.float32).reshape(-1)
+        make_rows = functools.partial(
+            rows.Examples, lengths=lengths, pack=cfg.pack, paired=paired, reference=reference
+        )
     else:
         preprocessor = objectives.make_preprocessor(source.objective, lengths, task.vocabularies[1])
         make_rows = functools.partial(rows.Windows, preprocessor=preprocessor)
@@ -326,13 +333,14 @@ def open_part(
         counts = task.counts.get(split, {}) if source.first else {}
         return MixturePart(source.name, streamed, key, counts, streamed.state, streamed.restore)
     tokens, digests = source.tokens(), SplitFiles(task, split, cache_folder(cfg.cache_dir)).digests
+    digest = tokens.digest if reference is None else f"{tokens.digest}-{zlib.crc32(reference):08x}"
     return MixturePart(
         name=source.name,
         rows=make_rows(tokens),
         key=key,
         counts=tokens.counts if source.first else {},
-        state=lambda: {"tokens": tokens.digest, "files": digests},
-        restore=functools.partial(check_digest, source.name, tokens.digest, digests),
+        state=lambda: {"tokens": digest, "files": digests},
+        restore=functools.partial(check_digest, source.name, digest, digests),
     )
 
 

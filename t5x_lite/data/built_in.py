@@ -200,6 +200,7 @@ def from_hub(
         counts=counts,
         files=partial(hub_datasets.list_paths, cfg),
         remote=partial(hub_datasets.remote_identity, cfg),
+        paired=cfg.rejected is not None,
     )
 
 
@@ -231,6 +232,8 @@ def from_files(
         metrics=cfg.metrics,
         counts=counts,
         files=partial(files.list_paths, cfg),
+        paired=cfg.rejected is not None,
+        reference=None if cfg.reference is None else partial(files.read_reference, cfg),
     )
 
 

@@ -37,6 +37,8 @@ def check_examples(cfg: config.Data, layout: str, split: str) -> None:
         if next(read_checked(task, split, probe=True), None) is None:
             raise ValueError(f"{task.name} has no examples in {split}")
         if split == "train":
+            if task.reference is not None:
+                next(task.reference(), None)
             warn_of_overlap(task)
 
 

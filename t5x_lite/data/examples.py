@@ -9,6 +9,7 @@ from t5x_lite import config
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.fields import PLACE, FieldError, fields_of, find_field
 from t5x_lite.data.label_fields import UNLABELED, write_target
+from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.text_lines import TextError, check_unicode
 
 
@@ -98,6 +99,33 @@ class ExampleBuilder:
         except FieldError as error:
             raise FieldError(f"field {self.cfg.targets!r} {error}") from None
         return TextExample(inputs, target, (target,))
+
+    def build_rejected(self, fields: Mapping[str, Any]) -> TextExample:
+        """Example of the text that a record rejects.
+
+        Raises FieldError if it has none.
+        """
+        chosen = self.build(fields)
+        rejected = self.side(fields, not_none(self.cfg.rejected))[0]
+        return TextExample(chosen.inputs, rejected, (rejected,))
+
+    def reference_scores(self, fields: Mapping[str, Any]) -> list[float]:
+        """Log-probabilities of the chosen and the rejected text of a record under a reference.
+
+        Raises FieldError if they are not there, or no finite numbers that are at most 0.
+        """
+        assert isinstance(self.cfg, config.Files)
+        scores = []
+        for name in not_none(self.cfg.reference):
+            value = find_field(fields, name)
+            try:
+                number = math.nan if isinstance(value, bool) else float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not (math.isfinite(number) and number <= 0):
+                raise FieldError(f"field {name!r} is {value!r:.40}, not a log-probability")
+            scores.append(number)
+        return scores
 
     def side(self, fields: Mapping[str, Any], side: str, several: bool = False) -> list[str]:
         """Texts of one side of a record: one, or a list of right answers.

@@ -22,8 +22,9 @@ def fields_of(side: str) -> list[str]:
 
 def fields_read(cfg: config.TextSource) -> list[str]:
     """Names of the fields that are read, each once."""
-    sides = [side for side in (cfg.inputs, cfg.targets, cfg.negatives) if side is not None]
-    return list(dict.fromkeys(name for side in sides for name in fields_of(side)))
+    sides = filter(None, (cfg.inputs, cfg.targets, cfg.negatives, cfg.rejected))
+    scores = cfg.reference or () if isinstance(cfg, config.Files) else ()
+    return list(dict.fromkeys([*(name for side in sides for name in fields_of(side)), *scores]))
 
 
 def column_of(name: str, columns: Sequence[str] | Mapping[str, Any]) -> str:

@@ -135,11 +135,11 @@ def report_again(path: Path, first: Path) -> None:
 def source(cfg: config.Files, split: str) -> str:
     """Digest of the options of reading a split, and of the formats of its files. What the files
     hold is not in it."""
-    apart = {"name", "train", "validation", "test", "vocabulary", "metrics"}
+    apart = {"name", "train", "validation", "test", "vocabulary", "metrics", "reference"}
     options = {
         field.name: getattr(cfg, field.name)
         for field in dataclasses.fields(cfg)
-        if field.name not in apart
+        if field.name not in apart and (field.name != "rejected" or cfg.rejected is not None)
     }
     formats = [[format_of(cfg, path), packed_ending(path)] for path in list_paths(cfg, split)]
     return hashlib.sha256(json.dumps([options, formats]).encode()).hexdigest()
@@ -182,7 +182,38 @@ def read_rows(
         for path in list_paths(cfg, split)
         for place, record in read_records(cfg, path)
     )
-    return build_examples(ExampleBuilder(cfg, readout=readout), records, counts, describe)
+    return build_examples(
+        ExampleBuilder(cfg, readout=readout),
+        records,
+        counts,
+        describe,
+        paired=reads_pairs(cfg, split),
+    )
+
+
+def reads_pairs(cfg: config.TextSource, split: str) -> bool:
+    """True if examples come two by two: the chosen text of a record, then the rejected one.
+
+    Evaluation reads the chosen ones alone.
+    """
+    return cfg.rejected is not None and split == "train"
+
+
+def read_reference(cfg: config.Files) -> Iterator[list[float]]:
+    """Yields the log-probabilities of each training pair under the reference.
+
+    Raises:
+      ValueError: a record lacks them; with its file and number.
+    """
+    builder = ExampleBuilder(cfg)
+    for path in list_paths(cfg, "train"):
+        for place, record in read_records(cfg, path):
+            try:
+                if isinstance(record, str):
+                    raise FieldError(record)
+                yield builder.reference_scores(record)
+            except FieldError as error:
+                raise ValueError(f"{path}, {place}: {error}") from error
 
 
 def build_examples(
@@ -190,6 +221,8 @@ def build_examples(
     records: Iterable[tuple[str, dict | str]],
     counts: dict[str, int] | None,
     describe: Callable[[TextExample], str] | None,
+    *,
+    paired: bool = False,
 ) -> Iterator[TextExample]:
     """Yields the examples of records, without those that are broken.
 
@@ -198,15 +231,16 @@ def build_examples(
       records: places and fields, or messages.
       counts: as in `read_rows`.
       describe: as in `read_rows`.
+      paired: yields the rejected text of each record after its chosen one.
 
     Raises:
       ValueError: a record is broken, and such are not to be skipped.
     """
     left_out, kind = 0, type(builder.cfg).__name__
     for place, record in records:
-        row, problem = build_example(builder, record, describe)
-        if row is not None:
-            yield row
+        rows, problem = build_record(builder, record, describe, paired)
+        if rows:
+            yield from rows
             continue
         if builder.cfg.broken != "skip":
             raise ValueError(
@@ -220,24 +254,30 @@ def build_examples(
                 log.warning("%s is left out: %s", place, problem)
 
 
-def build_example(
-    builder: ExampleBuilder, record: dict | str, describe: Callable[[TextExample], str] | None
-) -> tuple[TextExample | None, str]:
-    """Example of a record, or None and the reason why it has none.
+def build_record(
+    builder: ExampleBuilder,
+    record: dict | str,
+    describe: Callable[[TextExample], str] | None,
+    paired: bool,
+) -> tuple[list[TextExample], str]:
+    """Examples of a record: one, or two of a pair; none, and the reason why it has none.
 
     Args:
       builder: of examples.
       record: fields, or a message.
       describe: returns the reason why the vocabularies cannot read an example, "" if they can.
+      paired: true for the rejected text too.
     """
     if isinstance(record, str):
-        return None, record
+        return [], record
     try:
-        row = builder.build(record)
+        rows = [builder.build(record)]
+        if paired:
+            rows.append(builder.build_rejected(record))
     except FieldError as error:
-        return None, str(error)
-    problem = describe(row) if describe else ""
-    return (None, problem) if problem else (row, "")
+        return [], str(error)
+    problem = next(filter(None, map(describe, rows)), "") if describe else ""
+    return ([], problem) if problem else (rows, "")
 
 
 def read_records(cfg: config.Files, path: Path) -> Iterator[tuple[str, dict | str]]:

@@ -20,7 +20,7 @@ from t5x_lite.data import content
 from t5x_lite.data.corpora import TextExample
 from t5x_lite.data.examples import ExampleBuilder
 from t5x_lite.data.fields import column_of, fields_read
-from t5x_lite.data.files import build_examples
+from t5x_lite.data.files import build_examples, reads_pairs
 from t5x_lite.utils import hub
 from t5x_lite.utils.extras import install_command
 from t5x_lite.utils.hub_errors import HubError, HubUnreachable, describe_hub_error
@@ -217,7 +217,9 @@ def read_rows(
             for number, row in enumerate(rows, 1):
                 yield f"{task_name(cfg)} ({getattr(cfg, split)}), row {number}", row
 
-    return build_examples(ExampleBuilder(cfg, labels, readout), records(), counts, describe)
+    paired = reads_pairs(cfg, split)
+    builder = ExampleBuilder(cfg, labels, readout)
+    return build_examples(builder, records(), counts, describe, paired=paired)
 
 
 def list_paths(cfg: config.HubDataset, split: str) -> list[Path]:
@@ -247,6 +249,8 @@ def source(cfg: config.HubDataset, split: str) -> str:
     apart = {"name", "revision", "train", "validation", "test", "vocabulary", "metrics"}
     apart |= {"streaming"}
     options = [
-        getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.name not in apart
+        getattr(cfg, field.name)
+        for field in dataclasses.fields(cfg)
+        if field.name not in apart and (field.name != "rejected" or cfg.rejected is not None)
     ]
     return hashlib.sha256(json.dumps([options, getattr(cfg, split)]).encode()).hexdigest()

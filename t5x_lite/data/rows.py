@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t5x_lite.batch import Batch
+from t5x_lite.batch import Batch, PairReference
 from t5x_lite.config.windows import LengthLimits
 from t5x_lite.data import layout, packing, randomness
 from t5x_lite.data.cache import Feature, Tokens
@@ -62,10 +62,32 @@ def shuffle_rows(numbers: np.ndarray, rows: int, key: int | None) -> tuple[np.nd
 
 
 class Examples:
-    """Rows of whole examples, each cut to the lengths, several to a row if packed."""
+    """Rows of whole examples, each cut to the lengths, several to a row if packed.
 
-    def __init__(self, tokens: Tokens, lengths: LengthLimits, pack: bool):
-        self.tokens, self.lengths = tokens, lengths
+    Both texts of a pair stand in one row, the chosen one first, and each has half of its length.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        lengths: LengthLimits,
+        pack: bool,
+        *,
+        paired: bool = False,
+        reference: np.ndarray | None = None,
+    ):
+        """Plans the rows.
+
+        Args:
+          tokens: of the split.
+          lengths: limits of the rows.
+          pack: false gives every example, or pair, a row of its own.
+          paired: true if examples 2 i and 2 i + 1 are a pair.
+          reference: log-probability of each example under a reference model [examples]; None for
+            none.
+        """
+        self.tokens, self.lengths, self.reference = tokens, lengths, reference
+        self.texts = 2 if paired else 1
         self.sides = {"targets": (tokens.targets, lengths.row)}
         if tokens.inputs is not None:
             inputs = lengths.inputs or lengths.targets
@@ -75,10 +97,13 @@ class Examples:
             }
         if tokens.negatives is not None and lengths.negatives:
             self.sides["negatives"] = tokens.negatives, lengths.targets
+        self.sides = {name: (side, most // self.texts) for name, (side, most) in self.sides.items()}
         cut = {
             name: np.minimum(feature.lengths, most) for name, (feature, most) in self.sides.items()
         }
-        self.plan = packing.make_plan(*row_shapes(cut, lengths), pack)
+        shapes, capacity = row_shapes(cut, lengths)
+        whole = shapes.reshape(-1, self.texts, shapes.shape[1]).sum(axis=1)
+        self.plan = packing.make_plan(whole, capacity, pack)
         self.rows = self.plan.rows
         self.counts = count_epoch(self.rows, self.sides, cut)
         self.draw = functools.lru_cache(maxsize=2)(self.draw_examples)
@@ -96,7 +121,9 @@ class Examples:
         epochs, rows = shuffle_rows(np.arange(draw * DRAWN, (draw + 1) * DRAWN), self.rows, key)
         order = None if key is None else randomness.key(key, EXAMPLE_ORDER)
         slots = packing.find_slots(self.plan, rows, epochs, order)
-        return slots.example, np.searchsorted(slots.row, np.arange(DRAWN + 1))
+        texts = self.texts * slots.example[:, None] + np.arange(self.texts)
+        begins = np.searchsorted(slots.row, np.arange(DRAWN + 1))
+        return texts.reshape(-1), self.texts * begins
 
     def batch(self, numbers: np.ndarray, key: int | None) -> Batch:
         """Returns the rows of ascending numbers; key None keeps the order of the plan."""
@@ -111,10 +138,16 @@ class Examples:
             name: layout.take_examples(feature, chosen, most)
             for name, (feature, most) in self.sides.items()
         }
-        row = np.repeat(np.arange(len(numbers)), np.concatenate(counts))
+        counts = np.concatenate(counts)
+        row = np.repeat(np.arange(len(numbers)), counts)
         pair = taken.get("inputs"), taken["targets"]
         batch = layout.build_batch(self.lengths, len(numbers), row, pair)
-        return layout.add_negatives(batch, row, taken.get("negatives"), self.lengths)
+        batch = layout.add_negatives(batch, row, taken.get("negatives"), self.lengths)
+        if self.reference is None:
+            return batch
+        scores = np.zeros(batch.targets.shape, np.float32)
+        scores[row, packing.ranges(counts)] = self.reference[chosen]
+        return batch._replace(teacher_data=PairReference(scores))
 
 
 def row_shapes(

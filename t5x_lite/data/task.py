@@ -73,6 +73,9 @@ class Task:
       unsupported_metrics: reasons by name of own metrics that `score` leaves out.
       files: returns the files that a split is read from, in their order; their content decides.
       remote: returns what else decides the content of a split, by name: a commit of the hub.
+      paired: true if training examples come two by two, a chosen text and a rejected one.
+      reference: yields the log-probabilities of each training pair under a reference model; None
+        where the source has none.
     """
 
     name: str
@@ -87,6 +90,8 @@ class Task:
     unsupported_metrics: dict[str, str] = field(default_factory=dict)
     files: Callable[[str], list[Path]] = lambda split: []
     remote: Callable[[str], dict[str, str]] = lambda split: {}
+    paired: bool = False
+    reference: Callable[[], Iterator[list[float]]] | None = None
 
 
 class SplitFiles:

@@ -51,7 +51,9 @@ def trim_result(result: Result, decode: config.Decode) -> Result:
     samples, length = count_samples(decode), max(decode.max_new_tokens, 1)
 
     def collect(array):
-        texts = array if samples == 1 else array.reshape(-1, samples, *array.shape[2:])
+        # By its size and not -1: without alternatives, an array of them is empty.
+        rows = len(array) // samples
+        texts = array if samples == 1 else array.reshape(rows, samples, *array.shape[2:])
         return texts[:, :, :length] if texts.ndim > 2 else texts
 
     steps = int(result.steps)

@@ -64,7 +64,7 @@ def make_chooser(
     if kind == "rerank":
         return Rerank(load_scorer(argument))
     if kind == "function":
-        return UserUtility(import_function(argument, field), field)
+        return UserUtility(import_function(argument, f"Decode.{field}"), field)
     return rank_by_score
 
 
@@ -240,8 +240,8 @@ def fit_coefficients(
     )
 
 
-def import_function(path: str, field: str = "choose") -> Callable:
-    """Imports a function by its dotted path, which a field of Decode names.
+def import_function(path: str, field: str = "Decode.choose") -> Callable:
+    """Imports a function by its dotted path, which a field of the config names.
 
     Raises:
       ValueError: there is no such module or function.
@@ -251,11 +251,11 @@ def import_function(path: str, field: str = "choose") -> Callable:
         function = getattr(importlib.import_module(module or path), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Decode.{field} function:{path} is no function that can be imported ({error}): "
+            f"{field} function:{path} is no function that can be imported ({error}): "
             "MODULE.NAME names one, in the current folder or installed"
         ) from None
     if not callable(function):
-        raise ValueError(f"Decode.{field} function:{path} is no function")
+        raise ValueError(f"{field} function:{path} is no function")
     return function
 
 

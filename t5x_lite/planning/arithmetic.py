@@ -22,7 +22,7 @@ from t5x_lite.planning import aot
 from t5x_lite.planning.chips import HOP_SECONDS, Slice
 from t5x_lite.planning.collectives import Collective
 from t5x_lite.planning.figures import Figures, Memory
-from t5x_lite.training import flops, frozen_base, objective, setup
+from t5x_lite.training import flops, frozen_base, setup, token_losses
 
 
 class StepShapes(NamedTuple):
@@ -217,7 +217,7 @@ def logits_bytes(run: TrainingRun, sizes: StackSizes, mesh: dict[str, int]) -> i
     """
     tokens = sizes.stacks()[-1][1]
     all_logits = 8 * tokens * run.model.vocab / mesh["tensor"]
-    return int(min(all_logits, objective.MAX_LOGIT_BYTES / 4))
+    return int(min(all_logits, token_losses.MAX_LOGIT_BYTES / 4))
 
 
 def moved_bytes(run: TrainingRun, kinds: dict[str, int], sizes: StackSizes) -> int:

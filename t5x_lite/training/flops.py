@@ -73,8 +73,14 @@ def step_flops(model: config.Model, rows: int, lengths: dict[str, int]) -> int:
 
 def run_flops(run: TrainingRun) -> int:
     """`step_flops` of a run; two thirds of it with adapters, as frozen weights have no gradient."""
-    whole = step_flops(run.model, run.train.batch_size, run.data.lengths)
+    whole = step_flops(run.model, step_rows(run), run.data.lengths)
     return whole if run.lora is None else 2 * whole // 3
+
+
+def step_rows(run: TrainingRun) -> int:
+    """Rows that a step trains on, each as often as it does; sampling and references not counted."""
+    times = 1 if run.grpo is None else run.grpo.samples * run.grpo.updates
+    return run.train.batch_size * times
 
 
 def run_formula(run: TrainingRun) -> str:

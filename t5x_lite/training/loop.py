@@ -180,7 +180,7 @@ class Training:
     def compile(self) -> None:
         """Compiles the step for the first batch, and loads the teacher's weights."""
         began = time.perf_counter()
-        batch = sharding.place_batch(self.assembled.batches.at(self.start))
+        batch = sharding.place_batch(self.assembled.first_batch(self.start))
         if self.assembled.teacher:
             self.teacher_params = self.assembled.teacher.params()
         with waiting(self.console, "Compiling the training step"):
@@ -263,6 +263,11 @@ class Training:
           waited: seconds that the loop has waited for batches so far.
         """
         self.progress.meter.record_batch(waited)
+        if self.assembled.sampler is not None:
+            with self.saving_on_failure(number):
+                draw = self.assembled.sampler.draw
+                batch, values = draw(number, batch, self.state.params, self.constants())
+            self.progress.meter.record_values(values)
         placed = sharding.place_batch(batch)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.step(self.state, placed, *self.constants())

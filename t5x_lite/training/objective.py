@@ -12,10 +12,8 @@ from t5x_lite.adaptation import teacher as teachers
 from t5x_lite.adaptation.teacher import Teacher
 from t5x_lite.batch import Batch, TeacherBatch
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.kernels import api as kernels
 from t5x_lite.model import Transformer, mixed_precision
 from t5x_lite.model.matching import match_logits
-from t5x_lite.sharding import batch_shards, spec
 from t5x_lite.training import frozen_base
 from t5x_lite.training.losses import (
     contrastive,
@@ -23,16 +21,21 @@ from t5x_lite.training.losses import (
     distillation,
     draft_heads,
     early_exit,
+    policy,
+    preferences,
     readout,
 )
 from t5x_lite.training.losses.distillation import DistillationTerms
 from t5x_lite.training.optimizer.param_groups import Selection
+from t5x_lite.training.preference_sums import preference_sums, sample_sums
 from t5x_lite.training.step_values import LossSums, StepContext
+from t5x_lite.training.token_losses import (
+    split_along_rows,
+    token_losses,
+    use_chunked_loss,
+)
 from t5x_lite.utils.not_none import not_none
 
-# Above this many bytes of float32 logits on a device, computing them again for the backward pass (a
-# third more work in the last product) is the smaller evil.
-MAX_LOGIT_BYTES = 1 << 30
 # Folded into the step's key, which dropout splits, for the draw of a head.
 HEAD_KEY = 1 << 31
 # The same for the draw of pairs that do not belong together.
@@ -59,6 +62,13 @@ def make_objective(run: TrainingRun, selection: Selection, teacher: Teacher | No
         params, teacher_params, base = frozen
         params = selection.put(params, mixed_precision.join_slots(selection.take(params), slots))
         params = frozen_base.whole_params(run, params, base, context.key)
+        if run.preferences is not None:
+            reference = base if teacher_params is None else teacher_params
+            sums = preference_sums(transformer, run, params, reference, batch)
+            return sums.objective / total, sums
+        if run.grpo is not None:
+            sums = sample_sums(transformer, run, params, batch, context)
+            return sums.objective / total, sums
         terms = None
         if batch.teacher_data is not None:
             assert run.distillation is not None
@@ -72,6 +82,14 @@ def make_objective(run: TrainingRun, selection: Selection, teacher: Teacher | No
         return sums.objective / total, sums
 
     return objective
+
+
+def count_units(run: TrainingRun, batch: Batch) -> jax.Array:
+    """What the objective of a batch is the mean over: target tokens, pairs or samples."""
+    if run.preferences is not None:
+        return preferences.count_pairs(batch.target_segments).astype(jnp.float32)
+    weights = batch.loss_weights.astype(jnp.float32)
+    return jnp.sum(weights) if run.grpo is None else policy.count_units(run.grpo, weights)
 
 
 def samples_heads(run: TrainingRun) -> bool:
@@ -199,6 +217,24 @@ def token_sums(
     return add_head_losses(sums, heads, hidden, batch, context.key if samples_heads(run) else None)
 
 
+def zero_sums(run: TrainingRun, batch: Batch) -> LossSums:
+    """LossSums of no rows, with the fields that those of the batch have."""
+    zero = jnp.zeros(())
+    sums = LossSums(zero, zero, zero, zero, jnp.zeros((), jnp.int32))
+    if run.model.readout is not None and run.model.readout.kind == "number":
+        sums = sums._replace(correct=None)
+    if run.preferences is not None:
+        names = preferences.mean_names(run.preferences)
+        return sums._replace(units=zero, means=dict.fromkeys(names, zero))
+    if run.grpo is not None:
+        return sums._replace(units=zero, means=dict.fromkeys(policy.MEANS, zero))
+    if batch.teacher_data is not None:
+        sums = sums._replace(divergence=zero, teacher_tokens=zero)
+    if run.model.draft_heads is not None:
+        sums = sums._replace(head_correct=zero, head_targets=zero)
+    return sums
+
+
 def hidden_and_exits(apply, run: TrainingRun, batch: Batch, context: StepContext):
     """Computes the hidden states [b t d] that logits are read from, and LayerSkip's exits.
 
@@ -240,35 +276,3 @@ def add_head_losses(
         head_correct=added.correct,
         head_targets=added.weights,
     )
-
-
-def token_losses(apply, cfg: config.Train, chunked: bool, hidden, targets):
-    """Computes the losses [b t] of targets.
-
-    Args:
-      apply: transformer.apply with its weights.
-      cfg: label smoothing and z-loss.
-      chunked: true to compute the loss without the logits of all targets at once.
-      hidden: [b t d] hidden state of each target.
-      targets: [b t] ids.
-    """
-    targets = split_along_rows(targets)
-    if chunked:
-        return apply(hidden, targets, cfg.label_smoothing, cfg.z_loss, method=Transformer.losses)
-    logits = apply(hidden, method=Transformer.logits)
-    return cross_entropy.cross_entropy(logits, targets, cfg.label_smoothing, cfg.z_loss)
-
-
-def split_along_rows(x: jax.Array) -> jax.Array:
-    """Places x [b t] as rows are that train: split along their length too (Mesh.context)."""
-    return jax.reshard(x, spec("batch length"))
-
-
-def use_chunked_loss(run: TrainingRun, batch: Batch) -> bool:
-    """True if the loss is to be computed without the logits of all targets at once."""
-    choice = run.train.cross_entropy
-    if choice != "auto":
-        return choice == "chunked"
-    logit_bytes = 4 * batch.targets.size * run.model.vocab / batch_shards()
-    fused = kernels.select_backend(run.model.attention) is not None and not run.model.logits_bias
-    return fused or logit_bytes > MAX_LOGIT_BYTES

@@ -19,7 +19,9 @@ from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import callbacks, frozen_base, model_dir, schedules, setup
+from t5x_lite.training.reference import Reference, find_reference
 from t5x_lite.training.reporting import overview, trackers
+from t5x_lite.training.rollouts import check_grpo
 from t5x_lite.utils.paths import parse_path
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -51,8 +53,13 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
     data.check_run_vocabulary(run.model_dir, vocabularies)
     setup.check_vocabulary_sizes(run, vocabularies)
     teacher = distilled_batches.check_teacher(run, vocabularies)
+    reference = find_reference(run)
+    if reference is not None:
+        reference.check()
+    if run.grpo is not None:
+        check_grpo(run, data.open_dataset(source.data, "train").has_inputs)
     if not try_memory:
-        check_memory(run, shapes, teacher if isinstance(teacher, Teacher) else None)
+        check_memory(run, shapes, teacher if isinstance(teacher, Teacher) else reference)
     if setup.check_evaluation(source) is not None:
         with setup.evaluation_errors(run):
             data.check_examples(source.data, run.model.batch_layout, run.data.eval_split)
@@ -77,7 +84,9 @@ def check_initial_weights(run: TrainingRun, vocabularies: tuple) -> None:
             opened.check_fits(run.model, model.shapes(run.model))
 
 
-def check_memory(run: TrainingRun, shapes: TrainState, teacher: Teacher | None = None) -> None:
+def check_memory(
+    run: TrainingRun, shapes: TrainState, teacher: Teacher | Reference | None = None
+) -> None:
     """Raises ValueError if weights, optimizer, gradient and teacher exceed a device's memory.
 
     Activations come on top: the compiled step knows them (`check_step_memory`).
@@ -85,7 +94,7 @@ def check_memory(run: TrainingRun, shapes: TrainState, teacher: Teacher | None =
     Args:
       run: config of the run.
       shapes: shapes and placements of its state.
-      teacher: of a distillation that computes its logits in each step.
+      teacher: of a distillation that computes its logits in each step, or a reference model.
     """
     parts = overview.state_bytes(run, shapes)
     if teacher is not None:
@@ -95,7 +104,9 @@ def check_memory(run: TrainingRun, shapes: TrainState, teacher: Teacher | None =
             ),
             model.shapes(teacher.model),
         )
-        parts["teacher"] = train_state.bytes_per_device(weights)
+        parts["reference" if isinstance(teacher, Reference) else "teacher"] = (
+            train_state.bytes_per_device(weights)
+        )
     remedy = "split the weights over more devices (config.Mesh.fsdp), train a smaller model"
     compare_memory(parts, "besides activations", remedy)
 

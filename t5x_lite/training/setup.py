@@ -2,6 +2,8 @@
 """Assembly of a run from its config, with the checks that need data or devices."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Collection
@@ -12,6 +14,7 @@ import jax
 from t5x_lite import adaptation, config, data, model, processes, sharding
 from t5x_lite.adaptation import distilled_batches, vocabulary_compatibility
 from t5x_lite.adaptation.teacher import Teacher
+from t5x_lite.batch import Batch
 from t5x_lite.checkpoints import matching, train_state, weights
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError, DamagedCheckpointError
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
@@ -30,7 +33,9 @@ from t5x_lite.evaluation.evaluate import (
 from t5x_lite.tokenizers.labels import largest_id_count
 from t5x_lite.training import flops, frozen_base, optimizer, schedules, step, weight_average
 from t5x_lite.training.frozen_base import FrozenBase
+from t5x_lite.training.reference import Reference, find_reference
 from t5x_lite.training.reporting import overview
+from t5x_lite.training.rollouts import Sampler, check_grpo
 from t5x_lite.utils.nearest import suggest
 
 log = logging.getLogger(__name__)
@@ -47,7 +52,8 @@ class AssembledRun(NamedTuple):
       schedule: learning rate by step.
       shapes: TrainState of jax.ShapeDtypeStruct, with placements.
       step: jitted step, from `step.make_step`.
-      teacher: teacher whose weights the step needs; None without one.
+      teacher: teacher, or reference model, whose weights the step needs; None without one.
+      sampler: draws the samples of each step from its batch; None for a run that reads its batches.
     """
 
     run: TrainingRun
@@ -57,7 +63,12 @@ class AssembledRun(NamedTuple):
     schedule: Any
     shapes: TrainState
     step: Any
-    teacher: Teacher | None = None
+    teacher: Teacher | Reference | None = None
+    sampler: Sampler | None = None
+
+    def first_batch(self, step: int) -> Batch:
+        """A batch of the shapes of every step, for the compiler; that of `step` if it is read."""
+        return self.batches.at(step) if self.sampler is None else self.sampler.empty_batch()
 
 
 def assemble_run(run: TrainingRun) -> AssembledRun:
@@ -70,6 +81,9 @@ def assemble_run(run: TrainingRun) -> AssembledRun:
     schedule, update = make_update(run)
     host, hosts = sharding.batch_share()
     source = data.with_run_vocabulary(run).data
+    if run.grpo is not None:
+        # Every host samples for all inputs, one of which is in a row.
+        source, host, hosts = dataclasses.replace(source, pack=False), 0, 1
     batches = data.open_batches(
         source,
         run.model.batch_layout,
@@ -81,12 +95,17 @@ def assemble_run(run: TrainingRun) -> AssembledRun:
     # Modification times are left out: every host may have a copy of its own.
     files = [(part.get("tokens"), part.get("shards")) for part in batches.state().values()]
     processes.check_equal("The training data", json.dumps(files))
-    vocabularies = data.open_dataset(source, "train").vocabularies
+    dataset = data.open_dataset(source, "train")
+    vocabularies = dataset.vocabularies
     data.check_run_vocabulary(run.model_dir, vocabularies)
     check_vocabulary_sizes(run, vocabularies)
     shapes = state_shapes(run, update)
     axes = frozen_base.trained_axes(run)
     batches, teacher = distilled_batches.make_distilled_batches(run, batches, vocabularies)
+    sampler = None
+    if run.grpo is not None:
+        check_grpo(run, dataset.has_inputs)
+        sampler = Sampler(run, vocabularies)
     train_step = step.make_step(run, update, schedule, axes, teacher)
     return AssembledRun(
         run=run,
@@ -96,7 +115,8 @@ def assemble_run(run: TrainingRun) -> AssembledRun:
         schedule=schedule,
         shapes=shapes,
         step=train_step,
-        teacher=teacher,
+        teacher=teacher or find_reference(run),
+        sampler=sampler,
     )
 
 
@@ -117,8 +137,23 @@ def make_update(run: TrainingRun) -> tuple[Any, Any]:
     check_lengths(run, sharding.context_size())
     check_row_lengths(run.model, run.data.lengths, "The model")
     schedule = schedules.learning_rate(run.schedule, run.train.steps)
-    axes = frozen_base.trained_axes(run)
-    return schedule, optimizer.make_optimizer(run.optimizer, schedule, axes, run.train.param_groups)
+    axes, by_update = frozen_base.trained_axes(run), schedule
+    if run.grpo is not None and run.grpo.updates > 1:
+        # The optimizer counts updates, of which a step makes several.
+        by_update = functools.partial(rate_of_update, schedule, run.grpo.updates)
+    update = optimizer.make_optimizer(run.optimizer, by_update, axes, run.train.param_groups)
+    return schedule, update
+
+
+def rate_of_update(schedule: Any, updates: int, count: Any) -> Any:
+    """Learning rate of an update.
+
+    Args:
+      schedule: learning rate by step.
+      updates: updates of a step.
+      count: number of updates before.
+    """
+    return schedule(count // updates)
 
 
 def check_batch(cfg: config.Train) -> None:
@@ -151,6 +186,8 @@ def check_lengths(run: TrainingRun, context: int) -> None:
         "Train.layer_skip": run.train.layer_skip,
         "Run.distillation": run.distillation,
         "Run.contrastive": run.contrastive,
+        "Run.preferences": run.preferences,
+        "Run.grpo": run.grpo,
     }
     bound = [name for name, value in whole_row_options.items() if value is not None]
     config.require(

@@ -19,6 +19,9 @@ class LossSums(NamedTuple):
       teacher_tokens: scalar, targets for which the teacher has a distribution.
       head_correct: scalar, targets that draft heads predicted; None without Model.draft_heads.
       head_targets: scalar, targets that draft heads were to predict.
+      units: scalar, what `objective` and `means` are divided by, in place of `weights`: pairs, or
+        samples; None where that is `weights`.
+      means: sums by the name of what is reported besides; None for nothing.
     """
 
     objective: jax.Array
@@ -30,6 +33,8 @@ class LossSums(NamedTuple):
     teacher_tokens: jax.Array | None = None
     head_correct: jax.Array | None = None
     head_targets: jax.Array | None = None
+    units: jax.Array | None = None
+    means: dict[str, jax.Array] | None = None
 
 
 class StepContext(NamedTuple):
@@ -38,10 +43,12 @@ class StepContext(NamedTuple):
     Attributes:
       key: PRNG key of dropout, skipped layers and the drawn head; None if nothing is random.
       step: int scalar, steps done before this one.
+      update: int scalar, updates by the same samples before this one.
     """
 
     key: jax.Array | None = None
     step: Any = 0
+    update: Any = 0
 
 
 class StepMetrics(NamedTuple):

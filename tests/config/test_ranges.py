@@ -56,6 +56,8 @@ SAMPLES = [
     config.Distillation("teacher", top_k=4),
     config.Lora(rank=8, alpha=16.0),
     config.Contrastive(),
+    config.Preferences("simpo"),
+    config.Grpo("exact_match"),
     config.Compare(),
 ]
 

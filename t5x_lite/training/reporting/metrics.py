@@ -14,6 +14,7 @@ from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import flops
 from t5x_lite.training.step import StepMetrics
 from t5x_lite.utils.exit_status import FAILURE
+from t5x_lite.utils.not_none import not_none
 
 
 class Diverged(ValueError):
@@ -64,7 +65,7 @@ class StepCost:
 
 def step_cost(run: TrainingRun) -> StepCost:
     """Positions and FLOPs of a step of this run, and the peak of all chips if it is known."""
-    lengths, rows = run.data.lengths, run.train.batch_size
+    lengths, rows = run.data.lengths, flops.step_rows(run)
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     return StepCost(
         positions=rows * sum(flops.row_lengths(run.model.batch_layout, lengths)),
@@ -79,6 +80,7 @@ class Meter:
     def __init__(self, train: config.Train, cost: StepCost, totals: RunTotals):
         self.train, self.cost, self.totals = train, cost, totals
         self.window: list[tuple[int, StepMetrics]] = []
+        self.values: list[dict[str, float]] = []
         self.waited = self.waited_before = 0.0
         self.began = time.perf_counter()
 
@@ -94,6 +96,10 @@ class Meter:
         self.window.append((step, metrics))
         if len(self.window) > 2:
             jax.block_until_ready(self.window[-3][1].learning_rate)
+
+    def record_values(self, values: dict[str, float]) -> None:
+        """Records numbers of a step by name, which a line has the mean of."""
+        self.values.append(values)
 
     @contextlib.contextmanager
     def pause(self):
@@ -124,7 +130,8 @@ class Meter:
         self.totals.target_tokens += sum_over_steps("weights", steps)
         self.totals.tokens += sum_over_steps("tokens", steps)
         line = self.line(steps, seconds) | {"seconds": self.totals.seconds}
-        self.window, self.waited, self.began = [], 0.0, time.perf_counter()
+        self.window, self.values, self.waited = [], [], 0.0
+        self.began = time.perf_counter()
         return line
 
     def line(self, steps: list[StepMetrics], seconds: float) -> dict[str, float]:
@@ -140,9 +147,12 @@ class Meter:
             max(sum_over_steps("weights", finite), 1.0),
             sum_over_steps("tokens", steps),
         )
+        counted = weights
+        if steps[0].sums.units is not None:
+            counted = max(sum_over_steps("units", finite), 1.0)
         line = {
             "loss": sum_over_steps("loss", finite) / weights,
-            "objective": sum_over_steps("objective", finite) / weights,
+            "objective": sum_over_steps("objective", finite) / counted,
             "gradient_norm": float(steps[-1].gradient_norm),
             "learning_rate": float(steps[-1].learning_rate),
             "skipped": int(sum(bool(metrics.skipped) for metrics in steps)),
@@ -161,6 +171,11 @@ class Meter:
         if steps[0].sums.head_targets is not None:
             targets = max(sum_over_steps("head_targets", finite), 1.0)
             line["heads_accuracy"] = 100 * sum_over_steps("head_correct", finite) / targets
+        for name in steps[0].sums.means or ():
+            values = [not_none(metrics.sums.means)[name] for metrics in finite]
+            line[name] = float(np.sum(values, dtype=np.float64)) / counted
+        for name in self.values[0] if self.values else ():
+            line[name] = float(np.mean([values[name] for values in self.values]))
         if self.cost.peak:
             line["mfu"] = self.cost.flops / line["step_seconds"] / self.cost.peak
         return line

@@ -53,8 +53,12 @@ class StepProgress:
 def format_metrics(values: dict[str, float], left: float | None) -> str:
     """One line of metrics; `left` is the estimate of seconds to go, None if there is none."""
     parts = [] if left is None else [f"ETA {format_duration(left)}"]
+    parts.append(f"loss {values['loss']:.4f}")
+    if "reward" in values:
+        parts.append(f"reward {values['reward']:.3g}")
+    if "preference_accuracy" in values:
+        parts.append(f"preferred {values['preference_accuracy']:.3g} %")
     parts += [
-        f"loss {values['loss']:.4f}",
         f"{format_count(values['target_tokens_per_second'])} target tok/s",
         f"{format_count(values['tokens_per_second'])} tok/s",
         f"padding {values['padding']:.0%}",
