@@ -50,7 +50,7 @@ class PairReference(NamedTuple):
 
 
 class SampleData(NamedTuple):
-    """What a policy-gradient step knows of the samples in the targets of a batch.
+    """Numbers of a policy-gradient step for the samples in the targets of a batch.
 
     Attributes:
       advantages: [b t] float32, that of the row's sample at each of its tokens.

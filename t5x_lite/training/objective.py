@@ -85,7 +85,7 @@ def make_objective(run: TrainingRun, selection: Selection, teacher: Teacher | No
 
 
 def count_units(run: TrainingRun, batch: Batch) -> jax.Array:
-    """What the objective of a batch is the mean over: target tokens, pairs or samples."""
+    """Counts what the objective of a batch is the mean over: target tokens, pairs or samples."""
     if run.preferences is not None:
         return preferences.count_pairs(batch.target_segments).astype(jnp.float32)
     weights = batch.loss_weights.astype(jnp.float32)

@@ -37,7 +37,7 @@ def preference_sums(
         frozen = text_losses(transformer, run, reference_params, batch)
         scores = preferences.score_pairs(-frozen.objective, weights, batch.target_segments)
         reference = jax.lax.stop_gradient(scores.sums)
-    pairs = preferences.pair_losses(cfg, texts, reference)
+    pairs = preferences.preference_losses(cfg, texts, reference)
 
     def sum_pairs(values):
         return jnp.sum(jnp.where(texts.there, values, 0))

@@ -19,7 +19,7 @@ from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import callbacks, frozen_base, model_dir, schedules, setup
-from t5x_lite.training.reference import Reference, find_reference
+from t5x_lite.training.reference import ReferenceModel, find_reference
 from t5x_lite.training.reporting import overview, trackers
 from t5x_lite.training.rollouts import check_grpo
 from t5x_lite.utils.paths import parse_path
@@ -85,7 +85,7 @@ def check_initial_weights(run: TrainingRun, vocabularies: tuple) -> None:
 
 
 def check_memory(
-    run: TrainingRun, shapes: TrainState, teacher: Teacher | Reference | None = None
+    run: TrainingRun, shapes: TrainState, teacher: Teacher | ReferenceModel | None = None
 ) -> None:
     """Raises ValueError if weights, optimizer, gradient and teacher exceed a device's memory.
 
@@ -104,7 +104,7 @@ def check_memory(
             ),
             model.shapes(teacher.model),
         )
-        parts["reference" if isinstance(teacher, Reference) else "teacher"] = (
+        parts["reference" if isinstance(teacher, ReferenceModel) else "teacher"] = (
             train_state.bytes_per_device(weights)
         )
     remedy = "split the weights over more devices (config.Mesh.fsdp), train a smaller model"

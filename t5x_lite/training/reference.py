@@ -11,7 +11,7 @@ from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.utils.not_none import not_none
 
 
-class Reference(NamedTuple):
+class ReferenceModel(NamedTuple):
     """A checkpoint whose weights are the reference's.
 
     Attributes:
@@ -49,7 +49,7 @@ class Reference(NamedTuple):
             raise ValueError(f"{self.field}: {error}") from error
 
 
-def find_reference(run: TrainingRun) -> Reference | None:
+def find_reference(run: TrainingRun) -> ReferenceModel | None:
     """The reference model of a run; None where it compares with none, with log-probabilities of
     its files, or with its own frozen weights without adapters."""
     settings = run.preferences or run.grpo
@@ -58,7 +58,7 @@ def find_reference(run: TrainingRun) -> Reference | None:
     if getattr(run.data.task, "reference", None) is not None:
         return None
     if settings.reference is not None:
-        return Reference(settings.reference, run.model, f"{type(settings).__name__}.reference")
+        return ReferenceModel(settings.reference, run.model, f"{type(settings).__name__}.reference")
     if run.lora is not None:
         return None
-    return Reference(not_none(run.checkpoint.initial), run.model, "Checkpoint.initial")
+    return ReferenceModel(not_none(run.checkpoint.initial), run.model, "Checkpoint.initial")

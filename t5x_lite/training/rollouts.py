@@ -144,8 +144,8 @@ class Sampler:
         batch = self.sample_batch(sampled)
         host, hosts = sharding.batch_share()
         size = len(batch.targets) // hosts
-        own = slice(host * size, (host + 1) * size)
-        placed = sharding.place_batch(jax.tree.map(lambda rows: rows[own], batch))
+        local = slice(host * size, (host + 1) * size)
+        placed = sharding.place_batch(jax.tree.map(lambda rows: rows[local], batch))
         scores = jax.device_get(self.score(params, *constants, placed))
         inside = batch.loss_weights > 0
         gap = self.compare(step, sampled, scores, inside)
@@ -157,7 +157,7 @@ class Sampler:
         )
         batch = batch._replace(teacher_data=samples)
         return Rollout(
-            jax.tree.map(lambda rows: rows[own], batch),
+            jax.tree.map(lambda rows: rows[local], batch),
             {
                 "reward": float(reward.mean()),
                 "reward_deviation": float(reward.std()),

@@ -33,7 +33,7 @@ from t5x_lite.evaluation.evaluate import (
 from t5x_lite.tokenizers.labels import largest_id_count
 from t5x_lite.training import flops, frozen_base, optimizer, schedules, step, weight_average
 from t5x_lite.training.frozen_base import FrozenBase
-from t5x_lite.training.reference import Reference, find_reference
+from t5x_lite.training.reference import ReferenceModel, find_reference
 from t5x_lite.training.reporting import overview
 from t5x_lite.training.rollouts import Sampler, check_grpo
 from t5x_lite.utils.nearest import suggest
@@ -63,7 +63,7 @@ class AssembledRun(NamedTuple):
     schedule: Any
     shapes: TrainState
     step: Any
-    teacher: Teacher | Reference | None = None
+    teacher: Teacher | ReferenceModel | None = None
     sampler: Sampler | None = None
 
     def first_batch(self, step: int) -> Batch:

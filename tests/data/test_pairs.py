@@ -46,7 +46,7 @@ def open_pairs(described, tmp_path, layout, split="train", **fields):
 
 
 def texts_of(batch, row, segment) -> tuple[bytes, bytes]:
-    """Input and target of a segment of a row, as bytes without ends."""
+    """Input and target of a segment of a row of a batch, as bytes without ends."""
     here = batch.target_segments[row] == segment
     if batch.inputs is None:
         read = batch.targets[row][here & batch.prefix[row]]
@@ -60,7 +60,7 @@ def texts_of(batch, row, segment) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize("pack", [True, False])
 def test_both_texts_of_a_pair_stand_side_by_side(described, tmp_path, layout, pack):
     batches = open_pairs(described, tmp_path, layout, pack=pack)
-    seen, most = [], 0
+    numbers, most = [], 0
     for step in range(20):
         batch = batches.at(step)
         for row in range(4):
@@ -78,9 +78,9 @@ def test_both_texts_of_a_pair_stand_side_by_side(described, tmp_path, layout, pa
                 # The number of the record, which the reference's score is of.
                 number = int(-scores[0])
                 assert prompt == (chr(97 + number % 26) * (1 + number % 7)).encode()
-                seen.append(number)
+                numbers.append(number)
     assert most == 2 if not pack else most > 2
-    assert set(seen) == set(range(COUNT))
+    assert set(numbers) == set(range(COUNT))
 
 
 def test_evaluation_reads_the_chosen_texts_alone(described, tmp_path):

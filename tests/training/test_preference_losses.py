@@ -34,7 +34,7 @@ def softplus(x):
 
 
 def pair_reference(cfg, sums, lengths, reference):
-    """Losses [b k] by the papers' formulas, each written out."""
+    # Each paper's formula, written out.
     chosen, rejected = sums[..., 0], sums[..., 1]
     if cfg.loss in ("dpo", "ipo"):
         chosen, rejected = chosen - reference[..., 0], rejected - reference[..., 1]
@@ -52,7 +52,7 @@ def pair_reference(cfg, sums, lengths, reference):
 
 
 def policy_reference(cfg, new, old, reference, advantages, inside):
-    """The objective of GRPO summed over tokens and averaged, one token after another."""
+    # One token after another.
     total, units = 0.0, 0.0
     for row in range(len(new)):
         places = np.flatnonzero(inside[row])
@@ -79,7 +79,7 @@ def policy_reference(cfg, new, old, reference, advantages, inside):
 
 
 def differences(f, x, epsilon=1e-6):
-    """Gradient of a scalar f at x by central differences, in float64."""
+    """Gradient of a scalar f at x by central differences of epsilon, in float64."""
     gradient = np.zeros_like(x)
     for place in np.ndindex(x.shape):
         step = np.zeros_like(x)
@@ -97,18 +97,18 @@ def test_losses_of_pairs_and_their_gradients_are_those_of_the_papers(cfg):
     def computed(sums):
         scores = preferences.PairScores(sums, jnp.float32(lengths), there)
         frozen = jnp.float32(reference) if cfg.has_reference else None
-        return preferences.pair_losses(cfg, scores, frozen)
+        return preferences.preference_losses(cfg, scores, frozen)
 
-    found = computed(jnp.float32(sums))
+    losses = computed(jnp.float32(sums))
     expected = pair_reference(cfg, sums, lengths, reference)
-    np.testing.assert_allclose(found.loss, expected, rtol=2e-6)
+    np.testing.assert_allclose(losses.loss, expected, rtol=2e-6)
     gradient = jax.grad(lambda x: jnp.sum(computed(x).loss))(jnp.float32(sums))
     by_hand = differences(lambda x: pair_reference(cfg, x, lengths, reference).sum(), sums)
     np.testing.assert_allclose(gradient, by_hand, rtol=2e-5, atol=1e-6)
-    assert set(found.means) == set(preferences.mean_names(cfg))
-    margin = found.means["chosen_reward"] - found.means["rejected_reward"]
-    np.testing.assert_allclose(found.means["reward_margin"], margin, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(found.means["preference_accuracy"], 100.0 * (margin > 0))
+    assert set(losses.means) == set(preferences.mean_names(cfg))
+    margin = losses.means["chosen_reward"] - losses.means["rejected_reward"]
+    np.testing.assert_allclose(losses.means["reward_margin"], margin, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(losses.means["preference_accuracy"], 100.0 * (margin > 0))
 
 
 def test_odds_are_finite_at_the_ends():
@@ -172,7 +172,7 @@ def grpo_run(name="encoder_decoder", mesh=DATA, samples=4, microbatches=1, **fie
 
 
 def token_log_probabilities(params, cfg, batch) -> np.ndarray:
-    """Of each target of a batch, from the logits of the whole model, float64."""
+    # From the logits of the whole model.
     logits = np.float64(model.Transformer(cfg).apply({"params": params}, batch))
     logits -= logits.max(axis=-1, keepdims=True)
     chosen = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
@@ -186,7 +186,7 @@ def texts_of(values, batch) -> np.ndarray:
 
 
 def objective_of(run, params, batch, reference=None):
-    """Value and gradient of the objective of one microbatch, and its sums."""
+    # Value, sums and gradient for one microbatch.
     axes = model.axes(run.model)
     function = objective.make_objective(run, Selection((), axes), None)
     units = objective.count_units(run, batch)
@@ -260,7 +260,7 @@ def test_the_loss_at_the_reference_is_log_2(name):
 
 
 def samples_batch(name="encoder_decoder", advantage=None, seed=0):
-    """Rows of one sample each, with random advantages and log-probabilities."""
+    # A sample in each row, with random advantages, unless they are named, and log-probabilities.
     batch, draw = toy_batch(name, rows=16, seed=seed), np.random.default_rng(seed)
     one = batch.target_segments == 1
     batch = batch._replace(

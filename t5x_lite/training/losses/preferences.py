@@ -35,7 +35,7 @@ class PairScores(NamedTuple):
     there: Bool[Array, "b k"]
 
 
-class PairLosses(NamedTuple):
+class PreferenceLosses(NamedTuple):
     """Loss of each pair, and what is reported of it.
 
     Attributes:
@@ -48,7 +48,7 @@ class PairLosses(NamedTuple):
 
 
 def mean_names(cfg: config.Preferences) -> tuple[str, ...]:
-    """Names of PairLosses.means."""
+    """Names of PreferenceLosses.means."""
     return (*MEANS, KL) if cfg.has_reference else MEANS
 
 
@@ -95,9 +95,9 @@ def by_pair(values: Float[Array, "b t"]) -> Float[Array, "b k 2"]:
     return jax.lax.reshape(values, shape, out_sharding=spec("batch whole whole"))
 
 
-def pair_losses(
+def preference_losses(
     cfg: config.Preferences, policy: PairScores, reference: Float[Array, "b k 2"] | None
-) -> PairLosses:
+) -> PreferenceLosses:
     """Computes the loss of each pair from its scores.
 
     Args:
@@ -122,7 +122,7 @@ def pair_losses(
     if reference is not None:
         # The mean log-ratio is KL(model, reference) where the model has written the texts.
         means[KL] = jnp.mean((policy.sums - reference) / policy.lengths, axis=-1)
-    return PairLosses(loss_of_margin(cfg, margin, likelihood), means)
+    return PreferenceLosses(loss_of_margin(cfg, margin, likelihood), means)
 
 
 def loss_of_margin(cfg: config.Preferences, margin, likelihood) -> Float[Array, "b k"]:
