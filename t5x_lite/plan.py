@@ -127,6 +127,11 @@ def check_options(args: argparse.Namespace, run: config.Run) -> None:
         raise ValueError(
             "A plan knows of no teacher: --gin.config.Run.distillation=None plans the student alone"
         )
+    if not args.decode and (run.preferences is not None or run.grpo is not None):
+        raise ValueError(
+            "A plan knows of no reference and no samples: --gin.config.Run.preferences=None "
+            "--gin.config.Files.rejected=None, or --gin.config.Run.grpo=None, plans the model alone"
+        )
 
 
 def report_plan(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
