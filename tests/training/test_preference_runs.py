@@ -11,7 +11,7 @@ import pytest
 from hub_toys import write_folders
 from test_fine_tuning import flags
 
-from t5x_lite import train
+from t5x_lite import interactive, train
 from t5x_lite.checkpoints import manager
 
 WORDS = ("abc", "bca", "cab", "aab", "bbca", "ccab", "a", "acbacb")
@@ -121,13 +121,32 @@ def test_the_reference_of_adapters_is_the_model_without_them(place, folders):
 
 @pytest.mark.slow
 def test_scores_of_a_file_take_the_place_of_a_reference(place, folders):
-    fields = {"Files.reference": '("reference_chosen", "reference_rejected")', "Data.pack": False}
-    assert train.main(pair_flags(place, folders / "hf", steps=1, **fields)) == 0
-    line = logged(place)[0]
-    assert line["train/objective"] != pytest.approx(np.log(2), abs=1e-3)
-    orpo = [f"--gin.MODEL_DIR={place / 'other'}", *bind({"Preferences.loss": "orpo"})]
-    assert train.main(pair_flags(place, folders / "hf", *orpo, steps=1)) == 0
-    assert "train/kl" in line and "train/kl" not in logged(place, "other")[0]
+    """Those of the checkpoint itself give the loss at the reference, log 2; others do not."""
+    session = interactive.load(folders / "hf")
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"exact_{side}"] = session.score(row["prompt"], row[side])
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = {}
+    for name in ("exact", "reference"):
+        fields = {
+            "Files.reference": f'("{name}_chosen", "{name}_rejected")',
+            "Files.broken": "stop",
+            "Run.model_dir": place / name,
+        }
+        assert train.main(pair_flags(place, folders / "hf", steps=1, **fields)) == 0
+        losses[name] = logged(place, name)[0]["train/objective"]
+    assert losses["exact"] == pytest.approx(np.log(2), abs=1e-5)
+    assert losses["reference"] != pytest.approx(np.log(2), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_odds_need_no_reference(place, folders):
+    fields = {"Preferences.loss": "orpo", "Preferences.beta": 0.5}
+    assert train.main(pair_flags(place, folders / "hf", steps=4, **fields)) == 0
+    first, *_, last = logged(place)
+    assert "train/kl" not in first and last["train/objective"] < first["train/objective"]
 
 
 @pytest.mark.slow
