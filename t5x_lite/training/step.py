@@ -48,10 +48,45 @@ def make_step(
       it donates the state. With Run.lora, `base` are the frozen weights, as `frozen_base` has them;
       with Run.preferences, `teacher_params` are the reference's, None for those of `base`.
     """
+    update = make_batch_update(run, optimizer, schedule, axes, teacher)
+    updates = 1 if run.grpo is None else run.grpo.updates
+
+    def step(state: TrainState, batch: Batch, teacher_params: Any = None, base: Any = None):
+        context, constants = step_context(run, state), (teacher_params, base)
+        batch = contrastive.weigh_pairs(batch) if run.contrastive else batch
+        if updates == 1:
+            return update(state, batch, context, constants)
+        return repeat_updates(update, updates, state, batch, (context, constants))
+
+    # Donated, all new weights wait in temporary memory for the norm: on CPU its pages are fetched
+    # anew each step unless `host.keep_freed` was called (65 against 48 ms for 1.4M weights;
+    # with it 51 and 51, and 4 % less time at 77M).
+    return jax.jit(step, donate_argnums=() if kernels.target_device().platform == "cpu" else 0)
+
+
+def make_batch_update(
+    run: TrainingRun,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    axes: Any,
+    teacher: Teacher | None,
+) -> Callable:
+    """Builds one update by a batch: gradient, norm, new weights.
+
+    Args:
+      run: config of the run.
+      optimizer: from `optimizer.make_optimizer`.
+      schedule: learning rate by the number of steps that were not skipped.
+      axes: tree of the axis names of what trains.
+      teacher: teacher whose logits are computed; None without one.
+
+    Returns:
+      update(state, batch, context, constants) -> (state, StepMetrics); `constants` are the weights
+      of teacher or reference, and the frozen ones.
+    """
     selection = Selection(run.train.param_groups, axes)
     trained_axes = selection.take(axes)
     differentiated = jax.value_and_grad(make_objective(run, selection, teacher), has_aux=True)
-    updates = 1 if run.grpo is None else run.grpo.updates
 
     def update(state: TrainState, batch: Batch, context: StepContext, constants: tuple[Any, Any]):
         frozen = (state.params, *constants)
@@ -69,17 +104,7 @@ def make_step(
         state = weight_average.follow_weights(run.train, selection, state, finite)
         return state, StepMetrics(sums, schedule(count), norm, ~finite, state.consecutive, squares)
 
-    def step(state: TrainState, batch: Batch, teacher_params: Any = None, base: Any = None):
-        context, constants = step_context(run, state), (teacher_params, base)
-        batch = contrastive.weigh_pairs(batch) if run.contrastive else batch
-        if updates == 1:
-            return update(state, batch, context, constants)
-        return repeat_updates(update, updates, state, batch, (context, constants))
-
-    # Donated, all new weights wait in temporary memory for the norm: on CPU its pages are fetched
-    # anew each step unless `host.keep_freed` was called (65 against 48 ms for 1.4M weights;
-    # with it 51 and 51, and 4 % less time at 77M).
-    return jax.jit(step, donate_argnums=() if kernels.target_device().platform == "cpu" else 0)
+    return update
 
 
 def repeat_updates(

@@ -268,7 +268,10 @@ def test_what_cannot_be_rewarded_is_refused_at_the_door(
     "fields, message",
     [
         ({"Files.rejected": None}, "bind Files.rejected, the field of the text"),
-        ({"Files.rejected": "missing"}, "rows.jsonl, line 1: no field 'missing'"),
+        (
+            {"Files.rejected": "missing", "Files.broken": "stop"},
+            "rows.jsonl, line 1: no field 'missing'",
+        ),
         ({"Data.stream": True}, "bind Data.stream = False"),
         ({"Preferences.loss": "kto"}, "Preferences.loss must be"),
         ({"Preferences.loss": "orpo", "Preferences.reference": "x"}, "is for dpo and ipo; orpo"),
@@ -276,7 +279,11 @@ def test_what_cannot_be_rewarded_is_refused_at_the_door(
         ({"Preferences.reference": "/nowhere"}, "Preferences.reference: .*/nowhere"),
         ({"Checkpoint.initial": None}, "compares with a reference model: bind Preferences.ref"),
         ({"Run.grpo": "@config.Grpo()", "Grpo.reward": "per"}, "are two objectives"),
-        ({"Files.reference": '("prompt", "chosen")'}, "field 'prompt' is 'abc', not a log-prob"),
+        ({"Files.reference": '("prompt", "chosen")'}, "Files.broken = .stop"),
+        (
+            {"Files.reference": '("prompt", "chosen")', "Files.broken": "stop"},
+            "field 'prompt' is 'abc', not a log-prob",
+        ),
     ],
 )
 def test_pairs_that_cannot_be_compared_are_refused_at_the_door(
