@@ -133,9 +133,9 @@ def test_scores_of_a_file_take_the_place_of_a_reference(place, folders):
         fields = {
             "Files.reference": f'("{name}_chosen", "{name}_rejected")',
             "Files.broken": "stop",
-            "Run.model_dir": place / name,
         }
-        assert train.main(pair_flags(place, folders / "hf", steps=1, **fields)) == 0
+        folder = f"--gin.MODEL_DIR={place / name}"
+        assert train.main(pair_flags(place, folders / "hf", folder, steps=1, **fields)) == 0
         losses[name] = logged(place, name)[0]["train/objective"]
     assert losses["exact"] == pytest.approx(np.log(2), abs=1e-5)
     assert losses["reference"] != pytest.approx(np.log(2), abs=1e-3)
@@ -150,8 +150,9 @@ def test_odds_need_no_reference(place, folders):
 
 
 @pytest.mark.slow
-def test_rewards_rise_and_sampler_and_trainer_agree(place, folders):
+def test_rewards_rise_and_sampler_and_trainer_agree(place, folders, functions):
     fields = {"Grpo.kl_weight": 0.0, "Schedule.peak": 0.02, "Evaluate.examples": 4}
+    fields |= {"Grpo.reward": f"{functions}.share_of_a"}
     assert train.main(grpo_flags(place, folders / "hf", steps=25, **fields)) == 0
     lines = logged(place)
     rewards = [line["train/reward"] for line in lines]
@@ -182,6 +183,9 @@ REWARDS = """
 def first_letter(input, texts, references):
     assert isinstance(input, str) and len(references) == 1
     return [float(text[:1] == input[-1:]) for text in texts]
+
+def share_of_a(input, texts, references):
+    return [text.count("a") / max(len(text), 1) for text in texts]
 
 def fails(input, texts, references):
     raise KeyError("weights")
