@@ -213,6 +213,8 @@ class Training:
             for done in range(self.start, stop):
                 with self.saving_on_failure(done):
                     number, batch = next(batches)
+                    weights = self.state.params, self.constants()
+                    batch = self.assembled.draw_batch(number, batch, weights, self.progress.meter)
                 self.call_back("before_step", number)
                 self.profiler.before_step(number - self.start)
                 self.take_step(number, batch, batches.waited)
@@ -263,11 +265,6 @@ class Training:
           waited: seconds that the loop has waited for batches so far.
         """
         self.progress.meter.record_batch(waited)
-        if self.assembled.sampler is not None:
-            with self.saving_on_failure(number):
-                draw = self.assembled.sampler.draw
-                batch, values = draw(number, batch, self.state.params, self.constants())
-            self.progress.meter.record_values(values)
         placed = sharding.place_batch(batch)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.step(self.state, placed, *self.constants())

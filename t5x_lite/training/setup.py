@@ -70,6 +70,21 @@ class AssembledRun(NamedTuple):
         """A batch of the shapes of every step, for the compiler; that of `step` if it is read."""
         return self.batches.at(step) if self.sampler is None else self.sampler.empty_batch()
 
+    def draw_batch(self, step: int, batch: Batch, weights: tuple[Any, Any], meter: Any) -> Batch:
+        """Batch of a step: what was read, or the samples that the model draws for it.
+
+        Args:
+          step: number of steps done before.
+          batch: what was read.
+          weights: those that train; and the reference's and the frozen ones.
+          meter: records what is reported of the samples.
+        """
+        if self.sampler is None:
+            return batch
+        rollout = self.sampler.draw(step, batch, *weights)
+        meter.record_values(rollout.values)
+        return rollout.batch
+
 
 def assemble_run(run: TrainingRun) -> AssembledRun:
     """Sets the mesh, opens the data, and builds the step.
