@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is the mean of the last five checkpoints better than the last one? Held-out loss, several seeds.
 
-Adapts decoder-only models that were pretrained on Python's standard library, of about 1M, 4M and
-15M parameters, as configs/runs/adapt_stdlib_tiny.gin does, with a constant rate and with a cosine,
+Adapts decoder-only models that were pretrained on Python's standard library, of about 0.8M, 3M and
+13M parameters, as configs/runs/adapt_stdlib_tiny.gin does, with a constant rate and with a cosine,
 and measures on the validation split:
 
   last       the last checkpoint
@@ -32,7 +32,7 @@ from t5x_lite.evaluation.evaluate import Evaluator
 PACKAGES = ["jax", "jaxlib", "flax", "optax"]
 PRETRAIN, ADAPT = "configs/runs/stdlib_gemma2_tiny.gin", "configs/runs/adapt_stdlib_tiny.gin"
 # Layers, width and feed-forward width of a tower, in place of those of the file.
-SIZES = {"1M": (2, 64, 192), "4M": (4, 128, 384), "15M": (6, 256, 768)}
+SIZES = {"0.8M": (2, 64, 192), "3M": (4, 128, 384), "13M": (6, 256, 768)}
 SCHEDULES = {
     "constant": (),
     "cosine": ("config.Schedule.kind='cosine'", "config.Schedule.floor=0.1"),
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
     if options.quick:
-        options.sizes, options.schedules, options.seeds = ["1M"], ["constant"], 1
+        options.sizes, options.schedules, options.seeds = ["0.8M"], ["constant"], 1
         options.steps, options.pretraining = 15, 10
     rows = []
     for size in options.sizes:
