@@ -113,7 +113,8 @@ def machine_line(record: dict) -> str:
     if isinstance(machine, dict):
         load = "/".join(map(str, machine["load"]))
         cores = f"{machine['cores']} core{'s' if machine['cores'] != 1 else ''}"
-        machine = f"{machine['processor']}, {cores}, {machine['memory_gib']} GiB, load {load}"
+        name = " ".join([machine["processor"], *machine.get("units", ())])
+        machine = f"{name}, {cores}, {machine['memory_gib']} GiB, load {load}"
     if isinstance(versions, dict):
         versions = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"{machine}; {versions}"

@@ -32,12 +32,18 @@ def first_line(path: str, beginning: str) -> str:
         return ""
 
 
+# Instructions for products of int8 and bfloat16, by Linux's names.
+UNITS = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "i8mm", "bf16")
+
+
 def machine() -> dict:
-    """Processor, cores that this process may use, memory in GiB, and system."""
+    """Processor, its units, cores that this process may use, memory in GiB, and system."""
+    flags = first_line("/proc/cpuinfo", "flags") or first_line("/proc/cpuinfo", "Features")
     affinity = getattr(os, "sched_getaffinity", None)
     memory = first_line("/proc/meminfo", "MemTotal").split()
     return {
         "processor": first_line("/proc/cpuinfo", "model name") or platform.processor(),
+        "units": [unit for unit in UNITS if unit in flags.split()],
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "memory_gib": round(int(memory[0]) / 2**20, 1) if memory else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
