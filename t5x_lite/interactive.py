@@ -256,6 +256,7 @@ class Session:
         from t5x_lite.evaluation import embed
 
         check_argument("pooling", pooling, str | None)
+        check_argument("prompt", prompt, str | None)
         check_callback("on_progress", on_progress)
         reader = self.predictor.for_compute(self.decode.compute)
         vectors = embed.embed(reader, list_texts(texts), pooling, on_progress, prompt)

@@ -27,7 +27,10 @@ BOUND = {
     ("DraftHeadLoss", "own"): ("heads_g2p", "0.5"),
     ("Model", "activations"): ("g2p", "bfloat16"),
     ("Model", "blockwise"): ("heads_g2p", "None"),
-    ("Model", "pooling"): ("g2p", '@config.Readout()\nconfig.Readout.kind="number"'),
+    ("Model", "pooling"): (
+        "g2p",
+        '@config.Readout()\nconfig.Readout.kind="number"\nconfig.Train.label_smoothing=0.0',
+    ),
     ("Model", "start"): ("g2p", "3"),
     ("Model", "starts_prompts"): ("g2p", "False"),
     ("Pooling", "kind"): ("sentence_t5", "first"),
