@@ -98,7 +98,7 @@ def test_unspellable_languages_and_what_is_not_an_expression_are_refused():
     refused("repeats parts to 1,000,000 states", regex="(a{1000}){1000}")
     refused("needs more than 100,000 states", regex="(a|b)*a(a|b){17}")
     refused("shortest text of Decode.regex has 9 tokens", regex="a{8}", max_new_tokens=8)
-    refused("No text of Decode.regex with Decode.force_words", regex="a*", force_words=("b",))
+    refused("with Decode.force_words allows no text at all", regex="a*", force_words=("b",))
     with pytest.raises(ValueError, match="can follow one of Decode.regex and Decode.choices"):
         config.Decode(regex="a", choices=("b",))
     with pytest.raises(ValueError, match=r"min_new_tokens may forbid .* Decode.regex allows"):
