@@ -269,7 +269,7 @@ def test_what_cannot_hold_for_a_row_is_refused():
     refused("No part of input 1 can be", texts=["a", "é"], span_of_input=True, max_new_tokens=2)
     refused("shortest text .* has 4 tokens", grammar='root ::= "aaa"', max_new_tokens=3)
     refused("Decode.grammar line 1", grammar="root ::= (")
-    refused("No text of Decode.regex with Decode.bad_words", regex="a+", bad_words=("a",))
+    refused("with Decode.bad_words allows no text at all", regex="a+", bad_words=("a",))
     refused("bad_words has an empty one", bad_words=("",))
     refused("stop has an empty one", stop=("",))
     refused("Decode.span_of_input goes with no other rule", span_of_input=True, bad_words=("a",))
