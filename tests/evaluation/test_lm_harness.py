@@ -5,13 +5,11 @@ Both read the same folder of transformers, in float32 on the CPU, with tasks of 
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("lm_eval")
 import lm_eval.api.registry  # noqa: E402
 import lm_eval.models.huggingface  # noqa: E402
@@ -23,6 +21,20 @@ from parity import shaken  # noqa: E402
 from t5x_lite import config  # noqa: E402
 from t5x_lite import eval as evaluation  # noqa: E402
 from t5x_lite.evaluation import lm_harness  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    """Keeps the harness and the libraries that it loads from asking the hub."""
+    import datasets
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for module in (constants, datasets.config):
+            patch.setattr(module, "HF_HUB_OFFLINE", True)
+        yield
+
 
 WORDS = [f"w{i}" for i in range(24)]
 EMPTY = 3  # number of the row whose context is empty
