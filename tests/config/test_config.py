@@ -9,8 +9,8 @@ from t5x_lite import config
 from t5x_lite.config import gin_file
 
 G2P = ["configs/runs/g2p.gin"]
-# Files that are read with more: of finetune.gin, a checkpoint decides the model.
-PARTS = ("common.gin", "finetune.gin")
+# Files that are read with more: a checkpoint decides the model of classify.gin and finetune.gin.
+PARTS = ("classify.gin", "common.gin", "finetune.gin")
 RUNS = sorted(str(path) for path in Path("configs/runs").glob("*.gin") if path.name not in PARTS)
 
 
