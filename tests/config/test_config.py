@@ -76,7 +76,7 @@ def test_a_wrong_binding_is_named_with_what_would_be_right(binding, words):
         ("import os\nconfig.Run.seed = 1", ["bad.gin:1", "import os"]),
         ("config.Run.seed = 1\nfrom os import path", ["bad.gin:2"]),
         ("config.Run.seed = [1,\n", ["bad.gin"]),
-        ("include 'runs/g2q.gin'\n", ["runs/g2q.gin", "did you mean configs/runs/g2p.gin?"]),
+        ("include 'runs/g2q.gin'\n", ["runs/g2q.gin", "did you mean configs/runs/g2p.gin or "]),
         ("config.Model.vocab = 3\n", ["No config.Run"]),
         ("config.Run.seed = 1\n", ["config.Run is not complete", "model_dir"]),
         ("", ["No config.Run"]),

@@ -64,7 +64,7 @@ def test_a_field_that_describes_a_file_is_a_path():
             if words and list(texts(hint)):
                 described.add((owner, name))
     marked = {(owner, name) for owner, name in path_fields()}
-    assert described <= marked and len(marked) == 13
+    assert described <= marked and len(marked) == 15
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ def test_every_path_of_a_config_refuses_an_unknown_store(owner, name):
         config.HubDataset: config.HubDataset("a/b", config.Vocabulary("bytes")),
         config.Adaptation: config.Adaptation("x"),
         config.Distillation: config.Distillation("x", top_k=3),
+        config.Grpo: config.Grpo("exact_match"),
     }.get(owner) or owner()
     value: Any = "nowhere://bucket/x"
     if owner is config.Compare:
