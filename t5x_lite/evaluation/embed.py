@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from t5x_lite import config, decoding, model
-from t5x_lite.decoding import generation
+from t5x_lite import config, model
 from t5x_lite.decoding.request import check_ids, check_positions, decoder_prompt
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.model.computation import with_dtype_of
@@ -81,11 +80,8 @@ def embed(
     width = readout.project or cfg.last_stack.embed
     embeddings = np.zeros((len(ids), width), np.float32)
     done = 0
-    for places in predictor.batches(ids):
-        rows = [ids[place] for place in places]
-        rows += [rows[0]] * (predictor.padded_rows(len(places)) - len(places))
-        padded = decoding.pad_rows(rows, decoding.bucket_length(max(map(len, rows))))
-        vectors = pooled_vectors(cfg, params, *generation.shard_rows(padded))
+    for places, rows in predictor.padded_batches(ids):
+        vectors = pooled_vectors(cfg, params, *rows)
         embeddings[places] = jax.device_get(vectors)[: len(places)]
         done += len(places)
         if on_progress:

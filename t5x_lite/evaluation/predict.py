@@ -11,6 +11,7 @@ import numpy as np
 
 from t5x_lite import config, decoding, sharding
 from t5x_lite.data import built_in
+from t5x_lite.decoding import generation
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
 from t5x_lite.decoding.request import (
     check_examples,
@@ -352,6 +353,17 @@ class Predictor:
             batch.append(place)
         if batch:
             yield batch
+
+    def padded_batches(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any]]:
+        """Yields indices of a batch's inputs, and their ids [b t] and lengths [b] on the mesh.
+
+        Rows after those of the indices repeat the first one.
+        """
+        for places in self.batches(ids):
+            rows = [ids[place] for place in places]
+            rows += [rows[0]] * (self.padded_rows(len(places)) - len(places))
+            padded = decoding.pad_rows(rows, decoding.bucket_length(max(map(len, rows))))
+            yield places, generation.shard_rows(padded)
 
     def padded_rows(self, count: int) -> int:
         """Number of rows to pad `count` to: one that the mesh can split, of few different ones."""

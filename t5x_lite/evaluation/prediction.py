@@ -3,7 +3,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from t5x_lite import config, decoding
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.union import draft_sources
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
-from t5x_lite.utils.exit_status import OutOfMemoryError, is_out_of_memory
+from t5x_lite.utils.exit_status import naming_lack_of_memory
 from t5x_lite.utils.not_none import not_none
 
 
@@ -154,25 +154,19 @@ def drafter_names(drafting: decoding.Drafting) -> tuple[str, ...]:
     return draft_sources(drafter.drafter if isinstance(drafter, Adaptive) else drafter)
 
 
-@contextlib.contextmanager
-def naming_longest(lengths: Sequence[int], decode: config.Decode) -> Generator[None]:
-    """Context in which a lack of memory is one sentence with remedies.
+def naming_longest(
+    lengths: Sequence[int], decode: config.Decode
+) -> contextlib.AbstractContextManager[None]:
+    """Context in which a lack of memory is one sentence that names the longest input.
 
     Args:
       lengths: numbers of tokens of the inputs of a batch.
       decode: config of decoding.
-
-    Raises:
-      OutOfMemoryError: the device or the host has too little memory for the batch.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or ["the host has too little"])[0]
-        raise OutOfMemoryError(
-            f"Out of memory ({reason:.300}) for {len(lengths)} inputs, the longest of "
+    return naming_lack_of_memory(
+        lambda reason: (
+            f"Out of memory ({reason}) for {len(lengths)} inputs, the longest of "
             f"{max(lengths):,} tokens, and {decode.max_new_tokens:,} new ones: shorten the "
             "longest, lower Decode.max_new_tokens, or decode fewer at once (batch_size)"
-        ) from error
+        )
+    )

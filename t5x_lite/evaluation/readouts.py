@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from t5x_lite import config, decoding, model
+from t5x_lite import config, model
 from t5x_lite.batch import Batch
 from t5x_lite.config.readout import OUTSIDE
-from t5x_lite.decoding import generation
 from t5x_lite.decoding.request import check_ids, check_positions, decoder_prompt
 from t5x_lite.evaluation.label_metrics import LabeledOutputs
 from t5x_lite.evaluation.predict import Predictor
@@ -164,13 +163,8 @@ def compute_outputs(
         ids = [decoder_prompt(cfg, predictor.without_start(list(row))) for row in ids]
     check_ids(cfg, "Text", ids)
     outputs: dict[int, np.ndarray] = {}
-    for places in predictor.batches(ids):
-        rows = [ids[place] for place in places]
-        rows += [rows[0]] * (predictor.padded_rows(len(places)) - len(places))
-        padded = decoding.pad_rows(rows, decoding.bucket_length(max(map(len, rows))))
-        read = np.asarray(
-            jax.device_get(read_rows(cfg, predictor.params, *generation.shard_rows(padded)))
-        )
+    for places, rows in predictor.padded_batches(ids):
+        read = np.asarray(jax.device_get(read_rows(cfg, predictor.params, *rows)))
         for row, place in enumerate(places):
             length = len(ids[place]) if not_none(cfg.readout).kind == "tags" else 1
             outputs[place] = read[row, :length]

@@ -15,7 +15,7 @@ from t5x_lite import processes
 from t5x_lite.config import gin_file
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data import derived
-from t5x_lite.utils.exit_status import OutOfMemoryError, is_out_of_memory
+from t5x_lite.utils import exit_status
 from t5x_lite.utils.paths import cache_folder
 
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -132,21 +132,12 @@ def surviving_output() -> Generator[None]:
         sys.stdout, sys.stderr = before
 
 
-@contextlib.contextmanager
-def naming_lack_of_memory() -> Generator[None]:
-    """Context in which a lack of memory is one sentence with remedies.
-
-    Raises:
-      OutOfMemoryError: the device or the host has too little memory for the run.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or ["the host has too little"])[0]
-        raise OutOfMemoryError(
-            f"Out of memory ({reason[:300]}). Lower Train.batch_size, raise Train.microbatches, "
+def naming_lack_of_memory() -> contextlib.AbstractContextManager[None]:
+    """Context in which a lack of memory is one sentence with the remedies of a run."""
+    return exit_status.naming_lack_of_memory(
+        lambda reason: (
+            f"Out of memory ({reason}). Lower Train.batch_size, raise Train.microbatches, "
             "bind Train.remat = 'full', or split weights and optimizer over devices with "
             "Mesh.fsdp; python -m t5x_lite.plan reports what fits"
-        ) from error
+        )
+    )
