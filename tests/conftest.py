@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import os
 import signal
 import time
@@ -223,7 +224,7 @@ def open_once():
 
 
 @pytest.fixture(scope="session", params=["s3", "gs"])
-def store(request, open_once):
+def shared_store(request, open_once):
     """A server that stands in for a store of objects, with the variables that lead to it."""
     pytest.importorskip({"s3": "s3fs", "gs": "gcsfs"}[request.param])
     from t5x_lite.utils import remote_paths
@@ -235,3 +236,10 @@ def store(request, open_once):
         remote_paths.prepare_stores.cache_clear()
         yield each
         patch.delenv("TENSORSTORE_GCS_HTTP_URL", raising=False)
+
+
+@pytest.fixture
+def store(shared_store, request):
+    """The store of objects, with a folder of this test alone: tests share the server."""
+    shared_store.folder = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
+    return shared_store

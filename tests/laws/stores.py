@@ -26,6 +26,7 @@ class Store:
     Attributes:
       scheme: "s3" or "gs".
       port: of the proxy.
+      folder: of the test that runs; addresses lie in it.
       requests: method and path of every request.
       fails: called with method and path of each request; "503" answers so, "reset" cuts the
         connection, "" lets it pass.
@@ -34,6 +35,7 @@ class Store:
 
     def __init__(self, scheme: str, upstream: int):
         self.scheme, self.upstream = scheme, upstream
+        self.folder = "all"
         self.requests: list[tuple[str, str]] = []
         self.fails: Callable[[str, str], str] = lambda method, path: ""
         self.body_bytes = 0
@@ -43,7 +45,7 @@ class Store:
         self.port = self.server.server_address[1]
 
     def address(self, name: str) -> str:
-        return f"{self.scheme}://{BUCKET}/{name}"
+        return f"{self.scheme}://{BUCKET}/{self.folder}/{name}"
 
     def environment(self) -> dict[str, str]:
         url = f"http://127.0.0.1:{self.port}"
