@@ -18,7 +18,7 @@ COMMANDS = {
 FLOORS = (
     {"__main__"},
     COMMANDS,
-    {"demo"},
+    {"demo", "serving"},
     {"interactive", "comparison", "planning"},
     {"training", "analysis"},
     {"evaluation", "export"},
