@@ -31,12 +31,14 @@ class TextRequest(NamedTuple):
       decode: config of decoding, complete: limit, sampling, stops, constraint, log-probabilities.
       adapter: name of the adapter of the engine; "" for the model without one.
       deadline: `time.monotonic()` after which the text is no longer wanted; None for never.
+      streamed: sends a chunk after every block; if False, one with the whole text at the end.
     """
 
     prompt: str | Sequence[int]
     decode: config.Decode
     adapter: str = ""
     deadline: float | None = None
+    streamed: bool = True
 
 
 class CompletionChunk(NamedTuple):

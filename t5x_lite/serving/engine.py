@@ -2,7 +2,6 @@
 """Engine that writes the texts of many requests: a queue, and one thread that computes."""
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections import Counter, deque
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from t5x_lite import config
-from t5x_lite.evaluation import streaming
+from t5x_lite import config, sharding
+from t5x_lite.decoding.drafters import registry
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.serving.completion import (
     Completion,
@@ -23,37 +22,17 @@ from t5x_lite.serving.completion import (
     QueueFullError,
     TextRequest,
 )
+from t5x_lite.serving.lane import Lane
+from t5x_lite.serving.limits import DEFAULT_LIMITS, EngineLimits
+from t5x_lite.serving.row_text import (
+    DEFAULTS,
+    LaneKey,
+    RowText,
+)
 
-# Fields of config.Decode that need several rows for one text, or another model beside it.
-UNSERVED = {"beams": 1, "n_best": 1, "search": "", "choose": "", "companion": ""}
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineLimits:
-    """Sizes of an engine: they decide its memory, and the shapes of its few programs.
-
-    Attributes:
-      rows: texts that are written at the same time.
-      max_inputs: most ids of an input.
-      max_new_tokens: most new tokens of a text.
-      block: forward passes between two looks at the queue.
-      prefill_tokens: ids of inputs that are read between two blocks, about.
-      queue: requests that may wait.
-    """
-
-    rows: int = 16
-    max_inputs: int = 512
-    max_new_tokens: int = 256
-    block: int = 4
-    prefill_tokens: int = 512
-    queue: int = 256
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            config.require(
-                getattr(self, field.name) >= 1,
-                f"EngineLimits.{field.name} must be 1 or more; got {getattr(self, field.name)}",
-            )
+# Fields of config.Decode that need several rows for one text, a table for each text, or another
+# model beside it.
+UNSERVED = ("beams", "n_best", "search", "choose", "companion", "span_of_input", "token_healing")
 
 
 class EngineGauges(NamedTuple):
@@ -83,17 +62,20 @@ class EngineGauges(NamedTuple):
 class Engine:
     """Writes completions; one thread computes, any thread may submit.
 
-    The text of a request is that of `Predictor.predict` for it alone.
+    The text of a request is that of `Predictor.predict` for it alone, whatever else is written, in
+    whatever order requests arrive.
 
     Attributes:
       limits: sizes.
       predictors: the model by name of the adapter; "" without one.
+      waiting: texts that have no row yet, in order of arrival.
+      lanes: rows by their settings, the one used last at the end.
     """
 
     def __init__(
         self,
         predictor: Predictor,
-        limits: EngineLimits = EngineLimits(),
+        limits: EngineLimits = DEFAULT_LIMITS,
         adapters: Mapping[str, Predictor] | None = None,
     ):
         """Starts the thread, which computes on the mesh in force.
@@ -102,15 +84,25 @@ class Engine:
           predictor: the model.
           limits: sizes.
           adapters: predictors of `with_adapters`, which share the model's weights, by name.
+
+        Raises:
+          ValueError: the mesh cannot split the rows.
         """
-        self.limits, self.predictors = limits, {"": predictor, **(adapters or {})}
-        self.waiting: deque[Completion] = deque()
-        self.calls: deque[tuple[Callable[[], Any], Future]] = deque()
-        self.changed = threading.Condition()
-        self.closing = False
-        self.rows_used, self.passes, self.finished = 0, 0, Counter[str]()
-        self.prompt_tokens, self.tokens, self.accepted = 0, 0, 0
         self.mesh = jax.sharding.get_mesh()
+        shards = sharding.batch_shards()
+        config.require(
+            limits.rows % shards == 0,
+            f"EngineLimits.rows {limits.rows} cannot be split over {shards} parts of the mesh: "
+            "take a multiple",
+        )
+        self.limits, self.predictors = limits, {"": predictor, **(adapters or {})}
+        self.waiting: deque[RowText] = deque()
+        self.calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self.lanes: dict[LaneKey, Lane] = {}
+        self.changed = threading.Condition()
+        self.closing = self.aborting = False
+        self.passes, self.finished = 0, Counter[str]()
+        self.prompt_tokens, self.tokens, self.accepted = 0, 0, 0
         self.thread = threading.Thread(target=self.run_loop, name="engine", daemon=True)
         self.thread.start()
 
@@ -132,44 +124,50 @@ class Engine:
           QueueFullError: `limits.queue` requests wait already.
           EngineClosedError: the engine is closing.
         """
-        self.check_request(request)
-        completion = Completion(request, on_chunk)
+        self.check_open()
+        text = self.prepare_text(Completion(request, on_chunk))
         with self.changed:
-            if self.closing:
-                raise EngineClosedError("The engine is closing and takes no more requests")
-            if len(self.waiting) >= self.limits.queue:
-                raise QueueFullError(f"{self.limits.queue} requests wait already: try again later")
-            self.waiting.append(completion)
+            self.check_open()
+            self.waiting.append(text)
             self.changed.notify()
-        return completion
+        return text.completion
 
-    def check_request(self, request: TextRequest) -> None:
-        """Raises ValueError for a request that the engine cannot serve."""
-        decode = request.decode
+    def check_open(self) -> None:
+        """Raises EngineClosedError or QueueFullError where the engine takes no request now."""
+        if self.closing:
+            raise EngineClosedError("The engine is closing and takes no more requests")
+        if len(self.waiting) >= self.limits.queue:
+            raise QueueFullError(f"{self.limits.queue} requests wait already: try again later")
+
+    def prepare_text(self, completion: Completion) -> RowText:
+        """Returns the row of a completion.
+
+        Raises:
+          ValueError: the engine cannot serve the request.
+        """
+        request, decode = completion.request, completion.request.decode
         if request.adapter not in self.predictors:
             names = ", ".join(filter(None, self.predictors)) or "none"
             raise ValueError(f"There is no adapter {request.adapter!r}; there are: {names}")
-        for name, value in UNSERVED.items():
-            if getattr(decode, name) != value:
+        predictor = self.predictors[request.adapter]
+        for name in UNSERVED:
+            if getattr(decode, name) != DEFAULTS[name]:
                 raise ValueError(f"Decode.{name} is not served in shared rows: leave it out")
         if decode.max_new_tokens > self.limits.max_new_tokens:
             raise ValueError(
                 f"Decode.max_new_tokens {decode.max_new_tokens} is above the engine's limit, "
                 f"{self.limits.max_new_tokens}"
             )
-        ids = self.encode_prompt(request)
+        registry.check_names(predictor.cfg, decode)
+        ids = request.prompt
+        ids = predictor.encode_inputs([ids])[0] if isinstance(ids, str) else [*ids]
         if len(ids) > self.limits.max_inputs:
             raise ValueError(
                 f"The input has {len(ids)} tokens, and the engine's limit is "
                 f"{self.limits.max_inputs}: shorten it"
             )
-        self.predictors[request.adapter].check_inputs([ids], decode)
-
-    def encode_prompt(self, request: TextRequest) -> list[int]:
-        """Returns the ids of a prompt."""
-        if isinstance(request.prompt, str):
-            return self.predictors[request.adapter].encode_inputs([request.prompt])[0]
-        return [*request.prompt]
+        predictor.check_inputs([ids], decode)
+        return RowText(completion, predictor, ids, self.limits.max_new_tokens)
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Runs a function in the engine's thread between two blocks: embeddings, scores, beams.
@@ -192,7 +190,7 @@ class Engine:
         """Returns the numbers of the engine now."""
         return EngineGauges(
             rows=self.limits.rows,
-            rows_used=self.rows_used,
+            rows_used=sum(lane.used for lane in [*self.lanes.values()]),
             queued=len(self.waiting),
             finished=dict(self.finished),
             prompt_tokens=self.prompt_tokens,
@@ -205,70 +203,167 @@ class Engine:
         """Takes no more requests, ends those that it has, and waits for the thread's end.
 
         Args:
-          drain: finishes texts and queue; False cancels them.
+          drain: finishes the texts, those that wait too; False cancels them.
         """
         with self.changed:
-            self.closing = True
-            if not drain:
-                for completion in self.waiting:
-                    completion.cancel()
+            self.closing, self.aborting = True, self.aborting or not drain
             self.changed.notify()
         self.thread.join()
 
     def run_loop(self) -> None:
-        """Computes until the engine is closed and its queue is empty."""
-        with contextlib.nullcontext() if self.mesh.empty else jax.set_mesh(self.mesh):
-            while True:
-                with self.changed:
-                    self.changed.wait_for(lambda: self.waiting or self.calls or self.closing)
-                    calls, self.calls = self.calls, deque()
-                    completion = self.waiting.popleft() if self.waiting else None
-                for function, future in calls:
-                    run_call(function, future)
-                if completion is not None:
-                    self.write_text(completion)
-                elif self.closing and not self.calls:
-                    return
-
-    def write_text(self, completion: Completion) -> None:
-        """Writes one completion from its first chunk to its last."""
-        self.rows_used = 1
+        """Computes until the engine is closed and every text has ended."""
         try:
-            reason = self.stop_reason(completion) or self.write_pieces(completion)
-        except Exception as error:  # the client is told, and the next text begins
-            completion.error, reason = error, "error"
-        self.rows_used = 0
-        self.finished[reason] += 1
-        completion.on_chunk(CompletionChunk("", [], [], reason))
+            with contextlib.nullcontext() if self.mesh.empty else jax.set_mesh(self.mesh):
+                while self.wait_for_work():
+                    self.run_calls()
+                    self.drop_unwanted()
+                    self.admit_waiting()
+                    for lane in [*self.lanes.values()]:
+                        if lane.used:
+                            self.advance_lane(lane)
+        except BaseException as error:  # nobody else would end what waits
+            self.closing = True
+            self.fail([*self.waiting, *self.list_texts()], error)
+            for _, future in self.calls:
+                future.set_exception(error)
+            raise
 
-    def write_pieces(self, completion: Completion) -> FinishReason:
-        """Sends the chunks of a text, and returns why it has ended."""
-        request = completion.request
-        predictor, last = self.predictors[request.adapter], -1
-        text = predictor.inputs.decode(self.encode_prompt(request))
-        pieces = streaming.stream_text(predictor, text, request.decode, self.limits.block)
-        for piece in pieces:
-            completion.usage.tokens += len(piece.tokens)
-            self.tokens += len(piece.tokens)
-            last = piece.tokens[-1] if piece.tokens else last
-            completion.on_chunk(CompletionChunk(piece.text, piece.tokens, []))
-            if reason := self.stop_reason(completion):
-                return reason
-        whole = completion.usage.tokens >= request.decode.max_new_tokens
-        return "length" if whole and last not in predictor.targets.stops else "stop"
+    def list_texts(self) -> list[RowText]:
+        """The texts that have a row."""
+        return [text for lane in self.lanes.values() for text in lane.texts if text is not None]
 
-    def stop_reason(self, completion: Completion) -> FinishReason | None:
-        """Returns why a text is to end now; None if it goes on."""
-        if completion.cancelled.is_set():
+    def wait_for_work(self) -> bool:
+        """Waits until there is something to do; False once the engine is closed and empty."""
+
+        def ready() -> bool:
+            return bool(self.waiting or self.calls or self.list_texts())
+
+        with self.changed:
+            self.changed.wait_for(lambda: ready() or self.closing)
+            return ready()
+
+    def run_calls(self) -> None:
+        """Runs the functions of `call`."""
+        while self.calls:
+            function, future = self.calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
+
+    def drop_unwanted(self) -> None:
+        """Ends the texts that are cancelled or past their deadline, with a row or without."""
+        with self.changed:
+            ends = {text: self.end_reason(text) for text in [*self.waiting, *self.list_texts()]}
+            self.waiting = deque(text for text in self.waiting if ends[text] is None)
+        for lane in self.lanes.values():
+            lane.remove([text for text, reason in ends.items() if reason is not None])
+        for text, reason in ends.items():
+            if reason is not None:
+                self.send(text, reason)
+
+    def end_reason(self, text: RowText) -> FinishReason | None:
+        """Returns why a text is to end before its time; None if it goes on."""
+        completion = text.completion
+        if self.aborting or completion.cancelled.is_set():
             return "cancelled"
         deadline = completion.request.deadline
         return "expired" if deadline is not None and time.monotonic() > deadline else None
 
+    def admit_waiting(self) -> None:
+        """Gives free rows to waiting texts, as many as the budget of inputs allows."""
+        budget = self.limits.prefill_budget
+        while budget > 0:
+            lane, texts = self.take_alike()
+            if not texts:
+                return
+            try:
+                lane = lane or self.open_lane(texts[0])
+                lane.join(texts)
+            except Exception as error:
+                self.fail(texts, error)
+                self.drop_lane(texts[0].key, error)
+                continue
+            read = sum(text.completion.usage.prompt_tokens for text in texts)
+            self.prompt_tokens += read
+            budget -= lane.rows_of_prefill(texts[0]) * sum(texts[0].widths())
 
-def run_call(function: Callable[[], Any], future: Future) -> None:
-    """Runs a function, and gives its future the outcome."""
-    if future.set_running_or_notify_cancel():
+    def take_alike(self) -> tuple[Lane | None, list[RowText]]:
+        """Takes the oldest text that has a free row, and others that are read in one program.
+
+        A text whose settings wait for a lane holds up the younger ones, so that it gets one.
+
+        Returns:
+          Their lane, None for one that is still to be opened, and the texts.
+        """
+        with self.changed:
+            for first in self.waiting:
+                lane = self.lanes.get(first.key)
+                if lane is None:
+                    busy = [each for each in self.lanes.values() if each.used]
+                    most = 1 if len(busy) < self.limits.lanes else 0
+                else:
+                    most = min(len(lane.free), lane.rows_of_prefill(first))
+                if most:
+                    alike = [text for text in self.waiting if text.is_read_with(first)][:most]
+                    for text in alike:
+                        self.waiting.remove(text)
+                    return lane, alike
+                if lane is None:
+                    break
+        return None, []
+
+    def open_lane(self, text: RowText) -> Lane:
+        """Returns a new lane for a text, in place of an idle one if there are too many."""
+        if len(self.lanes) >= self.limits.lanes:
+            idle = next(key for key, lane in self.lanes.items() if not lane.used)
+            del self.lanes[idle]
+        lane = Lane(text.key, self.predictors[text.key.adapter], self.limits)
+        self.lanes[text.key] = lane
+        return lane
+
+    def advance_lane(self, lane: Lane) -> None:
+        """Writes a block of the texts of a lane, and sends what is new."""
         try:
-            future.set_result(function())
+            advanced = lane.advance()
         except Exception as error:
-            future.set_exception(error)
+            self.drop_lane(lane.key, error)
+            return
+        self.passes += lane.passes
+        for text, added, reason in advanced:
+            self.tokens += added
+            if reason is not None or text.completion.request.streamed:
+                self.send(text, reason)
+
+    def send(self, text: RowText, reason: FinishReason | None) -> None:
+        """Sends what is new of a text.
+
+        Args:
+          text: the text.
+          reason: why it has ended; None if it goes on.
+        """
+        try:
+            text.completion.on_chunk(text.chunk(reason))
+        except Exception as error:
+            if reason is None:
+                self.lanes[text.key].remove([text])
+            self.fail([text], error)
+            return
+        if reason is not None:
+            self.accepted += text.completion.usage.accepted
+            self.finished[reason] += 1
+
+    def fail(self, texts: list[RowText], error: BaseException) -> None:
+        """Ends texts with an error."""
+        for text in texts:
+            text.completion.error = error
+            self.finished["error"] += 1
+            with contextlib.suppress(Exception):  # a listener that fails has no other
+                text.completion.on_chunk(CompletionChunk("", [], [], "error"))
+
+    def drop_lane(self, key: LaneKey, error: BaseException) -> None:
+        """Ends the texts of a lane with an error, and frees its rows."""
+        lane = self.lanes.pop(key, None)
+        if lane is not None:
+            self.fail([text for text in lane.texts if text is not None], error)

@@ -103,9 +103,22 @@ def find_stops(decode: config.Decode, vocabulary: TextVocabulary, vocab: int) ->
     Raises:
       ValueError: the vocabulary does not say what its ids write.
     """
-    if not decode.stop:
-        return None
-    automaton = find_texts([each.encode() for each in decode.stop])
+    return compile_stops(tuple(decode.stop), vocabulary, vocab) if decode.stop else None
+
+
+@functools.lru_cache(maxsize=32)
+def compile_stops(stop: tuple[str, ...], vocabulary: TextVocabulary, vocab: int) -> StopTable:
+    """Returns the table of texts that end a row, once for each.
+
+    Args:
+      stop: the texts.
+      vocabulary: vocabulary of the new texts.
+      vocab: size of the model's vocabulary.
+
+    Raises:
+      ValueError: the vocabulary does not say what its ids write.
+    """
+    automaton = find_texts([each.encode() for each in stop])
     moves = token_transitions(automaton, vocabulary_bytes(vocabulary), vocab, "Decode.stop")
     # Tokens that write nothing change nothing.
     here = np.arange(len(moves.following), dtype=np.int32)[:, None]

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text of one completion: its request for the decoding loop, and its tokens so far."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t5x_lite import config, decoding
+from t5x_lite.decoding.request import bucket_length
+from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.evaluation.prediction import TokenScore
+from t5x_lite.evaluation.steered_rows import SteeredRows
+from t5x_lite.serving.completion import Completion, CompletionChunk, FinishReason
+
+# Fields of config.Decode that are arrays by row: requests that differ in them share a program.
+BY_ROW = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "epsilon_cutoff", "eta_cutoff"),
+    *("dynatemp_range", "dynatemp_exponent", "seed", "stop", "target_prefix"),
+)
+# Fields that are parameters of rows too, of rules that cost a pass over the vocabulary: requests
+# that have the rule share a program, whatever the parameter.
+RULES_BY_ROW = (
+    *("typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    "min_new_tokens",
+)
+# Alternatives of a token are counted in steps of so many, so that few programs have them.
+ALTERNATIVES = 5
+
+
+class LaneKey(NamedTuple):
+    """Settings of rows that share a pool.
+
+    Attributes:
+      adapter: name of the adapter.
+      decode: config whose fields by row have their defaults.
+      prompts: width of the beginnings of an encoder-decoder's targets; 0 for a lone decoder.
+      rules: those of RULES_BY_ROW that the rows have.
+    """
+
+    adapter: str
+    decode: config.Decode
+    prompts: int
+    rules: tuple[str, ...]
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(config.Decode)}
+
+
+def shared_decode(decode: config.Decode, max_new_tokens: int, vocab: int) -> config.Decode:
+    """Returns a config whose fields by row have their defaults.
+
+    Args:
+      decode: config of one request.
+      max_new_tokens: that of all of them.
+      vocab: size of the vocabulary, of which no token can have more alternatives.
+    """
+    logprobs = decode.logprobs
+    if logprobs is not None:
+        logprobs = min(-(-logprobs // ALTERNATIVES) * ALTERNATIVES, vocab)
+    same = {name: DEFAULTS[name] for name in (*BY_ROW, *RULES_BY_ROW)}
+    changes = same | {"max_new_tokens": max_new_tokens, "logprobs": logprobs}
+    return dataclasses.replace(decode, **changes)
+
+
+class RowText:
+    """Text of one completion, from its request to its end.
+
+    Attributes:
+      completion: the completion.
+      key: settings that its row shares with others.
+      request: its row for the decoding loop, on the host.
+      decode: config of decoding.
+      tokens: new tokens so far.
+      sent: text so far that is in a chunk.
+    """
+
+    def __init__(
+        self, completion: Completion, predictor: Predictor, ids: Sequence[int], max_new_tokens: int
+    ):
+        """Prepares the row.
+
+        Args:
+          completion: the completion.
+          predictor: the model that its request names.
+          ids: ids of its input.
+          max_new_tokens: most new tokens of any text of the engine.
+
+        Raises:
+          ValueError: a stop or a constraint cannot be followed.
+        """
+        self.completion, self.vocabulary = completion, predictor.targets
+        vocabularies = predictor.inputs, predictor.targets
+        self.steered = SteeredRows(predictor.cfg, vocabularies, [ids], completion.request.decode)
+        self.decode = self.steered.decode
+        self.request = self.steered.request([0], 1)._replace(stop=None)
+        self.stops = self.steered.tables["stop"]
+        self.stop_state = 0 if self.stops is None else int(self.stops.start)
+        self.tokens: list[int] = []
+        self.scores: list[TokenScore] = []
+        self.sent, self.unsent = "", 0
+        completion.usage.prompt_tokens = len(ids)
+        cfg, decode = predictor.cfg, self.decode
+        self.key = LaneKey(
+            adapter=completion.request.adapter,
+            decode=shared_decode(decode, max_new_tokens, cfg.vocab),
+            prompts=self.widths()[1] if cfg.encoder is not None else 0,
+            rules=tuple(name for name in RULES_BY_ROW if getattr(decode, name) != DEFAULTS[name]),
+        )
+
+    def is_read_with(self, other: "RowText") -> bool:
+        """True if one program reads this text and another one into the same pool."""
+        same = all(
+            getattr(self.decode, name) == getattr(other.decode, name) for name in RULES_BY_ROW
+        )
+        return same and self.key == other.key and self.widths() == other.widths()
+
+    def widths(self) -> tuple[int, int]:
+        """Widths of its input and prompt, each a bucket; the first is 0 without an encoder."""
+        inputs, prompts = self.request.inputs, self.request.prompts
+        return 0 if inputs is None else inputs.shape[1], prompts.shape[1]
+
+    def add(
+        self, tokens: list[int], scores: list[TokenScore], accepted: Sequence[bool], done: bool
+    ) -> FinishReason | None:
+        """Adds new tokens, up to the one that completes a stop string.
+
+        Args:
+          tokens: the tokens.
+          scores: of them; empty without Decode.logprobs.
+          accepted: of them, whether a drafter had proposed it.
+          done: the row has ended.
+
+        Returns:
+          Why the text has ended; None if it goes on.
+        """
+        count, stopped = self.find_stop(tokens)
+        self.tokens += tokens[:count]
+        self.scores += scores[:count]
+        usage = self.completion.usage
+        usage.tokens, usage.accepted = len(self.tokens), usage.accepted + sum(accepted[:count])
+        if stopped:
+            return "stop"
+        if not done:
+            return None
+        return "stop" if self.tokens and self.tokens[-1] in self.vocabulary.stops else "length"
+
+    def find_stop(self, tokens: Sequence[int]) -> tuple[int, bool]:
+        """Returns how many tokens belong to the text, and whether they complete a stop string."""
+        if self.stops is None:
+            return len(tokens), False
+        for count, token in enumerate(tokens, 1):
+            self.stop_state = int(self.stops.following[self.stop_state, self.stops.classes[token]])
+            if self.stop_state == self.stops.last:
+                return count, True
+        return len(tokens), False
+
+    def chunk(self, reason: FinishReason | None) -> CompletionChunk:
+        """Returns what is new since the last chunk.
+
+        Args:
+          reason: why the text has ended; None if it goes on.
+        """
+        text = self.steered.write_text(0, self.tokens, growing=reason is None)
+        if reason is None:
+            # What a tokenizer may still drop or complete waits for the next chunk.
+            text = text.rstrip("\ufffd").rstrip()
+            text = text if text.startswith(self.sent) else self.sent
+        new, self.sent = text[len(self.sent) :], text
+        first, self.unsent = self.unsent, len(self.tokens)
+        return CompletionChunk(new, self.tokens[first:], self.scores[first:], reason)
+
+
+def join_requests(
+    texts: Sequence[RowText], rows: int, inputs: int, prompts: int
+) -> decoding.Request:
+    """Returns the rows of several texts, filled up with the first one.
+
+    Args:
+      texts: the texts.
+      rows: number of rows.
+      inputs: width of the inputs.
+      prompts: width of the prompts.
+    """
+    filled = [*texts, *[texts[0]] * (rows - len(texts))]
+    requests = [text.request.drop_shared() for text in filled]
+
+    def join(name: str, width: int | None = None) -> np.ndarray | None:
+        arrays = [getattr(request, name) for request in requests]
+        if arrays[0] is None:
+            return None
+        if width is not None:
+            arrays = [np.pad(each, ((0, 0), (0, width - each.shape[1]))) for each in arrays]
+        return np.concatenate(arrays)
+
+    names = ("inputs_length", "prompts_length", "limit", "seed", "row")
+    joined: dict[str, Any] = {name: join(name) for name in names}
+    joined |= {"inputs": join("inputs", inputs), "prompts": join("prompts", prompts)}
+    return decoding.Request(**joined)
+
+
+def prompts_width(predictor: Predictor, max_inputs: int, beginning: int) -> int:
+    """Width of the prompts of a pool.
+
+    Args:
+      predictor: the model.
+      max_inputs: ids of the longest input.
+      beginning: width of the prompt of one request.
+    """
+    if predictor.cfg.encoder is not None:
+        return beginning
+    return bucket_length(max_inputs + predictor.cfg.add_bos)
