@@ -57,8 +57,8 @@ class PoolProgram(NamedTuple):
         return min(self.block * steps, self.program.length)
 
 
-class Pool(NamedTuple):
-    """Rows of the pool; a value, on the mesh. Rows that nothing has joined yet are done.
+class RowPool(NamedTuple):
+    """Rows of a pool; a value, on the mesh. Rows that nothing has joined yet are done.
 
     Attributes:
       request: prompt, inputs and limit of each row; without what rows share.
@@ -140,7 +140,7 @@ class PrefillSizes(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def empty_pool(
     pool: PoolProgram, sizes: PrefillSizes, arguments: DecodeArguments, joining: JoiningRows
-) -> Pool:
+) -> RowPool:
     """Returns a pool of zeros, in which every row is done.
 
     Args:
@@ -167,9 +167,9 @@ def join_pool(
     pool: PoolProgram,
     sizes: PrefillSizes,
     arguments: DecodeArguments,
-    rows: Pool,
+    rows: RowPool,
     joining: JoiningRows,
-) -> Pool:
+) -> RowPool:
     """Reads requests, and writes each over a row of the pool.
 
     Args:
@@ -194,7 +194,7 @@ def join_pool(
 
 def read_rows(
     pool: PoolProgram, sizes: PrefillSizes, arguments: DecodeArguments, joining: JoiningRows
-) -> Pool:
+) -> RowPool:
     """Encodes inputs, fills a cache with prompts, and returns the first state of the rows.
 
     Args:
@@ -217,7 +217,7 @@ def read_rows(
     context = pool_context(pool, arguments, request, encoded, rules)
     drafter_state = program.drafter.begin(context)
     state = initial_state(context, cache, slots, drafter_state)
-    return Pool(request, joining.sampling, encoded, state)
+    return RowPool(request, joining.sampling, encoded, state)
 
 
 def pad_inputs(encoded: model.EncoderMemory, size: int) -> model.EncoderMemory:
@@ -257,9 +257,9 @@ def advance_pool(
     pool: PoolProgram,
     used: tuple[str, ...] | None,
     arguments: DecodeArguments,
-    rows: Pool,
+    rows: RowPool,
     wanted: Bool[Array, " b"],
-) -> tuple[Pool, PoolStep]:
+) -> tuple[RowPool, PoolStep]:
     """Decodes a block of steps, or until every row is done.
 
     Args:

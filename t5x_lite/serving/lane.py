@@ -66,7 +66,7 @@ class Lane:
             block=limits.block,
         )
         self.arguments: DecodeArguments | None = None
-        self.pool: pool.Pool | None = None
+        self.pool: pool.RowPool | None = None
 
     @property
     def used(self) -> int:
