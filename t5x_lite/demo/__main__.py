@@ -2,7 +2,6 @@
 """python -m t5x_lite.demo: a local page for one model, or for several side by side."""
 
 import argparse
-import socket
 import sys
 from typing import Annotated
 
@@ -12,8 +11,7 @@ from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, Range
 from t5x_lite.demo.limits import Limits
 from t5x_lite.utils.extras import install_command
-from t5x_lite.utils.hub_names import source_argument
-from t5x_lite.utils.paths import parse_path
+from t5x_lite.utils.hub_names import short_names, source_argument
 
 EXAMPLES = """\
 examples:
@@ -93,10 +91,11 @@ def serve(args: argparse.Namespace) -> int:
     """
     limits = Limits(args.most_characters, args.most_tokens, args.waiting)
     try:
-        from t5x_lite.demo import connections, server
+        from t5x_lite.demo import server
+        from t5x_lite.serving import connections
     except ImportError as error:
         raise ValueError(f"{error}: {install_command('demo')}") from error
-    with bind_socket(args.host, args.port) as bound:
+    with connections.bind_socket(args.host, args.port) as bound:
         host, port = bound.getsockname()[:2]
         if not connections.is_loopback(host):
             print(
@@ -114,35 +113,8 @@ def serve(args: argparse.Namespace) -> int:
         shown = host if ":" not in host else f"[{host}]"
         print(f"open http://{shown}:{port} (Ctrl-C stops)", file=sys.stderr)
         app = server.application(models, names, not connections.is_loopback(host))
-        running = connections.PageServer(app, models.stop)
+        running = server.page_server(app, models)
         return running.serve_until_stopped(bound, models.is_busy)
-
-
-def bind_socket(host: str, port: int) -> socket.socket:
-    """Binds the port, before minutes are spent on loading.
-
-    Raises:
-      ValueError: the port is taken, or the address is not of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise ValueError(f"{host}:{port}: {error.strerror}. Choose another --port, or 0") from error
-    return bound
-
-
-def short_names(paths: list[str]) -> list[str]:
-    """Short, distinct names of checkpoints."""
-    names: list[str] = []
-    for path in paths:
-        name = parse_path(path).resolve().name
-        alike = sum(each == name or each.startswith(f"{name} (") for each in names)
-        names.append(f"{name} ({alike + 1})" if alike else name)
-    return names
 
 
 COMMAND = Command("demo", parser, serve)

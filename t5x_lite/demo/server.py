@@ -19,10 +19,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from t5x_lite.demo.connections import HostGuard
 from t5x_lite.demo.limits import WIDTH, Limits, Question, parse_question
+from t5x_lite.serving.connections import HostGuard, StoppableServer
 from t5x_lite.utils.paths import parse_path
 
+# Most connections at a time; others get status 503.
+CONNECTIONS = 64
+# Seconds that running answers have to end after Ctrl-C.
+LAST_SECONDS = 3
 # Drafters without a number of layers or a file.
 DRAFTERS = ("plain", "blockwise", "lookup", "recycling", "trigram", "jacobi", "lookahead")
 # Forward passes between two pieces of an answer; the first token is sent at once.
@@ -285,8 +289,17 @@ def application(models: Models, hosts: Collection[str], addresses: bool = False)
         Route("/models", send_models),
         Route("/write", send_answer, methods=["POST"]),
     ]
-    guard = Middleware(HostGuard, names=hosts, addresses=addresses)
+
+    def refuse_host(host: str) -> Response:
+        return refuse(f"Unknown host: start the page with --allow_host={host}", 400)
+
+    guard = Middleware(HostGuard, names=hosts, addresses=addresses, refuse=refuse_host)
     return Starlette(routes=routes, middleware=[guard])
+
+
+def page_server(app: Starlette, models: Models) -> StoppableServer:
+    """The server of an application, which ends the running answers when it is stopped."""
+    return StoppableServer(app, models.stop, CONNECTIONS, LAST_SECONDS)
 
 
 async def read_body(request: Request, most: int) -> bytes:

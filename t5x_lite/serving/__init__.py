@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving of texts to many clients: rows of one decoding loop that requests join and leave."""
+"""Serving of texts to many clients: a server with OpenAI's routes, over rows of one decoding loop
+that requests join and leave."""

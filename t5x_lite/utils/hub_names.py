@@ -123,3 +123,13 @@ def source_argument(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return path_argument(text)
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """Short, distinct names of checkpoints."""
+    names: list[str] = []
+    for path in paths:
+        name = parse_path(path).resolve().name
+        alike = sum(each == name or each.startswith(f"{name} (") for each in names)
+        names.append(f"{name} ({alike + 1})" if alike else name)
+    return names

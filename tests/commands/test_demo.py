@@ -20,9 +20,11 @@ from conftest import toy_model
 
 from t5x_lite import config, interactive, model, sharding
 from t5x_lite.demo import __main__ as command
-from t5x_lite.demo import connections, limits, server
+from t5x_lite.demo import limits, server
 from t5x_lite.evaluation import predict
+from t5x_lite.serving import connections
 from t5x_lite.tokenizers import chat, vocabularies
+from t5x_lite.utils import hub_names
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz é<&>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -48,9 +50,9 @@ def demo():
     models = server.Models(limits.Limits(characters=100, tokens=32, waiting=1))
     models.add("pair", lambda: toy_session("encoder_decoder"))
     models.add("<b>joined</b>", lambda: toy_session("decoder_only"))
-    with command.bind_socket("127.0.0.1", 0) as taken:
+    with connections.bind_socket("127.0.0.1", 0) as taken:
         app = server.application(models, connections.own_names("127.0.0.1"))
-        running = connections.PageServer(app, models.stop)
+        running = server.page_server(app, models)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [taken]}, daemon=True)
         thread.start()
         while not running.started:
@@ -207,7 +209,7 @@ def test_pages_of_other_sites_and_other_names_get_nothing(demo):
 )
 def test_hosts_that_are_named_and_addresses_are_answered(host, addresses, answered):
     """A name of another site may lead here (DNS rebinding); an address cannot."""
-    guard = connections.HostGuard(None, ["lab.example"], addresses)
+    guard = connections.HostGuard(None, ["lab.example"], addresses, None)
     scope = {"type": "http", "headers": [(b"host", host.encode())]}
     assert guard.allows(connections.host_of(scope)) == answered
     twice = {"type": "http", "headers": [(b"host", b"lab.example"), (b"host", b"evil.example")]}
@@ -252,9 +254,9 @@ def test_who_takes_too_long_is_hung_up_on(demo, monkeypatch, sent):
 def test_stopping_ends_the_texts_in_progress_and_those_that_wait(capfd):
     models = server.Models(limits.Limits(waiting=4))
     models.add("pair", lambda: toy_session("encoder_decoder"))
-    with command.bind_socket("127.0.0.1", 0) as bound:
+    with connections.bind_socket("127.0.0.1", 0) as bound:
         app = server.application(models, connections.own_names("127.0.0.1"))
-        running = connections.PageServer(app, models.stop)
+        running = server.page_server(app, models)
         status = []
         thread = threading.Thread(
             target=lambda: status.append(running.serve_until_stopped(bound, lambda: False))
@@ -334,11 +336,11 @@ def test_an_encoder_alone_and_empty_limits_are_refused():
 def test_only_this_machine_is_loopback_and_checkpoints_have_names_of_their_own():
     assert all(map(connections.is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "localhost")))
     assert not any(map(connections.is_loopback, ("0.0.0.0", "::", "192.168.1.4", "example.org")))
-    assert command.short_names(["runs/a", "b/a", "c", "d/a/"]) == ["a", "a (2)", "c", "a (3)"]
+    assert hub_names.short_names(["runs/a", "b/a", "c", "d/a/"]) == ["a", "a (2)", "c", "a (3)"]
 
 
 def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys):
-    with command.bind_socket("127.0.0.1", 0) as taken:
+    with connections.bind_socket("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit):

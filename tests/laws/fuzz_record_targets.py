@@ -200,8 +200,9 @@ def make_request(folder: Path) -> None:
 @functools.cache
 def page_port() -> int:
     """Port of a page whose model repeats the question."""
-    from t5x_lite.demo import connections, limits, server
-    from t5x_lite.demo.__main__ import bind_socket
+    from t5x_lite.demo import limits, server
+    from t5x_lite.serving import connections
+    from t5x_lite.serving.connections import bind_socket
 
     class Parrot(server.Models):
         """Models without weights."""
@@ -216,7 +217,7 @@ def page_port() -> int:
     models.sessions, models.drafters = {"toy": None}, {"toy": ["plain", "lookup"]}
     bound = bind_socket("127.0.0.1", 0)
     app = server.application(models, connections.own_names("127.0.0.1"))
-    running = connections.PageServer(app, models.stop)
+    running = server.page_server(app, models)
     threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True).start()
     while not running.started:
         time.sleep(0.01)

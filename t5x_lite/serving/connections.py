@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections of the page: allowed hosts, limits and time-outs, a clean end."""
+"""Connections of a server: the port, allowed hosts, limits and time-outs, a clean end."""
 
 import asyncio
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -11,34 +12,55 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
+import h11
 import uvicorn
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from t5x_lite.serving.errors import ApiError
+
 # Seconds that a client may take to send a request, or to read what is sent; and until the next one.
 SLOWEST, IDLE = 15, 5
-# Most connections at a time; others get status 503.
-CONNECTIONS = 64
-# Seconds that running answers have to end after Ctrl-C.
-LAST_SECONDS = 3
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 that hangs up on clients who take longer than SLOWEST.
+    """HTTP/1.1 that hangs up on clients who take longer than SLOWEST, and has few connections.
 
     Attributes:
       seconds: how long they may take.
+      most: most connections; requests of others get status 503.
       timer: hangs up when it runs out; None while nothing is waited for.
     """
 
     seconds: float = SLOWEST
+    most: int = 64
     timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Expects the first request."""
         super().connection_made(transport)
+        if len(self.connections) > 2 * self.most:
+            transport.abort()
+        elif len(self.connections) > self.most:
+            # Its request is read before the answer: what is unread would reset the connection.
+            self.app = refuse_connection
         self.expect()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is not HTTP, as JSON; hangs up where an answer has begun."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        body = ApiError(400, msg, code="invalid_http").response()
+        headers = [*body.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=bytes(body.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Expects the rest of a request that has not arrived completely."""
@@ -77,36 +99,63 @@ class TimedProtocol(H11Protocol):
             self.timer = None
 
 
-class PageServer(uvicorn.Server):
-    """Server that ends the running answers when it is told to stop.
+async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request of a connection that is one too many.
+
+    Args:
+      scope: the request's headers and address, as ASGI has them.
+      receive: returns the next part of the request.
+      send: sends a part of the answer.
+    """
+    headers = {"Retry-After": "1", "Connection": "close"}
+    error = ApiError(503, "Too many connections", code="too_many_connections", headers=headers)
+    await error.response()(scope, receive, send)
+
+
+class StoppableServer(uvicorn.Server):
+    """Server that ends with a signal, after what it has begun or soon after.
 
     Attributes:
       stop: called at the first signal.
       received: the signal; None before.
+
+    Args:
+      app: the application.
+      stop: see above.
+      connections: most connections at a time; others get status 503.
+      last_seconds: seconds that running answers have to end after a signal.
     """
 
-    def __init__(self, app: ASGIApp, stop: Callable[[], None]):
+    def __init__(
+        self, app: ASGIApp, stop: Callable[[], None], connections: int, last_seconds: float
+    ):
+        class LimitedProtocol(TimedProtocol):
+            most = connections
+
         super().__init__(
             uvicorn.Config(
                 app,
-                http=TimedProtocol,
+                http=LimitedProtocol,
                 log_level="warning",
                 server_header=False,
-                limit_concurrency=CONNECTIONS,
                 timeout_keep_alive=IDLE,
-                timeout_graceful_shutdown=LAST_SECONDS,
+                timeout_graceful_shutdown=math.ceil(last_seconds),
             )
         )
         self.stop = stop
         self.received: int | None = None
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Stops: answers end at their next piece, and waiting ones at once."""
-        self.received = sig
+        """Closes the port and lets the running answers end; at a second signal cuts them off.
+
+        uvicorn's own method would raise the signal again at the end, which ends the process before
+        it has cleaned up.
+        """
+        self.force_exit = self.received is not None
+        self.should_exit, self.received = True, sig
         self.stop()
         # What is cancelled afterwards is no error of the server.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        super().handle_exit(sig, frame)
 
     def serve_until_stopped(self, bound: socket.socket, is_busy: Callable[[], bool]) -> int:
         """Serves on a bound socket, and returns the exit status.
@@ -116,10 +165,7 @@ class PageServer(uvicorn.Server):
           is_busy: true while a model computes; a compilation cannot be interrupted, and the process
             ends without waiting for it.
         """
-        try:
-            self.run(sockets=[bound])
-        except KeyboardInterrupt:  # raised again by uvicorn, after it has stopped
-            pass
+        self.run(sockets=[bound])
         if self.received is None:
             return 0
         print(f"stopped by {signal.Signals(self.received).name}", file=sys.stderr, flush=True)
@@ -135,13 +181,20 @@ class HostGuard:
       app: the application.
       names: host names that are answered.
       addresses: also answer requests that name an IP address, to which no DNS name can lead.
+      refuse: returns the answer to a request for another host.
     """
 
-    def __init__(self, app: ASGIApp, names: Collection[str], addresses: bool):
-        self.app, self.names, self.addresses = app, set(names), addresses
+    def __init__(
+        self,
+        app: ASGIApp,
+        names: Collection[str],
+        addresses: bool,
+        refuse: Callable[[str], Response],
+    ):
+        self.app, self.names, self.addresses, self.refuse = app, set(names), addresses, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or refuses it with status 400.
+        """Passes a request on, or refuses it.
 
         Args:
           scope: the request's headers and address, as ASGI has them.
@@ -149,8 +202,7 @@ class HostGuard:
           send: sends a part of the answer.
         """
         if scope["type"] == "http" and not self.allows(host_of(scope)):
-            why = f"Unknown host: start the page with --allow_host={host_of(scope)[:100]}"
-            await JSONResponse({"error": why}, status_code=400)(scope, receive, send)
+            await self.refuse(host_of(scope)[:100])(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -183,8 +235,25 @@ def is_loopback(host: str) -> bool:
 
 
 def own_names(host: str) -> list[str]:
-    """Names by which a page that listens on `host` may be asked for."""
+    """Names by which a server that listens on `host` may be asked for."""
     names = ["localhost", "127.0.0.1", "::1"]
     if not is_loopback(host):
         names += [socket.gethostname().lower(), socket.getfqdn().lower()]
     return names
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Binds the port, before minutes are spent on loading.
+
+    Raises:
+      ValueError: the port is taken, or the address is not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ValueError(f"{host}:{port}: {error.strerror}. Choose another --port, or 0") from error
+    return bound
