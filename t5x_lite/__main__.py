@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": ("t5x_lite.plan", "estimates memory and speed on chips that are not there"),
     "compare": ("t5x_lite.compare", "trains and measures encoder-decoder and decoder-only twins"),
     "tune": ("t5x_lite.tune", "measures block sizes of attention on a TPU"),
+    "serve": ("t5x_lite.serve", "serves models with OpenAI's API"),
     "demo": ("t5x_lite.demo.__main__", "serves a local page for one model or several"),
 }
 

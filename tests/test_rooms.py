@@ -12,19 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "t5x_lite"
 COMMANDS = {
-    *(
-        "train",
-        "eval",
-        "infer",
-        "convert",
-        "average",
-        "adapt",
-        "distill",
-        "plan",
-        "compare",
-        "tune",
-    ),
-    "serve",
+    *("train", "eval", "infer", "convert", "average", "adapt", "distill", "plan", "compare"),
+    *("tune", "serve"),
 }
 # From top to bottom: a room imports only rooms of the floors below its own.
 FLOORS = (

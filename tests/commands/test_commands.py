@@ -36,6 +36,7 @@ COMPLETE = {
     "plan": (*GIN, "--chips=h100x8"),
     "compare": GIN,
     "tune": GIN,
+    "serve": ("--checkpoint=nowhere", "--port=0"),
     "demo": ("--checkpoint=nowhere", "--port=0"),
 }
 # An option of each with a character missing, and the option.
@@ -51,10 +52,11 @@ NEAR = {
     "plan": ("--serch", "--search"),
     "compare": ("--dryrun", "--dry_run"),
     "tune": ("--block", "--blocks"),
+    "serve": ("--quue=1", "--queue"),
     "demo": ("--prt=1", "--port"),
 }
 READ_GIN = ["train", "eval", "distill", "data", "plan", "compare", "tune"]
-READ_CHECKPOINTS = ["eval", "infer", "convert", "average", "adapt", "distill", "demo"]
+READ_CHECKPOINTS = ["eval", "infer", "convert", "average", "adapt", "distill", "serve", "demo"]
 HEAVY = {"jax", "flax", "numpy", "tensorflow", "seqio", "rich", "orbax", "gin", "uvicorn"}
 
 
@@ -77,7 +79,7 @@ def refused(capsys, tmp_path, monkeypatch):
         lines = output.err.splitlines()
         assert lines[-1].startswith(prefix) and output.err.count(prefix) == 1
         # Before it a command may say what it does, such as the name of a model that it loads.
-        assert len(lines) == 1 or name == "demo"
+        assert len(lines) == 1 or name in ("serve", "demo")
         assert not list(tmp_path.iterdir())
         return lines[-1].removeprefix(prefix)
 

@@ -46,6 +46,7 @@ REACHED_BY = {
     "t5x_lite/model/quantization.py": ["eval", "infer"],
     "t5x_lite/planning/": ["plan"],
     "t5x_lite/processes.py": ["train"],
+    "t5x_lite/serving/": ["serve"],
     "t5x_lite/training/optimizer/param_groups.py": ["train"],
     "t5x_lite/training/preflight.py": ["train"],
     "t5x_lite/training/write_teacher_logits.py": ["distill"],

@@ -199,7 +199,7 @@ def test_messages_there_install_what_an_extra_requires(installed):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     code = "import sys; from t5x_lite.utils import extras; "
     code += "print(extras.install_command(sys.argv[1]))"
-    for extra in ("plan", "gguf", "demo", "buckets"):
+    for extra in ("plan", "gguf", "demo", "serve", "buckets"):
         command = check_run([bin / "python", "-c", code, extra], folder).strip()
         words = command.removeprefix("pip install ").replace("'", "").split()
         wanted = {str(Requirement(each).name) for each in project["optional-dependencies"][extra]}

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ServedModels of a server: a session and its engine by name."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from t5x_lite import config
+from t5x_lite.evaluation import pipeline
+from t5x_lite.serving.completion import TextRequest
+from t5x_lite.serving.engine import Engine, EngineLimits
+from t5x_lite.serving.errors import ApiError
+from t5x_lite.serving.server_limits import ServerLimits
+from t5x_lite.tokenizers import languages
+
+# Seconds that engines have to end: a compilation cannot be interrupted.
+LAST_SECONDS = 5
+# Fields of config.Decode that shared rows do not have: a checkpoint may set them for itself.
+ONE_ROW = {
+    name: getattr(config.Decode, name)
+    for name in ("beams", "n_best", "length_penalty", "early_stopping", "alpha", "choose")
+}
+
+
+class TextTask(NamedTuple):
+    """A task of an encoder-decoder.
+
+    Attributes:
+      prefix: text before every input.
+      inputs: vocabulary of inputs.
+      first: id that every text begins with; None for none.
+      max_new_tokens: most new tokens by the checkpoint's own settings; None for none.
+    """
+
+    prefix: str
+    inputs: Any
+    first: int | None
+    max_new_tokens: int | None
+
+
+class ServedModel:
+    """A model of a server.
+
+    Attributes:
+      name: its id in requests.
+      session: the model with its weights and vocabularies.
+      decode: settings of texts by default.
+      engine: writes its texts.
+      parameters: prefixes and settings of tasks (task_specific_params of its config.json).
+    """
+
+    def __init__(self, name: str, session: Any, limits: ServerLimits):
+        self.name, self.session = name, session
+        most = min(session.decode.max_new_tokens, limits.max_new_tokens)
+        self.decode = dataclasses.replace(session.decode, **ONE_ROW, max_new_tokens=most)
+        self.engine = Engine(
+            session.predictor,
+            EngineLimits(
+                rows=limits.rows,
+                max_inputs=limits.max_input_tokens,
+                max_new_tokens=limits.max_new_tokens,
+                queue=limits.queue,
+            ),
+        )
+        self.parameters: dict[str, Any] = {}
+        self.embedding = 0
+
+    def warm_up(self) -> None:
+        """Writes a text, so that programs are compiled before the first request."""
+        cfg = self.session.predictor.cfg
+        if cfg.readout is None and cfg.decoder is not None and cfg.causal_decoder:
+            self.engine.submit(TextRequest("a", self.decode)).result()
+
+    def find_task(self, kind: str, source: str | None, target: str | None) -> TextTask:
+        """The task of a route.
+
+        Args:
+          kind: "translation" or "summarization".
+          source: language of the inputs; None for none.
+          target: language to write; None for none.
+
+        Raises:
+          ApiError: the model is no encoder-decoder, or does not know the languages.
+        """
+        predictor = self.session.predictor
+        if predictor.cfg.layout != "encoder_decoder":
+            raise ApiError(
+                400,
+                f"{self.name} is no encoder-decoder: /v1/completions continues a text",
+                param="model",
+            )
+        name = f"{kind}_{source}_to_{target}" if source and target else kind
+        of_task = self.parameters.get(name)
+        of_task = of_task if isinstance(of_task, dict) else {}
+        pair, first = (predictor.inputs, predictor.targets), None
+        if (source or target) and not of_task:
+            try:
+                pair = languages.set_languages(pair, source, target)
+            except ValueError as error:
+                raise ApiError(400, str(error), param="target_language") from None
+            first = None if target is None else pair[1].bos
+        longest = of_task.get("max_length")
+        # transformers' length counts the token that decoders begin with.
+        most = longest - 1 if isinstance(longest, int) and longest > 1 else None
+        return TextTask(str(of_task.get("prefix") or ""), pair[0], first, most)
+
+    def embed(self, texts: Sequence[str], prompt: str | None) -> Any:
+        """Starts to compute vectors of texts, between the blocks of the engine.
+
+        Args:
+          texts: the texts.
+          prompt: "query", "document" or None, as `Session.embed` has it.
+
+        Returns:
+          A future of float32 [n d].
+        """
+        return self.engine.call(lambda: self.session.embed(list(texts), prompt=prompt))
+
+
+class ServedModels:
+    """ServedModels by name, loaded in one thread, as a mesh belongs to a thread.
+
+    Attributes:
+      limits: limits of the server.
+      served: models by name.
+      sources: names by the --checkpoint that they were loaded from.
+    """
+
+    def __init__(self, limits: ServerLimits):
+        self.limits = limits
+        self.served: dict[str, ServedModel] = {}
+        self.sources: dict[str, str] = {}
+
+    def load(self, name: str, source: str) -> None:
+        """Loads a checkpoint and writes one text, so that its programs are compiled.
+
+        Args:
+          name: its name in requests.
+          source: what `interactive.load` takes.
+
+        Raises:
+          ValueError: it cannot be loaded.
+        """
+        from t5x_lite import interactive
+
+        served = self.add(name, lambda: interactive.load(source))
+        served.parameters = pipeline.task_parameters(source)
+        self.sources[source] = name
+        served.warm_up()
+
+    def add(self, name: str, make: Callable[[], Any]) -> ServedModel:
+        """Adds a session.
+
+        Args:
+          name: its name in requests.
+          make: returns the session; runs in a thread of its own.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            served = thread.submit(lambda: ServedModel(name, make(), self.limits)).result()
+        self.served[name] = served
+        return served
+
+    def get(self, name: str) -> ServedModel:
+        """The model of a name or a --checkpoint; raises ApiError where there is none."""
+        served = self.served.get(self.sources.get(name, name))
+        if served is None:
+            raise ApiError(
+                404,
+                f"There is no model {name[:100]!r}: choose from {', '.join(self.served)}",
+                param="model",
+                code="model_not_found",
+            )
+        return served
+
+    def is_busy(self) -> bool:
+        """Ends the engines; true if one still computes after a few seconds."""
+        threads = [
+            threading.Thread(target=each.engine.close, args=(False,), daemon=True)
+            for each in self.served.values()
+        ]
+        until = time.monotonic() + LAST_SECONDS
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(until - time.monotonic(), 0))
+        return any(thread.is_alive() for thread in threads)

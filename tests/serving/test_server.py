@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the server: OpenAI's own client gets what the model writes, and every refusal has a
+reason, a status and a field."""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import openai
+import pytest
+from serving_toys import LIMITS, TEMPLATE, ToyServer, serve_toys, toy_session
+
+from t5x_lite.serving import generation, models
+from t5x_lite.utils import hub_names
+
+SAMPLED = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def toys():
+    served = models.ServedModels(LIMITS)
+    served.add("pair", lambda: toy_session("encoder_decoder"))
+    served.add("alone", lambda: toy_session("decoder_only", TEMPLATE))
+    with serve_toys(served) as server:
+        yield server
+    assert not served.is_busy()
+
+
+def alone(server: ToyServer, name: str, text: str, **options):
+    """The prediction of a text alone, computed between the texts of the server."""
+    served = server.models.get(name)
+    return served.engine.call(lambda: served.session.predict(text, **options)).result()
+
+
+@contextlib.contextmanager
+def held(server: ToyServer, name: str):
+    """The engine of a model, kept from writing."""
+    gate = threading.Event()
+    server.models.get(name).engine.call(lambda: gate.wait(30))
+    try:
+        yield gate
+    finally:
+        gate.set()
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def send(port: int, body: bytes, path: str = "/v1/completions", **headers: str):
+    """(status, headers, JSON) of a POST."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", path, body, {"Content-Type": "application/json"} | headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, json.loads(answer.read())
+
+
+@pytest.mark.parametrize("name", ["pair", "alone"])
+def test_a_completion_is_what_the_model_writes(toys, name):
+    client, texts = toys.client(), ["the cat", "größer", "x"]
+    answer = client.completions.create(model=name, prompt=texts, max_tokens=12)
+    wanted = [alone(toys, name, text, max_new_tokens=12) for text in texts]
+    assert [each.text for each in answer.choices] == [each.texts[0] for each in wanted]
+    assert [each.index for each in answer.choices] == [0, 1, 2]
+    count = sum(len(each.tokens[0]) for each in wanted)
+    assert answer.usage.completion_tokens == count
+    predictor = toys.models.get(name).session.predictor
+    ids = predictor.encode_inputs(texts)
+    assert answer.usage.prompt_tokens == sum(map(len, ids))
+    again = client.completions.create(model=name, prompt=ids, max_tokens=12)
+    assert [each.text for each in again.choices] == [each.text for each in answer.choices]
+
+
+def test_n_samples_are_those_of_the_seed_and_streams_say_the_same(toys):
+    client = toys.client()
+    whole = client.completions.create(model="alone", prompt="ab", n=3, **SAMPLED)
+    wanted = alone(toys, "alone", "ab", n_best=3, temperature=1.0, seed=7, max_new_tokens=12)
+    assert [each.text for each in whole.choices] == wanted.texts
+    assert len({each.text for each in whole.choices}) > 1
+    options = {"include_usage": True}
+    parts = [
+        *client.completions.create(
+            model="alone", prompt="ab", n=3, stream=True, stream_options=options, **SAMPLED
+        )
+    ]
+    texts, reasons = [""] * 3, [None] * 3
+    for part in parts[:-1]:
+        (choice,) = part.choices
+        texts[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == wanted.texts
+    assert reasons == [each.finish_reason for each in whole.choices]
+    assert parts[-1].usage == whole.usage and parts[-1].choices == []
+
+
+def test_a_chat_is_the_completion_of_its_template(toys):
+    client = toys.client()
+    messages = [{"role": "system", "content": "Be"}, {"role": "user", "content": "hi"}]
+    chat = client.chat.completions.create(model="alone", messages=messages, max_tokens=8)
+    prompt = "system: Be\nuser: hi\n"
+    plain = client.completions.create(model="alone", prompt=prompt, max_tokens=8)
+    assert chat.choices[0].message.content == plain.choices[0].text
+    in_parts = [{"role": "system", "content": [{"type": "text", "text": "Be"}]}, messages[1]]
+    stream = client.chat.completions.create(
+        model="alone", messages=in_parts, max_completion_tokens=8, stream=True
+    )
+    deltas = [part.choices[0].delta for part in stream]
+    assert deltas[0].role == "assistant"
+    assert "".join(each.content or "" for each in deltas) == plain.choices[0].text
+
+
+def test_steering_of_requests_is_that_of_decoding(toys):
+    client = toys.client()
+    plain = client.completions.create(model="pair", prompt="ab", max_tokens=12).choices[0]
+    stop = plain.text[2]
+    cut = client.completions.create(model="pair", prompt="ab", max_tokens=12, stop=[stop])
+    assert cut.choices[0].text == plain.text.partition(stop)[0]
+    assert cut.choices[0].finish_reason == "stop"
+    token = alone(toys, "pair", "ab", max_new_tokens=1).tokens[0][0]
+    other = client.completions.create(
+        model="pair", prompt="ab", max_tokens=1, logit_bias={str(token): -100}
+    )
+    wanted = alone(toys, "pair", "ab", max_new_tokens=1, logit_bias={token: -100.0})
+    assert other.choices[0].text == wanted.texts[0]
+    for field, value in {"presence_penalty": 1.5, "frequency_penalty": 1.5}.items():
+        changed = client.completions.create(
+            model="pair", prompt="ab", max_tokens=12, **{field: value}
+        )
+        wanted = alone(toys, "pair", "ab", max_new_tokens=12, **{field: value})
+        assert changed.choices[0].text == wanted.texts[0]
+
+
+def test_a_schema_is_followed(toys):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    format = {"type": "json_schema", "json_schema": {"name": "toy", "schema": schema}}
+    answer = toys.client().chat.completions.create(
+        model="alone",
+        messages=[{"role": "user", "content": "x"}],
+        response_format=format,
+        max_tokens=32,
+        **{"temperature": 1.0, "seed": 3},
+    )
+    assert json.loads(answer.choices[0].message.content)["a"] in (1, 2)
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_embeddings_are_those_of_the_session(toys):
+    client, texts = toys.client(), ["the cat", "x"]
+    plain = client.embeddings.create(model="pair", input=texts, encoding_format="float")
+    packed = client.embeddings.create(model="pair", input=texts)  # base64 of the client
+    served = toys.models.get("pair")
+    wanted = served.engine.call(lambda: served.session.embed(texts)).result()
+    for answer in (plain, packed):
+        vectors = np.array([each.embedding for each in answer.data], np.float32)
+        np.testing.assert_array_equal(vectors, wanted)
+    assert plain.usage.prompt_tokens == 8
+
+
+def test_tasks_put_the_prefix_of_the_checkpoint_before_their_inputs(toys):
+    served = toys.models.get("pair")
+    served.parameters = {
+        "translation_en_to_de": {"prefix": "to German: ", "max_length": 9},
+        "summarization": {"prefix": "sum: "},
+    }
+    languages = {"source_language": "en", "target_language": "de"}
+    for path, more, text, most in (
+        ("/v1/translations", languages, "to German: ab", 8),
+        ("/v1/translations", {}, "ab", 16),
+        ("/v1/summaries", {}, "sum: ab", 16),
+    ):
+        body = {"model": "pair", "input": ["ab", "ab"], **more}
+        status, _, answer = send(toys.port, json.dumps(body).encode(), path)
+        assert status == 200
+        wanted = alone(toys, "pair", text, max_new_tokens=most).texts[0]
+        assert [each["text"] for each in answer["data"]] == [wanted, wanted]
+    served.parameters = {}
+
+
+def test_models_are_listed_by_name(toys):
+    listed = toys.client().models.list().data
+    assert [each.id for each in listed] == ["pair", "alone"]
+    assert toys.client().models.retrieve("pair").id == "pair"
+    assert hub_names.short_names(["runs/a", "b/a", "c", "d/a/"]) == ["a", "a (2)", "c", "a (3)"]
+
+
+# Changes of a request, the field that is wrong, and a part of the reason.
+REFUSED = {
+    "model": ({"model": "../etc"}, 404, "model", "choose from pair, alone"),
+    "no model": ({"model": None}, 400, "model", "is missing"),
+    "no prompt": ({"prompt": None}, 400, "prompt", "is missing"),
+    "empty": ({"prompt": []}, 400, "prompt", "must be a text, a list"),
+    "mixed": ({"prompt": ["a", 5]}, 400, "prompt", "must be a text, a list"),
+    "ids": ({"prompt": [10**20]}, 400, "prompt", "outside of every vocabulary"),
+    "other ids": ({"prompt": [299, 300]}, 400, None, "outside of the model's vocabulary"),
+    "surrogate": ({"prompt": "\ud800"}, 400, "prompt", "surrogate"),
+    "long": ({"prompt": "a" * 65}, 400, None, "65 tokens, more than 64"),
+    "max_tokens": ({"max_tokens": 33}, 400, "max_tokens", "at most 32"),
+    "true": ({"max_tokens": True}, 400, "max_tokens", "must be"),
+    "half": ({"max_tokens": 2.5}, 400, "max_tokens", "must be"),
+    "temperature": ({"temperature": -1}, 400, "temperature", "must be"),
+    "infinite": ({"temperature": 1e999}, 400, None, "not JSON"),
+    "top_p": ({"top_p": 0.5}, 400, "top_p", "greedy"),
+    "seed": ({"seed": 2**32}, 400, "seed", "must be"),
+    "n": ({"n": 17}, 400, "n", "17 texts, more than 16"),
+    "stream": ({"stream": "yes"}, 400, "stream", "must be"),
+    "bias": ({"logit_bias": {"x": 1}}, 400, "logit_bias", "must be"),
+    "bias id": ({"logit_bias": {"300": 1}}, 400, "logit_bias", "has id 300"),
+    "format": ({"response_format": {"type": "xml"}}, 400, "response_format", "json_object"),
+    "schema": (
+        {"response_format": {"type": "json_schema"}},
+        400,
+        "response_format",
+        "must be a JSON",
+    ),
+    "stop": (
+        {"stop": "a", "response_format": {"type": "json_object"}},
+        400,
+        "stop",
+        "leave one out",
+    ),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+    "echo": ({"echo": True}, 400, "echo", "not supported"),
+    "drafter": ({"drafter": "draft:/etc"}, 400, "drafter", "is no field"),
+    "companion": ({"companion": "model:/etc"}, 400, "companion", "is no field"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_names_the_field(toys, name):
+    changes, wanted, param, reason = REFUSED[name]
+    body = {"model": "pair", "prompt": "ab"} | changes
+    status, _, answer = send(toys.port, json.dumps(body).encode())
+    error = answer["error"]
+    assert (status, error["param"]) == (wanted, param), answer
+    assert reason in error["message"] and error["type"]
+
+
+def test_what_asks_for_nothing_is_ignored(toys):
+    idle = {"echo": False, "best_of": 1, "suffix": None, "user": "me", "tools": []}
+    body = {"model": "pair", "prompt": "ab", "temperature": 0, "top_p": 0.5} | idle
+    assert send(toys.port, json.dumps(body).encode())[0] == 200
+
+
+BROKEN = {
+    "half": (b"{", 400, {}),
+    "deep": (b"[" * 4000, 400, {}),
+    "list": (b"[]", 400, {}),
+    "not UTF-8": (b'{"model": "\xff"}', 400, {}),
+    "NaN": (b'{"model": "pair", "prompt": "a", "temperature": NaN}', 400, {}),
+    "digits": (b'{"seed": ' + b"9" * 4000 + b"}", 400, {}),
+    "form": (b"model=pair", 415, {"Content-Type": "application/x-www-form-urlencoded"}),
+    "gzip": (b"{}", 415, {"Content-Encoding": "gzip"}),
+    "large": (b" " * 4097, 413, {}),
+    "other host": (b"{}", 421, {"Host": "evil.example"}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_request_is_refused_in_the_same_shape(toys, name):
+    body, wanted, headers = BROKEN[name]
+    status, _, answer = send(toys.port, body, **headers)
+    assert status == wanted and answer["error"]["message"]
+
+
+def test_other_paths_and_methods_are_refused_in_the_same_shape(toys):
+    for path in ("/", "/v1/completions/", "/v1/../etc/passwd", "/v1//models", "/metrics"):
+        status, _, answer = send(toys.port, b"{}", path)
+        assert status in (404, 405) and answer["error"]["message"], path
+    with pytest.raises(openai.NotFoundError, match="choose from"):
+        toys.client().models.retrieve("a/b")
+
+
+def test_models_without_what_a_route_needs_say_so(toys):
+    client = toys.client()
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="pair", messages=[{"role": "user", "content": "x"}])
+    body = json.dumps({"model": "alone", "input": "x"}).encode()
+    assert "no encoder-decoder" in send(toys.port, body, "/v1/summaries")[2]["error"]["message"]
+    languages = {"model": "pair", "input": "x", "target_language": "de"}
+    status, _, answer = send(toys.port, json.dumps(languages).encode(), "/v1/translations")
+    assert status == 400 and answer["error"]["param"] == "target_language"
+
+
+def test_a_full_queue_is_refused_with_a_time_and_takes_more_later(toys):
+    client = toys.client()
+    with held(toys, "pair"):
+        results = []
+
+        def ask():
+            results.append(client.completions.create(model="pair", prompt="x", n=16))
+
+        first = threading.Thread(target=ask)
+        first.start()
+        engine = toys.models.get("pair").engine
+        wait_until(lambda: engine.gauges().queued == LIMITS.queue)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="pair", prompt="x")
+        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+    first.join(timeout=60)
+    assert len(results[0].choices) == 16
+    assert client.completions.create(model="pair", prompt="x").choices
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_is_not_written_for(toys, stream):
+    engine = toys.models.get("pair").engine
+    before = engine.gauges().finished.get("cancelled", 0)
+    body = json.dumps({"model": "pair", "prompt": "x", "n": 3, "stream": stream}).encode()
+    with held(toys, "pair"):
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", toys.port)) as gone:
+            gone.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+            wait_until(lambda: engine.gauges().queued == 3)
+        wait_until(lambda: all(each.cancelled.is_set() for each in [*engine.waiting]))
+    wait_until(lambda: engine.gauges().finished.get("cancelled", 0) == before + 3)
+    assert toys.client().completions.create(model="pair", prompt="x").choices
+
+
+def test_a_text_that_is_late_is_a_timeout(toys, monkeypatch):
+    limits = LIMITS.__class__(**{**vars(LIMITS), "timeout": 0.01})
+    monkeypatch.setattr(toys.models, "limits", limits)
+    monkeypatch.setattr(generation, "GRACE", 0.05)
+    with held(toys, "pair"):
+        with pytest.raises(openai.APIStatusError) as late:
+            toys.client().completions.create(model="pair", prompt="x")
+    assert late.value.status_code == 504 and late.value.code == "timeout"
+
+
+def test_a_body_that_does_not_arrive_is_a_timeout(toys, monkeypatch):
+    limits = LIMITS.__class__(**{**vars(LIMITS), "body_seconds": 0.05})
+    monkeypatch.setattr(toys.models, "limits", limits)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9"
+    with socket.create_connection(("127.0.0.1", toys.port), timeout=30) as slow:
+        slow.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{{".encode())
+        assert b"408 Request Timeout" in slow.recv(65536)
+
+
+def test_health_and_metrics(toys):
+    connection = http.client.HTTPConnection("127.0.0.1", toys.port, timeout=60)
+    for path in ("/health", "/ready"):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert answer.status == 200 and json.loads(answer.read()) == {"status": "ok"}
+    toys.api.stop()
+    connection.request("GET", "/ready")
+    answer = connection.getresponse()
+    assert answer.status == 503 and answer.read()
+    toys.api.stopping = False
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    assert 't5x_lite_rows{model="pair"} 4.0' in text
+    assert 't5x_lite_requests_total{route="/ready",status="503"}' in text
+    connection.close()
+
+
+def test_a_key_is_needed_where_there_are_keys(toys):
+    keys = ("first-key-of-the-server", "second-key-of-the-server")
+    with serve_toys(toys.models, keys) as guarded:
+        for key in keys:
+            assert guarded.client(key).models.list().data
+        for key in ("", "first-key-of-the-serve", "first-key-of-the-server ,", "ключ"):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            status, shown, answer = send(guarded.port, b"{}", **headers)
+            assert status == 401 and answer["error"]["code"] == "invalid_api_key"
+            assert shown["WWW-Authenticate"] == "Bearer" and keys[0] not in str(answer)
+        connection = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=60)
+        for path, status in (("/health", 200), ("/metrics", 401), ("/v1/models", 401)):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            assert (answer.status, bool(answer.read())) == (status, True)
+        connection.close()
