@@ -64,9 +64,9 @@ def serve_toys(served: models.ServedModels, keys: tuple[str, ...] = ()) -> Itera
     """Serves models on a free port of this machine."""
     api = app.Api(served)
     with connections.bind_socket("127.0.0.1", 0) as bound:
-        made = app.application(api, "127.0.0.1", keys)
+        page = app.application(api, "127.0.0.1", keys)
         limits = served.limits
-        running = connections.StoppableServer(made, api.stop, limits.connections, limits.drain)
+        running = connections.StoppableServer(page, api.stop, limits.connections, limits.drain)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         while not running.started:
