@@ -90,13 +90,19 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(path: str | Path, rows: list[Row], packages: list[str]) -> None:
-    """Writes command, date, machine, versions and rows as JSON, replacing the file in one move."""
+def write(path: str | Path, rows: list[Row], packages: list[str] | dict[str, str]) -> None:
+    """Writes command, date, machine, versions and rows as JSON, replacing the file in one move.
+
+    Args:
+      path: the file.
+      rows: what was measured.
+      packages: names whose versions are those of this process, or the versions by name.
+    """
     record = {
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
         "machine": machine(),
-        "versions": versions(packages),
+        "versions": packages if isinstance(packages, dict) else versions(packages),
         "rows": [{k: v for k, v in asdict(row).items() if v != ""} for row in rows],
     }
     path = Path(path)

@@ -3,7 +3,8 @@
 
 Every benchmark runs as a process of either interpreter, one after the other, for some rounds. Of
 each figure of ours the median of each side is printed with the ratio second / first. Higher is
-better for rates (.../s); for everything else (seconds, bytes) lower is.
+better for rates (.../s); for everything else (seconds, bytes) lower is. The file is written after
+every benchmark and keeps the rows of those that are not measured now.
 
   python benchmarks/versions.py PYTHON_A PYTHON_B [--only train_step decoding] [--rounds 3]
       [--json benchmarks/results/versions.json]
@@ -28,6 +29,11 @@ COMMANDS = {
     "convert": ["convert.py", "--quick"],
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "torch")
+# What may be slower or larger; counts that do not depend on versions are left out.
+METRICS = {
+    *("seconds", "cpu_seconds", "scratch_mib", "peak_mib", "tokens/s", "examples/s", "GB/s"),
+    *("peak GB", "core seconds per GB", "ms of a core per token"),
+}
 VERSIONS = (
     "import sys, json; sys.path.insert(0, sys.argv[1]); import report; "
     "print(json.dumps(report.versions(sys.argv[2:])))"
@@ -35,7 +41,7 @@ VERSIONS = (
 
 
 def measure(python: str, benchmark: str) -> dict[tuple[str, str, str], float]:
-    """The figures of one run of a benchmark, by case, system and metric.
+    """The METRICS of one run of a benchmark, by case, system and metric.
 
     Args:
       python: path of the interpreter that runs it.
@@ -53,7 +59,7 @@ def measure(python: str, benchmark: str) -> dict[tuple[str, str, str], float]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = json.loads(target.read_text())["rows"]
     figures = {(row["case"], row["system"], row["metric"]): row.get("value") for row in rows}
-    return {key: value for key, value in figures.items() if value is not None}
+    return {key: value for key, value in figures.items() if value is not None and key[2] in METRICS}
 
 
 def installed(python: str) -> dict[str, str | None]:
@@ -88,6 +94,14 @@ def compare(pythons: list[str], benchmark: str, rounds: int) -> list[report.Row]
     return sorted(rows, key=lambda row: (row.case, row.metric, row.system))
 
 
+def kept_rows(path: str | None, again: list[str]) -> list[report.Row]:
+    """Rows of an earlier file, without the benchmarks that are measured again."""
+    if path is None or not Path(path).exists():
+        return []
+    rows = [report.Row(**row) for row in json.loads(Path(path).read_text())["rows"]]
+    return [row for row in rows if row.case.partition(":")[0] not in again]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,19 +111,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
-    versions = [installed(python) for python in options.pythons]
-    differing = {name: [v[name] for v in versions] for name in versions[0]}
-    print({name: pair for name, pair in differing.items() if pair[0] != pair[1]})
-    rows: list[report.Row] = []
+    first, second = (installed(python) for python in options.pythons)
+    versions = {name: f"{first[name]} and {second[name]}" for name in first}
+    print(versions)
+    rows = kept_rows(options.json, options.only)
     for benchmark in options.only:
-        rows += compare(options.pythons, benchmark, options.rounds)
-        print(report.table(rows))
-    if options.json:
-        notes = [
-            report.Row("versions", name, "first, second", None, ", ".join(map(str, pair)))
-            for name, pair in differing.items()
-        ]
-        report.write(options.json, [*notes, *rows], ["jax"])
+        measured = compare(options.pythons, benchmark, options.rounds)
+        print(report.table(measured))
+        rows += measured
+        if options.json:
+            report.write(options.json, rows, versions)
 
 
 if __name__ == "__main__":
