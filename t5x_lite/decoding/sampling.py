@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from t5x_lite import config
 from t5x_lite.decoding.request import Request
 from t5x_lite.kernels import api as kernels
-from t5x_lite.sharding import spec
+from t5x_lite.sharding import by_rows, spec
 
 # That of a token whose range reaches down to 0 or below.
 LEAST_TEMPERATURE = 1e-6
@@ -160,7 +160,7 @@ def truncated_mass(
     logits: Float[Array, "b w v"], sampling: SamplingParams | None
 ) -> Float[Array, "b w"]:
     """Probability at the temperature of the tokens that `filter_logits` drops; 0 if greedy."""
-    zero = jnp.zeros_like(logits[..., 0])
+    zero = by_rows(jnp.zeros_like(logits[..., 0]))
     if sampling is None:
         return zero
     scaled = logits / token_temperature(logits, sampling)

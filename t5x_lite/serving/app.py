@@ -20,7 +20,13 @@ from t5x_lite.serving.completion import EngineClosedError
 from t5x_lite.serving.connections import HostGuard, own_names
 from t5x_lite.serving.errors import ApiError, InvalidField, busy_error
 from t5x_lite.serving.fields import check_others, list_prompts, parse_json, read_field
-from t5x_lite.serving.generation import Disconnected, Generation, or_disconnect
+from t5x_lite.serving.generation import (
+    GRACE,
+    Disconnected,
+    Generation,
+    or_disconnect,
+    timeout_error,
+)
 from t5x_lite.serving.guards import KeyGuard, read_body
 from t5x_lite.serving.jobs import READERS, Job, encode_prompts, read_job
 from t5x_lite.serving.metrics import Metrics
@@ -85,7 +91,22 @@ class Api:
         """Texts of a model: completions, chat, tasks; streamed or whole."""
         begun, route = time.monotonic(), request.url.path
         body = await read_body(request, self.models.limits)
-        job = await asyncio.to_thread(read_job, self.models, route, body)
+        try:
+            async with asyncio.timeout(self.models.limits.timeout + GRACE):
+                job = await asyncio.to_thread(read_job, self.models, route, body)
+                return await self.write_texts(request, job, begun, route)
+        except TimeoutError:
+            raise timeout_error() from None
+
+    async def write_texts(self, request: Request, job: Job, begun: float, route: str) -> Response:
+        """Texts of a request, or the beginning of their stream.
+
+        Args:
+          request: the request, whose body has been read.
+          job: the texts to write.
+          begun: time of the request's arrival.
+          route: path of its route.
+        """
         generation = Generation(job.served.engine, job.requests)
         try:
             await or_disconnect(request, generation.start())

@@ -136,7 +136,7 @@ class StoppableServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=LimitedProtocol,
-                log_level="warning",
+                log_level="error",
                 server_header=False,
                 timeout_keep_alive=IDLE,
                 timeout_graceful_shutdown=math.ceil(last_seconds),

@@ -24,6 +24,9 @@ DECODE = (
     *("logit_bias", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
     *("min_new_tokens", "bad_words", "suppress_tokens", "regex", "grammar", "choices"),
 )
+# Characters of rules that a request may have: their automata take time and memory.
+RULES = ("stop", "bad_words", "regex", "grammar", "choices", "response_format")
+MOST_CHARACTERS = 2**15
 # Fields that change no text.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier"}
 # Fields of OpenAI's that are not served: a request may have them with a value that asks nothing.
@@ -125,9 +128,16 @@ def read_request(fields: dict[str, Any], hints: dict[str, Any]) -> Wanted:
 def read_decode(fields: dict[str, Any]) -> dict[str, Any]:
     """Takes the fields of config.Decode out of a request."""
     types, decode = field_types(config.Decode), {}
+    rules = {name: fields[name] for name in RULES if name in fields}
+    if len(json.dumps(rules)) > MOST_CHARACTERS:
+        name = max(rules, key=lambda each: len(json.dumps(rules[each])))
+        message = f"{name} is too long: rules have at most {MOST_CHARACTERS:,} characters in all"
+        raise InvalidField(name, message)
     bias = fields.get("logit_bias")
     if isinstance(bias, dict):
-        fields["logit_bias"] = {int(key) if key.isdecimal() else key: bias[key] for key in bias}
+        fields["logit_bias"] = {
+            int(key) if key.isdecimal() and len(key) < 11 else key: bias[key] for key in bias
+        }
     for theirs, ours in RENAMED.items():
         if theirs in fields:
             decode[ours] = read_field(fields, theirs, types[ours])

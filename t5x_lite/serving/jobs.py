@@ -22,7 +22,6 @@ from t5x_lite.serving.fields import (
     read_request,
 )
 from t5x_lite.serving.models import ServedModel, ServedModels
-from t5x_lite.serving.server_limits import ServerLimits
 
 Alternatives = Annotated[int, Range(0, 20)]
 LANGUAGES = {"source_language": (str,), "target_language": (str,)}
@@ -188,34 +187,39 @@ def read_job(models: ServedModels, route: str, body: bytes) -> Job:
     wanted = read_request(parse_json(body), reader.hints)
     served = models.get(wanted.model)
     prompts, defaults = reader.read(served, wanted)
-    check_sizes(limits, prompts, wanted)
+    check_sizes(served, prompts, wanted, limits.texts)
     alternatives = count_alternatives(wanted.others)
     decodes = list_decodes(make_decode(defaults, wanted, alternatives), wanted.n)
     deadline = time.monotonic() + limits.timeout
     requests = [
-        TextRequest(prompt, decode, deadline=deadline) for prompt in prompts for decode in decodes
+        TextRequest(prompt, decode, deadline=deadline, streamed=wanted.stream)
+        for prompt in prompts
+        for decode in decodes
     ]
     decode_text = served.session.predictor.targets.decode
     answer = reader.answer(served.name, alternatives is not None, decode_text)
     return Job(served, requests, answer, [len(each) for each in prompts], wanted)
 
 
-def check_sizes(limits: ServerLimits, prompts: Sequence[Sequence[int]], wanted: Wanted) -> None:
+def check_sizes(
+    served: ServedModel, prompts: Sequence[Sequence[int]], wanted: Wanted, most_texts: int
+) -> None:
     """Raises ApiError for a request beyond the limits.
 
     Args:
-      limits: limits of the server.
+      served: the model.
       prompts: ids of the inputs.
       wanted: fields of the request.
+      most_texts: most texts of a request.
     """
-    count = len(prompts) * wanted.n
-    if count > limits.texts:
-        raise InvalidField("n", f"The request wants {count} texts, more than {limits.texts}")
+    count, limits = len(prompts) * wanted.n, served.engine.limits
+    if count > most_texts:
+        raise InvalidField("n", f"The request wants {count} texts, more than {most_texts}")
     longest = max(map(len, prompts))
-    if longest > limits.max_input_tokens:
+    if longest > limits.max_inputs:
         raise ApiError(
             400,
-            f"The input has {longest} tokens, more than {limits.max_input_tokens}: shorten it",
+            f"The input has {longest} tokens, more than {limits.max_inputs}: shorten it",
             code="context_length_exceeded",
         )
     most = wanted.decode.get("max_new_tokens", 1)

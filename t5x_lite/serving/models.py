@@ -54,17 +54,10 @@ class ServedModel:
 
     def __init__(self, name: str, session: Any, limits: ServerLimits):
         self.name, self.session = name, session
-        most = min(session.decode.max_new_tokens, limits.max_new_tokens)
+        sizes = engine_limits(session.predictor.cfg, limits)
+        most = min(session.decode.max_new_tokens, sizes.max_new_tokens)
         self.decode = dataclasses.replace(session.decode, **ONE_ROW, max_new_tokens=most)
-        self.engine = Engine(
-            session.predictor,
-            EngineLimits(
-                rows=limits.rows,
-                max_inputs=limits.max_input_tokens,
-                max_new_tokens=limits.max_new_tokens,
-                queue=limits.queue,
-            ),
-        )
+        self.engine = Engine(session.predictor, sizes)
         self.parameters: dict[str, Any] = {}
         self.embedding = 0
 
@@ -187,3 +180,15 @@ class ServedModels:
         for thread in threads:
             thread.join(max(until - time.monotonic(), 0))
         return any(thread.is_alive() for thread in threads)
+
+
+def engine_limits(cfg: config.Model, limits: ServerLimits) -> EngineLimits:
+    """Sizes of a model's engine: those of the server, or fewer learned positions."""
+    inputs, new = limits.max_input_tokens, limits.max_new_tokens
+    if cfg.encoder is not None:
+        inputs = min(inputs, cfg.encoder.max_length or inputs)
+    if cfg.decoder is not None and cfg.decoder.max_length is not None:
+        positions = cfg.decoder.max_length
+        new = min(new, positions if cfg.encoder is not None else max(positions // 2, 1))
+        inputs = inputs if cfg.encoder is not None else min(inputs, max(positions - new, 1))
+    return EngineLimits(rows=limits.rows, max_inputs=inputs, max_new_tokens=new, queue=limits.queue)

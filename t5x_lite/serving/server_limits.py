@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from t5x_lite.config.checked import Checked, Count, Few, Length, Range
+from t5x_lite.config.checked import Checked, Count, Few, Length, Range, require
 
 Seconds = Annotated[float, Range(0, 10**6, open="least")]
 
@@ -27,8 +27,8 @@ class ServerLimits(Checked):
     """
 
     rows: Few = 16
-    max_input_tokens: Length = 2048
-    max_new_tokens: Length = 512
+    max_input_tokens: Length = 1024
+    max_new_tokens: Length = 256
     texts: Few = 128
     queue: Count = 256
     connections: Count = 512
@@ -36,3 +36,9 @@ class ServerLimits(Checked):
     body_seconds: Seconds = 10.0
     timeout: Seconds = 120.0
     drain: Seconds = 60.0
+
+    def check(self):
+        require(
+            self.texts <= self.queue,
+            f"--texts {self.texts} is more than --queue {self.queue} has place for",
+        )

@@ -15,6 +15,7 @@ from t5x_lite.decoding.drafters import lookup
 from t5x_lite.decoding.protocol import chain
 
 WARM = config.Decode(max_new_tokens=24, temperature=0.7, seed=5)
+SCORED = config.Decode(max_new_tokens=24, logprobs=2)
 BEAMS = config.Decode(max_new_tokens=24, beams=2)
 ACCEPTANCES = {
     "exact": exact.Exact(),
@@ -26,7 +27,7 @@ ACCEPTANCES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
-@pytest.mark.parametrize("decode", [GREEDY, SAMPLED, WARM, BEAMS], ids=str)
+@pytest.mark.parametrize("decode", [GREEDY, SAMPLED, WARM, SCORED, BEAMS], ids=str)
 def test_plain_decoding_of_one_row(kind, decode):
     use_one_device()
     alone, batch = decode_rows(kind, decode, order=(1,)), decode_rows(kind, decode)

@@ -19,7 +19,7 @@ from t5x_lite.tokenizers import chat
 from t5x_lite.tokenizers.vocabularies import ByteVocabulary
 
 LIMITS = ServerLimits(
-    rows=4, max_input_tokens=64, max_new_tokens=32, texts=16, queue=16, body_bytes=4096
+    rows=4, max_input_tokens=64, max_new_tokens=32, texts=16, queue=16, body_bytes=65536
 )
 TEMPLATE = "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}"
 DECODE = config.Decode(max_new_tokens=16, drafter="plain")

@@ -145,6 +145,38 @@ def test_steering_of_requests_is_that_of_decoding(toys):
         assert changed.choices[0].text == wanted.texts[0]
 
 
+def test_log_probabilities_are_those_of_the_prediction(toys):
+    client = toys.client()
+    (wanted,) = alone(toys, "alone", "user: ab\n", max_new_tokens=8, logprobs=2).details
+    prompt = "user: ab\n"
+    plain = client.completions.create(model="alone", prompt=prompt, max_tokens=8, logprobs=2)
+    shown = plain.choices[0].logprobs
+    assert shown.tokens == [each.text for each in wanted]
+    np.testing.assert_allclose(
+        shown.token_logprobs, [each.log_probability for each in wanted], rtol=0, atol=1e-5
+    )
+    assert [len(each) for each in shown.top_logprobs] == [
+        len({text for _, text, _ in each.top}) for each in wanted
+    ]
+    assert shown.text_offset[0] == 0 and sorted(shown.text_offset) == shown.text_offset
+    parts = client.chat.completions.create(
+        model="alone",
+        messages=[{"role": "user", "content": "ab"}],
+        max_tokens=8,
+        logprobs=True,
+        top_logprobs=2,
+        stream=True,
+    )
+    content = [
+        each for part in parts if (chosen := part.choices[0].logprobs) for each in chosen.content
+    ]
+    assert [each.token for each in content] == shown.tokens
+    assert [each.logprob for each in content] == shown.token_logprobs
+    for each, scores in zip(content, wanted, strict=True):
+        assert [top.token for top in each.top_logprobs] == [text for _, text, _ in scores.top]
+        assert bytes(each.bytes).decode() == each.token
+
+
 def test_a_schema_is_followed(toys):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
     schema["additionalProperties"] = False
@@ -220,6 +252,7 @@ REFUSED = {
     "n": ({"n": 17}, 400, "n", "17 texts, more than 16"),
     "stream": ({"stream": "yes"}, 400, "stream", "must be"),
     "bias": ({"logit_bias": {"x": 1}}, 400, "logit_bias", "must be"),
+    "bias digits": ({"logit_bias": {"9" * 5000: 1}}, 400, "logit_bias", "must be"),
     "bias id": ({"logit_bias": {"300": 1}}, 400, "logit_bias", "has id 300"),
     "format": ({"response_format": {"type": "xml"}}, 400, "response_format", "json_object"),
     "schema": (
@@ -234,6 +267,7 @@ REFUSED = {
         "stop",
         "leave one out",
     ),
+    "rules": ({"bad_words": ["ab"] * 9000}, 400, "bad_words", "too long"),
     "tools": ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     "echo": ({"echo": True}, 400, "echo", "not supported"),
     "drafter": ({"drafter": "draft:/etc"}, 400, "drafter", "is no field"),
@@ -266,7 +300,7 @@ BROKEN = {
     "digits": (b'{"seed": ' + b"9" * 4000 + b"}", 400, {}),
     "form": (b"model=pair", 415, {"Content-Type": "application/x-www-form-urlencoded"}),
     "gzip": (b"{}", 415, {"Content-Encoding": "gzip"}),
-    "large": (b" " * 4097, 413, {}),
+    "large": (b" " * 65537, 413, {}),
     "other host": (b"{}", 421, {"Host": "evil.example"}),
 }
 
