@@ -2,6 +2,7 @@
 """Routes of the server: OpenAI's API, tasks of encoder-decoders, health and metrics."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal
@@ -87,9 +88,9 @@ class Api:
         """A model as the API lists it."""
         return {"id": name, "object": "model", "created": self.began, "owned_by": "t5x_lite"}
 
-    async def send_texts(self, request: Request) -> Response:
+    async def send_texts(self, route: str, request: Request) -> Response:
         """Texts of a model: completions, chat, tasks; streamed or whole."""
-        begun, route = time.monotonic(), request.url.path
+        begun = time.monotonic()
         body = await read_body(request, self.models.limits)
         try:
             async with asyncio.timeout(self.models.limits.timeout + GRACE):
@@ -235,11 +236,11 @@ class Api:
         finally:
             served.embedding -= 1
 
-    def counted(self, handler: Handler) -> Handler:
-        """Returns a handler whose failures are answers, and which is counted."""
+    def counted(self, route: str, handler: Handler) -> Handler:
+        """Returns the handler of a route, whose failures are answers, and which is counted."""
 
         async def respond(request: Request) -> Response:
-            begun, route = time.monotonic(), request.scope["route"].path
+            begun = time.monotonic()
             try:
                 response = await handler(request)
             except Disconnected:
@@ -302,10 +303,11 @@ def application(api: Api, host: str, keys: Sequence[str]) -> Starlette:
         "/v1/models": api.send_models,
         "/v1/models/{model:path}": api.send_model,
     }
-    post = {"/v1/embeddings": api.send_embeddings, **dict.fromkeys(READERS, api.send_texts)}
-    routes = [Route(path, api.counted(handler)) for path, handler in get.items()]
+    post: dict[str, Handler] = {path: functools.partial(api.send_texts, path) for path in READERS}
+    post["/v1/embeddings"] = api.send_embeddings
+    routes = [Route(path, api.counted(path, handler)) for path, handler in get.items()]
     routes += [
-        Route(path, api.counted(handler), methods=["POST"]) for path, handler in post.items()
+        Route(path, api.counted(path, handler), methods=["POST"]) for path, handler in post.items()
     ]
 
     def refuse_host(name: str) -> Response:
@@ -326,5 +328,5 @@ async def refuse_route(request: Request, error: Exception) -> Response:
     """The answer to a path that is none, or a method that it does not have."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     headers = dict(getattr(error, "headers", None) or {})
-    message = f"There is no {request.method[:20]} {request.url.path[:100]}"
+    message = f"There is no {request.method[:20]} {request.scope['path'][:100]}"
     return ApiError(status, message, code="unknown_url", headers=headers).response()

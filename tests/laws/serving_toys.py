@@ -2,6 +2,8 @@
 """A server of toys in a thread, and OpenAI's client for it."""
 
 import contextlib
+import http.client
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -74,3 +76,54 @@ def serve_toys(served: models.ServedModels, keys: tuple[str, ...] = ()) -> Itera
         yield ToyServer(bound.getsockname()[1], api, running)
         running.should_exit = True
         thread.join(timeout=20)
+
+
+def predict_alone(server: ToyServer, name: str, text: str, **options):
+    """The prediction of a text by the model of a name with options, between texts of the server."""
+    served = server.models.get(name)
+    return served.engine.call(lambda: served.session.predict(text, **options)).result()
+
+
+@contextlib.contextmanager
+def hold_engine(server: ToyServer, name: str):
+    """The engine of a model, kept from writing."""
+    gate = threading.Event()
+    server.models.get(name).engine.call(lambda: gate.wait(30))
+    try:
+        yield gate
+    finally:
+        gate.set()
+
+
+def wait_until(condition) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def count_requests(server: ToyServer, status: int) -> float:
+    """The number of completions with a status, as the metrics have it."""
+    labels = {"route": "/v1/completions", "status": str(status)}
+    registry = server.api.metrics.registry
+    return registry.get_sample_value("t5x_lite_requests_total", labels) or 0
+
+
+def send(port: int, body: bytes, path: str = "/v1/completions", **headers: str):
+    """(status, headers, JSON) of a POST of body with headers to a path of a port."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", path, body, {"Content-Type": "application/json"} | headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, json.loads(answer.read())
+
+
+@contextlib.contextmanager
+def serve_two_toys() -> Iterator[ToyServer]:
+    """A server of "pair", an encoder-decoder, and "alone", a decoder with a chat template."""
+    served = models.ServedModels(LIMITS)
+    served.add("pair", lambda: toy_session("encoder_decoder"))
+    served.add("alone", lambda: toy_session("decoder_only", TEMPLATE))
+    with serve_toys(served) as server:
+        yield server
+    assert not served.is_busy()

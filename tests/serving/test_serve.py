@@ -23,7 +23,13 @@ LONG |= {"extra_body": {"min_new_tokens": 48}, "stream": True}
 
 
 class Served(NamedTuple):
-    """A server in a process, its client, and what it has written to stderr."""
+    """A server in a process.
+
+    Attributes:
+      process: the process.
+      client: its client.
+      errors: returns all that it has written to stderr.
+    """
 
     process: subprocess.Popen
     client: openai.OpenAI
@@ -49,7 +55,7 @@ def serve_g2p(*options: str) -> Iterator[Served]:
 
 
 def read_all(file) -> str:
-    """What is in a file from its beginning."""
+    """All of a file that another process writes."""
     return os.pread(file.fileno(), 2**20, 0).decode()
 
 

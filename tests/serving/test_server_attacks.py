@@ -78,7 +78,7 @@ class Target:
         return slowest
 
     def exchange(self, sent: bytes) -> bytes:
-        """What comes back for bytes, until the server closes or waits for more."""
+        """The answer to bytes, until the server closes or waits for more."""
         with self.connect() as connection, contextlib.suppress(ConnectionError, TimeoutError):
             connection.settimeout(2)
             connection.sendall(sent)
@@ -102,15 +102,15 @@ def hold_many(target: Target, stack: contextlib.ExitStack) -> str:
 
 def write_slowly(target: Target, stack: contextlib.ExitStack) -> str:
     """A byte a second on 100 connections, until the server hangs up."""
-    held = [stack.enter_context(target.connect()) for _ in range(100)]
+    opened = [stack.enter_context(target.connect()) for _ in range(100)]
     begun, cut = time.monotonic(), 0
     for byte in f"{HEAD}Content-Length: 9\r\n\r\n"[:25].encode():
-        for connection in held:
+        for connection in opened:
             with contextlib.suppress(OSError):
                 connection.sendall(bytes([byte]))
         time.sleep(1)
         target.answers(1)
-    for connection in held:
+    for connection in opened:
         with contextlib.suppress(OSError):
             cut += connection.recv(100) == b""
             continue
