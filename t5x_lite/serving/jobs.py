@@ -165,11 +165,15 @@ READERS = {
 
 
 def count_alternatives(others: dict[str, Any]) -> int | None:
-    """Number of alternatives of each token; None for no log-probabilities."""
-    logprobs = others.get("logprobs")
-    if isinstance(logprobs, bool):
-        return others["top_logprobs"] if logprobs else None
-    return logprobs
+    """Number of alternatives of each token; None for no log-probabilities.
+
+    Raises:
+      InvalidField: alternatives without log-probabilities.
+    """
+    logprobs, top = others.get("logprobs"), others.get("top_logprobs", 0)
+    if top and not logprobs:
+        raise InvalidField("top_logprobs", "top_logprobs needs logprobs: true")
+    return (top if logprobs else None) if isinstance(logprobs, bool) else logprobs
 
 
 def read_job(models: ServedModels, route: str, body: bytes) -> Job:

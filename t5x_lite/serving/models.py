@@ -21,7 +21,10 @@ LAST_SECONDS = 5
 # Fields of config.Decode that shared rows do not have: a checkpoint may set them for itself.
 ONE_ROW = {
     name: getattr(config.Decode, name)
-    for name in ("beams", "n_best", "length_penalty", "early_stopping", "alpha", "choose")
+    for name in (
+        *("beams", "n_best", "length_penalty", "early_stopping", "alpha", "choose"),
+        *("beam_groups", "diversity_penalty"),
+    )
 }
 
 
@@ -65,7 +68,7 @@ class ServedModel:
         """Writes a text, so that programs are compiled before the first request."""
         cfg = self.session.predictor.cfg
         if cfg.readout is None and cfg.decoder is not None and cfg.causal_decoder:
-            self.engine.submit(TextRequest("a", self.decode)).result()
+            self.engine.submit(TextRequest([cfg.decoder_start_token_id], self.decode)).result()
 
     def find_task(self, kind: str, source: str | None, target: str | None) -> TextTask:
         """The task of a route.

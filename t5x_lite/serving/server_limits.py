@@ -32,7 +32,7 @@ class ServerLimits(Checked):
     texts: Few = 128
     queue: Count = 256
     connections: Count = 512
-    body_bytes: Count = 4 * 2**20
+    body_bytes: Count = 2**20
     body_seconds: Seconds = 10.0
     timeout: Seconds = 120.0
     drain: Seconds = 60.0

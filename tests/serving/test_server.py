@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import openai
 import pytest
+from conftest import toy_model
 from serving_toys import (
     LIMITS,
     count_requests,
@@ -20,7 +21,9 @@ from serving_toys import (
     wait_until,
 )
 
-from t5x_lite.serving import generation
+from t5x_lite.decoding.request import check_positions
+from t5x_lite.serving import generation, models
+from t5x_lite.serving.server_limits import ServerLimits
 from t5x_lite.utils import hub_names
 
 SAMPLED = {"temperature": 1.0, "seed": 7, "max_tokens": 12}
@@ -101,12 +104,10 @@ def test_steering_of_requests_is_that_of_decoding(toys):
     )
     wanted = predict_alone(toys, "pair", "ab", max_new_tokens=1, logit_bias={token: -100.0})
     assert other.choices[0].text == wanted.texts[0]
-    for field, value in {"presence_penalty": 1.5, "frequency_penalty": 1.5}.items():
-        changed = client.completions.create(
-            model="pair", prompt="ab", max_tokens=12, **{field: value}
-        )
-        wanted = predict_alone(toys, "pair", "ab", max_new_tokens=12, **{field: value})
-        assert changed.choices[0].text == wanted.texts[0]
+    penalties = {"presence_penalty": 1.5, "frequency_penalty": 0.5}
+    changed = client.completions.create(model="pair", prompt="ab", max_tokens=12, **penalties)
+    wanted = predict_alone(toys, "pair", "ab", max_new_tokens=12, **penalties)
+    assert changed.choices[0].text == wanted.texts[0]
 
 
 def test_log_probabilities_are_those_of_the_prediction(toys):
@@ -186,6 +187,16 @@ def test_tasks_put_the_prefix_of_the_checkpoint_before_their_inputs(toys):
         wanted = predict_alone(toys, "pair", text, max_new_tokens=most).texts[0]
         assert [each["text"] for each in answer["data"]] == [wanted, wanted]
     served.parameters = {}
+
+
+@pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
+def test_an_engine_has_no_more_tokens_than_learned_positions(layout):
+    free = models.engine_limits(toy_model(layout, positions="relative"), ServerLimits())
+    assert (free.max_inputs, free.max_new_tokens) == (1024, 256)
+    learned = toy_model(layout, positions="learned", max_length=64)
+    sizes = models.engine_limits(learned, ServerLimits())
+    check_positions(learned, "Input", [[1] * sizes.max_inputs], sizes.max_new_tokens)
+    assert min(sizes.max_inputs, sizes.max_new_tokens) >= 32
 
 
 def test_models_are_listed_by_name(toys):

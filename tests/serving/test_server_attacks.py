@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import contextlib
+import http.client
 import json
 import random
 import re
@@ -17,6 +18,9 @@ from test_serve import serve_g2p
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 BODY = json.dumps({"model": "g2p", "prompt": "cat", "n": 64, "temperature": 1, "stream": True})
+# Requests of the long run, and clients that send them.
+REQUESTS, CLIENTS = 100_000, 16
+WORDS = ["cat", "photograph", "jaxon", "a", "strengths", "onomatopoeia", "xyz", "hats"]
 # Messages that are no HTTP, or try to be two requests at once.
 TRICKS = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -62,10 +66,10 @@ class Target:
     def files(self) -> int:
         return len([*(self.proc / "fd").iterdir()])
 
-    def gauge(self, name: str) -> float:
+    def gauge(self, name: str, labels: str = "") -> float:
         url = f"http://127.0.0.1:{self.port}/metrics"
         text = urllib.request.urlopen(url, timeout=60).read().decode()
-        return float(re.search(rf'^t5x_lite_{name}{{model="g2p"}} (\S+)', text, re.M)[1])
+        return float(re.search(rf'^t5x_lite_{name}{{model="g2p"{labels}}} (\S+)', text, re.M)[1])
 
     def answers(self, count: int = 10) -> float:
         """Slowest of some answers, each of them right, in seconds."""
@@ -216,3 +220,37 @@ def test_a_server_under_attack_answers_others_and_nothing_stays():
         running.terminate()
         running.wait(timeout=60)
         assert "Traceback" not in errors()
+
+
+@pytest.mark.exhaustive  # half an hour of requests
+def test_of_many_requests_none_is_lost_or_doubled_and_memory_does_not_grow():
+    with serve_g2p() as (running, client, errors):
+        target = Target(running, client)
+        texts = [each.text for each in client.completions.create(model="g2p", prompt=WORDS).choices]
+        assert len(set(texts)) == len(WORDS)
+
+        def send_share(number: int) -> int:
+            wrong = 0
+            connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=120)
+            with contextlib.closing(connection):
+                for place in range(number, REQUESTS // 2, CLIENTS):
+                    word = place % len(WORDS)
+                    body = json.dumps({"model": "g2p", "prompt": WORDS[word]})
+                    connection.request(
+                        "POST", "/v1/completions", body, {"Content-Type": "application/json"}
+                    )
+                    answer = json.loads(connection.getresponse().read())
+                    wrong += [each["text"] for each in answer["choices"]] != [texts[word]]
+            return wrong
+
+        memory = []
+        for _ in range(2):
+            begun = time.monotonic()
+            with concurrent.futures.ThreadPoolExecutor(CLIENTS) as threads:
+                assert sum(threads.map(send_share, range(CLIENTS))) == 0
+            memory.append(target.megabytes())
+            rate = REQUESTS / 2 / (time.monotonic() - begun)
+            print(f"{REQUESTS // 2} requests right, {rate:.0f}/s, {memory[-1]:.0f} MB")
+        assert memory[1] < memory[0] + 20
+        stopped = target.gauge("finished_total", ',reason="stop"')
+        assert stopped >= REQUESTS and target.gauge("rows_used") == 0

@@ -68,6 +68,13 @@ def test_a_refusal_names_the_field(toys, name):
     assert reason in error["message"] and error["type"]
 
 
+def test_alternatives_need_log_probabilities(toys):
+    chat = [{"role": "user", "content": "x"}]
+    body = {"model": "alone", "messages": chat, "top_logprobs": 2}
+    status, _, answer = send(toys.port, json.dumps(body).encode(), "/v1/chat/completions")
+    assert status == 400 and answer["error"]["param"] == "top_logprobs"
+
+
 def test_what_asks_for_nothing_is_ignored(toys):
     idle = {"echo": False, "best_of": 1, "suffix": None, "user": "me", "tools": []}
     body = {"model": "pair", "prompt": "ab", "temperature": 0, "top_p": 0.5} | idle
