@@ -45,7 +45,8 @@ class ApiError(Exception):
         """The error as JSON."""
         kind = TYPES.get(self.status, "invalid_request_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        # Names in a request may have halves of surrogate pairs, which no answer can have.
+        return {"error": {name: text and whole_text(text) for name, text in error.items()}}
 
     def response(self) -> JSONResponse:
         """The error as a response."""
@@ -62,3 +63,8 @@ class InvalidField(ApiError):
 def busy_error(message: str, seconds: int) -> ApiError:
     """Status 429: the request may be sent again after so many seconds."""
     return ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
+
+
+def whole_text(text: str) -> str:
+    """A text with "?" for halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()

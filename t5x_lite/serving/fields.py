@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, NoReturn
 from t5x_lite import config
 from t5x_lite.config.checked import Few, field_types
 from t5x_lite.config.decoding import FILTERS
-
-# Seeds of the second, third, ... text of an input, as those of samples in `decoding`.
 from t5x_lite.decoding.request import SEED_STEP
 from t5x_lite.evaluation.arguments import check_argument, merge_options
 from t5x_lite.serving.errors import InvalidField
@@ -101,7 +99,9 @@ def read_field(fields: dict[str, Any], name: str, hint: Any, default: Any = None
     try:
         return check_argument(name, fields.pop(name), hint)
     except ValueError as error:
-        raise InvalidField(name, str(error)) from None
+        message = str(error)
+        shown = message if message.startswith(name) else f"{name}: {message}"
+        raise InvalidField(name, shown) from None
 
 
 def read_request(fields: dict[str, Any], hints: dict[str, Any]) -> Wanted:
@@ -172,7 +172,7 @@ def check_others(fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         if name in WITHOUT_EFFECT or value in IDLE.get(name, ()):
             continue
-        reason = "is not supported here: leave it out" if name in IDLE else "is no field"
+        reason = "is not supported here: leave it out" if name in IDLE else "is not a field here"
         message = f"{name} {reason}"
         raise InvalidField(name[:100], message[:200], "unknown_parameter")
 
@@ -214,7 +214,7 @@ def refuse_decode(error: ValueError) -> InvalidField:
 
 
 def list_decodes(decode: config.Decode, count: int) -> list[config.Decode]:
-    """The configs of `count` texts of one input: other seeds for samples, the same text else."""
+    """The configs of `count` texts of one input: samples have the seeds of those of n_best."""
     if decode.temperature == 0:
         return [decode] * count
     seeds = [(decode.seed + number * SEED_STEP) % 2**32 for number in range(count)]

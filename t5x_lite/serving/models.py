@@ -79,13 +79,13 @@ class ServedModel:
           target: language to write; None for none.
 
         Raises:
-          ApiError: the model is no encoder-decoder, or does not know the languages.
+          ApiError: the model is not an encoder-decoder, or does not know the languages.
         """
         predictor = self.session.predictor
         if predictor.cfg.layout != "encoder_decoder":
             raise ApiError(
                 400,
-                f"{self.name} is no encoder-decoder: /v1/completions continues a text",
+                f"{self.name} is not an encoder-decoder: /v1/completions continues a text",
                 param="model",
             )
         name = f"{kind}_{source}_to_{target}" if source and target else kind

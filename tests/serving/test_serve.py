@@ -17,9 +17,9 @@ import pytest
 
 from t5x_lite import serve
 
-# Texts that take many blocks: no end before 48 tokens.
-LONG = {"n": 16, "temperature": 1.0, "seed": 1, "max_tokens": 64}
-LONG |= {"extra_body": {"min_new_tokens": 48}, "stream": True}
+# Texts that take many blocks: more than there are rows, and no end before 100 tokens.
+LONG = {"n": 40, "temperature": 1.0, "seed": 1, "max_tokens": 128}
+LONG |= {"extra_body": {"min_new_tokens": 100}, "stream": True}
 
 
 class Served(NamedTuple):
@@ -65,8 +65,8 @@ def test_what_has_begun_is_finished_and_a_killed_server_is_served_again():
         stream = client.completions.create(model="g2p", prompt="cat", **LONG)
         next(iter(stream))
         running.kill()
-        with pytest.raises((openai.APIError, openai.httpx.HTTPError)):
-            assert len([*stream]) < 0
+        with pytest.raises(Exception, match="(?i)connection"):
+            list(stream)
     with serve_g2p() as (running, client, errors):
         answer = client.completions.create(model="g2p", prompt=["photograph", "cat"])
         assert [each.text for each in answer.choices] == ["F OW T AH G R AE F", "K AE T"]

@@ -18,6 +18,9 @@ def toys():
 REFUSED = {
     "model": ({"model": "../etc"}, 404, "model", "choose from pair, alone"),
     "no model": ({"model": None}, 400, "model", "is missing"),
+    "half a name": ({"model": "\ud800"}, 400, "model", "surrogate"),
+    "half a field": ({"\ud800": 1}, 400, "?", "? is not a field"),
+    "half a stop": ({"stop": "\ud800"}, 400, "stop", "stop"),
     "no prompt": ({"prompt": None}, 400, "prompt", "is missing"),
     "empty": ({"prompt": []}, 400, "prompt", "must be a text, a list"),
     "mixed": ({"prompt": ["a", 5]}, 400, "prompt", "must be a text, a list"),
@@ -53,8 +56,8 @@ REFUSED = {
     "rules": ({"bad_words": ["ab"] * 9000}, 400, "bad_words", "too long"),
     "tools": ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     "echo": ({"echo": True}, 400, "echo", "not supported"),
-    "drafter": ({"drafter": "draft:/etc"}, 400, "drafter", "is no field"),
-    "companion": ({"companion": "model:/etc"}, 400, "companion", "is no field"),
+    "drafter": ({"drafter": "draft:/etc"}, 400, "drafter", "is not a field"),
+    "companion": ({"companion": "model:/etc"}, 400, "companion", "is not a field"),
 }
 
 
@@ -121,7 +124,7 @@ def test_models_without_what_a_route_needs_say_so(toys):
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model="pair", messages=[{"role": "user", "content": "x"}])
     body = json.dumps({"model": "alone", "input": "x"}).encode()
-    assert "no encoder-decoder" in send(toys.port, body, "/v1/summaries")[2]["error"]["message"]
+    assert "not an encoder-decoder" in send(toys.port, body, "/v1/summaries")[2]["error"]["message"]
     languages = {"model": "pair", "input": "x", "target_language": "de"}
     status, _, answer = send(toys.port, json.dumps(languages).encode(), "/v1/translations")
     assert status == 400 and answer["error"]["param"] == "target_language"
