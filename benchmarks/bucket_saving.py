@@ -31,6 +31,7 @@ from stores import open_store
 from t5x_lite import config
 from t5x_lite.checkpoints.checkpoint_io import CheckpointMetadata
 from t5x_lite.checkpoints.manager import CheckpointManager
+from t5x_lite.checkpoints.step_folders import REMOVER
 from t5x_lite.checkpoints.train_state import TrainState
 
 PACKAGES = [
@@ -85,9 +86,10 @@ def main() -> None:
         for step in range(1, repeats + 2):
             for name, manager in managers.items():
                 times[name].append(time_save(manager, state, step))
-        for thread in threading.enumerate():  # those that remove older checkpoints
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join(timeout=60)
+        for thread in threading.enumerate():
+            # By name: to join the thread of gcp-storage-emulator is to stop its server.
+            if thread.name == REMOVER:
+                thread.join()
         rows = []
         for name, measured in times.items():
             manager = managers[name]

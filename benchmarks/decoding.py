@@ -8,19 +8,21 @@ same round; and the time that cores worked for a token, which a busy machine cha
 greedy, and compared id by id with our own plain decoding.
 
   t5_base   T5-base of random weights, 64 ids in and 64 out, no EOS: how fast a step is
+  bart_base, marian_base   the same with BART-base and with a base model of OPUS-MT
   g2p       --g2p RUN: words of the test split
   restore   --restore RUN of configs/runs/restore_lines.gin: almost all of a text is a copy
   heads     --heads RUN of configs/runs/heads_restore_tuned.gin, or what widened.py made of it
   code      --smollm2 FILE.gguf: continues code of Python's library
   prose     the same with its documentation
 
-Texts alone are four of a case, one after the other (of t5_base, whose texts are alike, one).
+Texts alone are four of a case, one after the other (of random weights, whose texts are alike, one).
 llama.cpp takes part where the package llama-cpp-python is installed; it is not part of any extra.
 
   python benchmarks/decoding.py --folder /tmp/decoding --cases t5_base [--batch 1 8] [--rounds 7]
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import random
@@ -63,12 +65,13 @@ def exported(checkpoint: str, folder: Path) -> Path:
     return target
 
 
-def t5_base(options: argparse.Namespace) -> Case:
-    folder = options.folder / "t5_base"
-    systems.random_t5(folder)
+def random_case(name: str, options: argparse.Namespace) -> Case:
+    folder, random = options.folder / name, systems.RANDOM_MODELS[name]
+    systems.write_random_model(name, folder)
+    words = sorted(set(range(random.pieces)) - set(random.special.values()))
     draw = np.random.default_rng(0)
-    rows = draw.integers(3, systems.PIECES, (CONTINUED, 64)).tolist()
-    return Case("t5_base", folder, True, rows, LENGTH, forced=True, half=True)
+    rows = draw.integers(words[0], words[-1] + 1, (CONTINUED, 64)).tolist()
+    return Case(name, folder, True, rows, LENGTH, forced=True, half=True)
 
 
 def of_run(name: str, checkpoint: str, options: argparse.Namespace, length: int) -> Case:
@@ -126,7 +129,7 @@ def smollm2(name: str, texts: Callable[[], list[str]], options: argparse.Namespa
 
 
 CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
-    "t5_base": t5_base,
+    **{name: functools.partial(random_case, name) for name in systems.RANDOM_MODELS},
     "g2p": lambda options: of_run("g2p", options.g2p, options, 40),
     "restore": lambda options: of_run("restore", options.restore, options, 192),
     "heads": lambda options: of_run("heads", options.heads, options, 192),
@@ -138,7 +141,7 @@ CHECKPOINT = {name: name for name in ("g2p", "restore", "heads")}
 CHECKPOINT |= {"code": "smollm2", "prose": "smollm2"}
 OF_SMOLLM2 = (("lookup", 8), ("lookup", 0), ("recycling", 16), ("lookup+recycling", 16))
 DRAFTERS = {
-    "t5_base": (),
+    **dict.fromkeys(systems.RANDOM_MODELS, ()),
     "g2p": (("lookup", 8), ("recycling", 16)),
     "restore": (("lookup", 8), ("lookup", 16), ("lookup", 0)),
     "heads": (("blockwise", 4), ("blockwise", 8), ("lookup", 8)),

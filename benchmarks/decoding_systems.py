@@ -12,7 +12,27 @@ import numpy as np
 Ids = list[int]
 Write = Callable[[Sequence[Ids]], list[Ids]]
 
-PIECES = 32100
+
+class RandomModel(NamedTuple):
+    """A model of random weights that transformers makes, for speed alone.
+
+    Attributes:
+      kind: class in transformers.
+      config: fields of its config.
+      pieces: number of tokens that its tokenizer knows.
+      special: ids of special tokens, by their name for a tokenizer and their text.
+      enlarged: endings of the names of weights that are enlarged.
+      factor: by which they are; otherwise all texts would be alike.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    pieces: int
+    special: dict[tuple[str, str], int]
+    enlarged: tuple[str, ...]
+    factor: float
+
+
 T5_BASE = {
     "vocab_size": 32128,
     "d_model": 768,
@@ -25,6 +45,65 @@ T5_BASE = {
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
     "eos_token_id": 1,
+}
+BART_BASE = {
+    "vocab_size": 50265,
+    "d_model": 768,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 6),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 12),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 3072),
+    "max_position_embeddings": 1024,
+    "decoder_start_token_id": 2,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "forced_eos_token_id": None,
+}
+# The base models of OPUS-MT.
+MARIAN_BASE = {
+    "vocab_size": 58101,
+    "d_model": 512,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 6),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 8),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 2048),
+    "max_position_embeddings": 512,
+    "activation_function": "swish",
+    "scale_embedding": True,
+    "decoder_start_token_id": 58100,
+    "pad_token_id": 58100,
+    "eos_token_id": 0,
+    "forced_eos_token_id": None,
+}
+EOS_TOKEN, PAD_TOKEN, UNK_TOKEN = (
+    ("eos_token", "</s>"),
+    ("pad_token", "<pad>"),
+    ("unk_token", "<unk>"),
+)
+BART_LIKE = ("_proj.weight", "fc1.weight", "fc2.weight")
+RANDOM_MODELS = {
+    "t5_base": RandomModel(
+        "T5ForConditionalGeneration",
+        T5_BASE,
+        32100,
+        {PAD_TOKEN: 0, EOS_TOKEN: 1, UNK_TOKEN: 2},
+        ("SelfAttention.q.weight", "EncDecAttention.q.weight"),
+        4,
+    ),
+    "bart_base": RandomModel(
+        "BartForConditionalGeneration",
+        BART_BASE,
+        50265,
+        {("bos_token", "<s>"): 0, PAD_TOKEN: 1, EOS_TOKEN: 2, UNK_TOKEN: 3},
+        BART_LIKE,
+        3,
+    ),
+    "marian_base": RandomModel(
+        "MarianMTModel",
+        MARIAN_BASE,
+        58101,
+        {EOS_TOKEN: 0, UNK_TOKEN: 1, PAD_TOKEN: 58100},
+        BART_LIKE,
+        3,
+    ),
 }
 
 
@@ -61,11 +140,10 @@ def cut(ids: Sequence[int], stops: Sequence[int]) -> Ids:
     return list(ids[: ends[0]] if ends else ids)
 
 
-def random_t5(folder: Path) -> None:
-    """A T5-base of random weights in folder, for transformers, with a tokenizer of as many words.
+def write_random_model(name: str, folder: Path) -> None:
+    """Writes a key of RANDOM_MODELS to folder, with a tokenizer of as many words.
 
-    Weights are drawn as transformers does and rounded to float16; queries are larger, so that texts
-    differ from one another.
+    Weights are drawn as transformers does and rounded to float16.
     """
     import tokenizers
     import torch
@@ -73,16 +151,22 @@ def random_t5(folder: Path) -> None:
 
     if (folder / "config.json").exists():
         return
+    random = RANDOM_MODELS[name]
     torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE)).eval()
+    kind = getattr(transformers, random.kind)
+    model = kind(kind.config_class(**random.config)).eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("SelfAttention.q.weight", "EncDecAttention.q.weight")):
-                weight.mul_(4)
-    names = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(3, PIECES))]
-    table = {name: number for number, name in enumerate(names)}
+        for each, weight in model.named_parameters():
+            if each.endswith(random.enlarged):
+                weight.mul_(random.factor)
+        if hasattr(model, "final_logits_bias"):
+            # No system writes them, whether it is kept from doing so or not.
+            unwritten = [model.config.eos_token_id, model.config.pad_token_id]
+            model.final_logits_bias[0, unwritten] = -1e4
+    names = {token: text for (_, text), token in random.special.items()}
+    table = {names.get(token, f"w{token}"): token for token in range(random.pieces)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
-    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    special = dict(random.special.keys())
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
     wrapped.save_pretrained(folder)
     model.half().save_pretrained(folder)

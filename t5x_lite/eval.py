@@ -282,9 +282,9 @@ def sweep_settings(args: argparse.Namespace, run: DataRun, restored: Any) -> int
     print(sweep.format_table(points))
     if args.json:
         rows = [point._asdict() for point in points]
-        write_atomically(Path(args.json), json.dumps(rows, indent=1) + "\n")
+        write_atomically(parse_output_path(args.json), json.dumps(rows, indent=1) + "\n")
     if args.plot:
-        sweep.draw_plot(points, Path(args.plot))
+        sweep.draw_plot(points, parse_output_path(args.plot))
     return 0
 
 

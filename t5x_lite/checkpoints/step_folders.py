@@ -25,6 +25,8 @@ DELETING = ".deleting"
 UNFINISHED = ".orbax-checkpoint-tmp"
 # Orbax's last file of a checkpoint, on disks too: a run may be copied to a store.
 COMMITTED = "commit_success.txt"
+# Name of the threads that remove checkpoints from a store.
+REMOVER = "removal of a checkpoint"
 
 
 def vocabulary_digest(model_dir: str | Path) -> str | None:
@@ -78,7 +80,7 @@ def remove_checkpoint(path: Path) -> None:
     """Removes the folder of a checkpoint: first what makes it one, its name or its last file."""
     if is_address(path):
         # A thread that the end of the process waits for: training does not.
-        threading.Thread(target=remove_from_store, args=(path,)).start()
+        threading.Thread(target=remove_from_store, args=(path,), name=REMOVER).start()
         return
     doomed = path.with_name(path.name + DELETING)
     # Somebody who made room by hand may have been faster.

@@ -62,7 +62,12 @@ NUMBERS = {
     "max_new_tokens": (int, 64, 1, math.inf),
     "temperature": (float, 0.0, 0.0, 10.0),
     "seed": (int, 0, 0, 2**32 - 1),
+    "top_p": (float, 1.0, 0.001, 1.0),
+    "min_p": (float, 0.0, 0.0, 0.999),
+    "repetition_penalty": (float, 1.0, 0.1, 10.0),
 }
+# The most characters of a text that ends an answer.
+LONGEST_STOP = 100
 
 
 def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) -> Question:
@@ -107,6 +112,7 @@ def parse_question(body: bytes, drafters: dict[str, list[str]], limits: Limits) 
         draft_length=width,
         choices=read_choices(fields, limits),
         companion=read_companion(fields),
+        stop=read_stop(fields),
         **numbers,
     )
     return Question(model, text, decode, chat)
@@ -118,6 +124,14 @@ def read_choices(fields: dict[str, Any], limits: Limits) -> tuple[str, ...]:
     if sum(map(len, choices)) > limits.characters:
         raise ValueError(f"choices have more than {limits.characters} characters")
     return tuple(filter(None, choices))
+
+
+def read_stop(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Reads the text that ends an answer; empty for none."""
+    stop = read_string(fields, "stop", "")
+    if len(stop) > LONGEST_STOP:
+        raise ValueError(f"stop has more than {LONGEST_STOP} characters")
+    return (stop,) if stop else ()
 
 
 def read_companion(fields: dict[str, Any]) -> str:

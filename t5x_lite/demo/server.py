@@ -242,8 +242,9 @@ def program_key(predictor: Any, question: Question, text: str) -> tuple:
 
     decode, length = question.decode, len(predictor.encode_inputs([text])[0])
     sizes = decoding.bucket_length(length), decoding.bucket_length(decode.max_new_tokens)
-    rules = decode.drafter, decode.temperature > 0, decode.choices, decode.companion
-    return question.model, *rules, *sizes
+    rules = decode.drafter, decode.choices, decode.companion, decode.stop
+    used = decode.temperature > 0, decode.min_p > 0, decode.repetition_penalty != 1
+    return question.model, *rules, *used, *sizes
 
 
 def application(models: Models, hosts: Collection[str], addresses: bool = False) -> Starlette:

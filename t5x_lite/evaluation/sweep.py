@@ -2,7 +2,9 @@
 """Sweep over settings of decoding: quality and speed of each, and the sensitivity to each field."""
 
 import dataclasses
+import io
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +15,14 @@ from t5x_lite.config.training_run import DataRun
 from t5x_lite.evaluation import choosing, metrics
 from t5x_lite.evaluation.evaluate import Evaluator
 from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.nearest import suggest
 from t5x_lite.utils.not_none import not_none
+
+# Colors that are distinguished without color vision (Okabe and Ito, 2008).
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
+MARKERS = "os^DvPX"
+LEGEND_ROWS = 45
 
 
 class SweepPoint(NamedTuple):
@@ -180,10 +188,10 @@ def format_table(points: Sequence[SweepPoint]) -> str:
     """The points as a table in Markdown, and the sensitivity of the first metric below it."""
     names = list(dict.fromkeys(name for point in points for name in point.values))
     fields = list(points[0].settings)
-    head = [*fields, *names, "tokens/s"]
+    head = ["", *fields, *names, "tokens/s"]
     rows = [head, ["---"] * len(head)]
-    for point in points:
-        cells = [str(value) for value in point.settings.values()]
+    for number, point in enumerate(points, start=1):
+        cells = [str(number), *map(str, point.settings.values())]
         if point.reason:
             rows.append([*cells, "not possible", *[""] * len(names)])
             continue
@@ -198,19 +206,45 @@ def format_table(points: Sequence[SweepPoint]) -> str:
 
 
 def draw_plot(points: Sequence[SweepPoint], path: Path) -> None:
-    """Draws quality over speed: the first metric and tokens per second of every combination."""
+    """Draws quality over speed: the first metric and tokens per second of every combination.
+
+    Points have the numbers of the table's rows; colors are the values of the first setting that
+    varies, markers those of the second.
+
+    Args:
+      points: the combinations.
+      path: a file whose name ends in the format, or an address.
+    """
     from matplotlib.figure import Figure
 
-    measured = [point for point in points if point.values]
-    metric = next(iter(measured[0].values))
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    metric = next(name for point in points for name in point.values)
+    measured = [(n, point) for n, point in enumerate(points, start=1) if metric in point.values]
+    values = {
+        name: list(dict.fromkeys(point.settings[name] for _, point in measured))
+        for name in points[0].settings
+    }
+    fixed = [f"{name}={each[0]}" for name, each in values.items() if len(each) == 1]
+    varying = [name for name, each in values.items() if len(each) > 1]
+    columns = math.ceil(len(measured) / LEGEND_ROWS)
+    height = max(5, 0.17 * min(len(measured), LEGEND_ROWS))
+    figure = Figure(figsize=(8 + (1 + len(varying)) * columns, height), layout="constrained")
     axes = figure.add_subplot()
-    for point in measured:
+    for number, point in measured:
+        looks = [values[name].index(point.settings[name]) for name in varying[:2]]
+        color, marker = [*looks, 0, 0][:2]
         place = point.tokens_per_second, point.values[metric]
-        axes.plot(*place, "o", color="#0072b2")
-        label = " ".join(f"{name}={value}" for name, value in point.settings.items())
-        axes.annotate(label, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set_xlabel("tokens per second")
-    axes.set_ylabel(metric)
+        settings = " ".join(f"{name}={point.settings[name]}" for name in varying)
+        axes.plot(
+            *place,
+            MARKERS[marker % len(MARKERS)],
+            color=COLORS[color % len(COLORS)],
+            label=f"{number}  {settings}",
+        )
+        axes.annotate(str(number), place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="tokens per second", ylabel=metric, title=" ".join(fixed))
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    figure.legend(loc="outside right upper", fontsize=7, ncols=columns, frameon=False)
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format=path.suffix[1:])
+    write_atomically(path, drawing.getvalue())

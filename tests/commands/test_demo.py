@@ -108,6 +108,24 @@ def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter,
     assert last["rate"] == pytest.approx(last["count"] / last["seconds"])
 
 
+@pytest.mark.slow
+def test_the_controls_of_the_page_are_those_of_a_session(demo):
+    port, models = demo
+    controls = dict(temperature=1.0, seed=3, top_p=0.9, min_p=0.01, repetition_penalty=3.0)
+    session = models.sessions["pair"]
+
+    def predict(**options):
+        return models.thread.submit(session.generate, "abab", max_new_tokens=12, **options).result()
+
+    def read(**options):
+        return "".join(piece["text"] for piece in lines(ask(port, request_body(**options))[2])[:-1])
+
+    text = predict(**controls)
+    assert read(**controls) == text != predict(temperature=1.0, seed=3)
+    stop = text[2]
+    assert read(**controls, stop=stop) == text[: text.index(stop)]
+
+
 def test_the_same_question_compiles_once_and_says_so(demo):
     port, _ = demo
     question = request_body(text="x" * 60, max_new_tokens=30, temperature=0.5, seed=7)
@@ -143,6 +161,11 @@ REFUSED = [
     (request_body(temperature=-1), "temperature must be a number from 0.0 to 10"),
     (request_body(choices="a" * 3000), "choices have more than"),
     (request_body(seed=2**32), "seed must be a number"),
+    (request_body(top_p=0), "top_p must be a number from 0.001 to 1"),
+    (request_body(min_p=1), "min_p must be a number from 0.0 to 0.999"),
+    (request_body(repetition_penalty="2"), "repetition_penalty must be a number"),
+    (request_body(stop="a" * 101), "stop has more than 100 characters"),
+    (request_body(stop=["a"]), "stop must be a text"),
     (request_body(drafter="draft:/etc/passwd"), "drafter must be one of plain"),
     (request_body(companion="model:/etc"), "companion must be empty or one of unconditional"),
     (request_body(chat=1), "chat must be true or false"),
