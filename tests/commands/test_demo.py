@@ -19,7 +19,6 @@ import pytest
 from conftest import toy_model
 
 from t5x_lite import config, interactive, model, sharding
-from t5x_lite.demo import __main__ as command
 from t5x_lite.demo import limits, server
 from t5x_lite.evaluation import predict
 from t5x_lite.serving import connections
