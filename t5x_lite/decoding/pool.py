@@ -8,6 +8,7 @@ of a row is, and a row that joins is overwritten whole: nothing of the one befor
 b rows of the pool    n rows that join    T slots of a row    N most new tokens of a block of steps
 """
 
+import enum
 import functools
 from typing import Any, NamedTuple
 
@@ -28,9 +29,23 @@ from t5x_lite.decoding.steering.build import ChoiceRules
 from t5x_lite.decoding.streaming import DecodeArguments
 from t5x_lite.model.computation import with_dtype_of
 
-# Fields of SamplingParams that cost a pass over the vocabulary, with the value that changes no
-# logit: a row that has it is sampled in the same way where other rows have another.
-NEUTRAL = {"min_p": 0.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "temperature_range": 0.0}
+# Fields of SamplingParams that each cost a pass over the vocabulary. 0 changes no logit of a row:
+# its text is the one without the field.
+SELDOM = ("min_p", "epsilon_cutoff", "eta_cutoff", "temperature_range")
+
+
+class Choice(enum.IntEnum):
+    """Work that choosing tokens takes in a block of steps; a row that needs less has its own text.
+
+    Attributes:
+      GREEDY: no row samples.
+      SAMPLED: by temperature, top-k and top-p.
+      FILTERED: by the fields of SELDOM too.
+    """
+
+    GREEDY = 0
+    SAMPLED = 1
+    FILTERED = 2
 
 
 class PoolProgram(NamedTuple):
@@ -255,7 +270,7 @@ def pool_context(
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def advance_pool(
     pool: PoolProgram,
-    used: tuple[str, ...] | None,
+    choice: Choice,
     arguments: DecodeArguments,
     rows: RowPool,
     wanted: Bool[Array, " b"],
@@ -264,7 +279,7 @@ def advance_pool(
 
     Args:
       pool: static arguments.
-      used: the fields of NEUTRAL that some row uses; None if every row is greedy.
+      choice: how the rows choose tokens.
       arguments: weights, ends of texts, and processors.
       rows: the pool; donated.
       wanted: False for rows that end now, whatever they have.
@@ -272,10 +287,9 @@ def advance_pool(
     Returns:
       The pool, and the new tokens of the block.
     """
-    sampling = None
-    if used is not None:
-        idle = {name: None for name in NEUTRAL if name not in used}
-        sampling = rows.sampling._replace(**idle)
+    sampling = None if choice == Choice.GREEDY else rows.sampling
+    if choice == Choice.SAMPLED:
+        sampling = rows.sampling._replace(**dict.fromkeys(SELDOM))
     rules = arguments.rules._replace(sampling=sampling)
     context = pool_context(pool, arguments, rows.request, rows.encoded, rules)
     paused = context.stopping._replace(pause=jnp.int32(pool.block))

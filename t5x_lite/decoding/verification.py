@@ -113,12 +113,13 @@ def describe_tokens(
         return None
     best, ids = jax.lax.top_k(logits, context.logprobs)
     total = jax.nn.logsumexp(logits, axis=-1)
-    return TokenDetails(
+    details = TokenDetails(
         log_probability=token_log_probability(logits, tokens),
         top_tokens=ids,
         top_log_probability=best - total[..., None],
         truncated=sampling.truncated_mass(steered, context.sampling),
     )
+    return sharding.by_rows(details)
 
 
 def process_logits(

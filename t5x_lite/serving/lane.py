@@ -25,6 +25,8 @@ from t5x_lite.serving.row_text import LaneKey, RowText, join_requests, prompts_w
 # Width of a drafter's blocks where a request leaves it to measurement: rows that come and go have
 # no time to measure.
 DRAFT_WIDTH = 4
+# Fields of config.Decode behind `pool.SELDOM`.
+SELDOM = ("min_p", "epsilon_cutoff", "eta_cutoff", "dynatemp_range")
 
 
 class Lane:
@@ -136,7 +138,7 @@ class Lane:
         assert self.pool is not None and self.arguments is not None
         wanted: Any = np.array([text is not None for text in self.texts])
         self.pool, step = pool.advance_pool(
-            self.program, self.used_filters(), self.arguments, self.pool, wanted
+            self.program, self.find_choice(), self.arguments, self.pool, wanted
         )
         step = jax.device_get(step)
         self.passes = int(step.passes)
@@ -158,15 +160,13 @@ class Lane:
         """Frees the rows of those texts that have one."""
         self.texts = [None if text in texts else text for text in self.texts]
 
-    def used_filters(self) -> tuple[str, ...] | None:
-        """Fields of `pool.NEUTRAL` that a text uses; None if every text is greedy."""
+    def find_choice(self) -> pool.Choice:
+        """Returns how the texts choose tokens: as the one that needs the most."""
         decodes = [text.decode for text in self.texts if text is not None]
-        if all(decode.temperature == 0 for decode in decodes):
-            return None
-        names = {name: name for name in pool.NEUTRAL} | {"temperature_range": "dynatemp_range"}
-        return tuple(
-            field for field, name in names.items() if any(getattr(each, name) for each in decodes)
-        )
+        if any(getattr(decode, name) for decode in decodes for name in SELDOM):
+            return pool.Choice.FILTERED
+        sampled = any(decode.temperature > 0 for decode in decodes)
+        return pool.Choice.SAMPLED if sampled else pool.Choice.GREEDY
 
     def describe_scores(
         self, text: RowText, details: TokenDetails | None, row: int, tokens: list[int]
