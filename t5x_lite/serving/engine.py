@@ -167,7 +167,7 @@ class Engine:
                 f"{self.limits.max_inputs}: shorten it"
             )
         predictor.check_inputs([ids], decode)
-        return RowText(completion, predictor, ids, self.limits.max_new_tokens)
+        return RowText(completion, predictor, ids, self.limits)
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Runs a function in the engine's thread between two blocks: embeddings, scores, beams.

@@ -20,7 +20,7 @@ from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import TokenScore, describe_tokens
 from t5x_lite.serving.completion import FinishReason
 from t5x_lite.serving.limits import EngineLimits
-from t5x_lite.serving.row_text import LaneKey, RowText, join_requests, prompts_width
+from t5x_lite.serving.row_text import LaneKey, RowText, join_requests
 
 # Width of a drafter's blocks where a request leaves it to measurement: rows that come and go have
 # no time to measure.
@@ -56,15 +56,14 @@ class Lane:
         self.decode = fix_drafter(self.predictor, key.decode)
         self.drafting = self.predictor.drafters.get(self.decode)
         self.texts: list[RowText | None] = [None] * limits.rows
-        encoder = self.predictor.cfg.encoder is not None
         self.program = pool.make_pool_program(
             self.predictor.cfg,
             self.predictor.params,
             self.decode,
             self.drafting,
             rows=limits.rows,
-            inputs=decoding.bucket_length(limits.max_inputs) if encoder else 0,
-            prompts=prompts_width(self.predictor, limits.max_inputs, key.prompts),
+            inputs=key.inputs,
+            prompts=key.prompts,
             block=limits.block,
         )
         self.arguments: DecodeArguments | None = None

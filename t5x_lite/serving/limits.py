@@ -18,8 +18,8 @@ class EngineLimits:
       prefill_tokens: ids of inputs that one program reads, about; short inputs share it.
       prefill_budget: ids of inputs that are read between two blocks, about.
       queue: requests that may wait.
-      lanes: different settings (adapter, constraint, drafter, ...) that are served at the same
-        time, each with rows of its own.
+      lanes: different settings (adapter, constraint, drafter, class of widths, ...) that are
+        served at the same time, each with rows of its own.
     """
 
     rows: int = 16
@@ -29,7 +29,7 @@ class EngineLimits:
     prefill_tokens: int = 64
     prefill_budget: int = 512
     queue: int = 256
-    lanes: int = 4
+    lanes: int = 8
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -13,6 +13,7 @@ from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import TokenScore
 from t5x_lite.evaluation.steered_rows import SteeredRows
 from t5x_lite.serving.completion import Completion, CompletionChunk, FinishReason
+from t5x_lite.serving.limits import EngineLimits
 
 # Fields of config.Decode that are arrays by row: requests that differ in them share a program.
 BY_ROW = (
@@ -27,6 +28,7 @@ RULES_BY_ROW = (
 )
 # Alternatives of a token are counted in steps of so many, so that few programs have them.
 ALTERNATIVES = 5
+LEAST_WIDTH = 64
 
 
 class LaneKey(NamedTuple):
@@ -34,13 +36,15 @@ class LaneKey(NamedTuple):
 
     Attributes:
       adapter: name of the adapter.
-      decode: config whose fields by row have their defaults.
-      prompts: width of the beginnings of an encoder-decoder's targets; 0 for a lone decoder.
+      decode: config whose fields by row have their defaults, but for the limit of its texts.
+      inputs: width of the encoder's inputs; 0 without an encoder.
+      prompts: width of the decoder's prompts.
       rules: those of RULES_BY_ROW that the rows have.
     """
 
     adapter: str
     decode: config.Decode
+    inputs: int
     prompts: int
     rules: tuple[str, ...]
 
@@ -77,7 +81,11 @@ class RowText:
     """
 
     def __init__(
-        self, completion: Completion, predictor: Predictor, ids: Sequence[int], max_new_tokens: int
+        self,
+        completion: Completion,
+        predictor: Predictor,
+        ids: Sequence[int],
+        limits: EngineLimits,
     ):
         """Prepares the row.
 
@@ -85,7 +93,7 @@ class RowText:
           completion: the completion.
           predictor: the model that its request names.
           ids: ids of its input.
-          max_new_tokens: most new tokens of any text of the engine.
+          limits: sizes of the engine.
 
         Raises:
           ValueError: a stop or a constraint cannot be followed.
@@ -102,10 +110,14 @@ class RowText:
         self.sent, self.unsent = "", 0
         completion.usage.prompt_tokens = len(ids)
         cfg, decode = predictor.cfg, self.decode
+        most = bucket_length(limits.max_inputs + cfg.add_bos)
+        inputs, prompts = self.widths()
+        length = width_class(decode.max_new_tokens, limits.max_new_tokens)
         self.key = LaneKey(
             adapter=completion.request.adapter,
-            decode=shared_decode(decode, max_new_tokens, cfg.vocab),
-            prompts=self.widths()[1] if cfg.encoder is not None else 0,
+            decode=shared_decode(decode, length, cfg.vocab),
+            inputs=width_class(inputs, most) if cfg.encoder is not None else 0,
+            prompts=1 if cfg.encoder is not None and prompts == 1 else width_class(prompts, most),
             rules=tuple(name for name in RULES_BY_ROW if getattr(decode, name) != DEFAULTS[name]),
         )
 
@@ -200,14 +212,16 @@ def join_requests(
     return decoding.Request(**joined)
 
 
-def prompts_width(predictor: Predictor, max_inputs: int, beginning: int) -> int:
-    """Width of the prompts of a pool.
+def width_class(size: int, most: int) -> int:
+    """Width of the pools of rows that need so much: few, as rows of one width share a pool.
+
+    Every step reads the keys of the whole width, so that short texts have pools of their own.
 
     Args:
-      predictor: the model.
-      max_inputs: ids of the longest input.
-      beginning: width of the prompt of one request.
+      size: ids of the row.
+      most: ids of the longest row.
     """
-    if predictor.cfg.encoder is not None:
-        return beginning
-    return bucket_length(max_inputs + predictor.cfg.add_bos)
+    width = LEAST_WIDTH
+    while width < size:
+        width *= 4
+    return max(min(width, most), size)

@@ -9,7 +9,7 @@ import threading
 import time
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import toy_model
 from test_decoding_loop import lively, use_one_device
@@ -160,7 +160,7 @@ def test_a_drafter_changes_no_token(name):
 def test_a_stop_string_ends_a_text_with_its_token():
     layout = "encoder_decoder"
     predictor, requests = predictor_of(layout), []
-    for prompt, alone in texts_alone(layout, PLAIN).items():
+    for prompt, alone in [*texts_alone(layout, PLAIN).items()][:3]:
         pieces = [predictor.targets.decode([token]) for token in alone.tokens[0]]
         shown = [number for number, piece in enumerate(pieces) if " " < piece < "~"]
         stops = [pieces[number] + pieces[number + 1] for number in shown if number + 1 in shown]
@@ -200,7 +200,11 @@ def poison_row(engine: Engine, completion: Completion) -> None:
     row = [text and text.completion for text in lane.texts].index(completion)
 
     def spoil(x):
-        return x.at[row].set(jnp.nan) if x.ndim and x.dtype == jnp.float32 else x
+        if not x.ndim or x.dtype != np.float32:
+            return x
+        numbers = np.array(x)
+        numbers[row] = np.nan
+        return jax.device_put(numbers, x.sharding)
 
     lane.pool = jax.tree.map(spoil, lane.pool)
     completion.cancel()
