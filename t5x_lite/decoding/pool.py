@@ -34,7 +34,7 @@ from t5x_lite.model.computation import with_dtype_of
 SELDOM = ("min_p", "epsilon_cutoff", "eta_cutoff", "temperature_range")
 
 
-class Choice(enum.IntEnum):
+class ChoiceLevel(enum.IntEnum):
     """Work that choosing tokens takes in a block of steps; a row that needs less has its own text.
 
     Attributes:
@@ -270,7 +270,7 @@ def pool_context(
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def advance_pool(
     pool: PoolProgram,
-    choice: Choice,
+    choice: ChoiceLevel,
     arguments: DecodeArguments,
     rows: RowPool,
     wanted: Bool[Array, " b"],
@@ -287,8 +287,8 @@ def advance_pool(
     Returns:
       The pool, and the new tokens of the block.
     """
-    sampling = None if choice == Choice.GREEDY else rows.sampling
-    if choice == Choice.SAMPLED:
+    sampling = None if choice == ChoiceLevel.GREEDY else rows.sampling
+    if choice == ChoiceLevel.SAMPLED:
         sampling = rows.sampling._replace(**dict.fromkeys(SELDOM))
     rules = arguments.rules._replace(sampling=sampling)
     context = pool_context(pool, arguments, rows.request, rows.encoded, rules)

@@ -159,13 +159,13 @@ class Lane:
         """Frees the rows of those texts that have one."""
         self.texts = [None if text in texts else text for text in self.texts]
 
-    def find_choice(self) -> pool.Choice:
+    def find_choice(self) -> pool.ChoiceLevel:
         """Returns how the texts choose tokens: as the one that needs the most."""
         decodes = [text.decode for text in self.texts if text is not None]
         if any(getattr(decode, name) for decode in decodes for name in SELDOM):
-            return pool.Choice.FILTERED
+            return pool.ChoiceLevel.FILTERED
         sampled = any(decode.temperature > 0 for decode in decodes)
-        return pool.Choice.SAMPLED if sampled else pool.Choice.GREEDY
+        return pool.ChoiceLevel.SAMPLED if sampled else pool.ChoiceLevel.GREEDY
 
     def describe_scores(
         self, text: RowText, details: TokenDetails | None, row: int, tokens: list[int]
