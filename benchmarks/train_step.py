@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does one optimizer step take at most the time of Hugging Face transformers on the same work?
 
-T5 1.1 small with untied embeddings, 4 rows of 256 + 64 ids, float32, Adafactor, on CPU: forward,
-backward and update of 76,961,152 weights. Each system runs in a process of its own, on the same
+T5 1.1 small with untied embeddings, 4 rows of 256 + 64 ids, Adafactor, on CPU: forward, backward
+and update of 76,961,152 float32 weights, computed in float32 and in bfloat16 (ours by Model.dtype,
+transformers under torch.autocast). Each system runs in a process of its own, on the same
 cores, and they take turns step by step; a process that waits for its turn uses no core.
 
   python benchmarks/train_step.py [--quick] [--threads 2] [--json FILE]
@@ -12,6 +13,7 @@ transformers`.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -36,8 +38,12 @@ def ids() -> tuple[np.ndarray, np.ndarray]:
     return draw.integers(2, VOCAB, (ROWS, INPUTS)), draw.integers(2, VOCAB, (ROWS, TARGETS))
 
 
-def ours(threads: int) -> tuple[Step, int]:
-    """The step of `t5x_lite.train` from the shipped configs, and the number of weights."""
+def ours(dtype: str) -> tuple[Step, int]:
+    """The step of `t5x_lite.train` from the shipped configs, and the number of weights.
+
+    Args:
+      dtype: "float32" or "bfloat16", of activations and products.
+    """
     import jax
 
     from t5x_lite import model, sharding
@@ -49,7 +55,7 @@ def ours(threads: int) -> tuple[Step, int]:
 
     host.keep_freed()
     bindings = ["MODEL_DIR=unused", "MIXTURE_OR_TASK_NAME=unused", "TRAIN_STEPS=1000"]
-    bindings += [f"BATCH_SIZE={ROWS}", 'config.Model.dtype="float32"']
+    bindings += [f"BATCH_SIZE={ROWS}", f'config.Model.dtype="{dtype}"']
     bindings += [f'TASK_FEATURE_LENGTHS={{"inputs": {INPUTS}, "targets": {TARGETS}}}']
     bindings += ['config.Schedule.kind="constant"', f"config.Schedule.peak={RATE}"]
     bindings += ["config.Train.z_loss=0.0"]  # the peer has none
@@ -80,12 +86,15 @@ def ours(threads: int) -> tuple[Step, int]:
     return step, sum(model.count(run.model).values())
 
 
-def transformers(threads: int) -> tuple[Step, int]:
-    """The same of transformers: T5ForConditionalGeneration and its Adafactor, on torch."""
+def transformers(dtype: str) -> tuple[Step, int]:
+    """The same of transformers: T5ForConditionalGeneration and its Adafactor, on torch.
+
+    Args:
+      dtype: "float32", or "bfloat16" for products under autocast.
+    """
     import torch
     from transformers import Adafactor, T5Config, T5ForConditionalGeneration
 
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     cfg = T5Config(
         vocab_size=VOCAB,
@@ -109,7 +118,8 @@ def transformers(threads: int) -> tuple[Step, int]:
     seen = torch.ones_like(inputs)
 
     def step() -> float:
-        loss = net(input_ids=inputs, attention_mask=seen, labels=targets, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = net(input_ids=inputs, attention_mask=seen, labels=targets, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -118,7 +128,12 @@ def transformers(threads: int) -> tuple[Step, int]:
     return step, sum(parameter.numel() for parameter in net.parameters())
 
 
-SYSTEMS = {"t5x_lite": ours, "transformers": transformers}
+SYSTEMS = {
+    "t5x_lite": functools.partial(ours, "float32"),
+    "transformers": functools.partial(transformers, "float32"),
+    "t5x_lite, bfloat16": functools.partial(ours, "bfloat16"),
+    "transformers, bfloat16": functools.partial(transformers, "bfloat16"),
+}
 
 
 def serve(system: str, threads: int) -> None:
@@ -132,7 +147,7 @@ def serve(system: str, threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     try:
-        step, parameters = SYSTEMS[system](threads)
+        step, parameters = SYSTEMS[system]()
     except ImportError as error:
         return tell(missing=str(error))
     tell(parameters=parameters)
