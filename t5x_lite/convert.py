@@ -19,6 +19,7 @@ from t5x_lite.utils import bounded_files, hub_upload
 from t5x_lite.utils.hub import source_identity
 from t5x_lite.utils.hub_names import HubName, source_argument
 from t5x_lite.utils.paths import cache_folder, parse_output_path, path_argument
+from t5x_lite.utils.text_lines import escape_controls
 
 EXAMPLES = """\
 examples:
@@ -338,9 +339,11 @@ def dry_run(args: argparse.Namespace, origin: Any, output: Any, settings: Any) -
     if origin.tensors is not None:
         plan = origin.tensors.plan(args.allow)
         print(f"{origin.kind} -> ours")
-        print(matching.format_plan(plan, origin.tensors.source.names))
+        print(escape_controls(matching.format_plan(plan, origin.tensors.source.names)))
         if plan.problems:
-            raise ValueError(f"{len(plan.problems)} problems, marked with !")
+            raise ValueError(
+                f"{args.origin}: {len(plan.problems)} tensors do not fit, marked with !"
+            )
     weights = select_weights(args, origin, read=False)
     table = output.table(weights)
     if table:

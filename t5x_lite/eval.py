@@ -19,6 +19,7 @@ from t5x_lite.config.training_run import DataRun
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.exit_status import FAILURE
 from t5x_lite.utils.paths import parse_output_path, parse_path, path_argument
+from t5x_lite.utils.text_lines import escape_controls
 
 EXAMPLES = """\
 examples:
@@ -348,9 +349,10 @@ def show(path: Path, count: int) -> None:
         for _, line in zip(range(count), lines, strict=False):
             row = json.loads(line)
             right = row["prediction"] in row["references"]
-            print(f"  {'=' if right else ' '} {row['input']!s:.60} -> {row['prediction']:.100}")
+            text = f"  {'=' if right else ' '} {row['input']!s:.60} -> {row['prediction']:.100}"
             if not right:
-                print(f"      {' | '.join(row['references']):.160}")
+                text += f"\n      {' | '.join(row['references']):.160}"
+            print(escape_controls(text))
     print(f"All predictions: {path}")
 
 

@@ -7,6 +7,7 @@ placed on the mesh (`load`, `params_for`).
 """
 
 import contextlib
+import contextvars
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,8 @@ class ConversionOptions(NamedTuple):
 
 
 WEIGHTS_ONLY = ConversionOptions(vocabulary="none")
+# Folders of adapters whose base is being opened: each may be one of adapters again.
+OPENING: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("OPENING", default=())
 
 
 def open_checkpoint(
@@ -192,7 +195,10 @@ def open_base(path: Path, recorded: str, options: ConversionOptions | None) -> O
     Raises:
       SourceError: it is not there, or cannot be read.
     """
-    place = adapters.locate_base(path, recorded)
+    place, above = adapters.locate_base(path, recorded), OPENING.get()
+    if path.resolve() in above:
+        raise SourceError(f"{path} has adapters whose base leads back to them")
+    token = OPENING.set((*above, path.resolve()))
     try:
         return open_checkpoint(place, options=options)
     except ValueError as error:
@@ -200,6 +206,8 @@ def open_base(path: Path, recorded: str, options: ConversionOptions | None) -> O
             f"{path} has adapters (LoRA) of {recorded or place}, which cannot be opened: {error}. "
             f"Put their base, or a link to it, into the folder as {adapters.BASE}"
         ) from error
+    finally:
+        OPENING.reset(token)
 
 
 def open_peft(source: LocatedSource, options: ConversionOptions | None) -> OpenedCheckpoint:

@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from t5x_lite.cli import gin_arguments
 from t5x_lite.cli.parser import Parser
 from t5x_lite.utils import exit_status
+from t5x_lite.utils.text_lines import escape_controls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Command:
           *place: file, line number and source of the line that warns.
         """
         if category is UserWarning:
-            return f"t5x_lite.{self.name}: warning: {message}\n"
+            return escape_controls(f"t5x_lite.{self.name}: warning: {message}\n")
         return f"{place[0]}:{place[1]}: {category.__name__}: {message}\n"
 
     def execute(self, options: argparse.Namespace) -> int:
@@ -153,7 +154,8 @@ class Command:
 
     def say(self, text: str, more: str = "") -> None:
         """Prints a line of the command on stderr."""
-        print(f"t5x_lite.{self.name}: {text}{'; ' + more if more else ''}", file=sys.stderr)
+        line = f"t5x_lite.{self.name}: {text}{'; ' + more if more else ''}"
+        print(escape_controls(line), file=sys.stderr)
 
 
 def write_value(value: Any) -> str:

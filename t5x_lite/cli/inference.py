@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from t5x_lite.cli.progress import Progress
 from t5x_lite.cli.records import Record, append
+from t5x_lite.utils.text_lines import escape_controls
 
 # Writes lines for records; reports to its second argument how many of them are done.
 LineWriter = Callable[[Sequence[Record], Callable[[int], None]], list[str]]
@@ -72,7 +73,7 @@ def complain(records: Sequence[Record], source: str, stop: bool = False) -> int:
             message = f"{source} line {record.number}: {record.trouble}"
             if stop:
                 raise ValueError(f"{message}. Fix it and start again, or pass --broken=skip")
-            print(message, file=sys.stderr)
+            print(escape_controls(message), file=sys.stderr)
             count += 1
     return count
 

@@ -264,11 +264,15 @@ def complete_lines(path: Path) -> int:
         if lines != content:
             path.write_bytes(lines)
         return lines.count(b"\n")
+    count = end = 0
     with path.open("r+b") as output:
-        content = output.read()
-        end = content.rfind(b"\n") + 1
+        # In pieces: an output may be larger than the memory.
+        while piece := output.read(MOST_BYTES):
+            count += piece.count(b"\n")
+            if b"\n" in piece:
+                end = output.tell() - len(piece) + piece.rfind(b"\n") + 1
         output.truncate(end)
-    return content.count(b"\n", 0, end)
+    return count
 
 
 def append(output: IO[bytes], lines: list[str]) -> None:

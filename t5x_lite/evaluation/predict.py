@@ -215,7 +215,8 @@ class Predictor:
             request = steered.request(places, self.padded_rows(len(places)), numbers)
             request = self.companions.attach(request, decode, self.params, prompts, places)
             names = drafter_names(self.drafters.get(decode))
-            with naming_longest([len(steered.ids[place]) for place in places], decode):
+            lengths = [len(steered.ids[place]) for place in places]
+            with naming_longest(lengths, decode, numbers):
                 result = self.drafters.generate(self.params, request, decode)
             if counted:
                 self.tally.add(result, names, len(places))

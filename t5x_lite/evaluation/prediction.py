@@ -155,18 +155,21 @@ def drafter_names(drafting: decoding.Drafting) -> tuple[str, ...]:
 
 
 def naming_longest(
-    lengths: Sequence[int], decode: config.Decode
+    lengths: Sequence[int], decode: config.Decode, rows: Sequence[int]
 ) -> contextlib.AbstractContextManager[None]:
     """Context in which a lack of memory is one sentence that names the longest input.
 
     Args:
       lengths: numbers of tokens of the inputs of a batch.
       decode: config of decoding.
+      rows: numbers of these inputs, from 0: of the lines of a file.
     """
+    most = max(lengths)
+    number = rows[list(lengths).index(most)] + 1
     return naming_lack_of_memory(
         lambda reason: (
-            f"Out of memory ({reason}) for {len(lengths)} inputs, the longest of "
-            f"{max(lengths):,} tokens, and {decode.max_new_tokens:,} new ones: shorten the "
-            "longest, lower Decode.max_new_tokens, or decode fewer at once (batch_size)"
+            f"Out of memory ({reason}) for {len(lengths)} inputs, the longest of which is number "
+            f"{number:,}, of {most:,} tokens, and {decode.max_new_tokens:,} new ones: shorten or "
+            "leave out this line, lower Decode.max_new_tokens, or decode fewer at once (batch_size)"
         )
     )

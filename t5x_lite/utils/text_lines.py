@@ -15,8 +15,16 @@ from t5x_lite.utils.bounded_files import repeated_name
 MARK = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 UTF_32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
+# Control characters but tab and line feed.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # A comma that ends a list of fields or items.
 LAST_COMMA = re.compile(r",(\s*[}\]])")
+
+
+def escape_controls(text: str) -> str:
+    """A text for a terminal, which would obey the control characters of a name in somebody's file:
+    they are escapes of Python; line ends and tabs stay."""
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class TextError(ValueError):

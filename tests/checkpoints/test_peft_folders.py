@@ -209,6 +209,48 @@ def test_an_adapter_of_another_model_names_the_tensors(adapters_of, folders, tmp
         open_checkpoint(folder, options=WEIGHTS_ONLY)
 
 
+def copy_adapter(adapters_of, folder, base):
+    """A copy of a folder of peft that names another base."""
+    shutil.copytree(adapters_of["one"], folder)
+    content = json.loads((folder / "adapter_config.json").read_text())
+    content["base_model_name_or_path"] = base
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("way", ["itself", "two", "link", "run"])
+def test_adapters_whose_base_leads_back_to_them_are_refused(way, adapters_of, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    copy_adapter(adapters_of, one, str(two if way == "two" else one))
+    if way == "two":
+        copy_adapter(adapters_of, two, str(one))
+    if way == "link":
+        (one / "base").symlink_to(".")
+    if way == "run":
+        words = [f"--from={adapters_of['one']}", f"--to={two}", "--vocabulary=none"]
+        assert convert.main(words) == 0
+        (two / "base").symlink_to("../two")
+        one = two
+    with pytest.raises(ValueError, match="has adapters whose base leads back to them"):
+        open_checkpoint(one, options=WEIGHTS_ONLY)
+    assert open_checkpoint(adapters_of["one"], options=WEIGHTS_ONLY).adapters is not None
+
+
+def test_adapters_of_adapters_are_read(adapters_of, tmp_path):
+    folder = copy_adapter(adapters_of, tmp_path / "two", str(adapters_of["two"]))
+    assert open_checkpoint(folder, options=WEIGHTS_ONLY).adapters.base.adapters is not None
+
+
+@pytest.mark.parametrize("base", [5, 1.5, True, ["a"], {"a": 1}])
+@pytest.mark.parametrize("field", ["base_model_name_or_path", "revision"])
+def test_a_base_that_is_no_text_is_refused(field, base, adapters_of, tmp_path):
+    folder = copy_adapter(adapters_of, tmp_path / "one", "base")
+    content = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(content | {field: base}))
+    with pytest.raises(ValueError, match="adapter_config.json names a base by"):
+        open_checkpoint(folder, options=WEIGHTS_ONLY)
+
+
 def test_a_weight_that_is_part_of_a_larger_one_is_named():
     axes = saved_adapters.model_axes(GPT2)
     lora = config.Lora(rank=2, alpha=2.0, weights=("*.query",))

@@ -93,7 +93,9 @@ def test_dry_run_prints_what_does_not_match_on_either_side(tmp_path, drawn, caps
     folder = write_hugging_face(tmp_path / "hf", t5, T5, drawn)
     source = safetensors_files.open_safetensors(folder)
     renamed_tensors = {name: np.array(source.read(name)) for name in source.names}
-    renamed_tensors["renamed"] = renamed_tensors.pop("encoder.final_layer_norm.weight")
+    # A terminal would obey the end of this name.
+    escape = "renamed\x1b[2J"
+    renamed_tensors[escape] = renamed_tensors.pop("encoder.final_layer_norm.weight")
     write_safetensors(folder / "model.safetensors", renamed_tensors)
     flags = {"to": tmp_path / "out", "vocabulary": "none"}
     with pytest.raises(SystemExit) as stopped:
@@ -101,9 +103,16 @@ def test_dry_run_prints_what_does_not_match_on_either_side(tmp_path, drawn, caps
     assert stopped.value.code == 2
     output = capsys.readouterr()
     assert "! encoder.final_layer_norm.weight: missing" in output.out
-    assert "! renamed: no weight of ours" in output.out and "2 problems" in output.err
-    assert "renamed" in refused(capsys, f"--from={folder}", **flags)
-    run(f"--from={folder}", "--allow=renamed", "--allow=encoder.final*", **flags)
+    assert r"! renamed\x1b[2J: no weight of ours" in output.out
+    assert f"{folder}: 2 tensors do not fit, marked with !" in output.err
+    message = refused(capsys, f"--from={folder}", **flags)
+    assert r"renamed\x1b[2J" in message and "\x1b" not in output.out + message
+    run(
+        f"--from={folder}",
+        f"--allow={escape.replace('[', '[[]')}",
+        "--allow=encoder.final*",
+        **flags,
+    )
     assert SavedWeights(tmp_path / "out").read("encoder/norm").tolist() == [1.0] * 8
 
 

@@ -25,6 +25,20 @@ def test_two_processes_do_not_mix_their_lines_in_one_output(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+@pytest.mark.parametrize(
+    "content", ["", "one", "one\n", "one\ntwo\nthr", "\n\n\nx", "a\n" + 20 * "b"]
+)
+def test_a_half_written_line_is_cut_off_wherever_pieces_of_the_file_end(
+    content, size, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(records, "MOST_BYTES", size)
+    path = tmp_path / "out"
+    path.write_text(content)
+    assert records.complete_lines(path) == content.count("\n")
+    assert path.read_text() == content[: content.rfind("\n") + 1]
+
+
 @pytest.mark.parametrize("name", ["words.txt", "./words.txt", "link.txt", "hard.txt", "new.txt"])
 def test_an_output_never_replaces_what_is_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,8 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding_laws import (
@@ -230,6 +232,28 @@ def test_no_tree_has_more_expected_tokens_than_the_best(width, chances):
 def test_chances_out_of_range_are_refused(width, chances):
     with pytest.raises(ValueError, match="No tree of"):
         trees.best_tree(width, chances)
+
+
+def draft_table(width):
+    """A function of the last two ids that fills a chain of `width` nodes from a table."""
+    table = jnp.arange(31 * 31).reshape(31, 31) * 7 % 31
+
+    def successors(before, tokens):
+        return table[before, tokens][:, None]
+
+    return lambda last, root: trees.fill_tree(protocol.chain(width), last, root, successors)
+
+
+def test_a_program_does_not_grow_with_the_depth_of_its_tree():
+    use_one_device()
+    pair = jnp.int32(3), jnp.int32(5)
+    sizes = [len(str(jax.make_jaxpr(draft_table(width))(*pair))) for width in (10, 90)]
+    assert sizes[1] < 1.2 * sizes[0], sizes
+    last, root, expected = 3, 5, []
+    for _ in range(63):
+        last, root = root, (31 * last + root) * 7 % 31
+        expected.append(root)
+    assert draft_table(64)(*pair).tolist() == expected
 
 
 def test_a_tree_with_more_branches_than_successors_is_refused():

@@ -151,13 +151,13 @@ def test_a_function_cannot_change_the_texts():
 def test_a_lack_of_memory_names_the_longest_input():
     for error in (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()):
         with (
-            pytest.raises(OutOfMemoryError, match="longest of 70,000 tokens, and 64 new ones"),
-            naming_longest([3, 70_000], config.Decode()),
+            pytest.raises(OutOfMemoryError, match="number 13, of 70,000 tokens, and 64 new ones"),
+            naming_longest([3, 70_000], config.Decode(), [5, 12]),
         ):
             raise error
     with (
         pytest.raises(RuntimeError, match="^another$"),
-        naming_longest([1], config.Decode()),
+        naming_longest([1], config.Decode(), [0]),
     ):
         raise RuntimeError("another")
 

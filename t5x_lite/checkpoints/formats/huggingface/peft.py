@@ -92,9 +92,17 @@ def parse_adapter(config_json: Mapping[str, Any], weights: Collection[str]) -> P
 
 
 def read_base(config_json: Mapping[str, Any]) -> str:
-    """Name or path of the base in an adapter_config.json, with its revision; "" if unknown."""
-    base, revision = config_json.get("base_model_name_or_path"), config_json.get("revision")
-    return f"{base}@{revision}" if revision else base or ""
+    """Name or path of the base in an adapter_config.json, with its revision; "" if unknown.
+
+    Raises:
+      SourceError: one of them is no text.
+    """
+    names = [config_json.get(name) or "" for name in ("base_model_name_or_path", "revision")]
+    for name in names:
+        if not isinstance(name, str):
+            raise SourceError(f"{CONFIG} names a base by {name!r:.80}: a name or path is a text")
+    base, revision = names
+    return f"{base}@{revision}" if revision else base
 
 
 def adapter_entries(
