@@ -115,9 +115,11 @@ def spearman(outputs: LabeledOutputs) -> float:
 
 def correlate(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Correlation of two rows of numbers; raises ValueError where one is constant."""
+    # Compared as they are: a mean of equal numbers may be another one, by rounding.
+    constant = any((side == side[0]).all() for side in (ours, theirs))
     ours, theirs = (side - np.mean(side) for side in (ours.astype(float), theirs.astype(float)))
     spread = np.sqrt((ours @ ours) * (theirs @ theirs))
-    if not spread > 0:
+    if constant or not spread > 0:
         raise ValueError("all predictions, or all references, are the same number")
     return float(ours @ theirs / spread)
 

@@ -115,6 +115,8 @@ def test_rules_of_acceptance_by_name():
         (dict(name="lokup"), "did you mean lookup"),
         (dict(name="lookup+"), "did you mean lookup"),
         (dict(name="lookup+lokup"), "Unknown drafter"),
+        (dict(name="plain+lookup"), "The drafter plain stands alone"),
+        (dict(name="auto:3"), "The drafter auto stands alone"),
         (dict(name="lookup:3"), "nothing after a colon"),
         (dict(name="early"), "early:1"),
         (dict(name="early:two"), "number of layers"),

@@ -96,9 +96,14 @@ def test_spans_count_where_ends_and_name_are_right():
 
 
 def test_a_metric_that_is_not_defined_has_a_reason():
-    constant = LabeledOutputs(scores=np.ones(4), references=np.arange(4.0))
-    values, failures = label_metrics.measure_labels(["pearson"], constant)
-    assert values == {} and "the same number" in failures["pearson"]
+    # The mean of three float64 of 0.1 is another number.
+    for number in (np.float64(1), np.float64(0.1), np.float32(1 / 3)):
+        sides = np.full(3, number), np.arange(3.0)
+        for scores, references in (sides, sides[::-1]):
+            constant = LabeledOutputs(scores=scores, references=references)
+            values, failures = label_metrics.measure_labels(["pearson", "spearman"], constant)
+            assert values == {}
+            assert all("the same number" in failures[name] for name in ("pearson", "spearman"))
     with pytest.raises(ValueError, match="There is no metric 'f1' for a readout of kind classes"):
         label_metrics.check_label_metrics(["f1"], config.Readout("classes", labels=("a", "b")))
 

@@ -349,6 +349,8 @@ def parse_name(name: str, width: int) -> tuple[str, str]:
     key, _, argument = name.partition(":")
     if key not in METHODS:
         known = [*METHODS, "auto", "plain"]
+        if key in known:
+            raise ValueError(f"The drafter {key} stands alone, without others beside it and no :")
         raise ValueError(f"Unknown drafter {name!r}: {suggest(key, known)}")
     if argument and not METHODS[key].argument:
         raise ValueError(f"drafter={name}: {key} takes nothing after a colon")
