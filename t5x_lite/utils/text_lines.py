@@ -24,7 +24,7 @@ LAST_COMMA = re.compile(r",(\s*[}\]])")
 def escape_controls(text: str) -> str:
     """A text for a terminal, which would obey the control characters of a name in somebody's file:
     they are escapes of Python; line ends and tabs stay."""
-    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 class TextError(ValueError):

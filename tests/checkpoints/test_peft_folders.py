@@ -210,7 +210,13 @@ def test_an_adapter_of_another_model_names_the_tensors(adapters_of, folders, tmp
 
 
 def copy_adapter(adapters_of, folder, base):
-    """A copy of a folder of peft that names another base."""
+    """Copies a folder of peft, and names another base in it.
+
+    Args:
+      adapters_of: folders by name.
+      folder: the copy.
+      base: the base that it names.
+    """
     shutil.copytree(adapters_of["one"], folder)
     content = json.loads((folder / "adapter_config.json").read_text())
     content["base_model_name_or_path"] = base

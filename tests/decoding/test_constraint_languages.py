@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import math
 import re
 import string
 
@@ -340,6 +341,15 @@ def test_all_rules_of_a_string_hold():
         ({"type": "string", "pattern": "^a|b"}, "alternatives beside"),
         ({"properties": {"a": 3}}, "#/properties/a is not a schema"),
         ({"properties": 3}, "is not a JSON schema"),
+        ({"type": "string", "maxLength": 1.5}, "# has maxLength 1.5: it is an integer from 0 on"),
+        ({"anyOf": [{"minItems": -1}]}, "#/anyOf/0 has minItems -1: it is an integer from 0 on"),
+        ({"allOf": [{"minProperties": "3"}]}, "#/allOf/0 has minProperties '3'"),
+        ({"minimum": "5"}, "# has minimum '5': it is a number"),
+        ({"maximum": True}, "# has maximum True: it is a number"),
+        ({"const": math.inf}, "Infinity is not a number that JSON texts can have"),
+        ({"minimum": math.nan}, "NaN is not a number that JSON texts can have"),
+        ({"enum": "ab"}, "# has enum 'ab': it is a list"),
+        ({"type": "object", "required": "a"}, "# has required 'a': it is a list"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, "allows nothing"),
         ({"type": "string", "pattern": "^[a-z]+$", "format": "ipv4"}, "allows nothing"),
         ({"properties": {"a": False}, "required": ["a"]}, "allows nothing"),
@@ -349,6 +359,16 @@ def test_all_rules_of_a_string_hold():
 def test_schemas_that_cannot_be_followed_are_refused(schema, message):
     with pytest.raises(ValueError, match=message):
         json_schema.parse_schema(json.dumps(schema))
+
+
+def test_counts_may_be_written_as_floats():
+    schemas = [
+        {"type": "string", "minLength": kind(1), "maxLength": kind(2)} for kind in (int, float)
+    ]
+    one, other = (language(compile_schema(each), 5, 'ab"') for each in schemas)
+    assert one == other and '"a"' in one and '"aaa"' not in one
+    with pytest.raises(ValueError, match="1e400 is not a number that JSON texts can have"):
+        json_schema.parse_schema('{"const": 1e400}')
 
 
 def test_texts_are_found_wherever_they_stand():

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,13 @@ from t5x_lite import config, decoding
 from t5x_lite.decoding import generation, streaming
 from t5x_lite.decoding.drafters import lookup, recycling
 from t5x_lite.decoding.protocol import chain
-from t5x_lite.decoding.steering import constraints, patterns, processor
+from t5x_lite.decoding.steering import (
+    constraints,
+    machine,
+    patterns,
+    processor,
+    regex_syntax,
+)
 from t5x_lite.tokenizers import token_bytes, vocabularies
 
 EOS, VOCAB = 1, 8
@@ -214,3 +221,16 @@ def test_a_table_is_kept_and_one_that_is_damaged_is_made_again(monkeypatch, tmp_
         for one, other, third in zip(first, again, after, strict=True):
             np.testing.assert_array_equal(one, other)
             np.testing.assert_array_equal(one, third)
+
+
+def test_a_set_of_all_characters_takes_little_memory():
+    def peak(pattern):
+        expression = regex_syntax.parse_regex(pattern, "the pattern")
+        tracemalloc.start()
+        machine.compile_expression(expression, "the pattern")
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    # As many states, each with one or with 255 bytes after it.
+    assert peak("(?s)[\\x01-\\x7f]{1000}") < 1.5 * peak("a{1000}")

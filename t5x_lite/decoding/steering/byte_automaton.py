@@ -36,7 +36,7 @@ def automaton_of_edges(start: int, edges: np.ndarray) -> ByteAutomaton:
       start: first state.
       edges: [n 3] state, byte or END, state after it.
     """
-    names = np.unique([start, *edges[:, 0], *edges[:, 2]])
+    names = np.unique(np.concatenate([[start], edges[:, 0], edges[:, 2]]))
     before, byte, after = np.searchsorted(names, edges[:, 0]), edges[:, 1], edges[:, 2]
     following = np.full((len(names), END + 1), -1, np.int32)
     following[before, byte] = np.searchsorted(names, after)

@@ -13,6 +13,14 @@ NUMBER = rf"{INTEGER}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 FRACTION = r"\.[0-9]{0,15}[1-9]"
 
 
+def parse_finite(text: str) -> float:
+    """The number of a JSON text; raises ValueError for NaN and what is beyond float64."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a number that JSON texts can have")
+    return value
+
+
 def number_expression(schema: dict[str, Any], integer: bool) -> Expression | None:
     """Returns an expression for the numbers of a schema; None if there are none.
 

@@ -20,7 +20,7 @@ from t5x_lite.decoding.steering.expressions import (
     text,
 )
 from t5x_lite.decoding.steering.grammar import Grammar
-from t5x_lite.decoding.steering.json_numbers import number_expression
+from t5x_lite.decoding.steering.json_numbers import number_expression, parse_finite
 from t5x_lite.decoding.steering.json_parts import (
     COLON,
     COMMA,
@@ -47,6 +47,7 @@ from t5x_lite.decoding.steering.schema_algebra import (
     disjoint,
     merge_schemas,
     stated_types,
+    with_checked_keywords,
 )
 
 # Keywords that restrict values and are not followed; unknown ones restrict nothing (JSON Schema
@@ -73,8 +74,8 @@ def parse_schema(content: str) -> Grammar:
       ValueError: it is not a schema, or has what cannot be followed.
     """
     try:
-        schema = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+        schema = json.loads(content, parse_float=parse_finite, parse_constant=parse_finite)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Decode.json_schema is not JSON: {error}") from None
     try:
         reader = SchemaReader(schema)
@@ -138,6 +139,7 @@ class SchemaReader:
         for name in REFUSED:
             if name in schema:
                 raise SchemaError(f"{place} has {name!r}, which cannot be followed")
+        schema = with_checked_keywords(schema, place)
         parts = schema.get("allOf", ())
         schema = {name: value for name, value in schema.items() if name != "allOf"}
         for number, part in enumerate(parts):

@@ -10,7 +10,6 @@ import numpy as np
 from t5x_lite.decoding.steering.byte_automaton import (
     END,
     ByteAutomaton,
-    automaton_of_edges,
     intersect,
     minimize,
 )
@@ -225,10 +224,9 @@ def determinize(machine: Machine, start: int, end: int, name: str) -> ByteAutoma
     """
     first = machine.closure([start])
     numbers, queue = {first: 0}, [first]
-    edges: list[tuple[int, int, int]] = []
+    # State, first and last byte, state after it: of each byte alone they would take a gigabyte.
+    edges: list[tuple[int, int, int, int]] = []
     for number, states in enumerate(queue):
-        if end in states:
-            edges.append((number, END, 0))
         moves = [move for state in states for move in machine.moves[state]]
         for lowest, highest, targets in split_moves(moves):
             after = machine.closure(targets)
@@ -239,8 +237,11 @@ def determinize(machine: Machine, start: int, end: int, name: str) -> ByteAutoma
                     raise ValueError(
                         f"{name} needs more than {MOST_STATES:,} states: make it smaller"
                     )
-            edges += [(number, byte, numbers[after]) for byte in range(lowest, highest + 1)]
-    return automaton_of_edges(0, np.array(edges, np.int32).reshape(-1, 3))
+            edges.append((number, lowest, highest, numbers[after]))
+    following = np.full((len(queue), END), -1, np.int32)
+    for number, lowest, highest, after in edges:
+        following[number, lowest : highest + 1] = after
+    return ByteAutomaton(following, np.array([end in states for states in queue]), 0)
 
 
 def byte_ranges(automaton: ByteAutomaton) -> np.ndarray:

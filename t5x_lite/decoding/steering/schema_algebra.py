@@ -17,6 +17,11 @@ STATED_BY = {
 }
 
 
+COUNTS = [f"{end}{of}" for end in ("min", "max") for of in ("Length", "Items", "Properties")]
+LISTS = ("enum", "anyOf", "oneOf", "allOf", "required", "prefixItems")
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
 class SchemaError(ValueError):
     """A schema that is none, or cannot be followed."""
 
@@ -31,6 +36,28 @@ def stated_types(schema: dict[str, Any], place: str) -> list[str]:
         if kind not in TYPES:
             raise SchemaError(f"{place} has the type {kind!r}, which is none of {', '.join(TYPES)}")
     return [kind for kind in types if kind != "integer" or "number" not in types]
+
+
+def with_checked_keywords(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """Returns a schema whose counts are int, also where 3.0 is written.
+
+    Raises:
+      SchemaError: a count is negative or no integer, a bound is not a number, or what lists values
+        or schemas is not a list.
+    """
+    counts = {}
+    for name, value in schema.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in COUNTS:
+            if not number or value < 0 or value != int(value):
+                raise SchemaError(f"{place} has {name} {value!r:.40}: it is an integer from 0 on")
+            counts[name] = int(value)
+        if name in LISTS and not isinstance(value, list):
+            raise SchemaError(f"{place} has {name} {value!r:.40}: it is a list")
+        # A boolean exclusiveMinimum is of draft 4.
+        if name in BOUNDS and not number and not (name in BOUNDS[2:] and isinstance(value, bool)):
+            raise SchemaError(f"{place} has {name} {value!r:.40}: it is a number")
+    return schema | counts
 
 
 def merge_schemas(first: dict[str, Any], second: dict[str, Any], place: str) -> dict[str, Any]:
