@@ -26,7 +26,7 @@ def case_of(name: str, folder: Path) -> decoding.Case:
     if name == "g2p":
         exported = decoding.exported("g2p", folder)
         return decoding.Case(name, exported, True, [], LENGTHS[name])
-    systems.random_t5(folder / name)
+    systems.write_random_model(name, folder / name)
     return decoding.Case(name, folder / name, True, [], LENGTHS[name], half=True)
 
 
