@@ -20,8 +20,8 @@ BUCKETS, FARTHEST = 32, 128
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of so many tokens; or, where width is not 0, so many new tokens in each row over so many
-    layers' caches of that length."""
+    """Rows of so many tokens, packed with so many texts of one length; or, where width is not 0, so
+    many new tokens in each row over so many layers' caches of that length."""
 
     length: int
     rows: int
@@ -32,6 +32,7 @@ class Case:
     backward: bool = False
     width: int = 0
     layers: int = 1
+    texts: int = 1
 
     @property
     def name(self) -> str:
@@ -40,7 +41,13 @@ class Case:
             return f"cache {size}, {self.width} new"
         bias = "T5 bias" if self.biased else "no bias"
         sides = "causal" if self.causal else "bidirectional"
+        sides += f", {self.texts} texts" if self.texts > 1 else ""
         return f"{size}, {bias}, {sides}, {'forward + backward' if self.backward else 'forward'}"
+
+    @property
+    def segments(self) -> np.ndarray:
+        """Number of each token's text, from 1."""
+        return (1 + np.arange(self.length) * self.texts // self.length).astype(np.int32)
 
     @property
     def cache_bytes(self) -> int:
@@ -132,8 +139,8 @@ def jax_ours(system: str, case: Case) -> Ready:
     apart = lambda x: x.reshape(*x.shape[:2], case.heads, 1, case.head_dim)
     q, gradient = apart(arrays[0]), apart(arrays[3])
     k, v = (jnp.swapaxes(x, 1, 2) for x in arrays[1:3])
-    ones = jnp.ones((case.rows, case.length), jnp.int32)
-    mask = kernels.Mask(ones, ones, case.causal)
+    segments = jnp.tile(jnp.asarray(case.segments), (case.rows, 1))
+    mask = kernels.Mask(segments, segments, case.causal)
     mask = jax.jit(lambda mask: kernels.prepare_mask(mask, backend))(mask)
     arguments = q, k, v
     if case.biased:
@@ -169,12 +176,13 @@ def jax_dot(system: str, case: Case) -> Ready:
         arguments.append(materialize(bias))
 
     def attention(q, k, v, *rest):
-        *bias, _ = rest
-        return jax.nn.dot_product_attention(
-            q, k, v, *bias, scale=1.0, is_causal=case.causal, implementation=DOT[system]
-        )
+        *bias, mask = rest
+        options = dict(scale=1.0, is_causal=case.causal, implementation=DOT[system])
+        return jax.nn.dot_product_attention(q, k, v, *bias, mask=mask, **options)
 
-    return jax_passes(case, attention, tuple(arguments), None, gradient)
+    segments = jnp.asarray(case.segments)
+    mask = (segments[:, None] == segments)[None, None] if case.texts > 1 else None
+    return jax_passes(case, attention, tuple(arguments), mask, gradient)
 
 
 @functools.lru_cache(1)
@@ -226,77 +234,6 @@ def jax_copy(case: Case) -> Ready:
     return Ready(lambda: run(x), jax.block_until_ready, lambda outputs: [], 2 * x.nbytes)
 
 
-def torch_ready(system: str, case: Case) -> Ready:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = lambda x: torch.from_numpy(x).to(device, torch.bfloat16)
-    *given, gradient = (place(x).transpose(1, 2).contiguous() for x in operands(case))
-    attention, bias = (torch_flex if system == FLEX else torch_sdpa)(case, device)
-    given = [x.requires_grad_(case.backward) for x in (*given, *bias)]
-
-    def call():
-        context = attention(*given)
-        return (
-            (context, *torch.autograd.grad(context, given, gradient))
-            if case.backward
-            else (context,)
-        )
-
-    def wait(outputs):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return outputs
-
-    own = lambda x: x.detach().transpose(1, 2).float().cpu().numpy()
-    return Ready(call, wait, lambda outputs: [some(own(x), case) for x in outputs[:2]])
-
-
-def by_distance(case: Case) -> np.ndarray:
-    """The bias [n 2t-1] of key index minus query index, from 1 - t on."""
-    import jax.numpy as jnp
-
-    from t5x_lite.kernels.api import RelativePositionBias
-
-    relative = RelativePositionBias(jnp.asarray(table_of(case)), FARTHEST, not case.causal)
-    return np.array(relative.by_distance(1 - case.length, 2 * case.length - 1))
-
-
-def torch_sdpa(case: Case, device: str):
-    """PyTorch picks among flash, cuDNN, memory-efficient and plain attention by itself."""
-    import torch
-
-    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=1.0)
-    if not case.biased:
-        return functools.partial(attend, is_causal=case.causal), []
-    vector = torch.from_numpy(by_distance(case)).to(device, torch.bfloat16)
-    bias = vector.unfold(1, case.length, 1).flip(1)[None].contiguous()
-    if case.causal:
-        hidden = torch.ones(bias.shape[2:], dtype=torch.bool, device=device).triu(1)
-        bias.masked_fill_(hidden, -torch.inf)
-    return lambda q, k, v, bias: attend(q, k, v, attn_mask=bias), [bias]
-
-
-def torch_flex(case: Case, device: str):
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    # Without this the ninth case would run uncompiled.
-    torch._dynamo.reset()
-    compiled, seen, first = torch.compile(flex_attention), None, case.length - 1
-    if case.causal:
-        past = lambda b, h, query, key: query >= key
-        seen = create_block_mask(past, None, None, case.length, case.length, device=device)
-    if not case.biased:
-        return lambda q, k, v: compiled(q, k, v, block_mask=seen, scale=1.0), []
-
-    def attention(q, k, v, vector):
-        biased = lambda score, b, h, query, key: score + vector[h, key - query + first]
-        return compiled(q, k, v, score_mod=biased, block_mask=seen, scale=1.0)
-
-    return attention, [torch.from_numpy(by_distance(case)).to(device)]
-
-
 def jax_opened() -> dict:
     import jax
 
@@ -304,33 +241,23 @@ def jax_opened() -> dict:
     return {"device": kind, "platform": platform, "systems": jax_systems(platform)}
 
 
-def torch_opened() -> dict:
-    import torch
+def frameworks(name: str) -> tuple[Callable, Callable, Callable]:
+    """Functions of a framework: opens it, prepares a system, drops what is kept."""
+    if name == "JAX":
+        return jax_opened, jax_ready, caches.cache_clear
+    import attention_torch
 
-    if torch.cuda.is_available():
-        kind = torch.cuda.get_device_name(0)
-        return {"device": kind, "platform": "gpu", "systems": [SDPA, FLEX]}
-    return {"device": "cpu", "platform": "cpu", "systems": [SDPA]}
-
-
-def torch_emptied() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return attention_torch.opened, attention_torch.prepare_system, attention_torch.empty_cache
 
 
-FRAMEWORKS = {
-    "JAX": (jax_opened, jax_ready, caches.cache_clear),
-    "PyTorch": (torch_opened, torch_ready, torch_emptied),
-}
+FRAMEWORKS = ("JAX", "PyTorch")
 
 
 class Desk:
     """Commands of a worker: prepare a system, time it, and forget all systems."""
 
     def __init__(self, framework: str):
-        _, self.make, self.emptied = FRAMEWORKS[framework]
+        _, self.make, self.emptied = frameworks(framework)
         self.ready: dict[str, tuple[Ready, int]] = {}
 
     def prepare(self, system: str, case: dict, least: float) -> dict:
@@ -372,7 +299,7 @@ def serve(framework: str) -> None:
     os.dup2(2, 1)  # what libraries print must not get among the answers
     reply = lambda answer: print(json.dumps(answer), file=answers)
     try:
-        reply(FRAMEWORKS[framework][0]())
+        reply(frameworks(framework)[0]())
     except ImportError as error:
         return reply({"missing": str(error)})
     desk = Desk(framework)
