@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public names of the kernels: attention and cross entropy, and the types that describe them."""
 
-from t5x_lite.kernels.backend import Backend, target_device
+from t5x_lite.kernels.backend import Backend, has_kernels, target_device
 from t5x_lite.kernels.decode.mask import CacheMask
 from t5x_lite.kernels.dense_mask import AttentionSource, DenseMask
 from t5x_lite.kernels.dispatch import (
@@ -31,6 +31,7 @@ __all__ = [
     "attention_probs",
     "cross_entropy",
     "dot_product_attention",
+    "has_kernels",
     "prepare_bias",
     "prepare_mask",
     "select_backend",

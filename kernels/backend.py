@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
-Platform = Literal["tpu", "gpu", "interpret"]
+Platform = Literal["tpu", "gpu", "interpret", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,10 @@ class Backend:
     """Compiler and device of a kernel: Mosaic for a TPU, Triton for a GPU, or the interpreter.
 
     The interpreter runs a kernel operation by operation on any device. It is slow, for tests.
+    "cudnn" is no kernel of ours: on a GPU, cuDNN's attention where it can, plain XLA elsewhere.
 
     Attributes:
-      platform: "tpu", "gpu" or "interpret".
+      platform: "tpu", "gpu", "interpret" or "cudnn".
       generation: of a TPU: 4, 5 or 6 and up; it decides how much vector memory there is.
       chip: jax's device_kind, by which measured block sizes are looked up.
     """
@@ -32,6 +33,14 @@ class Backend:
 
 
 INTERPRETED = Backend("interpret")
+# Names of Hopper GPUs in jax's device_kind.
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+CUDNN = Backend("cudnn")
+
+
+def has_kernels(backend: Backend | None) -> bool:
+    """Returns True if kernels of ours run; without, masks and biases are arrays of all pairs."""
+    return backend is not None and backend != CUDNN
 
 
 class TargetDevice(NamedTuple):

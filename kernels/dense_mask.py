@@ -16,7 +16,9 @@ from t5x_lite.kernels.relative import RelativePositionBias
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["visible", "distance", "index"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["visible", "distance", "index"],
+    meta_fields=["of_rows", "causal"],
 )
 @dataclass(frozen=True)
 class DenseMask:
@@ -26,11 +28,15 @@ class DenseMask:
       visible: [b t s] or [b 1 s], True where a query attends to a key.
       distance: query minus key: [t s] of indexes, the same in every row, or [b t s] of positions.
       index: [b], where it is known that the distances of row b are index[b] + i - j; else None.
+      of_rows: queries are whole rows of tokens, not a few new ones over a cache.
+      causal: queries and keys are the same rows, and no query attends to a later key.
     """
 
     visible: Bool[Array, " b #t s"]
     distance: Int[Array, "t s"] | Int[Array, "b t s"]
     index: Int[Array, " b"] | None = None
+    of_rows: bool = False
+    causal: bool = False
 
     def with_window(self, window_size: Int[Array, " 2"] | None) -> "DenseMask":
         """Returns the mask without the pairs outside window_size = (left, right)."""
@@ -44,7 +50,9 @@ class DenseMask:
 def materialize_mask(mask: Mask | CacheMask) -> DenseMask:
     """Returns the pairs of a mask, computed once for all layers that share it."""
     if isinstance(mask, Mask):
-        return DenseMask(mask.materialize(), mask.distance())
+        aligned = mask.offset is None and mask.query_prefix is None
+        causal = mask.causal and aligned and mesh_axes(mask.query_segments)[1] is None
+        return DenseMask(mask.materialize(), mask.distance(), None, True, causal)
     distance = mask.query_positions()[:, :, None] - mask.key_positions()[:, None, :]
     is_chain = mask.depth is None and mask.ancestors is None
     return DenseMask(mask.materialize(), distance, mask.index if is_chain else None)

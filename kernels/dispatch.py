@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_lite.kernels import dense_mask, reference
+from t5x_lite import compat
+from t5x_lite.kernels import cudnn, dense_mask, reference
 from t5x_lite.kernels.backend import (
+    CUDNN,
+    HOPPER,
     INTERPRETED,
     Backend,
+    has_kernels,
     mesh_axes,
     partition_spec,
     target_device,
@@ -40,9 +44,9 @@ BACKEND_CHOICES = ("auto", "pallas", "reference")
 def select_backend(choice: str) -> Backend | None:
     """Returns the backend that computes attention on the devices in force; None is plain XLA.
 
-    "auto" is the kernels on TPUs and plain XLA elsewhere: on GPUs too, as long as the Triton
-    kernels have not been measured there, so they run only for "pallas". Where there is neither a
-    TPU nor a GPU, "pallas" interprets the TPU kernels, which is for tests.
+    "auto" is the kernels on TPUs, cuDNN and plain XLA on GPUs (`cudnn.GPU_IMPLEMENTATIONS`), and
+    plain XLA elsewhere. The Triton kernels have not been measured: they run only for "pallas".
+    Where there is neither a TPU nor a GPU, "pallas" interprets the TPU kernels, which is for tests.
 
     Args:
       choice: "auto", "pallas" or "reference"; T5X_LITE_ATTENTION in the environment overrides it.
@@ -55,10 +59,10 @@ def select_backend(choice: str) -> Backend | None:
         choices = ", ".join(BACKEND_CHOICES)
         raise ValueError(f"{BACKEND_VARIABLE}={choice!r}: it must be one of {choices}")
     device = target_device()
-    if choice == "reference" or (choice == "auto" and device.platform != "tpu"):
+    if choice == "reference" or (choice == "auto" and device.platform not in ("tpu", "gpu")):
         return None
     if device.platform == "gpu":
-        return Backend("gpu")
+        return CUDNN if choice == "auto" else Backend("gpu")
     if device.platform == "tpu":
         return Backend("tpu", tpu_generation(device.kind), device.kind)
     return INTERPRETED
@@ -83,7 +87,7 @@ def prepare_mask(mask: Mask | CacheMask | Bool[Array, "b s"], backend: Backend |
         prefix = mask.key_prefix
         prefix = None if prefix is None else unshard_axis(prefix, 1)
         mask = replace(mask, key_segments=unshard_axis(mask.key_segments, 1), key_prefix=prefix)
-    if backend is not None:
+    if has_kernels(backend):
         return mask
     if isinstance(mask, (Mask, CacheMask)):
         return dense_mask.materialize_mask(mask)
@@ -120,7 +124,7 @@ def dot_product_attention(
     context_axes = mesh_axes(q)[1]
     sources = tuple(gather_keys(source) for source in sources)
     if isinstance(sources[0].mask, DenseMask):
-        return dense_attention(q, sources, softcap)
+        return dense_attention(q, sources, softcap, backend)
     assert backend is not None
     if isinstance(sources[-1].mask, (CacheMask, jax.Array)):
         kernel = functools.partial(cache_attention, softcap=softcap, backend=backend)
@@ -147,15 +151,24 @@ def unshard_axis(x: jax.Array, axis: int) -> jax.Array:
     return jax.reshard(x, jax.sharding.PartitionSpec(*spec))
 
 
-def dense_attention(q, sources: tuple[AttentionSource, ...], softcap) -> Float[Array, "b t k g h"]:
-    """Attention in plain XLA over the concatenated keys of all sources.
+def dense_attention(
+    q, sources: tuple[AttentionSource, ...], softcap, backend: Backend | None
+) -> Float[Array, "b t k g h"]:
+    """Attention over the concatenated keys of all sources, in plain XLA or by cuDNN.
 
     Args:
       q: queries.
       sources: with a DenseMask each.
       softcap: cap of the scores, or None.
+      backend: None for plain XLA.
     """
     keys, values, visible, bias = concatenate_sources(q, sources)
+    masks = [source.dense_mask for source in sources]
+    of_rows = backend == CUDNN and all(mask.of_rows for mask in masks)
+    if of_rows and cudnn.use_cudnn(q, keys, bias is not None, softcap):
+        causal = len(masks) == 1 and masks[0].causal
+        kernel = functools.partial(cudnn.cudnn_attention, causal=causal)
+        return run_sharded(kernel, q, keys, values, visible)
     return reference.reference_attention(q, keys, values, visible, bias, softcap)
 
 
@@ -223,8 +236,31 @@ def row_attention(
         sources = tuple(
             source._replace(mask=source.row_mask.with_offset(first)) for source in sources
         )
+    if use_mosaic_gpu(q, sources, softcap, backend):
+        from t5x_lite.kernels.flash_mosaic import api as flash_mosaic
+
+        return flash_mosaic.flash_attention(q, sources[0])
     module = flash_triton if backend.platform == "gpu" else flash
     return module.flash_attention(q, sources, softcap, backend)[0]
+
+
+def use_mosaic_gpu(q, sources: tuple[AttentionSource, ...], softcap, backend: Backend) -> bool:
+    """Returns True where attention is computed by the kernels for Mosaic GPU, not by Triton's.
+
+    Args:
+      q: queries.
+      sources: keys, values, masks and biases.
+      softcap: cap of the scores, or None.
+      backend: what runs the kernel.
+    """
+    if backend.platform != "gpu" or not compat.has_mosaic_gpu():
+        return False
+    # Imported here: jax 0.10.2 has another Mosaic GPU.
+    from t5x_lite.kernels.flash_mosaic import api as flash_mosaic
+
+    # Theirs are the products of Hopper alone.
+    is_hopper = any(name in target_device().kind for name in HOPPER)
+    return is_hopper and flash_mosaic.has_mosaic_form(q, sources, softcap)
 
 
 def cache_attention(
@@ -263,7 +299,7 @@ def cross_entropy(
       table: [v d] where config.tied, an embedding; else [d v], a head.
       targets: [b t], ids.
       config: of logits and loss.
-      backend: what computes it; None, a GPU, and logits with a bias are plain XLA.
+      backend: what computes it; on a GPU, and for logits with a bias, it is plain XLA.
       bias: [v], added to the logits; None without one.
     """
     spec = mesh_axes(table)
@@ -277,9 +313,11 @@ def cross_entropy(
             table = jax.lax.all_gather(table, width_axes, tiled=True)
             table = table.T if config.tied else table
         rows, row_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        if backend is None or backend.platform == "gpu" or bias is not None:
+        fused = backend is not None and backend.platform in ("tpu", "interpret")
+        if not fused or bias is not None:
             losses = chunked_cross_entropy(rows, table, row_targets, config, bias)
         else:
+            assert backend is not None
             losses = fused_cross_entropy(rows, table, row_targets, config, backend)
         return TokenLosses(*(field.reshape(targets.shape) for field in losses))
 

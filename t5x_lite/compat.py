@@ -5,7 +5,9 @@ Supported: jax 0.10.2 to 0.12. What a release changes is met here and nowhere el
 rest of the package to public names.
 """
 
-from collections.abc import Callable
+import contextlib
+import types
+from collections.abc import Callable, Generator
 from typing import Any
 
 
@@ -45,3 +47,32 @@ def set_orbax_stores(
     vars(tensorstore_utils)["_normalize_path"] = normalize
     vars(gcs_utils)["get_kvstore_for_gcs"] = describe
     vars(gpath)["_is_tf_installed"] = bool  # false
+
+
+def has_mosaic_gpu(interpreted: bool = False) -> bool:
+    """True if this jax has what the kernels for Mosaic GPU call: from 0.11 on, to lower them.
+
+    Args:
+      interpreted: to interpret them on a CPU: from 0.12 on.
+    """
+    import jax
+
+    major, minor, *_ = jax.__version__.split(".")
+    return (int(major), int(minor)) >= (0, 12 if interpreted else 11)
+
+
+@contextlib.contextmanager
+def assume_cudnn(version: int) -> Generator[None]:
+    """Context in which jax lowers cuDNN's attention as if that version of cuDNN were installed.
+
+    For programs of a GPU that is not there: without cuDNN jax 0.10 to 0.12 refuses to trace them.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    names = vars(fused_attention_stablehlo)
+    installed = names["cuda_versions"]
+    names["cuda_versions"] = types.SimpleNamespace(cudnn_get_version=lambda: version)
+    try:
+        yield
+    finally:
+        names["cuda_versions"] = installed

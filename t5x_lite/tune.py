@@ -65,7 +65,7 @@ def tune(args: argparse.Namespace) -> None:
 
     backend, device = kernels.select_backend("auto"), kernels.target_device()
     config.require(
-        backend is not None,
+        kernels.has_kernels(backend),
         f"there is no TPU here ({device.kind}), and blocks are a TPU's: nothing to tune. On a TPU "
         "the same command measures and remembers them",
     )

@@ -49,7 +49,8 @@ def use_chunked_loss(run: TrainingRun, batch: Batch) -> bool:
     if choice != "auto":
         return choice == "chunked"
     logit_bytes = 4 * batch.targets.size * run.model.vocab / batch_shards()
-    fused = kernels.select_backend(run.model.attention) is not None and not run.model.logits_bias
+    fused = kernels.has_kernels(kernels.select_backend(run.model.attention))
+    fused = fused and not run.model.logits_bias
     return fused or logit_bytes > MAX_LOGIT_BYTES
 
 

@@ -11,7 +11,7 @@ import pytest
 from flash_toys import Kind, case, context_and_gradients, difference, exactly
 
 from t5x_lite.kernels import dispatch
-from t5x_lite.kernels.backend import Backend
+from t5x_lite.kernels.backend import CUDNN, Backend
 from t5x_lite.kernels.decode.mask import CacheMask
 from t5x_lite.kernels.flash.api import AttentionSource
 from t5x_lite.kernels.flash.block_mask import BlockSizes
@@ -138,7 +138,7 @@ def test_it_is_lowered_for_cuda(size, dtype):
 def test_gpus_have_kernels_for_those_who_ask(monkeypatch):
     monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
     with chips.described_gpu():
-        assert dispatch.select_backend("auto") is None
+        assert dispatch.select_backend("auto") == CUDNN
         assert dispatch.select_backend("pallas") == GPU
     q, (source,), _ = case(Kind(causal=True, heads=(1, 2, 64)), 0)
     block = CacheMask(jnp.int32([90, 30]), width=4, slots=200)
