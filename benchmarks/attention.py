@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of attention kernels on this accelerator, also relative to its memory bandwidth.
 
-Whole rows: our kernels (Triton on a GPU, Mosaic on a TPU) and our plain XLA, beside
+Whole rows: our kernels (Mosaic GPU or Triton on a GPU, Mosaic on a TPU) and plain XLA, beside
 jax.nn.dot_product_attention (XLA, and cuDNN on a GPU) and PyTorch (scaled_dot_product_attention,
 FlexAttention). bfloat16, 8 heads, as many rows as make 16,384 tokens; with T5's bias of 32 buckets
 and without, causal and bidirectional, forward, and forward with backward. Every system gets the

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OURS, PLAIN, COPY = "t5x_lite", "t5x_lite, plain XLA", "copy"
+# Our kernels for a GPU where those for Mosaic GPU are taken in their place.
+TRITON = "t5x_lite, Triton"
 DOT = {"jax.nn, XLA": "xla", "jax.nn, cuDNN": "cudnn"}
 SDPA, FLEX = "PyTorch SDPA", "PyTorch FlexAttention"
 BUCKETS, FARTHEST = 32, 128
@@ -90,7 +92,8 @@ def some(x: np.ndarray, case: Case) -> np.ndarray:
 
 
 def jax_systems(platform: str) -> list[str]:
-    return [OURS, PLAIN, *(name for name in DOT if name != "jax.nn, cuDNN" or platform == "gpu")]
+    on_gpu = [TRITON, *DOT] if platform == "gpu" else ["jax.nn, XLA"]
+    return [OURS, PLAIN, *on_gpu]
 
 
 def jax_ready(system: str, case: Case) -> Ready:
@@ -134,7 +137,7 @@ def jax_ours(system: str, case: Case) -> Ready:
 
     from t5x_lite.kernels import api as kernels
 
-    backend = kernels.select_backend("pallas") if system == OURS else None
+    backend = None if system == PLAIN else kernels.select_backend("pallas")
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in operands(case)]
     apart = lambda x: x.reshape(*x.shape[:2], case.heads, 1, case.head_dim)
     q, gradient = apart(arrays[0]), apart(arrays[3])
@@ -150,7 +153,13 @@ def jax_ours(system: str, case: Case) -> Ready:
 
     def attention(q, k, v, *rest):
         *bias, mask = rest
-        return jax_attend(q, k, v, mask, bias[0] if bias else None, backend)
+        bias = bias[0] if bias else None
+        if system == TRITON:
+            from t5x_lite.kernels.flash_triton.api import flash_attention
+
+            source = kernels.AttentionSource(k, v, mask, bias)
+            return flash_attention(q, (source,), None, backend)[0]
+        return jax_attend(q, k, v, mask, bias, backend)
 
     return jax_passes(case, attention, arguments, mask, gradient)
 

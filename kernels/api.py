@@ -2,6 +2,7 @@
 """Public names of the kernels: attention and cross entropy, and the types that describe them."""
 
 from t5x_lite.kernels.backend import Backend, has_kernels, target_device
+from t5x_lite.kernels.cudnn import save_attention
 from t5x_lite.kernels.decode.mask import CacheMask
 from t5x_lite.kernels.dense_mask import AttentionSource, DenseMask
 from t5x_lite.kernels.dispatch import (
@@ -13,13 +14,11 @@ from t5x_lite.kernels.dispatch import (
     select_backend,
 )
 from t5x_lite.kernels.mask import Mask
-from t5x_lite.kernels.reference import CHECKPOINT_NAME
 from t5x_lite.kernels.relative import RelativePositionBias
 from t5x_lite.kernels.vocabulary.cross_entropy import TokenLosses
 from t5x_lite.kernels.vocabulary.logits import CrossEntropyConfig
 
 __all__ = [
-    "CHECKPOINT_NAME",
     "AttentionSource",
     "Backend",
     "CacheMask",
@@ -34,6 +33,7 @@ __all__ = [
     "has_kernels",
     "prepare_bias",
     "prepare_mask",
+    "save_attention",
     "select_backend",
     "target_device",
 ]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of whole rows by cuDNN on GPUs, and which attention "auto" chooses there."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from t5x_lite.kernels.backend import HOPPER, target_device
-from t5x_lite.kernels.reference import zero_fully_masked
+from t5x_lite.kernels.reference import CHECKPOINT_NAME, zero_fully_masked
 
 # Implementation of "auto" on a GPU for attention of whole rows, without and with a relative
 # position bias. Not measured: cuDNN makes no array of scores, but takes a bias, and gives its
@@ -17,6 +17,20 @@ GPU_IMPLEMENTATIONS: dict[bool, Literal["cudnn", "xla"]] = {False: "cudnn", True
 # Largest head of cuDNN's attention; twice as large from Hopper on.
 LARGEST_HEAD = 128
 HOPPER_AND_LATER = (*HOPPER, "B100", "B200", "GB200", "B300", "GB300")
+
+SAVED_NAMES = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
+
+
+def save_attention(primitive, *operands: Any, **params: Any) -> bool:
+    """Policy of rematerialization: saves what the backward pass of attention needs.
+
+    Args:
+      primitive: jax's; those of cuDNN give what theirs needs, which has no name.
+      *operands: types of its operands.
+      **params: its parameters.
+    """
+    is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return is_cudnn or bool(SAVED_NAMES(primitive, *operands, **params))
 
 
 def use_cudnn(

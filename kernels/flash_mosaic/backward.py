@@ -135,7 +135,7 @@ def backward_queries_kernel(config: MosaicFlashConfig, *references) -> None:
         init_carry=(tiles.zeros(BLOCK, config.head_size), tiles.zeros(BLOCK), tiles.zeros(BLOCK)),
         in_specs=tiles.key_specs(config, program, first),
     )
-    acc, before, after = pipeline(*visited_keys(source, program))
+    acc, before, after = pipeline(*visited_keys(config, source, head))
     q_tile, _, before_tile, after_tile = scratch
     tiles.store_tiles(
         (acc, q_tile, dq.at[head, rows]),
@@ -294,10 +294,6 @@ def backward_near_bias_kernel(config: MosaicFlashConfig, splits: int, *reference
             tiles.bias_blocks(lambda step: place + 1),
         ],
     )
-    key_head = jax.lax.div(head, jnp.int32(config.group))
     per_head = (reference.at[head] for reference in residuals)
-    keys_values = source.k.at[key_head], source.v.at[key_head]
-    total = pipeline(
-        *per_head, source.query_ids, *keys_values, source.key_ids, source.bias.at[head]
-    )
+    total = pipeline(*per_head, source.query_ids, *visited_keys(config, source, head))
     tiles.store_tiles((total, sums_tile, sums.at[head, place, split]))

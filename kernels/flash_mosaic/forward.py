@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from t5x_lite.kernels.backend import output_shape
 from t5x_lite.kernels.flash_mosaic import tile as tiles
-from t5x_lite.kernels.flash_mosaic.tile import BLOCK, STEPS, MosaicFlashConfig, MosaicProgram
+from t5x_lite.kernels.flash_mosaic.tile import BLOCK, STEPS, MosaicFlashConfig
 from t5x_lite.kernels.tile_math import MASK_VALUE, finish_softmax
 
 
@@ -105,7 +105,7 @@ def forward_kernel(config: MosaicFlashConfig, q, *references) -> None:
         init_carry=(tiles.zeros(BLOCK, config.head_size), rows_zero + MASK_VALUE, rows_zero),
         in_specs=tiles.key_specs(config, program, first),
     )
-    acc, m, l = pipeline(*visited_keys(source, program))
+    acc, m, l = pipeline(*visited_keys(config, source, head))
     divisor, log_z_rows = finish_softmax(m, l)
     result = acc / tiles.spread(divisor, 0, config.head_size)
     tiles.store_tiles(
@@ -113,7 +113,14 @@ def forward_kernel(config: MosaicFlashConfig, q, *references) -> None:
     )
 
 
-def visited_keys(source: MosaicOperands, program: MosaicProgram) -> tuple:
-    """Returns references to the keys, values, their ids and the bias of a program's head."""
-    keys = source.k.at[program.key_head], source.v.at[program.key_head]
-    return *keys, source.key_ids, source.bias.at[program.head]
+def visited_keys(config: MosaicFlashConfig, source: MosaicOperands, head) -> tuple:
+    """Returns references to the keys, values, their ids and the bias of a query head.
+
+    Args:
+      config: sizes.
+      source: references to whole arrays.
+      head: index of the query head.
+    """
+    key_head = jax.lax.div(head, jnp.int32(config.group))
+    keys = source.k.at[key_head], source.v.at[key_head]
+    return *keys, source.key_ids, source.bias.at[head]

@@ -386,7 +386,7 @@ def remat_layer(apply_layer, remat: str):
     policies = jax.checkpoint_policies
     products = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable,
-        policies.save_only_these_names(kernels.CHECKPOINT_NAME),
+        kernels.save_attention,
     )
     policy = products if remat == "minimal" else None
     return jax.checkpoint(apply_layer, prevent_cse=False, policy=policy)

@@ -63,7 +63,7 @@ def custom_calls(function, *arguments, kind: str = "NVIDIA H100 80GB HBM3") -> l
         (PLAIN._replace(lengths=(63, 64)), "bfloat16", False),
         (PLAIN._replace(heads=(2, 2, 20)), "bfloat16", False),
     ],
-    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value),
+    ids=["rows", "window", "float16", "two", "bias", "softcap", "float32", "odd", "head of 20"],
 )
 def test_rows_without_a_bias_are_cudnns(kind, dtype, chosen):
     q, sources, gradient = case(kind, 0, jnp.dtype(dtype))
@@ -118,3 +118,15 @@ def test_cudnn_is_asked_for_the_attention_of_plain_xla(kind, monkeypatch):
     monkeypatch.setattr(cudnn, "use_cudnn", lambda *_: True)
     actual = context_and_gradients(attend, q, sources, gradient, None)
     assert difference(actual, jax.tree.map(np.asarray, wanted)) < 2e-6
+
+
+def test_rematerialization_keeps_what_its_backward_pass_needs():
+    q, (source,), _ = case(PLAIN, 0, jnp.bfloat16)
+
+    def loss(policy, q):
+        attention = jax.checkpoint(lambda q: attend(q, (source,), None), policy=policy)
+        return jnp.sum(attention(q).astype(jnp.float32))
+
+    for policy, count in ((cudnn.save_attention, 2), (None, 3)):
+        gradient = jax.jit(jax.value_and_grad(functools.partial(loss, policy)))
+        assert len(custom_calls(gradient, q)) == count

@@ -28,7 +28,13 @@ KINDS = [
 
 
 def attend(q, sources, softcap):
-    """Interpreted, which raises for a race, a read out of bounds, or one of what is not written."""
+    """Interpreted, which raises for a race and a read out of bounds; what is not written is NaN.
+
+    Args:
+      q: queries.
+      sources: one, of keys, values, mask and bias.
+      softcap: None.
+    """
     assert softcap is None
     return api.flash_attention(q, sources[0], interpret=True)
 
@@ -98,7 +104,7 @@ def test_it_is_lowered_for_an_h100(kind):
         (Kind(), "bfloat16", "NVIDIA A100-SXM4-80GB"),
         (Kind(), "bfloat16", "NVIDIA B200"),
     ],
-    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value),
+    ids=["bias", "softcap", "window", "prefix", "two", "head", "float32", "Ampere", "Blackwell"],
 )
 def test_all_else_is_tritons(kind, dtype, chip):
     mosaic, triton = kernels_of(kind, dtype, chip)
