@@ -37,18 +37,20 @@ def measure_training(case: Case, settings: dict, rehearse: bool) -> Iterator[Row
       rehearse: PyTorch compiles nothing.
     """
     run, steps = device_cases.run_of(**settings), 2 if rehearse else 10
-    if settings["system"] == "transformers":
+    system = "transformers" if settings["system"] == "transformers" else "t5x_lite"
+    sharding.use_mesh(run.mesh, jax.devices()[:1])
+    if system == "transformers":
         measured = peer_step(run, steps, "eager" if rehearse else "inductor")
     else:
         measured = own_step(run, steps)
     seconds, compile_seconds, peak, loss = measured
-    yield Row(case.key, "t5x_lite", "sequences/s", run.train.batch_size / seconds)
+    yield Row(case.key, system, "sequences/s", run.train.batch_size / seconds)
     peak_flops = flops.peak_flops(jax.devices()[0].device_kind)
     if peak_flops:
-        yield Row(case.key, "t5x_lite", "MFU", flops.run_flops(run) / seconds / peak_flops)
-    yield Row(case.key, "t5x_lite", "peak GB", peak / 1e9)
-    yield Row(case.key, "t5x_lite", "compile seconds", compile_seconds)
-    yield Row(case.key, "t5x_lite", "loss", loss)
+        yield Row(case.key, system, "MFU", flops.run_flops(run) / seconds / peak_flops)
+    yield Row(case.key, system, "peak GB", peak / 1e9)
+    yield Row(case.key, system, "compile seconds", compile_seconds)
+    yield Row(case.key, system, "loss", loss)
 
 
 def step_seconds(step: Callable[[], float], steps: int) -> tuple[float, float]:
