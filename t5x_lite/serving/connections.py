@@ -136,6 +136,7 @@ class StoppableServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=LimitedProtocol,
+                ws="none",
                 log_level="error",
                 server_header=False,
                 timeout_keep_alive=IDLE,
