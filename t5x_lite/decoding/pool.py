@@ -218,7 +218,8 @@ def read_rows(
       arguments: weights, ends of texts, and the processors of the rows.
       joining: the requests.
     """
-    program, request, params = pool.program, joining.request, arguments.params
+    program, params = pool.program, arguments.params
+    request, sampling = sharding.by_rows((joining.request, joining.sampling))
     encoded = model.EncoderMemory()
     if request.inputs is not None:
         inputs = sharding.by_rows(request.inputs[:, : sizes.inputs])
@@ -228,11 +229,11 @@ def read_rows(
     slots = generation.count_slots(program, request)
     cache = target.prefill(program.cfg, params, encoded, prompts, slots)
     encoded = pad_inputs(encoded, pool.inputs)
-    rules = arguments.rules._replace(sampling=joining.sampling)
+    rules = arguments.rules._replace(sampling=sampling)
     context = pool_context(pool, arguments, request, encoded, rules)
     drafter_state = program.drafter.begin(context)
     state = initial_state(context, cache, slots, drafter_state)
-    return RowPool(request, joining.sampling, encoded, state)
+    return RowPool(request, sampling, encoded, state)
 
 
 def pad_inputs(encoded: model.EncoderMemory, size: int) -> model.EncoderMemory:

@@ -26,7 +26,7 @@ class EngineLimits:
     max_inputs: int = 512
     max_new_tokens: int = 256
     block: int = 4
-    prefill_tokens: int = 64
+    prefill_tokens: int = 128
     prefill_budget: int = 512
     queue: int = 256
     lanes: int = 8

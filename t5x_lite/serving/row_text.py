@@ -2,6 +2,7 @@
 """Text of one completion: its request for the decoding loop, and its tokens so far."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class LaneKey(NamedTuple):
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(config.Decode)}
 
 
+@functools.lru_cache(maxsize=256)
 def shared_decode(decode: config.Decode, max_new_tokens: int, vocab: int) -> config.Decode:
     """Returns a config whose fields by row have their defaults.
 
