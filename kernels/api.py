@@ -14,7 +14,12 @@ from t5x_lite.kernels.dispatch import (
     select_backend,
 )
 from t5x_lite.kernels.mask import Mask
-from t5x_lite.kernels.relative import RelativePositionBias
+from t5x_lite.kernels.relative import (
+    LinearPositionBias,
+    PositionBias,
+    RelativePositionBias,
+    alibi_slopes,
+)
 from t5x_lite.kernels.vocabulary.cross_entropy import TokenLosses
 from t5x_lite.kernels.vocabulary.logits import CrossEntropyConfig
 
@@ -24,9 +29,12 @@ __all__ = [
     "CacheMask",
     "CrossEntropyConfig",
     "DenseMask",
+    "LinearPositionBias",
     "Mask",
+    "PositionBias",
     "RelativePositionBias",
     "TokenLosses",
+    "alibi_slopes",
     "attention_probs",
     "cross_entropy",
     "dot_product_attention",

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from t5x_lite.kernels.backend import mesh_axes, partition_spec
 from t5x_lite.kernels.decode.mask import CacheMask
 from t5x_lite.kernels.mask import Mask
-from t5x_lite.kernels.relative import RelativePositionBias
+from t5x_lite.kernels.relative import PositionBias, RelativePositionBias
 
 
 @functools.partial(
@@ -58,7 +58,7 @@ def materialize_mask(mask: Mask | CacheMask) -> DenseMask:
     return DenseMask(mask.materialize(), distance, mask.index if is_chain else None)
 
 
-def materialize_bias(bias: RelativePositionBias, mask: DenseMask) -> Float[Array, "#b n t s"]:
+def materialize_bias(bias: PositionBias, mask: DenseMask) -> Float[Array, "#b n t s"]:
     """Returns the bias of every pair, float32.
 
     Of indexes, and of a chain: one value per head and distance, laid along the diagonals by
@@ -70,15 +70,13 @@ def materialize_bias(bias: RelativePositionBias, mask: DenseMask) -> Float[Array
         return toeplitz_matrix(bias.by_distance(1 - t, t + s), t, s)[None]
     if mask.index is not None:
         return toeplitz_matrix(bias_by_row(bias, mask.index, t, s), t, s)
-    bucket = bias.bucket(-mask.distance)
-    rows, heads = mesh_axes(bucket)[0], mesh_axes(bias.table)[1]
-    sharding = partition_spec(rows, None, None, heads)
-    values = bias.table.astype(jnp.float32).at[bucket].get(out_sharding=sharding)
+    rows, heads = mesh_axes(mask.distance)[0], mesh_axes(bias.heads)[-1]
+    values = bias.at(-mask.distance, partition_spec(rows, None, None, heads))
     return jnp.moveaxis(values, -1, 1)
 
 
 def bias_by_row(
-    bias: RelativePositionBias, index: Int[Array, " b"], t: int, s: int
+    bias: PositionBias, index: Int[Array, " b"], t: int, s: int
 ) -> Float[Array, "b n t+s"]:
     """Returns for each row the bias of distances 1 - t - index[b] and on, which its chain needs.
 
@@ -92,7 +90,7 @@ def bias_by_row(
     """
     values = bias.by_distance(1 - t - s, t + 2 * s)
     columns = s - index[:, None] + jnp.arange(t + s)
-    sharding = partition_spec(mesh_axes(index)[0], None, mesh_axes(bias.table)[1])
+    sharding = partition_spec(mesh_axes(index)[0], None, mesh_axes(bias.heads)[-1])
     rows = values.T.at[columns].get(mode="clip", out_sharding=sharding)
     return jnp.moveaxis(rows, -1, 1)
 

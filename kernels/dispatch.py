@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import compat
@@ -29,7 +30,7 @@ from t5x_lite.kernels.dense_mask import AttentionSource, DenseMask
 from t5x_lite.kernels.flash import api as flash
 from t5x_lite.kernels.flash_triton import api as flash_triton
 from t5x_lite.kernels.mask import Mask
-from t5x_lite.kernels.relative import RelativePositionBias
+from t5x_lite.kernels.relative import PositionBias
 from t5x_lite.kernels.vocabulary.cross_entropy import (
     TokenLosses,
     chunked_cross_entropy,
@@ -41,7 +42,7 @@ BACKEND_VARIABLE = "T5X_LITE_ATTENTION"
 BACKEND_CHOICES = ("auto", "pallas", "reference")
 
 
-def select_backend(choice: str) -> Backend | None:
+def select_backend(choice: str, lacks_kernel: str = "") -> Backend | None:
     """Returns the backend that computes attention on the devices in force; None is plain XLA.
 
     "auto" is the kernels on TPUs, cuDNN and plain XLA on GPUs (`cudnn.GPU_IMPLEMENTATIONS`), and
@@ -50,22 +51,36 @@ def select_backend(choice: str) -> Backend | None:
 
     Args:
       choice: "auto", "pallas" or "reference"; T5X_LITE_ATTENTION in the environment overrides it.
+      lacks_kernel: what of the model no kernel computes, for messages; "auto" is then plain XLA.
 
     Raises:
-      ValueError: the choice is none of these.
+      ValueError: the choice is none of these, or "pallas" where a kernel is lacking.
     """
     choice = os.environ.get(BACKEND_VARIABLE) or choice
     if choice not in BACKEND_CHOICES:
         choices = ", ".join(BACKEND_CHOICES)
         raise ValueError(f"{BACKEND_VARIABLE}={choice!r}: it must be one of {choices}")
+    if choice == "pallas" and lacks_kernel:
+        raise ValueError(
+            f"{lacks_kernel} has no kernel: unset {BACKEND_VARIABLE}, or set it to reference"
+        )
     device = target_device()
     if choice == "reference" or (choice == "auto" and device.platform not in ("tpu", "gpu")):
+        return None
+    if lacks_kernel:
+        report_fallback(lacks_kernel)
         return None
     if device.platform == "gpu":
         return CUDNN if choice == "auto" else Backend("gpu")
     if device.platform == "tpu":
         return Backend("tpu", tpu_generation(device.kind), device.kind)
     return INTERPRETED
+
+
+@functools.cache
+def report_fallback(lacks_kernel: str) -> None:
+    """Logs, once, that plain XLA computes attention on a TPU, and for what setting."""
+    logging.info("Attention runs in plain XLA: %s has no kernel", lacks_kernel)
 
 
 def tpu_generation(kind: str) -> int:
@@ -94,7 +109,7 @@ def prepare_mask(mask: Mask | CacheMask | Bool[Array, "b s"], backend: Backend |
     return DenseMask(mask[:, None, :], jnp.zeros((1, mask.shape[1]), jnp.int32))
 
 
-def prepare_bias(bias: RelativePositionBias, mask):
+def prepare_bias(bias: PositionBias, mask):
     """Returns the bias as attention takes it: the array of all pairs for a DenseMask.
 
     Args:

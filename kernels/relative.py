@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5's relative position bias (Raffel et al., 2020, section 2.1): a table and bucket boundaries."""
+"""Relative position biases: T5's (Raffel et al., 2020, section 2.1), a table and bucket boundaries,
+and that of ALiBi (Press et al., 2022), a slope."""
 
 import bisect
 import functools
@@ -84,6 +85,16 @@ class RelativePositionBias:
             return passed
         return passed + jnp.where(distance > 0, self.buckets_per_side, 0)
 
+    @property
+    def heads(self) -> jax.Array:
+        """An array with the heads as its last axis, for their placement."""
+        return self.table
+
+    def at(self, distance: Int[Array, "..."], sharding: Any = None) -> Float[Array, "... n"]:
+        """Returns the bias of key index minus query index per head, float32, placed as sharding."""
+        values = self.table.astype(jnp.float32)
+        return values.at[self.bucket(distance)].get(out_sharding=sharding)
+
     def by_distance(self, first: int | jax.Array, count: int) -> Float[Array, "n d"]:
         """Returns the bias of distances first, first + 1, ... per head, float32.
 
@@ -97,3 +108,40 @@ class RelativePositionBias:
             self.table.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["slopes"], meta_fields=[])
+@dataclass(frozen=True)
+class LinearPositionBias:
+    """A bias that falls with distance, on either side: -slopes[n] * |distance| (ALiBi).
+
+    slopes: [n], of each head. No kernel takes it.
+    """
+
+    slopes: Float[Array, " n"]
+
+    @property
+    def heads(self) -> jax.Array:
+        """An array with the heads as its last axis, for their placement."""
+        return self.slopes
+
+    def at(self, distance: Int[Array, "..."], sharding: Any = None) -> Float[Array, "... n"]:
+        """Returns the bias of key index minus query index per head, float32, placed as sharding."""
+        values = -jnp.abs(distance)[..., None].astype(jnp.float32) * self.slopes
+        return values if sharding is None else jax.reshard(values, sharding)
+
+    def by_distance(self, first: int | jax.Array, count: int) -> Float[Array, "n d"]:
+        """Returns the bias of distances first, first + 1, ... per head, float32."""
+        return self.at(first + jnp.arange(count)).T
+
+
+PositionBias = RelativePositionBias | LinearPositionBias
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Returns the published slopes [heads], float32: 2 ** (-8 * i / heads) for i from 1 where heads
+    is a power of two, else those of the power below it and every second one of that above it."""
+    below = 2 ** math.floor(math.log2(heads))
+    slopes = 2.0 ** (-8 * np.arange(1, below + 1) / below)
+    above = 2.0 ** (-4 * np.arange(1, 2 * below + 1, 2) / below)
+    return np.concatenate([slopes, above[: heads - below]]).astype(np.float32)

@@ -26,6 +26,7 @@ SHAPE = (
     "positions",
     "position_offset",
     "bias_per_layer",
+    "bias_vectors",
 )
 # Fields that change what the same weights compute, which training can compensate: a warning names
 # them. `sliding` is derived from `pattern`.
@@ -37,6 +38,9 @@ VALUES = {
         "softcap",
         "rotary_base",
         "rotary_scaling",
+        "rotary_span",
+        "interpolation",
+        "segment_length",
         "sinusoids",
         "window",
         "sliding_rotary_base",

@@ -14,8 +14,6 @@ from t5x_lite.config.adaptation import Adaptation as Adaptation
 from t5x_lite.config.adaptation import Distillation as Distillation
 from t5x_lite.config.adaptation import ParamGroup as ParamGroup
 from t5x_lite.config.architecture import Model as Model
-from t5x_lite.config.architecture import RotaryScaling as RotaryScaling
-from t5x_lite.config.architecture import Stack as Stack
 from t5x_lite.config.checked import Checked, OutputPath, Seed, require
 from t5x_lite.config.comparison import Compare as Compare
 from t5x_lite.config.contrastive import Contrastive as Contrastive
@@ -41,6 +39,8 @@ from t5x_lite.config.preferences import Grpo as Grpo
 from t5x_lite.config.preferences import Preferences as Preferences
 from t5x_lite.config.readout import SMOOTHED_KINDS
 from t5x_lite.config.readout import Readout as Readout
+from t5x_lite.config.stack import RotaryScaling as RotaryScaling
+from t5x_lite.config.stack import Stack as Stack
 from t5x_lite.config.training import Checkpoint as Checkpoint
 from t5x_lite.config.training import Evaluate as Evaluate
 from t5x_lite.config.training import Mesh as Mesh

@@ -317,12 +317,12 @@ def describe_excess(cfg: config.Model, example: Sequence[int], new_tokens: int =
 
 def lacks_positions(stack: config.Stack, positions: int) -> bool:
     """True if a tower has learned fewer positions."""
-    return stack.max_length is not None and positions > stack.max_length
+    return stack.longest is not None and positions > stack.longest
 
 
 def count_positions(stack: config.Stack) -> str:
     """The learned positions of a tower, for messages."""
-    return f"{stack.max_length} (Stack.max_length)"
+    return f"{stack.longest} (Stack.max_length)"
 
 
 def check_positions(
@@ -369,6 +369,6 @@ def check_row_lengths(cfg: config.Model, lengths: dict[str, int], owner: str) ->
         stack = getattr(cfg, tower)
         if stack is not None and lacks_positions(stack, length):
             raise ValueError(
-                f"{owner} has {stack.max_length} positions (Stack.max_length), but Data.lengths "
+                f"{owner} has {stack.longest} positions (Stack.max_length), but Data.lengths "
                 f"{lengths} (TASK_FEATURE_LENGTHS) make rows of {length} tokens: lower them"
             )

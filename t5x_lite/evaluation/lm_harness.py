@@ -115,7 +115,7 @@ def find_length(opened: OpenedCheckpoint, loaded: LoadedCheckpoint) -> int:
     fields = [part for part in (kept.get("text_config"), kept) if isinstance(part, dict)]
     named = [part[name] for part in fields for name in LENGTHS if isinstance(part.get(name), int)]
     stacks = [stack for stack in (opened.model.encoder, opened.model.decoder) if stack]
-    learned = [stack.max_length for stack in stacks if stack.max_length is not None]
+    learned = [stack.longest for stack in stacks if stack.longest is not None]
     origin = getattr(loaded.vocabularies[0], "origin", {}).get("model_max_length")
     tokenizer = [origin] if isinstance(origin, int) and origin < NO_LIMIT else []
     return min([[*named, *tokenizer, MAX_LENGTH][0], *learned])

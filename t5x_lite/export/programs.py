@@ -144,8 +144,8 @@ def check_exportable(cfg: config.Model, shapes: ExportShapes) -> None:
         ("--row_length", cfg.decoder, shapes.row_length),
     )
     for name, stack, size in sizes:
-        if stack is not None and stack.max_length is not None and size > stack.max_length:
-            raise ValueError(f"{name}={size}: the model has {stack.max_length} learned positions")
+        if stack is not None and stack.longest is not None and size > stack.longest:
+            raise ValueError(f"{name}={size}: the model has {stack.longest} learned positions")
 
 
 def nest_params(flat: Mapping[str, Any]) -> dict[str, Any]:

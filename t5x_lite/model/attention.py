@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -13,12 +12,9 @@ from t5x_lite import config
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import positions
 from t5x_lite.model.cache import Cache, write_rows
+from t5x_lite.model.layer_config import LayerConfig, apply_rope
 from t5x_lite.model.layers import input_normalizer, normalizer, param, project, weight
 from t5x_lite.sharding import spec
-from t5x_lite.utils.not_none import not_none
-
-# Window of the full-attention layers in a stack that has sliding-window layers too.
-EVERYTHING = 1 << 30
 
 
 class AttentionContext(NamedTuple):
@@ -41,37 +37,6 @@ class AttentionContext(NamedTuple):
     input_mask: Any = None
     index: Any = None
     backend: kernels.Backend | None = None
-
-
-class LayerConfig(NamedTuple):
-    """Settings that differ by layer, besides weights: arrays [layers ...], or of one layer.
-
-    window_size [2] is the window to the left and to the right, in keys; frequency [h/2] the rotary
-    frequencies in radians per position. A field is None if no layer of the stack has it.
-    """
-
-    window_size: Any
-    frequency: Any
-
-
-def layer_configs(stack: config.Stack, both_sides: bool) -> LayerConfig:
-    """Returns the settings of all layers of a stack, stacked along a first axis.
-
-    both_sides is true if the mask that they share is bidirectional.
-    """
-    causal = stack.causal_layers(both_sides)
-    windows = [not_none(stack.window) if sliding else EVERYTHING for sliding in stack.sliding]
-    frequency = [positions.frequencies(stack, sliding) for sliding in stack.sliding]
-    forms = ["below" if each else stack.window_form for each in causal]
-    sizes = [positions.window_size(*each) for each in zip(windows, forms, strict=True)]
-    if both_sides:
-        # The shared mask is bidirectional: the window of a causal layer ends at the token itself.
-        pairs = zip(sizes, causal, strict=True)
-        sizes = [(left, 0 if alone else right) for (left, right), alone in pairs]
-    return LayerConfig(
-        np.array(sizes, np.int32) if any(stack.sliding) or (both_sides and any(causal)) else None,
-        np.stack(frequency) if stack.positions == "rotary" else None,
-    )
 
 
 class Attention(nn.Module):
@@ -122,6 +87,9 @@ class Attention(nn.Module):
         self.relative = stack.positions == "relative" and stack.bias_per_layer and not self.cross
         if self.relative:
             self.bias = weight(self, "bias", "buckets -> heads", stack.bias_std)
+        self.has_vectors = stack.bias_vectors and not self.cross
+        if self.has_vectors:
+            self.bias_vectors = weight(self, "bias_vectors", "-> buckets head_dim", 0.02)
 
     def __call__(
         self,
@@ -167,7 +135,8 @@ class Attention(nn.Module):
         keys = write_rows(cache.keys, k, context.index)
         values = write_rows(cache.values, v, context.index)
         cache = Cache(keys, values)
-        sources = self.sources(cache, self.layer_context(context, layer_config), cross_kv)
+        context = self.layer_context(context, layer_config, q, keys)
+        sources = self.sources(cache, context, cross_kv)
         return self.attend(q, sources, context.backend), cache
 
     def attend_encoded(
@@ -230,7 +199,7 @@ class Attention(nn.Module):
         x = self.norm(x)
         q = self.queries(x, context.where, layer_config)
         k, v = self.keys_values(x, context.where, layer_config)
-        context = self.layer_context(context, layer_config)
+        context = self.layer_context(context, layer_config, q, k)
         return q, self.sources(Cache(k, v), context, cross_kv)
 
     def cross_attention_inputs(
@@ -247,12 +216,31 @@ class Attention(nn.Module):
         return q, (kernels.AttentionSource(*cross_kv, context.input_mask),)
 
     def layer_context(
-        self, context: AttentionContext, layer_config: LayerConfig
+        self,
+        context: AttentionContext,
+        layer_config: LayerConfig,
+        q: Float[Array, "b t n h"],
+        keys: Float[Array, "b k s h"],
     ) -> AttentionContext:
-        """Returns context with the layer's own position bias and window."""
+        """Context with the layer's own position bias and window.
+
+        Args:
+          context: inputs that all layers share.
+          layer_config: settings of this layer.
+          q: [b t n h] queries.
+          keys: [b k s h] keys.
+        """
         if self.relative:
             bias = positions.relative(self.bias, self.stack, self.both_sides)
             context = context._replace(relative=kernels.prepare_bias(bias, context.mask))
+        if self.has_vectors:
+            shared = positions.relative(self.bias_vectors, self.stack, self.both_sides)
+            buckets = shared.bucket(-context.mask.distance)
+            keys = keys * self.stack.query_scale
+            added = positions.vector_bias(self.bias_vectors, q, keys, buckets)
+            # Without a bias in the pass that draws the weights alone.
+            added = added if context.relative is None else context.relative + added
+            context = context._replace(relative=added)
         return context._replace(mask=context.mask.with_window(layer_config.window_size))
 
     def queries(
@@ -273,7 +261,7 @@ class Attention(nn.Module):
             q = q + self.query_bias
         if self.stack.qk_norm:
             q = self.query_norm(q)
-        return apply_rope(q * self.stack.query_scale, where, layer_config)
+        return apply_rope(q * self.stack.query_scale, where, layer_config, self.stack)
 
     def keys_values(
         self,
@@ -295,7 +283,8 @@ class Attention(nn.Module):
             k, v = k + self.key_bias, v + self.value_bias
         if self.stack.qk_norm:
             k = self.key_norm(k)
-        return jnp.swapaxes(apply_rope(k, where, layer_config), 1, 2), jnp.swapaxes(v, 1, 2)
+        k = apply_rope(k, where, layer_config, self.stack)
+        return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
     def sources(
         self, keys_values: Cache, context: AttentionContext, cross_kv: Cache | None
@@ -345,20 +334,3 @@ class Attention(nn.Module):
         if self.stack.out_bias:
             y = y + self.out_bias
         return self.post_norm(y) if self.stack.post_norms else y
-
-
-def apply_rope(
-    x: Float[Array, "b t n h"],
-    where: Int[Array, "b t"] | None,
-    layer_config: LayerConfig | None,
-) -> Float[Array, "b t n h"]:
-    """x rotated by its positions (RoPE) in rotary layers, unchanged in others.
-
-    Args:
-      x: [b t n h] queries or keys.
-      where: [b t] positions; None for no rotation.
-      layer_config: settings of the layer.
-    """
-    if where is None or layer_config is None or layer_config.frequency is None:
-        return x
-    return positions.rotate(x, where, layer_config.frequency)

@@ -5,11 +5,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from t5x_lite import config
 from t5x_lite.batch import Batch
 from t5x_lite.kernels import api as kernels
+from t5x_lite.model import positions
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.model.cache import TokenBlock
 from t5x_lite.sharding import spec
+
+# Folded into the key of a stack's dropout for the draw of positions.
+POSITION_KEY = (1 << 31) + 1
+
+
+def draw_positions(
+    stack: config.Stack, segments: Int[Array, "b t"], where: Int[Array, "b t"], key
+) -> Int[Array, "b t"]:
+    """Positions that a stack reads: those of `Stack.random_positions` in training, else where.
+
+    Args:
+      stack: architecture.
+      segments: [b t] segment ids.
+      where: [b t] positions within each segment.
+      key: dropout key of the stack; None outside training.
+    """
+    if stack.random_positions is None or key is None:
+        return where
+    key = jax.random.fold_in(key, POSITION_KEY)
+    return positions.draw_positions(segments, where, stack.random_positions, key)
 
 
 def block_context(

@@ -17,7 +17,7 @@ from t5x_lite import config
 from t5x_lite.batch import Batch
 from t5x_lite.kernels import api as kernels
 from t5x_lite.kernels.api import TokenLosses
-from t5x_lite.model import contexts, layers
+from t5x_lite.model import contexts, outputs
 from t5x_lite.model.attention import AttentionContext
 from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock
 from t5x_lite.model.contexts import on_rows, shift_right
@@ -135,6 +135,7 @@ class Transformer(SharingModule):
             encoded = self.encode(*inputs, encoder_key)
             input_mask = self.mask(segments, on_rows(batch.input_segments))
         masked = self.cfg.layout == "decoder_only" and not self.cfg.causal_decoder
+        where = contexts.draw_positions(not_none(self.cfg.decoder), segments, where, decoder_key)
         read, start = batch.inputs if masked else batch.targets, self.cfg.decoder_start_token_id
         tokens = shift_right(read, batch.target_positions, start)
         inside = contexts.inside_prefix(batch) if self.cfg.prefix_lm else None
@@ -160,6 +161,7 @@ class Transformer(SharingModule):
         """
         embedding_key, key = split(key, 2)
         inputs, segments, where = map(on_rows, (inputs, segments, where))
+        where = contexts.draw_positions(not_none(self.cfg.encoder), segments, where, key)
         context = AttentionContext(where, self.mask(segments, segments), backend=self.backend)
         return self.encoder(self.embed(inputs, embedding_key, for_encoder=True), context, key)
 
@@ -205,6 +207,7 @@ class Transformer(SharingModule):
             encoded = self.encode(inputs, segments, where, encoder_key)
             input_mask = self.mask(segments, segments)
             inputs = shift_right(inputs, where, self.cfg.decoder_start_token_id)
+        where = contexts.draw_positions(self.cfg.decoder, segments, where, key)
         context = AttentionContext(where, mask, None, encoded, input_mask, None, self.backend)
         embedding_key, key = split(key, 2)
         return self.decoder(self.embed(on_rows(inputs), embedding_key), context, key)
@@ -299,14 +302,8 @@ class Transformer(SharingModule):
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Float32 logits of hidden states."""
-        if self.cfg.scale_logits:
-            hidden = hidden * hidden.shape[-1] ** -0.5
         table = self.head if self.has_head else self.embedding
-        logits = layers.project_to_vocabulary(hidden, table, not self.has_head).astype(jnp.float32)
-        if self.logits_bias is not None:
-            logits = logits + self.logits_bias.astype(jnp.float32)
-        cap = self.cfg.logits_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return outputs.token_logits(self.cfg, hidden, table, not self.has_head, self.logits_bias)
 
     def draft_hidden(
         self,
@@ -349,10 +346,11 @@ class Transformer(SharingModule):
           z_loss: coefficient of the squared log normalizer.
         """
         cfg = self.cfg
-        scale = self.sizes["embed"] ** -0.5 if cfg.scale_logits else 1.0
-        rule = kernels.CrossEntropyConfig(cfg.tied, smoothing, z_loss, cfg.logits_softcap, scale)
         table = self.embedding if cfg.tied else self.head
-        return kernels.cross_entropy(hidden, table, targets, rule, self.backend, self.logits_bias)
+        rule = outputs.cross_entropy_config(cfg, smoothing, z_loss)
+        # Its kernels are not those of attention, which may be lacking.
+        backend = kernels.select_backend(cfg.attention)
+        return kernels.cross_entropy(hidden, table, targets, rule, backend, self.logits_bias)
 
     def pooled(
         self,
@@ -375,7 +373,8 @@ class Transformer(SharingModule):
 
     @property
     def backend(self) -> kernels.Backend | None:
-        return kernels.select_backend(self.cfg.attention)
+        """Backend of attention; None for plain XLA."""
+        return kernels.select_backend(self.cfg.attention, self.cfg.lacks_kernel)
 
     def mask(self, queries: Int[Array, "b t"], keys: Int[Array, "b s"], **options):
         """Mask of tokens that share a segment, prepared for the backend.

@@ -160,7 +160,9 @@ def step_context(run: TrainingRun, state: TrainState) -> StepContext:
     rates = [part.dropout for part in (run.model, run.lora, run.model.readout) if part is not None]
     dropout = max(rates) > 0
     matching = run.contrastive is not None and run.contrastive.matching > 0
-    if dropout or matching or samples_heads(run) or run.train.layer_skip:
+    stacks = (run.model.encoder, run.model.decoder)
+    drawn = any(stack is not None and stack.random_positions for stack in stacks)
+    if dropout or matching or drawn or samples_heads(run) or run.train.layer_skip:
         key = jax.random.fold_in(jax.random.key(run.seed), state.step)
     return StepContext(key, state.step)
 

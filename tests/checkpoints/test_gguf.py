@@ -241,6 +241,8 @@ def llama_file(path, fields=None, **extra):
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_FIELDS = {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
         ({"rope.scaling.factor": 4.0}, LINEAR),
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, LINEAR),
         ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "yarn"} | YARN_FIELDS, YARN),
         ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, LINEAR),
         ({"rope.scale_linear": 1.0}, None),
         ({"rope.scale_linear": 0.0}, None),
@@ -259,7 +262,8 @@ def test_positions_are_scaled_as_llama_cpp_scales_them(tmp_path, fields, scaling
     read = source.GgufTensors(llama_file(tmp_path / "toy.gguf", fields))
     assert gguf_config.hugging_face_config(read).get("rope_scaling") == scaling
     stack = gguf_config.read_gguf_config(read).decoder
-    expected = scaling and config.RotaryScaling("linear", 4.0)
+    original = {"original": 16} if scaling == YARN else {}
+    expected = scaling and config.RotaryScaling(scaling["rope_type"], 4.0, **original)
     assert stack.rotary_scaling == expected
 
 

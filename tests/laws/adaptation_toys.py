@@ -15,7 +15,7 @@ from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import positions
 from t5x_lite.model.attention import AttentionContext
-from t5x_lite.model.stack import Layer
+from t5x_lite.model.transformer_layer import Layer
 
 GEMMA2 = {
     name: value for name, value in FAMILIES["t5gemma"].items() if name != "separate_embeddings"

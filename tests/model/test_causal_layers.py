@@ -13,7 +13,8 @@ from t5x_lite import config, decoding, model, sharding
 from t5x_lite.checkpoints.formats import huggingface
 from t5x_lite.data import layout as row_layout
 from t5x_lite.kernels import api as kernels
-from t5x_lite.model.attention import AttentionContext, layer_configs
+from t5x_lite.model.attention import AttentionContext
+from t5x_lite.model.layer_config import layer_configs
 
 MIXED = dict(
     layers=3,

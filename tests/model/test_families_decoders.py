@@ -89,6 +89,10 @@ def test_transformers_4_and_5_write_the_same_positions():
     assert four == read("llama", rope_parameters=LLAMA3)
     assert four.decoder.rotary_base == 1000.0
     older = read("llama", rope_theta=1000.0, rope_scaling={"type": "linear", "factor": 2})
+    yarn = read("qwen2", rope_scaling=YARN).decoder.rotary_scaling
+    assert yarn == config.RotaryScaling("yarn", 4.0, original=64)
+    counted = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}
+    assert read("llama", rope_scaling=counted).decoder.rotary_scaling.factor == 4.0
     assert older.decoder.rotary_scaling.factor == 2.0
     assert read("llama", rope_theta=5e5, rope_scaling=None).decoder.rotary_scaling is None
     linear = {"rope_type": "linear", "factor": 8.0}
@@ -199,12 +203,22 @@ def test_a_tied_head_in_the_file_has_to_equal_the_table(gpt2_pair):
         parity.ours(parity.State(state), gpt2_pair.cfg, gpt2)
 
 
+LONGROPE = {"rope_type": "longrope", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LOCAL_LINEAR = {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
 # What the message names, model_type, fields of config.json.
 UNREADABLE = [
-    ("yarn", "llama", {"rope_parameters": YARN | {"rope_theta": 1e4}}),
-    ("dynamic", "llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    ("longrope", "llama", {"rope_parameters": LONGROPE | {"rope_theta": 1e4}}),
+    (
+        "max_position_embeddings",
+        "llama",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": None},
+    ),
+    (
+        "beta_slow must be below RotaryScaling.beta_fast",
+        "llama",
+        {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 2}},
+    ),
     ("factor", "llama", {"rope_scaling": {"type": "linear"}}),
     ("low_freq_factor", "llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),
     ("mrope_section", "llama", {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1, 1]}}),
@@ -221,14 +235,14 @@ UNREADABLE = [
     ("layer_types", "qwen2", {"layer_types": ["full_attention"]}),
     ("layer_types", "qwen2", {"layer_types": ["chunked_attention"] * 2}),
     ("dual_chunk_attention_config", "qwen2", {"dual_chunk_attention_config": {"chunk_size": 8}}),
-    ("yarn", "qwen2", {"rope_scaling": YARN}),
+    ("longrope", "qwen2", {"rope_scaling": LONGROPE}),
     ("use_bidirectional_attention", "gemma3_text", {"use_bidirectional_attention": True}),
     ("use_bidirectional_attention", "gemma", {"use_bidirectional_attention": True}),
     ("final_logit_softcapping", "gemma", {"final_logit_softcapping": 30.0}),
     ("hidden_activation", "gemma2", {"hidden_activation": "gelu"}),
     ("query_pre_attn_scalar", "gemma2", {"query_pre_attn_scalar": 0}),
     ("sliding_window", "gemma2", {"sliding_window": None}),
-    ("rope_type", "gemma2", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+    ("rope_type", "gemma2", {"rope_scaling": LONGROPE}),
     ("sliding_attention", "gemma3_text", {"rope_parameters": LOCAL_LINEAR}),
     ("rope_theta", "gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}),
     ("text_config", "gemma3", {}),

@@ -280,7 +280,12 @@ def rope_scaling(
     factor = float(field("rope.scaling.factor", field("rope.scale_linear", 0.0)) or 1.0)
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
-    return {"rope_type": kind, "factor": factor}
+    scaling = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = field.count(
+            "rope.scaling.original_context_length"
+        )
+    return scaling
 
 
 def llama3_scaling(

@@ -320,7 +320,15 @@ def differences(one: Any, other: Any, kind: str) -> list[tuple[str, Any]]:
       kind: name of their class, for the names of the fields.
     """
     stacks, idle = ("encoder", "decoder", "kv_heads"), ("bias_std", "buckets", "max_distance")
-    skipped = (*stacks, *idle, "rotary_base", "bias_per_layer", "add_bos", *NOT_COMPARED)
+    skipped = (
+        *stacks,
+        *idle,
+        "rotary_base",
+        "bias_per_layer",
+        "random_positions",
+        "add_bos",
+        *NOT_COMPARED,
+    )
     pairs = [
         (f"{kind}.{field.name}", getattr(one, field.name), getattr(other, field.name))
         for field in dataclasses.fields(one)

@@ -36,10 +36,18 @@ ROTARY = {
     "high_freq_factor",
     "original_max_position_embeddings",
     "partial_rotary_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
 }
+YARN = ("beta_fast", "beta_slow", "attention_factor", "truncate")
 # Fields on which no logits depend, or that checkpoints of other libraries do not have.
 NOT_COMPARED = ("dtype", "dropout", "embedding_std", "add_bos", "encoder", "decoder")
 NOT_COMPARED_IN_STACK = ("bias_std", "kv_heads", "pattern", "window_form", "causal")
+NOT_COMPARED_IN_STACK += ("random_positions",)
 POSITION_FIELDS = {
     "relative": ("buckets", "max_distance", "bias_per_layer"),
     "rotary": ("rotary_base", "rotary_scaling", "sliding_rotary_base"),
@@ -106,7 +114,7 @@ def rotary_fields(config_json: dict) -> dict:
     """Stack's rotary fields, from rope_parameters (transformers 5) or rope_scaling and rope_theta.
 
     Raises:
-      ValueError: a way of scaling that is not implemented; linear and llama3 are.
+      ValueError: a way of scaling that is not implemented; linear, llama3, yarn and dynamic are.
     """
     # In this order transformers 5 reads a file that has both.
     rope = config_json.get("rope_scaling") or config_json.get("rope_parameters") or {}
@@ -129,14 +137,20 @@ def parse_rotary_scaling(rope: dict, config_json: dict) -> config.RotaryScaling 
     if unknown:
         raise ValueError(f"config.json: {unknown[0]} in rope_parameters is not implemented")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    known = {"rope_type": ("default", "linear", "llama3")}
+    known = {"rope_type": ("default", "linear", "llama3", "yarn", "dynamic")}
     refuse_unknown({"rope_type": kind, **rope}, known)
     if kind == "default":
         return None
     if kind == "linear":
         return config.RotaryScaling("linear", require_field(rope, "factor"))
+    if kind == "dynamic":
+        # transformers reads no other length for it.
+        original = require_count(config_json, "max_position_embeddings")
+        return config.RotaryScaling(kind, require_field(rope, "factor"), original=original)
     longest = {"original_max_position_embeddings": config_json.get("max_position_embeddings")}
     rope = longest | rope
+    if kind == "yarn":
+        return parse_yarn(rope, config_json)
     return config.RotaryScaling(
         "llama3",
         require_field(rope, "factor"),
@@ -146,13 +160,46 @@ def parse_rotary_scaling(rope: dict, config_json: dict) -> config.RotaryScaling 
     )
 
 
+def parse_yarn(rope: dict, config_json: dict) -> config.RotaryScaling:
+    """YaRN's scaling, read as transformers does.
+
+    Args:
+      rope: rope_parameters, with the length of pretraining.
+      config_json: the file, from whose longest text a missing factor follows.
+
+    Raises:
+      ValueError: a number is missing or out of its range.
+    """
+    original = require_count(rope, "original_max_position_embeddings")
+    factor = rope.get("factor")
+    if factor is None:
+        factor = require_count(config_json, "max_position_embeddings") / original
+    attention = rope.get("attention_factor")
+    share, all_share = rope.get("mscale"), rope.get("mscale_all_dim")
+    if attention is None and share and all_share:
+        growth = 0.1 * math.log(factor)
+        attention = (growth * share + 1) / (growth * all_share + 1)
+    return config.RotaryScaling(
+        "yarn",
+        float(factor),
+        original=original,
+        beta_slow=float(rope.get("beta_slow") or 1),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        attention_factor=attention,
+        truncate=rope.get("truncate", True),
+    )
+
+
 def rope_parameters(base: float, scaling: config.RotaryScaling | None) -> dict:
     """rope_parameters as transformers 5 writes them."""
     if scaling is None:
         return {"rope_type": "default", "rope_theta": base}
     rope = {"rope_type": scaling.kind, "rope_theta": base, "factor": scaling.factor}
-    if scaling.kind == "linear":
+    if scaling.kind in ("linear", "dynamic"):
         return rope
+    if scaling.kind == "yarn":
+        rope |= {name: getattr(scaling, name) for name in YARN}
+        return rope | {"original_max_position_embeddings": scaling.original}
     return rope | {
         "low_freq_factor": scaling.low,
         "high_freq_factor": scaling.high,
@@ -262,6 +309,11 @@ def export_fields(cfg: config.Model, **more: Any) -> dict:
         # Readers of before transformers 5 look here.
         "rope_theta": stack.rotary_base,
     }
+    scaling = stack.rotary_scaling
+    if scaling is not None and scaling.kind in ("dynamic", "yarn"):
+        # Dynamic scaling begins there; of YaRN, the length of texts that it is stretched to.
+        reach = 1 if scaling.kind == "dynamic" else scaling.factor
+        values["max_position_embeddings"] = round(scaling.original * reach)
     return values | end_token_fields(cfg) | more
 
 

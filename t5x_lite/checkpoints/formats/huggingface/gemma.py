@@ -135,7 +135,8 @@ def rotary_by_kind(config_json: dict) -> tuple[dict, float]:
             "config.json: rope_parameters of sliding_attention with rope_type = "
             f"{sliding['rope_type']!r} is not implemented; known: 'default'"
         )
-    return {"rope_parameters": full}, sliding["rope_theta"]
+    longest = config_json.get("max_position_embeddings")
+    return {"rope_parameters": full, "max_position_embeddings": longest}, sliding["rope_theta"]
 
 
 def ignored(cfg: config.Model) -> tuple[str, ...]:

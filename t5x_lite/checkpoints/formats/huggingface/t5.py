@@ -34,6 +34,7 @@ T5_STACK = dict(
     softcap=None,
     merged=False,
     positions="relative",
+    bias_vectors=False,
     window=None,
 )
 SHARED = ("embed", "heads", "head_dim", "mlp", "activation", "gated", "norm_epsilon", "buckets")

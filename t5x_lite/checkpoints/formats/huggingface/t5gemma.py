@@ -41,6 +41,7 @@ GEMMA_STACK = dict(
     activation="gelu",
     mlp_bias=False,
     positions="rotary",
+    rotary_span=None,
 )
 PROJECTIONS = {"query": "q", "key": "k", "value": "v"}
 
