@@ -12,7 +12,7 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import compat
-from t5x_lite.kernels import cudnn, dense_mask, reference
+from t5x_lite.kernels import cudnn, dense_mask, local, reference
 from t5x_lite.kernels.backend import (
     CUDNN,
     HOPPER,
@@ -79,7 +79,7 @@ def select_backend(choice: str, lacks_kernel: str = "") -> Backend | None:
 
 @functools.cache
 def report_fallback(lacks_kernel: str) -> None:
-    """Logs, once, that plain XLA computes attention on a TPU, and for what setting."""
+    """Logs, once, that plain XLA computes attention on an accelerator, and for what setting."""
     logging.info("Attention runs in plain XLA: %s has no kernel", lacks_kernel)
 
 
@@ -90,7 +90,8 @@ def tpu_generation(kind: str) -> int:
 
 
 def prepare_mask(mask: Mask | CacheMask | Bool[Array, "b s"], backend: Backend | None):
-    """Returns the mask as attention takes it: a DenseMask for plain XLA, once for all layers.
+    """Returns the mask as attention takes it: a DenseMask for plain XLA, or a LocalMask if it has a
+    span, once for all layers.
 
     What describes keys is unsharded along them, as every device needs all keys of its rows.
 
@@ -104,18 +105,22 @@ def prepare_mask(mask: Mask | CacheMask | Bool[Array, "b s"], backend: Backend |
         mask = replace(mask, key_segments=unshard_axis(mask.key_segments, 1), key_prefix=prefix)
     if has_kernels(backend):
         return mask
+    if isinstance(mask, Mask) and local.saves_work(mask):
+        return local.make_local_mask(mask)
     if isinstance(mask, (Mask, CacheMask)):
         return dense_mask.materialize_mask(mask)
     return DenseMask(mask[:, None, :], jnp.zeros((1, mask.shape[1]), jnp.int32))
 
 
 def prepare_bias(bias: PositionBias, mask):
-    """Returns the bias as attention takes it: the array of all pairs for a DenseMask.
+    """Returns the bias as attention takes it: for plain XLA the array of the mask's pairs.
 
     Args:
       bias: the relative position bias.
       mask: what `prepare_mask` returned.
     """
+    if isinstance(mask, local.LocalMask):
+        return local.make_local_bias(bias, mask)
     return dense_mask.materialize_bias(bias, mask) if isinstance(mask, DenseMask) else bias
 
 
@@ -140,6 +145,10 @@ def dot_product_attention(
     sources = tuple(gather_keys(source) for source in sources)
     if isinstance(sources[0].mask, DenseMask):
         return dense_attention(q, sources, softcap, backend)
+    if isinstance(sources[0].mask, local.LocalMask):
+        queries, blocks = local.split_source(q, sources[0])
+        y = dense_attention(queries, (blocks,), softcap, None)
+        return local.join_rows(y, sources[0].mask)
     assert backend is not None
     if isinstance(sources[-1].mask, (CacheMask, jax.Array)):
         kernel = functools.partial(cache_attention, softcap=softcap, backend=backend)

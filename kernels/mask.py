@@ -21,7 +21,7 @@ from t5x_lite.utils.not_none import not_none
         "window_size",
         "offset",
     ],
-    meta_fields=["causal"],
+    meta_fields=["causal", "span"],
 )
 @dataclass(frozen=True)
 class Mask:
@@ -46,6 +46,8 @@ class Mask:
       window_size: (left, right): a query attends to a key only if
         -right <= query index - key index <= left, inside a prefix too; None is no window.
       offset: index among the keys of the first query; None is 0. Key j has index j.
+      span: of queries and keys of one row: segments are such that no query attends to a key so
+        many places away, or more; plain XLA then computes fewer pairs. None promises nothing.
     """
 
     query_segments: Int[Array, "b t"]
@@ -55,6 +57,7 @@ class Mask:
     key_prefix: Bool[Array, "b s"] | None = None
     window_size: Int[Array, " 2"] | None = None
     offset: Int[Array, ""] | None = None
+    span: int | None = None
 
     def materialize(self) -> Bool[Array, "b t s"]:
         """Returns the mask as an array over all pairs, True where a query attends to a key."""

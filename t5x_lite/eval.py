@@ -25,9 +25,8 @@ EXAMPLES = """\
 examples:
   # loss, perplexity, bits per byte and the task's metrics on the validation split
   python -m t5x_lite.eval --checkpoint=runs/g2p
-  # the best checkpoint on 200 examples of the test split, 4 beams, another metric, JSON too
-  python -m t5x_lite.eval --checkpoint=runs/g2p --split=test --beams=4 --best --examples=200 \\
-      --metrics=bleu --json=test.json
+  # 200 examples of the test split, 4 beams, another metric
+  python -m t5x_lite.eval --checkpoint=runs/g2p --split=test --beams=4 --examples=200 --metrics=bleu
   # a checkpoint of another format has no data: name those to measure on
   python -m t5x_lite.eval --checkpoint=smollm2.q8_0.gguf --gin_file=configs/data/jsonl_pairs.gin \\
       --gin.config.Files.validation=pairs.jsonl
@@ -67,6 +66,7 @@ def parser() -> Parser:
         help="losses over N batches only; 0 for none",
     )
     add("--metrics", metavar="A,B", help="which metrics (default: those of the task)")
+    add("--lengths", metavar="A,B", help="losses by targets too: texts of up to A, A to B, over B")
     add("--json", type=path_argument, metavar="FILE", help="write the numbers to FILE as well")
     add(
         "--show",
@@ -136,6 +136,7 @@ def measure(args: argparse.Namespace) -> int:
     print(f"{args.checkpoint}, step {restored.step}, {evaluator.dataset.name} {evaluator.split}")
     for name, number in numbers.items():
         print(f"  {name:<16}{number:>14,.4f}")
+    by_length = measure_lengths(evaluator, restored.params, args.lengths)
     for name, reason in evaluator.failures.items():
         print(f"  {name} not computed: {reason}")
     if evaluator.tally.steps:
@@ -143,26 +144,45 @@ def measure(args: argparse.Namespace) -> int:
     if evaluator.predictions_path is not None:
         show(evaluator.predictions_path, args.show)
     if args.json:
-        write_report(args, run, restored.step, evaluator, numbers)
+        write_report(args, run, evaluator, restored.step, numbers, by_length)
     failed = evaluator.failures.keys() - evaluator.dataset.unsupported_metrics.keys()
     return FAILURE if failed else 0
+
+
+def measure_lengths(evaluator: Any, params: Any, text: str | None) -> list[dict]:
+    """Prints the losses of --lengths; returns its rows, none without the option.
+
+    Args:
+      evaluator: `evaluation.evaluate.Evaluator`.
+      params: weights of its model.
+      text: value of the option.
+    """
+    from t5x_lite.evaluation import lengths
+
+    if text is None:
+        return []
+    rows = evaluator.losses_by_length(params, lengths.parse_lengths(text))
+    print(lengths.format_lengths(rows))
+    return [row._asdict() for row in rows]
 
 
 def write_report(
     args: argparse.Namespace,
     run: DataRun,
-    step: int,
     evaluator: Any,
+    step: int,
     numbers: dict[str, float],
+    by_length: list[dict],
 ) -> None:
     """Writes the numbers of an evaluation to the file of --json.
 
     Args:
       args: options of the command.
       run: config of the run, with the options.
-      step: training step of the weights.
       evaluator: `evaluation.evaluate.Evaluator` that measured them.
+      step: training step of the weights.
       numbers: the values by name.
+      by_length: rows of --lengths; empty without it.
     """
     report = {
         "checkpoint": args.checkpoint,
@@ -171,6 +191,7 @@ def write_report(
         "quantize": args.quantize,
         "decode": dataclasses.asdict(run.decode),
         "metrics": numbers,
+        "by_length": by_length,
         "not_computed": evaluator.failures,
         "drafting": evaluator.tally.report(),
     }
@@ -179,7 +200,7 @@ def write_report(
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError for options that contradict each other, before anything is loaded."""
-    from t5x_lite.evaluation import sweep
+    from t5x_lite.evaluation import lengths, sweep
 
     config.require(args.sweep or not args.plot, "--plot draws a --sweep: name settings to try")
     endings = (".png", ".svg", ".pdf")
@@ -188,6 +209,11 @@ def check_options(args: argparse.Namespace) -> None:
         f"--plot {args.plot}: the name must end in one of {', '.join(endings)}",
     )
     sweep.parse_grid(args.sweep or [])
+    if args.lengths is not None:
+        lengths.parse_lengths(args.lengths)
+    config.require(
+        not (args.sweep and args.lengths), "--lengths and --sweep: measure them one by one"
+    )
     config.require(
         args.lm_eval or args.few_shot is None,
         "--few_shot is about tasks of the lm-evaluation-harness: name some with --lm_eval",
@@ -198,7 +224,9 @@ def check_options(args: argparse.Namespace) -> None:
             f"--{name} is about the choices of --superglue: name its folder",
         )
     option = "lm_eval" if args.lm_eval else "superglue"
-    data = [name for name in ("split", "metrics", "sweep", "gin_file") if getattr(args, name)]
+    data = [
+        name for name in ("split", "metrics", "sweep", "lengths", "gin_file") if getattr(args, name)
+    ]
     data = [name for name in data if option == "lm_eval" or name != "split"]
     config.require(
         not (args.lm_eval or args.superglue) or not data,

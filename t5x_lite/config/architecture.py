@@ -116,6 +116,10 @@ class Model(Checked):
         )
         self.check_widths()
         require(
+            self.decoder is None or self.decoder.chunk is None,
+            "Stack.chunk is for an encoder: leave it out of the decoder's Stack",
+        )
+        require(
             self.attention != "pallas" or not self.lacks_kernel,
             f'{self.lacks_kernel} has no kernel: leave out Model.attention = "pallas"',
         )

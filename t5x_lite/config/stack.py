@@ -105,6 +105,9 @@ class Stack(Checked):
       embedding_norm: a norm of the embeddings, positions included.
       post_norms: a norm after each sublayer too, before the residual is added.
       qk_norm: a norm over head_dim of queries and keys, before rotation.
+      qkv_norm: a norm without weights over head_dim of queries, keys and values, before rotation.
+      output_norm: a norm without weights of attention's output, all heads together, before its
+        projection.
       qkv_bias: biases of the query, key and value projections.
       out_bias: bias of attention's output projection.
       mlp_bias: biases of the MLP.
@@ -125,6 +128,8 @@ class Stack(Checked):
         the query and with the key (Huang et al., 2020, method 4). It has no kernel: plain XLA.
       rotary_base: base of the rotary wavelengths.
       rotary_scaling: how rotary positions are stretched; None is not at all.
+      cross_rotary: cross-attention rotates too: keys by the positions of the inputs, queries by
+        those of the targets, counted on from the inputs (RedLLM, Zhang et al., 2025).
       rotary_span: frequencies that turn less than once in so many positions do not turn at all
         (HoPE, Chen et al., 2024); None turns them all.
       max_length: number of learned positions; a text that needs more is refused.
@@ -133,6 +138,9 @@ class Stack(Checked):
       random_positions: in training, the positions of a text are a random increasing choice from
         this many (Ruoss et al., 2023), as in segments of longer texts; None counts them.
       segment_length: tokens of a segment of bipe.
+      chunk: an encoder reads its inputs in chunks of this many tokens, which attend to one another
+        alone, and positions begin anew in each (fusion-in-decoder, Izacard and Grave, 2021; CEPE,
+        Yen et al., 2024). The decoder attends to all. None reads all at once.
       position_offset: the first token's learned or sinusoidal position; 2 in models of fairseq.
       sinusoids: the j-th wavelength of sinusoidal positions, over 2 pi: 10000 ** (2 * j / embed),
         as in the paper (vaswani), or 10000 ** (j / (embed / 2 - 1)), as in its code
@@ -160,6 +168,8 @@ class Stack(Checked):
     embedding_norm: bool = False
     post_norms: bool = False
     qk_norm: bool = False
+    qkv_norm: bool = False
+    output_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -176,11 +186,13 @@ class Stack(Checked):
     bias_vectors: bool = False
     rotary_base: Positive = 10000.0
     rotary_scaling: RotaryScaling | None = None
+    cross_rotary: bool = False
     rotary_span: Count | None = None
     max_length: Length | None = None
     interpolation: Annotated[float, Range(1)] = 1.0
     random_positions: Length | None = None
     segment_length: Length | None = None
+    chunk: Length | None = None
     position_offset: LengthOrZero = 0
     sinusoids: Literal["vaswani", "tensor2tensor"] = "vaswani"
     pattern: tuple[Literal["full", "sliding"], ...] = ("full",)
@@ -255,6 +267,15 @@ class Stack(Checked):
         require(
             rotates or self.rotary_span is None,
             f"Stack.rotary_span is for rotary positions, not {self.positions}",
+        )
+        require(
+            not self.cross_rotary or (self.positions == "rotary" and not self.merged),
+            "Stack.cross_rotary is for rotary positions and cross-attention of its own: leave out "
+            f"Stack.merged, and bind Stack.positions, {self.positions!r} here, to rotary",
+        )
+        require(
+            not (self.qk_norm and self.qkv_norm),
+            "Stack.qk_norm and Stack.qkv_norm normalize the same queries: bind one of them",
         )
         require(
             self.rotary_scaling is None

@@ -20,6 +20,7 @@ from t5x_lite.decoding.request import check_row_lengths
 from t5x_lite.evaluation import (
     choosing,
     label_metrics,
+    lengths,
     losses,
     metrics,
     readouts,
@@ -111,12 +112,22 @@ class Evaluator:
         """Computes loss, perplexity, accuracy and bits per byte."""
         if not self.run.evaluate.batches:
             return {}
-        vocabulary = self.dataset.vocabularies[1]
-        most, model = self.run.evaluate.batches, self.run.model
-        if self.run.decode.compute != "auto":
-            params = params_for_compute(model, params, self.run.decode.compute)
-            model = with_dtype_of(model, params)
+        model, params = self.with_compute(params)
+        most, vocabulary = self.run.evaluate.batches, self.dataset.vocabularies[1]
         return losses.measure_losses(model, params, self.batches, vocabulary, most)
+
+    def losses_by_length(self, params: Any, ends: Sequence[int]) -> list[lengths.LengthBucket]:
+        """Computes losses by the number of targets of a text, as `lengths.measure_lengths`."""
+        model, params = self.with_compute(params)
+        return lengths.measure_lengths(model, params, self.batches, ends, self.run.evaluate.batches)
+
+    def with_compute(self, params: Any) -> tuple[config.Model, Any]:
+        """The model and its weights for `Decode.compute`."""
+        model, compute = self.run.model, self.run.decode.compute
+        if compute == "auto":
+            return model, params
+        params = params_for_compute(model, params, compute)
+        return with_dtype_of(model, params), params
 
     def predictions(
         self, params: Any, step: int, on_progress: Callable[[int], None] | None = None

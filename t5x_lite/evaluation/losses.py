@@ -39,6 +39,34 @@ class TargetSums(NamedTuple):
     right: jax.Array
 
 
+class TargetOutcomes(NamedTuple):
+    """What a model makes of every target, those that do not count included.
+
+    Attributes:
+      nats: [b t] cross entropy.
+      right: [b t] 1 for targets that the model predicts, else 0.
+    """
+
+    nats: jax.Array
+    right: jax.Array
+
+
+def target_outcomes(cfg: config.Model, params: Any, batch: Batch) -> TargetOutcomes:
+    """Outcomes of one batch with teacher forcing.
+
+    Args:
+      cfg: config of a model that writes text.
+      params: its weights.
+      batch: rows on the mesh.
+    """
+    outputs = model.Transformer(cfg).apply({"params": params}, batch)
+    logits = sampling.gather_vocabulary(outputs)
+    nats = -verification.token_log_probability(logits, batch.targets)
+    target = jnp.sum(jnp.where(target_mask(logits, batch.targets), logits, 0), axis=-1)
+    right = (target > best_other_logit(logits, batch.targets)).astype(jnp.float32)
+    return TargetOutcomes(nats, right)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def target_sums(cfg: config.Model, params: Any, batch: Batch) -> TargetSums:
     """Sums of one batch.
@@ -48,16 +76,13 @@ def target_sums(cfg: config.Model, params: Any, batch: Batch) -> TargetSums:
       params: its weights.
       batch: rows on the mesh.
     """
-    outputs = model.Transformer(cfg).apply({"params": params}, batch)
     if cfg.readout is not None:
+        outputs = model.Transformer(cfg).apply({"params": params}, batch)
         losses = target_losses(cfg.readout, outputs, batch.targets, batch.target_positions)
         right = jnp.zeros_like(losses.nll) if losses.correct is None else losses.correct
         return TargetSums(*(weighted_sum(batch, x) for x in (losses.nll, 1.0, right)))
-    logits = sampling.gather_vocabulary(outputs)
-    nats = -verification.token_log_probability(logits, batch.targets)
-    target = jnp.sum(jnp.where(target_mask(logits, batch.targets), logits, 0), axis=-1)
-    right = (target > best_other_logit(logits, batch.targets)).astype(jnp.float32)
-    return TargetSums(*(weighted_sum(batch, x) for x in (nats, 1.0, right)))
+    outcome = target_outcomes(cfg, params, batch)
+    return TargetSums(*(weighted_sum(batch, x) for x in (outcome.nats, 1.0, outcome.right)))
 
 
 def weighted_sum(batch: Batch, x: jax.Array | float) -> jax.Array:

@@ -13,7 +13,15 @@ from t5x_lite.kernels import api as kernels
 from t5x_lite.model import positions
 from t5x_lite.model.cache import Cache, write_rows
 from t5x_lite.model.layer_config import LayerConfig, apply_rope
-from t5x_lite.model.layers import input_normalizer, normalizer, param, project, weight
+from t5x_lite.model.layers import (
+    input_normalizer,
+    normalize,
+    normalize_heads,
+    normalizer,
+    param,
+    project,
+    weight,
+)
 from t5x_lite.sharding import spec
 
 
@@ -28,6 +36,9 @@ class AttentionContext(NamedTuple):
       input_mask: mask of the keys of cross-attention; None for a lone stack.
       index: [b] cache slot at which a block of tokens begins; None outside decoding.
       backend: kernel backend that computes attention; None for plain XLA.
+      cross_where: [b t] positions of the queries of cross-attention; None without rotation.
+      encoded_where: [b s] positions of the encoder's output; None without rotation, and outside
+        training.
     """
 
     where: Any
@@ -37,6 +48,8 @@ class AttentionContext(NamedTuple):
     input_mask: Any = None
     index: Any = None
     backend: kernels.Backend | None = None
+    cross_where: Any = None
+    encoded_where: Any = None
 
 
 class Attention(nn.Module):
@@ -140,7 +153,11 @@ class Attention(nn.Module):
         return self.attend(q, sources, context.backend), cache
 
     def attend_encoded(
-        self, x: Float[Array, "b t d"], cross_kv: Cache, context: AttentionContext
+        self,
+        x: Float[Array, "b t d"],
+        cross_kv: Cache,
+        context: AttentionContext,
+        layer_config: LayerConfig | None = None,
     ) -> Float[Array, "b t d"]:
         """Cross-attention over the encoder's output.
 
@@ -148,8 +165,9 @@ class Attention(nn.Module):
           x: [b t d] hidden states.
           cross_kv: the output of `keys_values` for the encoder's output.
           context: inputs that all layers share.
+          layer_config: settings of this layer, where queries are rotated.
         """
-        inputs = self.cross_attention_inputs(x, cross_kv, context)
+        inputs = self.cross_attention_inputs(x, cross_kv, context, layer_config)
         return self.attend(*inputs, context.backend)
 
     def attention_probs(
@@ -170,7 +188,11 @@ class Attention(nn.Module):
         return self.probabilities(*self.attention_inputs(x, context, layer_config, cross_kv))
 
     def cross_attention_probs(
-        self, x: Float[Array, "b t d"], cross_kv: Cache, context: AttentionContext
+        self,
+        x: Float[Array, "b t d"],
+        cross_kv: Cache,
+        context: AttentionContext,
+        layer_config: LayerConfig,
     ) -> Float[Array, "b n t s"]:
         """Attention probabilities of `attend_encoded`.
 
@@ -178,8 +200,10 @@ class Attention(nn.Module):
           x: [b t d] hidden states.
           cross_kv: the output of `keys_values` for the encoder's output.
           context: inputs that all layers share.
+          layer_config: settings of this layer.
         """
-        return self.probabilities(*self.cross_attention_inputs(x, cross_kv, context))
+        inputs = self.cross_attention_inputs(x, cross_kv, context, layer_config)
+        return self.probabilities(*inputs)
 
     def attention_inputs(
         self,
@@ -203,7 +227,11 @@ class Attention(nn.Module):
         return q, self.sources(Cache(k, v), context, cross_kv)
 
     def cross_attention_inputs(
-        self, x: Float[Array, "b t d"], cross_kv: Cache, context: AttentionContext
+        self,
+        x: Float[Array, "b t d"],
+        cross_kv: Cache,
+        context: AttentionContext,
+        layer_config: LayerConfig | None,
     ) -> tuple[jax.Array, tuple[kernels.AttentionSource, ...]]:
         """Queries and key source of cross-attention, as the kernel takes them.
 
@@ -211,8 +239,9 @@ class Attention(nn.Module):
           x: [b t d] hidden states, before the norm.
           cross_kv: the output of `keys_values` for the encoder's output.
           context: inputs that all layers share.
+          layer_config: settings of this layer, where queries are rotated.
         """
-        q = self.queries(self.norm(x))
+        q = self.queries(self.norm(x), context.cross_where, layer_config)
         return q, (kernels.AttentionSource(*cross_kv, context.input_mask),)
 
     def layer_context(
@@ -253,7 +282,7 @@ class Attention(nn.Module):
 
         Args:
           x: [b t d] hidden states, after the norm.
-          where: [b t] positions; None in cross-attention, which does not rotate.
+          where: [b t] positions; None in cross-attention that does not rotate.
           layer_config: settings of this layer; needed with `where`.
         """
         q = project(x, self.query, "embed -> heads head_dim")
@@ -261,6 +290,8 @@ class Attention(nn.Module):
             q = q + self.query_bias
         if self.stack.qk_norm:
             q = self.query_norm(q)
+        if self.stack.qkv_norm:
+            q = normalize(q, self.stack)
         return apply_rope(q * self.stack.query_scale, where, layer_config, self.stack)
 
     def keys_values(
@@ -273,7 +304,7 @@ class Attention(nn.Module):
 
         Args:
           source: [b s d] hidden states after the norm, or the encoder's output.
-          where: [b s] positions; None for the encoder's output, which is not rotated.
+          where: [b s] positions; None for an encoder's output that is not rotated.
           layer_config: settings of this layer; needed with `where`.
         """
         axes = "encoder_embed" if self.cross else "embed"
@@ -283,6 +314,8 @@ class Attention(nn.Module):
             k, v = k + self.key_bias, v + self.value_bias
         if self.stack.qk_norm:
             k = self.key_norm(k)
+        if self.stack.qkv_norm:
+            k, v = normalize(k, self.stack), normalize(v, self.stack)
         k = apply_rope(k, where, layer_config, self.stack)
         return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
@@ -330,6 +363,8 @@ class Attention(nn.Module):
         grouped = self.group_heads(q)
         y = kernels.dot_product_attention(grouped, sources, self.stack.softcap, backend)
         y = jnp.reshape(y, (b, t, -1, h), out_sharding=spec("batch length heads head_dim"))
+        if self.stack.output_norm:
+            y = normalize_heads(y, self.stack)
         y = project(y, self.out, "heads head_dim -> embed")
         if self.stack.out_bias:
             y = y + self.out_bias

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts of a transformer's layers: rows of tokens, and decoded blocks."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -34,8 +36,66 @@ def draw_positions(
     return positions.draw_positions(segments, where, stack.random_positions, key)
 
 
+class Chunks(NamedTuple):
+    """What an encoder reads in place of whole texts.
+
+    Attributes:
+      segments: [b s] segment ids, another one for each chunk.
+      where: [b s] positions, from 0 in each chunk.
+      span: tokens of a chunk, for the mask; None where texts are whole.
+    """
+
+    segments: jax.Array
+    where: jax.Array
+    span: int | None = None
+
+
+def split_chunks(stack: config.Stack, segments: jax.Array, where: jax.Array) -> Chunks:
+    """Segments and positions of an encoder's chunks; those of texts if rows have but one.
+
+    Args:
+      stack: architecture of the encoder.
+      segments: [b s] segment ids, which rise along a row; 0 is padding.
+      where: [b s] positions within each segment.
+    """
+    chunk, length = stack.chunk, segments.shape[1]
+    if chunk is None or chunk >= length:
+        return Chunks(segments, where)
+    count = -(-length // chunk)
+    numbered = jnp.where(segments > 0, segments * count + where // chunk, 0)
+    # The vectors of a bias are looked up for all pairs.
+    return Chunks(numbered, where % chunk, None if stack.bias_vectors else chunk)
+
+
+def rotate_cross(
+    context: AttentionContext,
+    stack: config.Stack,
+    targets: tuple[jax.Array, jax.Array],
+    inputs: tuple[jax.Array, jax.Array],
+) -> AttentionContext:
+    """Context with the positions by which cross-attention rotates, if it does: those of targets are
+    counted on from the inputs of their segment.
+
+    Args:
+      context: of the decoder's layers.
+      stack: architecture of the decoder.
+      targets: segment ids [b t] of the targets, and their positions.
+      inputs: segment ids [b s] of the inputs, and their positions.
+    """
+    if not stack.cross_rotary or context.encoded is None:
+        return context
+    (segments, where), (input_segments, encoded_where) = map(on_rows, targets), map(on_rows, inputs)
+    same = segments[:, :, None] == input_segments[:, None, :]
+    cross_where = where + jnp.sum(same, axis=-1)
+    return context._replace(cross_where=cross_where, encoded_where=encoded_where)
+
+
 def block_context(
-    block: TokenBlock, slots: int, input_mask: jax.Array | None, backend: kernels.Backend | None
+    block: TokenBlock,
+    slots: int,
+    input_mask: jax.Array | None,
+    backend: kernels.Backend | None,
+    cross_rotary: bool = False,
 ) -> AttentionContext:
     """Context of a decoded block: positions, and masks over the cache and the inputs.
 
@@ -44,15 +104,19 @@ def block_context(
       slots: tokens that the cache has room for.
       input_mask: [b s] mask of the inputs; None for a lone decoder.
       backend: of attention.
+      cross_rotary: cross-attention rotates its queries.
     """
     width = block.tokens.shape[1]
     mask = kernels.CacheMask(
         block.index, width, slots, block.depth, block.ancestors, prefix=block.prefix
     )
-    if input_mask is not None:
-        input_mask = kernels.prepare_mask(input_mask, backend)
     where, mask = mask.query_positions(), kernels.prepare_mask(mask, backend)
-    return AttentionContext(where, mask, input_mask=input_mask, index=block.index, backend=backend)
+    context = AttentionContext(where, mask, index=block.index, backend=backend)
+    if input_mask is None:
+        return context
+    if cross_rotary:
+        context = context._replace(cross_where=where + jnp.sum(input_mask, axis=1)[:, None])
+    return context._replace(input_mask=kernels.prepare_mask(input_mask, backend))
 
 
 def inside_prefix(batch: Batch) -> Bool[Array, "b t"] | None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_lite.model.attention import AttentionContext
-from t5x_lite.model.contexts import on_rows
+from t5x_lite.model.contexts import on_rows, rotate_cross, split_chunks
 from t5x_lite.model.transformer import Transformer
 from t5x_lite.utils.not_none import not_none
 
@@ -92,23 +92,25 @@ class Inspected(Transformer):
         """States and attention probabilities of the encoder, as `LayerStack.inspect` has them."""
         input_ids = not_none(inputs.inputs)
         segments, where = segments_and_positions(input_ids, not_none(inputs.inputs_length))
+        # All pairs of rows, whose probabilities are returned.
+        segments, where, _ = split_chunks(not_none(self.cfg.encoder), segments, where)
         context = AttentionContext(where, self.mask(segments, segments))
         return self.encoder.inspect(self.embed(input_ids, for_encoder=True), context)
 
     def decoder_context(self, inputs: InspectionInputs, encoded) -> tuple[Any, AttentionContext]:
         """Embedded tokens of the decoder, and the context of its layers."""
         segments, where = segments_and_positions(inputs.tokens, inputs.length)
-        prefix = input_mask = None
+        prefix = None
         if self.cfg.prefix_lm:
             prefix = jnp.arange(inputs.tokens.shape[1]) < inputs.prompt[:, None]
         options = {"query_prefix": prefix, "key_prefix": prefix}
         mask = self.mask(segments, segments, causal=self.cfg.causal_decoder, **options)
+        context = AttentionContext(where, mask, encoded=encoded)
         if encoded is not None:
-            input_segments, _ = segments_and_positions(
-                not_none(inputs.inputs), not_none(inputs.inputs_length)
-            )
-            input_mask = self.mask(segments, input_segments)
-        context = AttentionContext(where, mask, encoded=encoded, input_mask=input_mask)
+            rows = segments_and_positions(not_none(inputs.inputs), not_none(inputs.inputs_length))
+            context = context._replace(input_mask=self.mask(segments, rows[0]))
+            stack = not_none(self.cfg.decoder)
+            context = rotate_cross(context, stack, (segments, where), rows)
         return self.embed(inputs.tokens), context
 
 

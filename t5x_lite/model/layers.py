@@ -285,6 +285,21 @@ def input_normalizer(module: nn.Module) -> Callable:
     return normalizer(module, "norm") if module.stack.norm_order == "pre" else identity
 
 
+def normalize(x: Float[Array, "... d"], stack: config.Stack) -> Float[Array, "... d"]:
+    """x with a norm without weights, of the kind that the stack has."""
+    norm = layer_norm if stack.norm == "layer" else rms
+    return norm(x, stack.norm_epsilon).astype(x.dtype)
+
+
+def normalize_heads(x: Float[Array, "b t n h"], stack: config.Stack) -> Float[Array, "b t n h"]:
+    """x with a norm without weights over all heads together, of the kind that the stack has."""
+    wide = x.astype(jnp.float32)
+    if stack.norm == "layer":
+        wide = wide - jnp.mean(wide, axis=(-2, -1), keepdims=True)
+    square = jnp.mean(jnp.square(wide), axis=(-2, -1), keepdims=True)
+    return (wide * jax.lax.rsqrt(square + stack.norm_epsilon)).astype(x.dtype)
+
+
 def identity(x: jax.Array) -> jax.Array:
     """Returns x."""
     return x

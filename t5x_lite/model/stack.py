@@ -228,13 +228,20 @@ class LayerStack(nn.Module):
         return self.scan_layers(apply_layer, x, self.layer_configs, cache, cross_kv)
 
     def cross_kv(self, encoded) -> Cache:
-        """Returns cross-attention keys and values of every layer, computed once per request."""
+        """Returns cross-attention keys and values of every layer, computed once per request; if
+        they are rotated, encoded [b s d] begins at position 0."""
+        where = None
+        if self.stack.cross_rotary:
+            where = jnp.broadcast_to(
+                jnp.arange(encoded.shape[1]), encoded.shape[:2], out_sharding=spec("batch length")
+            )
 
         def apply_layer(_, layer):
-            weights, _ = layer
-            return None, self.layer.apply({"params": weights}, encoded, method=Layer.cross_kv)
+            weights, layer_config = layer
+            arguments = encoded, where, layer_config
+            return None, self.layer.apply({"params": weights}, *arguments, method=Layer.cross_kv)
 
-        return self.scan_layers(apply_layer, None, None)[1]
+        return self.scan_layers(apply_layer, None, self.layer_configs)[1]
 
     def scan_layers(self, apply_layer, x, *per_layer):
         """Carries x through the layers, by `lax.scan` or by an unrolled loop.

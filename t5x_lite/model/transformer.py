@@ -135,12 +135,14 @@ class Transformer(SharingModule):
             encoded = self.encode(*inputs, encoder_key)
             input_mask = self.mask(segments, on_rows(batch.input_segments))
         masked = self.cfg.layout == "decoder_only" and not self.cfg.causal_decoder
-        where = contexts.draw_positions(not_none(self.cfg.decoder), segments, where, decoder_key)
+        stack = not_none(self.cfg.decoder)
+        where = contexts.draw_positions(stack, segments, where, decoder_key)
         read, start = batch.inputs if masked else batch.targets, self.cfg.decoder_start_token_id
         tokens = shift_right(read, batch.target_positions, start)
         inside = contexts.inside_prefix(batch) if self.cfg.prefix_lm else None
         mask = self.decoder_mask(segments, inside)
         context = AttentionContext(where, mask, None, encoded, input_mask, None, self.backend)
+        context = contexts.rotate_cross(context, stack, batch[1:3], batch[5:7])
         embedding_key, decoder_key = split(decoder_key, 2)
         return self.embed(on_rows(tokens), embedding_key), context, decoder_key
 
@@ -161,8 +163,11 @@ class Transformer(SharingModule):
         """
         embedding_key, key = split(key, 2)
         inputs, segments, where = map(on_rows, (inputs, segments, where))
-        where = contexts.draw_positions(not_none(self.cfg.encoder), segments, where, key)
-        context = AttentionContext(where, self.mask(segments, segments), backend=self.backend)
+        stack = not_none(self.cfg.encoder)
+        segments, where, span = contexts.split_chunks(stack, segments, where)
+        where = contexts.draw_positions(stack, segments, where, key)
+        mask = self.mask(segments, segments, span=span)
+        context = AttentionContext(where, mask, backend=self.backend)
         return self.encoder(self.embed(inputs, embedding_key, for_encoder=True), context, key)
 
     def readout(self, batch: Batch, key: jax.Array | None = None) -> Float[Array, "b t r"]:
@@ -207,13 +212,15 @@ class Transformer(SharingModule):
             encoded = self.encode(inputs, segments, where, encoder_key)
             input_mask = self.mask(segments, segments)
             inputs = shift_right(inputs, where, self.cfg.decoder_start_token_id)
-        where = contexts.draw_positions(self.cfg.decoder, segments, where, key)
+        stack, rows = self.cfg.decoder, (segments, where)
+        where = contexts.draw_positions(stack, *rows, key)
         context = AttentionContext(where, mask, None, encoded, input_mask, None, self.backend)
+        context = contexts.rotate_cross(context, stack, rows, rows)
         embedding_key, key = split(key, 2)
         return self.decoder(self.embed(on_rows(inputs), embedding_key), context, key)
 
     def cross_kv(self, encoded: Float[Array, "b s d"]) -> Cache:
-        """Cross-attention keys and values of every decoder layer."""
+        """Cross-attention keys and values of every decoder layer; rows begin at position 0."""
         return self.decoder.cross_kv(encoded)
 
     def decode(
@@ -278,7 +285,8 @@ class Transformer(SharingModule):
         """
         slots = (cache.keys if self.scan else cache.keys[0]).shape[-2]
         block = on_rows(block if self.cfg.prefix_lm else block._replace(prefix=None))
-        return contexts.block_context(block, slots, on_rows(input_mask), self.backend)
+        rotated = not_none(self.cfg.decoder).cross_rotary
+        return contexts.block_context(block, slots, on_rows(input_mask), self.backend, rotated)
 
     def embed(
         self, ids: Int[Array, "b t"], key: jax.Array | None = None, for_encoder: bool = False
@@ -345,11 +353,10 @@ class Transformer(SharingModule):
           smoothing: label smoothing.
           z_loss: coefficient of the squared log normalizer.
         """
-        cfg = self.cfg
-        table = self.embedding if cfg.tied else self.head
-        rule = outputs.cross_entropy_config(cfg, smoothing, z_loss)
+        table = self.embedding if self.cfg.tied else self.head
+        rule = outputs.cross_entropy_config(self.cfg, smoothing, z_loss)
         # Its kernels are not those of attention, which may be lacking.
-        backend = kernels.select_backend(cfg.attention)
+        backend = kernels.select_backend(self.cfg.attention)
         return kernels.cross_entropy(hidden, table, targets, rule, backend, self.logits_bias)
 
     def pooled(

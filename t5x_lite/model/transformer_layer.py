@@ -61,12 +61,12 @@ class Layer(FlaxModule):
           key: dropout key; None for no dropout.
         """
         rate, keys = self.model.dropout, split(key, 4)
-        cross_kv = None if self.source is None else self.cross_kv(context.encoded)
+        cross_kv = self.context_kv(context, layer_config)
         merged = cross_kv if self.stack.merged else None
         y = dropout(self.attention(x, context, layer_config, merged), rate, keys[0])
         x = self.add_residual(x, y, "attention")
         if self.cross:
-            y = self.cross_attention.attend_encoded(x, not_none(cross_kv), context)
+            y = self.cross_attention.attend_encoded(x, not_none(cross_kv), context, layer_config)
             x = self.add_residual(x, dropout(y, rate, keys[1]), "cross_attention")
         return self.add_residual(x, dropout(self.mlp(x, keys[2]), rate, keys[3]), "mlp")
 
@@ -82,15 +82,17 @@ class Layer(FlaxModule):
           The layer's output [b t d], and a pair of probabilities [b n t s]: of self-attention, and
           of cross-attention (None if the layer has no separate cross-attention).
         """
-        cross_kv = None if self.source is None else self.cross_kv(context.encoded)
+        cross_kv = self.context_kv(context, layer_config)
         merged = cross_kv if self.stack.merged else None
         probs, cross_probs = self.attention.attention_probs(x, context, layer_config, merged), None
         y = self.attention(x, context, layer_config, merged)
         x = self.add_residual(x, y, "attention")
         if self.cross:
             assert cross_kv is not None
-            cross_probs = self.cross_attention.cross_attention_probs(x, cross_kv, context)
-            y = self.cross_attention.attend_encoded(x, cross_kv, context)
+            cross_probs = self.cross_attention.cross_attention_probs(
+                x, cross_kv, context, layer_config
+            )
+            y = self.cross_attention.attend_encoded(x, cross_kv, context, layer_config)
             x = self.add_residual(x, y, "cross_attention")
         return self.add_residual(x, self.mlp(x), "mlp"), (probs, cross_probs)
 
@@ -118,11 +120,23 @@ class Layer(FlaxModule):
         y, cache = self.attention.attend_cache(x, context, layer_config, cache, merged)
         x = self.add_residual(x, y, "attention")
         if self.cross:
-            y = self.cross_attention.attend_encoded(x, not_none(cross_kv), context)
+            y = self.cross_attention.attend_encoded(x, not_none(cross_kv), context, layer_config)
             x = self.add_residual(x, y, "cross_attention")
         return self.add_residual(x, self.mlp(x), "mlp"), cache
 
-    def cross_kv(self, encoded) -> Cache:
-        """Returns this layer's keys and values [b k s h] of the encoder's output [b s d]."""
+    def context_kv(self, context: AttentionContext, layer_config: LayerConfig) -> Cache | None:
+        """This layer's keys and values of the encoder's output; None for a lone stack."""
+        if self.source is None:
+            return None
+        return self.cross_kv(context.encoded, context.encoded_where, layer_config)
+
+    def cross_kv(self, encoded, where=None, layer_config: LayerConfig | None = None) -> Cache:
+        """This layer's keys and values [b k s h] of the encoder's output.
+
+        Args:
+          encoded: [b s d] the encoder's output.
+          where: [b s] positions by which the keys are rotated; None for no rotation.
+          layer_config: settings of this layer, where keys are rotated.
+        """
         attention = self.cross_attention if self.cross else self.attention
-        return Cache(*attention.keys_values(encoded))
+        return Cache(*attention.keys_values(encoded, where, layer_config))

@@ -20,7 +20,8 @@ from t5x_lite.checkpoints.formats import huggingface
 from t5x_lite.kernels import api as kernels
 from t5x_lite.kernels import dense_mask
 from t5x_lite.kernels.relative import RelativePositionBias
-from t5x_lite.model import positions
+from t5x_lite.model import contexts, layers, positions
+from t5x_lite.model.attention import AttentionContext
 from t5x_lite.training import step
 
 YARN = config.RotaryScaling("yarn", 4.0, original=5)
@@ -33,6 +34,7 @@ POSITIONS = {
     "bipe": dict(positions="bipe", segment_length=3),
     "hope": dict(positions="rotary", rotary_span=12, rotary_base=50.0),
     "vectors": dict(positions="relative", bias_vectors=True, buckets=8, max_distance=9),
+    "redllm": dict(positions="rotary", cross_rotary=True, qkv_norm=True, output_norm=True),
     "yarn": dict(positions="rotary", rotary_scaling=YARN, rotary_base=20.0),
     "dynamic": dict(positions="rotary", rotary_scaling=DYNAMIC),
 }
@@ -170,6 +172,30 @@ def test_cached_blocks_and_single_tokens_get_the_logits_of_whole_rows(one_device
 
     cached = np.asarray(decode(params, tokens, sharding.place_batch(batch)))
     np.testing.assert_allclose(cached, compiled(name)(batch), atol=2e-5)
+
+
+def test_cross_attention_counts_targets_on_from_the_inputs_of_their_text(one_device):
+    batch = toy_batch("encoder_decoder", rows=2)
+    placed = sharding.place_batch(batch)
+    context = AttentionContext(placed.target_positions, None, encoded=placed.inputs)
+    stack = toy("redllm").decoder
+    context = contexts.rotate_cross(context, stack, placed[1:3], placed[5:7])
+    for row, segment in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        here = batch.target_segments[row] == segment
+        inputs = (batch.input_segments[row] == segment).sum()
+        expected = inputs + np.arange(here.sum())
+        np.testing.assert_array_equal(context.cross_where[row][here], expected)
+    np.testing.assert_array_equal(context.encoded_where, batch.input_positions)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_without_weights_are_the_formula(one_device, kind):
+    x = np.random.default_rng(0).normal(1.0, 2.0, size=(2, 3, 4, 8)).astype(np.float32)
+    stack = toy_stack(norm=kind)
+    for norm, axes in ((layers.normalize, -1), (layers.normalize_heads, (-2, -1))):
+        centered = x - x.mean(axis=axes, keepdims=True) if kind == "layer" else x
+        scale = np.sqrt((centered**2).mean(axis=axes, keepdims=True) + stack.norm_epsilon)
+        np.testing.assert_allclose(norm(jnp.asarray(x), stack), centered / scale, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", POSITIONS)
@@ -341,6 +367,8 @@ FIELDS = [
     (dict(positions="bipe"), "Stack.segment_length belongs to"),
     (dict(positions="alibi", merged=True), "it has no alibi positions"),
     (dict(rotary_span=4), "Stack.rotary_span is for rotary positions, not relative"),
+    (dict(cross_rotary=True), "Stack.cross_rotary is for rotary positions"),
+    (dict(qk_norm=True, qkv_norm=True), "Stack.qk_norm and Stack.qkv_norm normalize the same"),
     (dict(positions="none", bias_vectors=True), "Stack.bias_vectors are those of relative"),
     (dict(bias_vectors=True, kv_heads=2), "Stack.bias_vectors has as many key heads"),
     (dict(positions="alibi", random_positions=9), "Stack.random_positions is for positions that"),

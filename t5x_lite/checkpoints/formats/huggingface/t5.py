@@ -35,6 +35,10 @@ T5_STACK = dict(
     merged=False,
     positions="relative",
     bias_vectors=False,
+    chunk=None,
+    qkv_norm=False,
+    output_norm=False,
+    cross_rotary=False,
     window=None,
 )
 SHARED = ("embed", "heads", "head_dim", "mlp", "activation", "gated", "norm_epsilon", "buckets")

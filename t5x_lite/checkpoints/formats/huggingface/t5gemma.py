@@ -42,6 +42,10 @@ GEMMA_STACK = dict(
     mlp_bias=False,
     positions="rotary",
     rotary_span=None,
+    chunk=None,
+    qkv_norm=False,
+    output_norm=False,
+    cross_rotary=False,
 )
 PROJECTIONS = {"query": "q", "key": "k", "value": "v"}
 
