@@ -39,6 +39,7 @@ REACHED_BY = {
     "t5x_lite/demo/": ["demo"],
     "t5x_lite/evaluation/draft_report.py": ["infer"],
     "t5x_lite/evaluation/drafting.py": ["infer"],
+    "t5x_lite/evaluation/lengths.py": ["eval"],
     "t5x_lite/evaluation/lm_harness.py": ["eval"],
     "t5x_lite/evaluation/superglue.py": ["eval"],
     "t5x_lite/export/": ["convert"],

@@ -12,7 +12,7 @@ from conftest import FAMILIES, toy_batch, toy_model, toy_stack
 from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch
 from t5x_lite.kernels import api as kernels
-from t5x_lite.model import attention
+from t5x_lite.model import layer_config
 
 KINDS = [
     ("encoder_decoder", False, {"positions": "relative"}),
@@ -332,8 +332,8 @@ def test_a_window_shows_what_its_form_says(one_device, form, both_sides):
     stack = toy_stack(layers=1, pattern=("sliding",), window=5, window_form=form)
     row = np.ones((1, 12), np.int32)
     mask = kernels.prepare_mask(kernels.Mask(row, row, causal=not both_sides), None)
-    layer_config = attention.layer_configs(stack, both_sides)
-    shown = np.asarray(mask.with_window(layer_config.window_size[0]).visible)[0]
+    windows = layer_config.layer_configs(stack, both_sides).window_size
+    shown = np.asarray(mask.with_window(windows[0]).visible)[0]
     for query in range(12):
         for key in range(12):
             distance = query - key
