@@ -237,19 +237,17 @@ def test_half_written_lines_are_cut_off(tmp_path):
 
 
 def test_eval_measures_and_keeps_every_prediction(folder, capsys):
-    report = folder / "numbers.json"
-    options = ["--examples=20", "--batches=2", "--beams=2", f"--json={report}", "--lengths=5,8"]
+    path = folder / "numbers.json"
+    options = ["--examples=20", "--batches=2", "--beams=2", f"--json={path}", "--lengths=5,8"]
     eval_command.main([f"--checkpoint={folder}", "--split=test", *options])
-    output = capsys.readouterr().out
-    numbers = json.loads(report.read_text())["metrics"]
-    by_length = json.loads(report.read_text())["by_length"]
-    assert sum(row["tokens"] for row in by_length) == numbers["target_tokens"]
+    output, report = capsys.readouterr().out, json.loads(path.read_text())
+    numbers = report["metrics"]
+    assert sum(row["tokens"] for row in report["by_length"]) == numbers["target_tokens"]
     assert {"loss", "perplexity", "bits_per_byte", "per", "wer", "examples"} <= numbers.keys()
     assert numbers["perplexity"] == pytest.approx(np.exp(numbers["loss"]))
     kept = rows(folder / "predictions" / "test-7.jsonl")
-    assert len(kept) == numbers["examples"] == 20
+    assert len(kept) == numbers["examples"] == 20 and "predictions/test-7.jsonl" in output
     assert set(kept[0]) == {"input", "prediction", "references", "score"}
-    assert "predictions/test-7.jsonl" in output
 
 
 def test_predictions_of_another_content_are_kept_beside_the_old_ones(tmp_path):
