@@ -109,7 +109,8 @@ def mesh_sizes(cfg: config.Mesh, devices: int) -> dict[str, int]:
         context = f" context={cfg.context}" if cfg.context != 1 else ""
         raise ValueError(
             f"Mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor}{context} covers "
-            f"{covered} devices, but there are {devices}: change the Mesh bindings"
+            f"{covered} devices, but there are {devices}: change the Mesh bindings, or --mesh of "
+            "commands that read a checkpoint"
         )
     return {axis: size for axis, size in sizes.items() if axis != CONTEXT or size > 1}
 

@@ -175,7 +175,7 @@ def check_batch(cfg: config.Train) -> None:
     """Raises ValueError if mesh and microbatches cannot split the batch evenly."""
     shards, pieces = sharding.batch_shards(), cfg.microbatches
     below = cfg.batch_size // (shards * pieces) * shards * pieces
-    near = f"{below or shards * pieces} or {below + shards * pieces}"
+    near = " or ".join(str(size) for size in (below, below + shards * pieces) if size)
     config.require(
         cfg.batch_size % (shards * pieces) == 0,
         f"Train.batch_size ({cfg.batch_size}) must be a multiple of {shards * pieces}: the mesh "

@@ -47,6 +47,7 @@ REACHED_BY = {
     "t5x_lite/model/quantization.py": ["eval", "infer"],
     "t5x_lite/planning/": ["plan"],
     "t5x_lite/processes.py": ["train"],
+    "t5x_lite/sharding.py": ["eval", "infer"],
     "t5x_lite/serving/": ["serve"],
     "t5x_lite/training/optimizer/param_groups.py": ["train"],
     "t5x_lite/training/preflight.py": ["train"],

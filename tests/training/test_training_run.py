@@ -171,9 +171,10 @@ def test_two_runs_in_one_folder_are_refused(finished):
             loop.train(run)
 
 
-def test_a_batch_that_the_mesh_cannot_split_is_refused_before_compiling(tmp_path):
-    run = with_train(make_run(tmp_path, tmp_path / "run", steps=4), batch_size=12)
-    with pytest.raises(ValueError, match=r"multiple of 8.*Near ones: 8 or 16"):
+@pytest.mark.parametrize("size, near", [(12, "8 or 16"), (7, "8")])
+def test_a_batch_that_the_mesh_cannot_split_is_refused_before_compiling(size, near, tmp_path):
+    run = with_train(make_run(tmp_path, tmp_path / "run", steps=4), batch_size=size)
+    with pytest.raises(ValueError, match=rf"multiple of 8.*Near ones: {near}$"):
         loop.train(run)
     assert not (tmp_path / "run" / "config.gin").exists()
 
