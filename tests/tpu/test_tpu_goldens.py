@@ -23,7 +23,6 @@ SIZES = {
     "T5": "t5_1_1_base",
     "T5Gemma": "t5gemma_s_s",
     "Llama": "smollm2_135m",
-    "BART": "bart_base",
 }
 TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1"}
 PROGRAMS = [
