@@ -283,8 +283,9 @@ def test_a_key_is_needed_where_there_are_keys(toys):
     with serve_toys(toys.models, keys) as guarded:
         for key in keys:
             assert guarded.client(key).models.list().data
-        for key in ("", "first-key-of-the-serve", "first-key-of-the-server ,", "ключ"):
-            headers = {"Authorization": f"Bearer {key}".encode()}
+        wrong = ["Bearer ", "Bearer first-key-of-the-serve", "Bearer ключ", f"Basic {keys[0]}"]
+        for value in (*wrong, keys[0], f"Bearer {keys[0]} ,"):
+            headers = {"Authorization": value.encode()}
             status, shown, answer = send(guarded.port, b"{}", **headers)
             assert status == 401 and answer["error"]["code"] == "invalid_api_key"
             assert shown["WWW-Authenticate"] == "Bearer" and keys[0] not in str(answer)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of refusals: each has a status, OpenAI's shape, a reason, and the field that is wrong."""
 
+import contextlib
+import http.client
 import json
 
 import openai
@@ -103,6 +105,16 @@ def test_what_is_no_request_is_refused_in_the_same_shape(toys, name):
     body, wanted, headers = BROKEN[name]
     status, _, answer = send(toys.port, body, **headers)
     assert status == wanted and answer["error"]["message"]
+
+
+def test_a_body_in_chunks_is_cut_off_at_the_limit(toys):
+    connection = http.client.HTTPConnection("127.0.0.1", toys.port, timeout=60)
+    with contextlib.closing(connection):
+        chunks = (b" " * 16384 for _ in range(5))
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", chunks, headers, encode_chunked=True)
+        answer = connection.getresponse()
+        assert answer.status == 413 and json.loads(answer.read())["error"]["message"]
 
 
 def test_a_host_with_more_in_it_changes_no_path(toys):
