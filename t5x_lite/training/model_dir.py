@@ -187,7 +187,14 @@ def check_config(run: config.Run, report: Callable[[str], None]) -> None:
     text, steps = gin_file.to_text(run), manager.list_steps(run.model_dir)
     if not path.exists() or not steps:
         return
-    before = path.read_text()
+    try:
+        bounded_files.check_regular(path, gin_file.MOST_BYTES)
+        before = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ModelDirError(
+            f"{path} cannot be read ({error}): copy it again from where the run was trained, or "
+            "choose another MODEL_DIR"
+        ) from error
     if before == text:
         check_saved_run(run, path.parent / manager.FOLDER / str(steps[-1]), report)
         return

@@ -171,6 +171,15 @@ def test_two_runs_in_one_folder_are_refused(finished):
             loop.train(run)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"# caf\xe9\n", 3 * 10**6 * b"#"])
+def test_a_config_that_is_no_text_is_named(content, finished, tmp_path):
+    run, _ = finished
+    copy = shutil.copytree(run.model_dir, tmp_path / "copy")
+    (copy / "config.gin").write_bytes(content)
+    with pytest.raises(ModelDirError, match="copy/config.gin cannot be read"):
+        folder.check_config(dataclasses.replace(run, model_dir=str(copy)), print)
+
+
 @pytest.mark.parametrize("size, near", [(12, "8 or 16"), (7, "8")])
 def test_a_batch_that_the_mesh_cannot_split_is_refused_before_compiling(size, near, tmp_path):
     run = with_train(make_run(tmp_path, tmp_path / "run", steps=4), batch_size=size)
