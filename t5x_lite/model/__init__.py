@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer and its weights. The only package that imports Flax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,13 +35,14 @@ __all__ = [
 ]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def initialize(cfg: config.Model, key: jax.Array) -> dict:
     """Initializes float32 weights on the mesh in force; the same bits on every mesh."""
 
     def place(leaf):
         return jax.reshard(leaf.value, spec(leaf.axes))
 
-    return jax.jit(lambda key: jax.tree.map(place, boxed(cfg, key), is_leaf=is_partitioned))(key)
+    return jax.tree.map(place, boxed(cfg, key), is_leaf=is_partitioned)
 
 
 def shapes(cfg: config.Model) -> dict:
@@ -92,7 +95,13 @@ def one_layer(stacked: dict, layer: jax.Array) -> dict:
 
 def abstract(cfg: config.Model) -> dict:
     """Returns every weight as a shape and dtype, boxed with the names of its axes."""
-    return jax.eval_shape(lambda: boxed(cfg, jax.random.key(0)))
+    return traced_weights.eval_shape(cfg)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def traced_weights(cfg: config.Model) -> dict:
+    """Initializes boxed weights; jitted because jax keeps the trace of a config and mesh."""
+    return boxed(cfg, jax.random.key(0))
 
 
 def check_mesh(cfg: config.Model) -> None:
