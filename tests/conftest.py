@@ -9,6 +9,7 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -17,6 +18,8 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     # Toys are compiled far longer than they run: without LLVM's costly passes, 2.5 times less.
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Two workers share the cores: in 32 parts, for as many threads, a program takes 10 % longer.
+    " --xla_cpu_parallel_codegen_split_count=1"
 )
 # XLA runs the eight devices and their parts on as many threads as there are cores, at least eight,
 # and the devices block theirs while they wait for each other: on a busy machine nothing is left for
@@ -51,6 +54,10 @@ from t5x_lite import config
 from t5x_lite.batch import Batch
 
 KEEP_DAYS = 14
+# Flags for commands that tests start, which have one device each.
+COMPILE_QUICKLY = " ".join(
+    flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag
+)
 
 
 def pytest_sessionstart(session):
@@ -87,6 +94,22 @@ def without_the_mesh_of_others(request):
         return
     with jax.set_mesh(None):
         yield
+
+
+def mark_exhaustive(cases: Iterable, kept: Iterable) -> list:
+    """Cases of parametrize, of which all but some are run before a release alone.
+
+    Args:
+      cases: values, or tuples of several.
+      kept: those of the cases that every run has.
+    """
+    rows = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    kept = list(kept)
+    assert all(any(case == one for case, _ in rows) for one in kept), kept
+    return [
+        pytest.param(*row, marks=() if case in kept else pytest.mark.exhaustive)
+        for case, row in rows
+    ]
 
 
 def toy_stack(**changes) -> config.Stack:

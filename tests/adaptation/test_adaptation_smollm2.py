@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from test_smollm2 import weights
 
 from t5x_lite import adaptation, data, model, sharding
@@ -13,7 +14,10 @@ from t5x_lite.config import gin_file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adapt_ul2", "adapt_prefixlm_distill"])
+@pytest.mark.parametrize(
+    "name",
+    mark_exhaustive(["adapt_ul2", "adapt_prefixlm_distill"], kept=["adapt_prefixlm_distill"]),
+)
 def test_an_adapted_smollm2_is_far_below_scratch_before_the_first_step(name):
     toys.one_device()
     lengths = "TASK_FEATURE_LENGTHS={'inputs': 128, 'targets': 128}"

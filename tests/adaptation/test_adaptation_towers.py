@@ -95,6 +95,7 @@ def test_cross_attention_is_the_self_attention_of_its_layer(lone):
         np.testing.assert_array_equal(params[path], drawn.arrays[self_path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_an_encoder_alone_reads_as_the_pairs_encoder_does(lone):
     cfg, folder, _ = lone
     pair = toys.pair_of(cfg)
@@ -105,6 +106,7 @@ def test_an_encoder_alone_reads_as_the_pairs_encoder_does(lone):
     np.testing.assert_array_equal(result, toys.hidden(pair, first, "encoder", IDS))
 
 
+@pytest.mark.slow
 def test_two_checkpoints_of_unequal_widths_keep_each_its_weights(tmp_path):
     large = toy_model("decoder_only", **toys.GEMMA2 | dict(embed=24, heads=6, layers=4))
     small = toy_model("decoder_only", **toys.GEMMA2)
@@ -133,6 +135,7 @@ def test_a_hugging_face_folder_in_bfloat16_is_adapted_bit_by_bit(tmp_path):
         np.testing.assert_array_equal(array, drawn.arrays[source].astype(np.float32), err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [config.Mesh(2, 2, 2), config.Mesh(1, 8, 1)])
 def test_the_mesh_changes_no_bit(tmp_path, mesh):
     from t5x_lite import sharding

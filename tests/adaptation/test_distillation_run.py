@@ -201,6 +201,7 @@ def test_answers_have_ids_of_the_model(school, answered, tmp_path):
         teacher_logits.SavedTeacherLogits(run).open(0)
 
 
+@pytest.mark.slow
 def test_answers_of_another_run_are_refused(school, answered, tmp_path):
     run = with_answers(elsewhere(school, tmp_path / "run"), answered)
     cases = {
@@ -273,6 +274,7 @@ def test_targets_that_a_teacher_writes_are_data_and_go_on(school, tmp_path, caps
     assert [dataset[i].targets for i in range(len(dataset))] == [line["targets"] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_teacher_writes_targets_for_the_inputs_of_a_task(school, tmp_path):
     file, output = write_gin(school, tmp_path / "run.gin"), tmp_path / "pairs.jsonl"
     teacher = f"--teacher={school.distillation.teacher}"

@@ -5,6 +5,7 @@ import json
 
 import ctranslate2
 import pytest
+from conftest import mark_exhaustive
 from translation_toys import LINES, write_translator
 
 from t5x_lite import convert, interactive
@@ -19,7 +20,11 @@ LENGTH = 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bart", "marian", "pegasus", *LANGUAGES])
+@pytest.mark.parametrize(
+    "name",
+    # Pegasus has BART's blocks and Marian's positions; the languages differ in their tokens.
+    mark_exhaustive(["bart", "marian", "pegasus", *LANGUAGES], kept=["bart", "marian", "m2m100"]),
+)
 def test_ctranslate2_writes_the_same_from_an_export(name, tmp_path):
     (tmp_path / "theirs").mkdir()
     write_translator(name, tmp_path / "theirs")

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from conversion_toys import (
     T5,
     Drawn,
@@ -335,7 +336,18 @@ print("PEAK", next(line.split()[1] for line in open("/proc/self/status") if "VmH
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_a_layer_and_not_of_the_stack(tmp_path):
+@pytest.mark.parametrize(
+    "steps",
+    mark_exhaustive(
+        [
+            (("origin", "ours", "ours"), ("ours", "exported", "huggingface")),
+            (("origin", "exported", "huggingface"), ("exported", "ours", "ours")),
+            (("origin", "ours", "ours"), ("ours", "copied", "ours")),
+        ],
+        kept=[(("origin", "ours", "ours"), ("ours", "exported", "huggingface"))],
+    ),
+)
+def test_memory_is_that_of_a_layer_and_not_of_the_stack(tmp_path, steps):
     """2 GB in stacks of 0.6 GB, in layers of 17 MB: the bound is the largest tensor and 1 GB."""
     origin = tmp_path / "origin"
     cfg, total = large(origin, layers=36, embed=1024, mlp=4096)
@@ -343,17 +355,12 @@ def test_memory_is_that_of_a_layer_and_not_of_the_stack(tmp_path):
     largest = max(4 * np.prod(leaf.shape) for leaf in matching.model_leaves(cfg).values())
     layer = 4 * 1024 * 4096
     # No more than two folders of 2 GB stand at a time.
-    for begin, to, format in [
-        ("origin", "exported", "huggingface"),
-        ("origin", "ours", "ours"),
-        ("ours", "exported", "huggingface"),
-        ("ours", "copied", "ours"),
-    ]:
+    for begin, to, format in steps:
         flags = [f"--from={tmp_path / begin}", f"--to={tmp_path / to}", f"--format={format}"]
         command = [sys.executable, "-c", MEASURED, *flags, "--vocabulary=none"]
         done = subprocess.run(command, env=QUIETLY, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        shutil.rmtree(tmp_path / ("origin" if to == "ours" else to))
+        shutil.rmtree(tmp_path / begin)
         peak = 1024 * int(done.stdout.split("PEAK")[1])
         assert peak < layer + 1e9 < largest + 1e9, (format, peak)
 

@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import toy_model
+from conftest import mark_exhaustive, toy_model
 
 from t5x_lite import config, interactive, model, sharding
 from t5x_lite.demo import limits, server
@@ -85,9 +85,22 @@ def lines(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pair", "<b>joined</b>"])
-@pytest.mark.parametrize("companion", ["", "unconditional"])
-@pytest.mark.parametrize("drafter", ["plain", "lookup"])
+@pytest.mark.parametrize(
+    "name, companion, drafter",
+    mark_exhaustive(
+        [
+            (name, companion, drafter)
+            for name in ("pair", "<b>joined</b>")
+            for companion in ("", "unconditional")
+            for drafter in ("plain", "lookup")
+        ],
+        kept=[
+            ("pair", "unconditional", "plain"),
+            ("pair", "", "lookup"),
+            ("<b>joined</b>", "unconditional", "lookup"),
+        ],
+    ),
+)
 def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter, companion):
     port, models = demo
     status, _, text = ask(port, request_body(name, drafter=drafter, companion=companion))

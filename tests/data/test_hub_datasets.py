@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import mark_exhaustive
 
 from t5x_lite import config, data
 from t5x_lite.config import gin_file
@@ -230,7 +231,7 @@ print(json.dumps([[hashlib.sha256(b"".join(row)).hexdigest() for row in rows], b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", mark_exhaustive([False, True], kept=[True]))
 def test_another_process_goes_on_with_the_same_batches(served, tmp_path, stream):
     text = f"""
 from __gin__ import dynamic_registration

@@ -21,6 +21,7 @@ from companion_toys import (
     prepared,
     request_of,
 )
+from conftest import mark_exhaustive
 from test_decoding_loop import EXAMPLES, KINDS, NEVER, use_one_device
 
 from t5x_lite import config, decoding, sharding
@@ -46,8 +47,19 @@ TREE = Tree((-1, 0, 0, 1, 2, 4))
 
 # The quick ones are of all sources of logits, and of both kinds of models.
 QUICK = ("guidance encoder_decoder", "contrast decoder_only", "dola decoder_only")
+# Both kinds read a companion by the same code: the others are of one kind each.
+ONCE = ("rolling switch encoder_decoder", "switch decoder_only", "deco decoder_only")
+ONCE += ("instructive encoder_decoder",)
 EVERY = [
-    pytest.param(name, kind, marks=[] if f"{name} {kind}" in QUICK else pytest.mark.slow)
+    pytest.param(
+        name,
+        kind,
+        marks=[]
+        if f"{name} {kind}" in QUICK
+        else pytest.mark.slow
+        if f"{name} {kind}" in ONCE
+        else pytest.mark.exhaustive,
+    )
     for name in CASES
     for kind in ("encoder_decoder", "decoder_only")
 ]
@@ -121,9 +133,21 @@ DRAFTED = {
 }
 
 
+# Two logits of its own, one pass of another model, layers, and turns of both: each in one mode.
 @pytest.mark.slow
-@pytest.mark.parametrize("decode", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", DRAFTED)
+@pytest.mark.parametrize(
+    "name, decode",
+    mark_exhaustive(
+        [(name, decode) for name in DRAFTED for decode in (GREEDY, SAMPLED)],
+        kept=[
+            ("guidance", SAMPLED),
+            ("contrast", SAMPLED),
+            ("dola", GREEDY),
+            ("rolling switch", GREEDY),
+        ],
+    ),
+    ids=[f"{name}-{mode}" for name in DRAFTED for mode in ("greedy", "sampled")],
+)
 def test_drafts_change_no_token(name, decode):
     kind = DRAFTED[name]
     expected = plain(name, kind, decode)
@@ -165,6 +189,7 @@ def test_no_drafter_changes_a_token(drafter, name):
     assert drafted.steps <= LENGTH
 
 
+@pytest.mark.slow
 def test_the_amateur_may_draft_for_what_it_contrasts_or_decides():
     """Speculative contrastive decoding; and switching, whose larger model then runs less often."""
     for name in ("contrast", "switch"):
@@ -182,7 +207,7 @@ def test_the_amateur_may_draft_for_what_it_contrasts_or_decides():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DRAFTED)
+@pytest.mark.parametrize("name", mark_exhaustive(DRAFTED, kept=["guidance", "rolling switch"]))
 def test_a_row_alone_and_a_stream_have_the_same_tokens(name):
     kind = DRAFTED[name]
     expected = plain(name, kind, GREEDY)
@@ -201,7 +226,7 @@ def test_a_row_alone_and_a_stream_have_the_same_tokens(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["guidance", "dola"])
+@pytest.mark.parametrize("name", mark_exhaustive(["guidance", "dola"], kept=["guidance"]))
 def test_a_mesh_changes_no_token(name):
     kind, eight = DRAFTED[name], [*EXAMPLES, *EXAMPLES[:3]]
     expected = plain(name, kind, GREEDY)
@@ -222,7 +247,12 @@ def test_samples_share_what_the_companion_reads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["guidance", "contrast", "deco", "rolling switch"])
+@pytest.mark.parametrize(
+    "name",
+    mark_exhaustive(
+        ["guidance", "contrast", "deco", "rolling switch"], kept=["guidance", "rolling switch"]
+    ),
+)
 def test_beams_sum_the_combined_logits(name):
     kind = DRAFTED.get(name, "decoder_only")
     use_one_device()
@@ -241,6 +271,7 @@ def test_beams_sum_the_combined_logits(name):
     assert best.tokens.shape == (len(EXAMPLES), 1, 5)
 
 
+@pytest.mark.slow
 def test_a_constraint_is_obeyed_where_it_allows_implausible_tokens_alone():
     use_one_device()
     name, kind = "contrast", "decoder_only"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from decoding_laws import KINDS, LAWS, DrafterCase, greedy_text_is_that_of_plain_decoding, trained
 from test_decoding_acceptance import NEVER, table_target
 from test_decoding_loop import EXAMPLES, GREEDY, use_one_device
@@ -77,7 +78,13 @@ SOME = [law for law in WHOLE if law.__name__.startswith(("greedy", "sampled", "l
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, law",
-    [*(("ahead", law) for law in WHOLE), *((n, law) for n in ("each", "resting") for law in SOME)],
+    [
+        *(("ahead", law) for law in WHOLE),
+        *mark_exhaustive(
+            [(name, law) for name in ("each", "resting") for law in SOME],
+            kept=[("each", SOME[1]), ("resting", SOME[0])],
+        ),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_laws(name, law):
@@ -85,13 +92,13 @@ def test_laws(name, law):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", mark_exhaustive(OTHERS, kept=["draft", "recycling"]))
 def test_any_drafter_may_be_adaptive(name):
     greedy_text_is_that_of_plain_decoding(OTHERS[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("floor", [1, 3])
+@pytest.mark.parametrize("floor", mark_exhaustive([1, 3], kept=[3]))
 def test_an_adaptive_stream_ends_with_the_same_text(floor):
     use_one_device()
     drafter = Adaptive(lookup.Lookup(chain(3)), (1, 3), floor)
@@ -190,7 +197,7 @@ def chosen_widths(right, seconds=CHEAP, floor=8, limit=LENGTH, fixed=ANY_WIDTH, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [CHEAP, (1.0, 1.05, 1.1), (1.0, 2.0, 4.0)])
-@pytest.mark.parametrize("floor", [1, 8])
+@pytest.mark.parametrize("floor", mark_exhaustive([1, 8], kept=[8]))
 def test_whatever_the_drafts_are_worth_they_cost_5_percent_at_most(floor, seconds):
     cost = dict(zip((1, 3, 8), seconds, strict=True))
     random = np.random.default_rng(3)

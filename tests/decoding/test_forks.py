@@ -9,7 +9,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from conftest import toy_model
+from conftest import mark_exhaustive, toy_model
 from decoding_laws import EXAMPLES, KINDS, NEVER, prepared_params, request_rows
 from test_decoding_loop import lively, use_one_device
 
@@ -69,8 +69,17 @@ def samples(kind, count=ROWS):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", DRAFTINGS)
-@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+@pytest.mark.parametrize(
+    "kind, drafter",
+    mark_exhaustive(
+        [(kind, name) for kind in ("encoder_decoder", "decoder_only") for name in DRAFTINGS],
+        kept=[
+            ("encoder_decoder", "plain"),
+            ("encoder_decoder", "recycling"),
+            ("decoder_only", "lookup"),
+        ],
+    ),
+)
 def test_rows_that_stop_and_fork_have_the_texts_of_plain_decoding(kind, drafter):
     decoder = forked(kind, DRAFTINGS[drafter])
     begun = decoder.begin(ROWS)
@@ -85,6 +94,7 @@ def test_rows_that_stop_and_fork_have_the_texts_of_plain_decoding(kind, drafter)
     assert finish(decoder, stopped, LENGTH).tokens == samples(kind)
 
 
+@pytest.mark.slow
 def test_a_copy_goes_on_as_its_text_with_its_seed_would_alone():
     kind, decoder = "decoder_only", forked("decoder_only")
     stopped, early = decoder.advance(decoder.begin(ROWS), 5)
@@ -100,6 +110,7 @@ def test_a_copy_goes_on_as_its_text_with_its_seed_would_alone():
         assert copies[number] == [*early.tokens[source], *result.tokens[0, 0].tolist()]
 
 
+@pytest.mark.slow
 def test_rows_on_a_split_mesh_are_those_of_one_device():
     one = forked("encoder_decoder")
     stopped, _ = one.advance(one.begin(ROWS), 4)
@@ -202,6 +213,7 @@ def test_smc_with_a_constant_judge_samples_plainly():
     assert tokens == sorted(samples(kind)) and {each.value for each in results} == {7.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment", [1, 2])
 def test_smc_samples_the_renormalized_law(segment):
     results = search.sample_particles(
@@ -284,6 +296,7 @@ def test_systematic_resampling_copies_by_weight():
     assert search.effective_size(np.array([0.0, -np.inf])) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     # All policies write their segments by one decoder, which is what a stop must leave clean.
@@ -312,6 +325,7 @@ def test_a_search_that_is_stopped_leaves_nothing(policy):
     assert len(jax.live_arrays()) == before
 
 
+@pytest.mark.slow
 def test_rows_that_the_judge_drops_are_not_continued():
     def judge(texts):
         return [0.0 if tokens[0] == 2 else -np.inf for tokens in texts.tokens]

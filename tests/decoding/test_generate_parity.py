@@ -69,15 +69,14 @@ RULES = {
     ),
 }
 # A forced first token is for encoder-decoders; transformers guides decoder-only models alone.
-# All rules together are quick, each alone is slow on T5 and exhaustive on the others: one code.
+# All rules together are slow, each alone exhaustive but for those that are not among all: one code.
+ALONE = ("min_p", "typical", "epsilon", "eta", "first")
 CASES = [
     pytest.param(
         toy,
         rule,
-        marks=[]
-        if rule in ("guidance", "all")
-        else pytest.mark.slow
-        if toy == "t5"
+        marks=pytest.mark.slow
+        if rule in ("guidance", "all") or (toy == "t5" and rule in ALONE)
         else pytest.mark.exhaustive,
     )
     for toy in TOYS

@@ -7,6 +7,7 @@ meets shardings that no larger batch has.
 
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from decoding_laws import GREEDY, SAMPLED, decode_rows, use_one_device
 
 from t5x_lite import config, decoding
@@ -26,7 +27,9 @@ ACCEPTANCES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+@pytest.mark.parametrize(
+    "kind", mark_exhaustive(["encoder_decoder", "decoder_only"], kept=["encoder_decoder"])
+)
 @pytest.mark.parametrize("decode", [GREEDY, SAMPLED, WARM, SCORED, BEAMS], ids=str)
 def test_plain_decoding_of_one_row(kind, decode):
     use_one_device()
@@ -35,9 +38,22 @@ def test_plain_decoding_of_one_row(kind, decode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("accept", ACCEPTANCES)
-@pytest.mark.parametrize("decode", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+# Sampled text accepts by all of a rule, greedy text by the first choice.
+@pytest.mark.parametrize(
+    "decode, accept, width",
+    mark_exhaustive(
+        [
+            (decode, accept, width)
+            for decode in (GREEDY, SAMPLED)
+            for accept in ACCEPTANCES
+            for width in (2, 4)
+        ],
+        kept=[
+            (GREEDY, "exact", 2),
+            *((SAMPLED, accept, 4) for accept in ACCEPTANCES),
+        ],
+    ),
+)
 def test_drafts_of_one_row(decode, accept, width):
     use_one_device()
     drafting = decoding.Drafting(lookup.Lookup(tree=chain(width)), None, ACCEPTANCES[accept])

@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from decoding_laws import EXAMPLES, KINDS, decode_rows, prepared_params, request_rows
 from test_decoding_loop import NEVER, use_one_device
 
@@ -43,8 +44,13 @@ def samples_one_by_one(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", ["plain", "lookup"])
-@pytest.mark.parametrize("kind", ["encoder_decoder", "prefix"])
+@pytest.mark.parametrize(
+    "kind, drafter",
+    mark_exhaustive(
+        [(kind, name) for kind in ("encoder_decoder", "prefix") for name in ("plain", "lookup")],
+        kept=[("encoder_decoder", "lookup"), ("prefix", "plain")],
+    ),
+)
 def test_samples_that_share_a_prompt_are_those_of_repeated_rows(kind, drafter):
     together = decode_rows(kind, SEVERAL, DRAFTINGS[drafter], order=ORDER)
     assert together.tokens.shape == (len(ORDER), SAMPLES, LENGTH)
@@ -136,8 +142,17 @@ def truncated(log_probability, decode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", DRAFTINGS)
-@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+@pytest.mark.parametrize(
+    "kind, drafter",
+    mark_exhaustive(
+        [(kind, name) for kind in ("encoder_decoder", "decoder_only") for name in DRAFTINGS],
+        kept=[
+            ("encoder_decoder", "recycling"),
+            ("decoder_only", "plain"),
+            ("encoder_decoder", "lookup"),
+        ],
+    ),
+)
 def test_probabilities_of_tokens_are_those_of_a_float64_recomputation(kind, drafter):
     result = decode_rows(kind, DETAILED, DRAFTINGS[drafter], order=ORDER)
     details, texts = result.details, result.tokens[:, 0]
@@ -157,6 +172,7 @@ def test_probabilities_of_tokens_are_those_of_a_float64_recomputation(kind, draf
     np.testing.assert_array_equal(texts, plain.tokens[:, 0])
 
 
+@pytest.mark.slow
 def test_greedy_text_truncates_nothing_and_samples_have_details_each():
     greedy = config.Decode(max_new_tokens=LENGTH, logprobs=0)
     details = decode_rows("encoder_decoder", greedy, order=ORDER).details

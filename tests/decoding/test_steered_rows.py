@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from test_constraint_vocabularies import MAKERS, short_ids
 from test_constraints import DRAFTERS, EOS, toy
 from test_decoding_loop import lively, use_one_device
@@ -66,6 +67,7 @@ def check_allowed(rules, language: set[tuple[int, ...]], longest: int, vocab: in
                 assert allowed_after(rules, prefix, split, vocab) == expected, prefix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama", "byte level", "symbols", "suffix"])
 def test_spans_are_the_parts_of_the_input_that_tokens_write(kind):
     vocabulary = MAKERS[kind]()
@@ -179,7 +181,9 @@ def make_predictor(kind: str, vocabulary) -> predict.Predictor:
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 1.0, "n_best": 2}, {"beams": 3}], ids=["best", "drawn", "beams"]
 )
-@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+@pytest.mark.parametrize(
+    "kind", mark_exhaustive(["encoder_decoder", "decoder_only"], kept=["encoder_decoder"])
+)
 def test_every_text_is_a_span_of_its_input(kind, options):
     use_one_device()
     decode = config.Decode(max_new_tokens=9, span_of_input=True, drafter="plain", **options)
@@ -280,6 +284,7 @@ def test_what_cannot_hold_for_a_row_is_refused():
     refused("cut a text that Decode.token_healing", token_healing=True, stop=("a",))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_sampled_law_is_the_renormalized_one_of_the_model():
     """Frequencies of 600 draws against the model's own probabilities, by all continuations."""
     use_one_device()

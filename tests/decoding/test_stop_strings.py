@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import mark_exhaustive
 from test_constraint_vocabularies import MAKERS, short_ids, tokenizer_json
 from test_constraints import DRAFTERS, EOS, EXAMPLES, toy
 from test_decoding_loop import lively, use_one_device
@@ -71,7 +72,9 @@ def bytes_of(ids) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+@pytest.mark.parametrize(
+    "kind", mark_exhaustive(["encoder_decoder", "decoder_only"], kept=["decoder_only"])
+)
 def test_drafts_and_streams_stop_where_the_plain_text_has_a_stop(kind):
     options = dict(max_new_tokens=24, temperature=1.0, top_k=4)
     free, _ = tokens_of(kind, config.Decode(**options))
@@ -99,6 +102,7 @@ def test_drafts_and_streams_stop_where_the_plain_text_has_a_stop(kind):
     np.testing.assert_array_equal(last.tokens, plain.tokens)
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_the_text_before_the_stop():
     use_one_device()
     cfg, _ = toy("decoder_only")

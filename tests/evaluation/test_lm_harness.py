@@ -16,6 +16,7 @@ import lm_eval.models.huggingface  # noqa: E402
 import lm_eval.tasks  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from conftest import mark_exhaustive  # noqa: E402
 from parity import shaken  # noqa: E402
 
 from t5x_lite import config  # noqa: E402
@@ -196,7 +197,8 @@ def tasks(tmp_path_factory) -> list[str]:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-@pytest.fixture(scope="module", params=sorted(WRITERS))
+# One of each layout; BART and GPT-2 differ in positions and tokens alone.
+@pytest.fixture(scope="module", params=mark_exhaustive(sorted(WRITERS), kept=["llama", "t5"]))
 def folder(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     WRITERS[request.param](path)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from jax.sharding import PartitionSpec as P
 
 from t5x_lite.kernels.backend import Backend
@@ -280,8 +281,13 @@ def test_a_finite_difference_agrees_with_the_gradient(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype, tied",
+    mark_exhaustive(
+        [(dtype, tied) for dtype in (jnp.float32, jnp.bfloat16) for tied in (True, False)],
+        kept=[(jnp.float32, False), (jnp.bfloat16, True)],
+    ),
+)
 def test_random_configs_targets_and_logits_agree_with_the_reference(form, tied, dtype):
     gradient_tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
     for seed in range(10):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, toy_batch, toy_model
+from conftest import FAMILIES, mark_exhaustive, toy_batch, toy_model
 from test_model import decode_in_blocks, unpacked
 
 from t5x_lite import config, model, sharding
@@ -27,13 +27,9 @@ CASES = {
         for name, changes in FAMILIES.items()
     },
 }
-slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 # A kernel's interpretation compiles for seconds to a minute. T5 and T5Gemma 2 have every kind of
-# mask and bias; umT5's is T5's in each layer, BART
-# asks for less than either, and T5Gemma is tried on a mesh.
-MARKS = {name: slow for name in CASES} | {"t5": (), "t5gemma2": ()}
-MARKS |= dict.fromkeys(("umt5", "t5gemma", "m2m100", "bart"), exhaustive)
-NAMES = [pytest.param(name, marks=marks) for name, marks in MARKS.items()]
+# mask and bias but a prefix's and an encoder's alone; the others' are parts of these.
+NAMES = mark_exhaustive(CASES, kept=("t5", "t5gemma2", "gpt with a prefix", "encoder"))
 
 
 def objective(cfg: config.Model, params, batch, in_pieces: bool):
@@ -81,15 +77,18 @@ def test_loss_and_gradients_are_those_of_plain_xla(name):
     compare(CASES[name], in_pieces=name != "encoder")
 
 
-@slow
-@pytest.mark.parametrize("name", [pytest.param("t5", marks=exhaustive), "t5gemma"])
+# The smallest shows what a mesh changes: every kernel on its part of rows and heads.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mark_exhaustive(["t5", "t5gemma", "encoder"], kept=["encoder"]))
 def test_and_so_they_are_on_a_mesh_of_eight(name):
     sharding.use_mesh(config.Mesh(2, 2, 2))
-    compare(CASES[name], in_pieces=True)
+    compare(CASES[name], in_pieces=name != "encoder")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("t5", marks=slow), "t5gemma2", "bart"])
+@pytest.mark.parametrize(
+    "name", mark_exhaustive(["t5", "t5gemma2", "bart"], kept=["t5", "t5gemma2"])
+)
 def test_decoding_in_blocks_over_a_cache_gives_the_logits_of_plain_xla(name):
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
     cfg = CASES[name]

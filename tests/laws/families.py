@@ -24,8 +24,7 @@ class Family(NamedTuple):
       draw: random model of transformers, by seed.
       laws: module of the layout: the outputs to compare, and ids for them.
       gradients: comparison of gradients, for the first seed.
-      seeds: seeds that every run of the tests compares.
-      slow_seeds: further seeds.
+      seeds: seeds that are compared; others change sizes alone.
       exhaustive_seeds: seeds beyond those.
       start: first id of the decoder; None takes the architecture's.
       adjust: turns our architecture into the one that transformers computes.
@@ -36,10 +35,9 @@ class Family(NamedTuple):
 
     draw: Callable[[int], torch.nn.Module]
     laws: ModuleType
-    gradients: Literal["never", "slow", "always"] = "never"
+    gradients: Literal["never", "exhaustive", "always"] = "never"
     seeds: tuple[int, ...] = (0,)
-    slow_seeds: tuple[int, ...] = (1,)
-    exhaustive_seeds: tuple[int, ...] = (2, 3)
+    exhaustive_seeds: tuple[int, ...] = (1, 2, 3)
     start: int | None = None
     adjust: Callable[[config.Model], config.Model] = lambda cfg: cfg
     ids: Callable[[Any], Any] = lambda ids: ids
@@ -93,7 +91,8 @@ LLAMA_LIKE = {
         dict(rope_parameters=LLAMA3, rms_norm_eps=1e-3, head_dim=12),
     ),
     "llama, linear positions": ("never", LLAMA, dict(rope_parameters=LINEAR)),
-    "qwen2": ("always", QWEN2, dict()),
+    # Qwen 3 has more of the same.
+    "qwen2": ("exhaustive", QWEN2, dict()),
     "qwen2, windows from the second layer on": (
         "never",
         QWEN2,
@@ -154,12 +153,11 @@ T5_LIKE = {
         t5(T5, tie_word_embeddings=False, num_layers=3, num_decoder_layers=1, **GATED),
         encoder_decoder_parity,
         seeds=(5,),
-        slow_seeds=(),
     ),
     "ul2": Family(t5(T5, tied=True, feed_forward_proj="gated-silu"), encoder_decoder_parity),
     # The same numbers under T5's name.
     "mt5": Family(t5(MT5, **GATED), encoder_decoder_parity, loads=T5),
-    "umt5": Family(t5(UMT5, **GATED), encoder_decoder_parity, "slow"),
+    "umt5": Family(t5(UMT5, **GATED), encoder_decoder_parity, "always"),
 }
 BART, MARIAN = transformers.BartForConditionalGeneration, transformers.MarianMTModel
 MBART, PEGASUS = (
@@ -176,17 +174,21 @@ def padded_right(ids: encoder_decoder_parity.Ids) -> encoder_decoder_parity.Ids:
     return ids._replace(exists=exists.copy())
 
 
-SEVERAL = dict(gradients="always", seeds=(0, 1), slow_seeds=(2,), exhaustive_seeds=(3, 4, 5, 6, 7))
-FIFTY = SEVERAL | dict(laws=encoder_decoder_parity, exhaustive_seeds=tuple(range(3, 50)))
+# Seeds draw biases, softcaps and kinds of positions, too.
+SEVERAL = dict(gradients="always", seeds=(0, 1), exhaustive_seeds=tuple(range(2, 8)))
+FIFTY = dict(gradients="always", laws=encoder_decoder_parity, exhaustive_seeds=tuple(range(50)))
+# BART has the blocks of these, M2M100 their positions. A seed draws the same for all of them.
+LIKE_BART = FIFTY | dict(gradients="exhaustive")
 # transformers gives the embedding of padding no gradient, which Marian and Pegasus begin with.
-FROM_PADDING = FIFTY | dict(start=5, lacks=r"model\.(en|de)coder\.embed_positions")
+FROM_PADDING = LIKE_BART | dict(start=5, lacks=r"model\.(en|de)coder\.embed_positions")
 BART_LIKE = {
     "bart": Family(bart_like(BART), **FIFTY),
-    "mbart": Family(bart_like(MBART), **FIFTY),
-    "m2m100": Family(bart_like(M2M100), ids=padded_right, **FIFTY),
-    "marian": Family(bart_like(MARIAN, pad_token_id=2, eos_token_id=0), **FROM_PADDING),
+    "mbart": Family(bart_like(MBART), seeds=(1,), **LIKE_BART),
+    "m2m100": Family(bart_like(M2M100), ids=padded_right, seeds=(2,), **FIFTY),
+    "marian": Family(bart_like(MARIAN, pad_token_id=2, eos_token_id=0), seeds=(3,), **FROM_PADDING),
     "pegasus": Family(
         bart_like(PEGASUS, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0),
+        seeds=(4,),
         **FROM_PADDING,
     ),
 }
@@ -201,7 +203,14 @@ FAMILIES = {
     },
     **T5_LIKE,
     **BART_LIKE,
-    "t5gemma": Family(t5gemma, encoder_decoder_parity, adjust=window_within, start=2, **SEVERAL),
+    # Gemma 2 and T5Gemma 2 together have its gradients.
+    "t5gemma": Family(
+        t5gemma,
+        encoder_decoder_parity,
+        adjust=window_within,
+        start=2,
+        **SEVERAL | dict(gradients="exhaustive"),
+    ),
     "t5gemma2": Family(
         t5gemma2_text,
         encoder_decoder_parity,
@@ -210,24 +219,18 @@ FAMILIES = {
         start=2,
         **SEVERAL,
     ),
-    "t5 encoder": Family(
-        lone_encoder(transformers.T5EncoderModel), encoder_parity, seeds=(3,), slow_seeds=()
-    ),
+    "t5 encoder": Family(lone_encoder(transformers.T5EncoderModel), encoder_parity, seeds=(3,)),
     "mt5 encoder": Family(
         lone_encoder(transformers.MT5EncoderModel),
         encoder_parity,
         seeds=(3,),
-        slow_seeds=(),
         loads=transformers.T5EncoderModel,
     ),
-    "umt5 encoder": Family(
-        lone_encoder(transformers.UMT5EncoderModel), encoder_parity, seeds=(3,), slow_seeds=()
-    ),
+    "umt5 encoder": Family(lone_encoder(transformers.UMT5EncoderModel), encoder_parity, seeds=(3,)),
     "t5gemma encoder": Family(
         lone_encoder(transformers.T5GemmaEncoderModel),
         encoder_parity,
         seeds=(3,),
-        slow_seeds=(),
         adjust=window_within,
     ),
 }

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import toy_model
+from conftest import mark_exhaustive, toy_model
 
 from t5x_lite import config, decoding, interactive, model, sharding
 from t5x_lite.checkpoints import weights
@@ -108,6 +108,7 @@ def test_every_matrix_is_in_eight_bits_and_the_embedding_stays():
     assert params.keys() == few.keys() - {"head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_by_channels_is_int8_of_stacked_layers_to_the_last_bit(name):
     cfg, params = MODELS[name], drawn(MODELS[name])
@@ -133,9 +134,17 @@ def placed(cfg: config.Model, params: dict) -> dict:
     return weights.place_arrays(model.shapes(cfg), params, "drawn")
 
 
+DRAWN = {"temperature": 1.0, "seed": 3}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "decoder"])
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize(
+    "name, options",
+    mark_exhaustive(
+        [(name, options) for name in ("t5", "decoder") for options in ({}, DRAWN)],
+        kept=[("t5", DRAWN), ("decoder", {})],
+    ),
+)
 def test_a_text_in_int8_is_the_same_alone_in_company_and_drafted(name, options):
     session = session_of(name)
     together = session.generate(TEXTS, compute="int8", **options)
@@ -160,6 +169,7 @@ def test_each_way_to_compute_has_its_weights_once_and_a_tally_for_all():
     np.testing.assert_allclose(scores, exact, rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_stay_in_float32_over_a_base_in_int8(dora):
     cfg, inputs, targets = MODELS["t5"], [[5, 6, 7, 8, 1]] * 2, [[9, 10, 11], [4, 1]]
@@ -186,7 +196,7 @@ def test_adapters_stay_in_float32_over_a_base_in_int8(dora):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tied", "decoder"])
+@pytest.mark.parametrize("name", mark_exhaustive(["tied", "decoder"], kept=["tied"]))
 def test_a_mesh_of_eight_computes_the_same_texts(name):
     alone = session_of(name).generate(TEXTS, compute="int8")
     sharding.use_mesh(config.Mesh(2, 2, 2), jax.devices())

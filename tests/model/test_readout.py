@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 
 from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch
@@ -48,8 +49,24 @@ def lay_out(rows: list[list[list[int]]], width: int, tags: bool) -> Batch:
     return Batch(zeros, wanted, zeros, weights, inputs, segments, positions)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("pooling", ["first", "last", "mean", "attention"])
+# Pooling reads what a stack gives: each once, and each shape.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape, pooling",
+    mark_exhaustive(
+        [
+            (shape, pooling)
+            for pooling in ("first", "last", "mean", "attention")
+            for shape in SHAPES
+        ],
+        kept=[
+            ("decoder_only", "first"),
+            ("decoder_only", "last"),
+            ("encoder_only", "mean"),
+            ("encoder_decoder", "attention"),
+        ],
+    ),
+)
 def test_packed_rows_are_read_as_rows_of_their_own_and_padding_changes_nothing(shape, pooling):
     readout = config.Readout("classes", pooling, labels=("a", "b", "c"), dense=True)
     cfg = make_model(shape, readout)
@@ -61,6 +78,7 @@ def test_packed_rows_are_read_as_rows_of_their_own_and_padding_changes_nothing(s
     np.testing.assert_allclose(packed, alone, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tags_of_packed_rows_are_those_of_rows_of_their_own(shape):
     cfg = make_model(shape, config.Readout("tags", labels=("O", "B-x", "I-x")))

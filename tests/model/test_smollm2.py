@@ -12,6 +12,7 @@ import mixed_text
 import numpy as np
 import pytest
 import tokenizers
+from conftest import mark_exhaustive
 
 from t5x_lite import decoding, interactive
 from t5x_lite.checkpoints.text_settings import read_text_settings
@@ -112,7 +113,7 @@ def test_a_chat_becomes_the_prompt_that_transformers_makes(session, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("every", mark_exhaustive([16, 1], kept=[16]))
 def test_64_greedy_tokens_are_those_of_transformers(session, theirs, every):
     import torch
 

@@ -30,9 +30,12 @@ SHORT = [
     "files, bindings",
     [
         (["configs/runs/pretrain.gin"], []),
-        (
+        # Its layers are those of the encoder-decoder's decoder; the kernels of a prefix compile in
+        # test_tpu_kernels_flash.
+        pytest.param(
             ["configs/runs/pretrain.gin", "configs/models/decoder_small.gin"],
             ["config.Model.encoder=None", "config.Model.prefix_lm=True"],
+            marks=pytest.mark.exhaustive,
         ),
         # Windows, softcaps, two tables, in two layers. All that, and one softmax over past and
         # inputs, is in T5Gemma 2's step, which test_tpu_adaptation.py compiles.

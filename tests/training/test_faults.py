@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import optax
 import pytest
+from conftest import COMPILE_QUICKLY
 from test_training_run import losses, make_run, started, wait_for_step, with_train
 
 from t5x_lite import config
@@ -120,7 +121,7 @@ sys.exit(train.main(sys.argv[1:]))
 def run_program(program: str, words: list[str], run: config.Run, text: Path) -> subprocess.Popen:
     text.write_text(gin_file.to_text(run))
     command = [sys.executable, "-c", program, *words, f"--gin_file={text}"]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": COMPILE_QUICKLY, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import toy_batch, toy_model
+from conftest import mark_exhaustive, toy_batch, toy_model
 from test_training_step import CUBE, DATA, assert_same
 
 from t5x_lite import config, model, sharding
@@ -230,7 +230,7 @@ def test_without_heads_in_the_objective_the_trunk_trains_as_ever():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["stern", "hydra"])
+@pytest.mark.parametrize("shape", mark_exhaustive(["stern", "hydra"], kept=["hydra"]))
 def test_a_mesh_changes_neither_loss_nor_weights(shape):
     cfg = headed(shape)
     run = make_run(cfg)
@@ -270,6 +270,7 @@ def test_the_random_head_stands_for_all_on_average():
     assert abs(np.mean(drawn) - whole.objective) < 4 * np.std(drawn) / len(drawn) ** 0.5
 
 
+@pytest.mark.slow
 def test_pieces_and_whole_logits_give_the_same():
     cfg = headed("stern")
     weights, batch = lively(cfg), toy_batch("encoder_decoder", rows=16)

@@ -221,7 +221,9 @@ def test_dropout_is_on_what_adapters_read_and_only_while_they_train():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dora, quantize", [(False, None), (True, "int4:4")])
+@pytest.mark.parametrize(
+    "dora, quantize", [pytest.param(False, None, marks=LONG), (True, "int4:4")]
+)
 def test_adapters_train_in_bfloat16_as_in_float32(dora, quantize):
     run = toy_run(dataclasses.replace(LORA, quantize=quantize, dora=dora))
     _, expected, _ = take_steps(run, 5)
@@ -243,7 +245,8 @@ def test_merged_weights_compute_what_the_adapters_did(place_of_run, folders):
     live = frozen_base.whole_params(run, saved, base)
     batch = small_batch()
     transformer = model.Transformer(run.model)
-    logits = [transformer.apply({"params": params}, batch) for params in (loaded.params, live)]
+    apply = jax.jit(lambda params: transformer.apply({"params": params}, batch))
+    logits = [apply(params) for params in (loaded.params, live)]
     np.testing.assert_allclose(*map(np.asarray, logits), atol=2e-5 * np.abs(logits[0]).max())
     assert loaded.run.lora is None
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import COMPILE_QUICKLY, mark_exhaustive
 from test_training_run import losses, make_run, started, wait_for_step
 
 from t5x_lite import config
@@ -41,7 +42,7 @@ def changed(run: config.Run, text: Path, change: str, stderr=subprocess.PIPE):
     text.write_text(gin_file.to_text(run))
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(change=change), f"--gin_file={text}"],
-        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": COMPILE_QUICKLY, "JAX_PLATFORMS": "cpu"},
         stderr=stderr,
         text=True,
     )
@@ -53,7 +54,9 @@ def changed(run: config.Run, text: Path, change: str, stderr=subprocess.PIPE):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", mark_exhaustive([signal.SIGHUP, signal.SIGUSR1], kept=[signal.SIGUSR1])
+)
 def test_every_signal_that_would_end_the_process_saves_first(tmp_path, number):
     run = endless(tmp_path)
     with started(run, tmp_path / "run.gin") as process:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from hub_toys import write_folders
 from test_fine_tuning import flags
 
@@ -80,7 +81,12 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make_flags", [pair_flags, grpo_flags], ids=["pairs", "rewards"])
+# Rewards save more than pairs: samples are drawn by the step's number.
+@pytest.mark.parametrize(
+    "make_flags",
+    mark_exhaustive([pair_flags, grpo_flags], kept=[grpo_flags]),
+    ids=["pairs", "rewards"],
+)
 def test_a_run_that_is_stopped_goes_on_bitwise(make_flags, place, folders):
     fields = {} if make_flags is pair_flags else {"Grpo.updates": 2}
     assert train.main(make_flags(place, folders / "hf", steps=4, **fields)) == 0
@@ -169,7 +175,11 @@ def test_rewards_rise_and_sampler_and_trainer_agree(place, folders, functions):
     "fields, cause",
     [
         ({"Grpo.temperature": 0.5}, "Grpo.temperature is 0.5"),
-        ({"Grpo.top_k": 2}, "Grpo.top_k and Grpo.top_p leave tokens out"),
+        pytest.param(
+            {"Grpo.top_k": 2},
+            "Grpo.top_k and Grpo.top_p leave tokens out",
+            marks=pytest.mark.exhaustive,  # compiles a sampler for another sentence
+        ),
     ],
     ids=["temperature", "truncation"],
 )

@@ -82,7 +82,10 @@ def kill_while_saving(run: config.Run, path: Path, victim: int, programs: list) 
     assert max(manager.list_steps(run.model_dir)) < STEPS
 
 
+# A minute of several processes. test_faults has the kill and the clocks of one process,
+# test_processes the end of the others.
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_killed_while_saving_and_clocks_that_jump_change_nothing(tmp_path, calm):
     run = beside(calm, tmp_path)
     kill_while_saving(run, tmp_path, victim=1, programs=CLOCKS)

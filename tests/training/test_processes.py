@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import toy_model
+from conftest import COMPILE_QUICKLY, mark_exhaustive, toy_model
 from test_training_run import make_run, wait_for_step, with_train
 
 from t5x_lite import config, processes
@@ -26,8 +26,6 @@ from t5x_lite.training.reporting import metric_writers
 from t5x_lite.utils.exit_status import MISTAKE, TRY_AGAIN
 
 DEVICES = 4
-# Without LLVM's costly passes, as in conftest.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Held-out losses, and no text: decoding takes longer to compile than all the rest.
 UNMEASURED = config.Evaluate(examples=0, batches=0)
 TRAIN = ["-m", "t5x_lite.train"]
@@ -53,7 +51,7 @@ def together(runs: list[config.Run], path: Path, programs: Sequence[list[str]] =
         free.bind(("localhost", 0))
         meeting = f"--coordinator=localhost:{free.getsockname()[1]}"
     environment = os.environ | {
-        "XLA_FLAGS": QUICK,
+        "XLA_FLAGS": COMPILE_QUICKLY,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(DEVICES // len(runs)),
     }
@@ -106,11 +104,13 @@ def assert_alike(run: config.Run, expected: config.Run) -> None:
         assert here[name] == pytest.approx(values, rel=1e-5), name
 
 
+# Four start no code that two do not.
 @pytest.mark.slow
-def test_two_processes_and_then_four_train_an_encoder_decoder_as_one(tmp_path):
+@pytest.mark.parametrize("later", mark_exhaustive([2, 4], kept=[2]))
+def test_processes_train_an_encoder_decoder_as_one_which_goes_on(tmp_path, later):
     run = run_of("encoder_decoder", tmp_path, steps=6, mesh=config.Mesh(data=2, fsdp=2))
     train(with_train(run, steps=3), 2, tmp_path)
-    train(run, 4, tmp_path)
+    train(run, later, tmp_path)
     nowhere_else = dict(model_dir=str(tmp_path / "alone"), mesh=config.Mesh())
     alone = dataclasses.replace(run, evaluate=dataclasses.replace(SCORED, every=3), **nowhere_else)
     loop.train(alone)

@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 
 from t5x_lite import config, interactive
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError
@@ -90,6 +91,7 @@ def test_losses_equal_those_in_float64(kind):
     np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_run_on_labels_is_a_whole_folder_and_begins_another_with_adapters(tmp_path):
     run = describe_run(tmp_path, "classes")
     assert run.model.readout.labels == ("a", "b", "c")
@@ -111,6 +113,7 @@ def test_a_run_on_labels_is_a_whole_folder_and_begins_another_with_adapters(tmp_
     assert float(np.abs(np.asarray(head) - np.asarray(before)).max()) > 1e-4
 
 
+@pytest.mark.slow
 def test_other_labels_than_those_of_the_checkpoint_are_an_error_with_a_remedy(tmp_path):
     run = describe_run(tmp_path, "classes", "config.Readout.labels=('a', 'b', 'c', 'd')")
     loop.train(run)
@@ -121,7 +124,10 @@ def test_other_labels_than_those_of_the_checkpoint_are_an_error_with_a_remedy(tm
         setup.initial_weights(str(tmp_path / "run"), tuned.model, jax.eval_shape(dict))
 
 
-@pytest.mark.parametrize("kind", ["labels", "number", "tags"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", mark_exhaustive(["labels", "number", "tags"], kept=["labels", "tags"])
+)
 def test_a_run_predicts_what_its_kind_says(kind, tmp_path):
     encoder = ["config.Model.decoder=None"] if kind == "tags" else []
     loop.train(describe_run(tmp_path, kind, *encoder))

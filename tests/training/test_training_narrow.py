@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import toy_batch, toy_model
+from conftest import mark_exhaustive, toy_batch, toy_model
 
 from t5x_lite import config, model, sharding
 from t5x_lite.model import mixed_precision
@@ -47,12 +47,24 @@ def test_a_slot_has_the_gradient_and_its_own_numbers_do_not_matter():
 
 # As wide as the registers of a TPU, whose gradients are laid out on purpose.
 WIDE = dict(embed=128, head_dim=32, mlp=128, layers=1)
+WHOLE, SPLIT = config.Mesh(), config.Mesh(fsdp=2, tensor=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [config.Mesh(), config.Mesh(fsdp=2, tensor=2)])
 @pytest.mark.parametrize(
-    "layout, changes", [("encoder_decoder", {}), ("decoder_only", {}), ("encoder_decoder", WIDE)]
+    "layout, changes, mesh",
+    mark_exhaustive(
+        [
+            (layout, changes, mesh)
+            for layout, changes in (
+                ("encoder_decoder", {}),
+                ("decoder_only", {}),
+                ("encoder_decoder", WIDE),
+            )
+            for mesh in (WHOLE, SPLIT)
+        ],
+        kept=[("decoder_only", {}, WHOLE), ("encoder_decoder", WIDE, SPLIT)],
+    ),
 )
 def test_the_gradient_is_that_of_narrow_weights(layout, changes, mesh):
     sharding.use_mesh(mesh)

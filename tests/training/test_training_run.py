@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import toy_model
+from conftest import COMPILE_QUICKLY, mark_exhaustive, toy_model
 
 from t5x_lite import config
 from t5x_lite.checkpoints import manager, selection
@@ -240,7 +240,9 @@ config.Run.model = @config.Model()
 """
 
 
+# A BART is another model, not another run: test_training_step compares its steps.
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_bart_learns_and_goes_on_bitwise(tmp_path):
     (tmp_path / "bart.gin").write_text(BART)
     cfg = gin_file.load_run(str(tmp_path / "bart.gin"), ["config.Run.model_dir = 'unused'"]).model
@@ -259,6 +261,7 @@ def test_a_bart_learns_and_goes_on_bitwise(tmp_path):
     assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.1
 
 
+@pytest.mark.slow
 def test_only_a_checkpoint_that_was_evaluated_can_be_the_best(tmp_path):
     run = make_run(
         tmp_path,
@@ -293,6 +296,7 @@ def test_a_run_begins_with_the_weights_of_another(finished, tmp_path):
         loop.train(begun)
 
 
+@pytest.mark.slow
 def test_given_weights_are_measured_before_the_first_step(finished, tmp_path):
     run, report = finished
     begun = dataclasses.replace(
@@ -312,7 +316,7 @@ def started(run: config.Run, text: Path):
     text.write_text(gin_file.to_text(run))
     process = subprocess.Popen(
         [sys.executable, "-m", "t5x_lite.train", f"--gin_file={text}"],
-        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": COMPILE_QUICKLY, "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -362,7 +366,10 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+# SIGTERM is sent to runs of several processes, and of stores.
+@pytest.mark.parametrize(
+    "number", mark_exhaustive([signal.SIGTERM, signal.SIGINT], kept=[signal.SIGINT])
+)
 def test_a_signal_saves_first(tmp_path, number):
     run = make_run(tmp_path, tmp_path / "run", steps=100_000)
     run = dataclasses.replace(run, checkpoint=config.Checkpoint(every=100_000))

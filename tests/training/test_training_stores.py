@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import mark_exhaustive
 from stores import SECRET
 from test_processes import run_of, train
 from test_training_run import make_run, started
@@ -28,6 +29,11 @@ from t5x_lite.utils.paths import parse_path
 from t5x_lite.utils.remote_lock import read_owner
 
 UNMEASURED = config.Evaluate(examples=0, batches=0)
+# test_remote_paths compares what paths do in both stores; a run adds nothing to that but time.
+IN_S3, IN_GS = (
+    pytest.mark.parametrize("store", mark_exhaustive(["s3", "gs"], kept=[one]), indirect=True)
+    for one in ("s3", "gs")
+)
 
 
 def short(path: Path, model_dir: str, steps: int = 8, every: int = 2) -> config.Run:
@@ -52,6 +58,7 @@ def on_a_disk(tmp_path_factory):
 
 
 @pytest.mark.slow
+@IN_S3
 def test_a_run_in_a_store_leaves_what_one_on_a_disk_leaves(store, on_a_disk, capfd):
     path, on_disk, expected = on_a_disk
     run = dataclasses.replace(on_disk, model_dir=store.address("whole"))
@@ -74,6 +81,7 @@ def test_a_run_in_a_store_leaves_what_one_on_a_disk_leaves(store, on_a_disk, cap
 
 
 @pytest.mark.slow
+@IN_GS
 def test_a_killed_run_goes_on_in_a_store_bitwise(store, tmp_path):
     whole = short(tmp_path, str(tmp_path / "run"))
     # A process of its own, as the killed one is: it has other devices than the tests.
@@ -103,6 +111,7 @@ def unquoted(store) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
+@IN_GS
 def test_a_second_process_is_refused(store, tmp_path):
     run = short(tmp_path, store.address("two"), steps=2)
     with folder.lock_folder(parse_path(run.model_dir)):
@@ -114,9 +123,7 @@ def test_a_second_process_is_refused(store, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "store", ["s3", pytest.param("gs", marks=pytest.mark.exhaustive)], indirect=True
-)
+@IN_S3
 def test_two_processes_train_in_a_store_as_on_a_disk(store, tmp_path):
     mesh = config.Mesh(data=2, fsdp=2)
     run = run_of("encoder_decoder", tmp_path, steps=4, mesh=mesh, evaluate=UNMEASURED)
@@ -142,7 +149,14 @@ def test_a_run_stops_before_it_writes_where_another_one_has_its_lock(store):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failure", ["503", "reset"])
+@pytest.mark.parametrize(
+    "store, failure",
+    mark_exhaustive(
+        [(name, failure) for name in ("s3", "gs") for failure in ("503", "reset")],
+        kept=[("s3", "503"), ("gs", "reset")],
+    ),
+    indirect=["store"],
+)
 def test_a_store_that_fails_in_the_middle_costs_nothing(store, on_a_disk, failure):
     path, on_disk, expected = on_a_disk
     run = dataclasses.replace(on_disk, model_dir=store.address(f"fails-{failure}"))
@@ -161,6 +175,7 @@ def test_a_store_that_fails_in_the_middle_costs_nothing(store, on_a_disk, failur
 
 
 @pytest.mark.slow
+@IN_GS
 def test_a_store_that_takes_no_checkpoint_ends_the_run_with_its_state(store, on_a_disk):
     path, on_disk, expected = on_a_disk
     run = dataclasses.replace(on_disk, model_dir=store.address("refused"))
@@ -215,6 +230,7 @@ def test_damage_is_told_from_a_store_that_does_not_answer(store, on_a_disk):
 
 
 @pytest.mark.slow
+@IN_S3
 def test_signals_save_to_a_store(store, on_a_disk, tmp_path):
     run = short(tmp_path, store.address("signaled"), steps=100_000, every=100_000)
     with started(run, tmp_path / "run.gin") as process:
