@@ -35,6 +35,7 @@ def test_new_rows_have_the_mean_of_the_old_and_a_tenth_of_their_spread(tmp_path)
     assert np.abs(new.std(axis=0) / spread - 1).max() < 6 / np.sqrt(2 * len(new))
 
 
+@pytest.mark.slow
 def test_old_ids_keep_their_logits(tmp_path):
     drawn = toys.written(tmp_path / "lone", LONE)
     for rows in ("mean", "random"):
@@ -62,6 +63,7 @@ def test_every_table_grows_and_equal_ones_stay_equal(tied, tmp_path):
     assert not np.array_equal(again["embedding"][64:], params["embedding"][64:])
 
 
+@pytest.mark.slow
 def test_random_rows_and_weights_are_those_of_a_new_model(tmp_path):
     toys.written(tmp_path / "lone", LONE)
     wanted = toys.pair_of(LONE, vocab=70)

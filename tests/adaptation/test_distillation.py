@@ -313,6 +313,7 @@ def test_a_student_comes_nearer_to_its_teacher():
     assert per_token[-1] < 0.6 * per_token[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("starts", [True, False])
 def test_a_teacher_finds_texts_as_probable_as_decoding_does(starts):
     cfg = dataclasses.replace(TEACHER, add_bos=starts)

@@ -243,6 +243,7 @@ def test_a_teacher_that_does_not_suit_is_refused(school, finished, tmp_path):
             loop.train(run)
 
 
+@pytest.mark.slow
 def test_targets_that_a_teacher_writes_are_data_and_go_on(school, tmp_path, capsys):
     words, output = tmp_path / "words.txt", tmp_path / "pairs.jsonl"
     words.write_text("abcde\n\nhgfed\naabbc\n")

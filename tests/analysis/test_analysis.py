@@ -87,6 +87,7 @@ def test_what_is_written_greedily_was_the_first_choice_everywhere(one_device, na
     assert explanation.blocks.blocks == [[token] for token in explanation.blocks.tokens]
 
 
+@pytest.mark.slow
 def test_blocks_are_the_text_in_the_calls_that_wrote_it(one_device):
     predictor = predictor_of(MODELS["decoder"], scale=0.1)
 
@@ -190,6 +191,7 @@ class Balanced(html.parser.HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "decoder"])
 def test_pages_stand_alone_and_texts_are_never_markup(one_device, name):
     attack = "<script>alert(1)</script>&amp;"

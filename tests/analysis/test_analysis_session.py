@@ -44,6 +44,7 @@ def one_device():
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, every, options",
     [
@@ -60,6 +61,7 @@ def test_a_stream_put_together_is_the_text(one_device, name, every, options):
     assert len(pieces) >= 2
 
 
+@pytest.mark.slow
 def test_a_stream_has_the_ids_calls_and_drafters_of_generation():
     sharding.use_mesh(config.Mesh(data=2, tensor=4))
     session = session_of("t5", scale=0.1)
@@ -215,6 +217,7 @@ def test_an_option_of_another_library_is_named_as_it_is_called_here(one_device, 
             method("ab", **{name: 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong, words",
     [
@@ -329,6 +332,7 @@ def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(tmp_path, path, wo
         interactive.load(tmp_path / path)
 
 
+@pytest.mark.slow
 def test_several_samples_are_those_of_their_seeds_and_the_first_is_the_only_one(one_device):
     session = session_of("t5")
     drawn = {"temperature": 1.0, "seed": 5}

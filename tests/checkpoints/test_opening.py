@@ -101,6 +101,7 @@ def test_infer_takes_a_folder_and_a_file(makes, llama, tmp_path):
         assert interactive.load(path).generate(WORDS[0]) == rows[0]["prediction"]
 
 
+@pytest.mark.slow
 def test_a_file_brings_its_tokenizer_its_ends_and_its_chat_template(llama):
     opened = open_checkpoint(llama)
     inputs, targets = opened.text.vocabularies

@@ -40,6 +40,7 @@ def toy(monkeypatch, tmp_path, folder) -> Path:
     return folder / "toy"
 
 
+@pytest.mark.slow
 def test_the_name_writes_and_scores_as_its_folder_does(toy, capsys):
     named, there = interactive.load("toy"), interactive.load(toy)
     assert named.predict(WORDS) == there.predict(WORDS)

@@ -92,6 +92,7 @@ def our_outputs(cfg: config.Model, params: dict) -> np.ndarray:
     return np.asarray(outputs if cfg.readout.kind == "tags" else outputs[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_labels_and_weights_are_those_of_transformers_there_and_back(name, tmp_path):
     theirs = make_theirs(name)

@@ -40,6 +40,7 @@ def folders(request, tmp_path):
     return ours, theirs, cfg.readout
 
 
+@pytest.mark.slow
 def test_an_exported_folder_is_read_with_its_readout(folders):
     ours, theirs, readout = folders
     one, other = interactive.load(ours), interactive.load(theirs)

@@ -156,6 +156,7 @@ def test_a_damaged_newest_is_reported_and_kept_and_the_one_before_used(tmp_path,
     assert_is(restore(tmp_path)[0][0], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, truncate, lambda path: path.unlink()])
 def test_damage_to_any_one_file_never_gives_wrong_numbers(tmp_path, damage):
     save(tmp_path / "whole", 1)

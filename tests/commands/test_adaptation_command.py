@@ -104,6 +104,7 @@ def test_a_new_shallow_decoder_is_a_flag(lone, tmp_path, capsys):
     assert "new: drawn as for pretraining" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_t5gemma_made_of_a_gemma_gives_transformers_the_same_logits(lone, tmp_path):
     pair, exported = tmp_path / "encoder_decoder", tmp_path / "theirs"
     adapt.main(

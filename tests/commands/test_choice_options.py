@@ -21,6 +21,7 @@ def predicted(folder, *options):
     return rows(out)
 
 
+@pytest.mark.slow
 def test_choose_orders_the_texts_of_a_line_by_its_utility(folder):
     for row in predicted(folder, *SAMPLES, "--choose=mbr:edit_distance"):
         assert row["prediction"] == row["predictions"][0]
@@ -33,6 +34,7 @@ def test_choose_orders_the_texts_of_a_line_by_its_utility(folder):
             assert utility == pytest.approx(-sum(risks) / 3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_logprobs_writes_the_probability_of_every_token_and_of_alternatives(folder):
     for row in predicted(folder, *SAMPLES, "--logprobs=2"):
         assert [len(text) for text in row["all_logprobs"]] == [
@@ -56,6 +58,7 @@ def test_pairs_are_the_best_and_the_worst_text_of_a_line(folder):
         assert pair["rejected"] == row["predictions"][utilities.index(min(utilities))]
 
 
+@pytest.mark.slow
 def test_a_search_is_guided_by_a_function_of_the_working_folder(folder, monkeypatch):
     (folder / "judge_of_mine.py").write_text(
         "def short(input, texts):\n    return [-len(text) for text in texts]\n"

@@ -50,6 +50,7 @@ def place(store, folders, monkeypatch, tmp_path):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours", "hf", "shards", "t5x"])
 def test_a_checkpoint_of_a_store_has_the_weights_of_its_copy(place, folders, name):
     options = ConversionOptions(vocabulary="none")
@@ -97,6 +98,7 @@ def test_a_folder_that_is_written_anew_is_copied_anew(place, tmp_path):
     assert sources.locate_source(again).path != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["huggingface", "t5x", "ours"])
 def test_a_conversion_from_a_store_to_a_store_is_that_of_a_disk(place, folders, format, tmp_path):
     here, there = tmp_path / "out", place.parent / f"out-{format}"

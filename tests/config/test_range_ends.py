@@ -94,6 +94,7 @@ DRAWING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample, name, value", DRAWING)
 def test_a_token_is_drawn_from_what_the_filters_leave(sample, name, value):
     warm = dataclasses.replace(sample, temperature=1.0)

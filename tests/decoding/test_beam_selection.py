@@ -123,6 +123,7 @@ def group_search(logits, groups, size, penalty):
     return sorted(texts, key=lambda pair: pair[1], reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 5.0])
 @pytest.mark.parametrize("groups, size", [(2, 1), (3, 1), (2, 2)])
 def test_groups_of_beams_are_those_of_a_group_search_by_lists(groups, size, penalty):
@@ -189,6 +190,7 @@ def bank_search(logits, beams, automaton):
     return sorted(scored, key=lambda pair: pair[1], reverse=True)[:beams]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [2, 3, 5])
 def test_banks_are_those_of_a_search_by_lists_and_every_text_has_the_words(beams):
     automaton = words_automaton()
@@ -202,6 +204,7 @@ def test_banks_are_those_of_a_search_by_lists_and_every_text_has_the_words(beams
         assert all({2, 3} <= {*text} for text, _ in result)
 
 
+@pytest.mark.slow
 def test_with_banks_for_all_the_best_texts_that_have_the_words_are_found():
     logits = table(5)
     every = {text: penalized(logits, text, 0.6) for text in every_text(LENGTH)}
@@ -253,6 +256,7 @@ def test_groups_of_a_model_are_searched_the_same_in_any_batch_and_on_any_mesh(ki
         np.testing.assert_array_equal(split.tokens, together.tokens)
 
 
+@pytest.mark.slow
 def test_one_group_without_a_penalty_is_beam_search():
     cfg, params = KINDS["encoder_decoder"], lively(KINDS["encoder_decoder"])
     plain = config.Decode(max_new_tokens=6, beams=4, n_best=4)

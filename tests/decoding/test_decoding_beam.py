@@ -81,6 +81,7 @@ def every_text(length):
                 yield text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.5])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_with_beams_for_all_the_best_texts_of_all_are_found(seed, alpha):
@@ -253,6 +254,7 @@ def test_one_beam_is_greedy(kind):
     np.testing.assert_allclose(result.scores, greedy.scores, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_are_ranked_by_the_probability_the_model_gives_them(kind):
     cfg, decode = KINDS[kind], config.Decode(max_new_tokens=6, beams=4, n_best=3, alpha=0.8)
@@ -268,6 +270,7 @@ def test_texts_are_ranked_by_the_probability_the_model_gives_them(kind):
         np.testing.assert_allclose(result.log_probability[:, n], again.log_probability, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_row_is_searched_the_same_in_any_batch_and_on_any_mesh():
     cfg, decode = KINDS["encoder_decoder"], config.Decode(max_new_tokens=6, beams=3, n_best=2)
     host = jax.tree.map(

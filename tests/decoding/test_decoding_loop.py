@@ -144,6 +144,7 @@ def test_a_row_depends_on_no_other_row_nor_on_its_place(alone, weights, kind, de
     assert mixed.lengths[4:].tolist() == [[0]] * 3
 
 
+@pytest.mark.slow
 def test_another_seed_or_row_number_draws_another_text(alone, weights):
     same = [EXAMPLES[0]] * 3
     first = (

@@ -156,6 +156,7 @@ def test_acceptance_stats_count_steps_and_accepted_drafts_of_each_text():
     assert AcceptanceStats().report()["tokens_per_call"] == 0 and str(AcceptanceStats())
 
 
+@pytest.mark.slow
 def test_infer_writes_the_same_with_any_drafter_and_says_so(folder, capsys):  # noqa: F811
     words = write_words(folder, [*WORDS[:4], "bananabanana"])
     outputs = []
@@ -179,6 +180,7 @@ def test_infer_writes_the_same_with_any_drafter_and_says_so(folder, capsys):  # 
     assert settings["decode.drafter"] == "lookup"
 
 
+@pytest.mark.slow
 def test_a_text_that_differs_is_reported_with_its_gap(folder, capsys, monkeypatch):  # noqa: F811
     words = write_words(folder, WORDS[:3])
     every = ["--drafter=lookup", "--draft_length=4", "--accept=always", "--verify"]
@@ -234,6 +236,7 @@ def smaller(ours, monkeypatch):
     return small
 
 
+@pytest.mark.slow
 def test_another_checkpoint_drafts(folder, capsys, monkeypatch):  # noqa: F811
     small, words = smaller(folder, monkeypatch), write_words(folder, WORDS[:4])
     out = folder / "out.jsonl"

@@ -44,6 +44,7 @@ def test_the_score_of_a_decoded_text_is_its_log_probability(kind):
     np.testing.assert_allclose(scores.log_probability, result.log_probability[:, 0], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_probabilities_of_all_next_tokens_add_up_to_one(kind):
     cfg = KINDS[kind]
@@ -75,6 +76,7 @@ def test_what_cannot_be_scored_says_why():
         decoding.score(cfg, {}, INPUTS[:1], [[99]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder_only", "learned", "prefix"])
 def test_without_start_token_the_score_is_the_log_probability_too(kind):
     learned = toy_model("decoder_only", positions="learned", max_length=64)
@@ -87,6 +89,7 @@ def test_without_start_token_the_score_is_the_log_probability_too(kind):
     np.testing.assert_allclose(scores.log_probability, result.log_probability[:, 0], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only", "no start"])
 def test_ends_are_the_scores_of_the_stops_in_the_place_of_each_token(kind):
     cfg = KINDS.get(kind) or dataclasses.replace(KINDS["decoder_only"], add_bos=False)

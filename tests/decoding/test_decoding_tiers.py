@@ -152,6 +152,7 @@ def test_prices_are_measured_while_texts_are_written_and_kept(monkeypatch, table
     assert later.prices == decoder.prices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floor", [1, 3])
 def test_one_program_goes_on_after_every_pause(floor):
     """A state of another structure after the first pause would compile all widths twice."""

@@ -122,6 +122,7 @@ def test_rows_on_a_split_mesh_are_those_of_one_device():
     assert finish(split, split.fork(stopped, [1, 1, 2]), 5).tokens == expected
 
 
+@pytest.mark.slow
 def test_a_segment_ends_with_its_delimiter_and_the_text_goes_on():
     tokens = samples("decoder_only")[0]
     delimiter = tokens[5]

@@ -53,6 +53,7 @@ def lattice_of(logits, beams, merged):
     return build_lattice(history, beams, [EOS], (LENGTH, merged))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [2, 3, ALL])
 def test_paths_are_texts_with_their_probability_and_the_beams_are_among_them(beams):
     for seed, merged in itertools.product(range(2), [1, 2, 99]):
@@ -123,6 +124,7 @@ def test_dropped_texts_go_on_as_those_that_they_merge_with():
         assert lattice_of(logits, 3, 1).count_paths() == count_texts(history, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_lattice_of_a_model_has_its_beams(kind):
     cfg, params = KINDS[kind], lively(KINDS[kind])

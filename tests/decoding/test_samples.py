@@ -59,6 +59,7 @@ def test_samples_that_share_a_prompt_are_those_of_repeated_rows(kind, drafter):
     assert len(np.unique(together.tokens[0], axis=0)) == SAMPLES
 
 
+@pytest.mark.slow
 def test_samples_on_a_split_mesh_are_those_of_one_device():
     alone = decode_rows("encoder_decoder", SEVERAL, order=ORDER)
     sharding.use_mesh(config.Mesh(data=2, fsdp=2, tensor=2))

@@ -102,6 +102,7 @@ def rules_of(decode):
     return make_processors(decode, request)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_mesh")
 @pytest.mark.parametrize("shape", TREES)
 @pytest.mark.parametrize("name", RULES)

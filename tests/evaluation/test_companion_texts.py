@@ -70,6 +70,7 @@ def test_a_predictor_reads_what_is_named():
     assert [each.tokens[0] for each in predictor.predict_ids(ids, named)] == written
 
 
+@pytest.mark.slow
 def test_the_share_that_the_model_decides_is_reported():
     predictor = byte_predictor()
     use_one_device()

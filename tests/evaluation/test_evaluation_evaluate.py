@@ -57,6 +57,7 @@ def random_params(run):
     return jax.tree.map(make, model.shapes(run.model))
 
 
+@pytest.mark.slow
 def test_losses_are_sums_over_weighted_targets(tmp_path):
     run = run_of(tmp_path)
     params, evaluator = random_params(run), Evaluator(run)

@@ -145,6 +145,7 @@ def test_rows_of_data_are_no_longer_than_the_table(tmp_path):
         check_row_lengths(MODELS["pair"], {"inputs": 17, "targets": 10}, "The model")
 
 
+@pytest.mark.slow
 def test_a_draft_model_has_positions_for_what_it_drafts(folders, tmp_path):
     long = toy_model("decoder_only", layers=1, positions="rotary")
     write_ours(tmp_path / "long", long, Drawn(long))

@@ -34,6 +34,7 @@ def session_of(name, scale=0.3):
     return interactive.Session(predictor, config.Decode(max_new_tokens=11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_judge_sees_the_input_and_the_texts_so_far(name):
     session, texts_judged = session_of(name), []
@@ -89,6 +90,7 @@ def test_what_a_search_cannot_follow_is_refused():
         session.search("ab", "score", search="smc:4")
 
 
+@pytest.mark.slow
 def test_a_lattice_of_a_session_has_the_beams():
     session = session_of("t5")
     lattice = session.lattice("ab", merged=2, beams=4, alpha=0.0)

@@ -188,6 +188,7 @@ def session():
     return interactive.load("g2p")
 
 
+@pytest.mark.slow
 def test_choices_are_compared_by_their_log_probability_in_each_way(session):
     inputs, choices = ["cat", "dog"], [["K AE T", "D AO G"], ["K AE T", "D AO G", "D"]]
     predictor = session.predictor

@@ -139,6 +139,7 @@ def test_the_script_has_thirty_lines_of_code():
     assert len([line for line in lines if line.strip()]) <= 30
 
 
+@pytest.mark.slow
 def test_a_forced_first_token_is_exported(tmp_path):
     """A Hugging Face folder's forced_bos_token_id is the exported program's."""
     run = write_ours(tmp_path / "run", T5, Drawn(T5))

@@ -19,6 +19,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.seed))
 def test_a_block_sees_its_past_as_the_pairs_say(case):
     q, source = case.draw()

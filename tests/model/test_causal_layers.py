@@ -97,6 +97,7 @@ def test_each_layers_mask_is_the_dense_one(form, causal):
             np.testing.assert_array_equal(np.asarray(actual), wanted, err_msg=f"{tower} {layer}")
 
 
+@pytest.mark.slow
 def test_a_causal_encoder_is_a_decoder_and_a_decoder_that_looks_ahead_an_encoder():
     rows, states = two_rows(), {}
     for tower in ("encoder", "decoder"):

@@ -81,6 +81,7 @@ def test_a_product_is_that_of_the_rounded_numbers(inward, outward, rows):
         np.testing.assert_array_equal(product(jnp.asarray(x[row : row + 1]))[0], got[row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_is_what_a_cpu_computes_by_itself(name):
     predictor = session_of(name).predictor

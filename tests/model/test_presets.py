@@ -50,6 +50,7 @@ def rounded(parameters: int, digits: str) -> float:
     return float(f"{parameters / 1e6:.{count}g}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, count", published.COUNTS.items())
 def test_presets_have_the_published_number_of_weights(name, count):
     weights = sum(model.count(preset(name)).values())

@@ -238,6 +238,7 @@ def test_a_translation_writes_what_transformers_writes(
         pipe(line, tgt_lang="xx")
 
 
+@pytest.mark.slow
 def test_the_defaults_of_a_folder_write_what_transformers_writes(translators, folders, tmp_path):
     import torch
     from transformers import AutoTokenizer

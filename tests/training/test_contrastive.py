@@ -86,6 +86,7 @@ def actual_losses(vectors, temperature, symmetric, hard):
     return contrastive.pair_losses(targets, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric, hard", CASES)
 def test_the_loss_is_that_of_every_candidate_by_itself(one_device, symmetric, hard):
     vectors = drawn_vectors()
@@ -98,6 +99,7 @@ def test_the_loss_is_that_of_every_candidate_by_itself(one_device, symmetric, ha
     assert 0 < actual.correct[:7].sum() < 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric, hard", CASES)
 def test_the_gradient_is_that_of_finite_differences(one_device, symmetric, hard):
     vectors, draw = drawn_vectors(), np.random.default_rng(1)

@@ -141,6 +141,7 @@ def test_a_dry_run_prints_the_run_and_ends_with_the_refusal(folder, tmp_path, ca
     assert output.err.startswith("t5x_lite.train: error: Files.train of 'mine' matches no file")
 
 
+@pytest.mark.slow
 def test_memory_is_compared_before_anything_is_placed(folder, tmp_path, monkeypatch):
     run = load(folder, f"MODEL_DIR={tmp_path}")
     assert preflight.device_memory() > 2**20
@@ -153,6 +154,7 @@ def test_memory_is_compared_before_anything_is_placed(folder, tmp_path, monkeypa
     assert loop.train(run, try_memory=True)["steps"] == 2
 
 
+@pytest.mark.slow
 def test_activations_are_compared_once_the_step_is_compiled(folder, tmp_path, monkeypatch):
     run = load(folder, f"MODEL_DIR={tmp_path}")
     state = sum(overview.state_bytes(run, preflight_shapes(run)).values())
@@ -203,6 +205,7 @@ def test_a_schedule_that_reaches_its_peak_has_no_warning(folder, tmp_path):
         assert peak == pytest.approx(run.schedule.peak, rel=0.21 if kind == "wsd" else 1e-6)
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_a_run_has_leave_it_as_it_is(folder, tmp_path, capfd):
     model_dir = f"MODEL_DIR={tmp_path}/longer"
     loop.train(load(folder, model_dir, "TRAIN_STEPS=3"))

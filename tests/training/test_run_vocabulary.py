@@ -70,6 +70,7 @@ def test_a_trained_vocabulary_is_not_trained_again_from_changed_files(tmp_path, 
     assert vocabularies.fingerprint(data.load_pair(folder)[1]) == before
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_the_config_decides(tmp_path):
     run = make_run(tmp_path, tmp_path / "run", 2, evaluate=UNMEASURED)
     other = vocabularies.ByteVocabulary(extra_ids=7)
@@ -93,6 +94,7 @@ def test_the_tokens_are_those_of_before(tmp_path):
         assert sorted(path.name for path in (tmp_path / "c").iterdir()) == cached
 
 
+@pytest.mark.slow
 def test_a_task_whose_own_vocabulary_changed_is_refused(tmp_path, source):
     pair = data.load_pair(Path(source.model_dir) / "vocabulary")
     data.check_run_vocabulary(source.model_dir, pair)

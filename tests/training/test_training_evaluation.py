@@ -51,6 +51,7 @@ def test_a_metric_that_fails_is_recorded_and_the_run_goes_on(tmp_path, monkeypat
     assert loop.train(run) == report
 
 
+@pytest.mark.slow
 def test_files_beside_the_weights_that_cannot_be_written_end_no_run(tmp_path, monkeypatch, capfd):
     run = run_of(tmp_path)
     Path(run.model_dir).mkdir()
@@ -62,6 +63,7 @@ def test_files_beside_the_weights_that_cannot_be_written_end_no_run(tmp_path, mo
     assert "no learning curve (IndexError" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tasks_own_metrics_are_added_and_take_no_name_of_ours(tmp_path, monkeypatch):
     def score(self, predictions):
         return TaskScores({"loss": 9.0, "mine": 2.0}, {"other": "it has no value"})
@@ -107,6 +109,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(
     assert [line["step"] for line in lines(run) if "train/loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_data_that_fail_cost_no_step(tmp_path, monkeypatch):
     run = run_of(tmp_path, checkpoint=config.Checkpoint(every=100))
     prefetch = loop.data.prefetch
@@ -131,6 +134,7 @@ def test_data_that_fail_cost_no_step(tmp_path, monkeypatch):
     assert manager.list_steps(run.model_dir) == [3]
 
 
+@pytest.mark.slow
 def test_metrics_are_added_to_the_checkpoint_that_was_saved_before(tmp_path):
     best = config.Checkpoint(every=2, keep=1, metric="loss")
     run = run_of(tmp_path, checkpoint=best)

@@ -250,6 +250,7 @@ def test_a_step_without_finite_update_changes_only_counts(value):
     assert_same((after.params, after.optimizer), (before.params, before.optimizer), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mark_exhaustive(["sgd", "adafactor"], kept=["sgd"]))
 def test_a_rate_that_overflows_changes_no_weight_and_stops_the_run(name):
     run = dataclasses.replace(
