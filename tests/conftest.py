@@ -72,9 +72,19 @@ def pytest_sessionstart(session):
     gc.set_threshold(50_000, 20, 20)
 
 
+def pytest_itemcollected(item):
+    """Marks what is exhaustive slow, too: -m "not slow" is without both."""
+    if item.get_closest_marker("exhaustive"):
+        item.add_marker("slow")
+
+
 def pytest_collection_modifyitems(items):
     """Begins with the files that have most slow tests, so that none of them is left at the end."""
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    slow = collections.Counter(
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") and not item.get_closest_marker("exhaustive")
+    )
     items.sort(key=lambda item: (-slow[item.path], item.path))
 
 

@@ -175,6 +175,7 @@ DRAFTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.exhaustive  # every drafter; that drafts change no token is tested above
 @pytest.mark.parametrize("name", ["contrast", "dola"])
 @pytest.mark.parametrize("drafter", DRAFTERS)
