@@ -85,22 +85,9 @@ def lines(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, companion, drafter",
-    mark_exhaustive(
-        [
-            (name, companion, drafter)
-            for name in ("pair", "<b>joined</b>")
-            for companion in ("", "unconditional")
-            for drafter in ("plain", "lookup")
-        ],
-        kept=[
-            ("pair", "unconditional", "plain"),
-            ("pair", "", "lookup"),
-            ("<b>joined</b>", "unconditional", "lookup"),
-        ],
-    ),
-)
+@pytest.mark.parametrize("name", mark_exhaustive(["pair", "<b>joined</b>"], kept=["pair"]))
+@pytest.mark.parametrize("companion", ["", "unconditional"])
+@pytest.mark.parametrize("drafter", ["plain", "lookup"])
 def test_the_answer_is_what_the_model_writes_token_by_token(demo, name, drafter, companion):
     port, models = demo
     status, _, text = ask(port, request_body(name, drafter=drafter, companion=companion))

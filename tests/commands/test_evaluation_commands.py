@@ -87,7 +87,6 @@ def test_every_line_gets_its_own_prediction_in_order(folder):
         assert session.generate(row["input"]) == row["prediction"]
 
 
-@pytest.mark.slow
 def test_an_interrupted_output_is_continued_to_the_same_content(folder):
     source, out = write_words(folder), folder / "out.jsonl"
     options = [f"--input={source}", f"--output={out}", "--temperature=1", "--seed=5"]
@@ -100,7 +99,6 @@ def test_an_interrupted_output_is_continued_to_the_same_content(folder):
         assert after["score"] == pytest.approx(before["score"], abs=1e-3)
 
 
-@pytest.mark.slow
 def test_an_output_made_otherwise_is_refused_and_left_alone(folder, capsys):
     source, out = write_words(folder), folder / "out.jsonl"
     infer(folder, f"--input={source}", f"--output={out}")
@@ -287,7 +285,6 @@ def test_weights_of_another_model_are_refused(folder):
         weights.place_arrays(model.shapes(other), params, folder)
 
 
-@pytest.mark.slow
 def test_sessions_generate_and_score_one_text_or_many(folder):
     session = interactive.load(folder)
     assert session.step == 7
@@ -388,7 +385,6 @@ def test_an_input_without_end_is_refused(tmp_path):
         records.Source(str(tmp_path / "pipe"), False, "input").count()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inputs", "targets"])
 def test_an_empty_text_is_legal_where_the_tokenizer_ends_it(name):
     sharding.use_mesh(config.Mesh(), jax.devices()[:1])
