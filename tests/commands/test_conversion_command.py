@@ -337,7 +337,7 @@ print("PEAK", next(line.split()[1] for line in open("/proc/self/status") if "VmH
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "steps",
+    "first, second",
     mark_exhaustive(
         [
             (("origin", "ours", "ours"), ("ours", "exported", "huggingface")),
@@ -347,7 +347,7 @@ print("PEAK", next(line.split()[1] for line in open("/proc/self/status") if "VmH
         kept=[(("origin", "ours", "ours"), ("ours", "exported", "huggingface"))],
     ),
 )
-def test_memory_is_that_of_a_layer_and_not_of_the_stack(tmp_path, steps):
+def test_memory_is_that_of_a_layer_and_not_of_the_stack(tmp_path, first, second):
     """2 GB in stacks of 0.6 GB, in layers of 17 MB: the bound is the largest tensor and 1 GB."""
     origin = tmp_path / "origin"
     cfg, total = large(origin, layers=36, embed=1024, mlp=4096)
@@ -355,7 +355,7 @@ def test_memory_is_that_of_a_layer_and_not_of_the_stack(tmp_path, steps):
     largest = max(4 * np.prod(leaf.shape) for leaf in matching.model_leaves(cfg).values())
     layer = 4 * 1024 * 4096
     # No more than two folders of 2 GB stand at a time.
-    for begin, to, format in steps:
+    for begin, to, format in (first, second):
         flags = [f"--from={tmp_path / begin}", f"--to={tmp_path / to}", f"--format={format}"]
         command = [sys.executable, "-c", MEASURED, *flags, "--vocabulary=none"]
         done = subprocess.run(command, env=QUIETLY, capture_output=True, text=True)
