@@ -31,7 +31,9 @@ from t5x_lite.utils.remote_lock import read_owner
 UNMEASURED = config.Evaluate(examples=0, batches=0)
 # test_remote_paths compares what paths do in both stores; a run adds nothing to that but time.
 IN_S3, IN_GS = (
-    pytest.mark.parametrize("store", mark_exhaustive(["s3", "gs"], kept=[one]), indirect=True)
+    pytest.mark.parametrize(
+        "shared_store", mark_exhaustive(["s3", "gs"], kept=[one]), indirect=True
+    )
     for one in ("s3", "gs")
 )
 
@@ -150,12 +152,12 @@ def test_a_run_stops_before_it_writes_where_another_one_has_its_lock(store):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "store, failure",
+    "shared_store, failure",
     mark_exhaustive(
         [(name, failure) for name in ("s3", "gs") for failure in ("503", "reset")],
         kept=[("s3", "503"), ("gs", "reset")],
     ),
-    indirect=["store"],
+    indirect=["shared_store"],
 )
 def test_a_store_that_fails_in_the_middle_costs_nothing(store, on_a_disk, failure):
     path, on_disk, expected = on_a_disk
