@@ -29,7 +29,7 @@ RULES_BY_ROW = (
 )
 # Alternatives of a token are counted in steps of so many, so that few programs have them.
 ALTERNATIVES = 5
-LEAST_WIDTH = 64
+LEAST_WIDTH, LEAST_BUCKET = 64, 8
 
 
 class LaneKey(NamedTuple):
@@ -131,9 +131,16 @@ class RowText:
         return same and self.key == other.key and self.widths() == other.widths()
 
     def widths(self) -> tuple[int, int]:
-        """Widths of its input and prompt, each a bucket; the first is 0 without an encoder."""
-        inputs, prompts = self.request.inputs, self.request.prompts
-        return 0 if inputs is None else inputs.shape[1], prompts.shape[1]
+        """Widths of its input and prompt, each a bucket; the first is 0 without an encoder.
+
+        Finer than those of a whole batch: of a word in 16 ids, half the encoder's work is padding.
+        """
+        request = self.request
+        prompts = int(request.prompts_length[0])
+        prompts = 1 if prompts == 1 else bucket_length(prompts, LEAST_BUCKET)
+        if request.inputs is None:
+            return 0, prompts
+        return bucket_length(int(request.inputs_length[0]), LEAST_BUCKET), prompts
 
     def add(
         self, tokens: list[int], scores: list[TokenScore], accepted: Sequence[bool], done: bool
