@@ -22,6 +22,7 @@ from t5x_lite.utils.not_none import not_none
 from t5x_lite.utils.paths import explain_unwritable, is_address, parse_path
 
 CONFIG = "config.gin"
+LOCK = ".lock"
 VOCABULARY = text_settings.VOCABULARY_FOLDER
 # Seconds until other machines see what one has written: NFS refreshes after 30 by default.
 VISIBLE_SECONDS = 40.0
@@ -58,7 +59,7 @@ def lock_folder(model_dir: Path):
     check_writable(model_dir)
     try:
         model_dir.mkdir(parents=True, exist_ok=True)
-        file = open(model_dir / ".lock", "a+")
+        file = open(model_dir / LOCK, "a+")
     except OSError as error:
         raise ModelDirError(f"MODEL_DIR {model_dir} cannot be written: {error.strerror}") from error
     with file:
@@ -76,8 +77,18 @@ def lock_folder(model_dir: Path):
 
 def check_writable(model_dir: Path) -> None:
     """Raises ModelDirError if nothing can be written to MODEL_DIR; makes nothing itself."""
-    if not is_address(model_dir) and (reason := explain_unwritable(model_dir)):
+    if is_address(model_dir):
+        return
+    if reason := explain_unwritable(model_dir):
         raise ModelDirError(f"MODEL_DIR {model_dir} cannot be written: {reason}")
+    for name, is_folder in ((manager.FOLDER, True), (VOCABULARY, True), (LOCK, False)):
+        path = Path(model_dir) / name
+        if path.exists() and path.is_dir() != is_folder:
+            kind = "a folder" if is_folder else "a file"
+            raise ModelDirError(
+                f"{path} is not {kind}, as a run writes it: move it away, or choose another "
+                "MODEL_DIR"
+            )
 
 
 @contextlib.contextmanager
@@ -151,7 +162,7 @@ def read_holder(model_dir: Any) -> str:
         from t5x_lite.utils.remote_lock import read_owner
 
         return read_owner(model_dir)
-    lock = model_dir / ".lock"
+    lock = model_dir / LOCK
     return lock.read_text() if lock.exists() else ""
 
 

@@ -20,7 +20,7 @@ from test_training_run import losses, make_run, started, wait_for_step, with_tra
 from t5x_lite import config
 from t5x_lite.checkpoints import checkpoint_io, manager, step_folders, train_state
 from t5x_lite.config import gin_file
-from t5x_lite.training import loop
+from t5x_lite.training import loop, preflight
 from t5x_lite.utils.exit_status import FAILURE, MISTAKE
 
 UNMEASURED = config.Evaluate(examples=0, batches=0)
@@ -160,6 +160,19 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         run = dataclasses.replace(short(tmp_path, "run", steps=4), model_dir=str(where))
         with pytest.raises(ValueError, match=f"MODEL_DIR {where} cannot be written"):
             loop.train(run)
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("checkpoints", "a folder"), ("vocabulary", "a folder"), (".lock", "a file")]
+)
+def test_a_part_of_another_kind_is_refused_by_the_dry_run_too(name, kind, tmp_path):
+    run = short(tmp_path, "run", steps=4)
+    path = Path(run.model_dir) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir() if kind == "a file" else path.write_text("")
+    for start in (loop.train, lambda run: preflight.check_run(run, print)):
+        with pytest.raises(ValueError, match=f"{name} is not {kind}, as a run writes it"):
+            start(run)
 
 
 @pytest.mark.slow
