@@ -171,9 +171,9 @@ def main() -> None:
                 study.train()
                 losses.append(study.losses())
             rows += rows_of(f"{size}, {schedule}, {options.seeds} seeds", losses)
+            if options.json:
+                report.write(options.json, rows, PACKAGES)
     print(report.table(rows))
-    if options.json:
-        report.write(options.json, rows, PACKAGES)
 
 
 if __name__ == "__main__":

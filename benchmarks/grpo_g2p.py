@@ -165,9 +165,9 @@ def main() -> None:
         system = f"GRPO, {options.steps} steps, seed {seed}"
         rows += describe_rates(case, system, errors, before)
         rows += describe_training("cmudict_g2p train", system, folder)
+        if options.json:
+            report.write(options.json, rows, PACKAGES)
     print(report.table(rows))
-    if options.json:
-        report.write(options.json, rows, PACKAGES)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ the measured functions of all seeds; differences to the decoder are paired. A ru
 is not run again, one that was interrupted continues.
 
   python benchmarks/understanding.py [--quick] [--work FOLDER] [--seeds N] [--json FILE]
+      [--pretrain STEPS] [--further STEPS] [--task STEPS]
 """
 
 import argparse
@@ -256,9 +257,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that all runs")
     parser.add_argument("--work", default="runs/understanding", help="folder of runs and data")
     parser.add_argument("--seeds", type=int, default=1)
+    for name in ("pretrain", "further", "task"):
+        default = Sizes._field_defaults[name]
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"steps ({default})")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
-    sizes = QUICK if options.quick else Sizes()
+    sizes = Sizes(options.pretrain, options.further, options.task)
+    sizes = QUICK if options.quick else sizes
     folder = Path(options.work + ("_quick" if options.quick else ""))
     write_tasks(folder / "tasks", list_functions(sizes.functions))
     make_models(folder, sizes)
@@ -271,12 +276,12 @@ def main() -> None:
             ]
             by_model[model] = np.mean([scores(run, task) for run in runs], axis=0)
         rows += rows_of(task, by_model, guess(folder, task))
+        if options.json:
+            report.write(options.json, rows, PACKAGES)
     print(report.table(rows))
     for row in rows:
         if row.note:
             print(f"{row.case}, {row.system}, {row.metric}: {row.value:.1f}; {row.note}")
-    if options.json:
-        report.write(options.json, rows, PACKAGES)
 
 
 if __name__ == "__main__":
