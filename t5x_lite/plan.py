@@ -127,11 +127,6 @@ def check_options(args: argparse.Namespace, run: config.Run) -> None:
         raise ValueError(
             "A plan knows of no teacher: --gin.config.Run.distillation=None plans the student alone"
         )
-    if not args.decode and (run.preferences is not None or run.grpo is not None):
-        raise ValueError(
-            "A plan knows of no reference and no samples: --gin.config.Run.preferences=None "
-            "--gin.config.Files.rejected=None, or --gin.config.Run.grpo=None, plans the model alone"
-        )
 
 
 def report_plan(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
@@ -154,6 +149,8 @@ def report_plan(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
                 args.decode_rows, args.decode_length or run.decode.max_new_tokens
             )
         waiting = f"compiling for {slice_.count} chips, which can take minutes"
+        if run.grpo is not None and not args.decode:
+            waiting += "; samples are another program, of which --decode plans a step"
         stderr_console().print(waiting)
         figures = compiled.figures(run, slice_, decoding)
     report.show(figures, args.price, args.efficiency)

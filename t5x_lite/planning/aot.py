@@ -7,15 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite import sharding
-from t5x_lite.batch import Batch
+from t5x_lite.batch import Batch, PairReference, SampleData
 from t5x_lite.checkpoints import train_state
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training import flops, frozen_base, optimizer, schedules, step, weight_average
+from t5x_lite.training import (
+    flops,
+    frozen_base,
+    optimizer,
+    reference,
+    schedules,
+    step,
+    weight_average,
+)
 
 
 def abstract_batch(run: TrainingRun) -> Batch:
     """Shapes of a batch, placed on the mesh in force."""
-    rows, lengths = run.train.batch_size, run.data.lengths
+    rows, lengths = flops.batch_rows(run), run.data.lengths
     inputs, targets = flops.row_lengths(run.model.batch_layout, lengths)
 
     def array(length: int, dtype) -> jax.ShapeDtypeStruct:
@@ -23,10 +31,29 @@ def abstract_batch(run: TrainingRun) -> Batch:
         return jax.ShapeDtypeStruct((rows, length), dtype, sharding=placement)
 
     ids, weights = array(targets, jnp.int32), array(targets, jnp.float32)
+    known = reference_data(run, weights)
     if run.model.batch_layout == "decoder_only":
-        return Batch(ids, ids, ids, weights, prefix=array(targets, bool))
+        return Batch(ids, ids, ids, weights, prefix=array(targets, bool), teacher_data=known)
     read = array(inputs, jnp.int32)
-    return Batch(ids, ids, ids, weights, read, read, read)
+    return Batch(ids, ids, ids, weights, read, read, read, teacher_data=known)
+
+
+def reference_data(run: TrainingRun, scores: Any) -> PairReference | SampleData | None:
+    """What is known of the texts of a batch before its step; None for a run that needs nothing.
+
+    Args:
+      run: config of the run.
+      scores: shape of a number for each target.
+    """
+    if run.grpo is not None:
+        return SampleData(scores, scores, scores if run.grpo.has_reference else None)
+    return None if getattr(run.data.task, "reference", None) is None else PairReference(scores)
+
+
+def reference_shapes(run: TrainingRun) -> Any:
+    """Shapes of a reference model's weights; None without one of its own."""
+    found = reference.find_reference(run)
+    return None if found is None else found.shapes()
 
 
 def abstract_state(run: TrainingRun) -> train_state.TrainState:
@@ -50,4 +77,5 @@ def trace_step(run: TrainingRun, devices: list) -> Any:
     averaged = weight_average.averaged_weights(run)
     shapes = train_state.state_shapes(frozen_base.trained_shapes(run), update, averaged)
     traced = step.make_step(run, update, schedule, axes)
-    return traced.trace(shapes, abstract_batch(run), None, frozen_base.base_shapes(run))
+    frozen = (reference_shapes(run), frozen_base.base_shapes(run))
+    return traced.trace(shapes, abstract_batch(run), *frozen)

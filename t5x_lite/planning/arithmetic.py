@@ -22,6 +22,7 @@ from t5x_lite.planning import aot
 from t5x_lite.planning.chips import HOP_SECONDS, Slice
 from t5x_lite.planning.collectives import Collective
 from t5x_lite.planning.figures import Figures, Memory
+from t5x_lite.planning.steps import REFERENCE
 from t5x_lite.training import flops, frozen_base, setup, token_losses
 
 
@@ -33,20 +34,22 @@ class StepShapes(NamedTuple):
       optimizer: tree of the optimizer state.
       batch: arrays of a batch.
       base: tree of frozen weights; None without adapters.
+      reference: tree of a reference model's weights; None without one.
     """
 
     params: Any
     optimizer: Any
     batch: Any
     base: Any = None
+    reference: Any = None
 
 
 def step_shapes(run: TrainingRun) -> StepShapes:
     """Shapes of a run's training step, for any mesh; jax needs one device here."""
     sharding.use_mesh(config.Mesh(1, 1, 1), jax.devices("cpu")[:1])
     shapes = aot.abstract_state(run)
-    batch, base = aot.abstract_batch(run), frozen_base.base_shapes(run)
-    return StepShapes(shapes.params, shapes.optimizer, batch, base)
+    frozen = (frozen_base.base_shapes(run), aot.reference_shapes(run))
+    return StepShapes(shapes.params, shapes.optimizer, aot.abstract_batch(run), *frozen)
 
 
 def split_bytes(tree: Any, mesh: dict[str, int]) -> int:
@@ -96,7 +99,11 @@ def figures(run: TrainingRun, slice_: Slice, shapes: StepShapes) -> Figures:
     params = split_bytes(shapes.params, mesh)
     kinds = {
         "parameters": params,
-        **({} if shapes.base is None else {"frozen weights": split_bytes(shapes.base, mesh)}),
+        **{
+            name: split_bytes(tree, mesh)
+            for name, tree in (("frozen weights", shapes.base), (REFERENCE, shapes.reference))
+            if tree is not None
+        },
         "optimizer state": split_bytes(shapes.optimizer, mesh),
         "batch": split_bytes(shapes.batch, mesh),
         "gradients": gradient_bytes(run, params),
@@ -109,16 +116,15 @@ def figures(run: TrainingRun, slice_: Slice, shapes: StepShapes) -> Figures:
     excess = max(0, peak - slice_.chip.memory)
     lengths = flops.row_lengths(run.model.batch_layout, run.data.lengths)
     needed = flops.run_flops(run)
-    recomputation = 4 / 3 if run.train.remat == "full" else 1.0
     return Figures(
         what="training step",
         source="arithmetic",
         slice=slice_,
         mesh=mesh,
         memory=Memory(kinds, peak, slice_.chip.memory, excess),
-        tokens=run.train.batch_size * sum(lengths),
+        tokens=flops.batch_rows(run) * sum(lengths),
         model_flops=needed,
-        flops=int(needed * recomputation / slice_.count),
+        flops=int(needed * computed_share(run) / slice_.count),
         moved=moved_bytes(run, kinds, sizes),
         collectives=expected_collectives(run, slice_, mesh, sizes),
     )
@@ -142,7 +148,7 @@ class StackSizes(NamedTuple):
     def stacks(self) -> list[tuple[config.Stack, float]]:
         """Config of every stack, and the tokens of it that a chip has at once."""
         run = self.run
-        rows = run.train.batch_size / run.train.microbatches
+        rows = flops.batch_rows(run) / run.train.microbatches
         rows /= self.mesh["data"] * self.mesh["fsdp"] * self.context
         inputs, targets = flops.row_lengths(run.model.batch_layout, run.data.lengths)
         pairs = ((run.model.encoder, inputs), (run.model.decoder, targets))
@@ -220,9 +226,21 @@ def logits_bytes(run: TrainingRun, sizes: StackSizes, mesh: dict[str, int]) -> i
     return int(min(all_logits, token_losses.MAX_LOGIT_BYTES / 4))
 
 
+def compares_models(run: TrainingRun) -> bool:
+    """True if a step computes the log-probabilities of a reference model."""
+    scored = getattr(run.data.task, "reference", None) is not None
+    return run.preferences is not None and run.preferences.has_reference and not scored
+
+
+def computed_share(run: TrainingRun) -> float:
+    """FLOPs of a step over those that its model needs: what is recomputed, and a reference."""
+    passes = 3 if run.lora is None else 2
+    return (passes + (run.train.remat == "full") + compares_models(run)) / passes
+
+
 def moved_bytes(run: TrainingRun, kinds: dict[str, int], sizes: StackSizes) -> int:
-    """Bytes of HBM read and written: weights three times for each microbatch, the update once,
-    activations in both directions.
+    """Bytes of HBM read and written: weights three times for each microbatch, those of a reference
+    once, the update once, activations in both directions.
 
     Args:
       run: config of the run.
@@ -236,7 +254,9 @@ def moved_bytes(run: TrainingRun, kinds: dict[str, int], sizes: StackSizes) -> i
         for stack, tokens in sizes.stacks()
     )
     update = 3 * kinds["parameters"] + 2 * kinds["optimizer state"] + 2 * kinds["gradients"]
-    return int(microbatches * sizes.itemsize * (3 * weights + 6 * passes) + update)
+    reads = 3 + compares_models(run)
+    step = microbatches * sizes.itemsize * reads * (weights + 2 * passes) + update
+    return int(step * (1 if run.grpo is None else run.grpo.updates))
 
 
 def expected_collectives(run: TrainingRun, slice_: Slice, mesh: dict[str, int], sizes: StackSizes):

@@ -130,7 +130,7 @@ def compile_program(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, s
 
 
 def fitting_memory(step: steps.Step, chip: chips.Chip, analysis) -> Memory:
-    """Memory of a program that fits.
+    """Memory of a program that fits by itself.
 
     Args:
       step: the traced step.
@@ -142,7 +142,8 @@ def fitting_memory(step: steps.Step, chip: chips.Chip, analysis) -> Memory:
         "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         "generated code": analysis.generated_code_size_in_bytes,
     }
-    return Memory(kinds, analysis.peak_memory_in_bytes, chip.memory)
+    peak = analysis.peak_memory_in_bytes + step.resident
+    return Memory(kinds, peak, chip.memory, max(0, peak - chip.memory))
 
 
 def exceeded_memory(step: steps.Step, chip: chips.Chip, message: str) -> Memory:
@@ -159,6 +160,7 @@ def exceeded_memory(step: steps.Step, chip: chips.Chip, message: str) -> Memory:
     if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
         raise jax.errors.JaxRuntimeError(message)
     needed, available = amounts(message, chip)
+    needed += step.resident
     return Memory(step.kinds, needed, available, max(1, needed - available), message)
 
 

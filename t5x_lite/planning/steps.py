@@ -10,12 +10,15 @@ from jax.sharding import NamedSharding
 
 from t5x_lite import config, decoding, model, sharding
 from t5x_lite.checkpoints import train_state
-from t5x_lite.config.training_run import require_training
+from t5x_lite.config.training_run import TrainingRun, require_training
 from t5x_lite.decoding import sampling, target
 from t5x_lite.planning import aot
 from t5x_lite.training import frozen_base, setup
-from t5x_lite.training.flops import row_lengths, run_flops
+from t5x_lite.training.flops import batch_rows, row_lengths, run_flops
 from t5x_lite.utils.not_none import not_none
+
+# Kind of memory.
+REFERENCE = "reference weights"
 
 
 class Decoding(NamedTuple):
@@ -34,12 +37,14 @@ class Step(NamedTuple):
       kinds: bytes that one chip holds of each kind of argument.
       tokens: of one run, all chips together.
       model_flops: FLOPs that the model needs for one run, all chips together.
+      resident: bytes that one chip holds beside the program's arguments, for another program.
     """
 
     trace: Any
     kinds: dict[str, int]
     tokens: int
     model_flops: int
+    resident: int = 0
 
 
 def training(run: config.Run, devices: list) -> Step:
@@ -54,23 +59,25 @@ def training(run: config.Run, devices: list) -> Step:
     setup.check_batch(run.train)
     setup.check_lengths(run, sharding.context_size())
     shapes = aot.abstract_state(run)
+    frozen = base_bytes(run)
     kinds = {
         "parameters": train_state.bytes_per_device(shapes.params),
-        **base_bytes(run),
+        **frozen,
         "optimizer state": train_state.bytes_per_device(shapes.optimizer),
         "batch": train_state.bytes_per_device(aot.abstract_batch(run)),
     }
-    rows, lengths = run.train.batch_size, run.data.lengths
-    tokens = rows * sum(row_lengths(run.model.batch_layout, lengths))
-    flops = run_flops(run)
-    return Step(aot.trace_step(run, devices), kinds, tokens, flops)
+    tokens = batch_rows(run) * sum(row_lengths(run.model.batch_layout, run.data.lengths))
+    # Samples are scored by a program of their own.
+    resident = 0 if run.grpo is None else frozen.get(REFERENCE, 0)
+    return Step(aot.trace_step(run, devices), kinds, tokens, run_flops(run), resident)
 
 
-def base_bytes(run: config.Run) -> dict[str, int]:
-    """Bytes of frozen weights on a chip, for a run with adapters; {} for any other."""
-    if run.lora is None:
-        return {}
-    return {"frozen weights": train_state.bytes_per_device(frozen_base.base_shapes(run))}
+def base_bytes(run: TrainingRun) -> dict[str, int]:
+    """Bytes of frozen weights on a chip: those under adapters, and a reference model's."""
+    trees = {"frozen weights": frozen_base.base_shapes(run), REFERENCE: aot.reference_shapes(run)}
+    return {
+        name: train_state.bytes_per_device(tree) for name, tree in trees.items() if tree is not None
+    }
 
 
 def decode(run: config.Run, devices: list, size: Decoding) -> Step:

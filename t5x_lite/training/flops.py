@@ -77,10 +77,14 @@ def run_flops(run: TrainingRun) -> int:
     return whole if run.lora is None else 2 * whole // 3
 
 
+def batch_rows(run: TrainingRun) -> int:
+    """Rows of a step's batch: samples of rewards are one in a row."""
+    return run.train.batch_size * (1 if run.grpo is None else run.grpo.samples)
+
+
 def step_rows(run: TrainingRun) -> int:
     """Rows that a step trains on, each as often as it does; sampling and references not counted."""
-    times = 1 if run.grpo is None else run.grpo.samples * run.grpo.updates
-    return run.train.batch_size * times
+    return batch_rows(run) * (1 if run.grpo is None else run.grpo.updates)
 
 
 def run_formula(run: TrainingRun) -> str:

@@ -32,6 +32,16 @@ class ReferenceModel(NamedTuple):
         except ValueError as error:
             raise ValueError(f"{self.field}: {error}") from error
 
+    def shapes(self) -> Any:
+        """Shapes and placements of `params`."""
+        mesh = jax.sharding.get_mesh()
+
+        def narrow(leaf: Any) -> jax.ShapeDtypeStruct:
+            placement = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
+            return jax.ShapeDtypeStruct(leaf.shape, self.model.dtype, sharding=placement)
+
+        return jax.tree.map(narrow, model.shapes(self.model))
+
     def params(self) -> Any:
         """The weights on the mesh in force, in the dtype of computation.
 

@@ -15,12 +15,6 @@ FILE = "--gin_file=configs/runs/pretrain.gin"
 TAUGHT = "--gin.config.Run.distillation=@config.Distillation()"
 TEACHER = "--gin.config.Distillation.teacher=./some/folder"
 PREFIX = "--gin.config.Data.objective=@config.PrefixLM()"
-REWARDED = [
-    "--gin.config.Run.grpo=@config.Grpo()",
-    "--gin.config.Grpo.reward=per",
-    "--gin.config.Grpo.kl_weight=0.0",
-    "--gin.config.Data.objective=None",
-]
 SMALL = ["--gin.config.Stack.layers=2", "--gin.BATCH_SIZE=64"]
 
 
@@ -42,7 +36,6 @@ SMALL = ["--gin.config.Stack.layers=2", "--gin.BATCH_SIZE=64"]
         (["--chips=h100x8", "--gin.config.Stack.layrs=3"], "layrs"),
         (["--chips=h100x8", "--gin_file=none.gin"], "No config file none.gin"),
         (["--chips=h100x8", PREFIX, TAUGHT, TEACHER], "knows of no teacher"),
-        (["--chips=h100x8", *REWARDED], "knows of no reference and no samples"),
         (["--chips=h100x8", "stray"], "unknown argument 'stray'"),
         (["--chips=h100x8", "--gin.BATCH_SIZE=12"], "cannot be split over 8"),
     ],

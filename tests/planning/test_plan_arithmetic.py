@@ -13,10 +13,10 @@ import pytest
 from t5x_lite import config, model, sharding
 from t5x_lite.checkpoints import train_state
 from t5x_lite.config import gin_file
-from t5x_lite.planning import aot, arithmetic, chips, report, searching
+from t5x_lite.planning import aot, arithmetic, chips, report, searching, steps
 from t5x_lite.planning.collectives import Collective
 from t5x_lite.planning.figures import Figures, Memory, estimate
-from t5x_lite.training import optimizer, schedules
+from t5x_lite.training import optimizer, rollouts, schedules
 
 SMALL = ["config.Stack.layers=2", "config.Stack.embed=64", "config.Stack.heads=8"]
 SMALL += ["config.Stack.head_dim=8", "config.Stack.mlp=128", "config.Model.vocab=256"]
@@ -115,6 +115,45 @@ def test_more_kept_is_more_memory_and_microbatches_are_less():
     assert by_remat == sorted(by_remat, reverse=True)
     by_micro = [kept(f"config.Train.microbatches={each}")["activations"] for each in (1, 2, 4)]
     assert by_micro == sorted(by_micro, reverse=True)
+
+
+PREFERRED = ["config.Run.preferences=@config.Preferences()", "config.Data.objective=None"]
+PREFERRED += ["MIXTURE_OR_TASK_NAME=@config.Files()", 'config.Files.name="pairs"']
+PREFERRED += ['config.Files.train="pairs.jsonl"', 'config.Files.rejected="rejected"']
+PREFERRED += ["config.Files.vocabulary=@config.Vocabulary()", 'config.Vocabulary.kind="bytes"']
+REWARDED = ["config.Run.grpo=@config.Grpo()", 'config.Grpo.reward="per"', "config.Grpo.samples=4"]
+REWARDED += ["config.Data.objective=None"]
+STARTED = ['INITIAL_CHECKPOINT_PATH="runs/before"']
+FLOAT32 = ['config.Model.dtype="float32"', "config.Model.dropout=0.0"]
+
+
+@pytest.mark.parametrize(
+    "bindings, rows, passes",
+    [
+        pytest.param([*PREFERRED, *STARTED], 64, 4, id="pairs"),
+        pytest.param([*PREFERRED, 'config.Preferences.loss="simpo"'], 64, 3, id="no reference"),
+        pytest.param([*REWARDED, *STARTED, "config.Grpo.updates=2"], 256, 3, id="rewards"),
+    ],
+)
+def test_a_plan_of_preferences_has_their_reference_and_all_samples(bindings, rows, passes):
+    run = run_of(*bindings, *FLOAT32, 'config.Train.remat="none"')
+    shapes = arithmetic.step_shapes(run)
+    figures = arithmetic.figures(run, chips.parse_chips("h100x8"), shapes)
+    kinds = figures.memory.kinds
+    compared = "simpo" not in str(run.preferences)
+    assert kinds.get("reference weights") == (kinds["parameters"] if compared else None)
+    assert figures.tokens == rows * (512 + 114)
+    assert figures.flops * 8 == pytest.approx(figures.model_flops * passes / 3, rel=1e-6)
+    step = steps.training(run, jax.devices()[:8])
+    assert step.kinds.get("reference weights") == kinds.get("reference weights")
+    # The program of a step does not read the reference that scores its samples before.
+    assert step.resident == (0 if run.grpo is None else kinds["reference weights"])
+    if run.grpo is not None:
+        drawn = rollouts.Sampler(run, (None, None)).empty_batch()
+        planned = aot.abstract_batch(run)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), planned
+        )
 
 
 def test_flops_of_all_chips_are_the_models():
