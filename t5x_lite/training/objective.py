@@ -28,7 +28,7 @@ from t5x_lite.training.losses import (
 from t5x_lite.training.losses.distillation import DistillationTerms
 from t5x_lite.training.optimizer.param_groups import Selection
 from t5x_lite.training.preference_sums import preference_sums, sample_sums
-from t5x_lite.training.step_values import LossSums, StepContext
+from t5x_lite.training.step_values import LossSums, StepContext, count_unpadded_tokens
 from t5x_lite.training.token_losses import (
     split_along_rows,
     token_losses,
@@ -157,7 +157,7 @@ def pair_sums(
         loss=loss,
         correct=jnp.sum(losses.correct * weights),
         weights=jnp.sum(weights),
-        tokens=readout.count_unpadded_tokens(batch),
+        tokens=count_unpadded_tokens(batch),
     )
 
 
@@ -197,7 +197,7 @@ def token_sums(
         loss=jnp.sum(losses.nll * weights),
         correct=jnp.sum(losses.correct * weights),
         weights=jnp.sum(weights),
-        tokens=readout.count_unpadded_tokens(batch),
+        tokens=count_unpadded_tokens(batch),
     )
     if terms is not None:
         teaching = terms(logits)

@@ -8,8 +8,8 @@ from t5x_lite import sharding
 from t5x_lite.batch import Batch, PairReference, SampleData
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training.losses import policy, preferences
-from t5x_lite.training.step_values import LossSums, StepContext
-from t5x_lite.training.token_losses import count_unpadded_tokens, split_along_rows, text_losses
+from t5x_lite.training.step_values import LossSums, StepContext, count_unpadded_tokens
+from t5x_lite.training.token_losses import split_along_rows, text_losses
 from t5x_lite.utils.not_none import not_none
 
 

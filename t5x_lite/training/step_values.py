@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values of one training step besides state and batch: context, sums of losses, metrics."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from t5x_lite.batch import Batch
 
 
 class LossSums(NamedTuple):
@@ -70,3 +74,11 @@ class StepMetrics(NamedTuple):
     skipped: jax.Array
     consecutive: jax.Array
     squares: Any
+
+
+def count_unpadded_tokens(batch: Batch) -> jax.Array:
+    """Number of positions of a batch that are not padding, inputs, targets and negatives."""
+    segments = (batch.target_segments, batch.input_segments, batch.negative_segments)
+    return functools.reduce(
+        jnp.add, (jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
+    )

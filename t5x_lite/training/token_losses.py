@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
@@ -52,14 +51,6 @@ def use_chunked_loss(run: TrainingRun, batch: Batch) -> bool:
     fused = kernels.has_kernels(kernels.select_backend(run.model.attention))
     fused = fused and not run.model.logits_bias
     return fused or logit_bytes > MAX_LOGIT_BYTES
-
-
-def count_unpadded_tokens(batch: Batch) -> jax.Array:
-    """Number of positions of a batch that are not padding, inputs, targets and negatives."""
-    segments = (batch.target_segments, batch.input_segments, batch.negative_segments)
-    return functools.reduce(
-        jnp.add, (jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
-    )
 
 
 def text_losses(transformer, run: TrainingRun, params, batch: Batch) -> kernels.TokenLosses:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of `Model.readout`: cross entropy, binary cross entropy, squared error."""
 
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.model.readout import TargetLosses, target_losses
 from t5x_lite.sharding import spec
 from t5x_lite.training.losses import cross_entropy
-from t5x_lite.training.step_values import LossSums
+from t5x_lite.training.step_values import LossSums, count_unpadded_tokens
 from t5x_lite.utils.not_none import not_none
 
 
@@ -47,12 +46,4 @@ def readout_sums(
         correct=correct,
         weights=jnp.sum(weights),
         tokens=count_unpadded_tokens(batch),
-    )
-
-
-def count_unpadded_tokens(batch: Batch) -> jax.Array:
-    """Number of positions of a batch that are not padding, inputs, targets and negatives."""
-    segments = (batch.target_segments, batch.input_segments, batch.negative_segments)
-    return functools.reduce(
-        jnp.add, (jnp.sum((part > 0).astype(jnp.int32)) for part in segments if part is not None)
     )
