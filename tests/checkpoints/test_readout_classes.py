@@ -10,6 +10,7 @@ import pytest
 from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch
 from t5x_lite.checkpoints import weights
+from t5x_lite.checkpoints.formats.huggingface import readouts
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.outputs import (
     CheckpointContents,
@@ -136,3 +137,19 @@ def test_a_readout_that_transformers_lacks_is_refused_by_its_field(tmp_path):
     with pytest.raises(ValueError, match="needs Readout.dense = True, Readout.pooling = 'last'"):
         output = make_output(CheckpointContents(run, None), tmp_path, OutputSettings("huggingface"))
         output.files(set())
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"id2label": {"0": "no", "2": "yes"}}, "does not name outputs 0, 1, 2"),
+        ({"id2label": {"zero": "no"}}, "does not name outputs 0, 1, 2"),
+        ({"id2label": ["no", "yes"]}, "does not name outputs 0, 1, 2"),
+        ({"problem_type": "ranking"}, "problem_type = 'ranking' with 2 labels is not implemented"),
+        ({"problem_type": "regression"}, "with 2 labels is not implemented"),
+    ],
+)
+def test_a_head_that_cannot_be_read_is_named_by_its_field(fields, words):
+    described = {"architectures": ["T5ForSequenceClassification"], "model_type": "t5"} | fields
+    with pytest.raises(ValueError, match=words):
+        readouts.parse_readout(described)

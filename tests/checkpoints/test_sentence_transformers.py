@@ -2,6 +2,7 @@
 """Laws of sentence-transformers folders: a readout gives the same vectors there and here."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from conversion_toys import T5, Drawn, write_ours
 
 from t5x_lite import config, convert, interactive, sharding
+from t5x_lite.checkpoints.formats.huggingface import sentence_t5
 from t5x_lite.tokenizers import vocabularies
 
 LETTERS = [chr(97 + i) for i in range(26)]
@@ -91,3 +93,26 @@ def test_a_readout_that_sentence_transformers_lacks_is_not_exported(
         )
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        (sentence_t5.PROMPTS_FILE, {"prompts": ["q: "]}, "prompts are not texts by name"),
+        (sentence_t5.PROMPTS_FILE, {"prompts": {"query": 1}}, "prompts are not texts by name"),
+        (
+            sentence_t5.PROMPTS_FILE,
+            {"prompts": {"query": "q: "}, "default_prompt_name": "query"},
+            "default_prompt_name = 'query' is not implemented; name the prompt",
+        ),
+        ("sentence_bert_config", {"max_seq_length": "many"}, "'many' is no length of a text"),
+        ("sentence_bert_config", {"max_seq_length": 0}, "0 is no length of a text in tokens"),
+        ("sentence_bert_config", {"do_lower_case": True}, "do_lower_case = true is not impl"),
+        ("tokenizer_config", {"model_max_length": True}, "tokenizer_config.json: True is no len"),
+    ],
+)
+def test_a_folder_that_cannot_be_followed_is_named_by_its_file(tmp_path, name, content, words):
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    read = sentence_t5.read_prompts if "prompts" in content else sentence_t5.longest_text
+    with pytest.raises(ValueError, match=words):
+        read(tmp_path)

@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 from file_toys import CELLS, GOOD, described, read
 
-from t5x_lite.data import file_formats, files
+from t5x_lite.data import file_formats, files, label_fields
 from t5x_lite.data.corpora import TextExample
+from t5x_lite.data.fields import FieldError
 
 
 def test_parquet_columns_of_one_name_are_refused(tmp_path):
@@ -203,3 +204,27 @@ def test_a_template_applies_to_every_right_answer(tmp_path):
         read(described(tmp_path / "b.jsonl", inputs=None, targets="q", labels=("a",)))
     with pytest.raises(ValueError, match="field 'n' is float, not text"):
         read(described(tmp_path / "b.jsonl", inputs=None, targets="n", numbers=True))
+
+
+@pytest.mark.parametrize(
+    "kind, value, words",
+    [
+        ("classes", 2.5, "is 2.5, no label: a label is a text or an integer"),
+        ("classes", "", "is '', no label"),
+        ("classes", 3, "is 3, and there are 2 names of labels"),
+        ("classes", "\ud800", "is "),
+        ("labels", 7, "is int, no list of labels"),
+        ("labels", "[1, 2", r"is '\[1, 2', no JSON list"),
+        ("number", True, "is bool, no number"),
+        ("number", [1], "is list, no number"),
+        ("number", "ten", "'ten' is no number"),
+        ("tags", 3, "is int, no list of spans"),
+        ("tags", [{"start": 0, "end": 3}], "has a span without 'label'"),
+        ("tags", ["O", "B-color"], "has 2 tags, but the inputs are 3 words between single spaces"),
+        ("tags", [[0, 30, "color"]], "the span 0 to 30 is not in the 11 characters"),
+    ],
+    ids=range(13),
+)
+def test_a_field_that_is_no_target_of_a_readout_says_of_which_form_one_is(kind, value, words):
+    with pytest.raises(FieldError, match=words):
+        label_fields.write_target(kind, value, ("no", "yes"), "the red cat")

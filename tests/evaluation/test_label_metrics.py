@@ -104,6 +104,9 @@ def test_a_metric_that_is_not_defined_has_a_reason():
             values, failures = label_metrics.measure_labels(["pearson", "spearman"], constant)
             assert values == {}
             assert all("the same number" in failures[name] for name in ("pearson", "spearman"))
+    alike = TWO._replace(references=np.ones(60, int))
+    values, failures = label_metrics.measure_labels(["auc"], alike)
+    assert values == {} and "the ROC curve is not defined" in failures["auc"]
     with pytest.raises(ValueError, match="There is no metric 'f1' for a readout of kind classes"):
         label_metrics.check_label_metrics(["f1"], config.Readout("classes", labels=("a", "b")))
 

@@ -12,7 +12,8 @@ from conversion_toys import Drawn, write_ours
 
 from t5x_lite import config, convert, decoding, model, sharding
 from t5x_lite.checkpoints.opening import open_checkpoint
-from t5x_lite.checkpoints.weight_paths import flatten_tree
+from t5x_lite.checkpoints.weight_paths import flatten_tree, nest_tree
+from t5x_lite.model import adapters
 from t5x_lite.tokenizers import vocabularies
 
 PATTERNS = {
@@ -83,6 +84,38 @@ def test_outputs_are_those_of_copies_and_gradients_add_up(name):
             assert np.any(separate[twin])
             added = added + separate[twin]
         np.testing.assert_allclose(actual, added, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_shared_matrix_is_read_by_both_towers():
+    shared, apart = toys("mlp")
+    params, lora = lively(shared), config.Lora(rank=2, alpha=4.0, weights=("*.mlp.*",))
+    axes = flatten_tree(model.axes(shared))
+    described = adapters.adapter_shapes(lora, axes, flatten_tree(model.shapes(shared)))
+    assert described and all(name.startswith("encoder.") for name in described)
+    draw = np.random.default_rng(1)
+    values = {
+        name: jax.device_put(0.3 * draw.normal(size=leaf.shape).astype(np.float32), leaf.sharding)
+        for name, leaf in described.items()
+    }
+    twins = {name.replace("encoder", "decoder"): value for name, value in values.items()}
+
+    def differentiate(cfg, base, low_rank):
+        def total(low_rank):
+            attached = adapters.attach_adapters(base, nest_tree(low_rank), lora)
+            rows = sharding.place_batch(BATCH)
+            logits = model.Transformer(cfg).apply({"params": attached}, rows)
+            return jax.numpy.sum(jax.numpy.sin(logits))
+
+        return jax.jit(jax.value_and_grad(total))(low_rank)
+
+    value, gradient = differentiate(shared, params, values)
+    expected, separate = differentiate(apart, copied(shared, params), values | twins)
+    np.testing.assert_array_equal(value, expected)
+    for name, actual in gradient.items():
+        twin = separate[name.replace("encoder", "decoder")]
+        assert np.any(twin)
+        np.testing.assert_allclose(actual, separate[name] + twin, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -24,10 +24,35 @@ def test_a_number_comes_back_to_one_unit_in_the_last_place(value):
     assert abs(float(back) - value) <= float(np.spacing(np.abs(np.float32(value))))
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "1e39", "ten", ""])
-def test_what_is_no_finite_number_is_refused(text):
-    with pytest.raises(LabelError):
-        LabelVocabulary("number").encode(text)
+REFUSED = {
+    ("number", "ten"): "'ten' is no number",
+    ("number", ""): "'' is no number",
+    ("number", "nan"): "nan is not a finite number of float32",
+    ("number", "1e39"): "1e\\+39 is not a finite number of float32",
+    ("labels", "a, b"): "'a, b' is no JSON list",
+    ("labels", "[" * 100_000): "is no JSON list",
+    ("labels", '{"a": 1}'): "is no JSON list of labels",
+    ("labels", "[1]"): "'\\[1\\]' is no JSON list of labels",
+    ("classes", "yse"): "'yse' is none of Model.readout's labels: .*yes",
+    ("tags", '"color"'): "is no JSON list of spans",
+    ("tags", "[[0, 3]]"): "\\[0, 3\\] is no span \\[begin, end, name\\]",
+    ("tags", '[[0, true, "color"]]'): "is no span",
+    ("tags", '[[0, 8, "color"]]'): "the span 0 to 8 is not in the 7 characters of text",
+    ("tags", '[[3, 3, "color"]]'): "the span 3 to 3 is not in",
+    ("tags", '[[0, 4, "color"], [3, 7, "animal"]]'): "the spans 0 to 4 and 3 to 7 overlap",
+    ("tags", '[[0, 3, "colour"]]'): "'colour' is none of Model.readout's labels: .*color",
+}
+
+
+@pytest.mark.parametrize("kind, text", REFUSED, ids=range(len(REFUSED)))
+def test_what_is_no_target_of_a_readout_is_refused_with_the_reason(kind, text):
+    names = {"tags": TAGS, "classes": ("no", "yes"), "labels": ("a", "b")}.get(kind, ())
+    vocabulary = LabelVocabulary(kind, names)
+    with pytest.raises(LabelError, match=REFUSED[kind, text]):
+        if kind == "tags":
+            vocabulary.encode_tags("red cat", text, vocabularies.ByteVocabulary())
+        else:
+            vocabulary.encode(text)
 
 
 def test_labels_are_flags_in_their_order_and_come_back():

@@ -2,19 +2,23 @@
 """Laws of training readouts: losses equal float64 ones, runs with all weights and with adapters are
 whole folders that predict again."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import mark_exhaustive
+from conftest import mark_exhaustive, toy_batch, toy_model
 
-from t5x_lite import config, interactive
+from t5x_lite import config, interactive, model, sharding
+from t5x_lite.batch import Batch
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError
 from t5x_lite.data import derived
 from t5x_lite.model.readout import target_losses
 from t5x_lite.tokenizers import labels
 from t5x_lite.training import loop, setup
+from t5x_lite.training.losses.readout import readout_sums
 
 CONFIG = """
 from __gin__ import dynamic_registration
@@ -89,6 +93,52 @@ def test_losses_equal_those_in_float64(kind):
         log_z = np.log(np.exp(wide).sum(-1))
         expected = log_z - np.take_along_axis(wide, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=2e-6)
+
+
+MESHES = {
+    "one": (config.Mesh(), 1),
+    "data": (config.Mesh(), 8),
+    "fsdp and tensor": (config.Mesh(data=2, fsdp=2, tensor=2), 8),
+}
+# Three labels, which no axis of a mesh divides.
+SPLIT = {
+    "classes": config.Readout("classes", "attention", ("a", "b", "c"), dense=True),
+    "tags": config.Readout("tags", labels=("O", "B-x", "I-x")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SPLIT)
+def test_every_mesh_gives_the_loss_and_gradient_of_one_device(kind):
+    cfg = toy_model("encoder_decoder" if kind == "classes" else "encoder_only", layers=1)
+    cfg = dataclasses.replace(cfg, readout=SPLIT[kind])
+    run = types.SimpleNamespace(model=cfg, train=config.Train(4, 8, label_smoothing=0.1))
+    packed = toy_batch("encoder_decoder", length=12)
+    # A target for each text of a row, or for each of its tokens.
+    wanted = packed.input_segments if kind == "tags" else np.tile(np.int32([1, 2, 0]), (8, 1))
+    targets = np.arange(wanted.size, dtype=np.int32).reshape(wanted.shape) % 3
+    weights = (wanted > 0).astype(np.float32)
+    read = (packed.inputs, packed.input_segments, packed.input_positions)
+    batch = Batch(targets, wanted, np.zeros_like(wanted), weights, *read)
+    results, params = {}, None
+    for name, (mesh, devices) in MESHES.items():
+        sharding.use_mesh(mesh, jax.devices()[:devices])
+        params = params or jax.device_get(model.initialize(cfg, jax.random.key(0)))
+        placed = jax.tree.map(
+            lambda x, shape: jax.device_put(x, shape.sharding), params, model.shapes(cfg)
+        )
+
+        def loss_of(params, batch):
+            sums = readout_sums(model.Transformer(cfg), run, params, batch, None)
+            return sums.objective / sums.weights, sums
+
+        differentiated = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+        results[name] = jax.device_get(differentiated(placed, sharding.place_batch(batch)))
+    expected = jax.tree.leaves(results["one"])
+    assert np.abs(results["one"][1]["readout"]["out"]).max() > 1e-3
+    for name, result in results.items():
+        for leaf, value in zip(jax.tree.leaves(result), expected, strict=True):
+            np.testing.assert_allclose(leaf, value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
