@@ -173,9 +173,11 @@ def check_options(args: argparse.Namespace) -> None:
 
 def check_readout(args: argparse.Namespace, session: Any) -> None:
     """Raises ValueError for options that are about text if the model writes labels."""
-    if session.predictor.cfg.readout is None:
+    readout = session.predictor.cfg.readout
+    if readout is None:
         return
-    bound = [name for name in ("targets", "pairs", "verify", "draw") if getattr(args, name)]
+    of_text = ("pairs", "verify", "draw", *(() if readout.matching else ("targets",)))
+    bound = [name for name in of_text if getattr(args, name)]
     bound += list(options.decode_fields(args))
     config.require(
         not bound,
@@ -255,7 +257,14 @@ class PredictionWriter:
             known = ", ".join(name for name in self.sessions if name is not None)
             return f"adapter {named!r:.80} is none of --adapter: {known}"
         target = record.fields[self.args.targets] if self.args.targets else None
-        reads = self.args.embed or self.session.predictor.cfg.readout is not None
+        readout = self.session.predictor.cfg.readout
+        if target is not None and readout is not None:
+            from t5x_lite.evaluation import embed
+
+            return embed.describe_pair_trouble(
+                self.session.predictor, not_none(record.text), target
+            )
+        reads = self.args.embed or readout is not None
         new_tokens = 1 if reads else self.session.decode.max_new_tokens
         return self.session.predictor.describe_trouble(not_none(record.text), new_tokens, target)
 

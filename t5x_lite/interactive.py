@@ -159,15 +159,13 @@ class Session:
         return search.search_lattice(self.predictor, text, self.settings(options), merged)
 
     def extract(self, input: str, text: str, longest: int = 8) -> Any:
-        """Finds the spans of a text that are the most probable outputs for an input, exactly.
+        """Scores the spans of a text as outputs for an input, exactly; returns
+        `evaluation.extraction.Span` of every one, the most probable first.
 
         Args:
           input: input of the model.
           text: the text.
           longest: most tokens of a span.
-
-        Returns:
-          `evaluation.extraction.Span` of every span, the most probable one first.
         """
         from t5x_lite.evaluation import extraction
 
@@ -222,10 +220,12 @@ class Session:
         return chat.render_chat(template, messages, add_generation_prompt=True, **tokens)
 
     def score(self, inputs: str | Sequence[str], targets: str | Sequence[str]) -> Any:
-        """Log-probability in nats of each target given its input; a float for a single pair."""
+        """Log-probability in nats of each target given its input, or that both belong together
+        (Readout.matching); a float for a single pair."""
+        from t5x_lite.evaluation import embed
+
         pairs = list_pairs("score", inputs, targets)
-        scorer = self.predictor.for_compute(self.decode.compute)
-        scores = [total for total, _ in scorer.score(*pairs)]
+        scores = embed.score_pairs(self.predictor.for_compute(self.decode.compute), *pairs)
         return scores[0] if isinstance(inputs, str) else scores
 
     def choose(self, inputs: Any, choices: Any, normalize: str = "none", prior: str = "") -> Any:

@@ -52,16 +52,26 @@ def match_logits(
 ) -> Float[Array, "b 2"]:
     """Logits of "apart" and "together" for pairs of texts, float32.
 
-    The row of both is pooled as the vectors are (Readout.pooling); `Readout.matching` has the
-    weights of the classifier.
-
     Args:
       transformer: a bound `Transformer`.
       first: texts, such as queries.
       second: as many texts, such as documents.
       key: dropout key; None for no dropout.
     """
-    rows = join_texts(first, second)
+    return match_rows(transformer, join_texts(first, second), key)
+
+
+def match_rows(transformer, rows: TextRows, key: jax.Array | None = None) -> Float[Array, "b 2"]:
+    """Logits of "apart" and "together" for rows of two texts each, float32.
+
+    A row is pooled as the vectors are (Readout.pooling); `Readout.matching` has the weights of the
+    classifier.
+
+    Args:
+      transformer: a bound `Transformer`.
+      rows: the second text of each row follows its first.
+      key: dropout key; None for no dropout.
+    """
     state_key, head_key = split(key, 2)
     states = transformer.input_states(*rows, state_key)
     segments: Int[Array, "b j"] = on_rows(rows.segments)

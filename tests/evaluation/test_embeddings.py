@@ -2,6 +2,7 @@
 """Laws of text embeddings: what pools them, that company and padding change nothing, files."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -16,6 +17,7 @@ from t5x_lite.checkpoints import manager
 from t5x_lite.config import gin_file
 from t5x_lite.data import save_pair
 from t5x_lite.evaluation import embed, predict
+from t5x_lite.model import matching
 from t5x_lite.tokenizers import vocabularies
 
 TEXTS = ["a", "hello", "hello there", "b" * 20, "é", "zz top", "one more", "", "c d e f g"]
@@ -66,6 +68,32 @@ def test_company_and_padding_change_nothing(mesh, name, kind):
     alone = embed.embed(predictor, TEXTS, kind)
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert len(np.unique(together.round(4), axis=0)) == len(TEXTS)
+
+
+MATCHING = config.Readout("vector", "mean", matching=True, max_length=8)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_the_score_of_a_pair_is_the_classifiers_of_both_texts_in_one_row(mesh, name):
+    cfg = dataclasses.replace(MODELS[name], readout=MATCHING)
+    params = params_of(cfg)
+    session = interactive.Session(predictor_of(cfg, params), config.Decode())
+    firsts, seconds = ["a", "hello there", "zz"], ["hello", "é", "a b c d e f g h i"]
+    scores = session.score(firsts, seconds)
+    assert session.score(firsts[1], seconds[1]) == pytest.approx(scores[1], abs=1e-5)
+    vocabulary = vocabularies.SymbolVocabulary(LETTERS)
+
+    def rows(texts):
+        # Cut to Readout.max_length, its end kept, as before a vector; after a decoder's start.
+        start = [] if cfg.encoder else [cfg.decoder_start_token_id]
+        ids = [[*start, *vocabulary.encode(text)[:7], 1] for text in texts]
+        padded = np.array([[*row, *[0] * (9 - len(row))] for row in ids])
+        segments = (np.arange(9) < [[len(row)] for row in ids]).astype(np.int32)
+        return matching.TextRows(padded, segments, np.arange(9) * segments)
+
+    apply = functools.partial(model.Transformer(cfg).apply, {"params": params})
+    logits = apply(rows(firsts), rows(seconds), method=matching.match_logits)
+    np.testing.assert_allclose(scores, jax.nn.log_softmax(logits)[:, 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["t5", "encoder"])
@@ -132,20 +160,24 @@ def test_texts_that_cannot_be_read_are_errors(mesh):
         embed.embed(predictor_of(MODELS["learned"]), ["a", 70 * "a"])
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A run folder of an encoder alone; random weights stand in for its checkpoint."""
-    cfg = MODELS["encoder"]
+def write_folder(folder, monkeypatch, cfg):
+    """Makes a run folder of a model; random weights stand in for its checkpoint."""
     lengths = {"inputs": 32, "targets": 32}
     run = config.Run(
-        model_dir=str(tmp_path), model=cfg, data=config.Data(task="cmudict_g2p", lengths=lengths)
+        model_dir=str(folder), model=cfg, data=config.Data(task="cmudict_g2p", lengths=lengths)
     )
-    (tmp_path / "config.gin").write_text(gin_file.to_text(run))
-    save_pair(tmp_path / "vocabulary", *(vocabularies.SymbolVocabulary(LETTERS),) * 2)
+    (folder / "config.gin").write_text(gin_file.to_text(run))
+    save_pair(folder / "vocabulary", *(vocabularies.SymbolVocabulary(LETTERS),) * 2)
     sharding.use_mesh(config.Mesh())
     params = params_of(cfg)
-    (tmp_path / manager.FOLDER / "3").mkdir(parents=True)
+    (folder / manager.FOLDER / "3").mkdir(parents=True)
     monkeypatch.setattr(manager, "load_params", lambda *_, **__: (params, 3))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A run folder of an encoder alone."""
+    write_folder(tmp_path, monkeypatch, MODELS["encoder"])
     return tmp_path
 
 
@@ -166,3 +198,26 @@ def test_vectors_are_no_text(folder, capsys):
     with pytest.raises(SystemExit):
         infer_command.main([f"--checkpoint={folder}", "--embed=mean", "--text"])
     assert "--embed writes vectors as JSON" in capsys.readouterr().err
+
+
+def test_infer_scores_pairs_and_names_those_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    readout = dataclasses.replace(MATCHING, max_length=None)
+    write_folder(tmp_path, monkeypatch, dataclasses.replace(MODELS["learned"], readout=readout))
+    pairs = [("hello", "zz"), ("a" * 40, "b" * 40), ("a", 7), ("a" * 70, "b")]
+    lines = [json.dumps({"input": first, "target": second}) for first, second in pairs]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(lines))
+    flags = [f"--checkpoint={tmp_path}", f"--input={source}", f"--output={out}", "--targets=target"]
+    infer_command.main(flags)
+    scored, *troubled = [json.loads(line) for line in out.read_text().splitlines()]
+    wanted = interactive.load(tmp_path).score("hello", "zz")
+    assert scored["log_probability"] == pytest.approx(wanted, abs=1e-4) and wanted < 0
+    assert troubled[0]["error"] == "takes 84 positions, but the model has 64 (Stack.max_length)"
+    assert "target" in troubled[1]["error"] and troubled[2]["error"].startswith(
+        "takes 72 positions"
+    )
+    with pytest.raises(ValueError, match="Pair 0 takes 84 positions"):
+        interactive.load(tmp_path).score(*pairs[1])
+    with pytest.raises(SystemExit):
+        infer_command.main([*flags, "--pairs"])
+    assert "--pairs" in capsys.readouterr().err
