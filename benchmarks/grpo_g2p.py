@@ -6,7 +6,7 @@ same test words greedily before and after. Intervals are of the bootstrap over w
 a change resample the same words on both sides.
 
   python benchmarks/grpo_g2p.py --work FOLDER [--run g2p] [--seeds N] [--steps N] [--quick]
-      [--json FILE]
+      [--bind NAME=VALUE ...] [--json FILE]
 
 Runs are kept in FOLDER: the same command goes on until all are done.
 """
@@ -99,7 +99,7 @@ def describe_rates(
 
 
 def train_seed(options: argparse.Namespace, seed: int) -> Path:
-    """Trains the run of a seed, unless it is there; returns its folder."""
+    """Trains the run of a seed, unless it is there, and returns its folder."""
     folder = Path(options.work) / f"seed{seed}"
     bindings = [
         f"INITIAL_CHECKPOINT_PATH={options.run}",
@@ -109,6 +109,7 @@ def train_seed(options: argparse.Namespace, seed: int) -> Path:
         "config.Checkpoint.metric=None",
         "config.Evaluate.batches=0",
         "config.Evaluate.examples=0",
+        *options.bind,
     ]
     training_runs.finish(folder, [CONFIG], bindings)
     return folder
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--words", type=int, default=10**6, help="test words at most")
+    parser.add_argument("--bind", nargs="+", default=[], help="more bindings of the runs")
     parser.add_argument("--quick", action="store_true", help="1 seed, 20 steps, 500 words")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
@@ -162,7 +164,7 @@ def main() -> None:
     for seed in range(options.seeds):
         folder = train_seed(options, seed)
         errors = decode_words(str(folder), inputs, references)
-        system = f"GRPO, {options.steps} steps, seed {seed}"
+        system = ", ".join(["GRPO", f"{options.steps} steps", *options.bind, f"seed {seed}"])
         rows += describe_rates(case, system, errors, before)
         rows += describe_training("cmudict_g2p train", system, folder)
         if options.json:

@@ -39,7 +39,7 @@ def abstract_batch(run: TrainingRun) -> Batch:
 
 
 def reference_data(run: TrainingRun, scores: Any) -> PairReference | SampleData | None:
-    """What is known of the texts of a batch before its step; None for a run that needs nothing.
+    """Shapes of what is computed of the texts before a step; None where nothing is.
 
     Args:
       run: config of the run.
@@ -52,8 +52,8 @@ def reference_data(run: TrainingRun, scores: Any) -> PairReference | SampleData 
 
 def reference_shapes(run: TrainingRun) -> Any:
     """Shapes of a reference model's weights; None without one of its own."""
-    found = reference.find_reference(run)
-    return None if found is None else found.shapes()
+    compared = reference.find_reference(run)
+    return None if compared is None else compared.shapes()
 
 
 def abstract_state(run: TrainingRun) -> train_state.TrainState:

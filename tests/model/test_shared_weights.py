@@ -100,10 +100,11 @@ def test_an_adapter_of_a_shared_matrix_is_read_by_both_towers():
     }
     twins = {name.replace("encoder", "decoder"): value for name, value in values.items()}
 
+    rows = sharding.place_batch(BATCH)
+
     def differentiate(cfg, base, low_rank):
         def total(low_rank):
             attached = adapters.attach_adapters(base, nest_tree(low_rank), lora)
-            rows = sharding.place_batch(BATCH)
             logits = model.Transformer(cfg).apply({"params": attached}, rows)
             return jax.numpy.sum(jax.numpy.sin(logits))
 

@@ -127,6 +127,7 @@ STARTED = ['INITIAL_CHECKPOINT_PATH="runs/before"']
 FLOAT32 = ['config.Model.dtype="float32"', "config.Model.dropout=0.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bindings, rows, passes",
     [
