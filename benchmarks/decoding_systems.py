@@ -57,6 +57,7 @@ BART_BASE = {
     "pad_token_id": 1,
     "eos_token_id": 2,
     "forced_eos_token_id": None,
+    "normalize_before": False,  # CTranslate2 reads it
 }
 # The base models of OPUS-MT.
 MARIAN_BASE = {
