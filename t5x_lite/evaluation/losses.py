@@ -40,7 +40,7 @@ class TargetSums(NamedTuple):
 
 
 class TargetOutcomes(NamedTuple):
-    """What a model makes of every target, those that do not count included.
+    """Outcomes of every target under a model, those that do not count included.
 
     Attributes:
       nats: [b t] cross entropy.

@@ -37,7 +37,7 @@ def draw_positions(
 
 
 class Chunks(NamedTuple):
-    """What an encoder reads in place of whole texts.
+    """Parts of texts, which an encoder reads in place of whole ones.
 
     Attributes:
       segments: [b s] segment ids, another one for each chunk.
