@@ -74,7 +74,9 @@ def read_steps(process: subprocess.Popen) -> list[list[float]]:
     return [[float(word) for word in line[1:]] for line in lines]
 
 
+# test_processes trains so by the command; microbatches on several hosts are here alone.
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_hosts_train_as_one():
     with socket.socket() as free:
         free.bind(("localhost", 0))
