@@ -117,7 +117,13 @@ def with_neighbors(x: jax.Array, axis: int, span: int) -> jax.Array:
 
 
 def make_blocks(x: jax.Array, axis: int, span: int) -> jax.Array:
-    """Returns x [b ... t ...] as [b m ... span ...]; parameters are those of `split_rows`."""
+    """Returns x [b ... t ...] as [b m ... span ...].
+
+    Args:
+      x: rows.
+      axis: axis of the positions.
+      span: positions of a block.
+    """
     length = x.shape[axis]
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -length % span)

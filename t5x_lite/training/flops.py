@@ -96,8 +96,8 @@ def self_attention_and_mlp_flops(stack: config.Stack, length: Number) -> Number:
     """Operations of a stack's forward pass over one row, without cross-attention."""
     projections = stack.embed * stack.head_dim * 2 * (stack.heads + stack.key_heads)
     mlp = stack.embed * stack.mlp * (3 if stack.gated else 2)
-    seen = length if stack.chunk is None else min(length, stack.chunk)
-    scores = 2 * stack.heads * stack.head_dim * seen
+    keys = length if stack.chunk is None else min(length, stack.chunk)
+    scores = 2 * stack.heads * stack.head_dim * keys
     return 2 * stack.layers * length * (projections + mlp + scores)
 
 
