@@ -17,7 +17,7 @@ from typing import Any
 
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.hub_errors import HubError, HubUnreachable, hub_errors
-from t5x_lite.utils.hub_names import HubName, parse_source
+from t5x_lite.utils.hub_names import COMMIT, HubName, parse_source
 
 MAIN = "main"
 # How often a part of a file is asked for where connections break.
@@ -185,9 +185,11 @@ def open_cached(name: HubName, reason: str) -> HubRepository:
     entry, commit = cache_entry(name), name.revision
     reference = entry / "refs" / (name.revision or MAIN)
     if not name.is_pinned:
-        commit = reference.read_text().strip() if reference.is_file() else ""
+        content = reference.read_bytes() if reference.is_file() else b""
+        commit = content.decode(errors="replace").strip()
     folder = entry / "snapshots" / str(commit)
-    if not commit or not folder.is_dir():
+    # A damaged reference may be any bytes, a name that leads out of the folder too.
+    if not COMMIT.fullmatch(str(commit)) or not folder.is_dir():
         raise HubUnreachable(
             f"There is no {name} here or in the cache {entry.parent}, and {reason}: load it once "
             "with a connection, or name a folder that has it"

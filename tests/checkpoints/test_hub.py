@@ -357,3 +357,15 @@ def test_an_output_belongs_to_a_commit(served, folders, tmp_path):
     served.add(NAME, read_contents(folders / "hf") | {"new.txt": b""})
     with pytest.raises(SystemExit):
         infer.main([f"--checkpoint={NAME}", *words])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"..", b"a\0b", 9999 * b"a"])
+def test_a_damaged_reference_of_the_cache_is_none(content, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name = hub_names.HubName("owner/name")
+    reference = hub.cache_entry(name) / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_bytes(content)
+    (hub.cache_entry(name) / "snapshots").mkdir()
+    with pytest.raises(hub.HubError, match="There is no owner/name here or in the cache"):
+        hub.open_cached(name, "the hub is not asked")
