@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
@@ -22,7 +21,7 @@ from t5x_lite.decoding.request import (
 )
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.model.computation import with_dtype_of
-from t5x_lite.model.matching import TextRows, match_rows
+from t5x_lite.model.matching import make_rows, match_rows
 from t5x_lite.tokenizers.vocabularies import end_ids
 from t5x_lite.utils.not_none import not_none
 
@@ -151,13 +150,9 @@ def pooled_vectors(cfg: config.Model, params: Any, ids, length):
       ids: [b t] int32.
       length: [b] int32, ids of each row that exist.
     """
-    position = jnp.arange(ids.shape[1])
-    exists = position < length[:, None]
-    positions = jnp.where(exists, position, 0)
     transformer = model.Transformer(cfg, scan=False)
-    segments = exists.astype(jnp.int32)
     vectors = transformer.apply(
-        {"params": params}, ids, segments, positions, method=model.Transformer.pooled
+        {"params": params}, *make_rows(ids, length), method=model.Transformer.pooled
     )
     return jax.reshard(vectors, P())
 
@@ -244,9 +239,6 @@ def score_rows(cfg: config.Model, params: Any, ids, length):
       ids: [b t] int32.
       length: [b] int32, ids of each row that exist.
     """
-    position = jnp.arange(ids.shape[1])
-    exists = position < length[:, None]
-    rows = TextRows(ids, exists.astype(jnp.int32), jnp.where(exists, position, 0))
     transformer = model.Transformer(cfg, scan=False)
-    logits = transformer.apply({"params": params}, rows, method=match_rows)
+    logits = transformer.apply({"params": params}, make_rows(ids, length), method=match_rows)
     return jax.reshard(jax.nn.log_softmax(logits, axis=-1)[:, 1], P())

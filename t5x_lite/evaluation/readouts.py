@@ -17,6 +17,7 @@ from t5x_lite.decoding.request import check_ids, check_positions, decoder_prompt
 from t5x_lite.evaluation.label_metrics import LabeledOutputs
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.model.computation import with_dtype_of
+from t5x_lite.model.matching import make_rows
 from t5x_lite.tokenizers import labels as label_texts
 from t5x_lite.tokenizers.labels import LabelVocabulary, TextSpan
 from t5x_lite.tokenizers.offsets import token_offsets
@@ -183,12 +184,10 @@ def read_rows(cfg: config.Model, params: Any, ids, length):
       ids: [b t] int32.
       length: [b] int32, ids of each row that exist.
     """
-    position = jnp.arange(ids.shape[1])
-    exists = (position < length[:, None]).astype(jnp.int32)
-    positions = jnp.where(exists > 0, position, 0)
-    wanted = exists if not_none(cfg.readout).kind == "tags" else exists[:, :1]
+    rows = make_rows(ids, length)
+    wanted = rows.segments if not_none(cfg.readout).kind == "tags" else rows.segments[:, :1]
     zeros = jnp.zeros_like(wanted)
-    batch = Batch(zeros, wanted, zeros, zeros, ids, exists, positions)
+    batch = Batch(zeros, wanted, zeros, zeros, *rows)
     transformer = model.Transformer(cfg, scan=False)
     outputs = transformer.apply({"params": params}, batch, method=model.Transformer.readout)
     return jax.reshard(outputs, P())

@@ -34,6 +34,18 @@ class TextRows(NamedTuple):
         return jnp.any(self.segments > 0, axis=1)
 
 
+def make_rows(ids: Int[Array, "b s"], length: Int[Array, " b"]) -> TextRows:
+    """Returns rows of ids that are padded at the end.
+
+    Args:
+      ids: token ids.
+      length: number of ids of each row that exist.
+    """
+    position = jnp.arange(ids.shape[1])
+    exists = position < length[:, None]
+    return TextRows(ids, exists.astype(jnp.int32), jnp.where(exists, position, 0))
+
+
 def join_texts(first: TextRows, second: TextRows) -> TextRows:
     """Rows of one text after the other, without padding between them."""
     first, second = by_rows((first, second))
