@@ -67,6 +67,8 @@ def make_update_and_step(run: config.Run):
 
 def take_steps(run: config.Run, batches: list[Batch]):
     """The state after one step on each batch, and the metrics of all, on the host."""
+    # First, as it has a mesh of its own.
+    weights = initial("bart" if run.model.logits_bias else run.model.layout)
     sharding.use_mesh(run.mesh)
     update, advance = make_update_and_step(run)
     shapes = model.shapes(run.model)
@@ -74,8 +76,7 @@ def take_steps(run: config.Run, batches: list[Batch]):
     def place(weight, shape):
         return jax.device_put(weight, shape.sharding)
 
-    name = "bart" if run.model.logits_bias else run.model.layout
-    now = train_state.begin_state(jax.tree.map(place, initial(name), shapes), update)
+    now = train_state.begin_state(jax.tree.map(place, weights, shapes), update)
     history = []
     for batch in batches:
         placed = sharding.place_batch(batch)
