@@ -7,12 +7,12 @@ import sys
 from typing import Annotated
 
 from t5x_lite.cli.command import Command
-from t5x_lite.cli.options import add_number
+from t5x_lite.cli.options import add_checkpoints, add_number
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Range, field_types
 from t5x_lite.serving.server_limits import ServerLimits
 from t5x_lite.utils.extras import install_command
-from t5x_lite.utils.hub_names import short_names, source_argument
+from t5x_lite.utils.hub_names import short_names
 
 KEY = "T5X_LITE_API_KEY"
 # Least characters of a key.
@@ -59,15 +59,7 @@ def parser() -> Parser:
         epilog=EXAMPLES,
     )
     add = command.add_argument
-    add(
-        "--checkpoint",
-        type=source_argument,
-        action="append",
-        required=True,
-        metavar="PATH",
-        help="the MODEL_DIR of a run, a Hugging Face folder, a .gguf file or a model of the hub, "
-        "owner/name; again for another one. The last part of the path names it in requests",
-    )
+    add_checkpoints(command, ". The last part of the path names it in requests")
     port = "0 takes any free one (default: 8000)"
     add_number(command, "port", Annotated[int, Range(0, 65535)], "N", port, default=8000)
     add(

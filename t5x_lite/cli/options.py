@@ -130,6 +130,24 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoints(command: Any, ending: str = "") -> None:
+    """Adds --checkpoint to a command that serves several models.
+
+    Args:
+      command: the parser.
+      ending: more for its help.
+    """
+    command.add_argument(
+        "--checkpoint",
+        type=source_argument,
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="the MODEL_DIR of a run, a Hugging Face folder, a .gguf file or a model of the hub, "
+        f"owner/name; again for another one{ending}",
+    )
+
+
 def add_adapter(group: Any, text: str) -> None:
     """Adds --adapter, which may be repeated, to a group of options; `text` is its help."""
     group.add_argument(

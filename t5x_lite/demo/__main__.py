@@ -6,12 +6,12 @@ import sys
 from typing import Annotated
 
 from t5x_lite.cli.command import Command
-from t5x_lite.cli.options import add_adapter, add_number, number_parser
+from t5x_lite.cli.options import add_adapter, add_checkpoints, add_number, number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Count, Range
 from t5x_lite.demo.limits import Limits
 from t5x_lite.utils.extras import install_command
-from t5x_lite.utils.hub_names import short_names, source_argument
+from t5x_lite.utils.hub_names import short_names
 
 EXAMPLES = """\
 examples:
@@ -40,15 +40,7 @@ def parser() -> Parser:
         epilog=EXAMPLES,
     )
     add = command.add_argument
-    add(
-        "--checkpoint",
-        type=source_argument,
-        action="append",
-        required=True,
-        metavar="PATH",
-        help="the MODEL_DIR of a run, a Hugging Face folder, a .gguf file or a model of the hub, "
-        "owner/name; again for another one",
-    )
+    add_checkpoints(command)
     beside = "the first checkpoint with adapters (LoRA), beside it; again for another one"
     add_adapter(command, beside)
     port = "0 takes any free one (default: 8765)"

@@ -18,16 +18,16 @@ from starlette.routing import Route
 
 from t5x_lite.serving import answers
 from t5x_lite.serving.completion import EngineClosedError
-from t5x_lite.serving.connections import HostGuard, own_names
-from t5x_lite.serving.errors import ApiError, InvalidField, busy_error
-from t5x_lite.serving.fields import check_others, list_prompts, parse_json, read_field
-from t5x_lite.serving.generation import (
+from t5x_lite.serving.completion_group import (
     GRACE,
+    CompletionGroup,
     Disconnected,
-    Generation,
     or_disconnect,
     timeout_error,
 )
+from t5x_lite.serving.connections import HostGuard, own_names
+from t5x_lite.serving.errors import ApiError, InvalidField, busy_error
+from t5x_lite.serving.fields import check_others, list_prompts, parse_json, read_field
 from t5x_lite.serving.guards import KeyGuard, read_body
 from t5x_lite.serving.jobs import READERS, Job, encode_prompts, read_job
 from t5x_lite.serving.metrics import Metrics
@@ -108,11 +108,11 @@ class Api:
           begun: time of the request's arrival.
           route: path of its route.
         """
-        generation = Generation(job.served.engine, job.requests)
+        group = CompletionGroup(job.served.engine, job.requests)
         try:
-            await or_disconnect(request, generation.start())
+            await or_disconnect(request, group.start())
             if job.wanted.stream:
-                events = self.stream_events(job, generation, begun, route)
+                events = self.stream_events(job, group, begun, route)
                 # A request that is refused before its first event gets a status of its own.
                 first = await or_disconnect(request, anext(events))
                 return StreamingResponse(
@@ -121,26 +121,26 @@ class Api:
                     # nginx would collect the events.
                     headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
                 )
-            work = self.collect_choices(job, generation, begun)
+            work = self.collect_choices(job, group, begun)
             choices = await or_disconnect(request, work)
         except BaseException:
-            generation.cancel()
+            group.cancel()
             raise
         return JSONResponse(job.answer.whole(choices, answers.count_usage(job.prompts, choices)))
 
     async def collect_choices(
-        self, job: Job, generation: Generation, begun: float
+        self, job: Job, group: CompletionGroup, begun: float
     ) -> list[answers.Choice]:
         """Waits for all texts of a request.
 
         Args:
           job: the request.
-          generation: its texts.
+          group: its texts.
           begun: time of its arrival.
         """
         choices = [answers.Choice() for _ in job.requests]
         first = True
-        async for number, chunk in generation.chunks():
+        async for number, chunk in group.chunks():
             if first:
                 self.metrics.first.labels(job.served.name).observe(time.monotonic() - begun)
             first = False
@@ -148,19 +148,19 @@ class Api:
         return choices
 
     async def stream_events(
-        self, job: Job, generation: Generation, begun: float, route: str
+        self, job: Job, group: CompletionGroup, begun: float, route: str
     ) -> AsyncIterator[bytes]:
         """Yields the server-sent events of a request, and cancels its texts when it is closed.
 
         Args:
           job: the request.
-          generation: its texts.
+          group: its texts.
           begun: time of its arrival.
           route: path of its route.
         """
         choices, sent = [answers.Choice() for _ in job.requests], False
         try:
-            async for number, chunk in generation.chunks():
+            async for number, chunk in group.chunks():
                 choices[number].add(chunk)
                 if not sent:
                     self.metrics.first.labels(job.served.name).observe(time.monotonic() - begun)
@@ -180,7 +180,7 @@ class Api:
             # The status is sent already: clients know an error by its field.
             yield answers.event(error.body())
         finally:
-            generation.cancel()
+            group.cancel()
             self.metrics.seconds.labels(route).observe(time.monotonic() - begun)
 
     async def send_embeddings(self, request: Request) -> Response:

@@ -22,7 +22,7 @@ from serving_toys import (
 )
 
 from t5x_lite.decoding.request import check_positions
-from t5x_lite.serving import generation, models
+from t5x_lite.serving import completion_group, models
 from t5x_lite.serving.server_limits import ServerLimits
 from t5x_lite.utils import hub_names
 
@@ -244,7 +244,7 @@ def test_a_client_that_goes_away_is_not_written_for(toys, stream):
 def test_a_text_that_is_late_is_a_timeout(toys, monkeypatch):
     limits = LIMITS.__class__(**{**vars(LIMITS), "timeout": 0.01})
     monkeypatch.setattr(toys.models, "limits", limits)
-    monkeypatch.setattr(generation, "GRACE", 0.05)
+    monkeypatch.setattr(completion_group, "GRACE", 0.05)
     with hold_engine(toys, "pair"):
         with pytest.raises(openai.APIStatusError) as late:
             toys.client().completions.create(model="pair", prompt="x")

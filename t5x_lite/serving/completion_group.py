@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts of one request: rows of an engine, whose chunks arrive on the event loop."""
+"""The completions of one request: texts of an engine, whose chunks arrive on the event loop."""
 
 import asyncio
 import contextlib
@@ -41,8 +41,8 @@ class NumberedChunk(NamedTuple):
     chunk: CompletionChunk
 
 
-class Generation:
-    """Texts that an engine writes for one request; cancelled with it.
+class CompletionGroup:
+    """The completions that an engine writes for one request; cancelled with it.
 
     Attributes:
       engine: the engine.
