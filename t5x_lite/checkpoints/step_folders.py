@@ -106,10 +106,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_tree(path: Any) -> None:
-    """Removes a folder, of a disk or of a store."""
+    """Removes a folder, of a disk or of a store, unless somebody was faster."""
     if is_address(path):
         path.remove_tree()
-    else:
+        return
+    with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
 
 

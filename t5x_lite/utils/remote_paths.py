@@ -255,11 +255,17 @@ class RemotePath(PurePosixPath):
                     raise
 
     def remove_tree(self) -> None:
-        """Removes every object below this address."""
+        """Removes every object below this address, where another process may be doing the same."""
+        tries = 10
         # Names, as fsspec takes them, are patterns.
-        names = [glob.escape(str(path)) for path in self.list_files()]
-        with naming_store(self):
-            self.store.rm(names)
+        while names := [glob.escape(str(path)) for path in self.list_files()]:
+            tries -= 1
+            try:
+                with naming_store(self):
+                    self.store.rm(names)
+            except FileNotFoundError:  # the other was faster: what is left is listed again
+                if not tries:
+                    raise
 
     def rename(self, target: "RemotePath") -> "RemotePath":
         """Copies every object within the store, then removes the old ones."""

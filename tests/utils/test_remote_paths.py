@@ -53,6 +53,23 @@ def test_an_address_does_what_a_path_of_a_disk_does(store, tmp_path, kind):
         list((root / "nothing").iterdir())
 
 
+def test_a_tree_is_removed_by_two_at_once(store, monkeypatch):
+    tree, other = (RemotePath(store.address("doomed")) for _ in range(2))
+    for number in range(3):
+        (tree / f"{number}").write_text("text")
+    listed = tree.list_files()
+    (tree / "1").unlink()
+    answers = [listed]
+    monkeypatch.setattr(
+        type(tree),
+        "list_files",
+        lambda self: answers.pop() if answers else dict.fromkeys(self.list_statuses(), 0),
+    )
+    tree.remove_tree()
+    assert not tree.exists()
+    other.remove_tree()
+
+
 def test_names_of_an_address_are_those_of_a_path():
     path = RemotePath("s3://bucket/runs/a.b")
     assert str(path) == os.fspath(path) == "s3://bucket/runs/a.b" == f"{path}"
