@@ -127,19 +127,14 @@ def compact_cache(cache: Any, index: Int[Array, " b"], path: Int[Array, "b D"]) 
     """Copies the slots of a path to where a chain would have left them.
 
     Args:
-      cache: arrays [b, key heads, T, ...] of every layer.
+      cache: stores of every layer.
       index: slot of each row's root.
       path: nodes whose slots, index + path, move to index, index + 1, ...
 
     Returns:
       The new cache.
     """
-
-    def compact_row(x, start, nodes):
-        moved = jnp.take(x, start + nodes, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(x, moved, start, axis=1)
-
-    return jax.tree.map(lambda x: jax.vmap(compact_row)(x, index, path), cache)
+    return tuple(store.compact(index, path) for store in cache)
 
 
 def ends_row(

@@ -242,7 +242,7 @@ def pad_inputs(encoded: model.EncoderMemory, size: int) -> model.EncoderMemory:
         return encoded
     added = size - encoded.input_mask.shape[1]
     return model.EncoderMemory(
-        jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, added), (0, 0))), encoded.cross_kv),
+        tuple(layer.widen(added) for layer in encoded.cross_kv),
         jnp.pad(encoded.input_mask, ((0, 0), (0, added))),
     )
 

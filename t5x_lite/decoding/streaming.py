@@ -228,15 +228,17 @@ def change_state(
     context = stream_context(program, arguments, encoded)
     added = context.slots - state.tokens.shape[1]
 
-    def widen(array, axis):
-        return jnp.pad(array, [(0, added if axis == each else 0) for each in range(array.ndim)])
+    def widen(array):
+        return jnp.pad(array, ((0, 0), (0, added), *((0, 0),) * (array.ndim - 2)))
+
+    def widen_cache(cache):
+        return tuple(store.widen(added) for store in cache)
 
     by_slot = {name: getattr(state, name) for name in ("tokens", "token_step", "token_node")}
     by_slot["details"] = state.details
-    state = state._replace(**jax.tree.map(functools.partial(widen, axis=1), by_slot))
-    widen_cache = functools.partial(widen, axis=2)
+    state = state._replace(**jax.tree.map(widen, by_slot))
     state = state._replace(
-        cache=jax.tree.map(widen_cache, state.cache),
+        cache=widen_cache(state.cache),
         companion_state=replace_cache(state.companion_state, widen_cache),
     )
     text = context._replace(prompts=Prompts(state.tokens, state.length + 1))

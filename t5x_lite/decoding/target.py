@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -28,7 +27,11 @@ def prepare_params(cfg: config.Model, params: Any) -> Any:
 
 
 def encode_inputs(
-    cfg: config.Model, params: Any, inputs: Int[Array, "b s"], length: Int[Array, " b"]
+    cfg: config.Model,
+    params: Any,
+    inputs: Int[Array, "b s"],
+    length: Int[Array, " b"],
+    form: model.CacheFormat = model.WHOLE,
 ) -> model.EncoderMemory:
     """Runs the encoder, and projects its output to the keys and values of cross-attention.
 
@@ -37,6 +40,7 @@ def encode_inputs(
       params: weights from `prepare_params`.
       inputs: encoder tokens, right-padded.
       length: their lengths.
+      form: form of keys and values.
 
     Returns:
       Keys and values of every decoder layer, and which of the inputs exist.
@@ -51,9 +55,8 @@ def encode_inputs(
         jnp.where(exists, where, 0),
         method=model.Transformer.encode,
     )
-    return model.EncoderMemory(
-        transformer.apply({"params": params}, encoded, method=model.Transformer.cross_kv), exists
-    )
+    cross_kv = transformer.apply({"params": params}, encoded, method=model.Transformer.cross_kv)
+    return model.EncoderMemory(tuple(form.quantize(layer) for layer in cross_kv), exists)
 
 
 def make_target(cfg: config.Model, params: Any, encoded: model.EncoderMemory) -> Target:
@@ -113,7 +116,7 @@ def layer_range(
     layers = slice(first, last)
 
     def take_cache(cache):
-        return model.Cache(cache.keys[layers], cache.values[layers])
+        return cache[layers]
 
     transformer = model.Transformer(keep_layers(cfg, first, last), scan=False)
     decoder = params["decoder"] | {"layers": params["decoder"]["layers"][layers]}
@@ -133,10 +136,7 @@ def layer_range(
         return apply(x, method=model.Transformer.final_norm)
 
     def put_cache(cache, part):
-        def put(arrays, part):
-            return (*arrays[:first], *part, *arrays[last:])
-
-        return model.Cache(put(cache.keys, part.keys), put(cache.values, part.values))
+        return (*cache[:first], *part, *cache[last:])
 
     return LayerRange(embed, apply_layers, final_norm, take_cache, put_cache)
 
@@ -166,8 +166,13 @@ def with_tree(block: model.TokenBlock, tree: Tree | None) -> model.TokenBlock:
 
 
 def prefill(
-    cfg: config.Model, params: Any, encoded: model.EncoderMemory, prompts: Prompts, slots: int
-) -> model.Cache:
+    cfg: config.Model,
+    params: Any,
+    encoded: model.EncoderMemory,
+    prompts: Prompts,
+    slots: int,
+    form: model.CacheFormat = model.WHOLE,
+) -> tuple[model.CacheStore, ...]:
     """Fills a new cache with the prompts, in one pass.
 
     Slots of the padding are overwritten before they are read. The last token of a prompt is written
@@ -179,25 +184,23 @@ def prefill(
       encoded: the encoded inputs.
       prompts: tokens [b p] and their lengths.
       slots: slots per row of the cache.
+      form: form of keys and values.
 
     Returns:
       The cache.
     """
     rows, length = prompts.tokens.shape
-    empty = functools.partial(model.empty_cache, cfg, rows, scan=False)
+    stores = model.empty_cache(cfg, rows, slots, scan=False, form=form)
     if length == 1:
-        return empty(slots)
+        return stores
     start = jnp.zeros_like(prompts.length)
     # In a cache of the prompts' size: queries would attend to every empty slot of the whole one.
     _, filled = model.Transformer(cfg, scan=False).apply(
         {"params": params},
         model.TokenBlock(prompts.tokens, start, prefix=prompts.length),
-        empty(length),
+        model.empty_cache(cfg, rows, length, scan=False, form=form),
         encoded,
         method=model.Transformer.decode,
     )
-
-    def put(slots, prompts):
-        return model.write_rows(slots, prompts, start)
-
-    return jax.tree.map(put, empty(slots), filled)
+    pairs = zip(stores, filled, strict=True)
+    return tuple(store.load(whole, prompts.length) for store, whole in pairs)

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -161,10 +161,21 @@ def nest_params(flat: Mapping[str, Any]) -> dict[str, Any]:
 def as_memory(memory: tuple) -> model.EncoderMemory:
     """The encoder's output of `encode`; () for a decoder alone."""
     return (
-        model.EncoderMemory(model.Cache(*memory[:2]), memory[2])
+        model.EncoderMemory(join_layers(*memory[:2]), memory[2])
         if memory
         else model.EncoderMemory()
     )
+
+
+def split_layers(cache: Iterable[Any]) -> tuple[tuple, tuple]:
+    """Keys of all layers, and values of all layers."""
+    keys, values = zip(*cache, strict=True)
+    return keys, values
+
+
+def join_layers(keys: Iterable, values: Iterable) -> tuple[model.Cache, ...]:
+    """Cache of every layer, from what `split_layers` returned."""
+    return tuple(model.Cache(*pair) for pair in zip(keys, values, strict=True))
 
 
 def encode(
@@ -182,8 +193,7 @@ def encode(
       length: number of ids of each row.
     """
     memory = target.encode_inputs(cfg, nest_params(params), inputs, length)
-    cross_kv = not_none(memory.cross_kv)
-    return cross_kv.keys, cross_kv.values, memory.input_mask
+    return *split_layers(not_none(memory.cross_kv)), memory.input_mask
 
 
 def prefill(
@@ -207,7 +217,7 @@ def prefill(
     """
     filled = Prompts(prompts, length)
     cache = target.prefill(cfg, nest_params(params), as_memory(memory), filled, slots)
-    return cache.keys, cache.values
+    return split_layers(cache)
 
 
 def step(
@@ -231,8 +241,8 @@ def step(
       index: its place in the row, from 0.
     """
     model_ = target.make_target(cfg, nest_params(params), as_memory(memory))
-    hidden, cache = model_.forward(tokens[:, None], index, model.Cache(*cache))
-    return model_.logits(hidden)[:, 0], (cache.keys, cache.values)
+    hidden, cache = model_.forward(tokens[:, None], index, join_layers(*cache))
+    return model_.logits(hidden)[:, 0], split_layers(cache)
 
 
 class GreedySettings(NamedTuple):

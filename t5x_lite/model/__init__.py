@@ -9,7 +9,15 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock, empty_cache, write_rows
+from t5x_lite.model.cache import (
+    WHOLE,
+    Cache,
+    CacheFormat,
+    CacheStore,
+    EncoderMemory,
+    TokenBlock,
+    empty_cache,
+)
 from t5x_lite.model.inspection import Activations, Inspected, InspectionInputs
 from t5x_lite.model.layers import is_partitioned
 from t5x_lite.model.shared_weights import drop_shared
@@ -19,6 +27,9 @@ from t5x_lite.sharding import batch_shards, named_sharding, spec
 __all__ = [
     "TokenBlock",
     "Cache",
+    "CacheFormat",
+    "CacheStore",
+    "WHOLE",
     "InspectionInputs",
     "Activations",
     "Inspected",
@@ -31,7 +42,6 @@ __all__ = [
     "initialize",
     "shapes",
     "unstack",
-    "write_rows",
 ]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from t5x_lite import config
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import positions
-from t5x_lite.model.cache import Cache, write_rows
+from t5x_lite.model.cache import Cache, CacheStore, TokenBlock
 from t5x_lite.model.layer_config import LayerConfig, apply_rope
 from t5x_lite.model.layers import (
     input_normalizer,
@@ -23,6 +23,7 @@ from t5x_lite.model.layers import (
     weight,
 )
 from t5x_lite.sharding import spec
+from t5x_lite.utils.not_none import not_none
 
 
 class AttentionContext(NamedTuple):
@@ -34,7 +35,7 @@ class AttentionContext(NamedTuple):
       relative: position bias of self-attention; None without one.
       encoded: [b s d] encoder output, in training; None otherwise.
       input_mask: mask of the keys of cross-attention; None for a lone stack.
-      index: [b] cache slot at which a block of tokens begins; None outside decoding.
+      block: the tokens in decoding, with their place in the cache; None outside decoding.
       backend: kernel backend that computes attention; None for plain XLA.
       cross_where: [b t] positions of the queries of cross-attention; None without rotation.
       encoded_where: [b s] positions of the encoder's output; None without rotation, and outside
@@ -46,7 +47,7 @@ class AttentionContext(NamedTuple):
     relative: Any = None
     encoded: Any = None
     input_mask: Any = None
-    index: Any = None
+    block: TokenBlock | None = None
     backend: kernels.Backend | None = None
     cross_where: Any = None
     encoded_where: Any = None
@@ -127,16 +128,16 @@ class Attention(nn.Module):
         x: Float[Array, "b w d"],
         context: AttentionContext,
         layer_config: LayerConfig,
-        cache: Cache,
+        cache: CacheStore,
         cross_kv: Cache | None = None,
-    ) -> tuple[Float[Array, "b w d"], Cache]:
+    ) -> tuple[Float[Array, "b w d"], CacheStore]:
         """Self-attention of a block over this layer's cache, into which it is written.
 
         Args:
           x: [b w d] hidden states of the block.
           context: inputs that all layers share.
           layer_config: settings of this layer.
-          cache: this layer's keys and values [b k s h].
+          cache: this layer's keys and values.
           cross_kv: keys and values of the encoder's output, in a merged layer only.
 
         Returns:
@@ -145,11 +146,12 @@ class Attention(nn.Module):
         x = self.norm(x)
         q = self.queries(x, context.where, layer_config)
         k, v = self.keys_values(x, context.where, layer_config)
-        keys = write_rows(cache.keys, k, context.index)
-        values = write_rows(cache.values, v, context.index)
-        cache = Cache(keys, values)
-        context = self.layer_context(context, layer_config, q, keys)
-        sources = self.sources(cache, context, cross_kv)
+        block = not_none(context.block)
+        cache = cache.append(k, v, block.index)
+        # Read from the cache, the block too: what a query attends to is the same in every block.
+        stored = Cache(*cache.read(block, q.dtype))
+        context = self.layer_context(context, layer_config, q, stored.keys)
+        sources = self.sources(stored, context, cross_kv)
         return self.attend(q, sources, context.backend), cache
 
     def attend_encoded(
@@ -242,7 +244,7 @@ class Attention(nn.Module):
           layer_config: settings of this layer, where queries are rotated.
         """
         q = self.queries(self.norm(x), context.cross_where, layer_config)
-        return q, (kernels.AttentionSource(*cross_kv, context.input_mask),)
+        return q, (encoder_source(cross_kv, context, q.dtype),)
 
     def layer_context(
         self,
@@ -332,7 +334,7 @@ class Attention(nn.Module):
         sources = (kernels.AttentionSource(*keys_values, context.mask, context.relative),)
         if cross_kv is None:
             return sources
-        return sources + (kernels.AttentionSource(*cross_kv, context.input_mask),)
+        return sources + (encoder_source(cross_kv, context, keys_values.keys.dtype),)
 
     def group_heads(self, q: Float[Array, "b t n h"]) -> Float[Array, "b t k g h"]:
         """Splits the query heads into one group per key head."""
@@ -369,3 +371,14 @@ class Attention(nn.Module):
         if self.stack.out_bias:
             y = y + self.out_bias
         return self.post_norm(y) if self.stack.post_norms else y
+
+
+def encoder_source(cross_kv: Cache, context: AttentionContext, dtype) -> kernels.AttentionSource:
+    """Returns the encoder's output as a source of keys and values.
+
+    Args:
+      cross_kv: its keys and values.
+      context: inputs that all layers share.
+      dtype: of keys and values that are quantized.
+    """
+    return kernels.AttentionSource(*cross_kv.read(None, dtype), context.input_mask)

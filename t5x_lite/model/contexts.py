@@ -92,26 +92,23 @@ def rotate_cross(
 
 def block_context(
     block: TokenBlock,
-    slots: int,
     input_mask: jax.Array | None,
     backend: kernels.Backend | None,
     cross_rotary: bool = False,
 ) -> AttentionContext:
-    """Context of a decoded block: positions, and masks over the cache and the inputs.
+    """Context of a decoded block: positions, and the mask over the inputs.
+
+    That over the cache, which depends on its store, is added by the stack.
 
     Args:
       block: tokens, their place in the cache, and their tree if they are one.
-      slots: tokens that the cache has room for.
       input_mask: [b s] mask of the inputs; None for a lone decoder.
       backend: of attention.
       cross_rotary: cross-attention rotates its queries.
     """
-    width = block.tokens.shape[1]
-    mask = kernels.CacheMask(
-        block.index, width, slots, block.depth, block.ancestors, prefix=block.prefix
-    )
-    where, mask = mask.query_positions(), kernels.prepare_mask(mask, backend)
-    context = AttentionContext(where, mask, index=block.index, backend=backend)
+    depth = jnp.arange(block.tokens.shape[1]) if block.depth is None else block.depth
+    where = block.index[:, None] + depth
+    context = AttentionContext(where, None, block=block, backend=backend)
     if input_mask is None:
         return context
     if cross_rotary:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stacks of transformer layers: scanned over stacked weights, or unrolled."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,7 +11,7 @@ from t5x_lite import config
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import positions
 from t5x_lite.model.attention import AttentionContext
-from t5x_lite.model.cache import Cache
+from t5x_lite.model.cache import CacheStore
 from t5x_lite.model.layer_config import LayerConfig, layer_configs
 from t5x_lite.model.layers import (
     draw_skips,
@@ -21,6 +23,7 @@ from t5x_lite.model.layers import (
 )
 from t5x_lite.model.transformer_layer import Layer
 from t5x_lite.sharding import batch_shards, spec
+from t5x_lite.utils.not_none import not_none
 
 
 class LayerStack(nn.Module):
@@ -189,13 +192,13 @@ class LayerStack(nn.Module):
             x = x + positions.sinusoids(where, stack).astype(x.dtype)
         return self.embedding_norm(x) if stack.embedding_norm else x
 
-    def decode(self, x, context: AttentionContext, cache: Cache, cross_kv: Cache | None):
+    def decode(self, x, context: AttentionContext, cache: Any, cross_kv: Any):
         """Applies every layer over the cache, and the final norm.
 
         Args:
           x: [b w d] embedded tokens of the block.
           context: inputs that all layers share.
-          cache: keys and values of all layers.
+          cache: stores of all layers.
           cross_kv: cross-attention keys and values of all layers; None for a lone decoder.
 
         Returns:
@@ -205,29 +208,38 @@ class LayerStack(nn.Module):
         x, cache = self.decode_layers(x, context, cache, cross_kv)
         return self.norm(x), cache
 
-    def decode_layers(self, x, context: AttentionContext, cache: Cache, cross_kv: Cache | None):
+    def decode_layers(self, x, context: AttentionContext, cache: Any, cross_kv: Any):
         """Applies the layers alone over the cache: no position embeddings, no final norm.
 
         Args:
           x: [b w d] hidden states of the block.
           context: inputs that all layers share.
-          cache: keys and values of all layers.
+          cache: stores of all layers.
           cross_kv: cross-attention keys and values of all layers; None for a lone decoder.
 
         Returns:
           The state after the last layer [b w d], and the cache with the block written into it.
         """
-        context = self.with_position_bias(context)
+        stores = (cache,) if self.scan else cache
+        by_layout = {store.layout: store for store in stores}
+        masked = {
+            layout: self.with_cache_mask(context, store) for layout, store in by_layout.items()
+        }
 
         def apply_layer(x, layer):
-            weights, layer_config, *caches = layer
-            return self.layer.apply(
-                {"params": weights}, x, context, layer_config, *caches, method=Layer.decode
-            )
+            weights, layer_config, store, layer_kv = layer
+            layer_context = masked[store.layout]
+            inputs = x, layer_context, layer_config, store, layer_kv
+            return self.layer.apply({"params": weights}, *inputs, method=Layer.decode)
 
         return self.scan_layers(apply_layer, x, self.layer_configs, cache, cross_kv)
 
-    def cross_kv(self, encoded) -> Cache:
+    def with_cache_mask(self, context: AttentionContext, store: CacheStore) -> AttentionContext:
+        """Returns context with mask and position bias of its block over a store."""
+        mask = kernels.prepare_mask(store.mask(not_none(context.block)), context.backend)
+        return self.with_position_bias(context._replace(mask=mask))
+
+    def cross_kv(self, encoded) -> Any:
         """Returns cross-attention keys and values of every layer, computed once per request; if
         they are rotated, encoded [b s d] begins at position 0."""
         where = None
@@ -250,10 +262,11 @@ class LayerStack(nn.Module):
           apply_layer: function of (x, (weights, *per_layer)) of one layer, which returns x and the
             layer's output.
           x: [b t d] hidden states; None if the layers carry nothing.
-          *per_layer: trees with a first axis of layers, or caches of tuples; None stays None.
+          *per_layer: trees with a first axis of layers, or tuples of one for each layer; None stays
+            None.
 
         Returns:
-          x after the last layer, and the layers' outputs, stacked as the weights are.
+          x after the last layer, and the layers' outputs, stacked or in a tuple as the weights are.
         """
         if self.scan:
             return jax.lax.scan(apply_layer, x, (self.layers, *per_layer), unroll=self.unroll)
@@ -262,9 +275,7 @@ class LayerStack(nn.Module):
             slices = (take_layer(part, layer) for part in per_layer)
             x, output = apply_layer(x, (weights, *slices))
             outputs.append(output)
-        if not isinstance(outputs[0], Cache):
-            return x, None
-        return x, Cache(*(tuple(parts) for parts in zip(*outputs, strict=True)))
+        return x, None if outputs[0] is None else tuple(outputs)
 
 
 def remat_layer(apply_layer, remat: str):
@@ -284,7 +295,7 @@ def remat_layer(apply_layer, remat: str):
 
 
 def take_layer(part, layer: int):
-    """Returns one layer's part of a LayerConfig, of keys [layers ...] or of a Cache of tuples."""
-    if isinstance(part, Cache):
-        return Cache(part.keys[layer], part.values[layer])
+    """Returns one layer's part of a LayerConfig, of keys [layers ...] or of a tuple of stores."""
+    if type(part) is tuple:  # not a NamedTuple
+        return part[layer]
     return jax.tree.map(lambda rows: rows[layer], part)

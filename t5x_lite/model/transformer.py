@@ -19,7 +19,7 @@ from t5x_lite.kernels import api as kernels
 from t5x_lite.kernels.api import TokenLosses
 from t5x_lite.model import contexts, outputs
 from t5x_lite.model.attention import AttentionContext
-from t5x_lite.model.cache import Cache, EncoderMemory, TokenBlock
+from t5x_lite.model.cache import EncoderMemory, TokenBlock
 from t5x_lite.model.contexts import on_rows, shift_right
 from t5x_lite.model.draft_heads import Heads
 from t5x_lite.model.layers import all_gather, dropout, param, split, weight
@@ -219,24 +219,24 @@ class Transformer(SharingModule):
         embedding_key, key = split(key, 2)
         return self.decoder(self.embed(on_rows(inputs), embedding_key), context, key)
 
-    def cross_kv(self, encoded: Float[Array, "b s d"]) -> Cache:
+    def cross_kv(self, encoded: Float[Array, "b s d"]) -> Any:
         """Cross-attention keys and values of every decoder layer; rows begin at position 0."""
         return self.decoder.cross_kv(encoded)
 
     def decode(
-        self, block: TokenBlock, cache: Cache, encoder_memory: EncoderMemory = NO_MEMORY
-    ) -> tuple[Float[Array, "b w d"], Cache]:
+        self, block: TokenBlock, cache: Any, encoder_memory: EncoderMemory = NO_MEMORY
+    ) -> tuple[Float[Array, "b w d"], Any]:
         """Decodes a block of tokens in one forward pass.
 
         Args:
           block: tokens, their place in the cache, and their tree if they are one.
-          cache: keys and values of all layers.
+          cache: stores of all layers.
           encoder_memory: the encoder's output as keys and values; empty for a lone decoder.
 
         Returns:
           The hidden states [b w d], and the cache with the block written into it.
         """
-        context = self.block_context(block, cache, encoder_memory.input_mask)
+        context = self.block_context(block, encoder_memory.input_mask)
         x = self.embed(on_rows(block).tokens)
         return self.decoder.decode(x, context, cache, encoder_memory.cross_kv)
 
@@ -252,41 +252,37 @@ class Transformer(SharingModule):
         self,
         x: Float[Array, "b w d"],
         block: TokenBlock,
-        cache: Cache,
+        cache: Any,
         encoder_memory: EncoderMemory = NO_MEMORY,
-    ) -> tuple[Float[Array, "b w d"], Cache]:
+    ) -> tuple[Float[Array, "b w d"], Any]:
         """`decode` without embeddings and final norm: `embed_block` and `final_norm` complete it.
 
         Args:
           x: [b w d] hidden states in place of the block's tokens.
           block: place in the cache, and tree; of its tokens only the shape matters.
-          cache: keys and values of the layers.
+          cache: stores of the layers.
           encoder_memory: the encoder's output as keys and values; empty for a lone decoder.
 
         Returns:
           The state after the last layer [b w d], and the cache with the block written into it.
         """
-        context = self.block_context(block, cache, encoder_memory.input_mask)
+        context = self.block_context(block, encoder_memory.input_mask)
         return self.decoder.decode_layers(x, context, cache, encoder_memory.cross_kv)
 
     def final_norm(self, x: Float[Array, "b w d"]) -> Float[Array, "b w d"]:
         """Hidden states before the output projection, from the state after the last layer."""
         return self.decoder.norm(x)
 
-    def block_context(
-        self, block: TokenBlock, cache: Cache, input_mask: jax.Array | None
-    ) -> AttentionContext:
+    def block_context(self, block: TokenBlock, input_mask: jax.Array | None) -> AttentionContext:
         """Context of a decoded block, from `contexts.block_context`.
 
         Args:
           block: tokens, their place in the cache, and their tree if they are one.
-          cache: keys and values of the layers, for the number of slots.
           input_mask: [b s] mask of the inputs; None for a lone decoder.
         """
-        slots = (cache.keys if self.scan else cache.keys[0]).shape[-2]
         block = on_rows(block if self.cfg.prefix_lm else block._replace(prefix=None))
         rotated = not_none(self.cfg.decoder).cross_rotary
-        return contexts.block_context(block, slots, on_rows(input_mask), self.backend, rotated)
+        return contexts.block_context(block, on_rows(input_mask), self.backend, rotated)
 
     def embed(
         self, ids: Int[Array, "b t"], key: jax.Array | None = None, for_encoder: bool = False

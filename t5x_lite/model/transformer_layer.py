@@ -3,7 +3,7 @@
 
 from t5x_lite import config
 from t5x_lite.model.attention import Attention, AttentionContext
-from t5x_lite.model.cache import Cache
+from t5x_lite.model.cache import Cache, CacheStore
 from t5x_lite.model.layer_config import LayerConfig
 from t5x_lite.model.layers import FlaxModule, Mlp, dropout, normalizer, split
 from t5x_lite.utils.not_none import not_none
@@ -101,7 +101,7 @@ class Layer(FlaxModule):
         x,
         context: AttentionContext,
         layer_config: LayerConfig,
-        cache: Cache,
+        cache: CacheStore,
         cross_kv: Cache | None,
     ):
         """Applies the layer to a block of tokens over the layer's cache.
@@ -110,7 +110,7 @@ class Layer(FlaxModule):
           x: [b w d] hidden states of the block.
           context: inputs that all layers share.
           layer_config: settings of this layer.
-          cache: this layer's keys and values [b k s h].
+          cache: this layer's keys and values.
           cross_kv: keys and values of the encoder's output; None for a lone decoder.
 
         Returns:

@@ -230,7 +230,7 @@ def one_beam(cfg, params, request, length):
         stopping = protocol.StoppingCriteria(request.eos, prompts.length + length)
         decoded = target.make_target(cfg, params, encoded)
         context = protocol.DecodeContext(decoded, stopping, prompts)
-        state = beam.initial_beams(context, search, cache, cache.keys[0].shape[2])
+        state = beam.initial_beams(context, search, cache, cache[0].slots)
         state = beam.run_beam_search(context, search, state)
         return beam_result(state, search, length)
 

@@ -16,7 +16,7 @@ from t5x_lite.kernels.backend import Backend
 from t5x_lite.kernels.decode import api as decode
 from t5x_lite.kernels.decode.mask import CacheMask
 from t5x_lite.kernels.relative import RelativePositionBias
-from t5x_lite.model.cache import write_rows
+from t5x_lite.model.cache_slots import write_rows
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu, which the test extra brings")
 

@@ -244,15 +244,15 @@ def observe_entropy(
 
 
 def replace_cache(state: CompanionState | None, change: Any) -> CompanionState | None:
-    """Returns the state with other arrays in its cache.
+    """Returns the state with another cache.
 
     Args:
       state: state of a companion; None without one.
-      change: array of the cache -> the new one.
+      change: cache -> the new one.
     """
-    if state is None:
-        return None
-    return state._replace(cache=jax.tree.map(change, state.cache))
+    if state is None or state.cache is None:
+        return state
+    return state._replace(cache=change(state.cache))
 
 
 def take_rows(state: CompanionState | None, take: Any) -> CompanionState | None:
@@ -264,4 +264,5 @@ def take_rows(state: CompanionState | None, take: Any) -> CompanionState | None:
     """
     if state is None:
         return None
-    return replace_cache(state._replace(recent=take(state.recent)), take)
+    state = state._replace(recent=take(state.recent))
+    return replace_cache(state, functools.partial(jax.tree.map, take))
