@@ -146,8 +146,9 @@ def check_decode(case: Case, settings: dict) -> Iterator[Row]:
 
     dtype = getattr(jnp, settings["dtype"])
     features = {
-        "chain": {"bias": True},
-        "tree": {"tree": True, "bias": True, "window": 40, "prefix": True, "heads": (2, 3)},
+        "chain": {"bias": True, "size": 64},
+        "tree": {"tree": True, "bias": True, "window": 40, "heads": (2, 3), "size": 64},
+        "prefix": {"prefix": True, "bias": True, "size": 64},
         "head of 128": {"size": 128, "width": 8, "slots": 600},
     }
     backend = kernels.select_backend("pallas")

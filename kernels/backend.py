@@ -11,7 +11,7 @@ Platform = Literal["tpu", "gpu", "interpret", "cudnn"]
 
 @dataclass(frozen=True)
 class Backend:
-    """Compiler and device of a kernel: Mosaic for a TPU, Triton for a GPU, or the interpreter.
+    """Device of a kernel: a TPU (Mosaic), a GPU (Mosaic GPU or Triton), or the interpreter.
 
     The interpreter runs a kernel operation by operation on any device. It is slow, for tests.
     "cudnn" is no kernel of ours: on a GPU, cuDNN's attention where it can, plain XLA elsewhere.

@@ -46,7 +46,7 @@ def select_backend(choice: str, lacks_kernel: str = "") -> Backend | None:
     """Returns the backend that computes attention on the devices in force; None is plain XLA.
 
     "auto" is the kernels on TPUs, cuDNN and plain XLA on GPUs (`cudnn.GPU_IMPLEMENTATIONS`), and
-    plain XLA elsewhere. The Triton kernels have not been measured: they run only for "pallas".
+    plain XLA elsewhere. The kernels for GPUs have not been measured: they run only for "pallas".
     Where there is neither a TPU nor a GPU, "pallas" interprets the TPU kernels, which is for tests.
 
     Args:
@@ -298,6 +298,12 @@ def cache_attention(
       softcap: cap of the scores, or None.
       backend: what runs the kernel.
     """
+    if backend.platform == "gpu" and compat.has_mosaic_gpu(interpreted=True):
+        # Imported here: older versions of jax have another Mosaic GPU.
+        from t5x_lite.kernels.decode import mosaic as mosaic_decode
+
+        if mosaic_decode.has_mosaic_form(q, sources):
+            return mosaic_decode.mosaic_decode_attention(q, sources, softcap)
     if backend.platform == "gpu":
         return triton_decode.triton_decode_attention(q, sources, softcap, backend)
     if len(sources) == 1:

@@ -53,7 +53,7 @@ def has_mosaic_gpu(interpreted: bool = False) -> bool:
     """True if this jax has what the kernels for Mosaic GPU call: from 0.11 on, to lower them.
 
     Args:
-      interpreted: to interpret them on a CPU: from 0.12 on.
+      interpreted: to interpret them on a CPU, or to run the kernel over a cache: from 0.12 on.
     """
     import jax
 

@@ -58,18 +58,7 @@ class MosaicFlashConfig:
           grid: names and sizes of the axes.
           scratch_types: its shared memory and barriers.
         """
-        names, sizes = zip(*grid, strict=True)
-        options: dict[str, Any] = {}
-        if self.interpret:
-            options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
-        return plgpu.kernel(
-            body,
-            out_type=out_type,
-            grid=sizes,
-            grid_names=names,
-            scratch_types=scratch_types,
-            **options,
-        )
+        return make_kernel(body, out_type, grid, scratch_types, self.interpret)
 
     def operand(self, dtype) -> Any:
         """Returns the type of a block of queries or keys in shared memory."""
@@ -78,6 +67,30 @@ class MosaicFlashConfig:
     def bias_tile(self, row_block, column_block) -> jax.Array:
         """Returns the index of a pair of blocks' bias among the tiles of a head."""
         return jnp.clip(column_block - row_block, -self.reach, self.reach) + self.reach
+
+
+def make_kernel(body, out_type, grid, scratch_types, interpret: bool):
+    """Returns a function of arrays that runs a kernel for every program of a grid.
+
+    Args:
+      body: the kernel.
+      out_type: shapes of its results.
+      grid: names and sizes of the axes.
+      scratch_types: its shared memory and barriers.
+      interpret: runs it in the interpreter, which raises for a race.
+    """
+    names, sizes = zip(*grid, strict=True)
+    options: dict[str, Any] = {}
+    if interpret:
+        options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=sizes,
+        grid_names=names,
+        scratch_types=scratch_types,
+        **options,
+    )
 
 
 def transforms() -> tuple:
