@@ -82,7 +82,7 @@ def train_here(args: argparse.Namespace) -> int:
     run = host.with_device_dtype(run, args.gin_file, args.bindings)
     if args.dry_run:
         print(dry_run.describe_run(run))
-        preflight.check_run(run, print, args.try_memory)
+        preflight.check_run(run, print, args.try_memory, args.ignore_damaged)
         return 0
     host.quiet_writer_logs()
     with host.surviving_output(), host.naming_lack_of_memory():

@@ -25,6 +25,7 @@ import numpy as np
 
 from t5x_lite import compat, processes
 from t5x_lite.checkpoints import digests, zarr_arrays
+from t5x_lite.checkpoints.step_folders import is_step
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.utils import bounded_files, remote_paths
@@ -74,7 +75,7 @@ class CheckpointWriteError(CheckpointError):
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A checkpoint belongs to another model or optimizer."""
+    """A checkpoint belongs to another model, optimizer or step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,8 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     """Metadata of a checkpoint folder.
 
     Raises:
-      CheckpointError: they are not as they were written, cannot be read now, or were removed.
+      CheckpointError: they are not as they were written, cannot be read now, or were removed; or
+        the folder has the name of another step, which a run would save once more.
     """
     path = folder / METADATA
     try:
@@ -171,7 +173,13 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         fields["vocabulary"] = content.get("vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise reading_error(folder, path, error) from error
-    return CheckpointMetadata(**values | fields)
+    metadata = CheckpointMetadata(**values | fields)
+    if is_step(folder.name) and int(folder.name) != metadata.step:
+        raise CheckpointMismatchError(
+            f"{folder} holds the checkpoint of step {metadata.step}: rename the folder to "
+            f"{metadata.step}, or remove it if it is a copy"
+        )
+    return metadata
 
 
 def reading_error(folder: Path, path: Path, error: Exception) -> CheckpointError:
@@ -257,20 +265,18 @@ def restore_arrays(
       folder: the checkpoint, named by its step.
       item: "params" or "rest".
       metadata: of this checkpoint.
-      expected: a jax.ShapeDtypeStruct with its placement for each path; None for numpy arrays.
+      expected: a jax.ShapeDtypeStruct of the stored shape with its placement for each path; None
+        for numpy arrays.
 
     Returns:
       An array for each path.
 
     Raises:
-      CheckpointMismatchError: shapes differ from `expected`.
       CheckpointError: a file is damaged, cannot be read now, or was removed.
     """
     import orbax.checkpoint as ocp
 
     if expected is not None:
-        part = "model" if item == "params" else "optimizer"
-        check_shapes(stored_shapes(metadata, item), expected, f"{folder} is of another {part}")
         arguments = ocp.checkpoint_utils.construct_restore_args(expected)
     else:
         expected = {
@@ -350,7 +356,8 @@ def check_all_processes(problem: CheckpointError | None) -> None:
     """
     texts = processes.gather_texts(f"{type(problem).__name__} {problem}" if problem else "")
     problems = [text.partition(" ") for text in texts if text]
-    for kind in (UnreadableCheckpointError, RemovedCheckpointError, DamagedCheckpointError):
+    kinds = UnreadableCheckpointError, RemovedCheckpointError, DamagedCheckpointError
+    for kind in (CheckpointMismatchError, *kinds):
         if same := [text for name, _, text in problems if name == kind.__name__]:
             raise kind("; ".join(same)[:1000])
 

@@ -4,7 +4,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -20,11 +19,15 @@ from t5x_lite.checkpoints.checkpoint_io import (
     DamagedCheckpointError,
     RemovedCheckpointError,
 )
-from t5x_lite.checkpoints.selection import best_step, readable_metadata, select_steps
+from t5x_lite.checkpoints.selection import (
+    best_step,
+    check_state_shapes,
+    read_newest,
+    readable_metadata,
+    select_steps,
+)
 from t5x_lite.checkpoints.step_folders import (
     FOLDER,
-    list_damaged,
-    list_steps,
     remove_checkpoint,
     remove_leftovers,
     set_aside,
@@ -253,38 +256,15 @@ class CheckpointManager:
           CheckpointError: the newest is of another model, only damaged ones stand, or the disk
             does not answer.
         """
-        steps = json.loads(processes.broadcast_text(json.dumps(list_steps(self.folder.parent))))
-        damaged: dict[int, DamagedCheckpointError] = {}
-        restored = None
-        for step in reversed(steps):
-            try:
-                restored = self.read_state(step, expected)
-                break
-            except DamagedCheckpointError as error:
-                damaged[step] = error
-        names = json.loads(processes.broadcast_text(json.dumps(list_damaged(self.folder.parent))))
-        if restored is None and (damaged or names) and not ignore_damaged:
-            raise DamagedCheckpointError(self.describe_damage(damaged, names))
+        restored, damaged = read_newest(
+            self.folder, lambda step: self.read_state(step, expected), ignore_damaged
+        )
         for step, error in damaged.items():
             self.metadata.pop(step, None)
             if processes.is_first():
                 aside = set_aside(self.folder / str(step))
                 report(f"Damaged checkpoint: {error}\nIt is kept as {aside}.")
         return restored
-
-    def describe_damage(self, damaged: dict[int, DamagedCheckpointError], names: list[str]) -> str:
-        """Message about a folder in which no checkpoint can be used.
-
-        Args:
-          damaged: errors by step.
-          names: of those that were set aside before.
-        """
-        cause = f" ({next(iter(damaged.values()))})" if damaged else ""
-        all_names = ", ".join([*map(str, sorted(damaged)), *names])
-        return (
-            f"{self.folder} has only damaged checkpoints: {all_names}{cause}. Put a copy back, "
-            "choose another MODEL_DIR, or begin at step 0 with --ignore_damaged, which keeps them"
-        )
 
     def read_state(self, step: int, expected: TrainState) -> tuple[TrainState, CheckpointMetadata]:
         """The state of one step, placed as `expected` says, and its metadata."""
@@ -295,6 +275,7 @@ class CheckpointManager:
         except CheckpointError as error:
             problem = error
         checkpoint_io.check_all_processes(problem)
+        check_state_shapes(folder, metadata, expected)
         parts = {
             item: checkpoint_io.restore_arrays(folder, item, metadata, shapes)
             for item, shapes in checkpoint_io.state_items(expected).items()

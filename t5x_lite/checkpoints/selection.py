@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoint of a run to read: the newest, the best by a metric, or that of a step."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from t5x_lite import processes
 from t5x_lite.checkpoints import checkpoint_io
 from t5x_lite.checkpoints.checkpoint_io import (
     CheckpointError,
@@ -12,7 +16,8 @@ from t5x_lite.checkpoints.checkpoint_io import (
     DamagedCheckpointError,
     RemovedCheckpointError,
 )
-from t5x_lite.checkpoints.step_folders import FOLDER, list_steps
+from t5x_lite.checkpoints.step_folders import FOLDER, list_damaged, list_steps
+from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.utils.paths import parse_path
 
 
@@ -70,3 +75,95 @@ def select_steps(folder: str | Path, step: int | None = None, best: bool = False
     if step not in steps:
         raise CheckpointError(f"{root} has no checkpoint of step {step}; it has {steps}")
     return [step]
+
+
+def check_newest(
+    model_dir: str | Path, expected: TrainState, ignore_damaged: bool = False
+) -> CheckpointMetadata | None:
+    """Metadata of the checkpoint that a run goes on from, whose arrays are not read; None for a run
+    that begins.
+
+    Args:
+      model_dir: MODEL_DIR of the run.
+      expected: shapes of its state.
+      ignore_damaged: as in `read_newest`.
+
+    Raises:
+      CheckpointError: all are damaged, as far as their metadata tell; one has the name of another
+        step, or is of another model or optimizer.
+    """
+    folder = parse_path(model_dir).resolve() / FOLDER
+    readable_metadata(folder)
+
+    def check_step(step: int) -> CheckpointMetadata:
+        metadata = checkpoint_io.read_metadata(folder / str(step))
+        check_state_shapes(folder / str(step), metadata, expected)
+        return metadata
+
+    return read_newest(folder, check_step, ignore_damaged)[0]
+
+
+def check_state_shapes(folder: Path, metadata: CheckpointMetadata, expected: TrainState) -> None:
+    """Compares the shapes in a checkpoint with those that a run needs.
+
+    Args:
+      folder: the checkpoint, named by its step.
+      metadata: of this checkpoint.
+      expected: shapes of the run's state.
+
+    Raises:
+      CheckpointMismatchError: names what differs.
+    """
+    for item, shapes in checkpoint_io.state_items(expected).items():
+        part = "model" if item == "params" else "optimizer"
+        stored = checkpoint_io.stored_shapes(metadata, item)
+        checkpoint_io.check_shapes(stored, shapes, f"{folder} is of another {part}")
+
+
+def read_newest(
+    folder: Path, read: Callable[[int], Any], ignore_damaged: bool
+) -> tuple[Any, dict[int, DamagedCheckpointError]]:
+    """Reads the newest checkpoint that is not damaged.
+
+    Args:
+      folder: folder of the checkpoints.
+      read: reads the checkpoint of a step.
+      ignore_damaged: true where it is no error that all are damaged.
+
+    Returns:
+      What was read, None without a checkpoint; the errors of newer ones by step.
+
+    Raises:
+      DamagedCheckpointError: all are damaged.
+    """
+    steps = json.loads(processes.broadcast_text(json.dumps(list_steps(folder.parent))))
+    damaged: dict[int, DamagedCheckpointError] = {}
+    restored = None
+    for step in reversed(steps):
+        try:
+            restored = read(step)
+            break
+        except DamagedCheckpointError as error:
+            damaged[step] = error
+    names = json.loads(processes.broadcast_text(json.dumps(list_damaged(folder.parent))))
+    if restored is None and (damaged or names) and not ignore_damaged:
+        raise DamagedCheckpointError(describe_damage(folder, damaged, names))
+    return restored, damaged
+
+
+def describe_damage(
+    folder: Path, damaged: dict[int, DamagedCheckpointError], names: list[str]
+) -> str:
+    """Message about a folder in which no checkpoint can be used.
+
+    Args:
+      folder: folder of the checkpoints.
+      damaged: errors by step.
+      names: of those that were set aside before.
+    """
+    cause = f" ({next(iter(damaged.values()))})" if damaged else ""
+    all_names = ", ".join([*map(str, sorted(damaged)), *names])
+    return (
+        f"{folder} has only damaged checkpoints: {all_names}{cause}. Put a copy back, choose "
+        "another MODEL_DIR, or begin at step 0 with --ignore_damaged, which keeps them"
+    )

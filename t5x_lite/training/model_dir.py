@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_lite import config, data, processes
-from t5x_lite.checkpoints import manager, run_folder, sources, text_settings
+from t5x_lite.checkpoints import manager, run_folder, sources, step_folders, text_settings
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.config import gin_file
@@ -195,7 +195,7 @@ def check_config(run: config.Run, report: Callable[[str], None]) -> None:
       ModelDirError: the folder holds a run of another config; the difference is in the message.
     """
     path = parse_path(run.model_dir) / CONFIG
-    text, steps = gin_file.to_text(run), manager.list_steps(run.model_dir)
+    text, steps = gin_file.to_text(run), step_folders.list_steps(run.model_dir)
     if not path.exists() or not steps:
         return
     try:

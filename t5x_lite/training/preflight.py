@@ -14,11 +14,11 @@ import jax
 from t5x_lite import adaptation, data, model
 from t5x_lite.adaptation import distilled_batches, vocabulary_compatibility
 from t5x_lite.adaptation.teacher import Teacher
-from t5x_lite.checkpoints import manager, train_state
+from t5x_lite.checkpoints import selection, train_state
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training import callbacks, frozen_base, model_dir, schedules, setup
+from t5x_lite.training import callbacks, frozen_base, model_dir, schedules, setup, weight_average
 from t5x_lite.training.reference import ReferenceModel, find_reference
 from t5x_lite.training.reporting import overview, trackers
 from t5x_lite.training.rollouts import check_grpo
@@ -27,7 +27,12 @@ from t5x_lite.utils.paths import parse_path
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool = False) -> None:
+def check_run(
+    run: TrainingRun,
+    report: Callable[[str], None],
+    try_memory: bool = False,
+    ignore_damaged: bool = False,
+) -> None:
     """Makes every check that comes before the first step; trains and writes nothing in MODEL_DIR.
 
     Of the data it reads the first examples. A trained vocabulary is made, and cached, as the run
@@ -37,6 +42,7 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
       run: config of the run.
       report: is called with each warning.
       try_memory: leaves out `check_memory`.
+      ignore_damaged: true to begin anew where MODEL_DIR has only damaged checkpoints.
 
     Raises:
       ValueError: what the run would be refused for.
@@ -63,8 +69,11 @@ def check_run(run: TrainingRun, report: Callable[[str], None], try_memory: bool 
     if setup.check_evaluation(source) is not None:
         with setup.evaluation_errors(run):
             data.check_examples(source.data, run.model.batch_layout, run.data.eval_split)
-    if not manager.list_steps(run.model_dir):
+    newest = selection.check_newest(run.model_dir, shapes, ignore_damaged)
+    if newest is None:
         check_initial_weights(run, vocabularies)
+    else:
+        weight_average.check_first_step(run, newest)
     for warning in schedules.list_warnings(run):
         report(warning)
 

@@ -89,15 +89,26 @@ def check_window(run: TrainingRun, state: TrainState, note: CheckpointMetadata) 
       note: metadata of its checkpoint.
 
     Raises:
+      ValueError: as `check_first_step`.
+    """
+    if check_first_step(run, note):
+        return state
+    taken = not_none(averaged_weights(run))(state.params)
+    return state._replace(average=jax.tree.map(jnp.copy, taken))
+
+
+def check_first_step(run: TrainingRun, note: CheckpointMetadata) -> bool:
+    """Returns true if a checkpoint's averaged copy is that of the run, false where it begins anew.
+
+    Raises:
       ValueError: the window would have begun before the checkpoint.
     """
     rule = run.train.average
     if rule is None or rule.kind != "uniform":
-        return state
+        return True
     first = rule.first_step(run.train.steps)
     if note.step <= first:
-        taken = not_none(averaged_weights(run))(state.params)
-        return state._replace(average=jax.tree.map(jnp.copy, taken))
+        return False
     saved = None
     with contextlib.suppress(ValueError):  # of a version that this one cannot read
         saved = gin_file.from_text(note.config).train
@@ -108,7 +119,7 @@ def check_window(run: TrainingRun, state: TrainState, note: CheckpointMetadata) 
         f"before the checkpoint of step {note.step}; with {before} it began with another. Bind "
         f"TRAIN_STEPS = {before}, or {note.step + (rule.last - 1) * rule.every} or more",
     )
-    return state
+    return True
 
 
 def is_measured(run: TrainingRun) -> bool:

@@ -20,7 +20,7 @@ from test_training_checkpoint import (
 )
 
 from t5x_lite import config, sharding
-from t5x_lite.checkpoints import checkpoint_io, digests, manager
+from t5x_lite.checkpoints import checkpoint_io, digests, manager, step_folders
 from t5x_lite.checkpoints.checkpoint_io import (
     CheckpointError,
     CheckpointMetadata,
@@ -64,7 +64,7 @@ ODD_NAMES = ["02", "\u0662", "\u00b2", "+2", "2\n", " 2", "2.0", "1_0", 30 * "9"
 def test_a_folder_by_another_name_is_no_step(tmp_path, name):
     save(tmp_path, 1)
     shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints" / name)
-    assert manager.list_steps(tmp_path) == [1]
+    assert step_folders.list_steps(tmp_path) == [1]
     assert_is(restore(tmp_path)[0][0], 1)
     assert manager.load_params(tmp_path)[1] == 1 and name in names(tmp_path)
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_read_now_is_not_damaged(tmp_path, trouble):
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
     (tmp_path / "checkpoints").symlink_to("checkpoints")
     with pytest.raises(OSError, match="symbolic links"):
-        manager.list_steps(tmp_path)
+        step_folders.list_steps(tmp_path)
 
 
 def test_a_reader_takes_the_newer_step_of_a_run_that_trains(tmp_path):

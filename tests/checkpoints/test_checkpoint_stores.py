@@ -7,7 +7,7 @@ import pytest
 from test_training_checkpoint import assert_is, make_state, mesh, restore  # noqa: F401 (a fixture)
 
 from t5x_lite import config
-from t5x_lite.checkpoints import checkpoint_io, manager
+from t5x_lite.checkpoints import checkpoint_io, step_folders
 from t5x_lite.checkpoints.checkpoint_io import CheckpointMetadata, CheckpointWriteError
 from t5x_lite.checkpoints.manager import CheckpointManager
 from t5x_lite.utils.paths import parse_path
@@ -52,4 +52,4 @@ def test_metrics_that_cannot_be_added_end_the_run(store, monkeypatch):
     with pytest.raises(CheckpointWriteError, match="step 1 could not be written.*no answer"):
         saved.wait()
     saved.close()
-    assert manager.list_steps(store.address("refused")) == [1]
+    assert step_folders.list_steps(store.address("refused")) == [1]

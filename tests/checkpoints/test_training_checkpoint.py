@@ -116,7 +116,7 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     cfg = config.Checkpoint(keep=2, metric="per")
     save(tmp_path, 1, 2, 3, 4, 5, cfg=cfg, metrics={1: 9.0, 2: 3.0, 3: 5.0, 4: np.nan, 5: 8.0})
-    assert manager.list_steps(tmp_path) == [2, 4, 5]
+    assert step_folders.list_steps(tmp_path) == [2, 4, 5]
     params, step = manager.load_params(tmp_path, best=True)
     assert step == 2
     np.testing.assert_array_equal(params["tower"]["norm"], make_state(2).params["tower"]["norm"])
@@ -126,7 +126,7 @@ def test_the_best_is_the_highest_where_higher_is_better(tmp_path):
     cfg = config.Checkpoint(keep=1, metric="per", higher_is_better=True)
     save(tmp_path, 1, 2, 3, cfg=cfg, metrics={1: 1.0, 2: 3.0, 3: 2.0})
     save(tmp_path, 4, cfg=cfg, metrics={4: 2.5})
-    assert manager.list_steps(tmp_path) == [2, 4]
+    assert step_folders.list_steps(tmp_path) == [2, 4]
 
 
 def flip(path) -> None:
@@ -178,7 +178,7 @@ def test_an_evaluation_is_added_to_a_checkpoint_that_is_complete(tmp_path):
         saved.save(make_state(step), CheckpointMetadata(step, "config"))
         saved.add_metrics(step, {"per": value})
     saved.close()
-    assert manager.list_steps(tmp_path) == [1, 3]
+    assert step_folders.list_steps(tmp_path) == [1, 3]
     assert checkpoint_io.read_metadata(tmp_path / "checkpoints" / "3").metrics == {"per": 4.0}
     assert_is(restore(tmp_path)[0][0], 3)
     assert manager.load_params(tmp_path, best=True)[1] == 1
@@ -230,7 +230,7 @@ def test_half_written_and_half_deleted_ones_are_not_seen(tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "1", folder / f"7{step_folders.UNFINISHED}-123")
     shutil.copytree(folder / "1", folder / f"6{step_folders.DELETING}")
-    assert manager.list_steps(tmp_path) == [1]
+    assert step_folders.list_steps(tmp_path) == [1]
     assert_is(restore(tmp_path)[0][0], 1)
     assert sorted(path.name for path in folder.iterdir()) == ["1"]
 

@@ -15,7 +15,7 @@ from conftest import toy_model
 
 from t5x_lite import adapt, config, convert
 from t5x_lite.adaptation.derive_config import Arrangement, derive_model
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import step_folders
 from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.training import loop
@@ -156,7 +156,7 @@ def test_a_run_adapts_once_and_goes_on_without_the_source(lone, tmp_path):
     loop.train(run_of(tmp_path, 1))
     shutil.rmtree(tmp_path / "lone" / "checkpoints")
     loop.train(run_of(tmp_path, 2))
-    assert max(manager.list_steps(tmp_path / "run")) == 2
+    assert max(step_folders.list_steps(tmp_path / "run")) == 2
 
 
 def test_data_in_other_ids_than_the_source_are_refused(lone, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from t5x_lite import config, interactive
 from t5x_lite import eval as evaluate
 from t5x_lite.adaptation import teacher_logits
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import step_folders
 from t5x_lite.cli import records
 from t5x_lite.comparison import measurements
 from t5x_lite.config import aliases, gin_file
@@ -89,7 +89,7 @@ def test_a_run_that_an_earlier_version_began_goes_on_without_a_word(tmp_path):
     text = (SAVED / "heads_g2p.gin").read_text().replace("'runs/heads_g2p'", repr(str(tmp_path)))
     (tmp_path / "config.gin").write_text(text)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    assert manager.list_steps(tmp_path)
+    assert step_folders.list_steps(tmp_path)
     run, messages = gin_file.from_text(text), []
     model_dir.check_config(run, messages.append)
     assert not messages

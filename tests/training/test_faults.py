@@ -93,7 +93,7 @@ def test_removed_checkpoints_are_told_and_training_saves_on(tmp_path):
     with pytest.warns(UserWarning, match="its checkpoints are lost"):
         save(2)
     saved.wait()
-    assert manager.list_steps(tmp_path) == [2]
+    assert step_folders.list_steps(tmp_path) == [2]
     (tmp_path / "config.gin").unlink()
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(checkpoint_io.CheckpointError, match="was its disk unmounted"):
@@ -133,7 +133,7 @@ def test_a_disk_that_takes_no_more_is_told_and_the_run_goes_on_later(tmp_path):
     output = ended(process)
     assert "step 10 could not be written" in output or "File too large" in output
     assert "same command goes on" in output
-    assert manager.list_steps(run.model_dir) == [5]
+    assert step_folders.list_steps(run.model_dir) == [5]
     loop.train(run)
     whole = dataclasses.replace(run, model_dir=str(tmp_path / "whole"))
     loop.train(whole)
@@ -231,7 +231,7 @@ def test_a_run_killed_in_start_step_and_save_is_bitwise_the_same(tmp_path):
         "data": lambda: (path / ".lock").exists(),
         "compile": lambda: (path / "vocabulary").exists(),
         "step": lambda: max(losses(path), default=0) >= 2,
-        "save": lambda: halves() and len(manager.list_steps(path)) > 1,
+        "save": lambda: halves() and len(step_folders.list_steps(path)) > 1,
     }
     for moment in moments.values():
         with started(killed, tmp_path / "killed.gin") as process:

@@ -15,7 +15,7 @@ from hub_server import HubServer
 from hub_toys import list_cached, read_contents, write_folders
 
 from t5x_lite import config, data, interactive, train
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import step_folders
 from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.config import gin_file, run_sources
 from t5x_lite.data import derived
@@ -78,7 +78,7 @@ def test_a_run_takes_the_model_and_the_vocabulary_of_its_checkpoint(place, folde
     assert saved.checkpoint.initial == str(folders / "hf")
     assert interactive.load(place / "run").generate("abc") is not None
     assert train.main(flags(place, folders / "hf", steps=3)) == 0
-    assert manager.list_steps(place / "run")[-1] == 3
+    assert step_folders.list_steps(place / "run")[-1] == 3
 
 
 @pytest.mark.slow

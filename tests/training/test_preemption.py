@@ -15,7 +15,7 @@ from conftest import COMPILE_QUICKLY, mark_exhaustive
 from test_training_run import losses, make_run, started, wait_for_step
 
 from t5x_lite import config
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import step_folders
 from t5x_lite.config import gin_file
 from t5x_lite.data import prefetching
 
@@ -64,7 +64,7 @@ def test_every_signal_that_would_end_the_process_saves_first(tmp_path, number):
         process.send_signal(number)
         output = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
-    (step,) = manager.list_steps(tmp_path / "run")
+    (step,) = step_folders.list_steps(tmp_path / "run")
     assert f"{number.name}: saved step {step}" in output
     assert f"{number.name}: ending" in output and "Traceback" not in output
 
@@ -85,7 +85,7 @@ def test_a_reader_that_goes_away_and_a_hangup_that_is_ignored_end_nothing(tmp_pa
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert len(manager.list_steps(tmp_path / "run")) == 1
+    assert len(step_folders.list_steps(tmp_path / "run")) == 1
 
 
 # A quota on the size of files, as of `ulimit -f`, which SIGXFSZ and EFBIG report.
@@ -142,7 +142,7 @@ def test_a_signal_is_answered_while_data_are_waited_for(tmp_path):
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert manager.list_steps(tmp_path / "run") == [4]
+    assert step_folders.list_steps(tmp_path / "run") == [4]
 
 
 @pytest.mark.slow

@@ -3,12 +3,13 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from t5x_lite import model, train
-from t5x_lite.checkpoints import train_state
+from t5x_lite.checkpoints import checkpoint_io, manager, train_state
 from t5x_lite.config import gin_file
 from t5x_lite.training import loop, preflight, schedules, setup
 from t5x_lite.training.model_dir import adopt_changes
@@ -127,6 +128,52 @@ def test_a_dry_run_refuses_what_the_run_refuses_and_in_its_words(folder, tmp_pat
     assert not (tmp_path / "model_dir").exists()
     assert words in message
     assert refusal_of(lambda: loop.train(run)) == message
+
+
+def rename_step(folder: Path) -> None:
+    (folder / "checkpoints/2").rename(folder / "checkpoints/3")
+
+
+def copy_to_another_step(folder: Path) -> None:
+    shutil.copytree(folder / "checkpoints/2", folder / "checkpoints/1")
+
+
+def cut_metadata(folder: Path) -> None:
+    (folder / "checkpoints/2/note/metadata").write_text('{"note": ')
+
+
+def set_all_aside(folder: Path) -> None:
+    (folder / "checkpoints/2").rename(folder / "checkpoints/2.damaged")
+
+
+def leave_out_optimizer(folder: Path) -> None:
+    metadata = checkpoint_io.read_metadata(folder / "checkpoints/2")
+    arrays = metadata.arrays | {"rest": {}}
+    changed = dataclasses.replace(metadata, arrays=arrays)
+    checkpoint_io.write_metadata(folder / "checkpoints/2", changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (rename_step, "3 holds the checkpoint of step 2: rename the folder to 2"),
+        (copy_to_another_step, "1 holds the checkpoint of step 2: rename the folder to 2"),
+        (cut_metadata, "has only damaged checkpoints: 2 ("),
+        (set_all_aside, "has only damaged checkpoints: 2.damaged. Put a copy back"),
+        (leave_out_optimizer, "checkpoints/2 is of another optimizer"),
+    ],
+)
+def test_a_dry_run_refuses_the_checkpoint_that_the_run_refuses(folder, tmp_path, damage, words):
+    shutil.copytree(folder / "trained", tmp_path / "copy")
+    damage(tmp_path / "copy")
+    run = load(folder, f"MODEL_DIR={tmp_path}/copy", "TRAIN_STEPS=4")
+    message = refusal_of(lambda: preflight.check_run(run, print))
+    assert words in message and refusal_of(lambda: loop.train(run)) == message
+    if "--ignore_damaged" in message:
+        preflight.check_run(run, print, ignore_damaged=True)
+    if damage is rename_step:  # a reader of the weights says the same
+        assert refusal_of(lambda: manager.load_params(tmp_path / "copy")) == message
 
 
 @pytest.mark.slow

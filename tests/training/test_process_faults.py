@@ -12,7 +12,7 @@ from test_processes import TRAIN, UNMEASURED, ended, run_of, together, train
 from test_training_run import losses, wait_for_step
 
 from t5x_lite import config
-from t5x_lite.checkpoints import manager, step_folders
+from t5x_lite.checkpoints import step_folders
 from t5x_lite.utils.exit_status import FAILURE, MISTAKE, TRY_AGAIN
 
 STEPS, HELD = 30, 12
@@ -52,7 +52,7 @@ def beside(calm: config.Run, path: Path) -> config.Run:
 def assert_same(run: config.Run, calm: config.Run) -> None:
     assert digests(run, STEPS) == digests(calm, STEPS)
     assert losses(Path(run.model_dir)) == losses(Path(calm.model_dir))
-    assert manager.list_steps(run.model_dir) == manager.list_steps(calm.model_dir)
+    assert step_folders.list_steps(run.model_dir) == step_folders.list_steps(calm.model_dir)
 
 
 def kill_while_saving(run: config.Run, path: Path, victim: int, programs: list) -> None:
@@ -65,11 +65,11 @@ def kill_while_saving(run: config.Run, path: Path, victim: int, programs: list) 
       programs: arguments of Python for each.
     """
     folder = Path(run.model_dir) / "checkpoints"
-    before = max(manager.list_steps(run.model_dir), default=0)
+    before = max(step_folders.list_steps(run.model_dir), default=0)
     with together([run, run], path, programs) as started:
         while started[victim].poll() is None:
             halves = list(folder.glob(f"*{step_folders.UNFINISHED}*"))
-            if halves and max(manager.list_steps(run.model_dir), default=0) > before:
+            if halves and max(step_folders.list_steps(run.model_dir), default=0) > before:
                 break
             time.sleep(0.001)
         started[victim].kill()
@@ -79,7 +79,7 @@ def kill_while_saving(run: config.Run, path: Path, victim: int, programs: list) 
         # JAX itself ends those that lost the coordinator, in its own words.
         assert other.returncode != 0 and (victim == 0 or other.returncode == TRY_AGAIN), output
         assert "Traceback" not in output
-    assert max(manager.list_steps(run.model_dir)) < STEPS
+    assert max(step_folders.list_steps(run.model_dir)) < STEPS
 
 
 # A minute of several processes. test_faults has the kill and the clocks of one process,

@@ -18,7 +18,7 @@ from conftest import COMPILE_QUICKLY, mark_exhaustive, toy_model
 from test_training_run import make_run, wait_for_step, with_train
 
 from t5x_lite import config, processes
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import manager, step_folders
 from t5x_lite.config import gin_file
 from t5x_lite.training import loop, model_dir
 from t5x_lite.training.model_dir import ModelDirError
@@ -154,12 +154,12 @@ def test_a_lost_process_ends_the_other_and_a_signal_to_one_saves_in_all(tmp_path
         ((status, output),) = ended(started[:1])
     assert status == TRY_AGAIN
     assert output.count("\n") == 0 and "lost" in output and "goes on" in output
-    before = max(manager.list_steps(path))
+    before = max(step_folders.list_steps(path))
     with together([run, run], tmp_path) as started:
         wait_for_step(started[0], path, max(metric_writers.read_metrics(path)["train/loss"]) + 8)
         started[1].send_signal(signal.SIGTERM)
         assert [status for status, _ in ended(started)] == [128 + signal.SIGTERM] * 2
-    saved = max(manager.list_steps(path))
+    saved = max(step_folders.list_steps(path))
     assert saved > before and saved == max(metric_writers.read_metrics(path)["train/loss"])
 
 

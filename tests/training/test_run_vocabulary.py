@@ -11,7 +11,7 @@ from test_training_run import make_run, with_train
 
 from t5x_lite import config, data
 from t5x_lite import eval as eval_command
-from t5x_lite.checkpoints import manager
+from t5x_lite.checkpoints import step_folders
 from t5x_lite.tokenizers import vocabularies
 from t5x_lite.training import loop
 
@@ -101,5 +101,5 @@ def test_a_task_whose_own_vocabulary_changed_is_refused(tmp_path, source):
     other = vocabularies.ByteVocabulary(extra_ids=7)
     with pytest.raises(ValueError, match="not the one in .*vocabulary"):
         data.check_run_vocabulary(source.model_dir, (pair[0], other))
-    assert manager.list_steps(source.model_dir) == [1]
+    assert step_folders.list_steps(source.model_dir) == [1]
     data.check_run_vocabulary(tmp_path / "nowhere", (other, other))

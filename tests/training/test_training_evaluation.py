@@ -11,7 +11,7 @@ from conftest import mark_exhaustive
 from test_training_run import make_run, with_train
 
 from t5x_lite import config
-from t5x_lite.checkpoints import checkpoint_io, manager, selection
+from t5x_lite.checkpoints import checkpoint_io, manager, selection, step_folders
 from t5x_lite.data.task import TaskScores
 from t5x_lite.evaluation import metrics
 from t5x_lite.evaluation.evaluate import Evaluator
@@ -45,7 +45,7 @@ def test_a_metric_that_fails_is_recorded_and_the_run_goes_on(tmp_path, monkeypat
     assert "KeyError" in report["not_computed"]["exact_match"]
     recorded = [line["not_computed"] for line in lines(run) if "not_computed" in line]
     assert len(recorded) == 2 and recorded[0].keys() == {"validation/exact_match"}
-    assert manager.list_steps(run.model_dir) == [2, 4]
+    assert step_folders.list_steps(run.model_dir) == [2, 4]
     assert capfd.readouterr().err.count("exact_match not computed: KeyError") == 2
     # A finished run is not evaluated again.
     assert loop.train(run) == report
@@ -100,7 +100,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(
     fail_once(monkeypatch, at, RuntimeError("the decoder broke"))
     with pytest.raises(RuntimeError, match="the decoder broke"):
         loop.train(run)
-    assert manager.list_steps(run.model_dir) == [at]
+    assert step_folders.list_steps(run.model_dir) == [at]
     loop.train(run)
     notes = selection.readable_metadata(Path(run.model_dir) / "checkpoints")
     assert notes[4].metrics and notes[at].metrics
@@ -131,7 +131,7 @@ def test_data_that_fail_cost_no_step(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.data, "prefetch", Broken)
     with pytest.raises(KeyError):
         loop.train(run)
-    assert manager.list_steps(run.model_dir) == [3]
+    assert step_folders.list_steps(run.model_dir) == [3]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import pytest
 from conftest import COMPILE_QUICKLY, mark_exhaustive, toy_model
 
 from t5x_lite import config
-from t5x_lite.checkpoints import manager, selection
+from t5x_lite.checkpoints import manager, selection, step_folders
 from t5x_lite.checkpoints.checkpoint_io import CheckpointError
 from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.config import gin_file
@@ -92,7 +92,7 @@ def test_a_run_leaves_everything_that_is_promised(finished):
     for name in ("exact_match", "loss", "train_seconds", "total_seconds"):
         assert report[name] >= 0
     assert report["target_tokens_per_second"] > 0
-    assert manager.list_steps(path) == [4]
+    assert step_folders.list_steps(path) == [4]
     values = metric_writers.read_metrics(path)
     assert list(values["train/loss"]) == [1, 2, 3, 4]
     assert list(values["validation/loss"]) == [4]
@@ -378,7 +378,7 @@ def test_a_signal_saves_first(tmp_path, number):
         process.send_signal(number)
         output = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
-    (step,) = manager.list_steps(tmp_path / "run")
+    (step,) = step_folders.list_steps(tmp_path / "run")
     assert step >= 5
     assert f"{number.name}: saved step {step}" in output
     assert "Traceback" not in output

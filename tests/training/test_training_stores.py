@@ -66,7 +66,7 @@ def test_a_run_in_a_store_leaves_what_one_on_a_disk_leaves(store, on_a_disk, cap
     run = dataclasses.replace(on_disk, model_dir=store.address("whole"))
     report = loop.train(run)
     assert digests(run.model_dir, 8) == expected
-    assert manager.list_steps(run.model_dir) == [6, 8]
+    assert step_folders.list_steps(run.model_dir) == [6, 8]
     root = parse_path(run.model_dir)
     assert json.loads((root / "report.json").read_text()) == report
     lines = metric_writers.read_metrics(root)["train/loss"]
@@ -98,14 +98,14 @@ def test_a_killed_run_goes_on_in_a_store_bitwise(store, tmp_path):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.01)
         process.kill()
-    steps = manager.list_steps(run.model_dir)
+    steps = step_folders.list_steps(run.model_dir)
     assert all(step < 8 for step in steps)
     with started(run, tmp_path / "again.gin") as process:
         assert process.wait(timeout=300) == 0, process.communicate()
     assert digests(run.model_dir, 8) == expected
     lines = metric_writers.read_metrics(parse_path(run.model_dir))["train/loss"]
     assert lines == metric_writers.read_metrics(Path(whole.model_dir))["train/loss"]
-    assert manager.list_steps(run.model_dir) == [6, 8]
+    assert step_folders.list_steps(run.model_dir) == [6, 8]
 
 
 def unquoted(store) -> list[tuple[str, str]]:
@@ -189,7 +189,7 @@ def test_a_store_that_takes_no_checkpoint_ends_the_run_with_its_state(store, on_
     with store.failing(fails), pytest.raises(checkpoint_io.CheckpointWriteError) as raised:
         loop.train(run)
     assert "step 2 is complete" in str(raised.value) and SECRET not in str(raised.value)
-    assert manager.list_steps(run.model_dir) == [2]
+    assert step_folders.list_steps(run.model_dir) == [2]
     loop.train(run)
     assert digests(run.model_dir, 8) == expected
 
@@ -200,18 +200,18 @@ def test_a_checkpoint_is_complete_at_its_last_object(store, on_a_disk):
     copy = parse_path(store.address("copied-run"))
     copy.upload(Path(run.model_dir))
     # Copied from a disk as it is, as `gsutil cp -r` does.
-    assert manager.list_steps(copy) == [6, 8]
+    assert step_folders.list_steps(copy) == [6, 8]
     assert open_checkpoint(str(copy)).step == 8 and digests(copy, 8) == expected
     step = copy / "checkpoints" / "8"
     (step / step_folders.COMMITTED).unlink()
-    assert manager.list_steps(copy) == [6]
+    assert step_folders.list_steps(copy) == [6]
     (step / step_folders.COMMITTED).write_text("")
-    assert manager.list_steps(copy) == [6, 8]
+    assert step_folders.list_steps(copy) == [6, 8]
     aside = step_folders.set_aside(copy / "checkpoints" / "6")
-    assert aside.name == "6.damaged" and manager.list_steps(copy) == [8]
+    assert aside.name == "6.damaged" and step_folders.list_steps(copy) == [8]
     assert step_folders.list_damaged(copy) == ["6.damaged"]
     step_folders.remove_from_store(step)
-    assert manager.list_steps(copy) == [] and not step.exists()
+    assert step_folders.list_steps(copy) == [] and not step.exists()
 
 
 @pytest.mark.slow
@@ -245,5 +245,5 @@ def test_signals_save_to_a_store(store, on_a_disk, tmp_path):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=120)
         assert process.returncode == 128 + signal.SIGTERM, process.communicate()
-    (step,) = manager.list_steps(run.model_dir)
+    (step,) = step_folders.list_steps(run.model_dir)
     assert max(metric_writers.read_metrics(metrics.parent)["train/loss"]) == step
