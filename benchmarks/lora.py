@@ -289,6 +289,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve(options)
+    if options.steps < 3:
+        parser.error("--steps: the first two steps are not timed; take 3 or more")
     with tempfile.TemporaryDirectory() as folder:
         source = options.source
         if source.endswith(".gguf"):
