@@ -43,6 +43,9 @@ examples:
       one token for each of 64 rows, over a cache of 256 slots
   ... --chips=h100x8
       by arithmetic alone, for chips that nothing here compiles for
+  ... --gin_file=configs/models/t5_1_1_base.gin --chips=v5ex1 --serve --inputs=512 --quantize=int8
+      rows that fit, time to the first token, tokens per second, price of 10^6 tokens; --topology
+      compiles the decode step; --phases is encode, prefill and decode on the chip's roofline
   ... --topology=v5e:4x4 --parameters
       where every parameter is placed, and its bytes on each chip
 
@@ -53,6 +56,17 @@ the speed at best.
 
 Exit status: 0 it fits, 1 it does not, 2 the request is refused with a reason."""
 
+# Rows at once, and ids of an input where neither an option nor a run has them.
+ROWS, INPUTS = 64, 512
+# Bits of a key or a value.
+CACHES = {"int8": 8, "int4": 4}
+# Options that plan decoding.
+KINDS = {
+    "decode": "a step of decoding",
+    "serve": "a server: rows that fit, speed, price of a token",
+    "phases": "encode, prefill and decode on one roofline",
+}
+
 
 def parser() -> Parser:
     """Parser of the command."""
@@ -62,13 +76,7 @@ def parser() -> Parser:
     chips.add_argument("--topology", help="a TPU slice to compile for: v5e:4x4, v5p:4x4x4 ...")
     chips.add_argument("--chips", help="chips to calculate for, without compiling: h100x8 ...")
     add = command.add_argument
-    add("--decode", action="store_true", help="plan a step of decoding instead")
-    add("--decode_rows", type=number_parser(Count), default=64, help="rows at once (64)")
-    add(
-        "--decode_length",
-        type=number_parser(Count),
-        help="new tokens of a row (Decode.max_new_tokens)",
-    )
+    add_decoding(command)
     add(
         "--efficiency",
         type=number_parser(ShareAboveZero),
@@ -76,7 +84,8 @@ def parser() -> Parser:
         help="share of the speed at best that a real step is assumed to reach (0.4; PaLM 540B used "
         "0.46 of the peak, arXiv 2204.02311, table 3; measure yours)",
     )
-    add("--price", type=number_parser(NotNegative), help="price of one chip for an hour")
+    dated = "price of one chip for an hour; --serve names the source and date of its own"
+    add("--price", type=number_parser(NotNegative), help=dated)
     add("--parameters", action="store_true", help="list where every parameter is placed")
     ranked = "rank meshes, microbatches and rematerialization that fit"
     add("--search", action="store_true", help=ranked)
@@ -90,6 +99,29 @@ def parser() -> Parser:
     add("--cache", type=local_argument, metavar="FILE", help=kept)
     add("--json", type=path_argument, metavar="FILE", help="write the report to this file too")
     return command
+
+
+def add_decoding(command: Parser) -> None:
+    """Adds the options of decoding in place of training."""
+    group = command.add_argument_group("decoding, in place of training")
+    add = group.add_argument
+    what = group.add_mutually_exclusive_group()
+    for name, text in KINDS.items():
+        what.add_argument(f"--{name}", action="store_true", help=text)
+    add(
+        "--decode_rows",
+        type=number_parser(Count),
+        help="rows at once (64; --serve: as many as fit)",
+    )
+    add(
+        "--decode_length",
+        type=number_parser(Count),
+        help="new tokens of a row (Decode.max_new_tokens)",
+    )
+    add("--inputs", type=number_parser(Count), help="ids of an input (Data.lengths)")
+    add("--quantize", metavar="KIND", help="layers in int8, int4, int4:32, ...")
+    add("--cache_dtype", choices=CACHES, help="format of caches, by arithmetic")
+    add("--plot", type=path_argument, metavar="FILE", help="draw --phases or --serve")
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -108,6 +140,8 @@ def run_plan(args: argparse.Namespace) -> int:
     from t5x_lite.planning import chips
 
     slice_ = chips.parse_topology(args.topology) if args.topology else chips.parse_chips(args.chips)
+    if args.serve or args.phases:
+        return plan_serving(run, slice_, args)
     if args.parameters:
         return print_placement(run, slice_)
     if args.search:
@@ -117,16 +151,76 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace, run: config.Run) -> None:
     """Raises ValueError for what cannot be planned."""
-    if args.decode and (args.search or args.chips):
-        raise ValueError("--decode is compiled for a --topology, without --search")
+    decoded = next((f"--{name}" for name in KINDS if getattr(args, name)), None)
+    check_decoding(args, decoded)
     if args.chips and (args.search or args.parameters):
         raise ValueError("--search and --parameters are for a --topology, not for --chips")
-    if not args.decode:
+    if decoded is None:
         require_training(run, ", or plan --decode")
-    if run.distillation is not None and not args.decode:
+    if run.distillation is not None and decoded is None:
         raise ValueError(
             "A plan knows of no teacher: --gin.config.Run.distillation=None plans the student alone"
         )
+
+
+def check_decoding(args: argparse.Namespace, decoded: str | None) -> None:
+    """Raises ValueError for options of decoding that contradict each other.
+
+    Args:
+      args: options of the command.
+      decoded: the option that plans decoding; None for training.
+    """
+    if args.decode and args.chips:
+        raise ValueError(
+            "--decode is compiled for a --topology; --phases is arithmetic for --chips"
+        )
+    if decoded and (args.search or args.parameters):
+        raise ValueError(f"{decoded} plans decoding: --search and --parameters are of training")
+    for name in ("inputs", "quantize", "cache_dtype", "plot"):
+        if getattr(args, name) is not None and decoded is None:
+            raise ValueError(f"--{name} is of decoding: add --serve, --phases or --decode")
+    if args.cache_dtype is not None and (args.decode or args.serve and args.topology):
+        raise ValueError(
+            "--cache_dtype is not compiled: take --chips (v5ex1) in place of --topology"
+        )
+    if args.plot is not None and args.decode:
+        raise ValueError("--plot draws --phases and --serve")
+
+
+def plan_serving(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
+    """Reports on a server, or its phases; returns 0 if it fits, else 1.
+
+    Args:
+      run: config of the run.
+      slice_: the chips.
+      args: options of the command.
+    """
+    from t5x_lite.planning import phases, serving, serving_report
+
+    inputs = args.inputs or (run.data.lengths.get("inputs") if run.data else None)
+    sizes = phases.TextSizes(
+        inputs=inputs or INPUTS,
+        new_tokens=args.decode_length or run.decode.max_new_tokens,
+        quantize=args.quantize,
+        cache_bits=CACHES[args.cache_dtype] if args.cache_dtype else None,
+    )
+    known = phases.serving_arithmetic(run, slice_, sizes)
+    if args.phases:
+        listed = serving_report.show_phases(known, args.decode_rows or ROWS * known.shards)
+        record: dict[str, Any] = {"phases": [serving.record_phase(phase) for phase in listed]}
+        fits = True
+    else:
+        price = slice_.chip.price if args.price is None else args.price
+        plan = serving.plan_server(known, price, args.decode_rows)
+        if args.topology and plan.memory.fits:
+            stderr_console().print(f"compiling for {slice_.count} chips, which can take minutes")
+            plan = serving.compile_server(run, slice_, plan)
+        serving_report.show_server(plan, args.efficiency)
+        listed, record, fits = plan.phases, serving.record_plan(plan), plan.memory.fits
+    write_json(args.json, record)
+    if args.plot is not None:
+        serving_report.draw_roofline(listed, parse_output_path(args.plot))
+    return 0 if fits else exit_status.FAILURE
 
 
 def report_plan(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
@@ -146,7 +240,10 @@ def report_plan(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
         decoding = None
         if args.decode:
             decoding = steps.Decoding(
-                args.decode_rows, args.decode_length or run.decode.max_new_tokens
+                args.decode_rows or ROWS,
+                args.decode_length or run.decode.max_new_tokens,
+                args.inputs,
+                args.quantize,
             )
         waiting = f"compiling for {slice_.count} chips, which can take minutes"
         if run.grpo is not None and not args.decode:

@@ -130,6 +130,33 @@ def figures(run: TrainingRun, slice_: Slice, shapes: StepShapes) -> Figures:
     )
 
 
+def has_cross_attention(cfg: config.Model, stack: config.Stack) -> bool:
+    """True for the decoder of an encoder-decoder."""
+    return cfg.layout == "encoder_decoder" and stack is cfg.decoder
+
+
+def count_sublayers(cfg: config.Model, stack: config.Stack) -> int:
+    """Number of residual branches of a layer."""
+    return 3 if has_cross_attention(cfg, stack) else 2
+
+
+def product_sizes(cfg: config.Model, stack: config.Stack, tensor: int) -> float:
+    """Elements of the results of a layer's matrix products on a chip, per token.
+
+    Args:
+      cfg: the model.
+      stack: one of its stacks.
+      tensor: number of chips that share a layer.
+    """
+    heads = stack.heads * stack.head_dim
+    keys = stack.key_heads * stack.head_dim
+    attention = 2 * heads + 2 * keys
+    if has_cross_attention(cfg, stack) and not stack.merged:
+        attention += 2 * heads
+    split = attention + stack.mlp * (1 + stack.gated)
+    return split / tensor + count_sublayers(cfg, stack) * stack.embed
+
+
 class StackSizes(NamedTuple):
     """Sizes of a step's encoder and decoder stacks on one chip, of one microbatch."""
 
@@ -154,29 +181,16 @@ class StackSizes(NamedTuple):
         pairs = ((run.model.encoder, inputs), (run.model.decoder, targets))
         return [(stack, rows * length) for stack, length in pairs if stack is not None]
 
-    def has_cross_attention(self, stack: config.Stack) -> bool:
-        return self.run.model.layout == "encoder_decoder" and stack is self.run.model.decoder
-
-    def sublayers(self, stack: config.Stack) -> int:
-        """Number of residual branches of a layer."""
-        return 3 if self.has_cross_attention(stack) else 2
-
     def product_sizes(self, stack: config.Stack) -> float:
         """Elements of the results of a layer's matrix products, per token."""
-        heads = stack.heads * stack.head_dim
-        keys = stack.key_heads * stack.head_dim
-        attention = 2 * heads + 2 * keys
-        if self.has_cross_attention(stack) and not stack.merged:
-            attention += 2 * heads
-        split = attention + stack.mlp * (1 + stack.gated)
-        return split / self.mesh["tensor"] + self.sublayers(stack) * stack.embed
+        return product_sizes(self.run.model, stack, self.mesh["tensor"])
 
     def keys(self) -> float:
         """Elements of the keys and values of all layers, of whole rows: split rows gather them."""
         encoded = self.stacks()[0][1]
         total = 0.0
         for stack, tokens in self.stacks():
-            visible = tokens + (encoded if self.has_cross_attention(stack) else 0)
+            visible = tokens + (encoded if has_cross_attention(self.run.model, stack) else 0)
             total += stack.layers * 2 * stack.key_heads * stack.head_dim * visible * self.context
         return total / self.mesh["tensor"]
 
@@ -201,7 +215,7 @@ class StackSizes(NamedTuple):
     def weights(self, stack: config.Stack) -> float:
         """Weights of one layer on a chip, gathered along fsdp."""
         projections = 2 * (stack.heads + stack.key_heads)
-        if self.has_cross_attention(stack) and not stack.merged:
+        if has_cross_attention(self.run.model, stack) and not stack.merged:
             projections *= 2
         columns = stack.head_dim * projections + stack.mlp * (2 + stack.gated)
         return stack.embed * columns / self.mesh["tensor"]
@@ -273,7 +287,7 @@ def expected_collectives(run: TrainingRun, slice_: Slice, mesh: dict[str, int], 
     weights = sum(stack.layers * sizes.weights(stack) for stack, _ in sizes.stacks()) + table
     weight_bytes = int(weights * itemsize)
     sums = sum(
-        stack.layers * sizes.sublayers(stack) * tokens * stack.embed * itemsize
+        stack.layers * count_sublayers(run.model, stack) * tokens * stack.embed * itemsize
         for stack, tokens in sizes.stacks()
     )
     passes = (3 if run.train.remat == "full" else 2) * microbatches

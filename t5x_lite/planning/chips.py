@@ -24,6 +24,7 @@ class Chip(NamedTuple):
       box: number of chips that reach each other over the link; None: all of a slice are one torus.
       network: bandwidth between boxes, or between slices, bytes per second for each chip (0: not
         known).
+      price: dollars for an hour, on demand, by `price_source`.
     """
 
     kind: str
@@ -33,6 +34,12 @@ class Chip(NamedTuple):
     ring: int = 0
     box: int | None = None
     network: float = 0.0
+    price: float = 0.0
+
+    @property
+    def price_source(self) -> str:
+        """Source and date of the price."""
+        return TPU_PRICES if self.box is None else GPU_PRICES
 
     @property
     def peak(self) -> float:
@@ -47,14 +54,20 @@ class Chip(NamedTuple):
 # direction, network of a DGX (200 or 400 Gb/s for each GPU). Network of v5e and v6e: a pod's of 256
 # chips on the page of v6e (6.4 and 25.6 Tb/s).
 CHIPS = {
-    "v4": Chip("TPU v4", int(31.75 * GIB), 1228e9, 50e9),
-    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 819e9, 50e9, ring=16, network=3.125e9),
-    "v5p": Chip("TPU v5p", int(95.73 * GIB), 2765e9, 100e9),
-    "v6e": Chip("TPU v6 lite", int(31.24 * GIB), 1638e9, 100e9, ring=16, network=12.5e9),
-    "a100": Chip("NVIDIA A100", 80 * GIB, 2039e9, 300e9, box=8, network=25e9),
-    "h100": Chip("NVIDIA H100", int(79.6 * GIB), 3350e9, 450e9, box=8, network=50e9),
-    "h200": Chip("NVIDIA H200", int(140.4 * GIB), 4800e9, 450e9, box=8, network=50e9),
+    "v4": Chip("TPU v4", int(31.75 * GIB), 1228e9, 50e9, price=3.22),
+    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 819e9, 50e9, ring=16, network=3.125e9, price=1.20),
+    "v5p": Chip("TPU v5p", int(95.73 * GIB), 2765e9, 100e9, price=4.20),
+    "v6e": Chip(
+        "TPU v6 lite", int(31.24 * GIB), 1638e9, 100e9, ring=16, network=12.5e9, price=2.70
+    ),
+    "a100": Chip("NVIDIA A100", 80 * GIB, 2039e9, 300e9, box=8, network=25e9, price=1.30),
+    "h100": Chip("NVIDIA H100", int(79.6 * GIB), 3350e9, 450e9, box=8, network=50e9, price=3.00),
+    "h200": Chip("NVIDIA H200", int(140.4 * GIB), 4800e9, 450e9, box=8, network=50e9, price=4.00),
 }
+# Where the prices are from. Those of TPUs are of the cheapest region of the United States; those of
+# GPUs the middle of what clouds for GPUs ask (1.10 to 1.50, 2.50 to 3.50, 3.50 to 4.50).
+TPU_PRICES = "cloud.google.com/tpu/pricing, on demand, end of 2024"
+GPU_PRICES = "mercatus-ai.com/blog/cloud-gpu-pricing, May 2026"
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.box is None)
 
 # Latency of one hop between neighbors, whatever is sent: "How to Scale Your Model" (Austin et al.,

@@ -12,6 +12,8 @@ from t5x_lite import config, decoding, model, sharding
 from t5x_lite.checkpoints import train_state
 from t5x_lite.config.training_run import TrainingRun, require_training
 from t5x_lite.decoding import sampling, target
+from t5x_lite.model import quantization
+from t5x_lite.model.computation import cast_params
 from t5x_lite.planning import aot
 from t5x_lite.training import frozen_base, setup
 from t5x_lite.training.flops import batch_rows, row_lengths, run_flops
@@ -22,11 +24,19 @@ REFERENCE = "reference weights"
 
 
 class Decoding(NamedTuple):
-    """Size of a decode step: rows at once, and length, the new tokens of each; inputs are
-    Data.lengths long."""
+    """Size of a decode step.
+
+    Attributes:
+      rows: rows at once.
+      length: new tokens of each.
+      inputs: ids of an input; None for Data.lengths.
+      quantize: format of the layers' matrices, as "int8"; None for the dtype of activations.
+    """
 
     rows: int
     length: int
+    inputs: int | None = None
+    quantize: str | None = None
 
 
 class Step(NamedTuple):
@@ -91,16 +101,14 @@ def decode(run: config.Run, devices: list, size: Decoding) -> Step:
     Raises:
       ValueError: the model has no decoder, or the mesh cannot split the rows.
     """
-    if run.model.decoder is None:
-        raise ValueError("An encoder alone decodes nothing: --decode needs a model with a decoder")
+    cfg = require_decoder(run.model, "--decode")
     sharding.use_mesh(run.mesh, devices)
     if size.rows % sharding.batch_shards():
         raise ValueError(
             f"--decode_rows={size.rows} cannot be split over {sharding.batch_shards()} parts of "
             "the mesh (data x fsdp): choose a multiple, or fewer parts"
         )
-    cfg = run.model
-    params = decode_weights(cfg)
+    params = decode_weights(cfg, size.quantize)
     encoded, row, cache, slots = decode_arguments(run, params, size)
     kinds = {
         "parameters": train_state.bytes_per_device(params),
@@ -124,13 +132,44 @@ def decode_step(cfg: config.Model):
     return jax.jit(once, donate_argnums=4)
 
 
-def decode_weights(cfg: config.Model) -> Any:
-    """Shapes of weights as decoding reads them: layer by layer, in the dtype of activations."""
+def require_decoder(cfg: config.Model, option: str) -> config.Model:
+    """The model, which has a decoder.
 
-    def cast(params: Any) -> Any:
-        return model.unstack(jax.tree.map(lambda weight: weight.astype(cfg.dtype), params))
+    Args:
+      cfg: the model.
+      option: of the command line, for the message.
 
-    return place_shapes(jax.eval_shape(cast, model.shapes(cfg)))
+    Raises:
+      ValueError: it has none.
+    """
+    if cfg.decoder is None:
+        raise ValueError(f"An encoder alone decodes nothing: {option} needs a model with a decoder")
+    return cfg
+
+
+def weight_shapes(cfg: config.Model, quantize: str | None = None) -> Any:
+    """Shapes of stacked weights in the formats of decoding.
+
+    Args:
+      cfg: the model.
+      quantize: format of the layers' matrices; None for the dtype of activations.
+
+    Raises:
+      ValueError: there is no such format, or its groups do not divide a fan-in.
+    """
+
+    def prepare(params: Any) -> Any:
+        if quantize is not None:
+            kind = quantization.parse_quantization(quantize)
+            params = quantization.quantize_params(params, kind)
+        return cast_params(params, cfg.dtype)
+
+    return jax.eval_shape(prepare, model.shapes(cfg))
+
+
+def decode_weights(cfg: config.Model, quantize: str | None = None) -> Any:
+    """`weight_shapes` as decoding reads them, layer by layer."""
+    return place_shapes(jax.eval_shape(model.unstack, weight_shapes(cfg, quantize)))
 
 
 def decode_arguments(run: config.Run, params: Any, size: Decoding):
@@ -149,17 +188,22 @@ def decode_arguments(run: config.Run, params: Any, size: Decoding):
     row = jax.ShapeDtypeStruct((size.rows,), jnp.int32, sharding=sharding.named_sharding("batch"))
     lengths, encoded, prompt = run.data.lengths if run.data else {}, model.EncoderMemory(), 1
     if cfg.encoder is not None:
-        length = decoding.bucket_length(lengths.get("inputs", 512))
+        length = decoding.bucket_length(size.inputs or lengths.get("inputs", 512))
         inputs = jax.ShapeDtypeStruct(
             (size.rows, length), jnp.int32, sharding=sharding.named_sharding("batch length")
         )
         encode = functools.partial(target.encode_inputs, cfg)
         encoded = place_shapes(jax.eval_shape(encode, params, inputs, row))
     else:
-        prompt = decoding.bucket_length(lengths.get("inputs", 1))
-    slots = prompt + decoding.bucket_length(size.length) + 1
+        prompt = decoding.bucket_length(size.inputs or lengths.get("inputs", 1))
+    slots = prompt + new_slots(size.length)
     cache = jax.eval_shape(lambda: model.empty_cache(cfg, size.rows, slots, scan=False))
     return encoded, row, place_shapes(cache), slots
+
+
+def new_slots(length: int) -> int:
+    """Cache slots for so many new tokens: those of a bucket, and one for the last."""
+    return decoding.bucket_length(length) + 1
 
 
 def place_shapes(shapes: Any) -> Any:

@@ -26,7 +26,17 @@ SMALL = ["--gin.config.Stack.layers=2", "--gin.BATCH_SIZE=64"]
         (["--chips=h100x8", "--search"], "are for a --topology"),
         (["--chips=h100x8", "--parameters"], "are for a --topology"),
         (["--chips=h100x8", "--decode"], "--decode is compiled for a --topology"),
-        (["--topology=v5e:2x2", "--decode", "--search"], "--decode is compiled"),
+        (["--topology=v5e:2x2", "--decode", "--search"], "--search and --parameters are of"),
+        (["--topology=v5e:2x2", "--serve", "--parameters"], "--serve plans decoding"),
+        (["--chips=v5ex1", "--serve", "--decode"], "not allowed with argument --serve"),
+        (["--chips=v5ex1", "--inputs=9"], "--inputs is of decoding: add --serve"),
+        (["--chips=v5ex1", "--serve", "--quantize=int3"], "quantize 'int3' is not one of"),
+        (["--chips=v5ex1", "--serve", "--cache_dtype=int5"], "--cache_dtype"),
+        (["--topology=v5e:2x2", "--serve", "--cache_dtype=int8"], "--cache_dtype is not compiled"),
+        (["--topology=v5e:2x2", "--decode", "--plot=a.png"], "--plot draws --phases"),
+        (["--chips=v5ex8", "--serve", "--decode_rows=12"], "--decode_rows=12 cannot be split"),
+        (["--chips=v5ex8", "--phases", "--decode_rows=12"], "--decode_rows=12 cannot be split"),
+        (["--chips=v5ex1", "--phases", "--gin.config.Model.decoder=None"], "encoder alone"),
         (["--topology=v5e:2x2", "--price=-1"], "--price must be at least 0; got -1.0"),
         (["--chips=h100x8", "--efficiency=0"], "--efficiency must be in (0, 1]; got 0.0"),
         (["--chips=h100x8", "--efficiency=40"], "--efficiency must be in (0, 1]; got 40.0"),
@@ -90,3 +100,46 @@ def test_arithmetic_says_by_how_much_a_run_does_not_fit(capsys):
     split = ["--gin.config.Mesh.fsdp=8", "--gin.config.Mesh.data=1"]
     assert plan.main([FILE, *flags, *split, "--chips=h200x8"]) == 0
     assert "FITS" in capsys.readouterr().out
+
+
+def test_a_server_is_planned_with_its_price_and_drawn(tmp_path, capsys):
+    path, plot = tmp_path / "server.json", tmp_path / "roof.png"
+    server = [
+        "--serve",
+        "--chips=v5ex1",
+        "--inputs=100",
+        "--decode_length=20",
+        "--cache_dtype=int8",
+    ]
+    assert plan.main([FILE, *SMALL, *server, f"--json={path}", f"--plot={plot}"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"FITS: [\d,]+ rows of 100 ids and 20 new tokens", output)
+    words = " ".join(output.split())
+    assert "1.20 for an hour of a chip, in dollars (cloud.google.com/tpu/pricing" in words
+    record = json.loads(path.read_text())
+    assert record["source"] == "arithmetic" and record["price"] == 1.2
+    best = record["points"][-1]
+    assert best["tokens_per_second"] == pytest.approx(20 * best["requests_per_second"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    again = [*server, f"--json={path}", "--price=2.4", "--decode_rows=7"]
+    assert plan.main([FILE, *SMALL, *again]) == 0
+    assert "dollars" not in capsys.readouterr().out
+    dearer = json.loads(path.read_text())["points"]
+    assert [point["rows"] for point in dearer] == [1, 4, 7]
+    assert dearer[0]["whole_price"] == pytest.approx(2 * record["points"][0]["whole_price"])
+    assert plan.main([FILE, *SMALL, "--serve", "--chips=v5ex1", f"--decode_rows={10**9}"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_phases_of_a_chip_are_on_one_roofline(tmp_path, capsys):
+    path = tmp_path / "phases.json"
+    flags = ["--phases", "--chips=h200x2", "--decode_rows=8", f"--json={path}"]
+    assert plan.main([FILE, *SMALL, *flags]) == 0
+    assert "FLOPs a byte (ridge 206)" in " ".join(capsys.readouterr().out.split())
+    listed = json.loads(path.read_text())["phases"]
+    assert [(each["name"], each["rows"]) for each in listed] == [
+        ("encode", 1),
+        ("decode", 1),
+        ("decode", 4),
+    ]
+    assert listed[1]["bound"] == "memory" and listed[1]["intensity"] < listed[2]["intensity"]
