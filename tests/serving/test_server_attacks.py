@@ -208,7 +208,7 @@ def test_a_server_under_attack_answers_others_and_nothing_stays():
             with contextlib.ExitStack() as stack:
                 report = attack(target, stack)
                 during = target.answers(3)
-            until = time.monotonic() + 60
+            until = time.monotonic() + 300
             while target.gauge("queued") + target.gauge("rows_used"):
                 assert time.monotonic() < until, report
                 time.sleep(0.1)
@@ -220,7 +220,7 @@ def test_a_server_under_attack_answers_others_and_nothing_stays():
             assert running.poll() is None and target.files() < files + 20, report
         assert target.megabytes() < memory + 200
         running.terminate()
-        running.wait(timeout=60)
+        running.wait(timeout=300)
         assert "Traceback" not in errors()
 
 

@@ -62,7 +62,7 @@ def test_every_signal_that_would_end_the_process_saves_first(tmp_path, number):
     with started(run, tmp_path / "run.gin") as process:
         wait_for_step(process, tmp_path / "run", 5)
         process.send_signal(number)
-        output = process.communicate(timeout=60)[1]
+        output = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + number
     (step,) = step_folders.list_steps(tmp_path / "run")
     assert f"{number.name}: saved step {step}" in output
@@ -84,7 +84,7 @@ def test_a_reader_that_goes_away_and_a_hangup_that_is_ignored_end_nothing(tmp_pa
         wait_for_step(process, tmp_path / "run", max(losses(tmp_path / "run")) + 20)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
     assert len(step_folders.list_steps(tmp_path / "run")) == 1
 
 
@@ -107,7 +107,7 @@ def test_a_quota_on_files_ends_the_logs_and_not_the_run(tmp_path):
                 text = (tmp_path / "log").read_text()
             process.send_signal(signal.SIGTERM)
             # Saved, or refused by the quota: ended in any case.
-            assert process.wait(timeout=60) in (128 + signal.SIGTERM, 1)
+            assert process.wait(timeout=300) in (128 + signal.SIGTERM, 1)
     assert text.count("training goes on") == 2
     assert metrics.stat().st_size <= 24576 and board.is_dir()
 
@@ -140,7 +140,7 @@ def test_a_signal_is_answered_while_data_are_waited_for(tmp_path):
     with changed(endless(tmp_path), tmp_path / "run.gin", HANGING_DATA) as process:
         wait_for_step(process, tmp_path / "run", 4)
         process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[1]
+        output = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + signal.SIGTERM, output
     assert step_folders.list_steps(tmp_path / "run") == [4]
 
@@ -153,7 +153,7 @@ def test_a_second_signal_ends_a_process_that_hangs(tmp_path):
             time.sleep(1)
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
 
 
 class Dying:

@@ -376,7 +376,7 @@ def test_a_signal_saves_first(tmp_path, number):
     with started(run, tmp_path / "run.gin") as process:
         wait_for_step(process, tmp_path / "run", 5)
         process.send_signal(number)
-        output = process.communicate(timeout=60)[1]
+        output = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + number
     (step,) = step_folders.list_steps(tmp_path / "run")
     assert step >= 5

@@ -165,7 +165,7 @@ def test_a_lock_that_is_not_renewed_is_taken_and_its_holder_notices(store, monke
     # Its machine does not answer: nothing is written, and no process is seen.
     monkeypatch.setattr(sleeper, "write", lambda **fields: None)
     other.acquire()
-    sleeper.thread.join(timeout=10)
+    sleeper.thread.join(timeout=300)
     with pytest.raises(LockedError):
         sleeper.check()
     other.check()
