@@ -110,6 +110,7 @@ def figures(
         moved=cost.moved,
         collectives=tuple(collectives.collectives(module, runs, where)),
         unknown_loops=runs.unknown,
+        instructions=sum(len(each.instructions) for each in module.computations.values()),
         compile_seconds=seconds,
     )
 

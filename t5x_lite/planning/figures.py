@@ -50,6 +50,7 @@ class Figures:
       moved: bytes of HBM that one chip reads and writes; None where the program does not fit.
       collectives: those that one chip takes part in.
       unknown_loops: names of loops of unknown length, counted once.
+      instructions: number of the program's instructions, those of loops once.
       compile_seconds: duration of the compilation.
     """
 
@@ -64,6 +65,7 @@ class Figures:
     moved: int | None = None
     collectives: tuple[Collective, ...] = ()
     unknown_loops: tuple[str, ...] = ()
+    instructions: int = 0
     compile_seconds: float = 0.0
 
 
