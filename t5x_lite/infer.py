@@ -31,8 +31,7 @@ from t5x_lite.utils.paths import path_argument
 
 EXAMPLES = """\
 examples:
-  # a text per line in, a JSON object per line out: {"input", "prediction", "score"}, or with
-  # Model.readout "probabilities"; after an interruption the same command goes on
+  # a JSON object per line; after an interruption the same command goes on
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --output=out.jsonl
   # a pipe; plain text out
   echo photograph | python -m t5x_lite.infer --checkpoint=runs/g2p --text

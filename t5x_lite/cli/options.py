@@ -25,7 +25,7 @@ DECODE = (
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
     *("bad_words", "regex", "choices", "json_schema", "grammar"),
     *("force_words", "stop", "target_prefix", "span_of_input", "token_healing"),
-    *("drafter", "draft_length", "accept", "companion", "combine", "compute"),
+    *("drafter", "draft_length", "accept", "companion", "combine", "compute", "kv_cache"),
     *("logprobs", "choose", "beam_groups", "diversity_penalty"),
     *("search", "judge", "judge_weight", "particles", "segment_tokens", "segment_stop"),
 )
@@ -193,7 +193,7 @@ def add_mesh(group) -> None:
         "--mesh",
         type=parse_mesh,
         metavar="D,F,T",
-        help="devices for data, fsdp, tensor, as 1,1,4 (default: all for data)",
+        help="devices for data, fsdp, tensor: 1,1,4 (default: all for data)",
     )
 
 
@@ -203,8 +203,10 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in NUMBERS_OF_DECODE.items():
         add_number(group, name, field_types(config.Decode)[name], metavar, text)
     add_number(group, "batch_size", Count, "N", "how many texts are decoded at once")
-    computed = "float32, bfloat16, or int8: faster on a CPU, CHANGES THE TEXT"
+    computed = "float32, bfloat16, or int8, which CHANGES THE TEXT"
     group.add_argument("--compute", choices=COMPUTE, metavar="DTYPE", help=computed)
+    cached = "int8, int4 or int8:int4 (keys, values), which CHANGES THE TEXT"
+    group.add_argument("--kv_cache", metavar="DTYPE", help=cached)
     group = parser.add_argument_group(
         "several texts for an input (--n_best)", name_table("--choose", CHOICES)
     )

@@ -20,6 +20,7 @@ from t5x_lite.config.checked import (
     require,
 )
 from t5x_lite.config.companions import check_companion
+from t5x_lite.config.kv_cache import parse_kv_cache
 from t5x_lite.config.search import check_beams, check_choice, check_search
 from t5x_lite.utils import hub_names, paths
 
@@ -137,6 +138,9 @@ class Decode(Checked):
         "" is contrast for a model, guidance for a prompt, dola for layers.
       compute: what products are computed in: auto (float32 on a CPU, else Model.dtype), float32,
         bfloat16, or int8, which quantizes weights and activations and changes the text.
+      kv_cache: what keys and values are kept in: auto (the dtype of computation), or int8 or int4,
+        with a scale for each token and head, which changes the text; int8:int4 is int8 for keys and
+        int4 for values.
     """
 
     max_new_tokens: Length = 64
@@ -191,6 +195,7 @@ class Decode(Checked):
     companion: str = ""
     combine: str = ""
     compute: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    kv_cache: str = "auto"
 
     def check(self):
         for name in ("stop", "segment_stop"):
@@ -232,6 +237,7 @@ class Decode(Checked):
         check_search(self)
         check_beams(self)
         check_companion(self)
+        parse_kv_cache(self.kv_cache)
         self.check_tokens()
         self.check_constraints()
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from t5x_lite import config, model, sharding
+from t5x_lite.config.kv_cache import CacheFormat
 from t5x_lite.decoding import beam, loop, target
 from t5x_lite.decoding.acceptance import exact
 from t5x_lite.decoding.adaptive.adaptive_loop import begin_adaptive, run_adaptive_loop
@@ -53,6 +54,7 @@ class DecodeProgram(NamedTuple):
       groups: groups that the beams are divided into.
       banks: divides the beams by how much of a constraint they have met.
       early_stopping: when a search ends, as in config.Decode.
+      kv_cache: form of the model's caches; draft models and companions have theirs as computed.
     """
 
     cfg: config.Model
@@ -66,6 +68,7 @@ class DecodeProgram(NamedTuple):
     groups: int = 1
     banks: bool = False
     early_stopping: EarlyStopping = None
+    kv_cache: CacheFormat = model.WHOLE
 
 
 class Drafting(NamedTuple):
@@ -140,6 +143,7 @@ def make_program(
         groups=decode.beam_groups,
         banks=banks,
         early_stopping=ending,
+        kv_cache=target.cache_format(decode, drafting.drafter.tree),
     )
 
 
@@ -280,9 +284,10 @@ def read_request(
         )
     encoded = model.EncoderMemory()
     if request.inputs is not None:
-        encoded = target.encode_inputs(program.cfg, params, request.inputs, request.inputs_length)
+        inputs = request.inputs, request.inputs_length
+        encoded = target.encode_inputs(program.cfg, params, *inputs, program.kv_cache)
     prompts = Prompts(request.prompts, request.prompts_length)
-    cache = target.prefill(program.cfg, params, encoded, prompts, slots)
+    cache = target.prefill(program.cfg, params, encoded, prompts, slots, program.kv_cache)
     texts = program.samples * program.beams
     if texts == 1:
         return encoded, cache

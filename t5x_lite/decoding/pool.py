@@ -223,11 +223,12 @@ def read_rows(
     encoded = model.EncoderMemory()
     if request.inputs is not None:
         inputs = sharding.by_rows(request.inputs[:, : sizes.inputs])
-        encoded = target.encode_inputs(program.cfg, params, inputs, request.inputs_length)
+        read = inputs, request.inputs_length
+        encoded = target.encode_inputs(program.cfg, params, *read, program.kv_cache)
     prompts = sharding.by_rows(request.prompts[:, : sizes.prompts])
     prompts = Prompts(prompts, request.prompts_length)
     slots = generation.count_slots(program, request)
-    cache = target.prefill(program.cfg, params, encoded, prompts, slots)
+    cache = target.prefill(program.cfg, params, encoded, prompts, slots, program.kv_cache)
     encoded = pad_inputs(encoded, pool.inputs)
     rules = arguments.rules._replace(sampling=sampling)
     context = pool_context(pool, arguments, request, encoded, rules)

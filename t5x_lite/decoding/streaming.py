@@ -234,11 +234,15 @@ def change_state(
     def widen_cache(cache):
         return tuple(store.widen(added) for store in cache)
 
+    stores = model.empty_cache(
+        program.cfg, len(state.tokens), context.slots, scan=False, form=program.kv_cache
+    )
+    pairs = zip(stores, state.cache, strict=True)
     by_slot = {name: getattr(state, name) for name in ("tokens", "token_step", "token_node")}
     by_slot["details"] = state.details
     state = state._replace(**jax.tree.map(widen, by_slot))
     state = state._replace(
-        cache=widen_cache(state.cache),
+        cache=tuple(store.load(old, state.length) for store, old in pairs),
         companion_state=replace_cache(state.companion_state, widen_cache),
     )
     text = context._replace(prompts=Prompts(state.tokens, state.length + 1))

@@ -12,10 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from t5x_lite import config, model
+from t5x_lite.config.kv_cache import CacheFormat, parse_kv_cache
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding.protocol import LayerRange, Prompts, Target, TargetHeads, Tree
 from t5x_lite.model.computation import cast_params, dtype_of_computation
 from t5x_lite.utils.not_none import not_none
+
+# Least room for a block in the caches of windowed layers: few drafters need more.
+BLOCK_ROOM = 64
 
 
 def prepare_params(cfg: config.Model, params: Any) -> Any:
@@ -26,12 +30,17 @@ def prepare_params(cfg: config.Model, params: Any) -> Any:
     return model.unstack(cast_params(params, dtype_of_computation(cfg)))
 
 
+def cache_format(decode: config.Decode, tree: Tree) -> CacheFormat:
+    """Returns the form of a model's caches, with room for blocks of that tree."""
+    return parse_kv_cache(decode.kv_cache)._replace(block=max(BLOCK_ROOM, tree.width))
+
+
 def encode_inputs(
     cfg: config.Model,
     params: Any,
     inputs: Int[Array, "b s"],
     length: Int[Array, " b"],
-    form: model.CacheFormat = model.WHOLE,
+    form: CacheFormat = model.WHOLE,
 ) -> model.EncoderMemory:
     """Runs the encoder, and projects its output to the keys and values of cross-attention.
 
@@ -56,7 +65,7 @@ def encode_inputs(
         method=model.Transformer.encode,
     )
     cross_kv = transformer.apply({"params": params}, encoded, method=model.Transformer.cross_kv)
-    return model.EncoderMemory(tuple(form.quantize(layer) for layer in cross_kv), exists)
+    return model.quantize_memory(model.EncoderMemory(cross_kv, exists), form)
 
 
 def make_target(cfg: config.Model, params: Any, encoded: model.EncoderMemory) -> Target:
@@ -171,7 +180,7 @@ def prefill(
     encoded: model.EncoderMemory,
     prompts: Prompts,
     slots: int,
-    form: model.CacheFormat = model.WHOLE,
+    form: CacheFormat = model.WHOLE,
 ) -> tuple[model.CacheStore, ...]:
     """Fills a new cache with the prompts, in one pass.
 
@@ -198,7 +207,7 @@ def prefill(
     _, filled = model.Transformer(cfg, scan=False).apply(
         {"params": params},
         model.TokenBlock(prompts.tokens, start, prefix=prompts.length),
-        model.empty_cache(cfg, rows, length, scan=False, form=form),
+        model.empty_cache(cfg, rows, length, scan=False, form=form._replace(block=0)),
         encoded,
         method=model.Transformer.decode,
     )

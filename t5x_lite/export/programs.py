@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -161,7 +161,7 @@ def nest_params(flat: Mapping[str, Any]) -> dict[str, Any]:
 def as_memory(memory: tuple) -> model.EncoderMemory:
     """The encoder's output of `encode`; () for a decoder alone."""
     return (
-        model.EncoderMemory(join_layers(*memory[:2]), memory[2])
+        model.EncoderMemory(tuple(join_layers(*memory[:2])), memory[2])
         if memory
         else model.EncoderMemory()
     )
@@ -169,13 +169,12 @@ def as_memory(memory: tuple) -> model.EncoderMemory:
 
 def split_layers(cache: Iterable[Any]) -> tuple[tuple, tuple]:
     """Keys of all layers, and values of all layers."""
-    keys, values = zip(*cache, strict=True)
-    return keys, values
+    return tuple(layer.keys for layer in cache), tuple(layer.values for layer in cache)
 
 
-def join_layers(keys: Iterable, values: Iterable) -> tuple[model.Cache, ...]:
-    """Cache of every layer, from what `split_layers` returned."""
-    return tuple(model.Cache(*pair) for pair in zip(keys, values, strict=True))
+def join_layers(keys: Iterable, values: Iterable) -> Iterator[model.Cache]:
+    """Keys and values of every layer, from what `split_layers` returned."""
+    return map(model.Cache, keys, values)
 
 
 def encode(
@@ -241,7 +240,8 @@ def step(
       index: its place in the row, from 0.
     """
     model_ = target.make_target(cfg, nest_params(params), as_memory(memory))
-    hidden, cache = model_.forward(tokens[:, None], index, join_layers(*cache))
+    stores = model.make_stores(cfg, join_layers(*cache))
+    hidden, cache = model_.forward(tokens[:, None], index, stores)
     return model_.logits(hidden)[:, 0], split_layers(cache)
 
 

@@ -12,11 +12,12 @@ from t5x_lite.batch import Batch
 from t5x_lite.model.cache import (
     WHOLE,
     Cache,
-    CacheFormat,
     CacheStore,
     EncoderMemory,
     TokenBlock,
     empty_cache,
+    make_stores,
+    quantize_memory,
 )
 from t5x_lite.model.inspection import Activations, Inspected, InspectionInputs
 from t5x_lite.model.layers import is_partitioned
@@ -27,7 +28,6 @@ from t5x_lite.sharding import batch_shards, named_sharding, spec
 __all__ = [
     "TokenBlock",
     "Cache",
-    "CacheFormat",
     "CacheStore",
     "WHOLE",
     "InspectionInputs",
@@ -40,6 +40,8 @@ __all__ = [
     "drop_shared",
     "empty_cache",
     "initialize",
+    "make_stores",
+    "quantize_memory",
     "shapes",
     "unstack",
 ]

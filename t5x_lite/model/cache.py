@@ -5,7 +5,9 @@ The cache of a model is a tuple of stores, one for each layer, which need not be
 weights it is one store with a first axis of layers.
 """
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,16 +15,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config
+from t5x_lite.config.kv_cache import CacheFormat
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model.cache_slots import (
     AXES,
     Slots,
     empty_slots,
+    encode_block,
     quantize_slots,
     read_slots,
+    take_slots,
     write_rows,
     write_slots,
 )
+from t5x_lite.model.layer_config import layer_configs
 from t5x_lite.utils.not_none import not_none
 
 
@@ -77,11 +83,11 @@ class CacheStore(Protocol):
     def compact(self, index: Int[Array, " b"], path: Int[Array, "b D"]) -> "CacheStore":
         """Moves the tokens index + path of a tree to index, index + 1, ..., as of a chain."""
 
-    def load(self, cache: "Cache", length: Int[Array, " b"]) -> "CacheStore":
-        """Takes over the first length[b] tokens of a cache that holds whole rows."""
+    def take(self, places: Int[Array, "b n"]) -> "Cache":
+        """Returns the tokens of each row at these positions; others than it holds are arbitrary."""
 
-    def widen(self, added: int) -> "CacheStore":
-        """Returns the store with room for so many more tokens."""
+    def load(self, store: "CacheStore", length: Int[Array, " b"]) -> "CacheStore":
+        """Takes over the first length[b] tokens of another store, as far as either holds them."""
 
 
 class Cache(NamedTuple):
@@ -133,13 +139,113 @@ class Cache(NamedTuple):
 
         return jax.tree.map(lambda x: jax.vmap(compact_row)(x, index, path), self)
 
-    def load(self, cache: "Cache", length) -> "Cache":
+    def take(self, places) -> "Cache":
+        # Beyond the end too, for the room that `load` finds in a smaller cache.
+        return take_slots(self, jnp.clip(places, 0, self.slots - 1))
+
+    def load(self, store: CacheStore, length) -> "Cache":
+        assert isinstance(store, Cache)
         start = jnp.zeros_like(length)
-        return jax.tree.map(lambda x, filled: write_rows(x, filled, start), self, cache)
+        return jax.tree.map(lambda x, filled: write_rows(x, filled, start), self, store)
 
     def widen(self, added: int) -> "Cache":
+        """Returns the cache with room for so many more tokens."""
         pads = ((0, 0), (0, 0), (0, added), (0, 0))
         return jax.tree.map(lambda x: jnp.pad(x, pads), self)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["window"]
+)
+@dataclass(frozen=True)
+class RingCache:
+    """Store of a layer with a window: the token at position i has slot i modulo the slots.
+
+    With a slot for every token of a row it never wraps. A block reads the tokens in reach alone, in
+    the order of positions, so that sums are the same bits with any number of slots.
+
+    Attributes:
+      keys: [b k s h], or quantized.
+      values: like keys.
+      window: number of tokens before itself that a query attends to.
+    """
+
+    keys: Slots
+    values: Slots
+    window: int
+
+    @property
+    def slots(self) -> int:
+        """Number of tokens that a row holds: the window, and room for a block."""
+        return jax.tree.leaves(self.keys)[0].shape[-2]
+
+    @property
+    def layout(self) -> Hashable:
+        return "ring", self.slots, self.window
+
+    def append(self, k, v, index) -> "RingCache":
+        """Writes a block over the oldest tokens.
+
+        Args:
+          k: [b k w h] new keys.
+          v: [b k w h] new values.
+          index: [b] position of the first.
+        """
+        return self.write(Cache(encode_block(self.keys, k), encode_block(self.values, v)), index)
+
+    def write(self, block: Cache, index) -> "RingCache":
+        """Writes a block that has the form of the slots, from position index[b] on."""
+        width, slots = block.slots, self.slots
+        if width == 1:
+            start = index % slots
+            written = jax.tree.map(lambda x, new: write_rows(x, new, start), self.pair, block)
+        else:
+            # For every slot, the token of the block that it gets.
+            token = (jnp.arange(slots) - index[:, None]) % slots
+            is_new = (token < width)[:, None, :, None]
+            spread = take_slots(block, jnp.minimum(token, width - 1))
+            written = jax.tree.map(lambda x, new: jnp.where(is_new, new, x), self.pair, spread)
+        return replace(self, keys=written.keys, values=written.values)
+
+    @property
+    def pair(self) -> Cache:
+        """Keys and values by slot."""
+        return Cache(self.keys, self.values)
+
+    def start(self, index: Int[Array, " b"]) -> Int[Array, " b"]:
+        """Returns the first position that a block at `index` reads."""
+        return jnp.maximum(index - self.window, 0)
+
+    def count(self, width: int) -> int:
+        """Returns the number of tokens that a block of that width reads."""
+        return min(self.window + width, self.slots)
+
+    def read(self, block: TokenBlock, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        places = jnp.arange(self.count(block.tokens.shape[1]))
+        return self.take(self.start(block.index)[:, None] + places).read(None, dtype)
+
+    def mask(self, block: TokenBlock) -> kernels.CacheMask:
+        start, width = self.start(block.index), block.tokens.shape[1]
+        return kernels.CacheMask(
+            block.index - start,
+            width,
+            self.count(width),
+            block.depth,
+            block.ancestors,
+            prefix=None if block.prefix is None else block.prefix - start,
+        )
+
+    def compact(self, index, path) -> "RingCache":
+        return self.write(self.take(index[:, None] + path), index)
+
+    def take(self, places) -> Cache:
+        return take_slots(self.pair, places % self.slots)
+
+    def load(self, store: CacheStore, length) -> "RingCache":
+        # The last position of each slot among the first `length`.
+        last = length[:, None] - 1 - jnp.arange(self.slots)
+        pair = store.take(jnp.arange(self.slots) + last // self.slots * self.slots)
+        return replace(self, keys=pair.keys, values=pair.values)
 
 
 class EncoderMemory(NamedTuple):
@@ -153,29 +259,17 @@ class EncoderMemory(NamedTuple):
     input_mask: Bool[Array, "b s"] | None = None
 
 
-class CacheFormat(NamedTuple):
-    """Form in which caches hold keys and values, of the decoder and of cross-attention.
+WHOLE = CacheFormat()
 
-    Attributes:
-      key_bits: bits of a number of the keys, 8 or 4; None for the dtype of computation.
-      value_bits: of the values.
-    """
 
-    key_bits: int | None = None
-    value_bits: int | None = None
+def quantize_memory(memory: EncoderMemory, form: CacheFormat) -> EncoderMemory:
+    """Returns an encoder's output, with a Cache for each layer, in another form."""
 
-    @property
-    def bits(self) -> tuple[int | None, int | None]:
-        """Bits of keys and of values."""
-        return self.key_bits, self.value_bits
-
-    def quantize(self, cache: Cache) -> Cache:
-        """Returns the keys and values of an encoder's output in this format."""
-        pairs = zip(cache, self.bits, strict=True)
+    def quantize(cache: Cache) -> Cache:
+        pairs = zip(cache, form.bits, strict=True)
         return Cache(*(x if bits is None else quantize_slots(x, bits) for x, bits in pairs))
 
-
-WHOLE = CacheFormat()
+    return memory._replace(cross_kv=tuple(quantize(layer) for layer in memory.cross_kv))
 
 
 def empty_cache(
@@ -191,12 +285,31 @@ def empty_cache(
       form: form of keys and values.
     """
     stack = not_none(cfg.decoder)
-    shape = (rows, stack.key_heads, length, stack.head_dim)
+
+    def empty_pair(slots, layers=(), axes=AXES):
+        shape = (*layers, rows, stack.key_heads, slots, stack.head_dim)
+        return Cache(*(empty_slots(shape, cfg.dtype, bits, axes) for bits in form.bits))
+
     if scan:
-        stacked, axes = (stack.layers, *shape), f"layers {AXES}"
-        return Cache(*(empty_slots(stacked, cfg.dtype, bits, axes) for bits in form.bits))
+        return empty_pair(length, (stack.layers,), f"layers {AXES}")
+    windows = layer_windows(cfg)
+    rooms = (
+        length if window is None or not form.block else min(window + form.block, length)
+        for window in windows
+    )
+    return make_stores(cfg, map(empty_pair, rooms))
 
-    def store():
-        return Cache(*(empty_slots(shape, cfg.dtype, bits) for bits in form.bits))
 
-    return tuple(store() for _ in range(stack.layers))
+def layer_windows(cfg: config.Model) -> list[int | None]:
+    """Number of tokens before itself that a query of each decoder layer attends to; None is all."""
+    stack = not_none(cfg.decoder)
+    windows = layer_configs(stack, both_sides=False).window_size
+    return [int(windows[i, 0]) if each else None for i, each in enumerate(stack.sliding)]
+
+
+def make_stores(cfg: config.Model, pairs: Iterable[Cache]) -> tuple[CacheStore, ...]:
+    """Returns the store of each decoder layer, from its keys and values."""
+    return tuple(
+        pair if window is None else RingCache(*pair, window)
+        for pair, window in zip(pairs, layer_windows(cfg), strict=True)
+    )

@@ -63,7 +63,7 @@ def empty_slots(shape: tuple[int, ...], dtype: str, bits: int | None, axes: str 
     if bits == 4 and size % 2:
         raise ValueError(
             f"A cache of int4 packs two numbers into a byte, and Stack.head_dim is {size}: choose "
-            "int8 for Decode.cache_keys and Decode.cache_values"
+            "int8 for Decode.kv_cache"
         )
     return QuantizedSlots(zeros(size * bits // 8, jnp.int8), zeros(1, jnp.float32), bits)
 

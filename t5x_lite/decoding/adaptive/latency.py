@@ -215,6 +215,7 @@ def price_key(
         (rows, slot_bucket(inputs), slot_bucket(slots)),
         decode.temperature > 0,
         *([decode.companion, decode.combine] if decode.companion else []),
+        *([decode.kv_cache] if decode.kv_cache != "auto" else []),
         (
             device.platform,
             device.device_kind,
