@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of cache stores: appended tokens are read back, a rollback leaves no trace."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from test_decoding_loop import lively, use_one_device
 from t5x_lite import config, decoding, model
 from t5x_lite.config.kv_cache import CacheFormat, parse_kv_cache
 from t5x_lite.decoding import generation
+from t5x_lite.decoding.drafters import lookup
 from t5x_lite.model import cache_slots
 from t5x_lite.sharding import spec
 
@@ -217,3 +219,42 @@ def test_a_ring_equals_the_mask_bitwise():
     )
     assert program.kv_cache.block + WINDOW < 128
     assert_same(ring, whole)
+
+
+LAYOUTS = {
+    "encoder_decoder": (toy_model("encoder_decoder", positions="relative", layers=1), 24),
+    # Long enough for a ring.
+    "decoder_only": (WINDOWED, 96),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_text_is_the_same_with_drafts_and_in_any_company(layout):
+    """Self- and cross-attention in int8 and int4."""
+    use_one_device()
+    cfg, length = LAYOUTS[layout]
+    params = decoding.prepare_params(cfg, lively(cfg))
+    decode = config.Decode(max_new_tokens=length, kv_cache="int8:int4")
+    examples = [[5, 9, 33], [7] * 20, [40, 41, 40, 41]]
+
+    def generate(decode, rows=(0, 1, 2), drafting=generation.PLAIN):
+        request = decoding.make_request(
+            cfg, [examples[row] for row in rows], decode, rows=list(rows), eos=-1
+        )
+        return decoding.generate(cfg, params, request, decode, drafting)
+
+    plain = generate(decode)
+    drafted = generate(decode, drafting=decoding.Drafting(lookup.Lookup()))
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+    assert drafted.steps < plain.steps
+    np.testing.assert_array_equal(generate(decode, (1,)).tokens[0], plain.tokens[1])
+    computed = generate(dataclasses.replace(decode, kv_cache="auto"))
+    assert not np.array_equal(computed.log_probability, plain.log_probability)
+
+
+def test_a_form_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"Decode\.kv_cache 'int2' is not one of auto, int8, int4"):
+        config.Decode(kv_cache="int2")
+    with pytest.raises(ValueError, match="such as int8:int4"):
+        config.Decode(kv_cache="int8:")

@@ -55,6 +55,7 @@ APART = {
         no_repeat_ngram_size=2,
     ),
     "constraint": dict(regex="[a-f]{2,9}", temperature=1.0, typical_p=0.6),
+    "quantized cache": dict(kv_cache="int8:int4", temperature=0.8, seed=3),
 }
 # Those that take less, in time to compile, come first.
 DRAFTERS = ("lookup", "lookup+recycling", "jacobi", "lookahead", "recycling")
