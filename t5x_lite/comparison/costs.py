@@ -57,7 +57,9 @@ def forward_flops(cfg: config.Model, lengths: Lengths, scored: float) -> float:
         total = flops.self_attention_and_mlp_flops(decoder, inputs + targets)
     else:
         assert cfg.encoder is not None
-        total = flops.self_attention_and_mlp_flops(cfg.encoder, inputs)
+        # Tokens attend to their chunk: n / chunk texts of that length.
+        chunk = min(cfg.encoder.chunk or inputs, inputs)
+        total = flops.self_attention_and_mlp_flops(cfg.encoder, chunk) * (inputs / chunk)
         total += flops.self_attention_and_mlp_flops(decoder, targets)
         total += flops.cross_attention_flops(decoder, targets, inputs)
     return total + 2 * decoder.embed * cfg.vocab * scored

@@ -4,7 +4,10 @@
 import dataclasses
 import json
 import platform
+import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite import config, data, decoding
+from t5x_lite.checkpoints import averaging, weights
 from t5x_lite.checkpoints.opening import open_checkpoint
 from t5x_lite.cli.progress import format_duration
 from t5x_lite.comparison import costs, quality, speed, taken, train_twins, twins
@@ -36,6 +40,8 @@ def describe_twin(run: ComparisonRun, twin: twins.Twin) -> dict:
         "parameters": twin.parameters,
         "off": twin.off,
         "steps": twin.steps,
+        "pretraining_steps": twin.pretraining_steps,
+        "matched": twin.matched,
         "taken": list(twin.taken),
         "training_flops": costs.training_flops(model, lengths),
         "inference_flops": costs.inference_flops(model, lengths),
@@ -62,7 +68,13 @@ def measure_twins(
         for seed in range(cfg.seeds)
         for twin in family
     }
-    trained = train_runs(cfg, runs, modules)
+    before = [
+        each
+        for seed in range(cfg.seeds)
+        for twin in family
+        if (each := twins.pretraining_run(run, twin, seed)) is not None
+    ]
+    trained = train_runs(cfg, before, runs, modules)
     names = [twin.name for twin in family]
     stages = Stages("measuring", len(runs))
     qualities = {
@@ -87,33 +99,63 @@ def measure_twins(
         },
         "quality": qualities,
         "metrics": shown_metrics(qualities),
-        "speed": measure_speed(run, [runs[name, 0] for name in names], names),
+        "speed": measure_speed(run, [runs[name, 0] for name in names], names)
+        if cfg.repeats
+        else [],
         "memory": memory_table(family, cfg),
         "padding": costs.padding_shares(lengths, (most["inputs"], most["targets"]), 32),
     }
 
 
-def train_runs(cfg: config.Compare, runs: dict, modules: list[str]) -> list[dict]:
+def train_runs(
+    cfg: config.Compare, before: list[TrainingRun], runs: dict, modules: list[str]
+) -> list[dict]:
     """Trains the runs of twins, but for those whose checkpoints are taken.
 
     Args:
       cfg: config of the comparison.
+      before: runs of pretraining, which come first.
       runs: runs by (twin, seed).
       modules: Python modules that training imports first.
 
     Returns:
       A row per run with its seconds, None where these are unknown.
     """
-    trained = []
-    stages = Stages("training", len(runs))
-    for (name, seed), each in runs.items():
+    stages = Stages("training", len(before) + len(runs))
+
+    def train(name: str, each: TrainingRun) -> dict:
         here = name not in cfg.trained
         stages.begin(each.model_dir, here and not (Path(each.model_dir) / REPORT).exists())
-        report = (
-            train_twins.train_twin(each, modules) if here else taken.read_report(each.model_dir)
-        )
-        trained.append({"twin": name, "seed": seed, "seconds": report.get("train_seconds")})
-    return trained
+        return train_twins.train_twin(each, modules) if here else taken.read_report(each.model_dir)
+
+    map_side_by_side(train, [("", each) for each in before], cfg.processes)
+    reports = map_side_by_side(train, [(key[0], runs[key]) for key in runs], cfg.processes)
+    return [
+        {"twin": name, "seed": seed, "seconds": report.get("train_seconds")}
+        for (name, seed), report in zip(runs, reports, strict=True)
+    ]
+
+
+def map_side_by_side(
+    work: Callable[..., dict], pieces: Sequence[tuple], at_once: int
+) -> list[dict]:
+    """Results of work(*piece) in the order of the pieces; a failure ends what has not begun.
+
+    Args:
+      work: a function that waits for a process.
+      pieces: arguments of each call.
+      at_once: calls at once, each in a thread; 1 is this thread.
+    """
+    if at_once == 1:
+        return [work(*piece) for piece in pieces]
+    pool = futures.ThreadPoolExecutor(at_once)
+    try:
+        pending = [pool.submit(work, *piece) for piece in pieces]
+        futures.wait(pending, return_when=futures.FIRST_EXCEPTION)
+        failed = [each for each in pending if each.done() and each.exception()]
+        return [each.result() for each in failed or pending]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def measure_quality(
@@ -130,22 +172,37 @@ def measure_quality(
     """
     path = Path(run.model_dir) / "measured" / f"{name}-{seed}.json"
     cfg = run.compare
-    request = [cfg.split, cfg.examples, list(cfg.drafters), list(cfg.quantized)]
+    request = [cfg.split, cfg.examples, cfg.decoded, list(cfg.drafters), list(cfg.quantized)]
     request += [trained.model_dir] if name in cfg.trained else []
     kept = read_measured(path)
     stages.begin(trained.model_dir, kept.get("asked") != request)
     if kept.get("asked") == request:
         return kept
     best = trained.checkpoint.metric is not None and name not in cfg.trained
-    restored = open_checkpoint(trained.model_dir, best=best).load()
+    opened = open_checkpoint(trained.model_dir, best=best)
+    restored = opened.load()
+    params, step = restored.params, restored.step
+    if name == "averaged":
+        copies = averaging.select_weights(opened, averaged=True)
+        params = weights.place_weights(copies, opened.model)
     folder = str(Path(run.model_dir) / f"{name}-{seed}")
     here = dataclasses.replace(data.with_run_vocabulary(trained), model_dir=folder)
-    metrics = quality.evaluate_twin(here, restored.params, restored.step, run.compare)
-    metrics["drafted"] = quality.measure_drafters(here, restored.params, run.compare)
-    metrics["quantized"] = quality.measure_quantized(
-        here, restored.params, restored.step, run.compare
-    )
-    return write_measured(path, {"asked": request, "step": restored.step, **metrics})
+    keep = losses_path(run, name, seed)
+    metrics = quality.evaluate_twin(here, params, step, cfg, keep)
+    metrics["drafted"] = quality.measure_drafters(here, params, cfg)
+    metrics["quantized"] = quality.measure_quantized(here, params, step, cfg)
+    return write_measured(path, {"asked": request, "step": step, **metrics})
+
+
+def losses_path(run: ComparisonRun, name: str, seed: int) -> Path:
+    """File of a trained twin's losses by example.
+
+    Args:
+      run: config of the comparison.
+      name: name of the twin.
+      seed: its seed.
+    """
+    return Path(run.model_dir) / "measured" / f"{name}-{seed}.npz"
 
 
 def read_measured(path: Path) -> dict:
@@ -209,12 +266,14 @@ class Stages:
       number: number of the one in progress, from 1.
       seconds: seconds of those that were done here.
       began: when the one in progress began; None where it was done already.
+      lock: held by `begin`, which several threads may call.
     """
 
     def __init__(self, what: str, total: int, done: int = 0):
         self.what, self.total, self.number = what, total, done
         self.seconds: list[float] = []
         self.began: float | None = None
+        self.lock = threading.Lock()
 
     def begin(self, name: str, needed: bool = True) -> None:
         """Ends the piece before, and begins the next; one that is done already prints nothing.
@@ -223,18 +282,19 @@ class Stages:
           name: what is printed of it.
           needed: false for one that is done already.
         """
-        now = time.monotonic()
-        if self.began is not None:
-            self.seconds.append(now - self.began)
-        self.number += 1
-        self.began = now if needed else None
-        if needed:
-            left = ""
-            if self.seconds:
-                mean = sum(self.seconds) / len(self.seconds)
-                rest = format_duration(mean * (self.total - self.number + 1))
-                left = f"; all of {self.what} ends in about {rest}"
-            print(f"{self.what} {self.number} of {self.total}: {name}{left}", flush=True)
+        with self.lock:
+            now = time.monotonic()
+            if self.began is not None:
+                self.seconds.append(now - self.began)
+            self.number += 1
+            self.began = now if needed else None
+            if needed:
+                left = ""
+                if self.seconds:
+                    mean = sum(self.seconds) / len(self.seconds)
+                    rest = format_duration(mean * (self.total - self.number + 1))
+                    left = f"; all of {self.what} ends in about {rest}"
+                print(f"{self.what} {self.number} of {self.total}: {name}{left}", flush=True)
 
 
 def memory_table(family: list[twins.Twin], cfg: config.Compare) -> list[dict]:

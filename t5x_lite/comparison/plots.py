@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of a comparison."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ COLORS = {
     "shallow_decoder": "#54a24b",
 }
 
+OTHER_COLORS = ("#b279a2", "#9d755d", "#439894", "#d67195", "#79706e", "#b6992d", "#83bcb6")
 COLUMNS = 4  # of panels; more would be too small to read on a page
 
 
@@ -25,6 +27,13 @@ def draw_plots(record: dict, folder: Path) -> list[Path]:
         draw_speed(record, folder / "speed.png"),
     ]
     return [path for path in paths if path is not None]
+
+
+def twin_color(name: str) -> str:
+    """Color of a twin in all plots."""
+    if name in COLORS:
+        return COLORS[name]
+    return OTHER_COLORS[zlib.crc32(name.encode()) % len(OTHER_COLORS)]
 
 
 def make_panels(panels: int):
@@ -57,10 +66,10 @@ def draw_quality(record: dict, path: Path) -> Path | None:
         for place, (twin, measured) in enumerate(record["quality"].items()):
             estimate = quality.estimate_metric(measured, metric)
             half = 0.0 if np.isnan(estimate.half) else estimate.half
-            look = {"color": COLORS[twin], "capsize": 4, "fmt": "o"}
+            look = {"color": twin_color(twin), "capsize": 4, "fmt": "o"}
             axes.errorbar([place], [estimate.value], yerr=[half], **look)
             seeds = [each["metrics"][metric] for each in measured]
-            axes.plot([place + 0.18] * len(seeds), seeds, ".", color=COLORS[twin], alpha=0.5)
+            axes.plot([place + 0.18] * len(seeds), seeds, ".", color=twin_color(twin), alpha=0.5)
         labels = [claims.twin_label(twin).replace(" ", "\n") for twin in record["quality"]]
         axes.set_xticks(range(len(labels)), labels)
         axes.margins(x=0.15)
@@ -83,7 +92,7 @@ def draw_curves(record: dict, path: Path) -> Path | None:
             shares = np.array([step for step, _ in curve], float) / max(curve[-1][0], 1)
             label = claims.twin_label(twin) if not number else None
             losses = [loss for _, loss in curve]
-            axes.plot(100 * shares, losses, color=COLORS[twin], label=label, alpha=0.8)
+            axes.plot(100 * shares, losses, color=twin_color(twin), label=label, alpha=0.8)
     axes.legend(frameon=False)
     style_axes(
         axes, xlabel="percent of the training examples", ylabel="held-out loss (nats a token)"
@@ -110,7 +119,7 @@ def draw_speed(record: dict, path: Path) -> Path | None:
             )
             inputs, milliseconds, rates = zip(*line, strict=True)
             rates = [np.nan if rate is None else rate for rate in rates]
-            look = {"color": COLORS[twin], "label": claims.twin_label(twin), "marker": "o"}
+            look = {"color": twin_color(twin), "label": claims.twin_label(twin), "marker": "o"}
             first.plot(inputs, milliseconds, **look)
             after.plot(inputs, rates, **look)
         style_axes(first, xlabel="ids in", ylabel="ms to the first token", title=f"{count} at once")

@@ -8,7 +8,7 @@ metrics such as BLEU allow too) and another seed. They are added.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import numpy as np
 
 from t5x_lite import config, data
 from t5x_lite.cli.progress import Progress
+from t5x_lite.comparison import example_losses
+from t5x_lite.comparison.example_losses import ExampleLosses
 from t5x_lite.config.training_run import ComparisonRun, DataRun
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.evaluation import evaluate, metrics
@@ -44,7 +46,9 @@ LEADING = ("per", "wer", "bleu", "rougeLsum", "chrf", "exact_match", "edit_dista
 WORST_ERROR, WORST_SCORE = 99.0, 1.0
 
 
-def evaluate_twin(run: DataRun, params: Any, step: int, compare: config.Compare) -> dict:
+def evaluate_twin(
+    run: DataRun, params: Any, step: int, compare: config.Compare, keep: Path | None = None
+) -> dict:
     """Measures the run's weights on Compare.examples examples of Compare.split.
 
     Args:
@@ -52,23 +56,33 @@ def evaluate_twin(run: DataRun, params: Any, step: int, compare: config.Compare)
       params: its weights.
       step: step of the weights.
       compare: config of the comparison.
+      keep: file that losses by example are written to; None keeps none.
 
     Returns:
       "metrics" of all examples, and "without": metrics with each group of examples left out, a
       list by metric.
     """
-    settings = dataclasses.replace(run.evaluate, examples=compare.examples, batches=10**6)
+    decoded = compare.examples if compare.decoded is None else compare.decoded
+    settings = dataclasses.replace(run.evaluate, examples=decoded, batches=10**6)
     evaluator = evaluate.Evaluator(dataclasses.replace(run, evaluate=settings), compare.split)
     count = min(len(evaluator.dataset), compare.examples)
-    with Progress("texts", count if evaluator.has_predictions() else None) as progress:
-        numbers = evaluator(params, step, progress)
-    measured = {"metrics": numbers, "without": {}}
+    with Progress("texts", min(count, decoded) if evaluator.has_predictions() else None) as report:
+        numbers = evaluator(params, step, report)
+    measured: dict[str, dict] = {"metrics": numbers, "without": {}}
+    if evaluator.has_predictions() and count:
+        losses = example_losses.measure_examples(evaluator, params, count)
+        if keep is not None:
+            example_losses.write_losses(keep, losses)
+        numbers |= {"loss": losses.loss(), "perplexity": math.exp(min(losses.loss(), 700.0))}
+        rest = [losses.choose(others).loss() for others in left_out(count)]
+        measured["without"] = {"loss": rest} if rest else {}
     if evaluator.predictions_path is None:
         return measured
     with open(evaluator.predictions_path, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     names = run.evaluate.metrics or evaluator.dataset.metrics
-    return measured | {"without": jackknife_metrics(names, rows)}
+    measured["without"] |= jackknife_metrics(names, rows)
+    return measured
 
 
 def drafter_settings(run: config.Run, name: str) -> config.Decode:
@@ -156,14 +170,16 @@ def is_worst(metric: str, value: float) -> bool:
     return value >= WORST_ERROR if metric in metrics.LESS_IS_BETTER else value <= WORST_SCORE
 
 
+def left_out(count: int) -> list[np.ndarray]:
+    """Numbers of the examples that are left without each of GROUPS groups; [] of one example."""
+    groups = np.array_split(np.arange(count), min(GROUPS, count))
+    return [np.setdiff1d(np.arange(count), group) for group in groups if len(group) < count]
+
+
 def jackknife_metrics(names: Sequence[str], rows: Sequence[dict]) -> dict[str, list[float]]:
     """Each metric of the rows with one group of them left out, for each group (jackknife)."""
-    groups = np.array_split(np.arange(len(rows)), min(GROUPS, len(rows)))
     results: dict[str, list[float]] = {}
-    for group in groups:
-        rest = np.setdiff1d(np.arange(len(rows)), group)
-        if not len(rest):
-            continue
+    for rest in left_out(len(rows)):
         predictions = [rows[int(i)]["prediction"] for i in rest]
         references = [rows[int(i)]["references"] for i in rest]
         for name, value in metrics.measure_metrics(names, predictions, references).items():
@@ -172,10 +188,19 @@ def jackknife_metrics(names: Sequence[str], rows: Sequence[dict]) -> dict[str, l
 
 
 class MetricEstimate(NamedTuple):
-    """A value and half of its 95 % interval (NaN: from one seed and no groups)."""
+    """A value with its uncertainty.
+
+    Attributes:
+      value: the value.
+      half: half of its 95 % interval; NaN from one seed and no groups.
+      error: its standard error.
+      freedom: degrees of freedom of Student's t.
+    """
 
     value: float
     half: float
+    error: float = math.nan
+    freedom: float = math.nan
 
     @property
     def beyond_noise(self) -> bool:
@@ -209,6 +234,24 @@ def estimate_difference(
     return combine_estimates(values, without)
 
 
+def estimate_statistic(
+    statistic: Callable[..., float], *twins: Sequence[ExampleLosses]
+) -> MetricEstimate:
+    """Estimates a statistic of one or more twins, seed by seed and on the same examples.
+
+    Args:
+      statistic: a function of the losses of each twin, in their order.
+      twins: losses by example of each seed, for each of the twins.
+    """
+    seeds = list(zip(*twins, strict=True))
+    groups = left_out(len(seeds[0][0].nats))
+    values = [statistic(*runs) for runs in seeds]
+    without = [
+        [statistic(*(run.choose(rest) for run in runs)) for rest in groups] for runs in seeds
+    ]
+    return combine_estimates(values, without)
+
+
 def combine_estimates(
     values: Sequence[float], without: Sequence[Sequence[float]]
 ) -> MetricEstimate:
@@ -230,7 +273,8 @@ def combine_estimates(
         parts.append((spread, count - 1))
     variance = sum(part for part, _ in parts)
     if not parts or variance == 0:
-        return MetricEstimate(float(np.mean(values)), 0.0 if parts else math.nan)
+        return MetricEstimate(float(np.mean(values)), *((0.0, 0.0) if parts else (math.nan,)))
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts if part)
-    half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
-    return MetricEstimate(float(np.mean(values)), float(half))
+    error = math.sqrt(variance)
+    half = float(stats.t.ppf(0.975, freedom) * error)
+    return MetricEstimate(float(np.mean(values)), half, error, float(freedom))

@@ -3,7 +3,9 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from t5x_lite.comparison import claims, plots, quality
 from t5x_lite.utils.atomic_files import write_atomically
@@ -23,7 +25,7 @@ img { max-width: 100% } .verdict { font-size: 1.15rem; margin: .4rem 0 }
 {% for line in verdict %}<p class="verdict">{{ line }}</p>
 {% endfor %}
 <p class="note">{{ note }}</p>
-<h2>In words</h2>
+{% if words %}<h2>In words</h2>{% endif %}
 <ul>{% for line in words %}<li>{{ line }}</li>{% endfor %}</ul>
 {% for head, table in tables %}
 <h2>{{ head }}</h2>
@@ -31,41 +33,67 @@ img { max-width: 100% } .verdict { font-size: 1.15rem; margin: .4rem 0 }
 {% for row in table[1:] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% endfor %}
-<h2>Pictures</h2>
+{% if pictures %}<h2>Pictures</h2>{% endif %}
 {% for name, data in pictures %}
 <img alt="{{ name }}" src="data:image/png;base64,{{ data }}">
 {% endfor %}
-<h2>Beside what is published</h2>
+{% if published %}<h2>Beside what is published</h2>
 <table><tr><th>Claim</th><th>Here</th></tr>
 {% for claim in published %}
 <tr><td>{{ claim.text }} <span class="note">({{ claim.source }})</span></td>
 <td style="text-align: left">{{ claim.measured }}</td></tr>
-{% endfor %}</table>
+{% endfor %}</table>{% endif %}
 </body></html>
 """
 
 
-def write_report(record: dict, folder: Path) -> Path:
-    """Writes report.json, the plots and report.html; returns the path of the page."""
+class Page(NamedTuple):
+    """Content of a page.
+
+    Attributes:
+      title: its heading.
+      verdict: the result, in one or two sentences.
+      note: examples, seeds, machine and versions.
+      words: further sentences.
+      tables: headings and tables, whose first rows are the heads.
+      pictures: files of plots.
+      published: published claims beside the measurements.
+    """
+
+    title: str
+    verdict: list[str]
+    note: str
+    words: list[str]
+    tables: list[tuple[str, list[list[str]]]]
+    pictures: list[Path]
+    published: Sequence[claims.Claim] = ()
+
+
+def write_page(page: Page, path: Path) -> Path:
+    """Writes a page as one self-contained HTML file; returns its path."""
     import jinja2
 
-    write_atomically(folder / "report.json", json.dumps(record, indent=1) + "\n")
     pictures = [
-        (path.stem, base64.b64encode(path.read_bytes()).decode())
-        for path in plots.draw_plots(record, folder)
+        (picture.stem, base64.b64encode(picture.read_bytes()).decode()) for picture in page.pictures
     ]
-    page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    text = page.render(
+    template = jinja2.Environment(autoescape=True).from_string(PAGE)
+    write_atomically(path, template.render(page._asdict() | {"pictures": pictures}))
+    return path
+
+
+def write_report(record: dict, folder: Path) -> Path:
+    """Writes report.json, the plots and report.html; returns the path of the page."""
+    write_atomically(folder / "report.json", json.dumps(record, indent=1) + "\n")
+    page = Page(
         title=f"{record['task']}: twins with equal {record['matched']}",
         verdict=claims.verdict(record["quality"], record["metrics"]),
         note=report_note(record),
         words=describe_results(record),
         tables=report_tables(record),
-        pictures=pictures,
+        pictures=plots.draw_plots(record, folder),
         published=claims.published_claims(record),
     )
-    write_atomically(folder / "report.html", text)
-    return folder / "report.html"
+    return write_page(page, folder / "report.html")
 
 
 def report_note(record: dict) -> str:

@@ -58,9 +58,9 @@ def time_twins(models: Sequence[TwinModel], case: SpeedCase, repeats: int) -> li
       repeats: number of turns.
 
     Returns:
-      A row per model: milliseconds to the first and to the last token, and tokens per second after
-      the first, medians with their quartiles. Tokens per second are None where the time between
-      first and last token is lost in noise.
+      A row per model: seconds to the first and last token of each turn; milliseconds to the first
+      and to the last token, and tokens per second after the first, medians with their quartiles.
+      Tokens per second are None where the time between first and last token is lost in noise.
     """
     first = [make_timer(each, case, 1) for each in models]
     whole = [make_timer(each, case, case.outputs) for each in models]
@@ -113,6 +113,7 @@ def speed_row(model: TwinModel, case: SpeedCase, seconds: np.ndarray) -> dict:
     return {
         "twin": model.name,
         **case._asdict(),
+        "seconds": seconds.tolist(),
         "first_token_ms": statistics.median(first.tolist()),
         "first_token_ms_quartiles": quartiles(first),
         "last_token_ms": statistics.median(last.tolist()),

