@@ -13,7 +13,7 @@ from t5x_lite.cli.command import Command
 from t5x_lite.cli.options import number_parser
 from t5x_lite.cli.parser import Parser
 from t5x_lite.cli.progress import stderr_console
-from t5x_lite.config.checked import Count, NotNegative, ShareAboveZero
+from t5x_lite.config.checked import Count, NotNegative, Share, ShareAboveZero
 from t5x_lite.config.training_run import require_training
 from t5x_lite.utils import exit_status
 from t5x_lite.utils.atomic_files import write_atomically
@@ -66,6 +66,8 @@ KINDS = {
     "serve": "a server: rows that fit, speed, price of a token",
     "phases": "encode, prefill and decode on one roofline",
 }
+# Share of draft tokens that are accepted, where nothing was measured.
+ACCEPTANCE = 0.7
 
 
 def parser() -> Parser:
@@ -108,6 +110,14 @@ def add_decoding(command: Parser) -> None:
     what = group.add_mutually_exclusive_group()
     for name, text in KINDS.items():
         what.add_argument(f"--{name}", action="store_true", help=text)
+    what.add_argument(
+        "--draft", metavar="SIZES", help="draft models that pay, LAYERSxWIDTH: 1x256,2x512"
+    )
+    add(
+        "--acceptance",
+        type=number_parser(Share),
+        help="share of draft tokens accepted, as eval reports it (--draft; 0.7)",
+    )
     add(
         "--decode_rows",
         type=number_parser(Count),
@@ -140,6 +150,8 @@ def run_plan(args: argparse.Namespace) -> int:
     from t5x_lite.planning import chips
 
     slice_ = chips.parse_topology(args.topology) if args.topology else chips.parse_chips(args.chips)
+    if args.draft:
+        return plan_drafts(run, slice_, args)
     if args.serve or args.phases:
         return plan_serving(run, slice_, args)
     if args.parameters:
@@ -151,7 +163,9 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace, run: config.Run) -> None:
     """Raises ValueError for what cannot be planned."""
-    decoded = next((f"--{name}" for name in KINDS if getattr(args, name)), None)
+    decoded = next((f"--{name}" for name in (*KINDS, "draft") if getattr(args, name)), None)
+    if args.acceptance is not None and not args.draft:
+        raise ValueError("--acceptance is of draft models: add --draft")
     check_decoding(args, decoded)
     if args.chips and (args.search or args.parameters):
         raise ValueError("--search and --parameters are for a --topology, not for --chips")
@@ -197,13 +211,7 @@ def plan_serving(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
     """
     from t5x_lite.planning import phases, serving, serving_report
 
-    inputs = args.inputs or (run.data.lengths.get("inputs") if run.data else None)
-    sizes = phases.TextSizes(
-        inputs=inputs or INPUTS,
-        new_tokens=args.decode_length or run.decode.max_new_tokens,
-        quantize=args.quantize,
-        cache_bits=CACHES[args.cache_dtype] if args.cache_dtype else None,
-    )
+    sizes = text_sizes(run, args)
     known = phases.serving_arithmetic(run, slice_, sizes)
     if args.phases:
         listed = serving_report.show_phases(known, args.decode_rows or ROWS * known.shards)
@@ -221,6 +229,49 @@ def plan_serving(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
     if args.plot is not None:
         serving_report.draw_roofline(listed, parse_output_path(args.plot))
     return 0 if fits else exit_status.FAILURE
+
+
+def text_sizes(run: config.Run, args: argparse.Namespace) -> Any:
+    """Sizes of a served text, and formats, that options or a run have."""
+    from t5x_lite.planning import phases
+
+    inputs = args.inputs or (run.data.lengths.get("inputs") if run.data else None)
+    return phases.TextSizes(
+        inputs=inputs or INPUTS,
+        new_tokens=args.decode_length or run.decode.max_new_tokens,
+        quantize=args.quantize,
+        cache_bits=CACHES[args.cache_dtype] if args.cache_dtype else None,
+    )
+
+
+def plan_drafts(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:
+    """Ranks draft models by arithmetic; returns 0.
+
+    Args:
+      run: config of the target.
+      slice_: the chips.
+      args: options of the command.
+    """
+    from rich.table import Table
+
+    from t5x_lite.planning import drafts, report
+
+    acceptance = ACCEPTANCE if args.acceptance is None else args.acceptance
+    plans = drafts.rank_drafts(
+        run,
+        slice_,
+        text_sizes(run, args),
+        drafts.parse_sizes(args.draft),
+        rows=args.decode_rows or 1,
+        acceptance=acceptance,
+    )
+    heads, *rows = drafts.draft_table(plans)
+    table = Table(*heads, title=f"{slice_.name}: draft models at an acceptance of {acceptance:.2f}")
+    for row in rows:
+        table.add_row(*row)
+    report.console().print(table)
+    write_json(args.json, {"drafts": [plan._asdict() for plan in plans]})
+    return 0
 
 
 def report_plan(run: config.Run, slice_: Any, args: argparse.Namespace) -> int:

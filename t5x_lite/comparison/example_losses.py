@@ -3,6 +3,8 @@
 
 import io
 import math
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,10 @@ from t5x_lite.evaluation.evaluate import Evaluator
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
+
+
+# Raised by numpy for a file that is missing, truncated or none of its own.
+UNREADABLE = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class ExampleLosses(NamedTuple):
@@ -47,6 +53,17 @@ class ExampleLosses(NamedTuple):
         return self.choose((self.tokens >= least) & (self.tokens <= most))
 
 
+def example_ids(evaluator: Evaluator, count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of the inputs and the targets of the first examples, truncated as in training."""
+    run, vocabulary = evaluator.run, evaluator.dataset.vocabularies[1]
+    inputs, _ = evaluator.inputs(count)
+    most = length_limits(run.data.lengths, run.model.batch_layout).targets
+    end = [vocabulary.eos] if vocabulary.ends else []
+    targets = [evaluator.dataset.ids(i)[1].tolist() for i in range(count)]
+    fitting = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in targets]
+    return inputs, fitting
+
+
 def measure_examples(evaluator: Evaluator, params: Any, count: int) -> ExampleLosses:
     """Measures the first examples of a split, each in a row of its own, truncated as in training.
 
@@ -56,12 +73,7 @@ def measure_examples(evaluator: Evaluator, params: Any, count: int) -> ExampleLo
       count: number of examples.
     """
     run, dataset = evaluator.run, evaluator.dataset
-    inputs, _ = evaluator.inputs(count)
-    most = length_limits(run.data.lengths, run.model.batch_layout).targets
-    vocabulary = dataset.vocabularies[1]
-    end = [vocabulary.eos] if vocabulary.ends else []
-    targets = [dataset.ids(i)[1].tolist() for i in range(count)]
-    targets = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in targets]
+    inputs, targets = example_ids(evaluator, count)
     predictor = Predictor(
         run.model, params, dataset.vocabularies, batch_size=run.evaluate.batch_size
     )
@@ -91,7 +103,7 @@ def read_losses(path: Path) -> ExampleLosses:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return ExampleLosses(*(not_none(arrays[name]) for name in ExampleLosses._fields))
-    except (OSError, KeyError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} has no losses by example ({error}): remove {path.with_suffix('.json').name} "
             "beside it to measure again"

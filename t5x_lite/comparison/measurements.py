@@ -63,18 +63,10 @@ def measure_twins(
       The complete record, the input of `report.write_report`.
     """
     cfg = run.compare
-    runs = {
-        (twin.name, seed): twins.twin_run(run, twin, seed)
-        for seed in range(cfg.seeds)
-        for twin in family
-    }
-    before = [
-        each
-        for seed in range(cfg.seeds)
-        for twin in family
-        if (each := twins.pretraining_run(run, twin, seed)) is not None
-    ]
-    trained = train_runs(cfg, before, runs, modules)
+    pairs = [(twin, seed) for seed in range(cfg.seeds) for twin in family]
+    runs = {(twin.name, seed): twins.twin_run(run, twin, seed) for twin, seed in pairs}
+    before = [twins.pretraining_run(run, *pair) for pair in pairs]
+    trained = train_runs(cfg, [each for each in before if each is not None], runs, modules)
     names = [twin.name for twin in family]
     stages = Stages("measuring", len(runs))
     qualities = {
@@ -173,6 +165,7 @@ def measure_quality(
     path = Path(run.model_dir) / "measured" / f"{name}-{seed}.json"
     cfg = run.compare
     request = [cfg.split, cfg.examples, cfg.decoded, list(cfg.drafters), list(cfg.quantized)]
+    request += [cfg.inspected]
     request += [trained.model_dir] if name in cfg.trained else []
     kept = read_measured(path)
     stages.begin(trained.model_dir, kept.get("asked") != request)
@@ -191,6 +184,7 @@ def measure_quality(
     metrics = quality.evaluate_twin(here, params, step, cfg, keep)
     metrics["drafted"] = quality.measure_drafters(here, params, cfg)
     metrics["quantized"] = quality.measure_quantized(here, params, step, cfg)
+    metrics["inside"] = quality.inspect_twin(here, params, cfg)
     return write_measured(path, {"asked": request, "step": step, **metrics})
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5x_lite import config, data
+from t5x_lite import config, data, decoding
+from t5x_lite.analysis import geometry, reading
 from t5x_lite.cli.progress import Progress
 from t5x_lite.comparison import example_losses
 from t5x_lite.comparison.example_losses import ExampleLosses
@@ -25,6 +26,7 @@ from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.model import quantization
 
 GROUPS = 20
+STEPS = 16  # of which attention to the source is reported
 WIDTH = 8  # of a drafted block: long enough for every draft token that could be accepted
 UNITS = {
     "accuracy": "% of tokens",
@@ -155,6 +157,30 @@ def measure_quantized(
         rounded = quantization.quantize_params(params, quantization.parse_quantization(name))
         results[name] = evaluate_twin(here, rounded, step, compare)
     return results
+
+
+def inspect_twin(run: DataRun, params: Any, compare: config.Compare) -> dict[str, list[float]]:
+    """Attention to the source by step, and geometry of states by layer, of the right answers.
+
+    Args:
+      run: config of the twin's run.
+      params: its weights.
+      compare: config of the comparison.
+
+    Returns:
+      "source" and the fields of `geometry.StateGeometry`; {} where Compare.inspected is 0.
+    """
+    evaluator = evaluate.Evaluator(run, compare.split)
+    count = min(len(evaluator.dataset), compare.inspected)
+    if not count or not evaluator.has_predictions():
+        return {}
+    pairs = zip(*example_losses.example_ids(evaluator, count), strict=True)
+    texts = [reading.explained_text(run.model, *pair) for pair in pairs]
+    prepared = decoding.prepare_params(run.model, params)
+    read = list(geometry.read_texts(run.model, prepared, texts))
+    measures = geometry.measure_geometry(read)._asdict()
+    steps = {"source": geometry.mean_by_step(read, STEPS)}
+    return steps | {name: values.tolist() for name, values in measures.items()}
 
 
 def metric_unit(metric: str) -> str:

@@ -137,6 +137,8 @@ def report_tables(record: dict) -> list[tuple[str, list[list[str]]]]:
             "Drafting: tokens per forward pass (share of passes that accept the first draft token)",
             drafting_table(record),
         ),
+        ("Attention to the source by step, %", source_table(record)),
+        ("States of the decoder by layer, 0 before the first", geometry_table(record)),
         ("Training", training_table(record)),
         ("Speed (medians)", speed_table(record)),
         ("Memory", memory_table(record)),
@@ -203,6 +205,35 @@ def drafting_table(record: dict) -> list[list[str]]:
             )
             cells.append(f"{per_call:.2f} ({accepted:.0%})")
         rows.append([claims.twin_label(twin), *cells])
+    return rows
+
+
+def mean_inside(runs: Sequence[dict], name: str) -> list[float]:
+    """Mean over seeds of a list that `quality.inspect_twin` measured; [] where it did not."""
+    measured = [run["inside"][name] for run in runs if run.get("inside")]
+    return [sum(values) / len(values) for values in zip(*measured, strict=True)]
+
+
+def source_table(record: dict) -> list[list[str]]:
+    """Attention to the source of every twin; 100 where cross-attention has the source alone."""
+    lines = {twin: mean_inside(runs, "source") for twin, runs in record["quality"].items()}
+    steps = range(max(map(len, lines.values()), default=0))
+    rows = [["", *(str(step + 1) for step in steps)]]
+    for twin, values in lines.items():
+        if values:
+            rows.append([claims.twin_label(twin), *(f"{100 * value:.0f}" for value in values)])
+    return rows
+
+
+def geometry_table(record: dict) -> list[list[str]]:
+    """Geometry of the states of every twin, layer by layer."""
+    rows = [["", "layer", "anisotropy", "intrinsic dimension", "cosine of neighbors"]]
+    for twin, runs in record["quality"].items():
+        names = "anisotropy", "dimension", "neighbors"
+        columns = [mean_inside(runs, name) for name in names]
+        for layer, values in enumerate(zip(*columns, strict=True)):
+            cells = [f"{value:.3g}" for value in values]
+            rows.append([claims.twin_label(twin), str(layer), *cells])
     return rows
 
 

@@ -122,7 +122,13 @@ def resample_losses(
 
 
 class Interval(NamedTuple):
-    """A number with its 95 % bootstrap interval."""
+    """A number with its 95 % bootstrap interval.
+
+    Attributes:
+      value: the number.
+      low: lower end.
+      high: upper end.
+    """
 
     value: float
     low: float

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from t5x_lite import config
 from t5x_lite.comparison import measurements, report, twins
 from t5x_lite.comparison.example_losses import ExampleLosses, read_losses
+from t5x_lite.config.resized import resize_model
 from t5x_lite.config.training_run import ComparisonRun
 
 
@@ -32,7 +33,7 @@ def list_variants(run: ComparisonRun) -> list[Variant]:
     """The comparisons of a sweep, smallest first; the run itself if nothing is swept.
 
     Raises:
-      ValueError: a width is no multiple that heads divide.
+      ValueError: a width does not divide evenly.
     """
     compare = run.compare
     if not compare.is_sweep:
@@ -57,43 +58,6 @@ def list_variants(run: ComparisonRun) -> list[Variant]:
         )
         variants.append(Variant(name, here, number, positions))
     return variants
-
-
-def resize_model(cfg: config.Model, layers: int, width: int) -> config.Model:
-    """The model in another size: heads of the same size, MLP and heads in proportion to the width.
-
-    Args:
-      cfg: the model.
-      layers: of each stack.
-      width: of the states.
-
-    Raises:
-      ValueError: the width is not that of a whole number of heads.
-    """
-
-    def resized(stack: config.Stack | None) -> config.Stack | None:
-        if stack is None:
-            return None
-
-        def scale(size: int, name: str) -> int:
-            config.require(
-                size * width % stack.embed == 0,
-                f"Compare.widths: {width} would have {size * width / stack.embed:g} for "
-                f"Stack.{name} ({size} at width {stack.embed}): choose a width that divides evenly",
-            )
-            return size * width // stack.embed
-
-        groups = stack.kv_heads and scale(stack.kv_heads, "kv_heads")
-        return dataclasses.replace(
-            stack,
-            layers=layers,
-            embed=width,
-            heads=scale(stack.heads, "heads"),
-            kv_heads=groups,
-            mlp=scale(stack.mlp, "mlp"),
-        )
-
-    return dataclasses.replace(cfg, encoder=resized(cfg.encoder), decoder=resized(cfg.decoder))
 
 
 def with_positions(cfg: config.Model, positions: str) -> config.Model:

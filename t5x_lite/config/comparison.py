@@ -74,6 +74,8 @@ class Compare(Checked):
       repeats: measurements of each case, of which the median counts; 0 measures no speed.
       drafters: names of `Decode.drafter` whose tokens per forward pass are counted on the same
         examples.
+      inspected: examples whose targets are read again for attention to the source by step, and for
+        the geometry of the decoder's states by layer; 0 leaves both out.
       quantized: kinds of `--quantize`; each twin's quality is measured again with its weights so
         quantized.
       trained: checkpoints of any format, one per seed, of twins that are not trained here:
@@ -105,6 +107,7 @@ class Compare(Checked):
     output_lengths: tuple[Annotated[int, Range(2, MOST_TOKENS)], ...] = (16, 64)
     repeats: Annotated[int, Range(0, FAR)] = 5
     drafters: tuple[str, ...] = ("lookup", "trigram")
+    inspected: CountOrZero = 0
     quantized: tuple[str, ...] = ("int8", "int4", "int4_activations")
     trained: dict[str, tuple[SourcePath, ...]] = field(default_factory=dict)
     claims: tuple[str, ...] = ()

@@ -98,7 +98,7 @@ def cmudict_source(split: str) -> str:
 
 
 def successor_rows(split: str) -> Iterator[TextExample]:
-    """Random words, and the successor in the alphabet of each letter (a after z).
+    """Random words, and the successor in the alphabet of each letter (a after z), with spaces.
 
     Words have 2 to 10 letters; those of test have up to 30, as many of each length.
     """
@@ -107,10 +107,8 @@ def successor_rows(split: str) -> Iterator[TextExample]:
     for number in range(counts[split]):
         length = 2 + number % 29 if split == "test" else 2 + int(draw.random() * 9)
         letters = [int(draw.random() * 26) for _ in range(length)]
-        word, target = (
-            "".join(string.ascii_lowercase[(letter + step) % 26] for letter in letters)
-            for step in (0, 1)
-        )
+        word = "".join(string.ascii_lowercase[letter] for letter in letters)
+        target = " ".join(string.ascii_lowercase[(letter + 1) % 26] for letter in letters)
         yield TextExample(word, target, (target,))
 
 

@@ -21,7 +21,8 @@ from t5x_lite.comparison import (
     train_twins,
     twins,
 )
-from t5x_lite.comparison.example_losses import ExampleLosses, read_losses
+from t5x_lite.comparison.example_losses import ExampleLosses, read_losses, write_losses
+from t5x_lite.config.resized import resize_model
 from t5x_lite.config.training_run import require_comparison
 from t5x_lite.evaluation.evaluate import Evaluator
 
@@ -79,11 +80,11 @@ def test_intervals_of_the_exponent_cover_what_was_planted():
 
 def test_a_size_keeps_the_shape_of_the_model():
     cfg = toy_model("encoder_decoder", embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64)
-    half = sweep.resize_model(cfg, 3, 16).decoder
+    half = resize_model(cfg, 3, 16).decoder
     assert (half.layers, half.embed, half.heads, half.kv_heads, half.mlp) == (3, 16, 2, 1, 32)
     assert half.head_dim == cfg.decoder.head_dim
-    with pytest.raises(ValueError, match=r"Compare.widths: 12 would have 0.75 for Stack.kv_heads"):
-        sweep.resize_model(cfg, 1, 12)
+    with pytest.raises(ValueError, match=r"A model of width 12 would have 1.5 for Stack.heads"):
+        resize_model(cfg, 1, 12)
 
 
 def test_a_sweep_is_a_comparison_of_each_size_with_each_position(tmp_path):
@@ -204,10 +205,19 @@ def test_a_killed_sweep_goes_on_and_its_runs_are_those_of_the_run_alone(
     assert losses.tokens[:3].tolist() == [3, 4, 5]
     packed = Evaluator(run, "test").losses(opened.load().params)
     assert losses.loss() == pytest.approx(packed["loss"], rel=1e-5)
-    measured = tmp_path / "out" / "rotary" / "measured" / "encoder_decoder-0.npz"
-    measured.write_bytes(measured.read_bytes()[:100])
-    with pytest.raises(ValueError, match="remove encoder_decoder-0.json beside it"):
-        read_losses(measured)
+
+
+def test_losses_by_example_are_read_back_and_a_damaged_file_says_how_to_go_on(tmp_path):
+    path = tmp_path / "measured" / "causal_decoder-1.npz"
+    losses = ExampleLosses(np.array([1.5, 2.25]), np.array([3, 4]), np.array([0, 1]))
+    write_losses(path, losses)
+    for before, after in zip(losses, read_losses(path), strict=True):
+        np.testing.assert_array_equal(before, after)
+    whole = path.read_bytes()
+    for content in (whole[:100], whole[: len(whole) // 2], b"", b"no zip"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="remove causal_decoder-1.json beside it"):
+            read_losses(path)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +248,7 @@ config.Compare.pretraining_steps = 8
 """
 
 
+@pytest.mark.slow
 def test_each_twin_is_what_its_name_says(tmp_path):
     names = (
         "encoder_decoder",

@@ -60,12 +60,16 @@ def test_successors_are_those_of_the_alphabet_and_test_words_are_longer():
     rows = {split: list(corpora.successor_rows(split)) for split in SPLITS}
     for row in (*rows["train"][:500], *rows["test"]):
         # One letter further; z begins anew.
-        pairs = zip(row.inputs, row.targets, strict=True)
+        pairs = zip(row.inputs, row.targets.split(" "), strict=True)
         assert all((ord(a) - 96) % 26 == ord(b) - 97 for a, b in pairs)
     assert {len(row.inputs) for row in rows["train"]} == set(range(2, 11))
     lengths = [len(row.inputs) for row in rows["test"]]
     assert all(lengths.count(length) == 50 for length in range(2, 31))
     assert rows["test"] == list(corpora.successor_rows("test"))
+    inputs, targets = built_in.BUILT_IN["letter_successors"].vocabularies()
+    for row in rows["test"][:60]:
+        assert inputs.decode(inputs.encode(row.inputs)) == row.inputs
+        assert targets.decode(targets.encode(row.targets)) == row.targets
 
 
 def test_stress_is_kept_only_where_it_is_asked_for():
