@@ -17,7 +17,6 @@ from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.utils.atomic_files import write_atomically
 from t5x_lite.utils.not_none import not_none
 
-
 # Raised by numpy for a file that is missing, truncated or none of its own.
 UNREADABLE = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 

@@ -149,7 +149,7 @@ class Compare(Checked):
         require(
             len(self.depths) == len(self.widths),
             f"Compare.depths has {len(self.depths)} and Compare.widths {len(self.widths)} numbers: "
-            "write one of each for every size",
+            "bind one of each for every size",
         )
         sizes = list(zip(self.depths, self.widths, strict=True))
         require(len(set(sizes)) == len(sizes), "Compare.depths and widths name a size twice")
