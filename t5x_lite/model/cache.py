@@ -308,8 +308,11 @@ def layer_windows(cfg: config.Model) -> list[int | None]:
 
 
 def make_stores(cfg: config.Model, pairs: Iterable[Cache]) -> tuple[CacheStore, ...]:
-    """Returns the store of each decoder layer, from its keys and values."""
+    """Returns the store of each decoder layer, from its keys and values.
+
+    Where the window is no smaller than the row, all of its tokens are read in place.
+    """
     return tuple(
-        pair if window is None else RingCache(*pair, window)
+        pair if window is None or pair.slots <= window else RingCache(*pair, window)
         for pair, window in zip(pairs, layer_windows(cfg), strict=True)
     )

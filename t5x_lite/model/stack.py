@@ -270,7 +270,7 @@ class LayerStack(nn.Module):
         """
         if self.scan:
             return jax.lax.scan(apply_layer, x, (self.layers, *per_layer), unroll=self.unroll)
-        outputs = []
+        outputs, apply_layer = [], jax.jit(apply_layer)  # traced once for all layers that are alike
         for layer, weights in enumerate(self.layers):
             slices = (take_layer(part, layer) for part in per_layer)
             x, output = apply_layer(x, (weights, *slices))

@@ -6,6 +6,7 @@ queries and keys, Gemma's norms with one added, GPT-2's matrices transposed.
 """
 
 import fnmatch
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -272,11 +273,14 @@ def dequantize_tensor(file: gguf_file.GgufFile, name: str) -> np.ndarray:
         return raw.view(ml_dtypes.bfloat16).reshape(tensor.shape)
     constants, quants = gguf_file.import_gguf("constants"), gguf_file.import_gguf("quants")
     kind = constants.GGMLQuantizationType[tensor.kind]
-    rows = raw.reshape(quants.quant_shape_to_byte_shape(tensor.shape, kind))
+    block_bytes = constants.GGML_QUANT_SIZES[kind][1]
+    # The package takes 16 rows at a time: rows of up to 512 blocks halve its time.
+    row_blocks = math.gcd(tensor.size // block_bytes, 512)
     try:
-        return quants.dequantize(rows, kind)
+        values = quants.dequantize(raw.reshape(-1, row_blocks * block_bytes), kind)
     except NotImplementedError as error:
         raise GgufError(
             f"{file.path}: tensor {name} is {tensor.kind}, which the gguf package cannot "
             "dequantize. Take a file with another quantization, such as Q8_0"
         ) from error
+    return values.reshape(tensor.shape)
