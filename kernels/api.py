@@ -2,6 +2,7 @@
 """Public names of the kernels: attention and cross entropy, and the types that describe them."""
 
 from t5x_lite.kernels.backend import Backend, has_kernels, target_device
+from t5x_lite.kernels.block_diffusion import BlockDiffusionMask
 from t5x_lite.kernels.cudnn import save_attention
 from t5x_lite.kernels.decode.mask import CacheMask
 from t5x_lite.kernels.dense_mask import AttentionSource, DenseMask
@@ -26,6 +27,7 @@ from t5x_lite.kernels.vocabulary.logits import CrossEntropyConfig
 __all__ = [
     "AttentionSource",
     "Backend",
+    "BlockDiffusionMask",
     "CacheMask",
     "CrossEntropyConfig",
     "DenseMask",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite.kernels.backend import mesh_axes, partition_spec
+from t5x_lite.kernels.block_diffusion import BlockDiffusionMask
 from t5x_lite.kernels.decode.mask import CacheMask
 from t5x_lite.kernels.mask import Mask
 from t5x_lite.kernels.relative import PositionBias, RelativePositionBias
@@ -18,7 +19,7 @@ from t5x_lite.kernels.relative import PositionBias, RelativePositionBias
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["visible", "distance", "index"],
-    meta_fields=["of_rows", "causal"],
+    meta_fields=["of_rows", "causal", "copies"],
 )
 @dataclass(frozen=True)
 class DenseMask:
@@ -30,6 +31,7 @@ class DenseMask:
       index: [b], where it is known that the distances of row b are index[b] + i - j; else None.
       of_rows: queries are whole rows of tokens, not a few new ones over a cache.
       causal: queries and keys are the same rows, and no query attends to a later key.
+      copies: times that rows hold the same places; the distances repeat.
     """
 
     visible: Bool[Array, " b #t s"]
@@ -37,6 +39,7 @@ class DenseMask:
     index: Int[Array, " b"] | None = None
     of_rows: bool = False
     causal: bool = False
+    copies: int = 1
 
     def with_window(self, window_size: Int[Array, " 2"] | None) -> "DenseMask":
         """Returns the mask without the pairs outside window_size = (left, right)."""
@@ -47,8 +50,11 @@ class DenseMask:
         return replace(self, visible=self.visible & near)
 
 
-def materialize_mask(mask: Mask | CacheMask) -> DenseMask:
+def materialize_mask(mask: Mask | CacheMask | BlockDiffusionMask) -> DenseMask:
     """Returns the pairs of a mask, computed once for all layers that share it."""
+    if isinstance(mask, BlockDiffusionMask):
+        pairs, copies = mask.materialize(), 2 if mask.doubled else 1
+        return DenseMask(pairs, mask.distance(), of_rows=True, copies=copies)
     if isinstance(mask, Mask):
         aligned = mask.offset is None and mask.query_prefix is None
         causal = mask.causal and aligned and mesh_axes(mask.query_segments)[1] is None
@@ -65,9 +71,12 @@ def materialize_bias(bias: PositionBias, mask: DenseMask) -> Float[Array, "#b n 
     reshaping, since a gather of every pair costs more and its gradient is a scatter. Of the
     positions of a tree: that gather.
     """
-    t, s = mask.distance.shape[-2:]
+    t, s = (size // mask.copies for size in mask.distance.shape[-2:])
     if mask.distance.ndim == 2:
-        return toeplitz_matrix(bias.by_distance(1 - t, t + s), t, s)[None]
+        values = toeplitz_matrix(bias.by_distance(1 - t, t + s), t, s)[None]
+        for axis in (2, 3):
+            values = jnp.concatenate([values] * mask.copies, axis=axis)
+        return values
     if mask.index is not None:
         return toeplitz_matrix(bias_by_row(bias, mask.index, t, s), t, s)
     rows, heads = mesh_axes(mask.distance)[0], mesh_axes(bias.heads)[-1]

@@ -23,6 +23,7 @@ from t5x_lite.kernels.backend import (
     partition_spec,
     target_device,
 )
+from t5x_lite.kernels.block_diffusion import BlockDiffusionMask
 from t5x_lite.kernels.decode import api as decode
 from t5x_lite.kernels.decode import triton as triton_decode
 from t5x_lite.kernels.decode.mask import CacheMask
@@ -89,14 +90,17 @@ def tpu_generation(kind: str) -> int:
     return int(digits[0]) if digits else 5
 
 
-def prepare_mask(mask: Mask | CacheMask | Bool[Array, "b s"], backend: Backend | None):
+def prepare_mask(
+    mask: Mask | CacheMask | BlockDiffusionMask | Bool[Array, "b s"], backend: Backend | None
+):
     """Returns the mask as attention takes it: a DenseMask for plain XLA, or a LocalMask if it has a
     span, once for all layers.
 
     What describes keys is unsharded along them, as every device needs all keys of its rows.
 
     Args:
-      mask: a Mask, a CacheMask, or Bool [b s] of keys that every query of a row attends to.
+      mask: a Mask, a CacheMask, a BlockDiffusionMask (for plain XLA alone), or Bool [b s] of keys
+        that every query of a row attends to.
       backend: what computes attention; None is plain XLA.
     """
     if isinstance(mask, Mask):
@@ -107,7 +111,7 @@ def prepare_mask(mask: Mask | CacheMask | Bool[Array, "b s"], backend: Backend |
         return mask
     if isinstance(mask, Mask) and local.saves_work(mask):
         return local.make_local_mask(mask)
-    if isinstance(mask, (Mask, CacheMask)):
+    if isinstance(mask, (Mask, CacheMask, BlockDiffusionMask)):
         return dense_mask.materialize_mask(mask)
     return DenseMask(mask[:, None, :], jnp.zeros((1, mask.shape[1]), jnp.int32))
 

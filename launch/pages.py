@@ -38,7 +38,7 @@ without a default.
 # From the root down; a dataclass that is not listed here is missed by the test of this page.
 GROUPS = {
     "A run": ("Run",),
-    "Model": ("Model", "Stack", "RotaryScaling", "DraftHeads", "Readout"),
+    "Model": ("Model", "Stack", "RotaryScaling", "DraftHeads", "Canvas", "Readout"),
     "Data": ("Data", "Files", "HubDataset", "Mixture", "Vocabulary"),
     "Objectives": (
         "SpanCorruption",

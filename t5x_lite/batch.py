@@ -63,6 +63,23 @@ class SampleData(NamedTuple):
     reference: Any = None
 
 
+class MaskedBlocks(NamedTuple):
+    """Targets of a batch in masked blocks, for Model.canvas.
+
+    Attributes:
+      tokens: [b t] int32, the targets, some of them replaced by the mask token; those that are have
+        the loss weights.
+      blocks: [b t] int32, number of the block in its example, from 0; tokens of a prompt in layout
+        joined have -1, -2 ... before it.
+      text: [b t] float32, 1 for targets that are of the text, masked or not: not for what comes
+        before or after it.
+    """
+
+    tokens: Any
+    blocks: Any
+    text: Any
+
+
 class Batch(NamedTuple):
     """Rows of packed examples; numpy arrays on the host, jax arrays on the mesh.
 
@@ -90,6 +107,7 @@ class Batch(NamedTuple):
       negatives: [b t] int32 token ids of a hard negative of each row; None without them.
       negative_segments: [b t] int32, as target_segments.
       negative_positions: [b t] int32, as target_positions.
+      canvas: the targets in masked blocks; None for a model that writes from left to right.
     """
 
     targets: Any
@@ -104,3 +122,4 @@ class Batch(NamedTuple):
     negatives: Any = None
     negative_segments: Any = None
     negative_positions: Any = None
+    canvas: MaskedBlocks | None = None

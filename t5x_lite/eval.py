@@ -34,7 +34,6 @@ examples:
   python -m t5x_lite.eval --checkpoint=runs/g2p --sweep temperature=0.5,1 top_p=0.8,0.95,1
   # tasks of EleutherAI's lm-evaluation-harness (extra: lm_eval)
   python -m t5x_lite.eval --checkpoint=smollm2.q8_0.gguf --lm_eval=hellaswag,arc_easy
-  # SuperGLUE without it, from its own files: which choice is most likely, per token
   python -m t5x_lite.eval --checkpoint=flan-t5-small --superglue=SuperGLUE --normalize=tokens
 
 metrics: exact_match, edit_distance, per, wer (of phonemes, of words), bleu, chrf, rouge, squad.

@@ -37,7 +37,6 @@ examples:
   echo photograph | python -m t5x_lite.infer --checkpoint=runs/g2p --text
   # JSONL in: the text is in field "word", the other fields are kept
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.jsonl --field=word --output=out.jsonl
-  # the 3 best of 8 beams
   python -m t5x_lite.infer --checkpoint=runs/g2p --input=words.txt --beams=8 --n_best=3
   # 8 samples, the one nearest to the others first; or resampled on the way by a judge
   python -m t5x_lite.infer --checkpoint=runs/g2p --temperature=1 --n_best=8 --choose=mbr:per <words

@@ -13,6 +13,7 @@ from t5x_lite.analysis import decoder_lens, drawing, reading
 from t5x_lite.analysis.drawing import token_label, token_labels
 from t5x_lite.analysis.maps import AttentionMaps, Positions
 from t5x_lite.analysis.views import Alternatives, Blocks, DecoderLens, Lens
+from t5x_lite.config.canvas import check_left_to_right
 from t5x_lite.evaluation.draft_report import draft_text
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import Prediction
@@ -169,6 +170,7 @@ def explain(
     Raises:
       ValueError: the model lacks a decoder, a text is empty that must not be, or is too long.
     """
+    check_left_to_right(predictor.cfg, "An explanation")
     example, prediction = predictor.encode_inputs([input])[0], None
     if target is None:
         with predictor.drafters.at_once():

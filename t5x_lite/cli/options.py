@@ -25,7 +25,7 @@ DECODE = (
     *("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"),
     *("bad_words", "regex", "choices", "json_schema", "grammar"),
     *("force_words", "stop", "target_prefix", "span_of_input", "token_healing"),
-    *("drafter", "draft_length", "accept", "companion", "combine", "compute", "kv_cache"),
+    *("drafter", "draft_length", "accept", "companion", "combine", "compute", "kv_cache", "commit"),
     *("logprobs", "choose", "beam_groups", "diversity_penalty"),
     *("search", "judge", "judge_weight", "particles", "segment_tokens", "segment_stop"),
 )
@@ -207,6 +207,8 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compute", choices=COMPUTE, metavar="DTYPE", help=computed)
     cached = "int8, int4 or int8:int4 (keys, values), which CHANGES THE TEXT"
     group.add_argument("--kv_cache", metavar="DTYPE", help=cached)
+    kept = "with Model.canvas, after a pass: top:M, threshold:P, random:M"
+    group.add_argument("--commit", metavar="POLICY", help=kept)
     group = parser.add_argument_group(
         "several texts for an input (--n_best)", name_table("--choose", CHOICES)
     )

@@ -14,6 +14,8 @@ from t5x_lite.config.adaptation import Adaptation as Adaptation
 from t5x_lite.config.adaptation import Distillation as Distillation
 from t5x_lite.config.adaptation import ParamGroup as ParamGroup
 from t5x_lite.config.architecture import Model as Model
+from t5x_lite.config.canvas import Canvas as Canvas
+from t5x_lite.config.canvas import check_canvas_run
 from t5x_lite.config.checked import Checked, OutputPath, Seed, require
 from t5x_lite.config.comparison import Compare as Compare
 from t5x_lite.config.contrastive import Contrastive as Contrastive
@@ -114,6 +116,7 @@ class Run(Checked):
         if self.lora is not None:
             self.check_lora()
         self.check_contrastive()
+        check_canvas_run(self)
         if self.train is not None and self.train.layer_skip is not None:
             decoder = self.model.decoder
             require(decoder is not None, "Train.layer_skip is for a decoder's layers")

@@ -8,6 +8,7 @@ Every family (T5, T5Gemma, GPT-2, Llama, Qwen, Gemma ...) is a choice of these v
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from t5x_lite.config.canvas import Canvas, check_canvas
 from t5x_lite.config.checked import (
     MOST_TOKENS,
     Checked,
@@ -52,6 +53,7 @@ class Model(Checked):
       attention: kernels (pallas), plain XLA (reference), or (auto) the faster of both on the
         devices at hand; T5X_LITE_ATTENTION in the environment overrides it.
       draft_heads: heads that draft the tokens after the next one; None has none.
+      canvas: fills blocks of masked tokens in place of writing from left to right; None does not.
       readout: labels, a number or a vector in place of text; None writes text.
       shared_weights: patterns of weights of the decoder that are the encoder's, such as
         "decoder.layers.mlp.*" or "decoder.*", whose cross-attention remains its own. They are
@@ -76,6 +78,7 @@ class Model(Checked):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "pallas", "reference"] = "auto"
     draft_heads: DraftHeads | None = None
+    canvas: Canvas | None = None
     readout: Readout | None = None
     shared_weights: tuple[str, ...] = ()
 
@@ -114,6 +117,7 @@ class Model(Checked):
             not self.shared_weights or self.layout == "encoder_decoder",
             "Model.shared_weights are those of an encoder and a decoder: bind both",
         )
+        check_canvas(self)
         self.check_widths()
         require(
             self.decoder is None or self.decoder.chunk is None,
@@ -123,7 +127,7 @@ class Model(Checked):
             self.attention != "pallas" or not self.lacks_kernel,
             f'{self.lacks_kernel} has no kernel: leave out Model.attention = "pallas"',
         )
-        for name, sides in (("encoder", 2), ("decoder", 1 if self.causal_decoder else 2)):
+        for name, sides in (("encoder", 2), ("decoder", 2 if self.reads_ahead else 1)):
             stack = getattr(self, name)
             if stack is not None and stack.positions == "relative":
                 check_buckets(f"Model.{name}", stack, sides)
@@ -146,6 +150,8 @@ class Model(Checked):
     @property
     def lacks_kernel(self) -> str:
         """The binding for which attention has no kernel, so that plain XLA computes it; or ""."""
+        if self.canvas is not None and self.canvas.block > 1:
+            return "Model.canvas"
         stacks = (self.encoder, self.decoder)
         return next((stack.lacks_kernel for stack in stacks if stack and stack.lacks_kernel), "")
 
@@ -160,6 +166,17 @@ class Model(Checked):
     def causal_decoder(self) -> bool:
         """True if no layer of the decoder attends to later tokens, so that it can write text."""
         return self.decoder is None or all(self.decoder.causal_layers(both_sides=False))
+
+    @property
+    def reads_ahead(self) -> bool:
+        """True if tokens of the decoder attend to later ones, in some layer or within a block."""
+        return not self.causal_decoder or (self.canvas is not None and self.canvas.block > 1)
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id that stands for a token of a canvas that is not written yet."""
+        bound = None if self.canvas is None else self.canvas.mask_token_id
+        return self.decoder_start_token_id if bound is None else bound
 
     @property
     def layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:

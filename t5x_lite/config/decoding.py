@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
+from t5x_lite.config.canvas import parse_commit
 from t5x_lite.config.checked import (
     FAR,
     Checked,
@@ -141,6 +142,10 @@ class Decode(Checked):
       kv_cache: what keys and values are kept in: auto (the dtype of computation), or int8 or int4,
         with a scale for each token and head, which changes the text; int8:int4 is int8 for keys and
         int4 for values.
+      commit: policy by which a model with Model.canvas keeps tokens after each pass over a block:
+        top:M, the M most probable choices; threshold:P, those at least P probable, and the most
+        probable one; random:M, at M random places; order:M, the M leftmost; "" is threshold:0.9.
+      canvas_block: tokens of its blocks; 0 takes Canvas.block.
     """
 
     max_new_tokens: Length = 64
@@ -196,6 +201,8 @@ class Decode(Checked):
     combine: str = ""
     compute: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     kv_cache: str = "auto"
+    commit: str = ""
+    canvas_block: LengthOrZero = 0
 
     def check(self):
         for name in ("stop", "segment_stop"):
@@ -238,6 +245,7 @@ class Decode(Checked):
         check_beams(self)
         check_companion(self)
         parse_kv_cache(self.kv_cache)
+        parse_commit(self.commit)
         self.check_tokens()
         self.check_constraints()
 

@@ -29,12 +29,14 @@ class LengthLimits(NamedTuple):
       targets: most tokens of its targets.
       layout: that of config.Model; a decoder alone has inputs and targets in one row.
       negatives: true if rows have hard negatives, which are as long as targets.
+      multiple: targets of examples are filled up with ends to a multiple of it.
     """
 
     inputs: int
     targets: int
     layout: str
     negatives: bool = False
+    multiple: int = 1
 
     @property
     def row(self) -> int:

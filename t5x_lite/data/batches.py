@@ -26,6 +26,7 @@ from t5x_lite.data import (
     tasks,
 )
 from t5x_lite.data.cache import Tokens
+from t5x_lite.data.canvas import BlockMasker, make_masker
 from t5x_lite.data.task import SplitFiles, Task, cached_tokens
 from t5x_lite.utils.paths import cache_folder
 
@@ -126,13 +127,21 @@ class Batches:
         mixture: mixing.MixtureSampler,
         lengths: LengthLimits,
         shard: HostShard,
+        masker: BlockMasker | None = None,
     ):
         self.parts, self.mixture, self.lengths, self.shard = parts, mixture, lengths, shard
+        self.masker = masker
 
     def at(self, step: int) -> Batch:
         """Returns this host's rows [batch_size / hosts, ...] of the batch of a step."""
         first = step * self.shard.batch_size + self.shard.host * self.shard.size
-        which, ranks = self.mixture.draw(np.arange(first, first + self.shard.size))
+        numbers = np.arange(first, first + self.shard.size)
+        batch = self.draw_rows(numbers)
+        return batch if self.masker is None else self.masker.mask(batch, numbers)
+
+    def draw_rows(self, numbers: np.ndarray) -> Batch:
+        """Returns the rows of ascending numbers, counted through all steps."""
+        which, ranks = self.mixture.draw(numbers)
         if (which == which[0]).all():
             part = self.parts[which[0]]
             return part.rows.batch(ranks, part.key)
@@ -160,6 +169,8 @@ class Batches:
                 layout.copy_rows(
                     batch, places, part.rows.batch(numbers[places] - edges[number], None)
                 )
+            if self.masker is not None:
+                batch = self.masker.for_evaluation().mask(batch, first + np.arange(len(batch[0])))
             yield batch
 
     @functools.cached_property
@@ -222,6 +233,7 @@ def open_batches(
     split: str = "train",
     host: int = 0,
     hosts: int = 1,
+    model: config.Model | None = None,
 ) -> Batches:
     """Opens the batches of one split.
 
@@ -233,14 +245,18 @@ def open_batches(
       split: of the tasks.
       host: number of this host.
       hosts: number of hosts.
+      model: config of a model whose canvas masks the targets; None for any other.
 
     Raises:
       ValueError: the data do not suit the layout or the lengths, or cannot be read.
     """
-    shard = HostShard(host, hosts, batch_size)
-    lengths = length_limits(cfg.lengths, layout)._replace(negatives=has_negatives(cfg, layout))
+    shard, sources = HostShard(host, hosts, batch_size), list_sources(cfg, split)
+    masker = make_masker(model, sources[0][0].task.vocabularies[1], seed)
+    lengths = length_limits(cfg.lengths, layout)._replace(
+        negatives=has_negatives(cfg, layout),
+        multiple=1 if masker is None else masker.canvas.block,
+    )
     parts, rates = [], []
-    sources = list_sources(cfg, split)
     if split == "train":
         checks.warn_of_mixed_ends([source.task for source, _ in sources if source.first])
     for source, rate in sources:
@@ -258,12 +274,18 @@ def open_batches(
         # Rates are of examples, but rows are drawn.
         rates.append(rate * epoch.rows / epoch.examples)
     mixture = mixing.MixtureSampler(rates, randomness.key(seed, "mixture"))
-    batches = Batches(parts, mixture, lengths, shard)
+    batches = Batches(parts, mixture, lengths, shard, masker)
+    log_statistics(batches, split)
+    return batches
+
+
+def log_statistics(batches: Batches, split: str) -> None:
+    """Logs one epoch of a split, as a warning if something is lost."""
     statistics = batches.statistics
     lost = any([*statistics.truncated.values(), *statistics.counts.values()])
     level = logging.WARNING if lost else logging.INFO
-    log.log(level, "%s, %s: %s", "+".join(part.name for part in parts), split, statistics)
-    return batches
+    names = "+".join(part.name for part in batches.parts)
+    log.log(level, "%s, %s: %s", names, split, statistics)
 
 
 def has_negatives(cfg: config.Data, layout: str) -> bool:

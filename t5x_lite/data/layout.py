@@ -198,3 +198,17 @@ def take_examples(feature: Feature, examples: np.ndarray, most: int) -> Ragged:
     if feature.ends:
         tokens[(ends - 1)[whole > most]] = feature.eos
     return Ragged(tokens, lengths)
+
+
+def fill_ends(ragged: Ragged, eos: int, lengths: np.ndarray) -> Ragged:
+    """Fills examples up with ends.
+
+    Args:
+      ragged: ids of the examples.
+      eos: id that ends a text.
+      lengths: new length of each example, at least the old one [examples].
+    """
+    tokens = np.full(int(lengths.sum()), eos, ragged.tokens.dtype)
+    begins = np.cumsum(lengths) - lengths
+    tokens[np.repeat(begins, ragged.lengths) + packing.ranges(ragged.lengths)] = ragged.tokens
+    return Ragged(tokens, lengths)

@@ -101,12 +101,25 @@ class Examples:
         cut = {
             name: np.minimum(feature.lengths, most) for name, (feature, most) in self.sides.items()
         }
+        if self.fills_targets:
+            cut["targets"] = self.filled_lengths(cut["targets"])
         shapes, capacity = row_shapes(cut, lengths)
         whole = shapes.reshape(-1, self.texts, shapes.shape[1]).sum(axis=1)
         self.plan = packing.make_plan(whole, capacity, pack)
         self.rows = self.plan.rows
         self.counts = count_epoch(self.rows, self.sides, cut)
         self.draw = functools.lru_cache(maxsize=2)(self.draw_examples)
+
+    @property
+    def fills_targets(self) -> bool:
+        """True if targets are filled up with ends; text that does not end is not."""
+        return self.lengths.multiple > 1 and self.tokens.targets.ends
+
+    def filled_lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths of targets [n] that are filled up, as far as there is room."""
+        _, most = self.sides["targets"]
+        multiple = self.lengths.multiple
+        return np.minimum(-(-lengths // multiple) * multiple, most)
 
     def epoch_counts(self) -> EpochCounts:
         return self.counts
@@ -138,6 +151,10 @@ class Examples:
             name: layout.take_examples(feature, chosen, most)
             for name, (feature, most) in self.sides.items()
         }
+        if self.fills_targets:
+            targets = taken["targets"]
+            filled = self.filled_lengths(targets.lengths)
+            taken["targets"] = layout.fill_ends(targets, self.tokens.targets.eos, filled)
         counts = np.concatenate(counts)
         row = np.repeat(np.arange(len(numbers)), counts)
         pair = taken.get("inputs"), taken["targets"]

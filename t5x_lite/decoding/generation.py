@@ -8,12 +8,11 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 
 from t5x_lite import config, model, sharding
+from t5x_lite.config.canvas import check_left_to_right
 from t5x_lite.config.kv_cache import CacheFormat
 from t5x_lite.decoding import beam, loop, target
 from t5x_lite.decoding.acceptance import exact
@@ -22,7 +21,7 @@ from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.beam_ranking import EarlyStopping, LengthPenalty, make_length_penalty
 from t5x_lite.decoding.companions.companion import Companion, CompanionState
 from t5x_lite.decoding.companions.rows import place_companion
-from t5x_lite.decoding.initial_state import initial_state
+from t5x_lite.decoding.initial_state import initial_state, take_first_samples
 from t5x_lite.decoding.protocol import (
     DecodeContext,
     DecodeState,
@@ -127,7 +126,11 @@ def make_program(
       cfg: config of the model, of the dtype of its prepared weights.
       decode: limits and beams.
       drafting: drafter and acceptance rule.
+
+    Raises:
+      ValueError: the model fills masked blocks.
     """
+    check_left_to_right(cfg, "Decoding token by token, as streams, searches and servers do,")
     banks = decode.beams > decode.beam_groups == 1 and bool(decode.force_words)
     # Improbable texts that have all words end first, and are not to end the search.
     ending = False if banks and decode.early_stopping is None else decode.early_stopping
@@ -320,14 +323,6 @@ def begin_companion(
     if texts == 1:
         return state
     return jax.tree.map(functools.partial(beam.repeat_rows, beams=texts), state)
-
-
-def take_first_samples(x: Array, samples: int) -> Array:
-    """Takes the first of each `samples` rows of x [b * samples ...]: [b ...]."""
-    place = jax.typeof(x).sharding.spec
-    shape = (x.shape[0] // samples, samples, *x.shape[1:])
-    split = jnp.reshape(x, shape, out_sharding=jax.P(place[0], None, *place[1:]))
-    return sharding.by_rows(split[:, 0])
 
 
 def count_slots(program: DecodeProgram, request: Request) -> int:

@@ -6,6 +6,7 @@ b rows    T slots of a row
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -53,3 +54,11 @@ def empty_details(tokens: Int[Array, "b T"], count: int) -> TokenDetails:
     zeros = jnp.zeros_like(tokens, jnp.float32)
     several = sharding.by_rows(jnp.repeat(zeros[..., None], count, axis=2))
     return TokenDetails(zeros, several.astype(jnp.int32), several, zeros)
+
+
+def take_first_samples(x: Array, samples: int) -> Array:
+    """Takes the first of each `samples` rows of x [b * samples ...]: [b ...]."""
+    place = jax.typeof(x).sharding.spec
+    shape = (x.shape[0] // samples, samples, *x.shape[1:])
+    split = jnp.reshape(x, shape, out_sharding=jax.P(place[0], None, *place[1:]))
+    return sharding.by_rows(split[:, 0])

@@ -95,11 +95,13 @@ class NoiseKind(enum.IntEnum):
       DRAFT: sampling a draft token.
       ACCEPT: accepting a draft token.
       RESIDUAL: sampling the token after the last accepted draft.
+      ORDER: the order in which the places of a block are filled.
     """
 
     DRAFT = 2**32 - 1
     ACCEPT = 2**32 - 2
     RESIDUAL = 2**32 - 3
+    ORDER = 2**32 - 4
 
 
 def choose_tokens(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_lite import config, model
 from t5x_lite.batch import Batch
+from t5x_lite.config.canvas import check_left_to_right
 from t5x_lite.decoding import generation, verification
 from t5x_lite.decoding.request import (
     bucket_length,
@@ -136,6 +137,7 @@ def check_pairs(
       ValueError: lengths differ, something is empty, ids are outside of the vocabulary, or the
         model has too few learned positions.
     """
+    check_left_to_right(cfg, "The log-probability of a text")
     check_examples(cfg, inputs)
     check_ids(cfg, "Target", targets)
     if len(inputs) != len(targets):

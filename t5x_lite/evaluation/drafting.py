@@ -17,6 +17,7 @@ from t5x_lite.cli import records
 from t5x_lite.decoding import streaming
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.adaptive.tiers import TieredDecoder
+from t5x_lite.decoding.canvas.writing import fill_canvas
 from t5x_lite.decoding.drafters import registry
 from t5x_lite.decoding.request import check_positions
 from t5x_lite.tokenizers.vocabulary import TextVocabulary
@@ -63,6 +64,8 @@ class DrafterCache:
           request: the rows.
           decode: config of decoding.
         """
+        if self.cfg.canvas is not None:
+            return fill_canvas(self.cfg, params, request, decode)
         drafting = self.get(decode)
         self.check_draft_models(request, decode)
         self.announce(request, decode)

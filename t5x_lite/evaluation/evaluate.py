@@ -71,6 +71,7 @@ class Evaluator:
             split=self.split,
             host=host,
             hosts=hosts,
+            model=run.model,
         )
 
     def __call__(

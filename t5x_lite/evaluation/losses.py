@@ -82,7 +82,13 @@ def target_sums(cfg: config.Model, params: Any, batch: Batch) -> TargetSums:
         right = jnp.zeros_like(losses.nll) if losses.correct is None else losses.correct
         return TargetSums(*(weighted_sum(batch, x) for x in (losses.nll, 1.0, right)))
     outcome = target_outcomes(cfg, params, batch)
-    return TargetSums(*(weighted_sum(batch, x) for x in (outcome.nats, 1.0, outcome.right)))
+    if batch.canvas is None:
+        return TargetSums(*(weighted_sum(batch, x) for x in (outcome.nats, 1.0, outcome.right)))
+    # The ends behind a text add to the bound of its likelihood, and are no tokens of it.
+    text = batch.canvas.text
+    tokens = jax.reshard(jnp.sum(text), P())
+    nats, right = (weighted_sum(batch, x) for x in (outcome.nats, outcome.right * text))
+    return TargetSums(nats, tokens, right)
 
 
 def weighted_sum(batch: Batch, x: jax.Array | float) -> jax.Array:
@@ -92,9 +98,9 @@ def weighted_sum(batch: Batch, x: jax.Array | float) -> jax.Array:
 
 def text_bytes(batch: Batch, vocabulary: TextVocabulary) -> int:
     """UTF-8 bytes of the text that the weighted targets of this host's rows stand for."""
-    count = 0
+    count, counted = 0, batch.loss_weights if batch.canvas is None else batch.canvas.text
     for targets, segments, weights in zip(
-        batch.targets, batch.target_segments, batch.loss_weights, strict=True
+        batch.targets, batch.target_segments, counted, strict=True
     ):
         for segment in range(1, segments.max(initial=0) + 1):
             ids = targets[(segments == segment) & (weights > 0)]
@@ -151,7 +157,7 @@ def measure_losses(
     """
     sums, each = {}, max(1, most // len(batches.parts))
     for part in batches.parts:
-        alone = Batches([part], batches.mixture, batches.lengths, batches.shard)
+        alone = Batches([part], batches.mixture, batches.lengths, batches.shard, batches.masker)
         sums[part.name] = split_sums(cfg, params, alone, vocabulary, each)
     total = functools.reduce(SplitSums.plus, sums.values(), SplitSums())
     loss = total.loss()

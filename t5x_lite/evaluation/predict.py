@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from t5x_lite import config, decoding, sharding
+from t5x_lite.config.canvas import check_canvas_decode
 from t5x_lite.data import built_in
 from t5x_lite.decoding import generation
 from t5x_lite.decoding.acceptance.stats import AcceptanceStats
@@ -232,6 +233,7 @@ class Predictor:
 
         Called before they are sorted: messages number the inputs as the caller does.
         """
+        check_canvas_decode(self.cfg, decode)
         if len(ids):
             check_examples(self.cfg, ids)
             check_positions(self.cfg, "Input", ids, decode.max_new_tokens)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_lite import config, model, sharding
 from t5x_lite.checkpoints.weight_paths import nest_tree
+from t5x_lite.config.canvas import check_left_to_right
 from t5x_lite.decoding import target
 from t5x_lite.decoding.protocol import Prompts
 from t5x_lite.kernels.dispatch import BACKEND_VARIABLE
@@ -133,6 +134,7 @@ def check_exportable(cfg: config.Model, shapes: ExportShapes) -> None:
     """Raises ValueError for a model that writes no text, and for sizes that it does not have."""
     if cfg.decoder is None:
         raise ValueError("An encoder alone writes no text: there is no step to export")
+    check_left_to_right(cfg, "A program")
     prompt = 1 if cfg.encoder is not None else shapes.input_length
     if shapes.row_length <= prompt:
         raise ValueError(

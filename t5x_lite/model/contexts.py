@@ -116,6 +116,64 @@ def block_context(
     return context._replace(input_mask=kernels.prepare_mask(input_mask, backend))
 
 
+class DecoderRows(NamedTuple):
+    """Rows as a decoder reads them.
+
+    Attributes:
+      tokens: [b t] token ids; [b 2t] where masked rows are followed by the same ones without masks.
+      segments: segment ids of the tokens.
+      where: positions of the tokens in their segments.
+      mask: which tokens attend to which.
+    """
+
+    tokens: jax.Array
+    segments: jax.Array
+    where: jax.Array
+    mask: kernels.Mask | kernels.BlockDiffusionMask
+
+
+def decoder_rows(cfg: config.Model, batch: Batch) -> DecoderRows:
+    """Decoder inputs for the targets of a batch."""
+    segments, where = on_rows(batch.target_segments), on_rows(batch.target_positions)
+    start = cfg.decoder_start_token_id
+    if batch.canvas is not None:
+        return canvas_rows(cfg, batch, segments, where)
+    of_encoder = cfg.layout == "decoder_only" and not cfg.causal_decoder
+    read = batch.inputs if of_encoder else batch.targets
+    tokens = shift_right(read, batch.target_positions, start)
+    inside = inside_prefix(batch) if cfg.prefix_lm else None
+    mask = kernels.Mask(segments, segments, cfg.causal_decoder, inside, inside)
+    return DecoderRows(on_rows(tokens), segments, where, mask)
+
+
+def canvas_rows(
+    cfg: config.Model, batch: Batch, segments: jax.Array, where: jax.Array
+) -> DecoderRows:
+    """Decoder inputs for targets in masked blocks, and the same without masks behind them where a
+    row has several blocks.
+
+    Args:
+      cfg: config of the model.
+      batch: its `canvas` and targets.
+      segments: [b t] segment ids of the targets.
+      where: [b t] positions of the targets.
+    """
+    assert cfg.canvas is not None and batch.canvas is not None
+    start, blocks = cfg.decoder_start_token_id, on_rows(batch.canvas.blocks)
+    clean = shift_right(on_rows(batch.targets), where, start)
+    masked = shift_right(on_rows(batch.canvas.tokens), where, start)
+    # The first input of a block is the last token of the block before it, which is written.
+    masked = jnp.where(shift_right(blocks, where, 0) == blocks, masked, clean)
+    # Blocks of one token have no mask among their inputs: both copies would be the same.
+    doubled = cfg.canvas.block > 1 and min(cfg.canvas.blocks) < blocks.shape[1]
+    mask = kernels.BlockDiffusionMask(segments, blocks, doubled)
+    if not doubled:
+        return DecoderRows(masked, segments, where, mask)
+    tokens = jnp.concatenate([masked, clean], axis=1)
+    segments, where = (jnp.concatenate([x, x], axis=1) for x in (segments, where))
+    return DecoderRows(tokens, segments, where, mask)
+
+
 def inside_prefix(batch: Batch) -> Bool[Array, "b t"] | None:
     """True for the decoder inputs of a prefix, which is read in both directions; None without one.
 

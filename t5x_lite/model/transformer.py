@@ -77,7 +77,7 @@ class Transformer(SharingModule):
             self.encoder = LayerStack(cfg, cfg.encoder, both_sides=True, **options)
         if cfg.decoder:
             source = cfg.encoder.embed if cfg.encoder else None
-            self.decoder = LayerStack(cfg, cfg.decoder, not cfg.causal_decoder, source, **options)
+            self.decoder = LayerStack(cfg, cfg.decoder, cfg.reads_ahead, source, **options)
         if cfg.draft_heads:
             self.heads = Heads(cfg)
         if cfg.readout:
@@ -106,7 +106,9 @@ class Transformer(SharingModule):
             return self.encode(
                 batch.inputs, batch.input_segments, batch.input_positions, encoder_key
             )
-        return self.decoder(*self.decoder_inputs(batch, key))
+        hidden = self.decoder(*self.decoder_inputs(batch, key))
+        # Of rows with masks; those without, which may stand behind them, predict nothing.
+        return hidden if batch.canvas is None else hidden[:, : batch.targets.shape[1]]
 
     def hidden_with_layer_skip(
         self, batch: Batch, key: jax.Array, rates: Float[Array, " l"]
@@ -128,23 +130,18 @@ class Transformer(SharingModule):
     ) -> tuple[Float[Array, "b t d"], AttentionContext, jax.Array | None]:
         """Decoder inputs for the targets of batch: embedded tokens, context, and a dropout key."""
         encoder_key, decoder_key = split(key, 2)
-        segments, where = on_rows(batch.target_segments), on_rows(batch.target_positions)
+        rows, stack = contexts.decoder_rows(self.cfg, batch), not_none(self.cfg.decoder)
         encoded, input_mask = None, None
         if self.cfg.layout == "encoder_decoder":
             inputs = batch.inputs, batch.input_segments, batch.input_positions
             encoded = self.encode(*inputs, encoder_key)
-            input_mask = self.mask(segments, on_rows(batch.input_segments))
-        masked = self.cfg.layout == "decoder_only" and not self.cfg.causal_decoder
-        stack = not_none(self.cfg.decoder)
-        where = contexts.draw_positions(stack, segments, where, decoder_key)
-        read, start = batch.inputs if masked else batch.targets, self.cfg.decoder_start_token_id
-        tokens = shift_right(read, batch.target_positions, start)
-        inside = contexts.inside_prefix(batch) if self.cfg.prefix_lm else None
-        mask = self.decoder_mask(segments, inside)
+            input_mask = self.mask(rows.segments, on_rows(batch.input_segments))
+        where = contexts.draw_positions(stack, rows.segments, rows.where, decoder_key)
+        mask = kernels.prepare_mask(rows.mask, self.backend)
         context = AttentionContext(where, mask, None, encoded, input_mask, None, self.backend)
-        context = contexts.rotate_cross(context, stack, batch[1:3], batch[5:7])
+        context = contexts.rotate_cross(context, stack, rows[1:3], batch[5:7])
         embedding_key, decoder_key = split(decoder_key, 2)
-        return self.embed(on_rows(tokens), embedding_key), context, decoder_key
+        return self.embed(rows.tokens, embedding_key), context, decoder_key
 
     def encode(
         self,

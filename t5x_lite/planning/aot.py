@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_lite import sharding
-from t5x_lite.batch import Batch, PairReference, SampleData
+from t5x_lite.batch import Batch, MaskedBlocks, PairReference, SampleData
 from t5x_lite.checkpoints import train_state
 from t5x_lite.config.training_run import TrainingRun
 from t5x_lite.training import (
@@ -32,10 +32,15 @@ def abstract_batch(run: TrainingRun) -> Batch:
 
     ids, weights = array(targets, jnp.int32), array(targets, jnp.float32)
     known = reference_data(run, weights)
+    canvas = None
+    if run.model.canvas is not None and run.model.canvas.block > 1:
+        canvas = MaskedBlocks(ids, ids, weights)
     if run.model.batch_layout == "decoder_only":
-        return Batch(ids, ids, ids, weights, prefix=array(targets, bool), teacher_data=known)
+        return Batch(
+            ids, ids, ids, weights, prefix=array(targets, bool), teacher_data=known, canvas=canvas
+        )
     read = array(inputs, jnp.int32)
-    return Batch(ids, ids, ids, weights, read, read, read, teacher_data=known)
+    return Batch(ids, ids, ids, weights, read, read, read, teacher_data=known, canvas=canvas)
 
 
 def reference_data(run: TrainingRun, scores: Any) -> PairReference | SampleData | None:

@@ -106,6 +106,7 @@ def assemble_run(run: TrainingRun) -> AssembledRun:
         run.seed,
         host=host,
         hosts=hosts,
+        model=run.model,
     )
     # Modification times are left out: every host may have a copy of its own.
     files = [(part.get("tokens"), part.get("shards")) for part in batches.state().values()]

@@ -30,6 +30,7 @@ SAMPLES = [
     dataclasses.replace(STACK, positions="sinusoidal", random_positions=9),
     config.RotaryScaling("yarn", 2.0, attention_factor=1.5),
     config.DraftHeads(4),
+    config.Canvas(4),
     config.Readout("number"),
     config.Data("cmudict_g2p", {"inputs": 8, "targets": 8}),
     config.Files("sample", "data.jsonl", BYTES),

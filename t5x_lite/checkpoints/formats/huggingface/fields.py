@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from t5x_lite import config
+from t5x_lite.config.canvas import check_left_to_right
 
 
 def choose_value(values: dict, name: str, allowed: dict[Any, Any], default: Any = None) -> Any:
@@ -67,12 +68,14 @@ def require_values(owner: config.Stack | config.Model, family: str, **wanted: An
 
 
 def require_usual_causality(cfg: config.Model, library: str) -> None:
-    """Raises ValueError unless encoders read in both directions and decoders are causal.
+    """Raises ValueError unless encoders read in both directions and decoders are causal and write
+    from left to right.
 
     Args:
       cfg: config of the model.
       library: library that reads the export, for the message.
     """
+    check_left_to_right(cfg, f"A checkpoint of {library}")
     for name, both_sides in (("encoder", True), ("decoder", False)):
         stack = getattr(cfg, name)
         if stack is not None and set(stack.causal_layers(both_sides)) != {not both_sides}:
