@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from t5x_lite import config
+from t5x_lite.config.canvas import check_canvas_decode
 from t5x_lite.config.checked import (
     Count,
     CountOrZero,
@@ -362,6 +363,7 @@ def configure_session(session: Any, options: argparse.Namespace) -> None:
     """
     try:
         session.decode = session.settings(decode_fields(options))
+        check_canvas_decode(session.predictor.cfg, session.decode)
     except ValueError as error:
         # The fields were set by options, whose names are theirs.
         named = re.sub(rf"\bDecode\.(?=(?:{'|'.join(DECODE)})\b)", "--", str(error))

@@ -252,10 +252,9 @@ def open_batches(
     """
     shard, sources = HostShard(host, hosts, batch_size), list_sources(cfg, split)
     masker = make_masker(model, sources[0][0].task.vocabularies[1], seed)
-    lengths = length_limits(cfg.lengths, layout)._replace(
-        negatives=has_negatives(cfg, layout),
-        multiple=1 if masker is None else masker.canvas.block,
-    )
+    lengths = length_limits(cfg.lengths, layout)._replace(negatives=has_negatives(cfg, layout))
+    if masker is not None:
+        lengths = lengths._replace(multiple=masker.canvas.block)
     parts, rates = [], []
     if split == "train":
         checks.warn_of_mixed_ends([source.task for source, _ in sources if source.first])
@@ -274,18 +273,17 @@ def open_batches(
         # Rates are of examples, but rows are drawn.
         rates.append(rate * epoch.rows / epoch.examples)
     mixture = mixing.MixtureSampler(rates, randomness.key(seed, "mixture"))
-    batches = Batches(parts, mixture, lengths, shard, masker)
-    log_statistics(batches, split)
-    return batches
+    return log_statistics(Batches(parts, mixture, lengths, shard, masker), split)
 
 
-def log_statistics(batches: Batches, split: str) -> None:
-    """Logs one epoch of a split, as a warning if something is lost."""
+def log_statistics(batches: Batches, split: str) -> Batches:
+    """Logs one epoch of a split, as a warning if something is lost; returns its batches."""
     statistics = batches.statistics
     lost = any([*statistics.truncated.values(), *statistics.counts.values()])
     level = logging.WARNING if lost else logging.INFO
     names = "+".join(part.name for part in batches.parts)
     log.log(level, "%s, %s: %s", names, split, statistics)
+    return batches
 
 
 def has_negatives(cfg: config.Data, layout: str) -> bool:
