@@ -42,6 +42,7 @@ LIMITS = {
     "max_input_tokens": ("N", "most tokens of an input"),
     "max_new_tokens": ("N", "most new tokens of a text"),
     "texts": ("N", "most texts of a request, its inputs times n"),
+    "prefix_cache": ("MIB", "memory for beginnings of prompts that requests share; 0 for none"),
     "queue": ("N", "texts that may wait for a row; more get status 429"),
     "connections": ("N", "most connections at a time; more get status 503"),
     "body_bytes": ("N", "longest body of a request; longer ones get status 413"),

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Shaped
 
 from t5x_lite import config, model, sharding
-from t5x_lite.decoding import generation, target
+from t5x_lite.decoding import chunked_prefill, generation, target
 from t5x_lite.decoding.generation import DecodeProgram, Drafting
 from t5x_lite.decoding.initial_state import initial_state
 from t5x_lite.decoding.protocol import DecodeContext, DecodeState, Prompts, TokenDetails
@@ -95,11 +95,13 @@ class JoiningRows(NamedTuple):
       request: prompt, inputs and limit of each; without what rows share.
       sampling: how each is sampled, every field an array.
       places: row of the pool that each takes; equal ones are the same request.
+      cache: cache of the prompts, on the mesh; None for prompts that are read with the request.
     """
 
     request: Request
     sampling: SamplingParams
     places: Int[Array, " n"]
+    cache: chunked_prefill.WholeRows | None = None
 
 
 class PoolStep(NamedTuple):
@@ -225,16 +227,39 @@ def read_rows(
         inputs = sharding.by_rows(request.inputs[:, : sizes.inputs])
         read = inputs, request.inputs_length
         encoded = target.encode_inputs(program.cfg, params, *read, program.kv_cache)
-    prompts = sharding.by_rows(request.prompts[:, : sizes.prompts])
-    prompts = Prompts(prompts, request.prompts_length)
     slots = generation.count_slots(program, request)
-    cache = target.prefill(program.cfg, params, encoded, prompts, slots, program.kv_cache)
+    if joining.cache is not None:
+        cache = load_cache(program, joining.cache, request.prompts_length, slots)
+    else:
+        prompts = sharding.by_rows(request.prompts[:, : sizes.prompts])
+        prompts = Prompts(prompts, request.prompts_length)
+        cache = target.prefill(program.cfg, params, encoded, prompts, slots, program.kv_cache)
     encoded = pad_inputs(encoded, pool.inputs)
     rules = arguments.rules._replace(sampling=sampling)
     context = pool_context(pool, arguments, request, encoded, rules)
     drafter_state = program.drafter.begin(context)
     state = initial_state(context, cache, slots, drafter_state)
     return RowPool(request, sampling, encoded, state)
+
+
+def load_cache(
+    program: DecodeProgram,
+    cache: chunked_prefill.WholeRows,
+    length: Int[Array, " n"],
+    slots: int,
+) -> tuple[model.CacheStore, ...]:
+    """Returns the stores of rows whose prompts are in a cache already.
+
+    Args:
+      program: static arguments of the loop.
+      cache: the prompts.
+      length: their lengths.
+      slots: T.
+    """
+    form, rows = program.kv_cache, len(length)
+    stores = model.empty_cache(program.cfg, rows, slots, scan=False, form=form)
+    read = chunked_prefill.resize_cache(cache, min(slots, cache[0].slots))
+    return tuple(store.load(whole, length) for store, whole in zip(stores, read, strict=True))
 
 
 def pad_inputs(encoded: model.EncoderMemory, size: int) -> model.EncoderMemory:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from t5x_lite import config, model
 from t5x_lite.config.kv_cache import CacheFormat, parse_kv_cache
-from t5x_lite.decoding import sampling
+from t5x_lite.decoding import chunked_prefill, sampling
 from t5x_lite.decoding.protocol import LayerRange, Prompts, Target, TargetHeads, Tree
 from t5x_lite.model.computation import cast_params, dtype_of_computation
 from t5x_lite.utils.not_none import not_none
@@ -182,7 +182,7 @@ def prefill(
     slots: int,
     form: CacheFormat = model.WHOLE,
 ) -> tuple[model.CacheStore, ...]:
-    """Fills a new cache with the prompts, in one pass.
+    """Fills a new cache with the prompts, in one pass, or chunk by chunk if they are long.
 
     Slots of the padding are overwritten before they are read. The last token of a prompt is written
     too, because in a prefix-LM those before it attend to it; the loop writes the same again.
@@ -204,12 +204,16 @@ def prefill(
         return stores
     start = jnp.zeros_like(prompts.length)
     # In a cache of the prompts' size: queries would attend to every empty slot of the whole one.
-    _, filled = model.Transformer(cfg, scan=False).apply(
-        {"params": params},
-        model.TokenBlock(prompts.tokens, start, prefix=prompts.length),
-        model.empty_cache(cfg, rows, length, scan=False, form=form._replace(block=0)),
-        encoded,
-        method=model.Transformer.decode,
-    )
+    whole = form._replace(block=0)
+    if length > chunked_prefill.CHUNK and not cfg.prefix_lm:
+        filled = chunked_prefill.fill_cache(cfg, params, encoded, *prompts, form=whole)
+    else:
+        _, filled = model.Transformer(cfg, scan=False).apply(
+            {"params": params},
+            model.TokenBlock(prompts.tokens, start, prefix=prompts.length),
+            model.empty_cache(cfg, rows, length, scan=False, form=whole),
+            encoded,
+            method=model.Transformer.decode,
+        )
     pairs = zip(stores, filled, strict=True)
-    return tuple(store.load(whole, prompts.length) for store, whole in pairs)
+    return tuple(store.load(read, prompts.length) for store, read in pairs)

@@ -28,7 +28,7 @@ from t5x_lite.serving.completion_group import (
 from t5x_lite.serving.connections import HostGuard, own_names
 from t5x_lite.serving.errors import ApiError, InvalidField, busy_error
 from t5x_lite.serving.fields import check_others, list_prompts, parse_json, read_field
-from t5x_lite.serving.guards import KeyGuard, read_body
+from t5x_lite.serving.guards import KEY_NUMBER, KeyGuard, read_body
 from t5x_lite.serving.jobs import READERS, Job, encode_prompts, read_job
 from t5x_lite.serving.metrics import Metrics
 from t5x_lite.serving.models import ServedModel, ServedModels
@@ -94,7 +94,8 @@ class Api:
         body = await read_body(request, self.models.limits)
         try:
             async with asyncio.timeout(self.models.limits.timeout + GRACE):
-                job = await asyncio.to_thread(read_job, self.models, route, body)
+                client = str(request.scope.get(KEY_NUMBER))
+                job = await asyncio.to_thread(read_job, self.models, route, body, client)
                 return await self.write_texts(request, job, begun, route)
         except TimeoutError:
             raise timeout_error() from None

@@ -32,6 +32,8 @@ class TextRequest(NamedTuple):
       adapter: name of the adapter of the engine; "" for the model without one.
       deadline: `time.monotonic()` after which the text is no longer wanted; None for never.
       streamed: sends a chunk after every block; if False, one with the whole text at the end.
+      client: requests of one client share the prefix cache; those of another cannot tell what is in
+        it.
     """
 
     prompt: str | Sequence[int]
@@ -39,6 +41,7 @@ class TextRequest(NamedTuple):
     adapter: str = ""
     deadline: float | None = None
     streamed: bool = True
+    client: str = ""
 
 
 class CompletionChunk(NamedTuple):
@@ -68,11 +71,13 @@ class Usage:
       prompt_tokens: ids of the input.
       tokens: new tokens so far.
       accepted: those among them that a drafter had proposed.
+      cached_tokens: ids of the input whose keys and values were in the prefix cache.
     """
 
     prompt_tokens: int = 0
     tokens: int = 0
     accepted: int = 0
+    cached_tokens: int = 0
 
 
 class Completion:

@@ -7,12 +7,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from t5x_lite import config, sharding
-from t5x_lite.decoding.drafters import registry
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.serving.completion import (
     Completion,
@@ -23,40 +22,14 @@ from t5x_lite.serving.completion import (
     TextRequest,
 )
 from t5x_lite.serving.lane import Lane
-from t5x_lite.serving.limits import DEFAULT_LIMITS, EngineLimits
-from t5x_lite.serving.row_text import (
-    DEFAULTS,
-    LaneKey,
-    RowText,
-)
+from t5x_lite.serving.limits import DEFAULT_LIMITS, EngineGauges, EngineLimits
+from t5x_lite.serving.prefix_cache import PrefixCache
+from t5x_lite.serving.prompt_reading import PromptReading
+from t5x_lite.serving.rehearsal import Rehearsals
+from t5x_lite.serving.row_text import LaneKey, RowText, make_text
 
-# Fields of config.Decode that need several rows for one text, a table for each text, or another
-# model beside it.
-UNSERVED = ("beams", "n_best", "search", "choose", "companion", "span_of_input", "token_healing")
-
-
-class EngineGauges(NamedTuple):
-    """Numbers of an engine, for metrics.
-
-    Attributes:
-      rows: texts that can be written at the same time.
-      rows_used: texts that are being written.
-      queued: requests that wait.
-      finished: completions by finish reason.
-      prompt_tokens: ids of inputs that were read.
-      tokens: new tokens.
-      accepted: those among them that a drafter had proposed.
-      passes: forward passes.
-    """
-
-    rows: int
-    rows_used: int
-    queued: int
-    finished: dict[str, int]
-    prompt_tokens: int
-    tokens: int
-    accepted: int
-    passes: int
+# Seconds between two looks at texts that wait for programs alone.
+LOOK_SECONDS = 0.05
 
 
 class Engine:
@@ -70,6 +43,8 @@ class Engine:
       predictors: the model by name of the adapter; "" without one.
       waiting: texts that have no row yet, in order of arrival.
       lanes: rows by their settings, the one used last at the end.
+      reading: the long prompt that is being read; None for none.
+      prefixes: beginnings of prompts that were read.
     """
 
     def __init__(
@@ -99,10 +74,13 @@ class Engine:
         self.waiting: deque[RowText] = deque()
         self.calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self.lanes: dict[LaneKey, Lane] = {}
+        self.reading: PromptReading | None = None
+        self.prefixes = PrefixCache(limits.prefix_bytes)
+        self.rehearsals = Rehearsals(self.make_lane, self.notify, self.mesh)
         self.changed = threading.Condition()
         self.closing = self.aborting = False
         self.passes, self.finished = 0, Counter[str]()
-        self.prompt_tokens, self.tokens, self.accepted = 0, 0, 0
+        self.prompt_tokens, self.cached_tokens, self.tokens, self.accepted = 0, 0, 0, 0
         self.thread = threading.Thread(target=self.run_loop, name="engine", daemon=True)
         self.thread.start()
 
@@ -125,7 +103,7 @@ class Engine:
           EngineClosedError: the engine is closing.
         """
         self.check_open()
-        text = self.prepare_text(Completion(request, on_chunk))
+        text = make_text(Completion(request, on_chunk), self.predictors, self.limits)
         with self.changed:
             self.check_open()
             self.waiting.append(text)
@@ -138,36 +116,6 @@ class Engine:
             raise EngineClosedError("The engine is closing and takes no more requests")
         if len(self.waiting) >= self.limits.queue:
             raise QueueFullError(f"{self.limits.queue} requests wait already: try again later")
-
-    def prepare_text(self, completion: Completion) -> RowText:
-        """Returns the row of a completion.
-
-        Raises:
-          ValueError: the engine cannot serve the request.
-        """
-        request, decode = completion.request, completion.request.decode
-        if request.adapter not in self.predictors:
-            names = ", ".join(filter(None, self.predictors)) or "none"
-            raise ValueError(f"There is no adapter {request.adapter!r}; there are: {names}")
-        predictor = self.predictors[request.adapter]
-        for name in UNSERVED:
-            if getattr(decode, name) != DEFAULTS[name]:
-                raise ValueError(f"Decode.{name} is not served in shared rows: leave it out")
-        if decode.max_new_tokens > self.limits.max_new_tokens:
-            raise ValueError(
-                f"Decode.max_new_tokens {decode.max_new_tokens} is above the engine's limit, "
-                f"{self.limits.max_new_tokens}"
-            )
-        registry.check_names(predictor.cfg, decode)
-        ids = request.prompt
-        ids = predictor.encode_inputs([ids])[0] if isinstance(ids, str) else [*ids]
-        if len(ids) > self.limits.max_inputs:
-            raise ValueError(
-                f"The input has {len(ids)} tokens, and the engine's limit is "
-                f"{self.limits.max_inputs}: shorten it"
-            )
-        predictor.check_inputs([ids], decode)
-        return RowText(completion, predictor, ids, self.limits)
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Runs a function in the engine's thread between two blocks: embeddings, scores, beams.
@@ -194,6 +142,8 @@ class Engine:
             queued=len(self.waiting),
             finished=dict(self.finished),
             prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            prefix_bytes=self.prefixes.used_bytes,
             tokens=self.tokens,
             accepted=self.accepted,
             passes=self.passes,
@@ -209,6 +159,20 @@ class Engine:
             self.closing, self.aborting = True, self.aborting or not drain
             self.changed.notify()
         self.thread.join()
+        self.rehearsals.close()
+
+    def notify(self) -> None:
+        """Wakes the engine's thread: what it waits for may be there."""
+        with self.changed:
+            self.changed.notify()
+
+    def prepare(self, request: TextRequest) -> None:
+        """Compiles the programs of a request in the background, when nothing waits for others.
+
+        Raises:
+          ValueError: as `submit`.
+        """
+        self.rehearsals.prepare(make_text(Completion(request), self.predictors, self.limits))
 
     def run_loop(self) -> None:
         """Computes until the engine is closed and every text has ended."""
@@ -219,7 +183,7 @@ class Engine:
                     self.drop_unwanted()
                     self.admit_waiting()
                     for lane in [*self.lanes.values()]:
-                        if lane.used:
+                        if lane.writes:
                             self.advance_lane(lane)
         except BaseException as error:  # nobody else would end what waits
             self.closing = True
@@ -236,11 +200,14 @@ class Engine:
         """Waits until there is something to do; False once the engine is closed and empty."""
 
         def ready() -> bool:
-            return bool(self.waiting or self.calls or self.list_texts())
+            return bool(self.calls or self.list_texts() or any(map(is_ready, self.waiting)))
 
+        is_ready = self.rehearsals.is_ready
         with self.changed:
-            self.changed.wait_for(lambda: ready() or self.closing)
-            return ready()
+            # Those whose programs are being compiled may be cancelled or expire.
+            wait = LOOK_SECONDS if self.waiting else None
+            self.changed.wait_for(lambda: ready() or self.closing, wait)
+            return bool(ready() or self.waiting or not self.closing)
 
     def run_calls(self) -> None:
         """Runs the functions of `call`."""
@@ -272,22 +239,63 @@ class Engine:
         return "expired" if deadline is not None and time.monotonic() > deadline else None
 
     def admit_waiting(self) -> None:
-        """Gives free rows to waiting texts, as many as the budget of inputs allows."""
-        budget = self.limits.prefill_budget
-        while budget > 0:
-            lane, texts = self.take_alike()
-            if not texts:
+        """Reads inputs, as many ids as the budget allows: a chunk of a long prompt, then waiting
+        texts that get free rows, then more of the prompt if no row waits for its next block."""
+        budget = self.limits.prefill_budget - self.read_chunk()
+        while budget > 0 and (count := self.admit_next()):
+            budget -= count
+        while budget > 0 and not any(lane.writes for lane in self.lanes.values()):
+            if not (count := self.read_chunk()):
                 return
-            try:
-                lane = lane or self.open_lane(texts[0])
+            budget -= count
+
+    def admit_next(self) -> int:
+        """Gives free rows to the oldest texts that are read together.
+
+        Returns:
+          The number of ids that were read, and at least 1; 0 if no text can have a row.
+        """
+        lane, texts = self.take_alike()
+        if not texts:
+            return 0
+        try:
+            lane = lane or self.open_lane(texts[0])
+            if texts[0].is_long:
+                lane.reserve(texts[0])
+                self.reading = PromptReading(lane, texts[0], self.prefixes)
+                texts[0].completion.usage.cached_tokens = self.reading.cached_tokens
+                self.cached_tokens += self.reading.cached_tokens
+            else:
                 lane.join(texts)
-            except Exception as error:
-                self.fail(texts, error)
-                self.drop_lane(texts[0].key, error)
-                continue
-            read = sum(text.completion.usage.prompt_tokens for text in texts)
-            self.prompt_tokens += read
-            budget -= lane.rows_of_prefill(texts[0]) * sum(texts[0].widths())
+        except Exception as error:
+            self.fail([text for text in texts if not text.reading], error)
+            self.drop_lane(texts[0].key, error)
+            return 1
+        self.prompt_tokens += sum(text.completion.usage.prompt_tokens for text in texts)
+        if texts[0].reading:
+            return 1
+        return lane.rows_of_prefill(texts[0]) * sum(texts[0].widths())
+
+    def read_chunk(self) -> int:
+        """Reads a chunk of the long prompt, whose text joins its lane after the last one.
+
+        Returns:
+          The number of ids that were read; 0 if there is none.
+        """
+        reading, self.reading = self.reading, None
+        if reading is None or reading.text not in self.list_texts():
+            return 0
+        try:
+            count = 0 if reading.is_done else reading.read_next()
+            if reading.is_done:
+                reading.finish()
+                reading.text.reading = False
+            else:
+                self.reading = reading
+        except Exception as error:
+            self.drop_lane(reading.text.key, error)
+            return 1
+        return max(count, 1)
 
     def take_alike(self) -> tuple[Lane | None, list[RowText]]:
         """Takes the oldest text that has a free row, and others that are read in one program.
@@ -298,7 +306,10 @@ class Engine:
           Their lane, None for one that is still to be opened, and the texts.
         """
         with self.changed:
-            for first in self.waiting:
+            ready = [text for text in self.waiting if self.rehearsals.is_ready(text)]
+            for first in ready:
+                if first.is_long and self.reading is not None:
+                    continue
                 lane = self.lanes.get(first.key)
                 if lane is None:
                     busy = [each for each in self.lanes.values() if each.used]
@@ -306,7 +317,8 @@ class Engine:
                 else:
                     most = min(len(lane.free), lane.rows_of_prefill(first))
                 if most:
-                    alike = [text for text in self.waiting if text.is_read_with(first)][:most]
+                    most = 1 if first.is_long else most
+                    alike = [text for text in ready if text.is_read_with(first)][:most]
                     for text in alike:
                         self.waiting.remove(text)
                     return lane, alike
@@ -319,9 +331,13 @@ class Engine:
         if len(self.lanes) >= self.limits.lanes:
             idle = next(key for key, lane in self.lanes.items() if not lane.used)
             del self.lanes[idle]
-        lane = Lane(text.key, self.predictors[text.key.adapter], self.limits)
+        lane = self.make_lane(text)
         self.lanes[text.key] = lane
         return lane
+
+    def make_lane(self, text: RowText) -> Lane:
+        """Returns a lane for texts like one."""
+        return Lane(text.key, self.predictors[text.key.adapter], self.limits)
 
     def advance_lane(self, lane: Lane) -> None:
         """Writes a block of the texts of a lane, and sends what is new."""

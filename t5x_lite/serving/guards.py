@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from t5x_lite.serving.errors import ApiError
 from t5x_lite.serving.server_limits import ServerLimits
 
+# Where the number of a request's API key is in its scope.
+KEY_NUMBER = "t5x_lite.key"
 # Routes that show nothing but that the server lives, for balancers without a key.
 OPEN_PATHS = ("/health", "/ready")
 
@@ -36,7 +38,8 @@ class KeyGuard:
           receive: returns the next part of the request.
           send: sends a part of the answer.
         """
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self.knows(scope):
+        number = self.find_key(scope) if scope["type"] == "http" else None
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and number is None:
             error = ApiError(
                 401,
                 "Send an API key of this server, as the header 'Authorization: Bearer KEY'",
@@ -45,15 +48,15 @@ class KeyGuard:
             )
             await error.response()(scope, receive, send)
         else:
-            await self.app(scope, receive, send)
+            await self.app({**scope, KEY_NUMBER: number}, receive, send)
 
-    def knows(self, scope: Scope) -> bool:
-        """True for a request with one Authorization header that has one of the keys."""
+    def find_key(self, scope: Scope) -> int | None:
+        """The number of the key of a request with one Authorization header; None without one."""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
         digest = hashlib.sha256(key.strip()).digest()
         equal = [hmac.compare_digest(digest, each) for each in self.digests]
-        return scheme.lower() == b"bearer" and any(equal)
+        return equal.index(True) if scheme.lower() == b"bearer" and any(equal) else None
 
 
 async def read_body(request: Request, limits: ServerLimits) -> bytes:

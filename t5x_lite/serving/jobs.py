@@ -176,13 +176,14 @@ def count_alternatives(others: dict[str, Any]) -> int | None:
     return (top if logprobs else None) if isinstance(logprobs, bool) else logprobs
 
 
-def read_job(models: ServedModels, route: str, body: bytes) -> Job:
+def read_job(models: ServedModels, route: str, body: bytes, client: str) -> Job:
     """Reads the request of a route.
 
     Args:
       models: the models.
       route: path of the route.
       body: the request.
+      client: `TextRequest.client`.
 
     Raises:
       ApiError: a field is wrong, the model is unknown, or there are too many texts.
@@ -196,7 +197,7 @@ def read_job(models: ServedModels, route: str, body: bytes) -> Job:
     decodes = list_decodes(make_decode(defaults, wanted, alternatives), wanted.n)
     deadline = time.monotonic() + limits.timeout
     requests = [
-        TextRequest(prompt, decode, deadline=deadline, streamed=wanted.stream)
+        TextRequest(prompt, decode, deadline=deadline, streamed=wanted.stream, client=client)
         for prompt in prompts
         for decode in decodes
     ]

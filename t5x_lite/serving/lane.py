@@ -12,6 +12,7 @@ from t5x_lite import config, decoding, sharding
 from t5x_lite.decoding import pool
 from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.beam_ranking import LengthPenalty
+from t5x_lite.decoding.chunked_prefill import WholeRows
 from t5x_lite.decoding.protocol import TokenDetails
 from t5x_lite.decoding.sampling import SamplingParams
 from t5x_lite.decoding.steering.build import ChoiceRules, make_processors
@@ -25,8 +26,6 @@ from t5x_lite.serving.row_text import LaneKey, RowText, join_requests
 # Width of a drafter's blocks where a request leaves it to measurement: rows that come and go have
 # no time to measure.
 DRAFT_WIDTH = 4
-# Fields of config.Decode behind `pool.SELDOM`.
-SELDOM = ("min_p", "epsilon_cutoff", "eta_cutoff", "dynatemp_range")
 
 
 class Lane:
@@ -75,6 +74,11 @@ class Lane:
         return sum(text is not None for text in self.texts)
 
     @property
+    def writes(self) -> bool:
+        """True if some row writes."""
+        return any(text is not None and not text.reading for text in self.texts)
+
+    @property
     def free(self) -> list[int]:
         """Rows without a text."""
         return [row for row, text in enumerate(self.texts) if text is None]
@@ -88,21 +92,30 @@ class Lane:
         rows = max(self.limits.prefill_tokens // max(sum(text.widths()), 1), 1)
         return -(-min(rows, self.limits.rows) // shards) * shards
 
-    def join(self, texts: Sequence[RowText]) -> None:
+    def reserve(self, text: RowText) -> None:
+        """Gives a text a free row, which writes nothing until the text joins."""
+        self.texts[self.free[0]], text.reading = text, True
+
+    def join(self, texts: Sequence[RowText], cache: WholeRows | None = None) -> None:
         """Reads texts whose widths and rules are alike, and gives each a free row.
 
         Args:
           texts: no more than `rows_of_prefill` of the first one, nor than there are free rows.
+          cache: cache of the prompt of one text that has a row; None for texts that are read here.
         """
-        sizes = pool.PrefillSizes(*texts[0].widths())
-        rows, places = self.rows_of_prefill(texts[0]), self.free[: len(texts)]
+        rows = self.rows_of_prefill(texts[0])
+        if cache is None:
+            sizes, places = pool.PrefillSizes(*texts[0].widths()), self.free[: len(texts)]
+        else:
+            sizes = pool.PrefillSizes(0, self.program.prompts)
+            places = [self.texts.index(texts[0])]
         request = join_requests(texts, rows, self.program.inputs, self.program.prompts)
         decodes = [text.decode for text in texts]
         sampling = sampling_rows(decodes, request)
         arguments = self.make_arguments(texts[0], request)
         filled: Any = np.array([*places, *places[:1] * (rows - len(places))], np.int32)
         # On the host: one call places them all, where an array at a time takes 8 ms.
-        joining = pool.JoiningRows(request._replace(eos=None), sampling, filled)
+        joining = pool.JoiningRows(request._replace(eos=None), sampling, filled, cache)
         if self.pool is None:
             self.arguments = arguments
             self.pool = pool.empty_pool(self.program, sizes, arguments, joining)
@@ -134,16 +147,11 @@ class Lane:
         Returns:
           The texts, how many tokens each has got, and why it has ended, or None.
         """
-        assert self.pool is not None and self.arguments is not None
-        wanted: Any = np.array([text is not None for text in self.texts])
-        self.pool, step = pool.advance_pool(
-            self.program, self.find_choice(), self.arguments, self.pool, wanted
-        )
-        step = jax.device_get(step)
+        step = self.write_block()
         self.passes = int(step.passes)
         advanced = []
         for row, text in enumerate(self.texts):
-            if text is None:
+            if text is None or text.reading:
                 continue
             tokens = step.tokens[row, : step.counts[row]].tolist()
             accepted = (step.nodes[row, : step.counts[row]] > 0).tolist()
@@ -155,17 +163,22 @@ class Lane:
                 self.texts[row] = None
         return advanced
 
+    def write_block(self) -> pool.PoolStep:
+        """Returns the next block of the rows that write, on the host."""
+        assert self.pool is not None and self.arguments is not None
+        wanted: Any = np.array([text is not None and not text.reading for text in self.texts])
+        self.pool, step = pool.advance_pool(
+            self.program, self.find_choice(), self.arguments, self.pool, wanted
+        )
+        return jax.device_get(step)
+
     def remove(self, texts: Sequence[RowText]) -> None:
         """Frees the rows of those texts that have one."""
         self.texts = [None if text in texts else text for text in self.texts]
 
     def find_choice(self) -> pool.ChoiceLevel:
         """Returns how the texts choose tokens: as the one that needs the most."""
-        decodes = [text.decode for text in self.texts if text is not None]
-        if any(getattr(decode, name) for decode in decodes for name in SELDOM):
-            return pool.ChoiceLevel.FILTERED
-        sampled = any(decode.temperature > 0 for decode in decodes)
-        return pool.ChoiceLevel.SAMPLED if sampled else pool.ChoiceLevel.GREEDY
+        return max(text.choice for text in self.texts if text is not None and not text.reading)
 
     def describe_scores(
         self, text: RowText, details: TokenDetails | None, row: int, tokens: list[int]

@@ -16,9 +16,11 @@ GAUGES = {
     "rows": "texts that can be written at the same time",
     "rows_used": "texts that are being written",
     "queued": "texts that wait for a row",
+    "prefix_bytes": "bytes of the prefix cache",
 }
 COUNTERS = {
     "prompt_tokens": "tokens of inputs that were read",
+    "cached_tokens": "tokens among them whose keys and values were in the prefix cache",
     "tokens": "tokens that were written",
     "accepted": "tokens among them that a drafter had proposed",
     "passes": "forward passes of the decoder",

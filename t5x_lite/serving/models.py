@@ -194,4 +194,10 @@ def engine_limits(cfg: config.Model, limits: ServerLimits) -> EngineLimits:
         positions = cfg.decoder.max_length
         new = min(new, positions if cfg.encoder is not None else max(positions // 2, 1))
         inputs = inputs if cfg.encoder is not None else min(inputs, max(positions - new, 1))
-    return EngineLimits(rows=limits.rows, max_inputs=inputs, max_new_tokens=new, queue=limits.queue)
+    return EngineLimits(
+        rows=limits.rows,
+        max_inputs=inputs,
+        max_new_tokens=new,
+        queue=limits.queue,
+        prefix_bytes=limits.prefix_cache * 2**20,
+    )

@@ -3,12 +3,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from t5x_lite import config, decoding
+from t5x_lite.decoding import pool
+from t5x_lite.decoding.drafters import registry
 from t5x_lite.decoding.request import bucket_length
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import TokenScore
@@ -27,6 +29,8 @@ RULES_BY_ROW = (
     *("typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     "min_new_tokens",
 )
+# Fields of config.Decode behind `pool.SELDOM`.
+SELDOM = ("min_p", "epsilon_cutoff", "eta_cutoff", "dynatemp_range")
 # Alternatives of a token are counted in steps of so many, so that few programs have them.
 ALTERNATIVES = 5
 LEAST_WIDTH, LEAST_BUCKET = 64, 8
@@ -50,6 +54,9 @@ class LaneKey(NamedTuple):
     rules: tuple[str, ...]
 
 
+# Fields of config.Decode that need several rows for one text, a table for each text, or another
+# model beside it.
+UNSERVED = ("beams", "n_best", "search", "choose", "companion", "span_of_input", "token_healing")
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(config.Decode)}
 
 
@@ -80,6 +87,9 @@ class RowText:
       decode: config of decoding.
       tokens: new tokens so far.
       sent: text so far that is in a chunk.
+      is_long: its prompt is read in chunks.
+      kind: equal for texts that are read and written by the same programs.
+      reading: its prompt is being read; its row writes nothing yet.
     """
 
     def __init__(
@@ -110,8 +120,11 @@ class RowText:
         self.tokens: list[int] = []
         self.scores: list[TokenScore] = []
         self.sent, self.unsent = "", 0
+        self.reading = False
         completion.usage.prompt_tokens = len(ids)
         cfg, decode = predictor.cfg, self.decode
+        in_chunks = cfg.encoder is None and not cfg.prefix_lm
+        self.is_long = in_chunks and len(self.prompt_ids()) > limits.prefill_tokens
         most = bucket_length(limits.max_inputs + cfg.add_bos)
         inputs, prompts = self.widths()
         length = width_class(decode.max_new_tokens, limits.max_new_tokens)
@@ -122,13 +135,33 @@ class RowText:
             prompts=1 if cfg.encoder is not None and prompts == 1 else width_class(prompts, most),
             rules=tuple(name for name in RULES_BY_ROW if getattr(decode, name) != DEFAULTS[name]),
         )
+        # Of a prompt that is read in chunks, the number of chunks up to a power of two.
+        width = (prompts - 1) // limits.prefill_tokens
+        self.kind: Hashable = (
+            self.key,
+            self.choice,
+            width.bit_length() if self.is_long else (inputs, prompts),
+        )
+
+    @property
+    def choice(self) -> pool.ChoiceLevel:
+        """How its tokens are chosen."""
+        if any(getattr(self.decode, name) for name in SELDOM):
+            return pool.ChoiceLevel.FILTERED
+        sampled = self.decode.temperature > 0
+        return pool.ChoiceLevel.SAMPLED if sampled else pool.ChoiceLevel.GREEDY
+
+    def prompt_ids(self) -> np.ndarray:
+        """Ids of the decoder's prompt."""
+        return self.request.prompts[0, : self.request.prompts_length[0]]
 
     def is_read_with(self, other: "RowText") -> bool:
         """True if one program reads this text and another one into the same pool."""
         same = all(
             getattr(self.decode, name) == getattr(other.decode, name) for name in RULES_BY_ROW
         )
-        return same and self.key == other.key and self.widths() == other.widths()
+        key, widths = (self.key, self.is_long), self.widths()
+        return same and key == (other.key, other.is_long) and widths == other.widths()
 
     def widths(self) -> tuple[int, int]:
         """Widths of its input and prompt, each a bucket; the first is 0 without an encoder.
@@ -191,6 +224,44 @@ class RowText:
         new, self.sent = text[len(self.sent) :], text
         first, self.unsent = self.unsent, len(self.tokens)
         return CompletionChunk(new, self.tokens[first:], self.scores[first:], reason)
+
+
+def make_text(
+    completion: Completion, predictors: Mapping[str, Predictor], limits: EngineLimits
+) -> RowText:
+    """Returns the text of a completion.
+
+    Args:
+      completion: the completion, whose request may be any.
+      predictors: the model by name of the adapter.
+      limits: sizes of the engine.
+
+    Raises:
+      ValueError: the engine cannot serve the request.
+    """
+    request, decode = completion.request, completion.request.decode
+    if request.adapter not in predictors:
+        names = ", ".join(filter(None, predictors)) or "none"
+        raise ValueError(f"There is no adapter {request.adapter!r}; there are: {names}")
+    predictor = predictors[request.adapter]
+    for name in UNSERVED:
+        if getattr(decode, name) != DEFAULTS[name]:
+            raise ValueError(f"Decode.{name} is not served in shared rows: leave it out")
+    if decode.max_new_tokens > limits.max_new_tokens:
+        raise ValueError(
+            f"Decode.max_new_tokens {decode.max_new_tokens} is above the engine's limit, "
+            f"{limits.max_new_tokens}"
+        )
+    registry.check_names(predictor.cfg, decode)
+    ids = request.prompt
+    ids = predictor.encode_inputs([ids])[0] if isinstance(ids, str) else [*ids]
+    if len(ids) > limits.max_inputs:
+        raise ValueError(
+            f"The input has {len(ids)} tokens, and the engine's limit is {limits.max_inputs}: "
+            "shorten it"
+        )
+    predictor.check_inputs([ids], decode)
+    return RowText(completion, predictor, ids, limits)
 
 
 def join_requests(

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from t5x_lite.config.checked import Checked, Count, Few, Length, Range, require
+from t5x_lite.config.checked import Checked, Count, CountOrZero, Few, Length, Range, require
 
 Seconds = Annotated[float, Range(0, 10**6, open="least")]
 
@@ -18,6 +18,7 @@ class ServerLimits(Checked):
       max_input_tokens: most tokens of an input.
       max_new_tokens: most new tokens of a text.
       texts: most texts of a request: its inputs times n.
+      prefix_cache: MiB of each model's prefix cache; 0 for none.
       queue: texts that may wait for a row of their model; more get status 429.
       connections: most connections at a time; others get status 503.
       body_bytes: most bytes of a request's body; longer ones get status 413.
@@ -30,6 +31,7 @@ class ServerLimits(Checked):
     max_input_tokens: Length = 1024
     max_new_tokens: Length = 256
     texts: Few = 128
+    prefix_cache: CountOrZero = 256
     queue: Count = 256
     connections: Count = 512
     body_bytes: Count = 2**20
