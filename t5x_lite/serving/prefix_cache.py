@@ -65,14 +65,14 @@ class PrefixCache:
           owner: as in ChunkKey.
           chunks: int32 ids of the prompt's chunks, in order.
         """
-        found: list[CachedChunk] = []
+        known: list[CachedChunk] = []
         for ids in chunks:
-            chunk = self.chunks.get(next_key(owner, found, ids))
+            chunk = self.chunks.get(next_key(owner, known, ids))
             if chunk is None:
                 break
-            found.append(chunk)
-        self.touch(found)
-        return found
+            known.append(chunk)
+        self.touch(known)
+        return known
 
     def add(self, owner: Hashable, before: Sequence[CachedChunk], ids: np.ndarray, cache: Any):
         """Adds a chunk, and drops the least recently used ones beyond the most bytes.

@@ -145,7 +145,7 @@ class RowText:
 
     @property
     def choice(self) -> pool.ChoiceLevel:
-        """How its tokens are chosen."""
+        """Work that choosing its tokens takes."""
         if any(getattr(self.decode, name) for name in SELDOM):
             return pool.ChoiceLevel.FILTERED
         sampled = self.decode.temperature > 0

@@ -44,11 +44,11 @@ def test_the_engine_compiles_no_program(layout, compiled):
 
 def test_rows_go_on_while_a_program_is_compiled(monkeypatch):
     """One that waits for its programs may be cancelled meanwhile; one that fails says why."""
-    rehearse, gate, held = rehearsal.rehearse, threading.Event(), threading.Event()
+    rehearse, gate, begun = rehearsal.rehearse, threading.Event(), threading.Event()
 
     def slow(lane, text):
         if text.decode.temperature > 0:
-            held.set()
+            begun.set()
             gate.wait()
         rehearse(lane, text)
 
@@ -57,7 +57,7 @@ def test_rows_go_on_while_a_program_is_compiled(monkeypatch):
     plain = TextRequest(PROMPTS[1], PLAIN)
     expected = engine.submit(plain).result()
     waiting = [engine.submit(TextRequest(PROMPTS[1], SAMPLED)) for _ in range(2)]
-    held.wait()
+    begun.wait()
     assert engine.submit(plain).result() == expected
     waiting[0].cancel()
     assert waiting[0].result().finish_reason == "cancelled"
