@@ -20,11 +20,13 @@ class Backend:
       platform: "tpu", "gpu", "interpret" or "cudnn".
       generation: of a TPU: 4, 5 or 6 and up; it decides how much vector memory there is.
       chip: jax's device_kind, by which measured block sizes are looked up.
+      ring: keys and values of a row that is split over devices rotate, instead of being gathered.
     """
 
     platform: Platform
     generation: int = 5
     chip: str = ""
+    ring: bool = False
 
     @property
     def interpret(self) -> bool:

@@ -29,6 +29,7 @@ from t5x_lite.kernels.decode import triton as triton_decode
 from t5x_lite.kernels.decode.mask import CacheMask
 from t5x_lite.kernels.dense_mask import AttentionSource, DenseMask
 from t5x_lite.kernels.flash import api as flash
+from t5x_lite.kernels.flash import ring
 from t5x_lite.kernels.flash_triton import api as flash_triton
 from t5x_lite.kernels.mask import Mask
 from t5x_lite.kernels.relative import PositionBias
@@ -40,7 +41,7 @@ from t5x_lite.kernels.vocabulary.cross_entropy import (
 from t5x_lite.kernels.vocabulary.logits import CrossEntropyConfig
 
 BACKEND_VARIABLE = "T5X_LITE_ATTENTION"
-BACKEND_CHOICES = ("auto", "pallas", "reference")
+BACKEND_CHOICES = ("auto", "pallas", "ring", "reference")
 
 
 def select_backend(choice: str, lacks_kernel: str = "") -> Backend | None:
@@ -49,19 +50,21 @@ def select_backend(choice: str, lacks_kernel: str = "") -> Backend | None:
     "auto" is the kernels on TPUs, cuDNN and plain XLA on GPUs (`cudnn.GPU_IMPLEMENTATIONS`), and
     plain XLA elsewhere. The kernels for GPUs have not been measured: they run only for "pallas".
     Where there is neither a TPU nor a GPU, "pallas" interprets the TPU kernels, which is for tests.
+    "ring" is "pallas" but for rows that are split over devices: their keys rotate.
 
     Args:
-      choice: "auto", "pallas" or "reference"; T5X_LITE_ATTENTION in the environment overrides it.
+      choice: one of BACKEND_CHOICES; T5X_LITE_ATTENTION in the environment overrides it.
       lacks_kernel: what of the model no kernel computes, for messages; "auto" is then plain XLA.
 
     Raises:
-      ValueError: the choice is none of these, or "pallas" where a kernel is lacking.
+      ValueError: the choice is none of these, "pallas" or "ring" where a kernel is lacking, or
+        "ring" on a GPU.
     """
     choice = os.environ.get(BACKEND_VARIABLE) or choice
     if choice not in BACKEND_CHOICES:
         choices = ", ".join(BACKEND_CHOICES)
         raise ValueError(f"{BACKEND_VARIABLE}={choice!r}: it must be one of {choices}")
-    if choice == "pallas" and lacks_kernel:
+    if choice in ("pallas", "ring") and lacks_kernel:
         raise ValueError(
             f"{lacks_kernel} has no kernel: unset {BACKEND_VARIABLE}, or set it to reference"
         )
@@ -72,10 +75,16 @@ def select_backend(choice: str, lacks_kernel: str = "") -> Backend | None:
         report_fallback(lacks_kernel)
         return None
     if device.platform == "gpu":
+        if choice == "ring":
+            raise ValueError(
+                'Model.attention = "ring" is for TPUs: on a GPU choose "auto" or "pallas", which '
+                "gather the keys of a row that Mesh.context splits"
+            )
         return CUDNN if choice == "auto" else Backend("gpu")
+    rotates = choice == "ring"
     if device.platform == "tpu":
-        return Backend("tpu", tpu_generation(device.kind), device.kind)
-    return INTERPRETED
+        return Backend("tpu", tpu_generation(device.kind), device.kind, rotates)
+    return replace(INTERPRETED, ring=rotates)
 
 
 @functools.cache
@@ -146,7 +155,8 @@ def dot_product_attention(
       backend: the backend that masks were prepared for; None is plain XLA.
     """
     context_axes = mesh_axes(q)[1]
-    sources = tuple(gather_keys(source) for source in sources)
+    if not ring.use_ring(q, sources, backend):
+        sources = tuple(gather_keys(source) for source in sources)
     if isinstance(sources[0].mask, DenseMask):
         return dense_attention(q, sources, softcap, backend)
     if isinstance(sources[0].mask, local.LocalMask):
@@ -158,7 +168,11 @@ def dot_product_attention(
         kernel = functools.partial(cache_attention, softcap=softcap, backend=backend)
     else:
         kernel = functools.partial(
-            row_attention, softcap=softcap, backend=backend, context_axes=context_axes
+            row_attention,
+            softcap=softcap,
+            backend=backend,
+            context_axes=context_axes,
+            rotates=ring.use_ring(q, sources, backend),
         )
     return run_sharded(kernel, q, sources)
 
@@ -248,22 +262,31 @@ def broadcast_queries(visible: Bool[Array, " b #t s"], t: int) -> Bool[Array, "b
 
 
 def row_attention(
-    q, sources: tuple[AttentionSource, ...], *, softcap, backend: Backend, context_axes=None
+    q,
+    sources: tuple[AttentionSource, ...],
+    *,
+    softcap,
+    backend: Backend,
+    context_axes=None,
+    rotates: bool = False,
 ) -> Float[Array, "b t k g h"]:
     """Attention over whole rows of tokens on one device, for training and encoding.
 
     Args:
       q: this device's queries.
-      sources: all keys of its rows.
+      sources: all keys of its rows, or where they rotate this device's.
       softcap: cap of the scores, or None.
       backend: what runs the kernel.
       context_axes: the mesh axes over which the queries of a row are split, or None.
+      rotates: keys of other devices come by instead of being here.
     """
     if context_axes is not None:
         first = jax.lax.axis_index(context_axes) * q.shape[1]
         sources = tuple(
             source._replace(mask=source.row_mask.with_offset(first)) for source in sources
         )
+    if rotates:
+        return ring.ring_attention(q, sources[0], softcap, backend, context_axes)
     if use_mosaic_gpu(q, sources, softcap, backend):
         from t5x_lite.kernels.flash_mosaic import api as flash_mosaic
 

@@ -51,7 +51,9 @@ class Model(Checked):
       dtype: dtype of the computation; weights are kept in float32. A run that a command trains
         computes in float32 on a CPU, where that is faster, unless this is bound.
       attention: kernels (pallas), plain XLA (reference), or (auto) the faster of both on the
-        devices at hand; T5X_LITE_ATTENTION in the environment overrides it.
+        devices at hand. With ring, kernels too, of which each device attends to one part after the
+        other of rows that Mesh.context splits, instead of gathering their keys.
+        T5X_LITE_ATTENTION in the environment overrides it.
       draft_heads: heads that draft the tokens after the next one; None has none.
       canvas: fills blocks of masked tokens in place of writing from left to right; None does not.
       readout: labels, a number or a vector in place of text; None writes text.
@@ -76,7 +78,7 @@ class Model(Checked):
     dropout: ShareBelowOne = 0.0
     embedding_std: NotNegative = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["auto", "pallas", "reference"] = "auto"
+    attention: Literal["auto", "pallas", "ring", "reference"] = "auto"
     draft_heads: DraftHeads | None = None
     canvas: Canvas | None = None
     readout: Readout | None = None
@@ -124,8 +126,8 @@ class Model(Checked):
             "Stack.chunk is for an encoder: leave it out of the decoder's Stack",
         )
         require(
-            self.attention != "pallas" or not self.lacks_kernel,
-            f'{self.lacks_kernel} has no kernel: leave out Model.attention = "pallas"',
+            self.attention not in ("pallas", "ring") or not self.lacks_kernel,
+            f'{self.lacks_kernel} has no kernel: leave out Model.attention = "{self.attention}"',
         )
         for name, sides in (("encoder", 2), ("decoder", 2 if self.reads_ahead else 1)):
             stack = getattr(self, name)

@@ -96,6 +96,11 @@ def test_the_environment_and_the_config_still_ask_for_plain_xla(monkeypatch):
         assert dispatch.select_backend("auto") is None
 
 
+def test_keys_do_not_rotate_on_a_gpu():
+    with chips.described_gpu(), pytest.raises(ValueError, match='"ring" is for TPUs'):
+        dispatch.select_backend("ring")
+
+
 @pytest.mark.parametrize(
     "kind",
     [PLAIN._replace(causal=True), PLAIN._replace(causal=True, window=True, second=40)],

@@ -85,6 +85,14 @@ def test_so_it_is_with_windows_turned_learned_and_own_positions(family):
     assert_same(cfg, SPLIT["context 2, fsdp 2, tensor 2"], toy_batch(layout))
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive  # Interpreted kernels; test_kernels_context compares their attention.
+@pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
+def test_so_it_is_where_keys_rotate(layout):
+    cfg = toy_model(layout, attention="ring", prefix_lm=layout == "decoder_only")
+    assert_same(cfg, SPLIT["context 4, data 2"], toy_batch(layout))
+
+
 def test_what_needs_whole_rows_or_does_not_divide_is_refused_at_the_door():
     run = run_of(toy_model("encoder_decoder"), config.Mesh(1, 1, 1, 8))
     sharding.use_mesh(run.mesh)
