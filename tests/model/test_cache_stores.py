@@ -11,7 +11,7 @@ import pytest
 from conftest import toy_model
 from test_decoding_loop import lively, use_one_device
 
-from t5x_lite import config, decoding, model
+from t5x_lite import config, decoding, model, sharding
 from t5x_lite.config.kv_cache import CacheFormat, parse_kv_cache
 from t5x_lite.decoding import generation
 from t5x_lite.decoding.drafters import lookup
@@ -236,9 +236,9 @@ def test_a_text_is_the_same_with_drafts_and_in_any_company(layout):
     cfg, length = LAYOUTS[layout]
     params = decoding.prepare_params(cfg, lively(cfg))
     decode = config.Decode(max_new_tokens=length, kv_cache="int8:int4")
-    examples = [[5, 9, 33], [7] * 20, [40, 41, 40, 41]]
+    examples = [[5, 9, 33], [7] * 20, [40, 41, 40, 41], [3]]
 
-    def generate(decode, rows=(0, 1, 2), drafting=generation.PLAIN):
+    def generate(decode, rows=(0, 1, 2, 3), drafting=generation.PLAIN):
         request = decoding.make_request(
             cfg, [examples[row] for row in rows], decode, rows=list(rows), eos=-1
         )
@@ -251,6 +251,9 @@ def test_a_text_is_the_same_with_drafts_and_in_any_company(layout):
     np.testing.assert_array_equal(generate(decode, (1,)).tokens[0], plain.tokens[1])
     computed = generate(dataclasses.replace(decode, kv_cache="auto"))
     assert not np.array_equal(computed.log_probability, plain.log_probability)
+    sharding.use_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    params = decoding.prepare_params(cfg, lively(cfg))
+    np.testing.assert_array_equal(generate(decode).tokens, plain.tokens)
 
 
 def test_a_form_that_does_not_exist_is_refused():
