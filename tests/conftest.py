@@ -39,6 +39,8 @@ os.environ.setdefault(
     ),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Tolerances are those of float32, whatever this processor is fastest in.
+os.environ.setdefault("T5X_LITE_CPU_DTYPE", "float32")
 # A shell's background jobs ignore Ctrl-C, those of nohup a hangup too, and the commands that tests
 # start would inherit it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -49,7 +49,7 @@ class Model(Checked):
       dropout: rate of dropout.
       embedding_std: standard deviation of the initial embeddings.
       dtype: dtype of the computation; weights are kept in float32. A run that a command trains
-        computes in float32 on a CPU, where that is faster, unless this is bound.
+        computes on a CPU in the faster of both, measured once, unless this is bound.
       attention: kernels (pallas), plain XLA (reference), or (auto) the faster of both on the
         devices at hand. With ring, kernels too, of which each device attends to one part after the
         other of rows that Mesh.context splits, instead of gathering their keys.

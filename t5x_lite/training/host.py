@@ -15,6 +15,7 @@ from t5x_lite import processes
 from t5x_lite.config import gin_file
 from t5x_lite.config.training_run import RunT
 from t5x_lite.data import derived
+from t5x_lite.training import cpu_dtype
 from t5x_lite.utils import exit_status
 from t5x_lite.utils.paths import cache_folder
 
@@ -58,8 +59,8 @@ def prepare_jax() -> None:
 def with_device_dtype(run: RunT, paths: Sequence[str], bindings: Sequence[str]) -> RunT:
     """The run with the Model.dtype of the devices at hand, unless its config binds it.
 
-    That is bfloat16 on accelerators, and float32 on a CPU, where bfloat16 takes two to three times
-    as long. A run that goes on keeps that of its MODEL_DIR.
+    That is bfloat16 on accelerators, and the faster one on a CPU. A run that goes on keeps that of
+    its MODEL_DIR.
 
     Args:
       run: as `data.load_run` reads it.
@@ -72,7 +73,7 @@ def with_device_dtype(run: RunT, paths: Sequence[str], bindings: Sequence[str]) 
     if saved is not None:
         return derived.with_model(run, dtype=saved.dtype)
     on_cpu = jax.devices()[0].platform == "cpu"
-    return derived.with_model(run, dtype="float32" if on_cpu else "bfloat16")
+    return derived.with_model(run, dtype=cpu_dtype.fastest_dtype() if on_cpu else "bfloat16")
 
 
 def quiet_writer_logs() -> None:

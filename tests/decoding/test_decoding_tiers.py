@@ -20,6 +20,7 @@ from t5x_lite.decoding.adaptive.drafter import Adaptive
 from t5x_lite.decoding.drafters.lookup import Lookup
 from t5x_lite.decoding.loop import Plain
 from t5x_lite.decoding.protocol import chain
+from t5x_lite.utils import latency_table
 
 CASES = OTHERS | {
     "each": DrafterCase(adaptive(1), kinds=("encoder_decoder",)),
@@ -31,7 +32,7 @@ CASES = OTHERS | {
 @pytest.fixture(autouse=True)
 def table(monkeypatch, tmp_path):
     """The table of prices, empty."""
-    monkeypatch.setenv(latency.VARIABLE, str(tmp_path / "kept" / "costs.json"))
+    monkeypatch.setenv(latency_table.VARIABLE, str(tmp_path / "kept" / "costs.json"))
     return tmp_path / "kept" / "costs.json"
 
 

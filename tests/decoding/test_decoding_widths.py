@@ -26,6 +26,7 @@ from t5x_lite.decoding.drafters.early_exit import EarlyExit
 from t5x_lite.decoding.drafters.recycling import CHANCES, Recycling
 from t5x_lite.decoding.drafters.trees import best_tree
 from t5x_lite.decoding.protocol import chain
+from t5x_lite.utils import latency_table
 
 CHEAP = (1.0, 1.3, 1.6)
 LENGTH = 60
@@ -366,11 +367,11 @@ def test_another_batch_or_drafter_has_another_key():
 def test_a_damaged_table_is_replaced(tmp_path, content):
     path = tmp_path / "costs.json"
     path.write_text(content)
-    assert latency.read_table(path) == {}
-    latency.save_row(path, "b", [0.5, 0.75])
+    assert latency_table.read_table(path) == {}
+    latency_table.save_row(path, "b", [0.5, 0.75])
     assert json.loads(path.read_text()) == {"b": [0.5, 0.75]}
 
 
 def test_latencies_are_returned_where_they_cannot_be_kept(tmp_path):
     (tmp_path / "file").write_text("")
-    assert latency.save_row(tmp_path / "file" / "costs.json", "a", [1.0]) == {"a": [1.0]}
+    assert latency_table.save_row(tmp_path / "file" / "costs.json", "a", [1.0]) == {"a": [1.0]}

@@ -24,11 +24,11 @@ from t5x_lite.comparison import measurements, taken
 from t5x_lite.config import gin_file
 from t5x_lite.data import cache, token_writer
 from t5x_lite.data.corpora import TextExample
-from t5x_lite.decoding.adaptive import latency
 from t5x_lite.kernels import tile_table
 from t5x_lite.planning import counted, hlo, searching, trips
 from t5x_lite.training import model_dir
 from t5x_lite.training.reporting import metric_writers
+from t5x_lite.utils import latency_table
 
 SETTINGS = {"input_digest": "x", "n": 1}
 
@@ -94,7 +94,7 @@ def read_tables(folder: Path) -> None:
     tile_table.read_table.cache_clear()
     shape = tile_table.AttentionShape("TPU v4", 8, 8, 64, 2, True, False)
     assert tile_table.fastest_blocks(shape) != ()
-    for seconds in latency.read_table(folder / "costs.json").values():
+    for seconds in latency_table.read_table(folder / "costs.json").values():
         np.array(seconds, np.float32)[1:]
     for plan in searching.read_results(folder / "plans.json").values():
         assert "memory" in plan

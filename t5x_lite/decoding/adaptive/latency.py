@@ -5,16 +5,12 @@ Measured while texts are written (`tiers`): between two pauses every step has th
 the time from one to the other gives its latency.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
-import math
 import os
 import platform
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -27,11 +23,7 @@ from t5x_lite.decoding.acceptance.exact import Exact
 from t5x_lite.decoding.adaptive.drafter import ANY_WIDTH, Adaptive, CostModel
 from t5x_lite.decoding.protocol import Target
 from t5x_lite.decoding.request import Request, bucket_length
-from t5x_lite.utils import bounded_files
-from t5x_lite.utils.atomic_files import write_atomically
-from t5x_lite.utils.paths import cache_folder, local_path
 
-VARIABLE = "T5X_LITE_COSTS"
 # How often each width is measured, in turns; the shortest time counts. So often, too, the no-op
 # model is timed.
 ROUNDS = 2
@@ -178,7 +170,7 @@ def run_noop_model(
     )
     rules = generation.ChoiceRules()
     context = generation.make_context(program, noop_model, request._replace(eos=-1), rules, weights)
-    state = generation.initial_state(context, None, context.slots, drafter.begin(context))
+    state = generation.initial_state(context, (), context.slots, drafter.begin(context))
     state = generation.begin_drafting(context, drafter, state)
     return generation.run_decoding(program, context, state).steps
 
@@ -236,42 +228,3 @@ def slot_bucket(slots: int) -> int:
     while most < slots:
         most *= NEXT_SLOTS
     return most
-
-
-def cache_path() -> Path:
-    """Path of the table: T5X_LITE_COSTS in the environment, or in the user's cache."""
-    named = os.environ.get(VARIABLE)
-    return local_path(named) if named else cache_folder() / "costs.json"
-
-
-def read_table(path: Path) -> dict[str, list[float]]:
-    """Returns the latencies by key; none from a file that is missing or damaged."""
-    try:
-        table = bounded_files.read_json_object(path)
-    except (OSError, ValueError):
-        return {}
-
-    def is_valid(row):
-        return isinstance(row, list) and all(
-            isinstance(x, float) and math.isfinite(x) and x > 0 for x in row
-        )
-
-    return {name: row for name, row in table.items() if is_valid(row)}
-
-
-def save_row(path: Path, name: str, seconds: list[float]) -> dict[str, list[float]]:
-    """Adds a row to the table, and replaces its file in one move.
-
-    Args:
-      path: the file; one that cannot be written is left as it is.
-      name: key of the row.
-      seconds: the row.
-
-    Returns:
-      The table with the row.
-    """
-    table = read_table(path) | {name: seconds}
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(table, indent=1) + "\n")
-    return table

@@ -24,6 +24,7 @@ from t5x_lite.decoding.generation import Drafting, make_program
 from t5x_lite.decoding.request import Request
 from t5x_lite.decoding.result import Result
 from t5x_lite.decoding.streaming import DecodeStream
+from t5x_lite.utils import latency_table
 from t5x_lite.utils.not_none import not_none
 
 # Forward passes between two pauses where nobody reads the text before its end.
@@ -174,7 +175,7 @@ class TieredDecoder:
           count: number of prices; a row of another length is not one.
         """
         if key not in self.prices and key not in self.timers:
-            row = latency.read_table(latency.cache_path()).get(key, [])
+            row = latency_table.read_table(latency_table.cache_path()).get(key, [])
             row = agree(row if len(row) == count else [np.nan] * count)
             if np.all(np.isfinite(row)) and np.min(row) > 0:
                 self.prices[key] = row
@@ -196,7 +197,7 @@ class TieredDecoder:
             overhead = latency.measure_draft_overhead(text.request, text.decode, drafting)
         self.prices[key] = agree(timer.seconds(overhead))
         if jax.process_count() == 1:
-            latency.save_row(latency.cache_path(), key, self.prices[key])
+            latency_table.save_row(latency_table.cache_path(), key, self.prices[key])
 
 
 def program_key(text: DecodeStream, drafting: Drafting) -> tuple:

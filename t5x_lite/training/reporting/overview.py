@@ -12,7 +12,7 @@ from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weight_paths import flatten_tree
 from t5x_lite.cli.progress import format_count
 from t5x_lite.config.training_run import TrainingRun
-from t5x_lite.training import frozen_base
+from t5x_lite.training import cpu_dtype, frozen_base
 from t5x_lite.training.flops import run_formula
 from t5x_lite.training.optimizer import param_groups
 
@@ -51,7 +51,9 @@ def overview_table(run: TrainingRun, shapes: TrainState, flops: int, statistics:
 
 def model_text(cfg: config.Model) -> str:
     """Vocabulary and dtype of the model, which a config can leave to the data and the device."""
-    return f"Model.vocab {cfg.vocab:,}, Model.dtype {cfg.dtype}"
+    reason = cpu_dtype.reason() if jax.devices()[0].platform == "cpu" else ""
+    because = f" ({reason})" if reason else ""
+    return f"Model.vocab {cfg.vocab:,}, Model.dtype {cfg.dtype}{because}"
 
 
 def mesh_text() -> str:
