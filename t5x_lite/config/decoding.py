@@ -141,7 +141,8 @@ class Decode(Checked):
         bfloat16, or int8, which quantizes weights and activations and changes the text.
       kv_cache: what keys and values are kept in: auto (the dtype of computation), or int8 or int4,
         with a scale for each token and head, which changes the text; int8:int4 is int8 for keys and
-        int4 for values.
+        int4 for values. checkpoints:16:512, also after one of them and a plus, keeps 512 tokens and
+        the mean of every 16 before them, once the prompt is read.
       commit: policy by which a model with Model.canvas keeps tokens after each pass over a block:
         top:M, the M most probable choices; threshold:P, those at least P probable, and the most
         probable one; random:M, at M random places; order:M, the M leftmost; "" is threshold:0.9.

@@ -31,8 +31,19 @@ def prepare_params(cfg: config.Model, params: Any) -> Any:
 
 
 def cache_format(decode: config.Decode, tree: Tree) -> CacheFormat:
-    """Returns the form of a model's caches, with room for blocks of that tree."""
-    return parse_kv_cache(decode.kv_cache)._replace(block=max(BLOCK_ROOM, tree.width))
+    """Returns the form of a model's caches, with room for blocks of that tree.
+
+    Raises:
+      ValueError: a block is wider than what is kept token by token.
+    """
+    form, block = parse_kv_cache(decode.kv_cache), max(BLOCK_ROOM, tree.width)
+    if form.segment and block > form.recent:
+        raise ValueError(
+            f"Decode.kv_cache {decode.kv_cache} keeps {form.recent} recent tokens, and blocks of "
+            f"Decode.drafter {decode.drafter} have {block}: keep as many, or set "
+            "Decode.draft_length"
+        )
+    return form._replace(block=block)
 
 
 def encode_inputs(

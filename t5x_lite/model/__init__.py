@@ -9,16 +9,8 @@ import numpy as np
 
 from t5x_lite import config
 from t5x_lite.batch import Batch
-from t5x_lite.model.cache import (
-    WHOLE,
-    Cache,
-    CacheStore,
-    EncoderMemory,
-    TokenBlock,
-    empty_cache,
-    make_stores,
-    quantize_memory,
-)
+from t5x_lite.model.cache import Cache, CacheStore, EncoderMemory, TokenBlock
+from t5x_lite.model.empty_cache import WHOLE, empty_cache, make_stores, quantize_memory
 from t5x_lite.model.inspection import Activations, Inspected, InspectionInputs
 from t5x_lite.model.layers import is_partitioned
 from t5x_lite.model.shared_weights import drop_shared

@@ -6,7 +6,7 @@ weights it is one store with a first axis of layers.
 """
 
 import functools
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -14,22 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_lite import config
-from t5x_lite.config.kv_cache import CacheFormat
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model.cache_slots import (
-    AXES,
     Slots,
-    empty_slots,
     encode_block,
-    quantize_slots,
     read_slots,
     take_slots,
     write_rows,
     write_slots,
 )
-from t5x_lite.model.layer_config import layer_configs
-from t5x_lite.utils.not_none import not_none
 
 
 class TokenBlock(NamedTuple):
@@ -77,8 +70,11 @@ class CacheStore(Protocol):
     def read(self, block: TokenBlock, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """Returns keys and values [b k s h] for the queries of a block, which is in the store."""
 
-    def mask(self, block: TokenBlock) -> kernels.CacheMask:
+    def mask(self, block: TokenBlock) -> kernels.CacheMask | kernels.DenseMask:
         """Returns the mask of the queries of a block over the keys of `read`."""
+
+    def log_counts(self, width: int) -> Float[Array, " s"] | None:
+        """Returns log of the number of tokens that each key of `read` stands for; None for 1."""
 
     def compact(self, index: Int[Array, " b"], path: Int[Array, "b D"]) -> "CacheStore":
         """Moves the tokens index + path of a tree to index, index + 1, ..., as of a chain."""
@@ -131,6 +127,9 @@ class Cache(NamedTuple):
             block.ancestors,
             prefix=block.prefix,
         )
+
+    def log_counts(self, width: int) -> None:
+        return None
 
     def compact(self, index, path) -> "Cache":
         def compact_row(x, start, nodes):
@@ -235,6 +234,9 @@ class RingCache:
             prefix=None if block.prefix is None else block.prefix - start,
         )
 
+    def log_counts(self, width: int) -> None:
+        return None
+
     def compact(self, index, path) -> "RingCache":
         return self.write(self.take(index[:, None] + path), index)
 
@@ -257,62 +259,3 @@ class EncoderMemory(NamedTuple):
 
     cross_kv: Any = None
     input_mask: Bool[Array, "b s"] | None = None
-
-
-WHOLE = CacheFormat()
-
-
-def quantize_memory(memory: EncoderMemory, form: CacheFormat) -> EncoderMemory:
-    """Returns an encoder's output, with a Cache for each layer, in another form."""
-
-    def quantize(cache: Cache) -> Cache:
-        pairs = zip(cache, form.bits, strict=True)
-        return Cache(*(x if bits is None else quantize_slots(x, bits) for x, bits in pairs))
-
-    return memory._replace(cross_kv=tuple(quantize(layer) for layer in memory.cross_kv))
-
-
-def empty_cache(
-    cfg: config.Model, rows: int, length: int, scan: bool = True, form: CacheFormat = WHOLE
-) -> Any:
-    """Returns a decoder cache of zeros.
-
-    Args:
-      cfg: architecture of the model.
-      rows: number of rows.
-      length: slots per row.
-      scan: one store for stacked layers; False for a tuple of stores, for the weights of `unstack`.
-      form: form of keys and values.
-    """
-    stack = not_none(cfg.decoder)
-
-    def empty_pair(slots, layers=(), axes=AXES):
-        shape = (*layers, rows, stack.key_heads, slots, stack.head_dim)
-        return Cache(*(empty_slots(shape, cfg.dtype, bits, axes) for bits in form.bits))
-
-    if scan:
-        return empty_pair(length, (stack.layers,), f"layers {AXES}")
-    windows = layer_windows(cfg)
-    rooms = (
-        length if window is None or not form.block else min(window + form.block, length)
-        for window in windows
-    )
-    return make_stores(cfg, map(empty_pair, rooms))
-
-
-def layer_windows(cfg: config.Model) -> list[int | None]:
-    """Number of tokens before itself that a query of each decoder layer attends to; None is all."""
-    stack = not_none(cfg.decoder)
-    windows = layer_configs(stack, both_sides=False).window_size
-    return [int(windows[i, 0]) if each else None for i, each in enumerate(stack.sliding)]
-
-
-def make_stores(cfg: config.Model, pairs: Iterable[Cache]) -> tuple[CacheStore, ...]:
-    """Returns the store of each decoder layer, from its keys and values.
-
-    Where the window is no smaller than the row, all of its tokens are read in place.
-    """
-    return tuple(
-        pair if window is None or pair.slots <= window else RingCache(*pair, window)
-        for pair, window in zip(pairs, layer_windows(cfg), strict=True)
-    )

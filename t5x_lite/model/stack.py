@@ -236,8 +236,22 @@ class LayerStack(nn.Module):
 
     def with_cache_mask(self, context: AttentionContext, store: CacheStore) -> AttentionContext:
         """Returns context with mask and position bias of its block over a store."""
-        mask = kernels.prepare_mask(store.mask(not_none(context.block)), context.backend)
-        return self.with_position_bias(context._replace(mask=mask))
+        block = not_none(context.block)
+        mask = store.mask(block)
+        if not isinstance(mask, kernels.DenseMask):
+            mask = kernels.prepare_mask(mask, context.backend)
+        context = self.with_position_bias(context._replace(mask=mask))
+        counts = store.log_counts(block.tokens.shape[1])
+        if counts is None:
+            return context
+        bias = jnp.broadcast_to(
+            counts,
+            (1, self.stack.heads, block.tokens.shape[1], len(counts)),
+            out_sharding=spec("whole heads length whole"),
+        )
+        return context._replace(
+            relative=bias if context.relative is None else context.relative + bias
+        )
 
     def cross_kv(self, encoded) -> Any:
         """Returns cross-attention keys and values of every layer, computed once per request; if

@@ -226,16 +226,21 @@ LAYOUTS = {
     # Long enough for a ring.
     "decoder_only": (WINDOWED, 96),
 }
+COMPRESSED = toy_model("decoder_only", positions="relative", kv_heads=HEADS, layers=1)
+CASES = {
+    **{layout: (*case, "int8:int4") for layout, case in LAYOUTS.items()},
+    "checkpoints": (COMPRESSED, 192, "int8+checkpoints:4:64"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_text_is_the_same_with_drafts_and_in_any_company(layout):
+@pytest.mark.parametrize("name", CASES)
+def test_a_text_is_the_same_with_drafts_and_in_any_company(name):
     """Self- and cross-attention in int8 and int4."""
     use_one_device()
-    cfg, length = LAYOUTS[layout]
+    cfg, length, kv_cache = CASES[name]
     params = decoding.prepare_params(cfg, lively(cfg))
-    decode = config.Decode(max_new_tokens=length, kv_cache="int8:int4")
+    decode = config.Decode(max_new_tokens=length, kv_cache=kv_cache)
     examples = [[5, 9, 33], [7] * 20, [40, 41, 40, 41], [3]]
 
     def generate(decode, rows=(0, 1, 2, 3), drafting=generation.PLAIN):
