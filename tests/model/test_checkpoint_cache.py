@@ -39,7 +39,13 @@ def reads(store, index, width):
 
 
 def expected(pair, row, position):
-    """Means of whole segments that are RECENT tokens old or older, and the tokens after them."""
+    """Means of whole segments that are RECENT tokens old or older, and the tokens after them.
+
+    Args:
+      pair: keys and values of all tokens.
+      row: the row.
+      position: of the query.
+    """
     exact = max(position - RECENT + 1, 0) // SEGMENT * SEGMENT
     parts = []
     for x in pair[:, row]:
