@@ -22,7 +22,14 @@ from t5x_lite.checkpoints.formats.huggingface import family_for_export, peft
 from t5x_lite.checkpoints.formats.safetensors_files import TensorSource
 from t5x_lite.checkpoints.matching import ConversionPlan, Leaf
 from t5x_lite.checkpoints.weight_paths import flatten_tree
-from t5x_lite.checkpoints.weights import READOUT, ConvertedWeights, Weights, layer_numbers
+from t5x_lite.checkpoints.weights import (
+    READOUT,
+    ConvertedWeights,
+    SeparateTowers,
+    Weights,
+    encoder_path,
+    layer_numbers,
+)
 from t5x_lite.config.training_run import require_lora
 from t5x_lite.model import adapters, quantization
 from t5x_lite.model.quantization import FAN_IN
@@ -65,6 +72,38 @@ def adapter_leaves(cfg: config.Model, lora: config.Lora) -> dict[str, Leaf]:
         shape = tuple(sizes[axis] for axis in axes.split())
         leaves[name.replace(".", "/")] = Leaf(axes, shape)
     return leaves
+
+
+def shared_leaves(cfg: config.Model) -> dict[str, Leaf]:
+    """Axis names and shapes of the decoder's weights that are the encoder's, by path."""
+    stored = matching.model_leaves(cfg)
+    apart = matching.model_leaves(dataclasses.replace(cfg, shared_weights=()))
+    return {path: leaf for path, leaf in apart.items() if path not in stored}
+
+
+def separate_towers(source: Weights, cfg: config.Model) -> Weights:
+    """Weights of a model with Model.shared_weights, as if the decoder had its own."""
+    return SeparateTowers(source, shared_leaves(cfg))
+
+
+def separate_adapters(
+    arrays: Weights, cfg: config.Model, lora: config.Lora
+) -> tuple[Weights, config.Lora]:
+    """Adapters of a model with Model.shared_weights, as if the decoder had its own, and their
+    config, which names every weight.
+
+    Args:
+      arrays: A, B and magnitudes.
+      cfg: config of the model.
+      lora: config of the adapters.
+    """
+    adapted = {path.rpartition("/")[0] for path in arrays.leaves if not is_readout(path)}
+    copied = {path for path in shared_leaves(cfg) if encoder_path(path) in adapted}
+    names = sorted(path.replace("/", ".") for path in adapted | copied)
+    lora = dataclasses.replace(lora, weights=tuple(names))
+    leaves = adapter_leaves(dataclasses.replace(cfg, shared_weights=()), lora)
+    decoder = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] in copied}
+    return SeparateTowers(arrays, decoder), lora
 
 
 def is_readout(path: str) -> bool:
@@ -225,6 +264,13 @@ class MergedWeights:
     def is_adapted(self, path: str) -> bool:
         """True for a matrix with an adapter."""
         return f"{path}/a" in self.adapters.leaves
+
+    def leave_shared(self, cfg: config.Model) -> None:
+        """From now on what the decoder shares with the encoder (Model.shared_weights) is not among
+        the weights: a base may have a decoder of its own."""
+        for path in shared_leaves(cfg):
+            self.leaves.pop(path, None)
+            self.names.pop(path, None)
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         if is_readout(path):

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from t5x_lite import compat, processes
-from t5x_lite.checkpoints import digests, zarr_arrays
+from t5x_lite.checkpoints import digests, metadata_fields, zarr_arrays
 from t5x_lite.checkpoints.step_folders import is_step
 from t5x_lite.checkpoints.train_state import TrainState
 from t5x_lite.checkpoints.weight_paths import flatten_tree
@@ -169,10 +169,16 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         values = content["note"]
         if content["check"] != metadata_checksum(values):
             raise ValueError("its checksum does not fit")
-        fields = {"best": values["best"] and tuple(values["best"])}
-        fields["vocabulary"] = content.get("vocabulary")
+        metadata_fields.check_fields(values)
+        best, vocabulary = values.get("best"), content.get("vocabulary")
+        fields = {"best": best and tuple(best), "vocabulary": vocabulary}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise reading_error(folder, path, error) from error
+    if newer := values.keys() - {field.name for field in dataclasses.fields(CheckpointMetadata)}:
+        raise CheckpointMismatchError(
+            f"{path} has fields that this version does not know ({', '.join(sorted(newer))}): "
+            "read the checkpoint with the version that saved it"
+        )
     metadata = CheckpointMetadata(**values | fields)
     if is_step(folder.name) and int(folder.name) != metadata.step:
         raise CheckpointMismatchError(
@@ -225,7 +231,7 @@ def os_error_number(error: BaseException | None) -> int | None:
 
 def stored_shapes(metadata: CheckpointMetadata, item: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the arrays of an item, "params" or "rest"."""
-    return {name: tuple(a["shape"]) for name, a in metadata.arrays[item].items()}
+    return {name: tuple(a["shape"]) for name, a in metadata.arrays.get(item, {}).items()}
 
 
 def check_shapes(

@@ -26,10 +26,19 @@ from t5x_lite.checkpoints.formats import t5x
 from t5x_lite.checkpoints.formats.huggingface import kept_fields
 from t5x_lite.checkpoints.formats.huggingface.kept_fields import KeptFields
 from t5x_lite.checkpoints.kinds import CheckpointKind
+from t5x_lite.checkpoints.matching import Leaf
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.text_settings import TextSettings
 from t5x_lite.checkpoints.weight_paths import flatten_tree, nest_tree
-from t5x_lite.checkpoints.weights import HEADS, Keep, Weights, keep_all, layer_numbers
+from t5x_lite.checkpoints.weights import (
+    HEADS,
+    Keep,
+    SeparateTowers,
+    Weights,
+    encoder_path,
+    keep_all,
+    layer_numbers,
+)
 from t5x_lite.model import adapters as low_rank
 from t5x_lite.model import quantization
 from t5x_lite.tokenizers.chat import ChatTemplate
@@ -110,16 +119,18 @@ class OpenedCheckpoint:
           ValueError: they do not fit the model, or are damaged.
         """
         if self.adapters is not None:
-            return self.adapters.merge(self.path, allow, read)
+            merged = self.adapters.merge(self.path, allow, read)
+            merged.leave_shared(self.model)
+            return merged
         if self.tensors is not None:
             return self.tensors.weights(allow, read)
         if read:
             self.fetch_arrays()
         saved = run_folder.SavedWeights(self.path, self.step)
-        if saved.run.model.shared_weights and not self.model.shared_weights:
-            saved.spread_shared()
         if self.model.draft_heads is None and saved.run.model.draft_heads is not None:
             saved.leave_out(HEADS)
+        if saved.run.model.shared_weights and not self.model.shared_weights:
+            return adapters.separate_towers(saved, saved.run.model)
         return saved
 
     def fetch_arrays(self) -> None:
@@ -130,8 +141,14 @@ class OpenedCheckpoint:
     def with_separate_towers(self) -> "OpenedCheckpoint":
         """The checkpoint with the weights that its towers share in both, as other formats have
         them."""
-        apart = dataclasses.replace(self.model, shared_weights=())
-        return dataclasses.replace(self, run=dataclasses.replace(self.run, model=apart))
+        run = dataclasses.replace(
+            self.run, model=dataclasses.replace(self.model, shared_weights=())
+        )
+        if self.adapters is None:
+            return dataclasses.replace(self, run=run)
+        apart = self.adapters.with_separate_towers(self.model)
+        run = dataclasses.replace(run, lora=run.lora and apart.lora)
+        return dataclasses.replace(self, run=run, adapters=apart)
 
     def without_heads(self) -> "OpenedCheckpoint":
         """The checkpoint without its draft heads, which other formats do not have."""
@@ -262,6 +279,7 @@ class OpenedAdapters:
       source: name or path of the base, as the adapters have it.
       arrays: A, B and magnitudes.
       digests: digest of every weight of the base in float32 by dotted name; {} for none.
+      shared: what the decoder reads of the encoder of the base, as if it had its own, by path.
     """
 
     lora: config.Lora
@@ -269,8 +287,11 @@ class OpenedAdapters:
     source: str
     arrays: Weights
     digests: Mapping[str, int]
+    shared: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)
 
-    def merge(self, owner: Path, allow: Sequence[str] = (), read: bool = True) -> Weights:
+    def merge(
+        self, owner: Path, allow: Sequence[str] = (), read: bool = True
+    ) -> adapters.MergedWeights:
         """Weights of the base with the adapters merged in.
 
         Args:
@@ -279,7 +300,25 @@ class OpenedAdapters:
           read: as of `OpenedCheckpoint.weights`.
         """
         base = self.base.weights(allow, read)
+        if self.shared:
+            base = SeparateTowers(base, dict(self.shared))
         return adapters.MergedWeights(base, self.arrays, self.lora, self.digests, owner)
+
+    def with_separate_towers(self, cfg: config.Model) -> "OpenedAdapters":
+        """The adapters with those of shared weights in both towers of the model `cfg`."""
+        arrays, lora = adapters.separate_adapters(self.arrays, cfg, self.lora)
+        shared = adapters.shared_leaves(cfg)
+        copies = {path.replace("/", "."): encoder_path(path.replace("/", ".")) for path in shared}
+        digests = {
+            name: self.digests[path] for name, path in copies.items() if path in self.digests
+        }
+        return dataclasses.replace(
+            self,
+            arrays=arrays,
+            lora=lora,
+            digests={**self.digests, **digests},
+            shared=shared,
+        )
 
     def attach(self, cfg: config.Model, params: dict[str, Any], owner: Path) -> dict[str, Any]:
         """Weights of a loaded model with the adapters beside them, for decoding.

@@ -19,6 +19,12 @@ class PeftOutput(RenamedOutput):
     def __init__(
         self, contents: CheckpointContents, settings: OutputSettings, opened: OpenedAdapters
     ):
+        if opened.shared and not opened.base.model.shared_weights:
+            raise ValueError(
+                f"The adapters are of weights that both towers share (Model.shared_weights), and "
+                f"the decoder of their base {opened.source} has others: add --merge and "
+                "--format=huggingface for the whole model"
+            )
         family = huggingface.family_for_export(contents.model, settings.family)
         self.opened, self.table_of_base = opened, family.entries(contents.model)
         axes = adapters.model_axes(contents.model)

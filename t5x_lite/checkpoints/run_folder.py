@@ -180,8 +180,6 @@ class SavedWeights:
         self.names = {
             path: (shape, np.dtype(self.described[path]["dtype"])) for path, shape in shapes.items()
         }
-        # Paths of the encoder in whose place weights of the decoder are read.
-        self.copies: dict[str, str] = {}
         self.readers: dict[str, zarr_arrays.ArrayReader] = {}
         self.digests: dict[str, dict[int | None, int]] = {}
 
@@ -203,16 +201,6 @@ class SavedWeights:
             self.places[path] = "rest", stored
             self.described[path] = rest[stored]
 
-    def spread_shared(self) -> None:
-        """From now on weights that the towers share (Model.shared_weights) are read for both."""
-        apart = dataclasses.replace(self.run.model, shared_weights=())
-        leaves = matching.model_leaves(apart)
-        for path in leaves.keys() - self.leaves.keys():
-            self.copies[path] = path.replace("decoder/", "encoder/", 1)
-            self.names[path] = self.names[self.copies[path]]
-        self.leaves = leaves
-        self.names = {path: self.names[path] for path in leaves}
-
     def leave_out(self, part: str) -> None:
         """From now on the weights of this part are not among those that are read."""
         paths = [path for path in self.leaves if path.partition("/")[0] != part]
@@ -220,7 +208,6 @@ class SavedWeights:
         self.names = {path: self.names[path] for path in paths}
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        path = self.copies.get(path, path)
         try:
             values = self.read_values(path, layer)
         except SourceError as error:

@@ -42,6 +42,32 @@ class Weights(Protocol):
 
 
 @dataclasses.dataclass
+class SeparateTowers:
+    """Weights of towers that share some (Model.shared_weights), as if the decoder had its own.
+
+    Attributes:
+      source: the weights, or adapters of them.
+      decoder: axis names and shapes of what the decoder has of the encoder.
+    """
+
+    source: Weights
+    decoder: dict[str, Leaf]
+
+    def __post_init__(self):
+        self.leaves = self.source.leaves | self.decoder
+        copies = {path: self.source.names[encoder_path(path)] for path in self.decoder}
+        self.names = self.source.names | copies
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        return self.source.read(encoder_path(path) if path in self.decoder else path, layer)
+
+
+def encoder_path(path: str) -> str:
+    """Path of the encoder's weight, or its name, in whose place one of the decoder is read."""
+    return "encoder" + path.removeprefix("decoder")
+
+
+@dataclasses.dataclass
 class ConvertedWeights:
     """Tensors of another library as weights of ours, converted when they are read.
 

@@ -210,6 +210,16 @@ class Batches:
 
         Raises ValueError if the data are not those of the state.
         """
+        try:
+            self.restore_parts(state)
+        except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+            raise ValueError(
+                f"The checkpoint's position in the data is not one that a run saves ({error!r:.80})"
+                ": copy the checkpoint again, or begin in a new MODEL_DIR"
+            ) from error
+
+    def restore_parts(self, state: dict) -> None:
+        """`restore`, of a state that may be of any form."""
         if state.keys() != {part.name for part in self.parts}:
             raise ValueError(
                 f"The checkpoint was trained on {', '.join(sorted(state))}, but Data.task is now "

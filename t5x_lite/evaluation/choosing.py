@@ -13,7 +13,8 @@ are ordered by it, best first. By name (Decode.choose):
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -142,6 +143,7 @@ class UserUtility:
         """
         try:
             values = self.function(candidates.input, list(candidates.texts))
+            values = list_yielded(values, len(candidates.texts))
         except (Exception, SystemExit) as error:  # also of a function that ends the process
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
@@ -238,6 +240,12 @@ def fit_coefficients(
         f"No weights of these samples have the mean features {goal.tolist()}: the nearest are "
         f"{np.round(gradient + goal, 4).tolist()}"
     )
+
+
+def list_yielded(values: Any, count: int) -> Any:
+    """Result of a user's function; of a generator its values, one more than `count` at most, so
+    that its errors are those of the function."""
+    return list(itertools.islice(values, count + 1)) if isinstance(values, Iterator) else values
 
 
 def import_function(path: str, field: str = "Decode.choose") -> Callable:

@@ -105,7 +105,7 @@ def reward_group(name: str, reward: Reward, group: Group) -> list[float]:
     """
     # SystemExit too: a user's function may end a program on bad input.
     try:
-        values = reward(group)
+        values = choosing.list_yielded(reward(group), len(group.texts))
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"Grpo.reward {name} failed on input {group.input!r:.60}: {type(error).__name__}: "

@@ -172,7 +172,7 @@ class Training:
         self.state = weight_average.check_window(self.run, self.state, note)
         frozen_base.check_base(self.run, self.base, note.base)
         self.assembled.batches.restore(note.data)
-        self.totals, self.saved_step = RunTotals(**note.totals), note.step
+        self.totals, self.saved_step = RunTotals.from_saved(note.totals), note.step
         if note.metrics:
             self.held_out.step, self.held_out.values = note.step, note.metrics
         self.log(f"Going on from the checkpoint of step {note.step}.")

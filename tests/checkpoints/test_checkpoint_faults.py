@@ -2,8 +2,12 @@
 """Laws of checkpoints on a disk that fails, and beside a run that removes them: nothing is renamed,
 begun anew or called damaged without need."""
 
+import copy
 import dataclasses
 import errno
+import functools
+import json
+import operator
 import shutil
 import threading
 from pathlib import Path
@@ -24,6 +28,7 @@ from t5x_lite.checkpoints import checkpoint_io, digests, manager, step_folders
 from t5x_lite.checkpoints.checkpoint_io import (
     CheckpointError,
     CheckpointMetadata,
+    CheckpointMismatchError,
     DamagedCheckpointError,
     RemovedCheckpointError,
     UnreadableCheckpointError,
@@ -204,3 +209,56 @@ def test_a_writer_that_fails_in_the_background_is_noticed_before_the_next_save(
     monkeypatch.setattr(saved.writer, "check_for_errors", failed)
     with pytest.raises(CheckpointError, match=r"(?s)step 1 could not be written.*Input/output"):
         saved.check_writer()
+
+
+# Values that no run writes, under a checksum that fits: by hand, or by somebody else's program.
+ODD_FIELDS = [
+    (("step",), -1),
+    (("step",), True),
+    (("step",), "2"),
+    (("config",), None),
+    (("config",), "\ud800"),
+    (("data",), [1]),
+    (("metrics",), {"loss": "low"}),
+    (("metrics",), {"loss": 10**400}),
+    (("totals",), []),
+    (("best",), ["loss"]),
+    (("best",), ["loss", 1]),
+    (("arrays",), {}),
+    (("arrays", "params"), 0),
+    (("arrays", "params", "w", "shape"), [-1]),
+    (("arrays", "params", "w", "shape"), 8),
+    (("arrays", "params", "w", "dtype"), "float33"),
+    (("arrays", "params", "w", "dtype"), "i4,i4"),
+    (("arrays", "params", "w", digests.MIXED), "0"),
+    (("base",), {"w": None}),
+]
+
+
+def test_metadata_of_any_form_are_refused_by_field(tmp_path):
+    save(tmp_path, 2)
+    folder = tmp_path / "checkpoints/2"
+    whole = json.loads((folder / "note/metadata").read_text())["note"]
+    whole["arrays"]["params"]["w"] = next(iter(whole["arrays"]["params"].values()))
+    for (*above, last), value in ODD_FIELDS:
+        values = copy.deepcopy(whole)
+        inner = functools.reduce(operator.getitem, above, values)
+        inner[last] = value
+        write_note(folder, values)
+        with pytest.raises(DamagedCheckpointError, match=f"metadata.* its {(*above, last)[0]} is"):
+            checkpoint_io.read_metadata(folder)
+    for name in ("step", "config", "arrays"):
+        write_note(folder, {key: value for key, value in whole.items() if key != name})
+        with pytest.raises(DamagedCheckpointError, match=f"metadata.* has no {name}"):
+            checkpoint_io.read_metadata(folder)
+    write_note(folder, whole | {"colour": 1})
+    with pytest.raises(CheckpointMismatchError, match=r"does not know \(colour\)"):
+        checkpoint_io.read_metadata(folder)
+    write_note(folder, whole)
+    assert checkpoint_io.read_metadata(folder).step == 2
+
+
+def write_note(folder: Path, values: dict) -> None:
+    """Writes metadata with the checksum that fits them."""
+    check = checkpoint_io.metadata_checksum(values)
+    (folder / "note/metadata").write_text(json.dumps({"note": values, "check": check}))

@@ -31,6 +31,7 @@ REACHED_BY = {
     "t5x_lite/checkpoints/kinds.py": ["infer"],
     "t5x_lite/checkpoints/opening.py": ["convert", "infer"],
     "t5x_lite/checkpoints/outputs.py": ["convert"],
+    "t5x_lite/checkpoints/peft_output.py": ["convert"],
     "t5x_lite/checkpoints/selection.py": ["train"],
     "t5x_lite/checkpoints/tensors.py": ["infer"],
     "t5x_lite/checkpoints/text_settings.py": ["adapt", "convert"],

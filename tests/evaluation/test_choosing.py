@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from t5x_lite import config
-from t5x_lite.evaluation import choosing, metrics
+from t5x_lite.evaluation import choosing, metrics, rewards
 from t5x_lite.evaluation.prediction import Prediction, naming_longest
 from t5x_lite.utils.exit_status import OutOfMemoryError
 
@@ -109,8 +109,14 @@ def test_a_chooser_that_is_none_says_why(name, words):
 
 @pytest.mark.parametrize(
     "function",
-    [two_numbers, lambda *_: None, lambda *_: ["a"] * 6, lambda *_: [math.nan] * 6],
-    ids=["too few", "none", "texts", "not a number"],
+    [
+        two_numbers,
+        lambda *_: None,
+        lambda *_: ["a"] * 6,
+        lambda *_: [math.nan] * 6,
+        lambda *_: itertools.count(),
+    ],
+    ids=["too few", "none", "texts", "not a number", "without end"],
 )
 def test_utilities_that_are_no_numbers_are_refused(function):
     with pytest.raises(ValueError, match="must return a finite number for each of 6 texts"):
@@ -129,13 +135,18 @@ def ending(*_):
         (lambda *_: 1 / 0, "ZeroDivisionError"),
         (lambda: [], "TypeError: .* takes 0 positional arguments"),
         (ending, "SystemExit: 3"),
+        (lambda *_: (1 / each for each in (1, 0)), "ZeroDivisionError"),
     ],
-    ids=["key", "division", "arguments", "exit"],
+    ids=["key", "division", "arguments", "exit", "generator"],
 )
 def test_a_function_that_fails_is_named_by_its_option(function, words, field):
     utility = choosing.UserUtility(function, field)
     with pytest.raises(ValueError, match=rf"Decode.{field}: the function failed .*'in' \({words}"):
         utility([choosing.Candidates("in", TEXTS, SCORES)])
+    # A reward is fenced in the same way.
+    group = rewards.Group("in", list(TEXTS), [])
+    with pytest.raises(ValueError, match=f"Grpo.reward r failed on input 'in': {words}"):
+        rewards.reward_group("r", lambda each: function(each.input, each.texts), group)
 
 
 def test_a_function_cannot_change_the_texts():

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,22 @@ from conversion_toys import (
     write_safetensors,
 )
 from flax import serialization
-from fuzz_target import Target, refill
+from fuzz_target import Target, refill, write_json
 
 from t5x_lite import config, model
-from t5x_lite.checkpoints import manager, run_folder, tensors, transfer
+from t5x_lite.checkpoints import (
+    checkpoint_io,
+    manager,
+    run_folder,
+    selection,
+    tensors,
+    transfer,
+)
 from t5x_lite.checkpoints.formats import huggingface, t5x, t5x_files
 from t5x_lite.checkpoints.formats.huggingface import sentence_t5
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
 from t5x_lite.checkpoints.weights import layer_numbers, place_arrays
+from t5x_lite.utils import bounded_files
 
 # Bytes of a shard: most families are written as several, with an index.
 SHARD = 4000
@@ -157,6 +166,33 @@ def read_gguf(folder: Path) -> None:
     read_weights(tensors.map_gguf_tensors(gguf.GgufTensors(folder / "toy.gguf")).weights())
 
 
+def make_note(folder: Path) -> None:
+    """Writes the metadata of a checkpoint without their checksum."""
+    make_run(folder)
+    path = folder / manager.FOLDER / "0" / checkpoint_io.METADATA
+    values = json.loads(path.read_text())["note"]
+    for each in folder.iterdir():
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
+    write_json(folder, note=values)
+
+
+def read_note(folder: Path) -> None:
+    """Reads metadata under a checksum that fits, and what a run and a reader take from them."""
+    values = bounded_files.read_json_object(folder / "note.json")
+    with tempfile.TemporaryDirectory() as scratch:
+        step = Path(scratch, manager.FOLDER, "0")
+        (step / "note").mkdir(parents=True)
+        check = checkpoint_io.metadata_checksum(values)
+        content = json.dumps({"note": values, "check": check})
+        (step / checkpoint_io.METADATA).write_text(content)
+        metadata = selection.readable_metadata(step.parent)
+        if not metadata:
+            raise ValueError("metadata are damaged")
+        selection.best_step(metadata)
+        checkpoint_io.stored_shapes(metadata[0], "params")
+        run_folder.read_saved_run(step)
+
+
 def make_t5x(folder: Path) -> None:
     """Writes a T5X checkpoint."""
     pieces = transfer.group_by_tensor(Drawn(T5), T5, t5x.entries_to_write(T5, True))
@@ -226,4 +262,5 @@ TARGETS = {
     "t5x_inline": Target(make_t5x_inline, read_t5x),
     "t5x_orbax": Target(make_t5x_orbax, read_t5x),
     "run": Target(make_run, read_run),
+    "note": Target(make_note, read_note, ("metadata",)),
 }

@@ -17,7 +17,7 @@ from hub_toys import write_folders
 from lora_parity import make_step, place, stacked
 from test_fine_tuning import flags
 
-from t5x_lite import config, interactive, model, sharding, train
+from t5x_lite import config, convert, interactive, model, sharding, train
 from t5x_lite.checkpoints import adapters as saved_adapters
 from t5x_lite.checkpoints import checkpoint_io, manager, train_state
 from t5x_lite.checkpoints.opening import open_checkpoint
@@ -26,6 +26,7 @@ from t5x_lite.checkpoints.weight_paths import flatten_tree, nest_tree
 from t5x_lite.checkpoints.weights import place_weights
 from t5x_lite.model import adapters, quantization
 from t5x_lite.model.layers import project
+from t5x_lite.tokenizers import vocabularies
 from t5x_lite.training import frozen_base
 
 LONG = pytest.mark.exhaustive
@@ -295,3 +296,38 @@ def test_groups_of_adapters_have_rates_of_their_own():
     for name, start in first.items():
         moved, usual = (np.asarray(state[name]) - np.asarray(start) for state in states)
         np.testing.assert_allclose(moved, (4 if name.endswith(".b") else 0) * usual, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [True, False], ids=["shared base", "separate base"])
+def test_adapters_of_shared_weights_are_written_for_both_towers(place_of_run, shares):
+    path, patterns = place_of_run, ("decoder.layers.mlp.*",)
+    decoder = dataclasses.replace(T5.decoder, layers=2)
+    apart = dataclasses.replace(T5, decoder=decoder)
+    shared = dataclasses.replace(apart, shared_weights=patterns)
+    cfg = shared if shares else apart
+    base = write_ours(path / "base", cfg, Drawn(cfg))
+    letters = vocabularies.SymbolVocabulary([chr(97 + i) for i in range(26)])
+    vocabularies.save_pair(base / "vocabulary", letters, letters)
+    bound = [f"--gin.config.Model.shared_weights={patterns}", "--gin.config.Schedule.peak=0.05"]
+    bound.append('--gin.config.Lora.weights=("encoder.*.mlp.*",)')
+    assert train.main(lora_flags(path, base, *bound, steps=1)) == 0
+
+    def scores(source: Path) -> list[float]:
+        session = interactive.load(source)
+        return [session.score(*pair) for pair in (("abc", "cba"), ("bca", "aab"))]
+
+    adapted = scores(path / "run")
+    assert adapted != pytest.approx(scores(base), rel=1e-3)
+    words = ["--format=huggingface", f"--from={path}/run", f"--to={path}/merged", "--merge"]
+    assert convert.main(words) == 0
+    assert scores(path / "merged") == pytest.approx(adapted, rel=1e-5)
+    words = [f"--from={path}/run", f"--to={path}/peft", "--format=peft"]
+    if not shares:
+        with pytest.raises(SystemExit):
+            convert.main(words)
+        return
+    assert convert.main(words) == 0
+    words = [f"--from={base}", f"--to={path}/peft/base", "--format=huggingface"]
+    assert convert.main(words) == 0
+    assert scores(path / "peft") == pytest.approx(adapted, rel=1e-5)

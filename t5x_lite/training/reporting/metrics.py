@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -36,6 +37,11 @@ class RunTotals:
     seconds: float = 0.0
     target_tokens: float = 0.0
     tokens: float = 0.0
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, float]) -> "RunTotals":
+        """The totals of a checkpoint; those that this version does not know are left out."""
+        return cls(**{name: values[name] for name in vars(cls()) if name in values})
 
     def report(self) -> dict[str, float]:
         """Time spent in steps over all restarts, targets, and speeds."""
