@@ -70,6 +70,12 @@ def parser() -> Parser:
         help="address to listen on (default: 127.0.0.1, this machine alone). Another one needs an "
         f"API key in the environment variable {KEY}; commas separate several keys",
     )
+    add(
+        "--warm_up",
+        action="store_true",
+        help="compile the programs of all widths before the first request; else each when a "
+        "request needs it, beside the others",
+    )
     group, types, defaults = (
         command.add_argument_group("limits"),
         field_types(ServerLimits),
@@ -105,12 +111,16 @@ def serve(args: argparse.Namespace) -> int:
         served = models.ServedModels(limits)
         for path, name in zip(args.checkpoint, short_names(args.checkpoint), strict=True):
             print(f"loading {name}", file=sys.stderr)
-            served.load(name, path)
+            served.load(name, path, args.warm_up)
         shown = host if ":" not in host else f"[{host}]"
         print(f"serving http://{shown}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
         api = app.Api(served)
         running = connections.StoppableServer(
-            app.application(api, host, keys), api.stop, limits.connections, limits.drain
+            app.application(api, host, keys),
+            api.stop,
+            limits.connections,
+            limits.drain,
+            served.cancel_all,
         )
         return running.serve_until_stopped(bound, served.is_busy)
 

@@ -22,6 +22,8 @@ from t5x_lite.serving.errors import ApiError
 
 # Seconds that a client may take to send a request, or to read what is sent; and until the next one.
 SLOWEST, IDLE = 15, 5
+# Seconds for the errors of requests that are cut off.
+LAST_ANSWERS = 2
 
 
 class TimedProtocol(H11Protocol):
@@ -117,17 +119,26 @@ class StoppableServer(uvicorn.Server):
 
     Attributes:
       stop: called at the first signal.
+      cut_off: called at the second one, or when the time is over: ends running answers with an
+        error; None where `stop` ends them.
+      last_seconds: seconds that running answers have to end after a signal.
       received: the signal; None before.
 
     Args:
       app: the application.
       stop: see above.
       connections: most connections at a time; others get status 503.
-      last_seconds: seconds that running answers have to end after a signal.
+      last_seconds: see above.
+      cut_off: see above.
     """
 
     def __init__(
-        self, app: ASGIApp, stop: Callable[[], None], connections: int, last_seconds: float
+        self,
+        app: ASGIApp,
+        stop: Callable[[], None],
+        connections: int,
+        last_seconds: float,
+        cut_off: Callable[[], None] | None = None,
     ):
         class LimitedProtocol(TimedProtocol):
             most = connections
@@ -140,11 +151,12 @@ class StoppableServer(uvicorn.Server):
                 log_level="error",
                 server_header=False,
                 timeout_keep_alive=IDLE,
-                timeout_graceful_shutdown=math.ceil(last_seconds),
+                timeout_graceful_shutdown=math.ceil(last_seconds) + LAST_ANSWERS,
             )
         )
-        self.stop = stop
+        self.stop, self.cut_off, self.last_seconds = stop, cut_off, last_seconds
         self.received: int | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Closes the port and lets the running answers end; at a second signal cuts them off.
@@ -152,11 +164,35 @@ class StoppableServer(uvicorn.Server):
         uvicorn's own method would raise the signal again at the end, which ends the process before
         it has cleaned up.
         """
-        self.force_exit = self.received is not None
+        if self.received is not None and self.loop is not None:
+            self.loop.call_soon_threadsafe(self.end_answers)
         self.should_exit, self.received = True, sig
         self.stop()
         # What is cancelled afterwards is no error of the server.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for the running answers, as long as they may take."""
+        self.loop = asyncio.get_running_loop()
+        limit = self.loop.call_later(self.last_seconds, self.end_answers)
+        if self.received is not None:
+            count = len(self.server_state.tasks)
+            print(
+                f"stopping: {count} running requests have {self.last_seconds:g} seconds "
+                "(a second signal ends them)",
+                file=sys.stderr,
+                flush=True,
+            )
+        await super().shutdown(sockets)
+        limit.cancel()
+
+    def end_answers(self) -> None:
+        """Ends running answers with an error, and then the connections that do not read it."""
+        if self.cut_off is None or self.loop is None:
+            self.force_exit = True
+        else:
+            self.cut_off()
+            self.loop.call_later(LAST_ANSWERS, setattr, self, "force_exit", True)
 
     def serve_until_stopped(self, bound: socket.socket, is_busy: Callable[[], bool]) -> int:
         """Serves on a bound socket, and returns the exit status.

@@ -166,13 +166,11 @@ class Engine:
         with self.changed:
             self.changed.notify()
 
-    def prepare(self, request: TextRequest) -> None:
-        """Compiles the programs of a request in the background, when nothing waits for others.
-
-        Raises:
-          ValueError: as `submit`.
-        """
-        self.rehearsals.prepare(make_text(Completion(request), self.predictors, self.limits))
+    def cancel_all(self) -> None:
+        """Takes no more requests, and cancels those that it has; does not wait for their end."""
+        with self.changed:
+            self.closing = self.aborting = True
+            self.changed.notify()
 
     def run_loop(self) -> None:
         """Computes until the engine is closed and every text has ended."""

@@ -2,6 +2,7 @@
 """ServedModels of a server: a session and its engine by name."""
 
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from t5x_lite import config
+from t5x_lite.decoding.request import bucket_length
 from t5x_lite.evaluation import pipeline
 from t5x_lite.serving.completion import TextRequest
 from t5x_lite.serving.engine import Engine, EngineLimits
 from t5x_lite.serving.errors import ApiError
+from t5x_lite.serving.row_text import LEAST_BUCKET, LEAST_WIDTH, SELDOM
 from t5x_lite.serving.server_limits import ServerLimits
 from t5x_lite.tokenizers import languages
 
@@ -25,6 +28,13 @@ ONE_ROW = {
         *("beams", "n_best", "length_penalty", "early_stopping", "alpha", "choose"),
         *("beam_groups", "diversity_penalty"),
     )
+}
+
+
+# Fields of config.Decode that are for sampling alone.
+GREEDY = {
+    name: getattr(config.Decode, name)
+    for name in (*SELDOM, "top_k", "top_p", "typical_p", "dynatemp_exponent")
 }
 
 
@@ -64,11 +74,34 @@ class ServedModel:
         self.parameters: dict[str, Any] = {}
         self.embedding = 0
 
-    def warm_up(self) -> None:
-        """Writes a text, so that programs are compiled before the first request."""
-        cfg = self.session.predictor.cfg
-        if cfg.readout is None and cfg.decoder is not None and cfg.causal_decoder:
-            self.engine.submit(TextRequest([cfg.decoder_start_token_id], self.decode)).result()
+    def warm_up(self, all_widths: bool = False) -> None:
+        """Writes texts, so that programs are compiled before the first request.
+
+        Args:
+          all_widths: inputs of all widths, texts of each class of lengths, greedy and sampled; else
+            one text.
+        """
+        cfg, limits = self.session.predictor.cfg, self.engine.limits
+        if cfg.readout is not None or cfg.decoder is None or not cfg.causal_decoder:
+            return
+        widths, decodes = [1], [self.decode]
+        if all_widths:
+            start = cfg.encoder is None and cfg.add_bos
+            widths = [each - start for each in list_widths(limits.max_inputs + start)]
+            lengths = {self.decode.max_new_tokens, min(LEAST_WIDTH, limits.max_new_tokens)}
+            decodes = [
+                dataclasses.replace(self.decode, max_new_tokens=length, temperature=temperature)
+                for length in sorted(lengths)
+                for temperature in (0.0, 1.0)
+            ]
+        for width, decode in itertools.product(widths, decodes):
+            if decode.temperature == 0:
+                decode = dataclasses.replace(decode, **GREEDY)
+            text = self.engine.submit(TextRequest([cfg.decoder_start_token_id] * width, decode))
+            for _ in text:
+                text.cancel()
+            if text.error is not None:
+                raise text.error
 
     def find_task(self, kind: str, source: str | None, target: str | None) -> TextTask:
         """The task of a route.
@@ -130,12 +163,13 @@ class ServedModels:
         self.served: dict[str, ServedModel] = {}
         self.sources: dict[str, str] = {}
 
-    def load(self, name: str, source: str) -> None:
-        """Loads a checkpoint and writes one text, so that its programs are compiled.
+    def load(self, name: str, source: str, all_widths: bool = False) -> None:
+        """Loads a checkpoint and writes texts, so that its programs are compiled.
 
         Args:
           name: its name in requests.
           source: what `interactive.load` takes.
+          all_widths: of inputs of all widths, see `ServedModel.warm_up`.
 
         Raises:
           ValueError: it cannot be loaded.
@@ -145,7 +179,7 @@ class ServedModels:
         served = self.add(name, lambda: interactive.load(source))
         served.parameters = pipeline.task_parameters(source)
         self.sources[source] = name
-        served.warm_up()
+        served.warm_up(all_widths)
 
     def add(self, name: str, make: Callable[[], Any]) -> ServedModel:
         """Adds a session.
@@ -171,6 +205,11 @@ class ServedModels:
             )
         return served
 
+    def cancel_all(self) -> None:
+        """Ends all texts: their requests are answered by an error."""
+        for each in self.served.values():
+            each.engine.cancel_all()
+
     def is_busy(self) -> bool:
         """Ends the engines; true if one still computes after a few seconds."""
         threads = [
@@ -183,6 +222,12 @@ class ServedModels:
         for thread in threads:
             thread.join(max(until - time.monotonic(), 0))
         return any(thread.is_alive() for thread in threads)
+
+
+def list_widths(most: int) -> list[int]:
+    """The widths to which inputs are padded, up to the one of `most` ids."""
+    widths = {bucket_length(size, LEAST_BUCKET) for size in range(1, most + 1)}
+    return sorted(min(width, most) for width in widths)
 
 
 def engine_limits(cfg: config.Model, limits: ServerLimits) -> EngineLimits:

@@ -31,8 +31,7 @@ class Rehearsals:
       mesh: the mesh in force.
       ended: kinds of texts whose rehearsal has ended, the one used last at the end.
       pending: kinds whose rehearsal has not ended.
-      urgent: texts that wait for theirs.
-      later: texts that nobody waits for.
+      waiting: texts that wait for theirs.
     """
 
     def __init__(
@@ -51,8 +50,7 @@ class Rehearsals:
         self.open_lane, self.on_end, self.mesh = open_lane, on_end, mesh
         self.ended: OrderedDict[Hashable, None] = OrderedDict()
         self.pending: set[Hashable] = set()
-        self.urgent: deque[RowText] = deque()
-        self.later: deque[RowText] = deque()
+        self.waiting: deque[RowText] = deque()
         self.changed = threading.Condition()
         self.closing = False
         self.thread: threading.Thread | None = None
@@ -66,24 +64,13 @@ class Rehearsals:
                 self.ended.move_to_end(text.kind)
                 return True
             if text.kind not in self.pending:
-                self.start(text, self.urgent)
+                self.pending.add(text.kind)
+                self.waiting.append(text)
+                self.changed.notify()
+            if self.thread is None and not self.closing:
+                self.thread = threading.Thread(target=self.run_loop, name="rehearsals", daemon=True)
+                self.thread.start()
         return False
-
-    def prepare(self, text: RowText) -> None:
-        """Compiles the programs of a text when no text waits for others."""
-        with self.changed:
-            if self.mesh.size <= 1 and text.kind not in self.ended:
-                self.start(text, self.later)
-
-    def start(self, text: RowText, queue: deque[RowText]) -> None:
-        """Puts a text into a queue, and starts the thread if there is none."""
-        queue.append(text)
-        if queue is self.urgent:
-            self.pending.add(text.kind)
-        self.changed.notify()
-        if self.thread is None and not self.closing:
-            self.thread = threading.Thread(target=self.run_loop, name="rehearsals", daemon=True)
-            self.thread.start()
 
     def run_loop(self) -> None:
         """Rehearses until it is closed."""
@@ -100,15 +87,10 @@ class Rehearsals:
                 self.on_end()
 
     def take_text(self) -> RowText | None:
-        """Waits for the next text that is still to be rehearsed; None after the end."""
+        """Waits for the next text; None after the end."""
         with self.changed:
-            while True:
-                self.changed.wait_for(lambda: self.urgent or self.later or self.closing)
-                if self.closing:
-                    return None
-                text = (self.urgent or self.later).popleft()
-                if text.kind not in self.ended:
-                    return text
+            self.changed.wait_for(lambda: self.waiting or self.closing)
+            return None if self.closing else self.waiting.popleft()
 
     def close(self) -> None:
         """Ends the thread after the rehearsal that it is at."""

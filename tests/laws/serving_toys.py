@@ -68,7 +68,9 @@ def serve_toys(served: models.ServedModels, keys: tuple[str, ...] = ()) -> Itera
     with connections.bind_socket("127.0.0.1", 0) as bound:
         page = app.application(api, "127.0.0.1", keys)
         limits = served.limits
-        running = connections.StoppableServer(page, api.stop, limits.connections, limits.drain)
+        running = connections.StoppableServer(
+            page, api.stop, limits.connections, limits.drain, served.cancel_all
+        )
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         while not running.started:

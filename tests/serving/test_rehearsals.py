@@ -75,26 +75,3 @@ def test_a_program_that_cannot_be_compiled_fails_its_texts(monkeypatch):
     # The engine tries it itself, with the rows that it has.
     assert engine.submit(TextRequest(PROMPTS[1], PLAIN)).result().finish_reason
     engine.close()
-
-
-def test_programs_are_prepared_while_nobody_waits(monkeypatch):
-    """Those of a text that waits come first, and each is rehearsed once."""
-    order, gate = [], threading.Event()
-
-    def record(lane, text):
-        gate.wait()
-        order.append(text.choice.name)
-
-    monkeypatch.setattr(rehearsal, "rehearse", record)
-    engine = Engine(predictor_of("encoder_decoder"), LIMITS)
-    seldom = TextRequest(PROMPTS[1], MIXED[-1])
-    for request in (seldom, seldom, TextRequest(PROMPTS[1], SAMPLED)):
-        engine.prepare(request)
-    completion = engine.submit(TextRequest(PROMPTS[1], PLAIN))
-    for _ in range(2):  # the second one runs after a look at the texts that wait
-        engine.call(lambda: None).result()
-    gate.set()
-    completion.result()
-    engine.submit(seldom).result()
-    engine.close()
-    assert sorted(order[:2]) == ["FILTERED", "GREEDY"] and order.count("FILTERED") == 1

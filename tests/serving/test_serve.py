@@ -2,15 +2,14 @@
 """Laws of the command: it ends after what it has begun, and a killed one is served again."""
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import openai
 import pytest
@@ -20,6 +19,8 @@ from t5x_lite import serve
 # Texts that take many blocks: more than there are rows, and no end before 100 tokens.
 LONG = {"n": 40, "temperature": 1.0, "seed": 1, "max_tokens": 128}
 LONG |= {"extra_body": {"min_new_tokens": 100}, "stream": True}
+# Texts that take many seconds in eight rows.
+ENDLESS = LONG | {"n": 128, "max_tokens": 256, "extra_body": {"min_new_tokens": 255}}
 
 
 class Served(NamedTuple):
@@ -28,58 +29,94 @@ class Served(NamedTuple):
     Attributes:
       process: the process.
       client: its client.
-      errors: returns all that it has written to stderr.
     """
 
     process: subprocess.Popen
-    client: openai.OpenAI
-    errors: Callable[[], str]
+    client: Any
+
+    def wait_for(self, pattern: str) -> str:
+        """The first line that the process writes to stderr from now on and that has a pattern."""
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if re.search(pattern, line):
+                return line
+        raise AssertionError("".join(lines))
 
 
 @contextlib.contextmanager
 def serve_g2p(*options: str) -> Iterator[Served]:
     """A server of g2p in a process with options."""
     command = [sys.executable, "-m", "t5x_lite.serve", "--checkpoint=g2p", "--port=0", *options]
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stderr=errors, text=True) as running,
-    ):
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         try:
-            while not (url := re.search(r"^serving (\S+)", read_all(errors), re.M)):
-                assert running.poll() is None, read_all(errors)
-                time.sleep(0.05)
-            client = openai.OpenAI(base_url=url[1], api_key="none", max_retries=0, timeout=60)
-            yield Served(running, client, lambda: read_all(errors))
+            url = Served(running, None).wait_for(r"^serving ").split()[1]
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+            yield Served(running, client)
         finally:
             running.kill()
 
 
-def read_all(file) -> str:
-    """All of a file that another process writes."""
-    return os.pread(file.fileno(), 2**20, 0).decode()
-
-
 @pytest.mark.slow
 def test_what_has_begun_is_finished_and_a_killed_server_is_served_again():
-    with serve_g2p() as (running, client, errors):
+    with serve_g2p() as served:
+        running, client = served
         stream = client.completions.create(model="g2p", prompt="cat", **LONG)
         next(iter(stream))
         running.kill()
         with pytest.raises(Exception, match="(?i)connection"):
             list(stream)
-    with serve_g2p() as (running, client, errors):
+    with serve_g2p() as served:
+        running, client = served
         answer = client.completions.create(model="g2p", prompt=["photograph", "cat"])
         assert [each.text for each in answer.choices] == ["F OW T AH G R AE F", "K AE T"]
         stream = client.completions.create(model="g2p", prompt="cat", **LONG)
         parts = iter(stream)
         next(parts)
         running.send_signal(signal.SIGTERM)
+        served.wait_for("^stopping: 1 running")
         reasons = [part.choices[0].finish_reason for part in parts]
         assert sum(reason is not None for reason in reasons) == LONG["n"]
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
         assert running.wait(timeout=300) == 128 + signal.SIGTERM
-        assert errors().splitlines()[-1] == "stopped by SIGTERM"
+        assert running.stderr.read().splitlines()[-1] == "stopped by SIGTERM"
+
+
+def read_page(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return answer.read().decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["signal", "drain"])
+def test_what_is_cut_off_is_answered_by_an_error(end):
+    """At a second signal, or when the time of the drain is over: streams, and whole texts."""
+    with (
+        serve_g2p(
+            "--rows=8", "--texts=128", "--drain=0.1" if end == "drain" else "--drain=600"
+        ) as served,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        running, client = served
+        stream = client.completions.create(model="g2p", prompt="cat", **ENDLESS)
+        parts = iter(stream)
+        next(parts)
+        others = ENDLESS | {"model": "g2p", "prompt": "dog", "stream": False}
+        whole = thread.submit(client.completions.create, **others)
+        url = str(client.base_url).replace("/v1/", "/metrics")
+        # More than the first request has: those of the second wait too.
+        while float(re.search(r"^t5x_lite_queued\S* (\S+)", read_page(url), re.M)[1]) < 128:
+            assert not whole.done()
+        running.send_signal(signal.SIGTERM)
+        served.wait_for("^stopping: 2 running")
+        if end == "signal":
+            running.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="The server is stopping"):
+            list(parts)
+        with pytest.raises(openai.InternalServerError, match="The server is stopping"):
+            whole.result()
+        assert running.wait(timeout=30) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(

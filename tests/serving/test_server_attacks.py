@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import os
 import random
 import re
 import socket
@@ -18,8 +19,8 @@ from test_serve import serve_g2p
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 BODY = json.dumps({"model": "g2p", "prompt": "cat", "n": 64, "temperature": 1, "stream": True})
-# Requests of the long run, and clients that send them.
-REQUESTS, CLIENTS = 100_000, 16
+# Requests of the long run, and clients that send them, each over one connection.
+REQUESTS, CLIENTS = int(os.environ.get("T5X_LITE_SOAK", "100000")), 16
 WORDS = ["cat", "photograph", "jaxon", "a", "strengths", "onomatopoeia", "xyz", "hats"]
 # Messages that are no HTTP, or try to be two requests at once.
 TRICKS = [
@@ -197,7 +198,7 @@ ATTACKS = (send_giants, send_tricks, cut_off, ask_at_once, hold_many, read_slowl
 
 @pytest.mark.exhaustive  # minutes of waiting for time-outs
 def test_a_server_under_attack_answers_others_and_nothing_stays():
-    with serve_g2p() as (running, client, errors):
+    with serve_g2p() as (running, client):
         target = Target(running, client)
         # Programs of sampled texts are compiled before memory is compared.
         list(client.completions.create(**json.loads(BODY)))
@@ -221,12 +222,12 @@ def test_a_server_under_attack_answers_others_and_nothing_stays():
         assert target.megabytes() < memory + 200
         running.terminate()
         running.wait(timeout=300)
-        assert "Traceback" not in errors()
+        assert "Traceback" not in running.stderr.read()
 
 
 @pytest.mark.exhaustive  # half an hour of requests
 def test_of_many_requests_none_is_lost_or_doubled_and_memory_does_not_grow():
-    with serve_g2p() as (running, client, errors):
+    with serve_g2p() as (running, client):
         target = Target(running, client)
         texts = [each.text for each in client.completions.create(model="g2p", prompt=WORDS).choices]
         assert len(set(texts)) == len(WORDS)
