@@ -38,6 +38,7 @@ config.Stack.mlp = 2
 # Fields that decide how a model trains or where it computes, and not what its weights are.
 FREE = {
     *("dropout", "dtype", "attention", "embedding_std", "bias_std", "draft_heads", "readout"),
+    "canvas",
     "shared_weights",
     "causal",
 }

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from t5x_lite import config, sharding
 from t5x_lite.batch import Batch
+from t5x_lite.config.canvas import check_left_to_right
 from t5x_lite.data import Batches
 from t5x_lite.evaluation import losses
 
@@ -94,11 +95,12 @@ def measure_lengths(
       most: number of batches, from the first one on.
 
     Raises:
-      ValueError: the model has labels or vectors in place of text.
+      ValueError: the model has labels or vectors in place of text, or fills masked blocks.
     """
     config.require(
         cfg.readout is None, "--lengths measures losses of text: the model has Model.readout"
     )
+    check_left_to_right(cfg, "--lengths")
     sums = np.zeros((5, len(ends) + 1))
     for batch in itertools.islice(batches.evaluation(), most):
         placed = sharding.place_batch(batch)

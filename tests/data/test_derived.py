@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of Model.vocab and Model.dtype where no config binds them: data and device decide."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import hub_server
 import pytest
 
-from t5x_lite import data, processes
+from t5x_lite import config, data, processes
 from t5x_lite.config import gin_file
 from t5x_lite.data import derived
 from t5x_lite.training import host
@@ -28,6 +29,12 @@ TASK_FEATURE_LENGTHS = {"inputs": 32, "targets": 32}
 MIXTURE_OR_TASK_NAME = "stdlib_docstrings"
 config.Schedule.kind = "constant"
 config.Schedule.peak = 0.001
+"""
+
+CANVAS = """
+INITIAL_CHECKPOINT_PATH = "g2p"
+config.Model.canvas = @config.Canvas()
+config.Canvas.block = 4
 """
 
 
@@ -84,6 +91,14 @@ def test_a_run_that_goes_on_keeps_what_it_was_saved_with(path):
     old = ["config.Model.activations=float32", "config.Model.vocab=512"]
     run = host.with_device_dtype(data.load_run(path, old), [path], old)
     assert run.model.dtype == "float32"  # the old name binds it too
+
+
+def test_a_run_that_begins_with_a_checkpoint_may_bind_a_canvas(tmp_path):
+    path = tmp_path / "canvas.gin"
+    path.write_text(LINES.replace('include "models/t5_tiny.gin"\n', "") + CANVAS)
+    model = derived.load_run(str(path)).model
+    assert model.canvas == config.Canvas(4)
+    assert dataclasses.replace(model, canvas=None) == derived.open_model("g2p")
 
 
 def test_a_config_of_a_saved_run_names_both(path):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import toy_model
+from conftest import mark_exhaustive, toy_model
 from decoding_laws import EXAMPLES, KINDS, SAMPLED, plain, trained
 from test_decoding_loop import NEVER, lively, use_one_device
 
@@ -20,6 +20,7 @@ from t5x_lite.config.canvas import CommitPolicy, parse_commit
 from t5x_lite.decoding import sampling
 from t5x_lite.decoding.canvas.policies import select_places
 from t5x_lite.decoding.canvas.writing import fill_canvas
+from t5x_lite.evaluation.lengths import measure_lengths
 
 LENGTH, BLOCK = 11, 4
 EVERY = tuple(range(len(EXAMPLES)))
@@ -60,17 +61,28 @@ def fill(kind, decode, order=EVERY, eos=NEVER, block=BLOCK, params=None):
     return fill_canvas(cfg, params, request, decode)
 
 
-@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_blocks_of_one_token_are_autoregressive_decoding_to_the_bit(kind, temperature):
-    decode = SAMPLED if temperature else config.Decode(max_new_tokens=SAMPLED.max_new_tokens)
+# The others state the same of a greedy encoder-decoder, and of a sampled decoder alone.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, sampled, policy",
+    mark_exhaustive(
+        [
+            ("encoder_decoder", True, "order:1"),
+            ("decoder_only", False, "threshold:0.5"),
+            ("encoder_decoder", False, "top:1"),
+            ("decoder_only", True, "random:1"),
+        ],
+        kept=[("encoder_decoder", True, "order:1"), ("decoder_only", False, "threshold:0.5")],
+    ),
+)
+def test_blocks_of_one_token_are_autoregressive_decoding_to_the_bit(kind, sampled, policy):
+    decode = SAMPLED if sampled else config.Decode(max_new_tokens=SAMPLED.max_new_tokens)
     eos = int(np.bincount(plain(kind, decode).tokens[:, 0].ravel()).argmax())
     wanted = plain(kind, decode, eos)
-    for policy in ("order:1", "threshold:0.5"):
-        policied = dataclasses.replace(decode, commit=policy)
-        filled = fill(kind, policied, eos=eos, block=1, params=trained(kind))
-        for name in ("tokens", "lengths", "log_probability", "token_step", "steps"):
-            np.testing.assert_array_equal(getattr(filled, name), getattr(wanted, name), name)
+    policied = dataclasses.replace(decode, commit=policy)
+    filled = fill(kind, policied, eos=eos, block=1, params=trained(kind))
+    for name in ("tokens", "lengths", "log_probability", "token_step", "steps"):
+        np.testing.assert_array_equal(getattr(filled, name), getattr(wanted, name), name)
 
 
 class Filling:
@@ -171,7 +183,11 @@ def test_greedy_texts_are_those_of_a_sampler_without_a_cache(kind):
             assert passes <= result.steps
 
 
-@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+# A decoder alone has longer prompts, and the same loop.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", mark_exhaustive(["encoder_decoder", "decoder_only"], kept=["encoder_decoder"])
+)
 def test_a_text_is_the_same_in_any_batch(kind):
     decode = dataclasses.replace(SAMPLED, max_new_tokens=LENGTH, commit="threshold:0.5")
     eos = int(np.bincount(fill(kind, decode).tokens[:, 0].ravel()).argmax())
@@ -183,6 +199,7 @@ def test_a_text_is_the_same_in_any_batch(kind):
         np.testing.assert_allclose(some, getattr(every, name)[list(order)], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_random_order_one_token_a_pass_has_the_law_of_the_trained_marginals():
     size, rows = 6, 1 << 14
     cfg = toy_model("decoder_only", layers=1, vocab=5, canvas=config.Canvas(size))
@@ -311,5 +328,7 @@ def test_what_writes_token_by_token_refuses_a_canvas():
     request = decoding.make_request(cfg, [EXAMPLES[0]], GREEDY)
     with pytest.raises(ValueError, match="needs a model that writes from left to right"):
         decoding.generate(cfg, params, request, GREEDY)
+    with pytest.raises(ValueError, match="--lengths needs a model that writes from left to right"):
+        measure_lengths(cfg, params, None, (4,), 1)
     with pytest.raises(ValueError, match="log-probability of a text needs a model"):
         decoding.score(cfg, params, [EXAMPLES[0]], [EXAMPLES[1]])
