@@ -68,6 +68,13 @@ class Canvas(Checked):
         """Sizes of the blocks that training draws from."""
         return self.drawn_blocks or (self.block,)
 
+    def doubles_rows(self, length: int) -> bool:
+        """True if rows of so many targets are read a second time, clean: they have several blocks.
+
+        Blocks of one token have no mask among their inputs: both copies would be the same.
+        """
+        return self.block > 1 and min(self.blocks) < length
+
 
 class CommitPolicy(NamedTuple):
     """Policy by which a decoder keeps tokens after a pass over a block.

@@ -164,8 +164,7 @@ def canvas_rows(
     masked = shift_right(on_rows(batch.canvas.tokens), where, start)
     # The first input of a block is the last token of the block before it, which is written.
     masked = jnp.where(shift_right(blocks, where, 0) == blocks, masked, clean)
-    # Blocks of one token have no mask among their inputs: both copies would be the same.
-    doubled = cfg.canvas.block > 1 and min(cfg.canvas.blocks) < blocks.shape[1]
+    doubled = cfg.canvas.doubles_rows(blocks.shape[1])
     mask = kernels.BlockDiffusionMask(segments, blocks, doubled)
     if not doubled:
         return DecoderRows(masked, segments, where, mask)

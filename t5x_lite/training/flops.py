@@ -63,10 +63,12 @@ def step_flops(model: config.Model, rows: int, lengths: dict[str, int]) -> int:
     encoder, decoder = model.encoder, model.decoder
     if encoder:
         forward += self_attention_and_mlp_flops(encoder, inputs)
+    doubled = model.canvas is not None and model.canvas.doubles_rows(targets)
+    read = 2 * targets if doubled else targets
     if decoder:
-        forward += self_attention_and_mlp_flops(decoder, targets)
+        forward += self_attention_and_mlp_flops(decoder, read)
     if encoder and decoder:
-        forward += cross_attention_flops(decoder, targets, inputs)
+        forward += cross_attention_flops(decoder, read, inputs)
     forward += 2 * model.last_stack.embed * outputs * targets
     return 3 * rows * forward
 

@@ -14,7 +14,7 @@ from conftest import mark_exhaustive, toy_model
 from decoding_laws import EXAMPLES, KINDS, SAMPLED, plain, trained
 from test_decoding_loop import NEVER, lively, use_one_device
 
-from t5x_lite import config, decoding, model
+from t5x_lite import config, decoding, model, sharding
 from t5x_lite.batch import Batch, MaskedBlocks
 from t5x_lite.config.canvas import CommitPolicy, parse_commit
 from t5x_lite.decoding import sampling
@@ -197,6 +197,16 @@ def test_a_text_is_the_same_in_any_batch(kind):
     for name in ("tokens", "lengths", "log_probability"):
         some = getattr(fill(kind, decode, order, eos=eos), name)
         np.testing.assert_allclose(some, getattr(every, name)[list(order)], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_text_is_the_same_on_any_mesh():
+    decode = dataclasses.replace(SAMPLED, max_new_tokens=LENGTH, commit="threshold:0.5")
+    alone = fill("encoder_decoder", decode)
+    sharding.use_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    split = fill("encoder_decoder", decode)
+    np.testing.assert_array_equal(split.tokens, alone.tokens)
+    np.testing.assert_allclose(split.log_probability, alone.log_probability, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from t5x_lite import config, model, sharding
 from t5x_lite.batch import Batch, MaskedBlocks
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import contexts
+from t5x_lite.training import flops
 
 BLOCK, MASK = 3, 0
 PROMPTS = {"encoder_decoder": (0, 0), "decoder_only": (2, 4)}
@@ -149,6 +150,36 @@ def test_packed_rows_are_single_ones_and_those_of_the_cache(layout, positions):
         np.testing.assert_allclose(packed[first : first + size], alone, atol=1e-5)
         np.testing.assert_allclose(decode(text)[text[3] :], alone[text[3] :], atol=1e-5)
         first += size
+
+
+def test_a_second_copy_of_a_row_costs_the_decoder_twice():
+    cfg, _ = canvas_model("encoder_decoder")
+    lengths = {"inputs": 16, "targets": 12}
+    whole = dataclasses.replace(cfg, canvas=config.Canvas(12))
+    plain = dataclasses.replace(cfg, canvas=None)
+    assert flops.step_flops(whole, 4, lengths) == flops.step_flops(plain, 4, lengths)
+    decoder = [
+        flops.self_attention_and_mlp_flops(cfg.decoder, length)
+        + flops.cross_attention_flops(cfg.decoder, length, 16)
+        for length in (12, 24)
+    ]
+    more = flops.step_flops(cfg, 4, lengths) - flops.step_flops(plain, 4, lengths)
+    assert more == 3 * 4 * (decoder[1] - decoder[0])
+
+
+@pytest.mark.slow
+def test_doubled_rows_are_the_same_on_any_mesh():
+    cfg, params = canvas_model("encoder_decoder")
+    row = rows_of("encoder_decoder", texts_of("encoder_decoder"))
+    batch = jax.tree.map(lambda x: np.repeat(x, 4, axis=0), row)
+    alone = np.asarray(hidden_of(cfg, params, row))
+    sharding.use_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    placed = sharding.place_batch(batch)
+    split = jax.jit(model.Transformer(cfg).apply, static_argnames="method")(
+        {"params": params}, placed, method="hidden"
+    )
+    for each in np.asarray(split):
+        np.testing.assert_allclose(each, alone[0], atol=1e-5)
 
 
 def decoded(cfg, params, text):
