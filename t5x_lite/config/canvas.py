@@ -11,11 +11,18 @@ from t5x_lite.config.checked import Checked, CountOrZero, Length, Share, require
 POLICIES = {
     "top": "top:M",
     "threshold": "threshold:P",
+    "neighbors": "neighbors:P:Q:W",
     "random": "random:M",
     "order": "order:M",
 }
 USUAL_POLICY = "threshold:0.9"
-MOST_PER_PASS = 2**16
+# Type, range in words and greatest value of the numbers of policies; all are above 0.
+NUMBERS = {
+    "M": (int, "1..65,536", 2**16),
+    "P": (float, "(0, 1]", 1),
+    "Q": (float, "(0, 1]", 1),
+    "W": (int, "1..65,536", 2**16),
+}
 # Fields of Decode that are for such a decoder alone, and those that it follows besides.
 CANVAS_FIELDS = ("commit", "canvas_block")
 HONORED = {
@@ -81,35 +88,52 @@ class CommitPolicy(NamedTuple):
 
     Attributes:
       kind: top: the M most probable choices; threshold: those at least P probable, and the most
-        probable one; random: M at random places; order: the M leftmost.
-      count: M; 1 of threshold.
-      least: P; 1 of other kinds.
+        probable one; neighbors: besides, those at least Q probable up to W places from one that is
+        P probable; random: M at random places; order: the M leftmost.
+      count: M; 1 where a probability decides.
+      least: P; 1 where none decides.
+      near: Q; 1 without neighbors.
+      reach: W; 0 without neighbors.
     """
 
     kind: str
     count: int = 1
     least: float = 1.0
+    near: float = 1.0
+    reach: int = 0
 
 
 def parse_commit(name: str) -> CommitPolicy:
     """Returns the policy of Decode.commit.
 
     Raises:
-      ValueError: there is no such policy, or its number is none.
+      ValueError: there is no such policy, or its numbers are none.
     """
-    kind, _, number = (name or USUAL_POLICY).partition(":")
+    kind, _, written = (name or USUAL_POLICY).partition(":")
     forms = ", ".join(POLICIES.values())
     require(kind in POLICIES, f"Decode.commit {name!r} is not one of {forms}")
-    try:
-        value = float(number) if kind == "threshold" else int(number)
-    except ValueError:
-        value = 0
-    valid = 0 < value <= (1 if kind == "threshold" else MOST_PER_PASS)
-    wanted = "P in (0, 1]" if kind == "threshold" else f"M in 1..{MOST_PER_PASS:,}"
-    require(valid, f"Decode.commit {name!r}: write it as {POLICIES[kind]}, {wanted}")
-    return (
-        CommitPolicy(kind, least=value) if kind == "threshold" else CommitPolicy(kind, int(value))
+    _, *letters = POLICIES[kind].split(":")
+    numbers = written.split(":")
+    ranges = ", ".join(f"{each} in {NUMBERS[each][1]}" for each in letters)
+    valid = len(numbers) == len(letters) and all(map(is_number_of, letters, numbers))
+    require(valid, f"Decode.commit {name!r}: write it as {POLICIES[kind]}, {ranges}")
+    values = dict(zip(letters, numbers, strict=True))
+    return CommitPolicy(
+        kind,
+        count=int(values.get("M", 1)),
+        least=float(values.get("P", 1)),
+        near=float(values.get("Q", 1)),
+        reach=int(values.get("W", 0)),
     )
+
+
+def is_number_of(letter: str, text: str) -> bool:
+    """True if a text is a number of the range of a letter of POLICIES."""
+    kind, _, most = NUMBERS[letter]
+    try:
+        return 0 < kind(text) <= most
+    except ValueError:
+        return False
 
 
 def check_canvas(model: Any) -> None:

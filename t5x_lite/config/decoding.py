@@ -145,7 +145,8 @@ class Decode(Checked):
         the mean of every 16 before them, once the prompt is read.
       commit: policy by which a model with Model.canvas keeps tokens after each pass over a block:
         top:M, the M most probable choices; threshold:P, those at least P probable, and the most
-        probable one; random:M, at M random places; order:M, the M leftmost; "" is threshold:0.9.
+        probable one; neighbors:P:Q:W, besides those at least Q probable within W places of one that
+        is P probable; random:M, at M random places; order:M, the M leftmost; "" is threshold:0.9.
       canvas_block: tokens of its blocks; 0 takes Canvas.block.
     """
 

@@ -52,6 +52,12 @@ RUN = config.Run("runs/sample", MODEL)
         (config.Decode(), {"commit": "top:0"}, r"write it as top:M, M in 1\.\.65,536"),
         (config.Decode(), {"commit": "threshold:1.5"}, r"write it as threshold:P, P in \(0, 1\]"),
         (config.Decode(), {"commit": "threshold:nan"}, "write it as threshold:P"),
+        (config.Decode(), {"commit": "top:2:3"}, "write it as top:M"),
+        (
+            config.Decode(),
+            {"commit": "neighbors:0.9:0.5"},
+            r"write it as neighbors:P:Q:W, P in \(0, 1\], Q in \(0, 1\], W in 1",
+        ),
     ],
 )
 def test_what_does_not_go_with_masked_blocks_is_refused_by_name(owner, fields, words):
@@ -69,8 +75,9 @@ def test_a_model_that_writes_from_left_to_right_has_no_policy():
 
 
 def test_policies():
-    assert parse_commit("") == parse_commit("threshold:0.9") == ("threshold", 1, 0.9)
-    assert parse_commit("order:3") == ("order", 3, 1.0)
+    assert parse_commit("") == parse_commit("threshold:0.9") == ("threshold", 1, 0.9, 1, 0)
+    assert parse_commit("order:3") == ("order", 3, 1.0, 1.0, 0)
+    assert parse_commit("neighbors:0.9:0.75:4") == ("neighbors", 1, 0.9, 0.75, 4)
     blocks = dataclasses.replace(CANVAS, drawn_blocks=(1, 2)).blocks
     assert (CANVAS.blocks, blocks) == ((4,), (1, 2))
     assert MODEL.mask_token_id == 0 and MODEL.reads_ahead

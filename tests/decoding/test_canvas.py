@@ -165,7 +165,12 @@ def select_in_python(policy, left, chance):
     if policy.kind == "top":
         return by_chance[: policy.count]
     sure = [i for i in left if chance[i] >= np.log(policy.least)]
-    return sure or by_chance[:1]
+    near = [
+        i
+        for i in left
+        if chance[i] >= np.log(policy.near) and any(abs(i - j) <= policy.reach for j in sure)
+    ]
+    return sorted({*sure, *near}) or by_chance[:1]
 
 
 @pytest.mark.slow
@@ -272,7 +277,10 @@ def text_law(cfg, params, example, size, in_order=False):
 
 def test_policies_keep_what_python_keeps():
     draw = np.random.default_rng(0)
-    for name in ("top:1", "top:3", "threshold:0.3", "order:2", "random:2"):
+    for name in (
+        *("top:1", "top:3", "threshold:0.3", "order:2", "random:2"),
+        *("neighbors:0.8:0.3:1", "neighbors:0.9:0.5:2"),
+    ):
         policy = parse_commit(name)
         chance = np.round(np.log(draw.random((20, 6))), 1)  # with ties
         noise, is_open = draw.random((20, 6)), draw.random((20, 6)) < 0.6

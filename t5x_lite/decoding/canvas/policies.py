@@ -27,8 +27,15 @@ def select_places(
     scores = {"random": noise, "order": -jnp.arange(noise.shape[1]) + 0.0 * noise}
     rank = rank_places(scores.get(policy.kind, log_probability), is_open)
     selected = rank < policy.count
-    if policy.kind == "threshold":
+    if policy.kind in ("threshold", "neighbors"):
         selected = selected | (log_probability >= jnp.log(policy.least))
+    if policy.kind == "neighbors":
+        # Anchors and what stands near them (LocalLeap; Kong et al., 2025).
+        anchors = is_open & (log_probability >= jnp.log(policy.least))
+        place = jnp.arange(noise.shape[1])
+        is_near = jnp.abs(place[:, None] - place[None, :]) <= policy.reach
+        near = jnp.any(anchors[:, None, :] & is_near, axis=2)
+        selected = selected | (near & (log_probability >= jnp.log(policy.near)))
     return selected & is_open
 
 
