@@ -154,6 +154,10 @@ def test_acceptance_stats_count_steps_and_accepted_drafts_of_each_text():
     assert report["tokens_per_call"] == pytest.approx(10 / 6, abs=1e-4)
     assert "1.67 each" in str(stats) and "50% 17%" in str(stats)
     assert AcceptanceStats().report()["tokens_per_call"] == 0 and str(AcceptanceStats())
+    # As of a masked block, whose tokens are all the model's own.
+    alone = AcceptanceStats()
+    alone.add(result([[0, 1, 0, 1]], [[0] * 4], [4]), ("model",), rows=1)
+    assert "2.00 each" in str(alone) and "draft" not in str(alone)
 
 
 @pytest.mark.slow

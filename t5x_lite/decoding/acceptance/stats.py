@@ -84,7 +84,9 @@ class AcceptanceStats:
             f"{self.tokens:,} tokens in {self.steps:,} forward passes: "
             f"{self.tokens_per_step:.2f} each"
         ]
-        if shares := self.acceptance_by_position()[:8]:
+        # The tokens that a pass over a masked block keeps are all the model's own.
+        shares = self.acceptance_by_position()[:8]
+        if shares and any(count for name, count in self.drafted.items() if name != "model"):
             percentages = " ".join(f"{share:.0%}" for share in shares)
             lines.append(f"forward passes that accepted draft 1, 2, ...: {percentages}")
         if self.model_tokens is not None:
