@@ -178,7 +178,7 @@ class Model(Checked):
     def mask_token_id(self) -> int:
         """Id that stands for a token of a canvas that is not written yet."""
         bound = None if self.canvas is None else self.canvas.mask_token_id
-        return self.decoder_start_token_id if bound is None else bound
+        return self.vocab - 1 if bound is None else bound
 
     @property
     def layout(self) -> Literal["encoder_decoder", "decoder_only", "encoder_only"]:

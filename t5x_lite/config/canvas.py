@@ -46,8 +46,8 @@ class Canvas(Checked):
     Attributes:
       block: tokens of a block. One as long as Data.lengths["targets"] holds the whole text. Targets
         are filled up with ends to a multiple of it.
-      mask_token_id: id that stands for a token not written yet, which no text has; None takes
-        Model.decoder_start_token_id.
+      mask_token_id: id that stands for a token not written yet, which no text has; None takes the
+        last id of Model.vocab, which is free where that is rounded up.
       rates: least and greatest share of a block that is masked in training; at least one token is.
         (0, 1) trains the bound of the likelihood, (1, 1) a decoder of one pass.
       drawn_blocks: sizes of blocks, of which training draws one for each text; () is `block` alone.
@@ -154,6 +154,11 @@ def check_canvas(model: Any) -> None:
     require(
         canvas.mask_token_id is None or canvas.mask_token_id < model.vocab,
         f"Canvas.mask_token_id must be below Model.vocab {model.vocab}",
+    )
+    # Places of a first block of masks alone could not be told apart by relative positions.
+    require(
+        model.mask_token_id != model.decoder_start_token_id,
+        f"Canvas.mask_token_id {model.mask_token_id} is Model.decoder_start_token_id: bind another",
     )
 
 

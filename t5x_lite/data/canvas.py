@@ -144,24 +144,15 @@ def make_masker(
       seed: of the run.
 
     Raises:
-      ValueError: the mask token ends texts.
+      ValueError: the mask token is one of the vocabulary, without being bound, or ends texts.
     """
     if model is None or model.canvas is None or model.canvas.block == 1:
         return None
-    check_mask_token(model, (vocabulary.eos,))
+    mask, bound = model.mask_token_id, model.canvas.mask_token_id is not None
+    config.require(
+        mask != vocabulary.eos and (bound or mask >= vocabulary.size),
+        f"The mask token of Model.canvas, id {mask}, is a token of the vocabulary: bind "
+        "config.Canvas.mask_token_id to an id that no text has, or a larger config.Model.vocab",
+    )
     key = randomness.key(seed, "canvas")
     return BlockMasker(model.canvas, model.mask_token_id, vocabulary.eos, key)
-
-
-def check_mask_token(model: config.Model, ends: tuple[int, ...]) -> None:
-    """Raises ValueError if the mask token of a model ends texts too.
-
-    Args:
-      model: config of the model.
-      ends: ids that end a text.
-    """
-    config.require(
-        model.mask_token_id not in ends,
-        f"The mask token of Model.canvas, id {model.mask_token_id}, also ends texts: bind "
-        "config.Canvas.mask_token_id to an id that no text has",
-    )

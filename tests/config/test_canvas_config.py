@@ -40,6 +40,11 @@ RUN = config.Run("runs/sample", MODEL)
             {"canvas": config.Canvas(4, mask_token_id=64)},
             "Canvas.mask_token_id must be below Model.vocab 64",
         ),
+        (
+            MODEL,
+            {"canvas": config.Canvas(4, mask_token_id=0)},
+            "Canvas.mask_token_id 0 is Model.decoder_start_token_id",
+        ),
         (MODEL, {"attention": "pallas"}, "Model.canvas has no kernel"),
         (
             RUN,
@@ -80,5 +85,5 @@ def test_policies():
     assert parse_commit("neighbors:0.9:0.75:4") == ("neighbors", 1, 0.9, 0.75, 4)
     blocks = dataclasses.replace(CANVAS, drawn_blocks=(1, 2)).blocks
     assert (CANVAS.blocks, blocks) == ((4,), (1, 2))
-    assert MODEL.mask_token_id == 0 and MODEL.reads_ahead
+    assert MODEL.mask_token_id == 63 and MODEL.reads_ahead
     assert not dataclasses.replace(MODEL, canvas=config.Canvas(1)).reads_ahead

@@ -96,7 +96,7 @@ def test_targets_are_filled_up_with_ends_which_are_no_text():
     filled = fill_ends(ragged, EOS, np.array([4, 4]))
     np.testing.assert_array_equal(filled.tokens, [5, 6, EOS, EOS, 7, EOS, EOS, EOS])
     source = config.Data("cmudict_g2p", {"inputs": 32, "targets": 32})
-    cfg = toy_model("encoder_decoder", canvas=config.Canvas(BLOCK))
+    cfg = toy_model("encoder_decoder", vocab=128, canvas=config.Canvas(BLOCK))
     batches = data.open_batches(source, "encoder_decoder", 8, 0, model=cfg)
     batch = batches.at(3)
     for row in range(8):
@@ -110,15 +110,20 @@ def test_targets_are_filled_up_with_ends_which_are_no_text():
     np.testing.assert_array_equal(again.canvas.tokens, batch.canvas.tokens[4:])
 
 
-def test_a_mask_token_that_ends_texts_is_refused_and_blocks_of_one_have_no_masks():
+def test_a_mask_token_of_the_vocabulary_is_refused_and_blocks_of_one_have_no_masks():
     class Vocabulary:
-        eos = 0
+        eos, size = 1, 64
 
     cfg = toy_model("encoder_decoder", canvas=config.Canvas(BLOCK))
-    with pytest.raises(ValueError, match="The mask token of Model.canvas, id 0, also ends texts"):
+    with pytest.raises(ValueError, match="The mask token of Model.canvas, id 63, is a token of"):
         make_masker(cfg, Vocabulary, 0)
-    bound = dataclasses.replace(cfg, canvas=config.Canvas(BLOCK, mask_token_id=63))
-    assert make_masker(bound, Vocabulary, 0).mask_token_id == 63
+    bound = dataclasses.replace(cfg, canvas=config.Canvas(BLOCK, mask_token_id=62))
+    assert make_masker(bound, Vocabulary, 0).mask_token_id == 62
+    Vocabulary.size = 63
+    assert make_masker(cfg, Vocabulary, 0).mask_token_id == 63
+    Vocabulary.eos = 63
+    with pytest.raises(ValueError, match="id 63, is a token of the vocabulary"):
+        make_masker(cfg, Vocabulary, 0)
     single = dataclasses.replace(cfg, canvas=config.Canvas(1))
     assert make_masker(single, Vocabulary, 0) is None
 
