@@ -207,6 +207,11 @@ def check_canvas_decode(model: Any, decode: Any) -> None:
             f"Decode.{each.name} needs text that is written from left to right, and Model.canvas "
             "fills the places of a block in any order: leave it out, or decode a model without it",
         )
+    require(
+        "checkpoints" not in decode.kv_cache,
+        f"Decode.kv_cache {decode.kv_cache} keeps tokens as they are written, and the blocks of "
+        "Model.canvas are written again: take int8, int4 or auto",
+    )
 
 
 def check_left_to_right(model: Any, what: str) -> None:

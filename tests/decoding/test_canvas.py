@@ -359,6 +359,7 @@ def test_noise_of_the_order_is_that_of_no_other_purpose():
         ({"regex": "a+"}, "Decode.regex needs text"),
         ({"drafter": "lookup"}, "Decode.drafter needs text"),
         ({"repetition_penalty": 1.2}, "Decode.repetition_penalty needs text"),
+        ({"kv_cache": "checkpoints:16:512"}, "Decode.kv_cache checkpoints:16:512 keeps tokens"),
     ],
 )
 def test_rules_that_no_canvas_can_follow_are_refused_by_name(fields, words):
