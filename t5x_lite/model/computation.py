@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from t5x_lite import config
 from t5x_lite.model import quantization
+from t5x_lite.model.adapter_banks import AdapterBank
 from t5x_lite.model.adapters import AdaptedWeight
 
 
@@ -77,12 +78,12 @@ def quantize_computation(params: dict, tied: bool) -> dict:
         return quantization.quantize_layers(weight, fan_in, quantization.QuantizationConfig(8, 16))
 
     def convert_inner(path, leaf):
-        if isinstance(leaf, AdaptedWeight):
+        if isinstance(leaf, AdaptedWeight | AdapterBank):
             return dataclasses.replace(leaf, weight=convert(path, leaf.weight))
         return convert(path, leaf)
 
     def is_matrix(leaf):
-        return quantization.is_quantized(leaf) or isinstance(leaf, AdaptedWeight)
+        return quantization.is_quantized(leaf) or isinstance(leaf, AdaptedWeight | AdapterBank)
 
     params = jax.tree_util.tree_map_with_path(convert_inner, params, is_leaf=is_matrix)
     head = jnp.swapaxes(params["embedding"], 0, 1) if tied else params["head"]

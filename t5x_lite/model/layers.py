@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from t5x_lite import config, sharding
 from t5x_lite.kernels import api as kernels
 from t5x_lite.model import adapters, quantization
+from t5x_lite.model.adapter_banks import AdapterBank
 from t5x_lite.model.adapters import AdaptedWeight
 from t5x_lite.model.mixed_precision import GradientSlot
 from t5x_lite.model.quantization import Quantized
@@ -105,7 +106,7 @@ def param(module: nn.Module, name: str, axes: str, std: float | None = None) -> 
         variable = module.get_variable("params", name)
         if isinstance(variable, Quantized):
             return variable
-        if isinstance(variable, AdaptedWeight):
+        if isinstance(variable, AdaptedWeight | AdapterBank):
             return variable.read(module.model.dtype)
         if isinstance(variable, GradientSlot):
             return variable.read()
@@ -165,7 +166,7 @@ class FsdpSpec(NamedTuple):
         return jnp.moveaxis(moved, 0, self.axis)
 
 
-def project(x: jax.Array, matrix: jax.Array | Quantized | AdaptedWeight, axes: str) -> jax.Array:
+def project(x: jax.Array, matrix: Any, axes: str) -> jax.Array:
     """Matrix product of the last axes of x with a weight.
 
     One product of two-dimensional arrays: with the axes left apart, XLA's CPU backward pass of a
@@ -183,6 +184,8 @@ def project(x: jax.Array, matrix: jax.Array | Quantized | AdaptedWeight, axes: s
 
     if isinstance(matrix, AdaptedWeight):
         return project_adapted(x, matrix, axes)
+    if isinstance(matrix, AdapterBank):
+        return matrix.add_to(project(x, matrix.weight, axes), x)
     if isinstance(matrix, Quantized):
         return quantization.quantized_matmul(x, matrix, placed(f"batch length {' '.join(outward)}"))
     inner = math.prod(matrix.shape[: len(inward)])
