@@ -4,10 +4,11 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 from t5x_lite.cli.command import Command
-from t5x_lite.cli.options import add_checkpoints, add_number
+from t5x_lite.cli.options import add_adapter, add_checkpoints, add_number
 from t5x_lite.cli.parser import Parser
 from t5x_lite.config.checked import Range, field_types
 from t5x_lite.serving.server_limits import ServerLimits
@@ -25,6 +26,8 @@ examples:
     '{{"model": "flan-t5-small", "input": "translate English to German: Good night"}}'
   # several models; requests choose one by its name, "g2p" or "SmolLM2-135M-Instruct.Q4_1.gguf"
   python -m t5x_lite.serve --checkpoint=runs/g2p --checkpoint=SmolLM2-135M-Instruct.Q4_1.gguf
+  # a model with adapters of its own for some requests: "model": "reviews"
+  python -m t5x_lite.serve --checkpoint=google/flan-t5-small --adapter=reviews=runs/reviews
   # for other machines, with an API key; 32 texts at a time, 500 more may wait
   {KEY}=$(cat key.txt) python -m t5x_lite.serve --checkpoint=runs/g2p --host=0.0.0.0 \\
     --rows=32 --queue=500
@@ -61,6 +64,8 @@ def parser() -> Parser:
     )
     add = command.add_argument
     add_checkpoints(command, ". The last part of the path names it in requests")
+    beside = "the first checkpoint with adapters (LoRA), a model NAME in requests; again for more"
+    add_adapter(command, beside)
     port = "0 takes any free one (default: 8000)"
     add_number(command, "port", Annotated[int, Range(0, 65535)], "N", port, default=8000)
     add(
@@ -109,9 +114,12 @@ def serve(args: argparse.Namespace) -> int:
     with connections.bind_socket(args.host, args.port) as bound:
         host, port = bound.getsockname()[:2]
         served = models.ServedModels(limits)
-        for path, name in zip(args.checkpoint, short_names(args.checkpoint), strict=True):
+        names, adapters = short_names(args.checkpoint), args.adapter or []
+        check_names(names, adapters)
+        for path, name in zip(args.checkpoint, names, strict=True):
             print(f"loading {name}", file=sys.stderr)
-            served.load(name, path, args.warm_up)
+            served.load(name, path, args.warm_up, adapters)
+            adapters = []
         shown = host if ":" not in host else f"[{host}]"
         print(f"serving http://{shown}:{port}/v1 (Ctrl-C stops)", file=sys.stderr, flush=True)
         api = app.Api(served)
@@ -123,6 +131,13 @@ def serve(args: argparse.Namespace) -> int:
             served.cancel_all,
         )
         return running.serve_until_stopped(bound, served.is_busy)
+
+
+def check_names(names: Sequence[str], adapters: Sequence[tuple[str, str]]) -> None:
+    """Raises ValueError for an adapter that is named as a model is."""
+    for name, _ in adapters:
+        if name in names:
+            raise ValueError(f"--adapter {name}: a model has this name already, choose another")
 
 
 def read_keys(text: str) -> list[str]:

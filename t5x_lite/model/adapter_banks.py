@@ -10,7 +10,7 @@ alone, whatever adapters the others have.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -118,14 +118,15 @@ def bank_matrix(weight: Any, found: Sequence[AdaptedWeight | None]) -> AdapterBa
         widths[axis] = (0, rank - array.shape[axis])
         return jnp.pad(array, widths)
 
-    scales = None
-    if any(each.magnitude is not None for each in known):
-        scales = stack([each and find_column_scales(each) for each in found], 1)
+    def collect(read: Callable[[AdaptedWeight], Any], missing: float) -> jax.Array:
+        return stack([None if each is None else read(each) for each in found], missing)
+
+    has_scales = any(each.magnitude is not None for each in known)
     return AdapterBank(
         weight,
-        a=stack([each and pad_rank(each.a, each.a.ndim - 1) for each in found], 0),
-        b=stack([each and pad_rank(each.scale * each.b, 0) for each in found], 0),
-        column_scales=scales,
+        a=collect(lambda each: pad_rank(each.a, each.a.ndim - 1), 0),
+        b=collect(lambda each: pad_rank(each.scale * each.b, 0), 0),
+        column_scales=collect(find_column_scales, 1) if has_scales else None,
     )
 
 

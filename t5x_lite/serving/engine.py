@@ -5,7 +5,7 @@ import contextlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 
 from t5x_lite import config, sharding
 from t5x_lite.evaluation.predict import Predictor
+from t5x_lite.model import adapter_banks
 from t5x_lite.serving.completion import (
     Completion,
     CompletionChunk,
@@ -40,7 +41,7 @@ class Engine:
 
     Attributes:
       limits: sizes.
-      predictors: the model by name of the adapter; "" without one.
+      predictors: the model with all adapters, by name of each; "" for none of them.
       waiting: texts that have no row yet, in order of arrival.
       lanes: rows by their settings, the one used last at the end.
       reading: the long prompt that is being read; None for none.
@@ -70,7 +71,9 @@ class Engine:
             f"EngineLimits.rows {limits.rows} cannot be split over {shards} parts of the mesh: "
             "take a multiple",
         )
-        self.limits, self.predictors = limits, {"": predictor, **(adapters or {})}
+        adapters = adapters or {}
+        predictor = add_adapters(predictor, [*adapters.values()])
+        self.limits, self.predictors = limits, dict.fromkeys(["", *adapters], predictor)
         self.waiting: deque[RowText] = deque()
         self.calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self.lanes: dict[LaneKey, Lane] = {}
@@ -335,7 +338,7 @@ class Engine:
 
     def make_lane(self, text: RowText) -> Lane:
         """Returns a lane for texts like one."""
-        return Lane(text.key, self.predictors[text.key.adapter], self.limits)
+        return Lane(text.key, self.predictors[""], self.limits, [*self.predictors])
 
     def advance_lane(self, lane: Lane) -> None:
         """Writes a block of the texts of a lane, and sends what is new."""
@@ -381,3 +384,11 @@ class Engine:
         lane = self.lanes.pop(key, None)
         if lane is not None:
             self.fail([text for text in lane.texts if text is not None], error)
+
+
+def add_adapters(predictor: Predictor, adapted: Sequence[Predictor]) -> Predictor:
+    """Returns a predictor whose weights have the adapters of others beside them."""
+    if not adapted:
+        return predictor
+    trees = [each.params for each in adapted]
+    return predictor.with_params(adapter_banks.bank_adapters(predictor.params, trees))

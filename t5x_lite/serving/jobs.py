@@ -197,7 +197,7 @@ def read_job(models: ServedModels, route: str, body: bytes, client: str) -> Job:
     decodes = list_decodes(make_decode(defaults, wanted, alternatives), wanted.n)
     deadline = time.monotonic() + limits.timeout
     requests = [
-        TextRequest(prompt, decode, deadline=deadline, streamed=wanted.stream, client=client)
+        TextRequest(prompt, decode, served.adapter, deadline, wanted.stream, client)
         for prompt in prompts
         for decode in decodes
     ]

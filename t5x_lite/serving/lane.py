@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from t5x_lite import config, decoding, sharding
@@ -19,6 +20,7 @@ from t5x_lite.decoding.steering.build import ChoiceRules, make_processors
 from t5x_lite.decoding.streaming import DecodeArguments
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.evaluation.prediction import TokenScore, describe_tokens
+from t5x_lite.model import adapter_banks
 from t5x_lite.serving.completion import FinishReason
 from t5x_lite.serving.limits import EngineLimits
 from t5x_lite.serving.row_text import LaneKey, RowText, join_requests
@@ -35,22 +37,31 @@ class Lane:
       key: settings that the rows share.
       predictor: the model.
       limits: sizes of the engine.
+      adapters: names of the adapters beside the model's weights; "" first, for none.
       texts: the text of each row; None for a free one.
       passes: forward passes of the last block.
     """
 
-    def __init__(self, key: LaneKey, predictor: Predictor, limits: EngineLimits):
+    def __init__(
+        self,
+        key: LaneKey,
+        predictor: Predictor,
+        limits: EngineLimits,
+        adapters: Sequence[str],
+    ):
         """Prepares the programs of a pool, which the first text that joins begins.
 
         Args:
           key: settings that the rows share.
-          predictor: the model without the adapter's name, of any Decode.compute.
+          predictor: the model with all adapters, of any Decode.compute.
           limits: sizes of the engine.
+          adapters: names of the adapters in their order; "" first, for none.
 
         Raises:
           ValueError: the drafter does not fit the model.
         """
         self.key, self.limits, self.passes = key, limits, 0
+        self.adapters = adapters
         self.predictor = predictor.for_compute(key.decode.compute)
         self.decode = fix_drafter(self.predictor, key.decode)
         self.drafting = self.predictor.drafters.get(self.decode)
@@ -112,16 +123,26 @@ class Lane:
         request = join_requests(texts, rows, self.program.inputs, self.program.prompts)
         decodes = [text.decode for text in texts]
         sampling = sampling_rows(decodes, request)
-        arguments = self.make_arguments(texts[0], request)
+        params = self.select_adapters([*texts, *[texts[0]] * (rows - len(texts))])
+        arguments = self.make_arguments(texts[0], request)._replace(params=params)
         filled: Any = np.array([*places, *places[:1] * (rows - len(places))], np.int32)
         # On the host: one call places them all, where an array at a time takes 8 ms.
         joining = pool.JoiningRows(request._replace(eos=None), sampling, filled, cache)
         if self.pool is None:
-            self.arguments = arguments
             self.pool = pool.empty_pool(self.program, sizes, arguments, joining)
         self.pool = pool.join_pool(self.program, sizes, arguments, self.pool, joining)
         for row, text in zip(places, texts, strict=True):
             self.texts[row] = text
+        params = self.select_adapters(self.texts)
+        self.arguments = (self.arguments or arguments)._replace(params=params)
+
+    def select_adapters(self, texts: Sequence[RowText | None]) -> Any:
+        """Returns the weights for rows with the adapters of these texts."""
+        if len(self.adapters) == 1:
+            return self.predictor.params
+        names = ["" if text is None else text.completion.request.adapter for text in texts]
+        numbers = jnp.array([self.adapters.index(name) for name in names], jnp.int32)
+        return adapter_banks.select_adapters(self.predictor.params, numbers)
 
     def make_arguments(self, text: RowText, request: decoding.Request) -> DecodeArguments:
         """Returns the traced arguments for rows of a request.

@@ -22,7 +22,7 @@ class EngineLimits:
         chunk while rows write.
       prefix_bytes: bytes of the prefix cache, which keeps whole chunks; 0 for none.
       queue: requests that may wait.
-      lanes: different settings (adapter, constraint, drafter, class of widths, ...) that are
+      lanes: different settings (constraint, drafter, class of widths, ...) that are
         served at the same time, each with rows of its own.
     """
 

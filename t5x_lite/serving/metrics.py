@@ -35,7 +35,9 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics, labeled by model."""
-        gauges = {name: each.engine.gauges() for name, each in self.served.items()}
+        served = self.served.items()
+        # Models with adapters share the engine of theirs.
+        gauges = {name: each.engine.gauges() for name, each in served if not each.adapter}
         for kind, families in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for field, text in families.items():
                 family = kind(f"t5x_lite_{field}", text, labels=["model"])

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """ServedModels of a server: a session and its engine by name."""
 
+import copy
 import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from t5x_lite import config
+from t5x_lite.cli.options import attach_named
 from t5x_lite.decoding.request import bucket_length
 from t5x_lite.evaluation import pipeline
 from t5x_lite.serving.completion import TextRequest
@@ -61,18 +63,45 @@ class ServedModel:
       name: its id in requests.
       session: the model with its weights and vocabularies.
       decode: settings of texts by default.
-      engine: writes its texts.
+      engine: writes its texts, and those of the same model with other adapters.
+      adapter: name of its adapter in the engine; "" without one.
       parameters: prefixes and settings of tasks (task_specific_params of its config.json).
     """
 
-    def __init__(self, name: str, session: Any, limits: ServerLimits):
+    def __init__(
+        self,
+        name: str,
+        session: Any,
+        limits: ServerLimits,
+        adapters: Mapping[str, Any] | None = None,
+    ):
+        """Starts the engine.
+
+        Args:
+          name: its id in requests.
+          session: the model.
+          limits: limits of the server.
+          adapters: sessions of the model with adapters, by name; None for none.
+        """
         self.name, self.session = name, session
         sizes = engine_limits(session.predictor.cfg, limits)
         most = min(session.decode.max_new_tokens, sizes.max_new_tokens)
         self.decode = dataclasses.replace(session.decode, **ONE_ROW, max_new_tokens=most)
-        self.engine = Engine(session.predictor, sizes)
+        predictors = {name: each.predictor for name, each in (adapters or {}).items()}
+        self.engine, self.adapter = Engine(session.predictor, sizes, predictors), ""
         self.parameters: dict[str, Any] = {}
         self.embedding = 0
+
+    def with_adapter(self, name: str, session: Any) -> "ServedModel":
+        """Returns the model with one of the engine's adapters: the same rows write its texts.
+
+        Args:
+          name: name of the adapter, its id in requests.
+          session: the model with it.
+        """
+        other = copy.copy(self)
+        other.name, other.session, other.adapter, other.embedding = name, session, name, 0
+        return other
 
     def warm_up(self, all_widths: bool = False) -> None:
         """Writes texts, so that programs are compiled before the first request.
@@ -163,35 +192,54 @@ class ServedModels:
         self.served: dict[str, ServedModel] = {}
         self.sources: dict[str, str] = {}
 
-    def load(self, name: str, source: str, all_widths: bool = False) -> None:
+    def load(
+        self,
+        name: str,
+        source: str,
+        all_widths: bool = False,
+        adapters: Sequence[tuple[str, str]] = (),
+    ) -> None:
         """Loads a checkpoint and writes texts, so that its programs are compiled.
 
         Args:
           name: its name in requests.
           source: what `interactive.load` takes.
           all_widths: of inputs of all widths, see `ServedModel.warm_up`.
+          adapters: name in requests and source of each adapter.
 
         Raises:
-          ValueError: it cannot be loaded.
+          ValueError: it cannot be loaded, or an adapter is of another model.
         """
         from t5x_lite import interactive
 
-        served = self.add(name, lambda: interactive.load(source))
-        served.parameters = pipeline.task_parameters(source)
+        served = self.add(name, lambda: interactive.load(source), adapters)
+        parameters = pipeline.task_parameters(source)
+        for each in (served, *(self.served[adapter] for adapter, _ in adapters)):
+            each.parameters = parameters
         self.sources[source] = name
         served.warm_up(all_widths)
 
-    def add(self, name: str, make: Callable[[], Any]) -> ServedModel:
-        """Adds a session.
+    def add(
+        self, name: str, make: Callable[[], Any], adapters: Sequence[tuple[str, str]] = ()
+    ) -> ServedModel:
+        """Adds a session, and the same model with adapters.
 
         Args:
           name: its name in requests.
           make: returns the session; runs in a thread of its own.
+          adapters: name in requests and source of each adapter.
         """
+
+        def serve() -> list[ServedModel]:
+            session = make()
+            sessions = attach_named(session, adapters)
+            served = ServedModel(name, session, self.limits, sessions)
+            return [served, *(served.with_adapter(*each) for each in sessions.items())]
+
         with ThreadPoolExecutor(1) as thread:
-            served = thread.submit(lambda: ServedModel(name, make(), self.limits)).result()
-        self.served[name] = served
-        return served
+            models = thread.submit(serve).result()
+        self.served |= {each.name: each for each in models}
+        return models[0]
 
     def get(self, name: str) -> ServedModel:
         """The model of a name or a --checkpoint; raises ApiError where there is none."""
@@ -215,6 +263,7 @@ class ServedModels:
         threads = [
             threading.Thread(target=each.engine.close, args=(False,), daemon=True)
             for each in self.served.values()
+            if not each.adapter
         ]
         until = time.monotonic() + LAST_SECONDS
         for thread in threads:

@@ -77,8 +77,8 @@ class PromptReading:
 
     def read_next(self) -> int:
         """Reads a chunk, and returns its number of ids."""
-        number, predictor = self.done, self.lane.predictor
-        slots = self.slots(number)
+        number, slots = self.done, self.slots(self.done)
+        params = self.lane.select_adapters([self.text] * sharding.batch_shards())
         if self.cache is None:
             self.cache = self.empty_cache(number)
         elif self.cache[0].slots < slots:
@@ -88,7 +88,7 @@ class PromptReading:
         index = self.index(number)
         tokens: Any = np.tile(self.chunks[number], (len(index), 1))
         self.cache, chunk = chunked_prefill.read_chunk(
-            self.lane.program.program.cfg, predictor.params, self.cache, tokens, index
+            self.lane.program.program.cfg, params, self.cache, tokens, index
         )
         self.done += 1
         if self.prefixes.most_bytes and number < self.whole:

@@ -40,14 +40,12 @@ class LaneKey(NamedTuple):
     """Settings of rows that share a pool.
 
     Attributes:
-      adapter: name of the adapter.
       decode: config whose fields by row have their defaults, but for the limit of its texts.
       inputs: width of the encoder's inputs; 0 without an encoder.
       prompts: width of the decoder's prompts.
       rules: those of RULES_BY_ROW that the rows have.
     """
 
-    adapter: str
     decode: config.Decode
     inputs: int
     prompts: int
@@ -129,7 +127,6 @@ class RowText:
         inputs, prompts = self.widths()
         length = width_class(decode.max_new_tokens, limits.max_new_tokens)
         self.key = LaneKey(
-            adapter=completion.request.adapter,
             decode=shared_decode(decode, length, cfg.vocab),
             inputs=width_class(inputs, most) if cfg.encoder is not None else 0,
             prompts=1 if cfg.encoder is not None and prompts == 1 else width_class(prompts, most),
@@ -233,7 +230,7 @@ def make_text(
 
     Args:
       completion: the completion, whose request may be any.
-      predictors: the model by name of the adapter.
+      predictors: the model by name of each of its adapters; "" for none.
       limits: sizes of the engine.
 
     Raises:

@@ -8,18 +8,16 @@ import shutil
 
 import numpy as np
 import pytest
-from conversion_toys import GPT2, T5, Drawn, write_ours, write_safetensors
+from adapter_toys import draw_adapters
+from conversion_toys import GPT2, T5, Drawn, write_ours
 from hub_toys import write_folders
 from lora_parity import draw_pair
 from safetensors.numpy import load_file
 
 from t5x_lite import config, convert, infer, interactive
 from t5x_lite.checkpoints import adapters as saved_adapters
-from t5x_lite.checkpoints import matching
-from t5x_lite.checkpoints.formats.huggingface import gpt2, peft, t5
+from t5x_lite.checkpoints.formats.huggingface import gpt2, peft
 from t5x_lite.checkpoints.opening import WEIGHTS_ONLY, open_checkpoint
-
-LORA = config.Lora(rank=2, alpha=4.0, weights=("*.query", "*.out", "*.gate"))
 
 
 @pytest.fixture(scope="module")
@@ -84,32 +82,6 @@ def test_a_folder_of_peft_there_and_back_has_the_same_bits_and_merges_as_peft_do
     merged = load_file(tmp_path / "hf" / "model.safetensors")
     for name, values in merged.items():
         np.testing.assert_allclose(values, theirs[name].numpy(), atol=1e-6, err_msg=name)
-
-
-def draw_adapters(folder, cfg, seed: int, dora: bool = False):
-    """Writes a folder of peft with random adapters of the toy in folder / "hf".
-
-    Args:
-      folder: folder of the toys.
-      cfg: architecture of the toy.
-      seed: seed of the draw.
-      dora: adapters with magnitudes.
-    """
-    draw = np.random.default_rng(seed)
-    lora = dataclasses.replace(LORA, dora=dora)
-    axes = saved_adapters.model_axes(cfg)
-    table = peft.adapter_entries(t5.entries(cfg), lora, axes)
-    leaves = saved_adapters.adapter_leaves(cfg, lora)
-    arrays = {
-        mapping.theirs: draw.normal(size=mapping.tensor_shape).astype(np.float32)
-        for mapping in matching.map_weights(cfg, table, leaves)
-    }
-    path = folder / f"peft_{seed}"
-    path.mkdir()
-    write_safetensors(path / "adapter_model.safetensors", arrays)
-    fields = peft.adapter_config(lora, str(folder / "hf"), cfg, t5.entries(cfg))
-    (path / "adapter_config.json").write_text(json.dumps(fields))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -4,37 +4,15 @@
 import jax
 import numpy as np
 import pytest
+from adapter_toys import LORAS, draw_adapter
 from conftest import mark_exhaustive, toy_model
 from test_decoding_loop import lively, use_one_device
 
-from t5x_lite import config, decoding, model, sharding
-from t5x_lite.checkpoints.weight_paths import flatten_tree, nest_tree
+from t5x_lite import config, decoding, sharding
 from t5x_lite.model import adapter_banks, adapters, quantization
 from t5x_lite.model.computation import params_for_compute
 
-LORAS = {
-    "low": config.Lora(rank=2, alpha=4.0),
-    "dora": config.Lora(rank=3, alpha=2.0, dora=True),
-    "few": config.Lora(rank=1, alpha=3.0, weights=("decoder.*.attention.query",)),
-}
 IDS = [5, 9, 3, 7, 11, 2]
-
-
-def draw_adapter(cfg: config.Model, name: str) -> dict:
-    """Random arrays of an adapter, large enough to change every logit.
-
-    Args:
-      cfg: the model.
-      name: one of LORAS.
-    """
-    draw, lora = np.random.default_rng(sum(map(ord, name))), LORAS[name]
-    shapes, axes = flatten_tree(model.shapes(cfg)), flatten_tree(model.axes(cfg))
-    described = adapters.adapter_shapes(lora, axes, shapes)
-    arrays = {
-        path: (0.3 * draw.normal(size=each.shape) + path.endswith("magnitude")).astype(np.float32)
-        for path, each in described.items()
-    }
-    return nest_tree(arrays)
 
 
 def prepare_bank(cfg: config.Model) -> tuple[dict, dict, dict]:

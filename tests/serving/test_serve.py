@@ -128,6 +128,7 @@ def test_what_is_cut_off_is_answered_by_an_error(end):
         (["--rows=0"], "", "--rows"),
         (["--drain=-1"], "", "--drain"),
         (["--checkpoint=nowhere"], "", "nowhere"),
+        (["--adapter=nowhere=runs/x"], "", "--adapter nowhere: a model has this name already"),
     ],
 )
 def test_a_mistake_ends_it_before_it_serves(monkeypatch, capsys, options, key, reason):
