@@ -91,20 +91,20 @@ def bank_adapters(base: Any, adapted: Sequence[Any]) -> Any:
     """
 
     def combine(weight: Any, *others: Any) -> Any:
-        found = [each if is_adapted(each) else None for each in others]
-        return bank_matrix(weight, found) if any(found) else weight
+        adapters = [each if is_adapted(each) else None for each in others]
+        return bank_matrix(weight, adapters) if any(adapters) else weight
 
     return jax.tree.map(combine, base, *adapted, is_leaf=quantization.is_quantized)
 
 
-def bank_matrix(weight: Any, found: Sequence[AdaptedWeight | None]) -> AdapterBank:
+def bank_matrix(weight: Any, adapters: Sequence[AdaptedWeight | None]) -> AdapterBank:
     """Returns the bank of one matrix.
 
     Args:
       weight: the frozen matrix.
-      found: its adapters, in order; None for one that leaves it alone.
+      adapters: its adapters, in order; None for one that leaves it alone.
     """
-    known = [each for each in found if each is not None]
+    known = [each for each in adapters if each is not None]
     rank = max(each.a.shape[-1] for each in known)
 
     def stack(arrays: list[jax.Array | None], missing: float) -> jax.Array:
@@ -119,7 +119,7 @@ def bank_matrix(weight: Any, found: Sequence[AdaptedWeight | None]) -> AdapterBa
         return jnp.pad(array, widths)
 
     def collect(read: Callable[[AdaptedWeight], Any], missing: float) -> jax.Array:
-        return stack([None if each is None else read(each) for each in found], missing)
+        return stack([None if each is None else read(each) for each in adapters], missing)
 
     has_scales = any(each.magnitude is not None for each in known)
     return AdapterBank(
