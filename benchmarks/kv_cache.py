@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss and memory of a model whose keys and values are kept in 8 and 4 bits (Decode.kv_cache).
+"""Loss and memory of a model whose keys and values are quantized or compressed (Decode.kv_cache).
 
 Scores the first tokens of two texts that every Python has, one of code and one of prose, as
-decoding would: every token attends to keys and values that were kept. Writes the loss in nats per
-token, the share of tokens whose best next token is that of the cache in float32, and the bytes of
-the cache's arrays for each token of a row.
+decoding in blocks of 64 would: every token attends to keys and values that were kept. Writes the
+loss in nats per token, the share of tokens whose best next token is that of the cache in float32,
+and the bytes of the cache's arrays for each token of a row.
 
   python benchmarks/kv_cache.py --checkpoint=SmolLM2-135M-Instruct.Q4_1.gguf [--tokens=2048]
       [--kinds auto int8 int8:int4 int4] [--json benchmarks/results/kv_cache.json]
@@ -21,6 +21,7 @@ import report
 
 PACKAGES = ["jax", "jaxlib", "flax"]
 KINDS = ["auto", "int8", "int8:int4", "int4"]
+BLOCK = 64
 TEXTS = {"code (argparse.py)": "argparse", "prose (pydoc_data/topics.py)": "pydoc_data.topics"}
 
 
@@ -47,37 +48,46 @@ def score(cfg: Any, params: Any, kind: str, ids: Any) -> Any:
     """
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from t5x_lite import model
     from t5x_lite.config.kv_cache import parse_kv_cache
     from t5x_lite.decoding.sampling import gather_vocabulary
     from t5x_lite.decoding.verification import token_log_probability
 
-    form, transformer = parse_kv_cache(kind), model.Transformer(cfg, scan=False)
+    form = parse_kv_cache(kind)._replace(block=BLOCK)
+    transformer = model.Transformer(cfg, scan=False)
 
-    @jax.jit
-    def run(params, tokens):
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(params, cache, tokens, following, start):
         apply = functools.partial(transformer.apply, {"params": params})
-        cache = model.empty_cache(cfg, *tokens.shape, scan=False, form=form)
-        block = model.TokenBlock(tokens, jnp.zeros(len(tokens), jnp.int32))
-        hidden, _ = apply(block, cache, method=model.Transformer.decode)
+        block = model.TokenBlock(tokens, jnp.full(len(tokens), start))
+        hidden, cache = apply(block, cache, method=model.Transformer.decode)
         logits = gather_vocabulary(apply(hidden, method=model.Transformer.logits))
-        return token_log_probability(logits[:, :-1], tokens[:, 1:]), jnp.argmax(logits, axis=-1)
+        return cache, token_log_probability(logits, following), jnp.argmax(logits, axis=-1)
 
-    return jax.device_get(run(params, ids))
+    cache = model.empty_cache(cfg, *ids.shape, scan=False, form=form)
+    following, scores, chosen = np.roll(ids, -1, axis=1), [], []
+    for start in range(0, ids.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        cache, *outputs = run(params, cache, ids[:, block], following[:, block], start)
+        scores.append(outputs[0])
+        chosen.append(outputs[1])
+    # Nothing follows the last token.
+    return np.concatenate(scores, axis=1)[:, :-1], np.concatenate(chosen, axis=1)
 
 
-def cache_bytes(cfg: Any, kind: str) -> float:
-    """Bytes of the cache's arrays for a token of a row."""
+def cache_bytes(cfg: Any, kind: str, tokens: int) -> float:
+    """Bytes of a cache's arrays for each of so many tokens of a row."""
     import jax
 
     from t5x_lite import model
     from t5x_lite.config.kv_cache import parse_kv_cache
 
-    form = parse_kv_cache(kind)
-    create = functools.partial(model.empty_cache, cfg, 1, 64, scan=False, form=form)
+    form = parse_kv_cache(kind)._replace(block=BLOCK)
+    create = functools.partial(model.empty_cache, cfg, 1, tokens, scan=False, form=form)
     leaves = jax.tree.leaves(jax.eval_shape(create))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 64
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / tokens
 
 
 def measure(options: argparse.Namespace) -> list[report.Row]:
@@ -95,7 +105,8 @@ def measure(options: argparse.Namespace) -> list[report.Row]:
     for kind in options.kinds:
         scores, chosen = score(cfg, params, kind, np.array([*texts.values()], np.int32))
         best = chosen if best is None else best
-        rows.append(report.Row("a token of a row", kind, "bytes", cache_bytes(cfg, kind)))
+        size = cache_bytes(cfg, kind, options.tokens)
+        rows.append(report.Row("a token of a row", kind, "bytes", size))
         for name, row, ours, theirs in zip(texts, scores, chosen, best, strict=True):
             case = f"{name}, {options.tokens:,} tokens"
             rows += [

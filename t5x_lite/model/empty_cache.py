@@ -61,14 +61,13 @@ def empty_cache(
             "attends to text and inputs together: choose int8"
         )
     spare = -(-form.block // segment) + 1
-    compressed = CheckpointCache(
-        RingCache(*empty_pair(room), room - form.block),
-        empty_pair(segments + spare + 1),
-        recent,
-        segment,
-    )
+
+    def compressed():
+        ring = RingCache(*empty_pair(room), room - form.block)
+        return CheckpointCache(ring, empty_pair(segments + spare + 1), recent, segment)
+
     pairs = zip(stores, windows, strict=True)
-    return tuple(compressed if window is None else store for store, window in pairs)
+    return tuple(compressed() if window is None else store for store, window in pairs)
 
 
 def layer_windows(cfg: config.Model) -> list[int | None]:
