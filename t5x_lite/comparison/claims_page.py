@@ -175,7 +175,9 @@ def describe_cost(twins: Sequence[str], record: dict) -> str:
             for axis in ("parameters", "training_flops", "inference_flops")
         ]
         values = ", ".join(f"{share:+.0%}" for share in shares)
-        parts.append(f"{name}: {values}")
+        more = costs[name]["pretraining_steps"] - base["pretraining_steps"]
+        pretrained = f" ({more:+,} steps of pretraining)" if more else ""
+        parts.append(f"{name}: {values}{pretrained}")
     return "; ".join(parts)
 
 

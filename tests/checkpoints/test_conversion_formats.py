@@ -28,7 +28,7 @@ from flax import serialization
 from t5x_lite import config, sharding
 from t5x_lite.checkpoints import matching, tensors, transfer, weights
 from t5x_lite.checkpoints.checkpoint_io import DamagedCheckpointError
-from t5x_lite.checkpoints.formats import t5x, t5x_files
+from t5x_lite.checkpoints.formats import huggingface, t5x, t5x_files
 from t5x_lite.checkpoints.run_folder import SavedWeights
 from t5x_lite.checkpoints.tensors import MappedTensors
 from t5x_lite.checkpoints.weight_paths import flatten_tree
@@ -246,6 +246,37 @@ def test_the_newest_t5x_layout_is_read(tmp_path):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as writer:
         writer.save(tmp_path / "checkpoint_3" / "state", args=ocp.args.PyTreeSave(state))
     assert_same(open_t5x(tmp_path / "checkpoint_3", LONE).weights(), drawn)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("t5", {"positions": "alibi"}),
+        ("t5", {"positions": "none"}),
+        ("t5", {"positions": "bipe", "segment_length": 4}),
+        ("t5", {"bias_vectors": True}),
+        ("t5", {"qkv_norm": True}),
+        ("t5", {"output_norm": True}),
+        ("t5", {"chunk": 4}),
+        ("llama", {"positions": "alibi"}),
+        ("llama", {"rotary_span": 8}),
+        ("llama", {"qkv_norm": True}),
+        ("llama", {"output_norm": True}),
+    ],
+)
+def test_no_other_format_takes_positions_or_norms_that_it_cannot_express(family, changes):
+    module, base = FAMILIES[family]
+    assert huggingface.family_for_export(base) is module
+    stacks = {
+        name: dataclasses.replace(stack, **changes)
+        for name, stack in (("encoder", base.encoder), ("decoder", base.decoder))
+        if stack is not None and not ("chunk" in changes and name == "decoder")
+    }
+    cfg, field = dataclasses.replace(base, **stacks), next(iter(changes))
+    with pytest.raises(ValueError, match=rf"Stack\.{field}"):
+        huggingface.family_for_export(cfg)
+    with pytest.raises(ValueError, match="T5X cannot express"):
+        t5x.entries_to_write(cfg, scan=False)
 
 
 def test_t5x_refuses_models_it_cannot_express():

@@ -248,6 +248,8 @@ SHAPES = [config.Mesh(8, 1, 1), config.Mesh(2, 2, 2)]
                 ("decoder_only", {"kv_heads": 2}, SHAPES),
                 ("encoder_decoder", FAMILIES["t5gemma"], SHAPES),
                 ("encoder_decoder", FAMILIES["bart"], SHAPES),
+                ("encoder_decoder", {"positions": "alibi"}, SHAPES),
+                ("encoder_decoder", {"bias_vectors": True}, SHAPES),
             ],
             kept=(),
         ),
