@@ -79,9 +79,15 @@ def texts_alone(layout: str, decode: config.Decode) -> dict:
     )
 
 
-def write_all(predictor: Predictor, requests) -> list[CompletionChunk]:
-    """The whole text of each request, all of them in one engine."""
-    serving = Engine(predictor, LIMITS)
+def write_all(predictor: Predictor, requests, limits=LIMITS) -> list[CompletionChunk]:
+    """The whole text of each request, all of them in one engine.
+
+    Args:
+      predictor: the model.
+      requests: the requests.
+      limits: sizes of the engine.
+    """
+    serving = Engine(predictor, limits)
     try:
         completions = [serving.submit(request) for request in requests]
         return [completion.result() for completion in completions]
@@ -336,16 +342,21 @@ def test_a_request_that_is_not_served_says_why(changes, message):
 
 
 @pytest.mark.slow
-def test_rows_are_split_over_a_mesh():
-    layout = "encoder_decoder"
+@pytest.mark.parametrize("layout", ["encoder_decoder", "decoder_only"])
+def test_rows_are_split_over_a_mesh(layout):
+    """Prompts of a decoder are read in chunks there too, and taken from the prefix cache."""
     requests = [TextRequest(*pair) for pair in itertools.product(PROMPTS[1:], MIXED[1:3])]
     for decode in MIXED[1:3]:
         texts_alone(layout, dataclasses.replace(decode, max_new_tokens=LONGEST))
     cfg, vocabulary = predictor_of(layout).cfg, ByteVocabulary(0)
     sharding.use_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
     split = Predictor(cfg, lively(cfg), (vocabulary, vocabulary), ended=False)
-    for request, chunk in zip(requests, write_all(split, requests), strict=True):
-        assert_alone(chunk, layout, request)
+    chunked = dataclasses.replace(LIMITS, prefill_tokens=8, prefix_bytes=2**20)
+    for limits in (LIMITS, chunked):
+        for request, chunk in zip(requests, write_all(split, requests, limits), strict=True):
+            assert_alone(chunk, layout, request)
+        if layout == "encoder_decoder":
+            break
     with pytest.raises(ValueError, match="cannot be split over 4 parts"):
         Engine(split, dataclasses.replace(LIMITS, rows=6))
     use_one_device()

@@ -10,12 +10,15 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
+from test_decoding_loop import lively
 from test_engine import LIMITS, PLAIN, SAMPLED, predictor_of, use_one_device
 
 from t5x_lite.decoding import chunked_prefill, pool
+from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.serving.completion import TextRequest
 from t5x_lite.serving.engine import Engine
 from t5x_lite.serving.prefix_cache import PrefixCache
+from t5x_lite.tokenizers.vocabularies import ByteVocabulary
 
 LAYOUT = "decoder_only"
 CHUNKED = dataclasses.replace(LIMITS, prefill_tokens=8, prefill_budget=16)
@@ -179,3 +182,19 @@ def test_the_least_recently_used_beginning_goes(most):
         assert counts[-1] == (reference.use(owner, ids) if most else 0)
         assert cache.used_bytes == len(cache.chunks) * entry.nbytes
     assert any(counts) == (most > 0)
+
+
+@pytest.mark.slow
+def test_bfloat16_changes_no_bit_in_company():
+    """Computed in bfloat16 on a CPU: whole prompts and chunks, greedy and sampled."""
+    use_one_device()
+    cfg = dataclasses.replace(predictor_of(LAYOUT).cfg, dtype="bfloat16")
+    pair = (ByteVocabulary(0),) * 2
+    predictor = Predictor(cfg, lively(cfg), pair, ended=False)
+    decodes = [dataclasses.replace(each, compute="bfloat16") for each in (PLAIN, SCORED)]
+    requests = [TextRequest(prompt, each) for each in decodes for prompt in PROMPTS[:4]]
+    engine = Engine(predictor, CACHED)
+    alone = [engine.submit(request).result() for request in requests]
+    assert write_each(engine, requests[::-1]) == alone[::-1]
+    engine.close()
+    assert predictor.for_compute("bfloat16").params["embedding"].dtype == "bfloat16"
