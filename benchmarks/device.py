@@ -9,7 +9,7 @@ have had theirs, cases that had no time are tried with what is left. The same co
 it was stopped; a case that failed or did not end has a note, and is tried again with --again.
 
   python benchmarks/device.py --json FILE [--limit 560] [--only training attention] [--again]
-  python benchmarks/device.py --rehearse [--json FILE]   # toys on a CPU, in under 3 minutes
+  python benchmarks/device.py --rehearse [--json FILE]   # toys on a CPU, in about 3 minutes
   python benchmarks/device.py --carry FOLDER             # wheels of what the machine lacks
   python benchmarks/device_cases.py                      # what roofline predicts
 

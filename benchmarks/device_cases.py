@@ -113,6 +113,12 @@ def decoding(model: str, batch: int, drafters: tuple[str, ...], tiny: bool = Fal
 PLAIN = ("plain:1", "lookup:8")
 PACKED = dict(biased=True, causal=False, backward=True, texts=4)
 CAUSAL = dict(biased=False, causal=True, backward=True)
+TWINS = ("Stack.layers=8", "Stack.embed=512", "Stack.heads=8", "Stack.head_dim=64")
+TWINS += ("Stack.mlp=1024",)
+TINY_TWINS = {"steps": 2, "rows": 2}
+TINY_TWINS["bindings"] = ("Stack.layers=1", "Stack.embed=16", "Stack.heads=2", "Stack.head_dim=8")
+TINY_TWINS["bindings"] += ("Stack.mlp=16", "Compare.examples=2", "Decode.max_new_tokens=2")
+TINY_TWINS["bindings"] += ('Data.lengths={"inputs": 32, "targets": 16}',)
 CASES = (
     Case(
         "machine",
@@ -124,19 +130,19 @@ CASES = (
     Case("correctness", "flash, bfloat16", 60, {"dtype": "bfloat16", "seeds": 3}, {"seeds": 1}),
     Case("correctness", "step of t5_tiny", 50, {"model": "t5_tiny"}, {"layers": 1}),
     training("t5_1_1_large", SHORT, 96, "auto", 100, tiny=True),
-    training("t5_1_1_xl", SHORT, 48, "auto", 120),
+    training("t5_1_1_large", SHORT, 96, "pallas", 100),
     attention("T5 bias, packed", 90, tiny=True, lengths=[2048, 8192, 512, 16384], **PACKED),
+    Case("correctness", "decode, bfloat16", 50, {"dtype": "bfloat16", "seeds": 2}, {"seeds": 1}),
     attention("cache", 60, tiny=True, caches=[4096, 32768], widths=[1, 8], biased=True),
+    training("t5_1_1_xl", SHORT, 48, "auto", 120),
     decoding("t5_1_0_base", 1, PLAIN, tiny=True),
     decoding("gemma_2b", 8, PLAIN),
-    Case("correctness", "decode, bfloat16", 50, {"dtype": "bfloat16", "seeds": 2}, {"seeds": 1}),
     Case("correctness", "greedy t5_tiny", 50, {"model": "t5_tiny"}, {"layers": 1}),
     Case("correctness", "flash, float32", 60, {"dtype": "float32", "seeds": 2}),
     Case("correctness", "step of t5gemma_tiny", 60, {"model": "t5gemma_tiny"}),
     Case("correctness", "step of smollm2_135m", 60, {"model": "smollm2_135m", "layers": 2}),
     Case("correctness", "greedy t5gemma_tiny", 50, {"model": "t5gemma_tiny"}),
     Case("correctness", "greedy smollm2_135m", 50, {"model": "smollm2_135m", "layers": 2}),
-    training("t5_1_1_large", SHORT, 96, "pallas", 100),
     training("t5_1_1_large", SHORT, 96, "transformers", 150, tiny=True),
     training("t5_1_1_large", LONG, 24, "auto", 100),
     training("t5_1_1_large", LONG, 24, "pallas", 100),
@@ -150,7 +156,7 @@ CASES = (
     decoding("gemma_2b", 64, PLAIN),
     training("t5_1_1_xl", LONG, 12, "auto", 120),
     training("tinyllama_1_1b", LONG, 24, "transformers", 150),
-    Case("twins", "30M parameters", 120, {"steps": 300}),
+    Case("twins", "30M parameters", 120, {"steps": 300, "rows": 64, "bindings": TWINS}, TINY_TWINS),
 )
 
 

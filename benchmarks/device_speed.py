@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -220,22 +221,49 @@ def measure_twins(case: Case, settings: dict, rehearse: bool) -> Iterator[Row]:
 
     Args:
       case: of the stage.
-      settings: `steps` of each.
-      rehearse: unused.
+      settings: `steps` of each, `rows` of a batch, `bindings` of sizes.
+      rehearse: without what the lent machine lacks.
     """
-    sizes = {"layers": 8, "embed": 512, "heads": 8, "head_dim": 64, "mlp": 1024}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "t5x_lite.compare"]
-        command += ["--gin_file=configs/runs/compare_docstrings.gin", f"--gin.MODEL_DIR={folder}"]
-        command += [f"--gin.TRAIN_STEPS={settings['steps']}", "--gin.BATCH_SIZE=64"]
-        command += [f"--gin.config.Stack.{name}={size}" for name, size in sizes.items()]
-        command += ["--gin.config.Compare.seeds=1", "--gin.config.Compare.drafters=()"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        command += [
+            "--gin_file=configs/runs/compare_docstrings.gin",
+            f"--gin.MODEL_DIR={folder}/run",
+        ]
+        command += [
+            f"--gin.TRAIN_STEPS={settings['steps']}",
+            f"--gin.BATCH_SIZE={settings['rows']}",
+        ]
+        command += [f"--gin.config.{binding}" for binding in settings["bindings"]]
+        # The machine has neither tensorboardX nor rouge-score.
+        command += ['--gin.config.Evaluate.metrics=("bleu", "chrf")']
+        command += ["--gin.config.Train.tensorboard=False", "--gin.config.Compare.seeds=1"]
+        command += ["--gin.config.Compare.drafters=()", "--gin.config.Compare.quantized=()"]
+        command += ['--gin.config.Compare.twins=("encoder_decoder", "causal_decoder")']
+        command += ["--gin.config.Compare.repeats=0"]
+        environment = without_packages(Path(folder)) if rehearse else None
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
         for path in sorted(Path(folder).rglob("metrics.jsonl")):
             last = json.loads(path.read_text().splitlines()[-1])
-            name = str(path.parent.relative_to(folder))
+            name = path.parent.name
             for metric in sorted(key for key in last if "loss" in key):
                 yield Row(case.key, name, metric, last[metric])
+
+
+def without_packages(folder: Path) -> dict[str, str]:
+    """An environment in which Python does not find what the lent machine lacks.
+
+    Args:
+      folder: where modules that fail to be imported are written.
+    """
+    from device_worker import LACKING
+
+    for name in LACKING:
+        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r}, name={name!r})\n")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 MEASURES = {
