@@ -340,6 +340,26 @@ def test_a_cache_of_few_bits_is_near_the_whole_one():
     assert 0 < np.min(gap) and np.min(gap) < 0.5
 
 
+def test_no_place_behind_an_end_is_filled():
+    eos, seed = 9, 4
+    decode = dataclasses.replace(GREEDY, logit_bias={eos: 90.0}, commit="random:1", seed=seed)
+    result = fill("encoder_decoder", decode, eos=eos, block=LENGTH)
+    np.testing.assert_array_equal(result.lengths, 1)
+    rows = len(EVERY)
+    params = sampling.make_sampling_params(
+        decoding.make_request(canvas_model("encoder_decoder"), EXAMPLES, decode), decode
+    )
+    slots = np.tile(np.arange(1, LENGTH + 1), (rows, 1))
+    order = sampling.NoiseKind.ORDER
+    noise = np.asarray(sampling.uniform_noise(params, order, np.ones(rows, np.int32), slots))
+    for row in EVERY:
+        # Each pass ends the text earlier, until its first place is an end.
+        place, passes = LENGTH, 0
+        while place:
+            place, passes = int(np.argmax(noise[row, :place])), passes + 1
+        assert result.token_step[row, 0, 0] == passes - 1
+
+
 def test_several_samples_differ_and_the_mask_is_never_written():
     decode = dataclasses.replace(SAMPLED, max_new_tokens=LENGTH, n_best=3, commit="top:2")
     result = fill("decoder_only", decode)
