@@ -23,6 +23,7 @@ import json
 import os
 import queue
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -116,6 +117,7 @@ def open_server(name: str, case: decoding.Case, options: argparse.Namespace) -> 
     while not line.startswith("port ") and process.poll() is None:
         line = process.stdout.readline()
     port, local = int(line.split()[1]), threading.local()
+    wait_for_port(port)
 
     def ask(row: Ids, on_first: Callable[[], None]) -> str:
         if not hasattr(local, "connection"):
@@ -138,6 +140,15 @@ def open_server(name: str, case: decoding.Case, options: argparse.Namespace) -> 
     finally:
         process.kill()
         process.wait()
+
+
+def wait_for_port(port: int) -> None:
+    """Waits until a server listens: its port is bound before."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        time.sleep(0.05)
 
 
 def answer(client: Client, row: Ids, begun: float) -> Reply:

@@ -13,8 +13,8 @@ import decoding_systems as systems
 from t5x_lite import config, interactive
 from t5x_lite.evaluation.predict import Predictor
 from t5x_lite.serving.completion import Completion, CompletionChunk, TextRequest
-from t5x_lite.serving.engine import Engine, EngineGauges
-from t5x_lite.serving.limits import EngineLimits
+from t5x_lite.serving.engine import Engine
+from t5x_lite.serving.limits import EngineGauges, EngineLimits
 
 OURS, ALONE = "t5x_lite", "t5x_lite, one text at a time"
 NAMES = (OURS, "t5x_lite, int8", ALONE, "CTranslate2 float32", "CTranslate2 int8", "transformers")
@@ -59,7 +59,12 @@ class BatchEngine:
                 completion.on_chunk(CompletionChunk(text, ids, [], "stop"))
 
     def gauges(self) -> EngineGauges:
-        return EngineGauges(self.limits.rows, 0, self.waiting.qsize(), {}, 0, 0, 0, 0)
+        counts: dict[str, Any] = dict.fromkeys(EngineGauges._fields, 0)
+        counts |= {"rows": self.limits.rows, "queued": self.waiting.qsize(), "finished": {}}
+        return EngineGauges(**counts)
+
+    def cancel_all(self) -> None:
+        """Ends nothing: a batch is written to its end."""
 
     def close(self, drain: bool = True) -> None:
         self.waiting.put(None)
@@ -107,8 +112,9 @@ def serve_engine(name: str, case: decoding.Case, rows: int, threads: int) -> Non
 
     limits = ServerLimits(rows=rows, max_input_tokens=64, max_new_tokens=case.length)
     served = models.ServedModels(limits)
-    engine, session, decode = open_engine(name, case, rows, threads)
-    model = served.add(case.name, lambda: session)
+    engine, _, decode = open_engine(name, case, rows, threads)
+    # In the thread of `add`, to which the mesh of a session belongs.
+    model = served.add(case.name, lambda: interactive.load(case.folder))
     model.engine.close()
     model.engine, model.decode = engine, decode
     with connections.bind_socket("127.0.0.1", 0) as bound:
