@@ -96,7 +96,6 @@ def test_a_prompt_of_8k_tokens_holds_the_scores_of_a_chunk(layers):
         return target.prefill(cfg, params, MEMORY, prompts, size)
 
     memory = jax.jit(read).lower(params, *rows).compile().memory_analysis()
-    print(memory)
     scores = 4 * stack["heads"] * chunked_prefill.CHUNK * size
     caches = memory.output_size_in_bytes
     assert caches >= 2 * 4 * layers * stack["kv_heads"] * stack["head_dim"] * size
