@@ -61,9 +61,14 @@ APART = {
 DRAFTERS = ("lookup", "lookup+recycling", "jacobi", "lookahead", "recycling")
 
 
-@functools.cache
 def predictor_of(layout: str) -> Predictor:
+    """The predictor of a layout, on one device, whatever mesh another test has left."""
     use_one_device()
+    return make_predictor(layout)
+
+
+@functools.cache
+def make_predictor(layout: str) -> Predictor:
     cfg = toy_model(layout, positions="relative", layers=1, vocab=300)
     vocabulary = ByteVocabulary(0)
     return Predictor(cfg, lively(cfg), (vocabulary, vocabulary), ended=False, batch_size=4)
@@ -104,7 +109,7 @@ def assert_alone(chunk: CompletionChunk, layout: str, request: TextRequest) -> N
       layout: of the model.
       request: the request.
     """
-    size, targets = request.decode.max_new_tokens, predictor_of(layout).targets
+    size, targets = request.decode.max_new_tokens, make_predictor(layout).targets
     longer = dataclasses.replace(request.decode, max_new_tokens=LONGEST)
     expected = texts_alone(layout, longer)[request.prompt].tokens[0][:size]
     assert chunk.tokens == expected
