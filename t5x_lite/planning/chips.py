@@ -64,9 +64,10 @@ CHIPS = {
     "h100": Chip("NVIDIA H100", int(79.6 * GIB), 3350e9, 450e9, box=8, network=50e9, price=3.00),
     "h200": Chip("NVIDIA H200", int(140.4 * GIB), 4800e9, 450e9, box=8, network=50e9, price=4.00),
 }
-# Where the prices are from. Those of TPUs are of the cheapest region of the United States; those of
-# GPUs the middle of what clouds for GPUs ask (1.10 to 1.50, 2.50 to 3.50, 3.50 to 4.50).
-TPU_PRICES = "cloud.google.com/tpu/pricing, on demand, end of 2024"
+# Where the prices are from. Those of TPUs are of the cheapest region of the United States; v4 was
+# read on a copy of the page, v5p and v6e have not been checked since they were noted. Those of GPUs
+# are the middle of what clouds for GPUs ask (1.10 to 1.50, 2.50 to 3.50, 3.50 to 4.50).
+TPU_PRICES = "cloud.google.com/tpu/pricing, on demand, about the end of 2024: check it there"
 GPU_PRICES = "mercatus-ai.com/blog/cloud-gpu-pricing, May 2026"
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.box is None)
 

@@ -12,7 +12,7 @@ from t5x_lite.cli.progress import format_count, format_duration
 from t5x_lite.planning import compiled
 from t5x_lite.planning.chips import Slice
 from t5x_lite.planning.collectives import Collective
-from t5x_lite.planning.figures import Figures, StepEstimate, estimate
+from t5x_lite.planning.figures import Figures, Memory, StepEstimate, estimate
 from t5x_lite.training.reporting import dry_run, overview
 from t5x_lite.utils.not_none import not_none
 
@@ -53,7 +53,7 @@ def tables(figures: Figures, price: float | None, efficiency: float) -> list[Any
       price: of one chip for an hour, if known.
       efficiency: share of the speed at best that is assumed in the second column.
     """
-    parts: list[Any] = [headline(figures), memory_table(figures)]
+    parts: list[Any] = [headline(figures), memory_table(figures.memory)]
     if figures.flops is None:
         return parts
     times = estimate(figures, price)
@@ -90,12 +90,12 @@ def headline(figures: Figures) -> str:
     )
 
 
-def memory_table(figures: Figures) -> Table:
+def memory_table(memory: Memory) -> Table:
     """Memory of one chip by kind, and the most at once."""
     table = plain_table("bytes of each chip", "MiB")
-    for kind, count in figures.memory.kinds.items():
+    for kind, count in memory.kinds.items():
         table.add_row(kind, f"{count / MIB:,.1f}")
-    table.add_row("most at once", f"{figures.memory.peak / MIB:,.1f}")
+    table.add_row("most at once", f"{memory.peak / MIB:,.1f}")
     return table
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from t5x_lite.cli.progress import format_count, format_duration
 from t5x_lite.planning.figures import estimate
 from t5x_lite.planning.phases import Phase, ServingArithmetic
-from t5x_lite.planning.report import GIB, MIB, console, plain_table
+from t5x_lite.planning.report import GIB, MIB, console, memory_table, plain_table
 from t5x_lite.planning.serving import ServingPlan
 
 REMEDIES = (
@@ -28,7 +28,7 @@ def show_server(plan: ServingPlan, efficiency: float) -> None:
       plan: the figures.
       efficiency: share of the speed at best that is assumed in the last columns.
     """
-    parts: list[Any] = [headline(plan), memory_table(plan)]
+    parts: list[Any] = [headline(plan), memory_table(plan.memory)]
     if plan.points:
         parts += [phase_table(plan.phases), points_table(plan, efficiency), footnotes(plan)]
     console().print(Group(*parts))
@@ -56,15 +56,6 @@ def headline(plan: ServingPlan) -> str:
         f"{first}\nDOES NOT FIT: rows {texts} need {memory.excess / GIB:.2f} GiB more than the "
         f"{memory.available / GIB:.2f} GiB of each chip{message}\nWhat helps: {REMEDIES}"
     )
-
-
-def memory_table(plan: ServingPlan) -> Table:
-    """Memory of one chip by kind, with the most rows."""
-    table = plain_table("bytes of each chip", "MiB")
-    for kind, count in plan.memory.kinds.items():
-        table.add_row(kind, f"{count / MIB:,.1f}")
-    table.add_row("most at once", f"{plan.memory.peak / MIB:,.1f}")
-    return table
 
 
 def phase_table(listed: Sequence[Phase]) -> Table:
