@@ -109,8 +109,7 @@ def bank_matrix(weight: Any, adapters: Sequence[AdaptedWeight | None]) -> Adapte
 
     def stack(arrays: list[jax.Array | None], missing: float) -> jax.Array:
         """All arrays, those of adapter 0 and of None filled with one number."""
-        shape = next(each for each in arrays if each is not None)
-        filled = jnp.full_like(shape, missing)
+        filled = jnp.full_like(next(each for each in arrays if each is not None), missing)
         return jnp.stack([filled, *(filled if each is None else each for each in arrays)])
 
     def pad_rank(array: jax.Array, axis: int) -> jax.Array:
